@@ -1,0 +1,284 @@
+"""Every knob of a run, with its unit and its reason. A TOML file, or a .py recipe, fills these dataclasses.
+
+Tables named like a section of torchtitan's `Trainer.Config` (TITAN_SECTIONS) are kept unread in `Config.titan`; `titan.py`
+lays them over torchtitan's own dataclasses by the same strict rule. All other tables are ours.
+Where a default comes from: docs/method.md, section "Hyper-parameters".
+"""
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+TITAN_SECTIONS = (
+    "training", "parallelism", "checkpoint", "compile", "comm", "metrics", "debug", "profiler", "lr_scheduler")
+
+Backend = Literal["auto", "native", "hf"]
+Attention = Literal["auto", "sdpa", "flash_attention_2", "flex"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """The trained model: a Hugging Face folder."""
+
+    path: str = ""
+    backend: Backend = "auto"  # native: torchtitan's qwen3/llama3 (tensor parallel); hf: every dense causal LM
+    attention: Attention = "auto"
+    from_scratch: bool = False  # random weights on purpose: only config.json and the tokenizer are read from `path`
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A model that is only read: distillation teacher, proxy. Never in the optimizer or a checkpoint."""
+
+    path: str = ""
+    backend: Backend = "auto"
+    attention: Attention = "auto"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    offload: bool = False  # CUDA: weights wait in host memory between uses
+
+
+@dataclass(frozen=True)
+class Data:
+    source: str = ""  # JSONL, Parquet, a `datasets` folder, reasoning_gym:NAME?size=..&seed=.., package.module:function
+    split: str = "train"
+    columns: Mapping[str, str] = field(default_factory=dict)  # our name -> the file's column
+    limit: int | None = None  # first rows only
+    shuffle: bool = True  # a new order each epoch, from `seed`
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str = ""  # exact | math | multiple_choice | reasoning_gym | reward_model | package.module:function
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    prompts: int = 32  # P, per optimizer step, over all ranks
+    group: int = 8  # G, rollouts per prompt; fewest that give a usable group std
+    max_tokens: int = 1024  # response length; truncation should stay below 5 %
+    temperature: float = 1.0  # the trainer divides its logits by the same number
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    rows: int = 256  # sequences decoded together on one rank
+    old_logp: Literal["sampler", "trainer"] = "sampler"  # trainer: one more forward; bf16 samplers are off by 0.05 nats
+
+    def __post_init__(self):
+        _positive(self, "prompts", "group", "max_tokens", "rows")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature = {self.temperature}; want > 0. Greedy rollouts have no spread to learn from")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p}; want 0 < top_p <= 1")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    mode: Literal["off", "distillable", "undistillable"] = "off"  # the sign of eta, as a word; off is plain GRPO
+    strength: float = 0.5  # |eta|: weight of the calibration reward, both rewards at unit spread
+    score_norm: Literal["sum", "per_token", "per_byte"] = "sum"  # what divides a sequence score
+    denominator: Literal["policy", "original"] = "policy"  # whose log-probability is subtracted from the proxy's
+    score_stop: bool = True  # count the stop set's log-probability where a rollout ended by itself
+    credit: Literal["sequence", "span"] = "sequence"  # span: reward-to-go of the span values
+    truncated: Literal["mask_cal", "drop", "score_prefix"] = "mask_cal"  # rollouts cut at max_tokens
+    span_clip: float = 10.0  # nats; 0: off. Span differences are heavy-tailed
+    winsor: float = 3.0  # scaled MADs inside the group; 0: off
+    std_floor: float = 0.01  # nats per byte: a group without real spread is not blown up to unit noise
+    cal_gate: Literal["none", "skip_all_wrong", "skip_degenerate", "scale_by_task_std"] = "skip_all_wrong"
+    margin_guard: bool = True  # undistillable + policy: keep beta + eta_eff >= beta / 4
+    max_unscored: float = 0.05  # share of rollouts whose text does not round-trip; more is an error
+
+    def __post_init__(self):
+        if self.strength < 0:
+            raise ValueError(f"strength = {self.strength}; want >= 0. The direction is mode's, not a sign's")
+
+    @property
+    def eta(self) -> float:
+        """The signed coefficient; the only place where the word becomes a sign."""
+        return {"off": 0.0, "distillable": self.strength, "undistillable": -self.strength}[self.mode]
+
+
+@dataclass(frozen=True)
+class Anchor:
+    beta: float = 0.04  # raise to >= 0.2 for responses under 64 tokens: eta per nat grows as 1 / std_cal
+    estimator: Literal["exact", "k1_reward", "k2_loss", "k3_is", "k3_loss", "k1_loss"] = "exact"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    offload: bool = False
+
+    def __post_init__(self):
+        if self.beta < 0:
+            raise ValueError(f"beta = {self.beta}; want >= 0")
+        if self.estimator == "k1_loss":
+            raise ValueError("estimator = 'k1_loss'; its expected gradient is zero, it anchors nothing. "
+                             "Use exact, k2_loss or k3_is, or k1_reward inside the advantage")
+
+
+@dataclass(frozen=True)
+class Guard:
+    kl_budget: float = 0.10  # nats per token of KL(pi || original); the run stops above it. 0: off
+    utility_drop: float = 0.02  # accuracy; two evaluations in a row below the start by more than this stop the run. 0: off
+
+
+@dataclass(frozen=True)
+class Distill:
+    objective: Literal["nll", "kl", "span"] = "kl"  # span: teacher and student with different tokenizers
+    divergence: Literal["forward", "reverse", "jsd", "skew_forward", "skew_reverse"] = "reverse"
+    beta: float = 0.5  # jsd, skew: weight of the teacher in the mixture
+    tail: Literal["full", "ghost", "renorm", "drop"] = "full"  # what becomes of the teacher outside its top k
+    top_k: int = 0  # kept teacher entries per token; 0 with tail = full
+    temperature: float = 1.0  # both softmaxes
+    scale_t2: bool = False  # multiply the loss by temperature squared
+    source: Literal["dataset", "teacher"] = "teacher"  # who wrote the off-policy texts
+    on_policy: float = 1.0  # share of prompts answered by the student itself (GKD's lambda)
+    correct_only: bool = False  # keep off-policy texts that the task's verifier accepts
+    nll_weight: float = 0.0  # adds this times the negative log-likelihood of off-policy texts
+    ahead: int = 1  # steps whose teacher texts are sampled in one go (costs memory, saves time)
+    span_temperature: float = 100.0  # of the binarised span likelihoods (arXiv:2503.20083)
+
+    def __post_init__(self):
+        _fraction(self, "on_policy")
+        _positive(self, "ahead")
+        _refuse_meaningless(self)
+
+
+def _refuse_meaningless(d: Distill) -> None:
+    """Combinations that run and teach nothing, or the wrong thing (docs/method.md, section "Refused")."""
+    if d.objective == "nll" and d.on_policy > 0:
+        raise ValueError(f"objective = 'nll' with on_policy = {d.on_policy}: the likelihood of the student's own samples "
+                         "teaches it nothing new. Set on_policy = 0, or objective = 'kl'")
+    if d.objective != "kl" and (d.tail != "full" or d.top_k):
+        raise ValueError(f"tail = {d.tail!r}, top_k = {d.top_k} need objective = 'kl', got {d.objective!r}")
+    if d.objective != "kl" and d.temperature != 1:
+        raise ValueError(f"temperature = {d.temperature} needs objective = 'kl'; {d.objective!r} has none")
+    if (d.tail == "full") != (d.top_k == 0):
+        raise ValueError(f"tail = {d.tail!r} with top_k = {d.top_k}: a truncated teacher needs both, e.g. "
+                         "tail = 'ghost' and top_k = 64; the whole vocabulary neither")
+    if d.tail == "renorm" and d.top_k == 1:
+        raise ValueError("tail = 'renorm' with top_k = 1 is identically 0. Use tail = 'ghost'")
+    if d.tail == "drop" and d.divergence != "forward":
+        raise ValueError(f"tail = 'drop' with divergence = {d.divergence!r} can be lowered by moving mass out of the top k. "
+                         "Use tail = 'ghost'")
+    if d.divergence in ("jsd", "skew_forward", "skew_reverse") and not 0 < d.beta < 1:
+        raise ValueError(f"beta = {d.beta}; want 0 < beta < 1. The ends are divergence = 'forward' and 'reverse'")
+    if d.temperature <= 0:
+        raise ValueError(f"temperature = {d.temperature}; want > 0")
+    if d.nll_weight < 0:
+        raise ValueError(f"nll_weight = {d.nll_weight}; want >= 0")
+
+
+@dataclass(frozen=True)
+class Optim:
+    lr: float = 1e-6  # 1e-5 for students and for adapters
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True)
+class Batching:
+    tokens: int = 16384  # of a micro-batch on one rank, padding included
+    pack: bool = False  # join short sequences into rows of training.seq_len, kept apart by the attention mask
+
+
+@dataclass(frozen=True)
+class Eval:
+    source: str = ""  # held-out prompts, as data.source; empty: no evaluation
+    split: str = "test"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    limit: int | None = None
+    every: int = 0  # steps; 0: only before the first step and after the last
+    samples: int = 1  # sampled answers per prompt, beside the greedy one
+    at_start: bool = True
+
+
+@dataclass(frozen=True)
+class Log:
+    samples_every: int = 10  # steps between printed rollouts; 0: never
+    tensorboard: bool = False
+    wandb: bool = False
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Export:
+    enable: bool = True  # a Hugging Face folder of the result, in <folder>/export
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Config:
+    phase: Literal["calibrate", "distill", "evaluate"]  # no default: it must be chosen
+    folder: str  # of the run: log, checkpoints, export
+    steps: int = 100  # optimizer updates
+    seed: int = 0
+    on_existing_run: Literal["ask", "resume", "fail", "new"] = "ask"
+    activation_checkpoint: Literal["none", "selective", "full"] = "none"
+    model: Model = Model()
+    teacher: Frozen = Frozen()  # distill
+    proxy: Frozen = Frozen()  # calibrate
+    data: Data = Data()
+    task: Task = Task()
+    rollout: Rollout = Rollout()
+    calibration: Calibration = Calibration()
+    anchor: Anchor = Anchor()
+    guard: Guard = Guard()
+    distill: Distill = Distill()
+    optim: Optim = Optim()
+    batch: Batching = Batching()
+    eval: Eval = Eval()
+    log: Log = Log()
+    export: Export = Export()
+    titan: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # torchtitan's own sections
+
+    def __post_init__(self):
+        if self.steps < 0:
+            raise ValueError(f"steps = {self.steps}; want >= 0")
+        _require_parts(self)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a distillation run reads a teacher at all; plain SFT on given text does not."""
+        return self.phase == "distill" and (self.distill.objective != "nll" or self.distill.source == "teacher")
+
+
+def _require_parts(cfg: Config) -> None:
+    """What a phase cannot do without, said before anything is loaded."""
+    if not cfg.model.path:
+        raise ValueError("model.path is missing; want a Hugging Face folder")
+    if cfg.phase != "evaluate" and not cfg.data.source:
+        raise ValueError("data.source is missing; want prompts, e.g. 'train.jsonl'")
+    if cfg.phase == "evaluate" and not (cfg.eval.source and cfg.task.name):
+        raise ValueError("phase = 'evaluate' needs eval.source and task.name")
+    if cfg.phase == "calibrate":
+        _require_calibrate(cfg)
+    if cfg.needs_teacher and not cfg.teacher.path:
+        raise ValueError("teacher.path is missing; only distill.objective = 'nll' with distill.source = 'dataset' "
+                         "(plain SFT) runs without a teacher")
+    if (cfg.distill.correct_only or cfg.eval.source) and not cfg.task.name:
+        raise ValueError("task.name is missing; eval.source and distill.correct_only need a verifier")
+
+
+def _require_calibrate(cfg: Config) -> None:
+    if not cfg.task.name:
+        raise ValueError("task.name is missing; calibration needs a task reward to protect the teacher's accuracy")
+    if cfg.calibration.mode != "off" and not cfg.proxy.path:
+        raise ValueError(f"proxy.path is missing; calibration.mode = {cfg.calibration.mode!r} needs a frozen proxy")
+    if cfg.rollout.group < 2:
+        raise ValueError(f"rollout.group = {cfg.rollout.group}; want >= 2, rewards are normalised inside the group")
+    if cfg.rollout.top_p < 1 or cfg.rollout.top_k:
+        raise ValueError(f"rollout.top_p = {cfg.rollout.top_p}, top_k = {cfg.rollout.top_k}: the policy ratio is taken "
+                         "against the full softmax, which is not what would be sampled. Set top_p = 1 and top_k = 0")
+
+
+def _positive(table: Any, *names: str) -> None:
+    for name in names:
+        if getattr(table, name) < 1:
+            raise ValueError(f"{name} = {getattr(table, name)}; want >= 1")
+
+
+def _fraction(table: Any, name: str) -> None:
+    if not 0 <= getattr(table, name) <= 1:
+        raise ValueError(f"{name} = {getattr(table, name)}; want 0 to 1")
+
+
+def sections() -> tuple[str, ...]:
+    """The tables a config file may hold: ours, then torchtitan's."""
+    return (*(f.name for f in fields(Config) if f.name != "titan"), *TITAN_SECTIONS)
