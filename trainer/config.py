@@ -15,6 +15,17 @@ Backend = Literal["auto", "native", "hf"]
 Attention = Literal["auto", "sdpa", "flash_attention_2", "flex"]
 
 
+def _positive(table: Any, *names: str) -> None:
+    for name in names:
+        if getattr(table, name) < 1:
+            raise ValueError(f"{name} = {getattr(table, name)}; want >= 1")
+
+
+def _fraction(table: Any, name: str) -> None:
+    if not 0 <= getattr(table, name) <= 1:
+        raise ValueError(f"{name} = {getattr(table, name)}; want 0 to 1")
+
+
 @dataclass(frozen=True)
 class Model:
     """The trained model: a Hugging Face folder."""
@@ -266,17 +277,6 @@ def _require_calibrate(cfg: Config) -> None:
     if cfg.rollout.top_p < 1 or cfg.rollout.top_k:
         raise ValueError(f"rollout.top_p = {cfg.rollout.top_p}, top_k = {cfg.rollout.top_k}: the policy ratio is taken "
                          "against the full softmax, which is not what would be sampled. Set top_p = 1 and top_k = 0")
-
-
-def _positive(table: Any, *names: str) -> None:
-    for name in names:
-        if getattr(table, name) < 1:
-            raise ValueError(f"{name} = {getattr(table, name)}; want >= 1")
-
-
-def _fraction(table: Any, name: str) -> None:
-    if not 0 <= getattr(table, name) <= 1:
-        raise ValueError(f"{name} = {getattr(table, name)}; want 0 to 1")
 
 
 def sections() -> tuple[str, ...]:
