@@ -47,7 +47,7 @@ def metaspace(kind, scheme):
     vocab = {processor.id_to_piece(i): i for i in range(n)}
     if kind == "unigram":
         # `tokenizers` would match a literal <0x41> in the text as the byte token; SentencePiece never does
-        scores = [(p, -100.0 if processor.is_byte(i) else processor.get_score(i)) for p, i in vocab.items()]
+        scores = [(p, -1e6 if processor.is_byte(i) else processor.get_score(i)) for p, i in vocab.items()]
         tokenizer = Tokenizer(models.Unigram(scores, 0, True))
     else:
         ranked = sorted((i for i in range(n) if not (processor.is_byte(i) or processor.is_control(i))),
