@@ -46,9 +46,7 @@ def metaspace(kind, scheme):
     n = processor.vocab_size()
     vocab = {processor.id_to_piece(i): i for i in range(n)}
     if kind == "unigram":
-        # `tokenizers` would match a literal <0x41> in the text as the byte token; SentencePiece never does
-        scores = [(p, -1e6 if processor.is_byte(i) else processor.get_score(i)) for p, i in vocab.items()]
-        tokenizer = Tokenizer(models.Unigram(scores, 0, True))
+        tokenizer = Tokenizer(models.Unigram([(p, processor.get_score(i)) for p, i in vocab.items()], 0, True))
     else:
         ranked = sorted((i for i in range(n) if not (processor.is_byte(i) or processor.is_control(i))),
                         key=lambda i: -processor.get_score(i))

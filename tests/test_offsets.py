@@ -60,6 +60,12 @@ def test_the_same_ids_with_and_without_a_space_in_front():
     assert [(s.skip, s.reproduces) for s in (side(table, ids, b"hello"), side(table, ids, b" hello"))] == [(1, True), (0, True)]
 
 
+def test_a_byte_name_that_the_tokenizer_reads_as_a_byte_does_not_reproduce():
+    tokenizer = metaspace("unigram", "never")
+    for text, same in (("0x41", True), ("<0x41>", False)):
+        assert side(table_of(tokenizer), encode_text(tokenizer, text), text.encode()).reproduces == same
+
+
 def test_a_prefix_is_dropped_only_where_the_tokenizer_has_that_habit():
     tokenizer = byte_level()
     got = side(table_of(tokenizer), encode_text(tokenizer, " hello"), b"hello")

@@ -13,6 +13,7 @@ V: vocabulary.
 """
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -174,7 +175,13 @@ def _from_backend(tokenizer: Any) -> tuple[ByteTable, Callable[[str], str]]:
     family = _family(description)
     pieces, kind = _read_vocabulary(description, family)
     rule = backend.normalizer.normalize_str if backend.normalizer else str
-    normalize = (lambda text: rule(text).replace(MARK, " ")) if family == "sentencepiece" else rule
+    reads_byte_names = description["model"]["type"] == "Unigram" and description["model"].get("byte_fallback")
+
+    def normalize(text: str) -> str:
+        text = rule(text).replace(MARK, " ") if family == "sentencepiece" else rule(text)
+        # `tokenizers` matches "<0x41>" in a text with Unigram's byte token, which spells "A"; SentencePiece itself does not
+        return re.sub("<0x([0-7][0-9A-F])>", lambda m: chr(int(m[1], 16)), text) if reads_byte_names else text
+
     return _measured(tokenizer, pieces, kind, family, normalize), normalize
 
 
