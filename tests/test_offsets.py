@@ -60,9 +60,10 @@ def test_the_same_ids_with_and_without_a_space_in_front():
     assert [(s.skip, s.reproduces) for s in (side(table, ids, b"hello"), side(table, ids, b" hello"))] == [(1, True), (0, True)]
 
 
-def test_a_byte_name_that_the_tokenizer_reads_as_a_byte_does_not_reproduce():
+@pytest.mark.parametrize("name", ["</s>", "<0x41>"])
+def test_a_name_that_the_tokenizer_reads_as_its_token_does_not_reproduce(name):
     tokenizer = metaspace("unigram", "never")
-    for text, same in (("0x41", True), ("<0x41>", False)):
+    for text, same in ((name[1:], True), (f"a {name}", False)):
         assert side(table_of(tokenizer), encode_text(tokenizer, text), text.encode()).reproduces == same
 
 
