@@ -1,0 +1,116 @@
+"""The five divergences between a student p and a teacher q, each defined once, and their one chain rule.
+
+    forward       KL(q || p)
+    reverse       KL(p || q)
+    jsd           beta KL(q || m) + (1 - beta) KL(p || m),  m = beta q + (1 - beta) p
+    skew_forward  KL(q || beta q + (1 - beta) p)
+    skew_reverse  KL(p || beta p + (1 - beta) q)
+
+jsd: generalised Jensen-Shannon divergence (Agarwal et al., arXiv:2306.13649); beta weighs the teacher, others have
+it the other way round. skew: Ko et al., arXiv:2402.03898.
+
+With l_i the summand of class i, g_i = dl/dlog p_i and G = sum g_i, every loss has dL/dz_i = (g_i - p_i G) / temperature.
+`terms` returns g shifted by a multiple of p, which drops out because p sums to one: near p = q the true g is close
+to that multiple and the difference with p G would cancel.
+"""
+import torch
+from torch import Tensor
+
+from ._triton import require, tl, triton
+
+MODES = ("forward", "reverse", "jsd", "skew_forward", "skew_reverse")  # their index is MODE in the kernels
+
+
+def check_mode(op: str, mode: str, beta: float) -> None:
+    require(mode in MODES, f"{op}: mode is {mode!r}; want one of {', '.join(MODES)}")
+    plain = mode in ("forward", "reverse")
+    require(plain or 0 < beta < 1, f"{op}: beta is {beta} in mode {mode}; want 0 < beta < 1. "
+            "At 0 and 1 jsd is 0, not a KL: use mode='forward' or 'reverse'")
+
+
+def _masked(p: Tensor, d: Tensor) -> Tensor:
+    """p * d, exactly 0 where p is 0, in value and in gradient, even where d is infinite."""
+    return torch.where(p > 0, p * torch.where(p > 0, d, 0.0), 0.0)
+
+
+def _log_mix(log_a: Tensor, log_b: Tensor, weight_a: float) -> Tensor:
+    """log(weight_a e^log_a + (1 - weight_a) e^log_b); either or both may be -inf."""
+    top = torch.maximum(log_a, log_b).detach()
+    top = torch.where(top == -torch.inf, 0.0, top)
+    mix = weight_a * (log_a - top).exp() + (1 - weight_a) * (log_b - top).exp()
+    return top + torch.where(mix > 0, mix, 1.0).log() + torch.where(mix > 0, 0.0, -torch.inf)
+
+
+def divergence_ref(logp: Tensor, logq: Tensor, mode: str, beta: float) -> Tensor:
+    """The definition, summed over the last axis. logp: student, logq: teacher log-probabilities. Differentiable."""
+    p, q = logp.exp(), logq.exp()
+    if mode == "forward":
+        return _masked(q, logq - logp).sum(-1)
+    if mode == "reverse":
+        return _masked(p, logp - logq).sum(-1)
+    if mode == "jsd":
+        logm = _log_mix(logq, logp, beta)
+        return beta * _masked(q, logq - logm).sum(-1) + (1 - beta) * _masked(p, logp - logm).sum(-1)
+    if mode == "skew_forward":
+        return _masked(q, logq - _log_mix(logq, logp, beta)).sum(-1)
+    return _masked(p, logp - _log_mix(logp, logq, beta)).sum(-1)
+
+
+def divergence_terms(logp: Tensor, logq: Tensor, mode: str, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(l, g, p) of every class, g shifted as the module says. The CPU twin of `terms`."""
+    p, q = logp.exp(), logq.exp()
+    if mode == "forward":
+        return torch.where(q > 0, q * (logq - logp), 0.0), -q, p
+    if mode == "reverse":
+        loss = torch.where(p > 0, p * (logp - logq), 0.0)
+        return loss, loss, p
+    if mode == "jsd":
+        logm = _log_mix(logq, logp, beta)
+        student = torch.where(p > 0, (1 - beta) * p * (logp - logm), 0.0)
+        return student + torch.where(q > 0, beta * q * (logq - logm), 0.0), student, p
+    if mode == "skew_forward":
+        logm = _log_mix(logq, logp, beta)
+        loss = torch.where(q > 0, q * (logq - logm), 0.0)
+        return loss, torch.where(p > 0, (beta - 1) * p * torch.expm1(logq - logm), 0.0), p
+    logm = _log_mix(logp, logq, beta)
+    loss = torch.where(p > 0, p * (logp - logm), 0.0)
+    return loss, loss - torch.where(p > 0, beta * p * torch.expm1(logp - logm), 0.0), p
+
+
+@triton.jit
+def exp_diff(x, m):
+    # exp(x - m), with exp(-inf - -inf) := 0
+    return tl.where(x == float("-inf"), 0.0, tl.exp(x - m))
+
+
+@triton.jit
+def log_mix(log_a, log_b, weight_a):
+    top = tl.maximum(log_a, log_b)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    return top + tl.log(weight_a * tl.exp(log_a - top) + (1.0 - weight_a) * tl.exp(log_b - top))
+
+
+@triton.jit
+def terms(logp, logq, diff, beta, MODE: tl.constexpr):
+    # diff = logp - logq comes from the caller, who can form it without cancelling two logsumexps
+    p = tl.exp(logp)
+    q = tl.exp(logq)
+    if MODE == 0:
+        loss = tl.where(q > 0, -q * diff, 0.0)
+        g = -q
+    elif MODE == 1:
+        loss = tl.where(p > 0, p * diff, 0.0)
+        g = loss
+    elif MODE == 2:
+        logm = log_mix(logq, logp, beta)
+        g = tl.where(p > 0, (1.0 - beta) * p * (logp - logm), 0.0)
+        loss = g + tl.where(q > 0, beta * q * (logq - logm), 0.0)
+    elif MODE == 3:
+        logm = log_mix(logq, logp, beta)
+        loss = tl.where(q > 0, q * (logq - logm), 0.0)
+        g = tl.where(p > 0, (1.0 - beta) * p * (1.0 - tl.exp(logq - logm)), 0.0)
+    else:
+        logm = log_mix(logp, logq, beta)
+        loss = tl.where(p > 0, p * (logp - logm), 0.0)
+        g = loss + tl.where(p > 0, beta * p * (1.0 - tl.exp(logp - logm)), 0.0)
+    return loss, g

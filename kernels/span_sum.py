@@ -1,0 +1,91 @@
+"""Sums of a per-token quantity over spans of tokens, such as a span's log-probability.
+
+    sums[s] = sum of x[t] over the tokens t with span[t] == s
+
+Tokens with span -1 lie outside every span; a span without tokens sums to 0. The backward is a gather:
+dx[t] = dsums[span[t]]. fp32 accumulation in token order, or fp64 when given fp64; two runs are bitwise equal.
+
+Shapes: T tokens, S spans.
+"""
+import torch
+from torch import Tensor
+
+from ._chunks import wide
+from ._triton import LAUNCH, require, runs_triton, tl, triton
+
+SPANS = 128  # spans of one program
+STEP = 4  # tokens of a span that one step reads; most spans are shorter
+
+
+def span_sum_ref(x_T: Tensor, span_T: Tensor, num_spans: int) -> Tensor:
+    """The definition. The last row collects what lies outside."""
+    dtype = wide(x_T.dtype)
+    inside_T = torch.where(span_T < 0, num_spans, span_T).long()
+    return torch.zeros(num_spans + 1, dtype=dtype, device=x_T.device).index_add(0, inside_T, x_T.to(dtype))[:num_spans]
+
+
+@triton.jit
+def _sum(x, order, offset, sums, S, SPANS: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr):
+    # Tokens sorted by span; span s owns order[offset[s] : offset[s + 1]].
+    s = tl.program_id(0) * SPANS + tl.arange(0, SPANS)
+    first = tl.load(offset + s, mask=s < S, other=0)
+    last = tl.load(offset + s + 1, mask=s < S, other=0)
+    step = tl.arange(0, STEP)
+    total = tl.zeros((SPANS,), WIDE)
+    for start in range(0, tl.max(last - first, 0), STEP):
+        at = first[:, None] + start + step[None, :]
+        live = at < last[:, None]
+        t = tl.load(order + at, mask=live, other=0)
+        total += tl.sum(tl.load(x + t, mask=live, other=0.0).to(WIDE), 1)
+    tl.store(sums + s, total, mask=s < S)
+
+
+@torch.library.custom_op("reflux::span_sum", mutates_args=())
+def _op(x_T: Tensor, span_T: Tensor, num_spans: int) -> Tensor:
+    if not runs_triton(x_T):
+        return span_sum_ref(x_T, span_T, num_spans).clone()  # an op may not return a view
+    sums_S = x_T.new_empty(num_spans, dtype=wide(x_T.dtype))
+    if num_spans == 0:
+        return sums_S
+    # A stable sort instead of index_add_, whose atomics add in another order every run.
+    sorted_T, order_T = torch.sort(span_T, stable=True)
+    offset_S = torch.searchsorted(sorted_T, torch.arange(num_spans + 1, device=x_T.device, dtype=span_T.dtype))
+    wide_tl = tl.float64 if sums_S.dtype == torch.float64 else tl.float32
+    _sum[(triton.cdiv(num_spans, SPANS),)](
+        x_T.contiguous(), order_T, offset_S, sums_S, num_spans, SPANS=SPANS, STEP=STEP, WIDE=wide_tl, **LAUNCH)
+    return sums_S
+
+
+def _fake(x_T, span_T, num_spans):
+    return x_T.new_empty(num_spans, dtype=wide(x_T.dtype))
+
+
+def _save(ctx, inputs, output):
+    x_T, span_T, ctx.num_spans = inputs
+    ctx.save_for_backward(span_T)
+    ctx.dtype = x_T.dtype
+
+
+def _grad(ctx, grad_S):
+    (span_T,) = ctx.saved_tensors
+    padded = torch.cat([grad_S, grad_S.new_zeros(1)])  # row num_spans: outside
+    return padded[torch.where(span_T < 0, ctx.num_spans, span_T).long()].to(ctx.dtype), None, None
+
+
+_op.register_fake(_fake)
+_op.register_autograd(_grad, setup_context=_save)
+
+
+def span_sum(x_T: Tensor, span_T: Tensor, num_spans: int) -> Tensor:
+    """sums fp32 [S] (fp64 for fp64 x) of x [T] over span int [T]; -1 is outside. Differentiable in x.
+
+    span values must lie in -1 .. num_spans - 1 and need not be sorted. They are not checked: that would wait for the
+    device. ValueError on shapes or a span that is not an integer tensor.
+    """
+    require(x_T.ndim == 1 and span_T.shape == x_T.shape,
+            f"span_sum: x is {list(x_T.shape)} and span {list(span_T.shape)}; want [T] and [T]. "
+            "Flatten a batch, and shift row b's spans by the spans before it")
+    require(span_T.dtype in (torch.int32, torch.int64),
+            f"span_sum: span is {span_T.dtype}; want int32 or int64 span ids. Convert a mask with span.long()")
+    require(num_spans >= 0, f"span_sum: num_spans is {num_spans}; want >= 0")
+    return _op(x_T, span_T, num_spans)
