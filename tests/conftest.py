@@ -13,3 +13,5 @@ from hypothesis import settings
 settings.register_profile("fast", max_examples=25, deadline=None, derandomize=True)
 settings.register_profile("deep", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+from assets import assets, titan_process  # noqa: E402,F401  fixtures for every test file
