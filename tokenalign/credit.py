@@ -1,0 +1,84 @@
+"""From a number per span back to numbers per token.
+
+`credit` shares a span's value out among its tokens; whatever the rule, the shares add up to the value. Such a share is myopic as a
+policy-gradient advantage: it rewards a token for its own span only. `reward_to_go` gives each token all that comes at and after its
+span, which keeps the expected gradient of the whole sum.
+
+S: spans. T: tokens of one side, span -1 = outside every span (no credit).
+"""
+import numpy as np
+
+RULES = ("uniform", "bytes", "surprisal", "first", "last")
+
+
+def credit(value_S: np.ndarray, span_T: np.ndarray, rule: str, *, logp: np.ndarray | None = None,
+           lens: np.ndarray | None = None) -> np.ndarray:
+    """Share value_S [S] out among the tokens of span_T [T]; float64 [T]. The tokens of span k get value_S[k] in all.
+
+        uniform      1 / number of tokens
+        bytes        lens_i / bytes of the span; needs lens [T] (offsets.Side.lens)
+        surprisal    log p_i / log p of the span; needs logp [T], each <= 0. Uniform where the span is certain
+        first, last  everything to one token
+
+    ValueError: an unknown rule, a missing or mis-shaped argument, a positive logp, a value on a span that has no token.
+    """
+    value_S, span_T = _check(value_S, span_T)
+    live = span_T >= 0
+    span = span_T[live]
+    count = np.bincount(span, minlength=len(value_S))
+    lost = np.flatnonzero((count == 0) & (value_S != 0))
+    if len(lost):
+        raise ValueError(f"credit: span {lost[0]} is worth {value_S[lost[0]]} and has no token here; value_S and span_T must come "
+                         "from the same alignment.")
+    if rule == "uniform":
+        share = np.ones(len(span))
+    elif rule == "bytes":
+        share = _per_token("lens", lens, live)
+    elif rule == "surprisal":
+        share = -_per_token("logp", logp, live)
+    elif rule in ("first", "last"):
+        share = _edge(span, rule, len(value_S))
+    else:
+        raise ValueError(f"credit: rule = {rule!r}; want one of {', '.join(RULES)}.")
+    total = np.bincount(span, weights=share, minlength=len(value_S))[span]
+    empty = total < 1e-8  # below this, shares are quotients of rounding errors
+    credit_T = np.zeros(len(span_T))
+    credit_T[live] = value_S[span] * np.where(empty, 1 / np.maximum(count[span], 1), share / np.where(empty, 1.0, total))
+    return credit_T
+
+
+def reward_to_go(value_S: np.ndarray, span_T: np.ndarray) -> np.ndarray:
+    """For each token the sum of value_S at and after its span; float64 [T].
+
+    A token outside every span gets what comes after it: everything for a BOS in front, 0 past the last span.
+    """
+    value_S, span_T = _check(value_S, span_T)
+    to_go = np.append(np.cumsum(value_S[::-1])[::-1], 0.0)
+    following = np.where(span_T >= 0, span_T, len(value_S))
+    return to_go[np.minimum.accumulate(following[::-1])[::-1]]
+
+
+def _check(value_S: np.ndarray, span_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    value_S, span_T = np.asarray(value_S, np.float64), np.asarray(span_T)
+    if value_S.ndim != 1 or span_T.ndim != 1 or span_T.max(initial=-1) >= len(value_S):
+        raise ValueError(f"credit: value_S is {list(value_S.shape)} and span_T {list(span_T.shape)} with spans up to "
+                         f"{span_T.max(initial=-1)}; want one value per span and one span per token of one text.")
+    return value_S, span_T
+
+
+def _per_token(name: str, values: np.ndarray | None, live: np.ndarray) -> np.ndarray:
+    if values is None or np.shape(values) != live.shape:
+        got = "nothing" if values is None else f"shape {list(np.shape(values))}"
+        raise ValueError(f"credit: this rule needs {name}, one per token; got {got} for {len(live)} tokens.")
+    values = np.asarray(values, np.float64)[live]
+    if not np.isfinite(values).all() or (values > 0 if name == "logp" else values < 0).any():
+        raise ValueError(f"credit: {name} must be finite and {'at most' if name == 'logp' else 'at least'} 0 inside the spans.")
+    return values
+
+
+def _edge(span: np.ndarray, rule: str, num_spans: int) -> np.ndarray:
+    """1 at the first or last token of each span, else 0. Tokens need not be in the order of their spans."""
+    order = np.arange(len(span))
+    chosen = np.full(num_spans, len(span) if rule == "first" else -1)
+    (np.minimum if rule == "first" else np.maximum).at(chosen, span, order)
+    return (order == chosen[span]).astype(np.float64)
