@@ -130,10 +130,11 @@ def logprob_rows(logits_CV: Tensor, target_CK: Tensor, inv_temp: float, entropy:
 
 def logprob_rows_backward(logits_CV: Tensor, target_CK: Tensor, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...],
                           inv_temp: float, softcap: float, out_CV: Tensor) -> Tensor:
-    """d logits [C, V] into out, which may be logits. saved: top, log_s, entropy; grads: of logp, lse, entropy."""
+    """dlogits [C, V]; a kernel writes it to out, which may be logits. saved: top, log_s, entropy; grads: of logp, lse,
+    entropy."""
     (C, V), K = logits_CV.shape, target_CK.shape[1]
     if not runs_triton(logits_CV):
-        return out_CV.copy_(_logprob_rows_backward_torch(logits_CV, target_CK, saved[2], grads, inv_temp, softcap))
+        return _logprob_rows_backward_torch(logits_CV, target_CK, saved[2], grads, inv_temp, softcap)
     logprob_backward[(C,)](logits_CV, target_CK, *saved, *grads, out_CV, logits_CV.stride(0), out_CV.stride(0), V, K,
                            inv_temp, 1 / softcap if softcap else 0.0, ENTROPY=saved[2].numel() > 0, CAPPED=softcap > 0,
                            **_kernel_options(logits_CV, K))
