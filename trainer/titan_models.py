@@ -59,9 +59,8 @@ def build_spec(path: str, *, backend: str = "auto", attention: str = "auto") -> 
     """
     if backend not in ("auto", "native", "hf"):
         raise ValueError(f"{path}: backend = {backend!r}; want 'auto', 'native' or 'hf'")
-    if attention not in ("auto", "sdpa", "eager", *CUDA_ONLY):
-        raise ValueError(f"{path}: attention = {attention!r}; want 'auto', 'sdpa', 'eager', 'flex' or "
-                         "'flash_attention_2'")
+    if attention not in ("auto", "sdpa", *CUDA_ONLY):
+        raise ValueError(f"{path}: attention = {attention!r}; want 'auto', 'sdpa', 'flex' or 'flash_attention_2'")
     if attention in CUDA_ONLY and not torch.cuda.is_available():
         raise ValueError(f"{path}: attention = {attention!r} needs a CUDA device; want 'auto' or 'sdpa' on CPU")
     if not os.path.isfile(os.path.join(path, "config.json")):
@@ -153,12 +152,14 @@ class HFDecoder(BaseModel):
     def forward(self, tokens, positions=None, attention_masks=None, cache=None, packed=False):
         """Logits, or hidden states with the head skipped. attention_masks: [N, L'] of real tokens (decoding only);
         document bounds are read off `positions` by transformers, also for sliding windows."""
-        N, L = tokens.shape
-        if packed and self.flattens_packed_rows:
+        shape, flat = tokens.shape, packed and self.flattens_packed_rows
+        if flat:
             tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
         hidden_NLD = self.decoder(
             input_ids=tokens, position_ids=positions, attention_mask=attention_masks, past_key_values=cache,
-            use_cache=cache is not None).last_hidden_state.reshape(N, L, -1)
+            use_cache=cache is not None).last_hidden_state
+        if flat:
+            hidden_NLD = hidden_NLD.reshape(*shape, -1)
         return hidden_NLD if self._skip_lm_head else head_logits(self, hidden_NLD)
 
 

@@ -127,7 +127,7 @@ def native_obstacle(config: PreTrainedConfig, attention: str) -> str | None:
         return f"has the activation 'silu' and not {config.hidden_act!r}"
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         return "has no sliding-window attention"
-    if attention in ("eager", "flash_attention_2"):
+    if attention == "flash_attention_2":
         return f"has no attention {attention!r}"
     return None
 
