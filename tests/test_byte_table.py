@@ -40,6 +40,7 @@ def sentencepiece(kind, prefix=True, byte_fallback=True):
     return spm.SentencePieceProcessor(model_proto=out.getvalue())
 
 
+@functools.cache
 def metaspace(kind, scheme):
     """A SentencePiece model as `tokenizers` holds it; scheme "legacy" is Llama-2's Prepend + Replace."""
     processor = sentencepiece(kind)

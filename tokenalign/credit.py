@@ -17,7 +17,7 @@ def credit(value_S: np.ndarray, span_T: np.ndarray, rule: str, *, logp: np.ndarr
 
         uniform      1 / number of tokens
         bytes        lens_i / bytes of the span; needs lens [T] (offsets.Side.lens)
-        surprisal    log p_i / log p of the span; needs logp [T], each <= 0. Uniform where the span is certain
+        surprisal    log p_i / log p of the span; needs logp [T], each <= 0 up to rounding. Uniform where the span is certain
         first, last  everything to one token
 
     ValueError: an unknown rule, a missing or mis-shaped argument, a positive logp, a value on a span that has no token.
@@ -35,7 +35,7 @@ def credit(value_S: np.ndarray, span_T: np.ndarray, rule: str, *, logp: np.ndarr
     elif rule == "bytes":
         share = _per_token("lens", lens, live)
     elif rule == "surprisal":
-        share = -_per_token("logp", logp, live)
+        share = np.maximum(-_per_token("logp", logp, live), 0.0)
     elif rule in ("first", "last"):
         share = _edge(span, rule, len(value_S))
     else:
@@ -71,8 +71,9 @@ def _per_token(name: str, values: np.ndarray | None, live: np.ndarray) -> np.nda
         got = "nothing" if values is None else f"shape {list(np.shape(values))}"
         raise ValueError(f"credit: this rule needs {name}, one per token; got {got} for {len(live)} tokens.")
     values = np.asarray(values, np.float64)[live]
-    if not np.isfinite(values).all() or (values > 0 if name == "logp" else values < 0).any():
-        raise ValueError(f"credit: {name} must be finite and {'at most' if name == 'logp' else 'at least'} 0 inside the spans.")
+    if not np.isfinite(values).all() or (values > 1e-3 if name == "logp" else values < 0).any():
+        raise ValueError(f"credit: {name} must be finite and {'at most' if name == 'logp' else 'at least'} 0 inside the spans; "
+                         f"got {values[~np.isfinite(values) | (values > 1e-3 if name == 'logp' else values < 0)][0]}.")
     return values
 
 
