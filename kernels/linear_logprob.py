@@ -44,7 +44,7 @@ def linear_logprob_ref(hidden_TD: Tensor, head_VD: Tensor, target: Tensor, *, te
     dtype = wide(hidden_TD.dtype)
     logits_TV = hidden_TD.to(dtype) @ head_VD[:vocab_size].to(dtype).t()
     x_TV = (softcap * torch.tanh(logits_TV / softcap) if softcap else logits_TV) / temperature
-    target_TK = target.long().reshape(len(target), -1)
+    target_TK = (target[:, None] if target.ndim == 1 else target).long()
     ignored_T = (target_TK < 0).all(1)
     logp_TV = x_TV.log_softmax(-1)
     logp_TK = torch.where(target_TK < 0, 0.0, logp_TV.gather(1, target_TK.clamp(min=0)))
@@ -132,7 +132,7 @@ def linear_logprob(hidden_TD: Tensor, head_VD: Tensor, target: Tensor, *, temper
     require(target.ndim in (1, 2) and target.shape[0] == hidden_TD.shape[0] and not target.is_floating_point(),
             f"linear_logprob: target is {target.dtype} {list(target.shape)} for {hidden_TD.shape[0]} rows; "
             "want integers [T] or [T, K]")
-    target_TK = target.long().reshape(target.shape[0], -1 if target.numel() else target.shape[1:].numel()).contiguous()
+    target_TK = (target[:, None] if target.ndim == 1 else target).long().contiguous()
     require(1 <= target_TK.shape[1] <= MAX_CANDIDATES,
             f"linear_logprob: {target_TK.shape[1]} candidates a row; want 1 to {MAX_CANDIDATES}. Split them over calls")
     logp_TK, lse_T, entropy_T, _, _ = _op(

@@ -1,0 +1,70 @@
+"""What every kernel test shares: one tolerance rule, poisoned memory, and the switch into Triton's interpreter."""
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reflux.kernels import _triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PATHS = ("kernel", "torch") if _triton.HAS_TRITON else ("torch",)  # a GPU has no PyTorch path: both names mean kernel
+
+
+def assert_no_worse(got: Tensor, same_dtype: Tensor, truth: Tensor, what: str) -> None:
+    """max|got - truth| <= 2 max|torch at this dtype - truth| + 8 ulp(max(1, largest entry)). truth is fp64.
+
+    The ulps pay for exp/log approximations, and for Triton's CPU interpreter, which stores bf16 by truncation.
+    """
+    assert got.shape == truth.shape, f"{what}: shape {list(got.shape)}, want {list(truth.shape)}"
+    if got.numel() == 0:
+        return
+    assert not got.isnan().any(), f"{what}: NaN"
+    ours = (got.double() - truth).abs().max()
+    torchs = (same_dtype.double() - truth).abs().max()
+    allowed = 2 * torchs + 8 * torch.finfo(got.dtype).eps * truth.abs().max().clamp(min=1)
+    assert ours <= allowed, f"{what}: error {ours:.1e}, allowed {allowed:.1e} (torch at this dtype: {torchs:.1e})"
+
+
+def assert_gradient_close(got: Tensor, truth: Tensor, what: str, relative: float) -> None:
+    """|got - truth| <= relative |truth| in the Euclidean norm: the tolerance of a gradient that went through GEMMs."""
+    assert got.shape == truth.shape, f"{what}: shape {list(got.shape)}, want {list(truth.shape)}"
+    assert not got.isnan().any(), f"{what}: NaN"
+    error, size = (got.double() - truth).norm(), truth.norm()
+    assert error <= relative * size + 1e-12 * got.numel() ** 0.5 + torch.finfo(got.dtype).tiny, \
+        f"{what}: error {error:.1e} of {size:.1e}, allowed {relative:.0e} of it"
+
+
+def _poison(real):
+    def empty(*args, **kwargs):
+        x = real(*args, **kwargs)
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+    return empty
+
+
+@contextmanager
+def running(path: str, block_v: int = 2048):
+    """Run kernels (in the interpreter without a GPU) or their PyTorch twins, on memory that torch.empty fills with NaN.
+
+    An element that nobody wrote then fails loudly. block_v is drawn by tests: a fixed one hides a missing rescale.
+    """
+    with patch.object(_triton, "FORCE_INTERPRET", path == "kernel"), patch.object(_triton, "BLOCK_V", block_v), \
+            patch.object(torch, "empty", _poison(torch.empty)), \
+            patch.object(torch, "empty_like", _poison(torch.empty_like)), \
+            patch.object(torch.Tensor, "new_empty", _poison(torch.Tensor.new_empty)):
+        yield
+
+
+class NoLargeTensor(TorchDispatchMode):
+    """Fails on any result of `limit` elements or more: the whole [T, V] must never exist."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self.limit = limit
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            assert not isinstance(x, Tensor) or x.numel() < self.limit, f"{func} made {list(x.shape)}"
+        return out
