@@ -53,8 +53,8 @@ def build_spec(path: str, *, backend: str = "auto", attention: str = "auto") -> 
     """torchtitan's description of the causal language model in the Hugging Face folder `path`.
 
     backend: "native" (torchtitan's modules: TP, Flex), "hf" (transformers' modules: any dense decoder, FSDP2 only), or
-    "auto", native wherever it computes the same function. attention: "auto" is "sdpa"; "flex" (native) and
-    "flash_attention_2" (hf) need CUDA.
+    "auto", native wherever it computes the same function. attention: "auto" is "sdpa" ("eager" for the few models of
+    transformers without it, such as Gemma 2); "flex" (native) and "flash_attention_2" (hf) need CUDA.
     ValueError for an unknown or impossible choice and for models that neither back end computes exactly.
     """
     if backend not in ("auto", "native", "hf"):
@@ -76,7 +76,7 @@ def build_spec(path: str, *, backend: str = "auto", attention: str = "auto") -> 
         raise ValueError(f"{path}: attention 'flex' is for backend 'native', which {obstacle or 'was not chosen'}; "
                          "use 'sdpa' or 'flash_attention_2'")
     model, adapter = native_model(config, attention) if native else (
-        HFDecoder.Config(path=path, attention="sdpa" if attention == "auto" else attention), HFAdapter)
+        HFDecoder.Config(path=path, attention=None if attention == "auto" else attention), HFAdapter)
     return ModelSpec(name="native" if native else "hf", flavor=os.path.basename(os.path.normpath(path)), model=model,
                      parallelize_fn=parallelize, pipelining_fn=None, post_optimizer_build_fn=None,
                      state_dict_adapter=adapter)
@@ -94,7 +94,7 @@ class HFDecoder(BaseModel):
     @dataclass(kw_only=True, slots=True)
     class Config(BaseModel.Config):
         path: str
-        attention: str = "sdpa"
+        attention: str | None = None  # transformers' choice: sdpa where the model allows it
 
         def update_from_config(self, *, config, **_):
             limit, seq_len = text_config(self.path).max_position_embeddings, config.training.seq_len

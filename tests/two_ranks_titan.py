@@ -1,0 +1,53 @@
+"""Run by test_titan_models.py under torchrun: two ranks, each check against transformers on one process."""
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from assets import make_trainer
+from transformers import AutoModelForCausalLM
+
+from reflux.trainer import titan_models as tm
+from reflux.trainer.titan_decode import gathered, kv_decoder
+from reflux.trainer.titan_export import export_hf
+from reflux.trainer.titan_frozen import build_frozen
+
+
+def check(trainer, path, out):
+    model, rank = trainer.model_parts[0], dist.get_rank()
+    ids_NL = torch.randint(3, 384, (1 + rank, 16 + rank), generator=torch.Generator().manual_seed(rank))
+    positions_NL = torch.arange(ids_NL.shape[1]).expand_as(ids_NL)
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        want_NLV = reference(ids_NL).logits
+    frozen = build_frozen(tm.build_spec(path), path, trainer.config, trainer.parallel_dims, trainer.device,
+                          dtype="float32", seq_len=64)
+    before = frozen.weights_hash()
+    with gathered(model):  # first of all: nothing has run through the root yet
+        for _ in range(1 + rank):  # ranks may decode different amounts
+            with kv_decoder(model) as step:
+                logits_NV = step(ids_NL, positions_NL, torch.ones_like(ids_NL, dtype=torch.bool), True)
+    assert (logits_NV - want_NLV[:, -1]).abs().max() < 2e-5
+    hidden_NLD = frozen.hidden(ids_NL, positions_NL)
+    with frozen.open_head() as head_VD:
+        assert (hidden_NLD @ head_VD.T - want_NLV).abs().max() < 2e-5
+    (tm.hidden_states(model, ids_NL, positions_NL) @ tm.head_weight(model).T).square().sum().backward()
+    reference(ids_NL).logits.square().sum().backward()
+    want_VD = reference.lm_head.weight.grad
+    dist.all_reduce(want_VD)  # gradients are summed over ranks
+    got_VD = model.lm_head.weight.grad.full_tensor()
+    assert (got_VD - want_VD).abs().max() < 1e-5 * want_VD.abs().max()
+    assert frozen.weights_hash() == before
+    export_hf(trainer, out, path, dtype="float32", card="two ranks")
+    exported = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert all(torch.equal(exported[name], weight) for name, weight in reference.state_dict().items())
+
+
+assets, folder = Path(sys.argv[1]), Path(sys.argv[2])
+for name in ("llama3", "qwen3_tied", "gemma3"):
+    trainer = make_trainer(assets / name, folder / name)
+    check(trainer, str(assets / name), str(folder / f"{name}_out"))
+    trainer.close()
+print("all equal", flush=True)
+dist.barrier()
+dist.destroy_process_group()
