@@ -10,6 +10,7 @@ jsd: generalised Jensen-Shannon divergence (Agarwal et al., arXiv:2306.13649); b
 it the other way round. skew: Ko et al., arXiv:2402.03898.
 
 With l_i the summand of class i, g_i = dl/dlog p_i and G = sum g_i, every loss has dL/dz_i = (g_i - p_i G) / temperature.
+Every mask asks p == 0, not p > 0: a NaN must reach the loss, where it is counted, and not pass for an absent class.
 `terms` returns g shifted by a multiple of p, which drops out because p sums to one: near p = q the true g is close
 to that multiple and the difference with p G would cancel.
 """
@@ -30,7 +31,7 @@ def check_mode(op: str, mode: str, beta: float) -> None:
 
 def _masked(p: Tensor, d: Tensor) -> Tensor:
     """p * d, exactly 0 where p is 0, in value and in gradient, even where d is infinite."""
-    return torch.where(p > 0, p * torch.where(p > 0, d, 0.0), 0.0)
+    return torch.where(p == 0, 0.0, p * torch.where(p == 0, 0.0, d))
 
 
 def _log_mix(log_a: Tensor, log_b: Tensor, weight_a: float) -> Tensor:
@@ -38,7 +39,7 @@ def _log_mix(log_a: Tensor, log_b: Tensor, weight_a: float) -> Tensor:
     top = torch.maximum(log_a, log_b).detach()
     top = torch.where(top == -torch.inf, 0.0, top)
     mix = weight_a * (log_a - top).exp() + (1 - weight_a) * (log_b - top).exp()
-    return top + torch.where(mix > 0, mix, 1.0).log() + torch.where(mix > 0, 0.0, -torch.inf)
+    return top + torch.where(mix == 0, 1.0, mix).log() + torch.where(mix == 0, -torch.inf, 0.0)
 
 
 def divergence_ref(logp: Tensor, logq: Tensor, mode: str, beta: float) -> Tensor:
@@ -60,21 +61,21 @@ def divergence_terms(logp: Tensor, logq: Tensor, mode: str, beta: float) -> tupl
     """(l, g, p) of every class, g shifted as the module says. The CPU twin of `terms`."""
     p, q = logp.exp(), logq.exp()
     if mode == "forward":
-        return torch.where(q > 0, q * (logq - logp), 0.0), -q, p
+        return torch.where(q == 0, 0.0, q * (logq - logp)), -q, p
     if mode == "reverse":
-        loss = torch.where(p > 0, p * (logp - logq), 0.0)
+        loss = torch.where(p == 0, 0.0, p * (logp - logq))
         return loss, loss, p
     if mode == "jsd":
         logm = _log_mix(logq, logp, beta)
-        student = torch.where(p > 0, (1 - beta) * p * (logp - logm), 0.0)
-        return student + torch.where(q > 0, beta * q * (logq - logm), 0.0), student, p
+        student = torch.where(p == 0, 0.0, (1 - beta) * p * (logp - logm))
+        return student + torch.where(q == 0, 0.0, beta * q * (logq - logm)), student, p
     if mode == "skew_forward":
         logm = _log_mix(logq, logp, beta)
-        loss = torch.where(q > 0, q * (logq - logm), 0.0)
-        return loss, torch.where(p > 0, (beta - 1) * p * torch.expm1(logq - logm), 0.0), p
+        loss = torch.where(q == 0, 0.0, q * (logq - logm))
+        return loss, torch.where(p == 0, 0.0, (beta - 1) * p * torch.expm1(logq - logm)), p
     logm = _log_mix(logp, logq, beta)
-    loss = torch.where(p > 0, p * (logp - logm), 0.0)
-    return loss, loss - torch.where(p > 0, beta * p * torch.expm1(logp - logm), 0.0), p
+    loss = torch.where(p == 0, 0.0, p * (logp - logm))
+    return loss, loss - torch.where(p == 0, 0.0, beta * p * torch.expm1(logp - logm)), p
 
 
 @triton.jit
@@ -96,21 +97,21 @@ def terms(logp, logq, diff, beta, MODE: tl.constexpr):
     p = tl.exp(logp)
     q = tl.exp(logq)
     if MODE == 0:
-        loss = tl.where(q > 0, -q * diff, 0.0)
+        loss = tl.where(q == 0, 0.0, -q * diff)
         g = -q
     elif MODE == 1:
-        loss = tl.where(p > 0, p * diff, 0.0)
+        loss = tl.where(p == 0, 0.0, p * diff)
         g = loss
     elif MODE == 2:
         logm = log_mix(logq, logp, beta)
-        g = tl.where(p > 0, (1.0 - beta) * p * (logp - logm), 0.0)
-        loss = g + tl.where(q > 0, beta * q * (logq - logm), 0.0)
+        g = tl.where(p == 0, 0.0, (1.0 - beta) * p * (logp - logm))
+        loss = g + tl.where(q == 0, 0.0, beta * q * (logq - logm))
     elif MODE == 3:
         logm = log_mix(logq, logp, beta)
-        loss = tl.where(q > 0, q * (logq - logm), 0.0)
-        g = tl.where(p > 0, (1.0 - beta) * p * (1.0 - tl.exp(logq - logm)), 0.0)
+        loss = tl.where(q == 0, 0.0, q * (logq - logm))
+        g = tl.where(p == 0, 0.0, (1.0 - beta) * p * (1.0 - tl.exp(logq - logm)))
     else:
         logm = log_mix(logp, logq, beta)
-        loss = tl.where(p > 0, p * (logp - logm), 0.0)
-        g = loss + tl.where(p > 0, beta * p * (1.0 - tl.exp(logp - logm)), 0.0)
+        loss = tl.where(p == 0, 0.0, p * (logp - logm))
+        g = loss + tl.where(p == 0, 0.0, beta * p * (1.0 - tl.exp(logp - logm)))
     return loss, g
