@@ -123,6 +123,19 @@ class Anchor:
 
 
 @dataclass(frozen=True)
+class Policy:
+    """The clipped policy gradient of equation (5)."""
+
+    clip: float = 0.2  # the ratio to the behaviour policy stays inside 1 +- clip
+    epochs: int = 1  # optimizer updates per batch of rollouts
+
+    def __post_init__(self):
+        _positive(self, "epochs")
+        if self.clip <= 0:
+            raise ValueError(f"clip = {self.clip}; want > 0")
+
+
+@dataclass(frozen=True)
 class Guard:
     kl_budget: float = 0.10  # nats per token of KL(pi || original); the run stops above it. 0: off
     utility_drop: float = 0.02  # accuracy; two evaluations in a row below the start by more than this stop the run. 0: off
@@ -141,12 +154,13 @@ class Distill:
     on_policy: float = 1.0  # share of prompts answered by the student itself (GKD's lambda)
     correct_only: bool = False  # keep off-policy texts that the task's verifier accepts
     nll_weight: float = 0.0  # adds this times the negative log-likelihood of off-policy texts
-    ahead: int = 1  # steps whose teacher texts are sampled in one go (costs memory, saves time)
+    queries: int = 0  # texts bought from the teacher before the first step and then reused; 0: fresh ones every step
     span_temperature: float = 100.0  # of the binarised span likelihoods (arXiv:2503.20083)
 
     def __post_init__(self):
         _fraction(self, "on_policy")
-        _positive(self, "ahead")
+        if self.queries < 0:
+            raise ValueError(f"queries = {self.queries}; want >= 0")
         _refuse_meaningless(self)
 
 
@@ -230,6 +244,7 @@ class Config:
     rollout: Rollout = Rollout()
     calibration: Calibration = Calibration()
     anchor: Anchor = Anchor()
+    policy: Policy = Policy()
     guard: Guard = Guard()
     distill: Distill = Distill()
     optim: Optim = Optim()

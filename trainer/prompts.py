@@ -34,7 +34,6 @@ class Prompts(Sequence):
 
     def __init__(self, rows: Sequence[Mapping], columns: Mapping[str, str], place: Callable[[int], str]):
         self._rows, self._columns, self._place = rows, columns, place
-        self._order = lru_cache(maxsize=2)(self._permutation)  # a batch can touch two epochs
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -46,20 +45,27 @@ class Prompts(Sequence):
         return _prompt(i, self._rows[i], self._columns, self._place(i))
 
     def batch(self, step: int, count: int, *, seed: int, shuffle: bool = True) -> list[Prompt]:
-        """The global batch of a step (from 0): rows step*count ... (step+1)*count - 1 of the endless sequence
-        epoch 0, epoch 1, ..., each epoch its own permutation of all rows. A pure function of its arguments: nothing
-        to checkpoint, and the same on every rank of any number of ranks.
-        """
-        if step < 0 or count < 1:
-            raise ValueError(f"batch: step = {step}, count = {count}; want step >= 0 and count >= 1")
-        places = (divmod(k, len(self)) for k in range(step * count, (step + 1) * count))
-        return [self[self._order(seed, epoch)[row] if shuffle else row] for epoch, row in places]
+        """The global batch of a step (from 0); see `places`."""
+        return [self[i] for i in places(len(self), step, count, seed=seed, shuffle=shuffle)]
 
-    def _permutation(self, seed: int, epoch: int) -> list[int]:
-        # RandomState's stream is frozen by numpy's policy (NEP 19); the newer generators may change with a release,
-        # and a run resumed after an upgrade would then repeat some prompts and skip others.
-        words = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, epoch]
-        return np.random.RandomState(words).permutation(len(self)).tolist()
+
+def places(length: int, step: int, count: int, *, seed: int, shuffle: bool = True) -> list[int]:
+    """Rows of the global batch of a step (from 0): entries step*count ... (step+1)*count - 1 of the endless sequence
+    epoch 0, epoch 1, ..., each epoch its own permutation of all `length` rows. A pure function of its arguments: nothing
+    to checkpoint, and the same on every rank of any number of ranks.
+    """
+    if step < 0 or count < 1:
+        raise ValueError(f"batch: step = {step}, count = {count}; want step >= 0 and count >= 1")
+    spots = (divmod(k, length) for k in range(step * count, (step + 1) * count))
+    return [_permutation(length, seed, epoch)[row] if shuffle else row for epoch, row in spots]
+
+
+@lru_cache(maxsize=4)  # a batch can touch two epochs
+def _permutation(length: int, seed: int, epoch: int) -> list[int]:
+    # RandomState's stream is frozen by numpy's policy (NEP 19); the newer generators may change with a release,
+    # and a run resumed after an upgrade would then repeat some prompts and skip others.
+    words = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, epoch]
+    return np.random.RandomState(words).permutation(length).tolist()
 
 
 def shard(prompts: Sequence[Prompt], rank: int, world: int) -> list[Prompt]:

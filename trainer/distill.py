@@ -1,0 +1,215 @@
+"""Phase 2: a student learns from given texts (SFT) or from a frozen teacher (seq-KD, KD, GKD, across tokenizers).
+
+    objective   nll    likelihood of given or teacher-written texts: SFT, seq-KD
+                kl     token KL to the teacher at the same positions: KD off-policy, GKD with on_policy > 0
+                span   likelihoods of aligned byte spans: teacher and student of different tokenizers
+    off-policy texts come from the data set or the teacher, on-policy ones from the student itself.
+
+Shapes: n tokens of one response, S spans, T tokens of a batch.
+"""
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import numpy as np
+
+from .batch import Batch, Prompt, Rollout, Sample
+from .chat import Chat, same_vocabulary
+from .config import Config
+from .evaluation import Evaluator
+from .losses import Loss, Outputs, distill_kl, nll, span_kl, token_logprob_of
+from .prompts import load_prompts, places, shard
+from .rollout import Sampling, generate, given
+from .tally import Tally
+from .tasks import build_task
+from .text_scores import align_texts, score_ids, sum_over_spans
+
+
+@dataclass(frozen=True)
+class Text:
+    """A rollout and who wrote it: "student", "teacher" or "dataset"."""
+
+    rollout: Rollout
+    writer: str
+
+
+class Distill:
+    """The phase: sample, score, loss. `tally` holds what the last score wants in the log line."""
+
+    def __init__(self, cfg: Config, engine):
+        self.cfg, self.engine, self.spec = cfg, engine, cfg.distill
+        self.chat = Chat(cfg.model.path)
+        engine.vocab_size = min(engine.vocab_size, self.chat.vocab_size)
+        self.prompts = load_prompts(cfg.data.source, split=cfg.data.split, columns=cfg.data.columns, limit=cfg.data.limit)
+        self.task = build_task(cfg.task.name, cfg.task.options) if cfg.task.name else None
+        self.evaluator = Evaluator(cfg, engine, self.chat, self.task)
+        self.teacher = self.teacher_chat = None
+        if cfg.needs_teacher:
+            self.teacher, self.teacher_chat = engine.frozen(cfg.teacher), Chat(cfg.teacher.path)
+            self.same = same_vocabulary(self.chat, self.teacher_chat)
+            self._refuse_other_vocabulary()
+        self.tally = Tally()
+        self.pool = self._buy(self.spec.queries) if self.spec.queries and self.spec.source == "teacher" else []
+
+    def sample(self, step: int) -> list[list[Text]]:
+        """[P][G] texts of this rank's part of the step's prompts."""
+        r, seed = self.cfg.rollout, self.cfg.seed
+        batch = self.prompts.batch(step - 1, r.prompts, seed=seed, shuffle=self.cfg.data.shuffle)
+        slots = shard(list(enumerate(batch)), self.engine.rank, self.engine.world)
+        mine = [p for slot, p in slots if self._is_on_policy(step, slot)]
+        others = [(slot, p) for slot, p in slots if not self._is_on_policy(step, slot)]
+        groups: list[list[Text]] = []
+        if self.spec.on_policy > 0:
+            with self.engine.publish() as decode:
+                groups += [[Text(x, "student") for x in g] for g in generate(decode, self.chat, mine, r.group, self._draw(step))]
+        if self.spec.on_policy < 1:
+            groups += self._off_policy(step, others)
+        return groups
+
+    def score(self, texts_PG: list[list[Text]]) -> list[Sample]:
+        """Targets of every text; one sample per text that can be learned from."""
+        self.tally = Tally()
+        texts = list(chain.from_iterable(texts_PG))
+        self._report(texts)
+        if self.spec.correct_only:
+            texts = self._keep_right(texts)
+        if self.spec.objective == "span":
+            return self._span_samples(texts)
+        samples = [Sample(self._own(t), off_policy=t.writer != "student") for t in texts]
+        if self.teacher is None or self.spec.objective == "nll":
+            return samples
+        return [self._with_teacher_prompt(s) for s in samples]
+
+    def loss(self, out: Outputs, batch: Batch) -> Loss:
+        """The objective plus nll_weight times the likelihood of off-policy texts, summed over the batch's tokens."""
+        spec, metrics = self.spec, {}
+        total = 0.0 * out.hidden_TD.float().sum()
+        if spec.objective != "kl" or spec.nll_weight:
+            logp_T = token_logprob_of(out, batch.target_T).logp
+            likelihood, metrics = nll(logp_T, batch.off_policy_T)
+            total = total + (1.0 if spec.objective == "nll" else spec.nll_weight) * likelihood
+        if spec.objective == "kl":
+            with self.engine.read(self.teacher, batch.for_teacher(), out.vocab_size) as teacher:
+                divergence, more = distill_kl(out, teacher, spec)
+            return total + divergence, metrics | more
+        if spec.objective == "span":
+            likeness, more = span_kl(logp_T, batch.span_T, batch.teacher_span_logp_S, temperature=spec.span_temperature)
+            return total + likeness, metrics | more
+        return total, metrics
+
+    def close_step(self, step: int, stats: dict[str, float]) -> dict[str, float]:
+        return self.evaluator.due(step)
+
+    # where texts come from
+    def _off_policy(self, step: int, slots: list[tuple[int, Prompt]]) -> list[list[Text]]:
+        r = self.cfg.rollout
+        if self.spec.source == "dataset":
+            return [[Text(given(self.chat, p, r.max_tokens), "dataset")] for _, p in slots]
+        if self.spec.queries:
+            rows = places(len(self.pool), step - 1, r.prompts, seed=self.cfg.seed)
+            return [[Text(x, "teacher") for x in self.pool[rows[slot]]] for slot, _ in slots]
+        with self.engine.publish_frozen(self.teacher) as decode:
+            groups = generate(decode, self.teacher_chat, [p for _, p in slots], r.group, self._draw(step))
+        return [[Text(x, "teacher") for x in g] for g in groups]
+
+    def _buy(self, count: int) -> list[list[Rollout]]:
+        """The teacher's answers to the first `count` prompts of the shuffled data; every rank holds all of them."""
+        r, world = self.cfg.rollout, self.engine.world
+        prompts = [self.prompts[i] for i in places(len(self.prompts), 0, count, seed=self.cfg.seed)]
+        unique = list({p.index: p for p in prompts}.values())
+        with self.engine.publish_frozen(self.teacher) as decode:
+            mine = generate(decode, self.teacher_chat, unique[self.engine.rank::world], r.group, self._draw(0))
+        pool = sorted(self.engine.gather(mine), key=lambda group: group[0].prompt.index)
+        if self.spec.correct_only:
+            pool = [[x for x, g in zip(group, self.task.grade(group)) if g.correct] for group in pool]
+            pool = [group for group in pool if group]
+            if not pool:
+                raise ValueError(f"distill.correct_only: none of the teacher's {count} answers is right; check task.name = "
+                                 f"{self.cfg.task.name!r} and task.options against the texts, or raise distill.queries")
+        return pool
+
+    def _draw(self, step: int) -> Sampling:
+        r = self.cfg.rollout
+        return Sampling(r.max_tokens, self.cfg.seed, step, r.temperature, r.top_p, r.top_k, r.rows)
+
+    def _is_on_policy(self, step: int, slot: int) -> bool:
+        key = np.array([self.cfg.seed << 32 ^ step, slot], dtype=np.uint64)
+        return bool(np.random.Generator(np.random.Philox(key=key)).random() < self.spec.on_policy)
+
+    def _own(self, text: Text) -> Rollout:
+        """The text behind the student's own prompt, in its ids: as sampled where they are shared, else re-encoded."""
+        if text.writer != "teacher":
+            return text.rollout
+        x = replace(text.rollout, prompt_ids=self.chat.prompt_ids(text.rollout.prompt.messages))
+        if self.same:
+            return x
+        ids = self.chat.encode(x.text) + ((self.chat.stop_id,) if x.ended else ())
+        return replace(x, ids=ids, logp=(0.0,) * len(ids))
+
+    def _with_teacher_prompt(self, sample: Sample) -> Sample:
+        ids = self.teacher_chat.prompt_ids(sample.rollout.prompt.messages)
+        return sample if ids == sample.rollout.prompt_ids else replace(sample, teacher_prompt_ids=ids)
+
+    def _keep_right(self, texts: list[Text]) -> list[Text]:
+        grades = self.task.grade([t.rollout for t in texts])
+        kept = [t for t, g in zip(texts, grades) if t.writer == "student" or g.correct]
+        self.tally.add("kept", [float(t in kept) for t in texts])
+        return kept
+
+    # across tokenizers
+    def _span_samples(self, texts: list[Text]) -> list[Sample]:
+        """Teacher likelihoods of the spans that both tokenizations share; the stop is a span of its own."""
+        by_teacher = [t.rollout for t in texts if t.writer == "teacher"]
+        others = [t for t in texts if t.writer != "teacher"]
+        samples = self._from_teacher(by_teacher) + self._from_student(others)
+        self.tally.add("unaligned", [float(s is None) for s in samples])
+        return [s for s in samples if s is not None]
+
+    def _from_teacher(self, rollouts: list[Rollout]) -> list[Sample | None]:
+        """The teacher wrote: its own sampled ids and log-probabilities, re-tokenized by the student."""
+        aligned = align_texts(self.teacher_chat, self.chat, rollouts, same=self.same)
+        out: list[Sample | None] = []
+        for x, a in zip(rollouts, aligned):
+            if a.spans is None:
+                out.append(None)
+                continue
+            teacher_S = sum_over_spans(np.asarray(x.logp[:len(x.content_ids)]), a.writer_span, a.spans)
+            own = replace(x, prompt_ids=self.chat.prompt_ids(x.prompt.messages),
+                          ids=tuple(a.reader_ids) + ((self.chat.stop_id,) if x.ended else ()))
+            out.append(_span_sample(own, a.reader_span, teacher_S, x.stop_logp, True))
+        return out
+
+    def _from_student(self, texts: list[Text]) -> list[Sample | None]:
+        """The student wrote, or the data set: the teacher reads the text with its own template and tokenizer. Collective."""
+        rollouts = [t.rollout for t in texts]
+        aligned = align_texts(self.chat, self.teacher_chat, rollouts, same=self.same)
+        usable = [k for k, a in enumerate(aligned) if a.spans is not None]
+        jobs = [(self.teacher_chat.prompt_ids(rollouts[k].prompt.messages), tuple(aligned[k].reader_ids)) for k in usable]
+        read = dict(zip(usable, score_ids(self.teacher, self.engine, jobs, self.teacher_chat, tokens=self.cfg.batch.tokens)))
+        out: list[Sample | None] = []
+        for k, (text, a) in enumerate(zip(texts, aligned)):
+            if k not in read:
+                out.append(None)
+                continue
+            teacher_S = sum_over_spans(read[k].logp, a.reader_span, a.spans)
+            out.append(_span_sample(text.rollout, a.writer_span, teacher_S, read[k].stop, text.writer != "student"))
+        return out
+
+    def _report(self, texts: list[Text]) -> None:
+        t, own = self.tally, [x.rollout for x in texts if x.writer == "student"]
+        t.add("length", [len(x.rollout.ids) for x in texts])
+        t.add("truncated", [float(not x.rollout.ended) for x in texts])
+        t.add("on_policy", [float(x.writer == "student") for x in texts])
+        if self.task is not None and self.spec.on_policy > 0:
+            grades = self.task.grade(own)
+            t.add("reward/task", [g.reward for g in grades])
+
+    def _refuse_other_vocabulary(self) -> None:
+        if self.spec.objective == "kl" and not self.same:
+            raise ValueError(f"distill.objective = 'kl' compares token by token, but {self.cfg.teacher.path} and "
+                             f"{self.cfg.model.path} have different vocabularies. Use distill.objective = 'span'")
+
+
+def _span_sample(rollout: Rollout, span: np.ndarray, teacher_S: np.ndarray, stop: float, off_policy: bool) -> Sample:
+    if rollout.ended:
+        span, teacher_S = np.append(span, len(teacher_S)), np.append(teacher_S, stop)
+    return Sample(rollout, off_policy=off_policy, span=span, teacher_span_logp=teacher_S)

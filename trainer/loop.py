@@ -1,0 +1,119 @@
+"""The loop, the same for every phase: sample -> score -> pack -> step -> record."""
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+from . import titan
+from .batch import pack
+from .calibrate import Calibrate
+from .config import Config
+from .config_file import as_table
+from .distill import Distill
+from .evaluation import Evaluate
+from .guards import Stop
+from .model_card import model_card
+from .record import Record
+from .run_folder import save_config
+
+PHASES = {"calibrate": Calibrate, "distill": Distill, "evaluate": Evaluate}  # they differ below, never here
+
+
+def train(cfg: Config) -> int:
+    """Runs a whole configuration. Returns the exit code: 0, or 130 when a signal ended it after a saved step."""
+    engine = titan.Engine(cfg)
+    try:
+        phase = PHASES[cfg.phase](cfg, engine)
+        if engine.is_main:
+            save_config(cfg)
+        with _record(cfg, engine) as record, _finish_step_on_signal(engine):
+            if cfg.steps == 0 or engine.resumed_step == 0:
+                _note(record, phase.evaluator.due(0), step=0)
+            stats: dict[str, float] = {}
+            if cfg.phase != "evaluate":
+                stats = _run_steps(cfg, engine, phase, record)
+            if engine.wants_to_stop:
+                record.event("interrupted", resume="run the same command again")
+                return 130
+            if cfg.export.enable and cfg.phase != "evaluate":
+                record.event("export", folder=engine.export(model_card(cfg, stats)))
+        return 0
+    finally:
+        engine.close()
+
+
+def _run_steps(cfg: Config, engine, phase, record: Record) -> dict[str, float]:
+    stats: dict[str, float] = {}
+    for step in engine.steps():  # resumes where the checkpoint left off
+        start = time.perf_counter()
+        texts_PG = phase.sample(step)  # P prompts -> G texts each
+        sampled = time.perf_counter()
+        samples_N = phase.score(texts_PG)  # -> reward parts, advantages, teacher targets
+        scored = time.perf_counter()
+        batches = pack(samples_N, tokens=cfg.batch.tokens, seq_len=engine.seq_len, joined=cfg.batch.pack)
+        stats = engine.step(batches, phase.loss)  # forward, loss, backward, clip, AdamW
+        stats |= engine.mean(phase.tally) | _timing(stats, start, sampled, scored, engine)
+        record(step, _words(cfg, stats), _examples(texts_PG) if cfg.log.samples_every else None)
+        try:
+            _note(record, phase.close_step(step, stats), step=step)  # evaluation and guards
+        except Stop as stop:
+            record.event("stopped", reason=str(stop), restore=stop.restore)
+            if stop.restore:
+                engine.restore(stop.restore)
+            break
+    return stats
+
+
+def _note(record: Record, found: dict[str, float], step: int) -> None:
+    if found:
+        record.event("eval", **found)
+
+
+def _timing(stats: dict[str, float], start: float, sampled: float, scored: float, engine) -> dict[str, float]:
+    end = time.perf_counter()
+    return {"tokens_per_s": stats["tokens"] / (end - start), "sample_s": sampled - start, "score_s": scored - sampled,
+            "step_s": end - scored, "memory_gib": engine.memory_gib()}
+
+
+def _words(cfg: Config, stats: dict) -> dict:
+    """The dial in words: what eta is called, and how strong it is in use."""
+    if cfg.phase != "calibrate":
+        return stats
+    return stats | {"eta": f"{cfg.calibration.mode} {abs(stats.get('eta', 0.0)):.3g}"}
+
+
+def _examples(texts_PG: list) -> list[dict]:
+    rollouts = [getattr(t, "rollout", t) for group in texts_PG[:4] for t in group[:1]]
+    return [{"prompt": r.prompt.messages[-1]["content"], "text": r.text, "answer": r.prompt.answer, "ended": r.ended}
+            for r in rollouts]
+
+
+def _record(cfg: Config, engine) -> Record:
+    track = (lambda step, metrics: engine.log({k: v for k, v in metrics.items() if isinstance(v, int | float)}, step)
+             ) if cfg.log.tensorboard or cfg.log.wandb else None
+    return Record(folder=cfg.folder, config=as_table(cfg), command=sys.argv, total_steps=cfg.steps,
+                  samples_every=cfg.log.samples_every, resumed_step=engine.resumed_step, is_main=engine.is_main,
+                  quiet=cfg.log.quiet, tensorboard=False, on_step=track)
+
+
+@contextlib.contextmanager
+def _finish_step_on_signal(engine) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) lets the step end and saves it; the second stops at once."""
+    def ask(signum, frame):
+        if engine.wants_to_stop:
+            raise KeyboardInterrupt
+        engine.wants_to_stop = True
+        if engine.is_main:
+            print("finishing this step, then saving; once more to stop at once", file=sys.stderr, flush=True)
+
+    try:
+        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever embeds the loop keeps its own handlers
+        yield
+        return
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)

@@ -1,0 +1,106 @@
+"""The losses of both phases: pure functions of tensors that return (sum over tokens, metrics as sums over tokens).
+
+They call reflux.kernels and know neither ranks nor phases. The division by the global token count happens once, in
+Engine.step. Metrics whose name starts with "max/" are maxima, all others are sums over the same tokens.
+
+Shapes: T tokens, D student hidden, E teacher hidden, V vocabulary, K kept teacher entries, S spans.
+"""
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from reflux.kernels.linear_kl import linear_kl
+from reflux.kernels.linear_logprob import LogProb, linear_logprob
+from reflux.kernels.linear_topk_kl import linear_topk_kl
+from reflux.kernels.span_sum import span_sum
+from reflux.kernels.teacher_topk import teacher_topk
+from reflux.tokenalign.span_losses import span_likelihood_kl
+
+from .config import Distill
+
+Loss = tuple[Tensor, dict[str, Tensor]]
+
+
+class Outputs(NamedTuple):
+    """What a decoder leaves behind at the T predictor positions; logits are never formed here."""
+
+    hidden_TD: Tensor
+    head_VD: Tensor
+    softcap: float | None  # logits are softcap * tanh(hidden @ head.T / softcap)
+    vocab_size: int  # ids the tokenizer knows; the head may be padded
+
+
+def token_logprob_of(out: Outputs, target: Tensor, *, temperature: float = 1.0, entropy: bool = False) -> LogProb:
+    """log p of the targets [T] or candidates [T, K], fused with the head."""
+    return linear_logprob(out.hidden_TD, out.head_VD, target, temperature=temperature, entropy=entropy,
+                          softcap=out.softcap, vocab_size=out.vocab_size)
+
+
+def policy_gradient(logp_T: Tensor, old_logp_T: Tensor, advantage_T: Tensor, clip: float) -> Loss:
+    """Equation (5): - sum min(rho A, clip(rho, 1 - clip, 1 + clip) A), rho = exp(logp - old)."""
+    log_ratio_T = logp_T - old_logp_T
+    ratio_T = log_ratio_T.exp()
+    clipped_T = ratio_T.clamp(1 - clip, 1 + clip)
+    gain_T = torch.minimum(ratio_T * advantage_T, clipped_T * advantage_T)
+    with torch.no_grad():
+        metrics = {"clipped": (ratio_T != clipped_T).float().sum(), "mismatch": log_ratio_T.abs().sum()}
+        metrics["max/mismatch"] = log_ratio_T.abs().amax() if len(logp_T) else logp_T.new_zeros(())
+    return -gain_T.sum(), metrics
+
+
+def anchor_kl(logp_T: Tensor, old_logp_T: Tensor, original_logp_T: Tensor, estimator: str) -> Loss:
+    """KL(pi || original) from the sampled tokens (estimators of docs/method.md, "Anchor").
+
+    k2_loss: half the squared log-ratio; its gradient is the reverse KL's, on-policy.
+    k3_is:   pi/pi_old times k3, differentiated through both: the reverse KL, also for slightly stale rollouts.
+    k3_loss: the common GRPO form; it descends the forward KL.
+    """
+    log_ratio_T = original_logp_T.detach() - logp_T
+    k3_T = log_ratio_T.exp() - log_ratio_T - 1
+    value_T = {
+        "k2_loss": lambda: 0.5 * log_ratio_T**2,
+        "k3_is": lambda: (logp_T - old_logp_T).exp() * k3_T,
+        "k3_loss": lambda: k3_T,
+    }[estimator]()
+    return value_T.sum(), {"anchor_kl": k3_T.detach().sum()}
+
+
+def exact_anchor_kl(out: Outputs, original: Outputs, *, temperature: float) -> Loss:
+    """KL(pi || original) over the whole vocabulary at the sampled prefixes."""
+    result = linear_kl(out.hidden_TD, out.head_VD, original.hidden_TD, original.head_VD, mode="reverse",
+                       temperature=temperature, vocab_size=out.vocab_size, student_softcap=out.softcap,
+                       teacher_softcap=original.softcap)
+    return result.total, {"anchor_kl": result.kl.detach().sum()}
+
+
+def distill_kl(student: Outputs, teacher: Outputs, spec: Distill) -> Loss:
+    """Token KL of GKD (arXiv:2306.13649): full vocabulary, or the teacher's top k with its exact tail."""
+    weight = spec.temperature**2 if spec.scale_t2 else 1.0
+    weight_T = student.hidden_TD.new_full((len(student.hidden_TD),), weight, dtype=torch.float32)
+    if spec.tail == "full":
+        result = linear_kl(student.hidden_TD, student.head_VD, teacher.hidden_TD, teacher.head_VD, mode=spec.divergence,
+                           beta=spec.beta, temperature=spec.temperature, weight=weight_T, vocab_size=student.vocab_size,
+                           student_softcap=student.softcap, teacher_softcap=teacher.softcap)
+        return result.total, {"kl": result.kl.detach().sum()}
+    kept = teacher_topk(teacher.hidden_TD, teacher.head_VD, min(spec.top_k, student.vocab_size),
+                        temperature=spec.temperature, vocab_size=student.vocab_size, softcap=teacher.softcap)
+    result = linear_topk_kl(student.hidden_TD, student.head_VD, kept.ids, kept.logp, kept.tail, mode=spec.divergence,
+                            tail=spec.tail, beta=spec.beta, temperature=spec.temperature, weight=weight_T,
+                            vocab_size=student.vocab_size, softcap=student.softcap)
+    metrics = {"kl": result.kl.detach().sum(), "teacher_mass": kept.logp.exp().sum()}
+    return result.total, metrics
+
+
+def span_kl(logp_T: Tensor, span_T: Tensor, teacher_span_logp_S: Tensor, *, temperature: float) -> Loss:
+    """Binary KL between the two models' likelihoods of each aligned span (ALM, arXiv:2503.20083)."""
+    student_S = span_sum(logp_T, span_T, len(teacher_span_logp_S))
+    total = span_likelihood_kl(student_S, teacher_span_logp_S, temperature=temperature)
+    gap = (teacher_span_logp_S - student_S.detach()).sum()
+    return total, {"span_gap": gap, "aligned": (span_T >= 0).float().sum()}
+
+
+def nll(logp_T: Tensor, weight_T: Tensor) -> Loss:
+    """- sum of weighted log-probabilities."""
+    total = -(logp_T * weight_T).sum()
+    return total, {"nll": total.detach(), "off_policy": weight_T.sum()}

@@ -1,0 +1,62 @@
+"""torchrun trainer/main.py --config FILE [--set a.b=value ...] [--print-config] [--dry-run] [--check]"""
+import os
+import sys
+
+if os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
+    del sys.path[0]  # Python puts a script's own folder first; there, trainer/x.py would pose as the package x
+
+import argparse
+
+from reflux.trainer import config_file, run_folder  # absolute: a script has no package to be relative to
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="torchrun trainer/main.py", description="Calibrate, distil or evaluate a model.")
+    parser.add_argument("--config", required=True, help="a .toml file, or a .py recipe with config()")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one knob; repeatable")
+    parser.add_argument("--print-config", action="store_true", help="print every knob as TOML and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print shapes, parameters and memory per rank; load nothing")
+    parser.add_argument("--check", action="store_true", help="check tokenizers, templates, alignment and models; write nothing")
+    args = parser.parse_args(arguments)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)  # plain `python trainer/main.py` is one rank
+    try:
+        cfg = config_file.load(args.config, tuple(args.set))
+        if args.print_config:
+            print(config_file.to_toml(cfg), end="")
+            return 0
+        return _run(cfg, args)
+    except (OSError, ValueError) as error:
+        if os.environ.get("REFLUX_TRACEBACK"):
+            raise
+        parser.error(f"{error}\n(REFLUX_TRACEBACK=1 shows where)")
+
+
+def _run(cfg, args) -> int:
+    """Imports only what the chosen action needs: torch and transformers take seconds."""
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if args.dry_run:
+        from reflux.trainer.preflight import dry_run
+
+        return dry_run(cfg)
+    if args.check:
+        from reflux.trainer.preflight import check
+
+        return check(cfg)
+    cfg = run_folder.settle(cfg)
+    from reflux.trainer import loop
+
+    return loop.train(cfg)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
