@@ -83,14 +83,14 @@ def logprob_backward(logits, target, top, log_s, entropy, g_logp, g_lse, g_entro
     chosen = (k < K) & (y >= 0)
     at = tl.where(chosen, y, 0)
     g_id = tl.sum(tl.where(y[:, None] == y[None, :], g[None, :], 0.0), 1)
-    raw = tl.load(row + at, mask=chosen, other=0.0).to(WIDE)
-    logp_k = (raw * inv_temp - M) - log_S
+    raw_k = tl.load(row + at, mask=chosen, other=0.0).to(WIDE)
+    logp_k = (raw_k * inv_temp - M) - log_S
     p_k = tl.exp(logp_k)
     d_k = g_id + p_k * c
     if ENTROPY:
         d_k -= tl.where(p_k > 0, g_H * p_k * (logp_k + H), 0.0)
     if CAPPED:
-        d_k *= 1.0 - (raw * inv_cap) * (raw * inv_cap)
+        d_k *= 1.0 - (raw_k * inv_cap) * (raw_k * inv_cap)
     tl.debug_barrier()  # dlogits may be logits itself: every candidate is read before the sweep overwrites it
 
     lanes = tl.arange(0, R)[:, None] * 8 + tl.arange(0, 8)[None, :]
