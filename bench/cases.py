@@ -1,0 +1,115 @@
+"""The one list of ops that are timed: shapes, inputs, the work that cannot be avoided, baselines.
+
+A case's floor is max(bytes / bandwidth, flop / rate) with the rates of an H200: 4.3 TB/s copied, 790 TFLOP/s in bf16.
+Shapes: T tokens, V vocabulary, D student hidden, E teacher hidden, K kept ids, S spans.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reflux.kernels.linear_kl import linear_kl, linear_kl_ref
+from reflux.kernels.linear_logprob import linear_logprob, linear_logprob_ref
+from reflux.kernels.linear_topk_kl import linear_topk_kl, linear_topk_kl_ref
+from reflux.kernels.span_sum import span_sum, span_sum_ref
+from reflux.kernels.teacher_topk import teacher_topk, teacher_topk_ref
+from reflux.kernels.token_kl import token_kl, token_kl_ref
+from reflux.kernels.token_logprob import token_logprob, token_logprob_ref
+
+BANDWIDTH, FLOPS = 4.3e12, 790e12  # B/s, FLOP/s
+
+
+@dataclass(frozen=True)
+class Shape:
+    T: int
+    V: int
+    D: int
+    E: int
+    K: int = 64
+
+
+QWEN = Shape(T=8192, V=151_936, D=2048, E=4096)
+GEMMA = Shape(T=8192, V=262_144, D=2048, E=4096)
+TINY = Shape(T=12, V=96, D=16, E=24, K=8)
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: Shape
+    bytes: int  # that any implementation must move
+    flop: int  # of the GEMMs that the algorithm needs
+    ours: Callable[[], object]
+    baselines: dict[str, Callable[[], object]]
+
+    @property
+    def floor_ms(self) -> float:
+        return max(self.bytes / BANDWIDTH, self.flop / FLOPS) * 1e3
+
+
+def _randn(*shape: int, device: str, grad: bool = False) -> Tensor:
+    return torch.randn(*shape, device=device, dtype=torch.bfloat16).requires_grad_(grad)
+
+
+def _with_backward(fn: Callable[..., tuple], *args, **options) -> Callable[[], object]:
+    """Forward, then backward from the first output; gradients are dropped so that every round does the same work."""
+    def step() -> None:
+        for x in args:
+            x.grad = None
+        fn(*args, **options)[0].sum().backward()
+    return step
+
+
+def _pair(fn, ref, args, **options) -> tuple[Callable[[], object], dict[str, Callable[[], object]]]:
+    return _with_backward(fn, *args, **options), {
+        "torch": _with_backward(ref, *args, **options),
+        "torch.compile": _with_backward(torch.compile(ref), *args, **options)}
+
+
+def _linear(s: Shape, device: str) -> tuple[Tensor, ...]:
+    return (_randn(s.T, s.D, device=device, grad=True), _randn(s.V, s.D, device=device, grad=True),
+            _randn(s.T, s.E, device=device), _randn(s.V, s.E, device=device))
+
+
+def _span_sum(s: Shape, device: str) -> Case:
+    x_T = torch.randn(s.T, device=device, requires_grad=True)
+    span_T = torch.arange(s.T, device=device) // 3
+    ours, baselines = _pair(lambda x, i: (span_sum(x, i, s.T),), lambda x, i: (span_sum_ref(x, i, s.T),), (x_T, span_T))
+    return Case(s, 2 * (4 + 8 + 4) * s.T, 0, ours, baselines)
+
+
+def _token_logprob(s: Shape, device: str) -> Case:
+    args = _randn(s.T, s.V, device=device, grad=True), torch.randint(s.V, (s.T,), device=device)
+    return Case(s, 6 * s.T * s.V, 0, *_pair(token_logprob, token_logprob_ref, args))
+
+
+def _token_kl(s: Shape, device: str) -> Case:
+    args = _randn(s.T, s.V, device=device, grad=True), _randn(s.T, s.V, device=device)
+    return Case(s, 10 * s.T * s.V, 0, *_pair(token_kl, token_kl_ref, args))
+
+
+def _linear_logprob(s: Shape, device: str) -> Case:
+    x_TD, w_VD, _, _ = _linear(s, device)
+    args = x_TD, w_VD, torch.randint(s.V, (s.T,), device=device)
+    return Case(s, 0, 4 * 2 * s.T * s.V * s.D, *_pair(linear_logprob, linear_logprob_ref, args))
+
+
+def _linear_kl(s: Shape, device: str) -> Case:
+    return Case(s, 0, 2 * s.T * s.V * (3 * s.D + s.E), *_pair(linear_kl, linear_kl_ref, _linear(s, device)))
+
+
+def _linear_topk_kl(s: Shape, device: str) -> Case:
+    x_TD, w_VD, *teacher = _linear(s, device)
+    args = x_TD, w_VD, *teacher_topk(*teacher, s.K)
+    return Case(s, 0, 2 * s.T * s.V * 3 * s.D, *_pair(linear_topk_kl, linear_topk_kl_ref, args))
+
+
+def _teacher_topk(s: Shape, device: str) -> Case:
+    _, _, x_TE, w_VE = _linear(s, device)
+    return Case(s, 0, 2 * s.T * s.V * s.E, lambda: teacher_topk(x_TE, w_VE, s.K),
+                {"torch": lambda: teacher_topk_ref(x_TE, w_VE, s.K)})
+
+
+OPS: dict[str, Callable[[Shape, str], Case]] = {
+    "span_sum": _span_sum, "token_logprob": _token_logprob, "token_kl": _token_kl, "linear_logprob": _linear_logprob,
+    "linear_kl": _linear_kl, "linear_topk_kl": _linear_topk_kl, "teacher_topk": _teacher_topk}

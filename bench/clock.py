@@ -1,0 +1,55 @@
+"""Times a set of functions against each other in one process: interleaved rounds, cold L2, quantiles."""
+import time
+from collections.abc import Callable
+
+import torch
+
+WARMUP, ROUNDS = 5, 50
+FLUSH_BYTES = 256 * 2**20  # five times an H200's L2
+
+
+def _one_ms(fn: Callable[[], object], flush: torch.Tensor | None) -> float:
+    if flush is None:
+        start = time.perf_counter()
+        fn()
+        return (time.perf_counter() - start) * 1e3
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
+    begin.record()
+    fn()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def time_ms(functions: dict[str, Callable[[], object]], on_gpu: bool, rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """{name: [p20, p50, p80]} in ms. Every round runs all functions, in forward and backward order by turns."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda") if on_gpu else None
+    for _ in range(WARMUP if on_gpu else 1):
+        for fn in functions.values():
+            fn()
+    seen = {name: [] for name in functions}
+    for i in range(rounds):
+        for name in list(functions)[::1 if i % 2 else -1]:
+            seen[name].append(_one_ms(functions[name], flush))
+    at = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    return {name: torch.tensor(ms, dtype=torch.float64).quantile(at).tolist() for name, ms in seen.items()}
+
+
+def peak_mib(fn: Callable[[], object]) -> float:
+    """Peak GPU memory above what was allocated before, in MiB."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    fn()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def roofline_now() -> dict[str, float]:
+    """What this GPU gives in this run: bf16 matmul TFLOP/s at 8192 cubed, and copy GB/s of 2 GiB."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))  # zeros would run faster
+    x = torch.empty(2**31, dtype=torch.int8, device="cuda")
+    y = torch.empty_like(x)
+    ms = time_ms({"matmul": lambda: a @ b, "copy": lambda: y.copy_(x)}, on_gpu=True, rounds=20)
+    return {"matmul_tflops": 2 * 8192**3 / ms["matmul"][1] / 1e9, "copy_gbps": 2 * x.numel() / ms["copy"][1] / 1e6}
