@@ -161,22 +161,22 @@ def _write_table(table: Mapping, prefix: str, lines: list[str]) -> None:
     plain = {k: v for k, v in table.items() if not isinstance(v, Mapping) and v is not None}
     if prefix and (plain or not table):
         lines += ["", f"[{prefix}]"]
-    lines += [f"{_key(k)} = {_toml_value(v)}" for k, v in plain.items()]
+    lines += [f"{_key(k)} = {toml_value(v)}" for k, v in plain.items()]
     for key, value in table.items():
         if isinstance(value, Mapping):
             _write_table(value, f"{prefix}.{_key(key)}" if prefix else _key(key), lines)
 
 
 def _key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else _toml_value(key)
+    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else toml_value(key)
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
         return f'"{escaped}"'
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     return repr(value)

@@ -1,0 +1,250 @@
+"""A matrix folder -> report.md, plots and report.json: teachers, students under every attack, and what it adds up to.
+
+    python -m reflux.trainer.report FOLDER
+
+The acceptance rules are those of docs/method.md, "Acceptance". Everything is read from the runs' own logs and predictions.
+"""
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .record import Run, load_run
+from .report_plots import plot_all
+from .stats import Estimate, over_seeds, paired_difference, relative_change
+
+KEPT_POINTS = 0.02  # A1: teacher accuracy
+GAIN, LOSS = 0.15, -0.50  # A2, A3: relative change of the student's accuracy
+ANSWERED = 0.9  # A5: answers found, relative to the baseline
+MODES = ("sampled", "greedy")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One finished run of the matrix: its labels, log, and last predictions."""
+
+    labels: Mapping[str, str]
+    run: Run
+    folder: Path
+
+    def evals(self) -> list[dict]:
+        return [e for e in self.run.events if e["event"] == "eval"]
+
+    def score(self, mode: str) -> float:
+        return self.evals()[-1][f"eval/{mode}"]
+
+    def predictions(self) -> list[dict]:
+        step = self.evals()[-1]["step"]
+        lines = (self.folder / "predictions" / f"step-{step}.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+
+def write_report(folder: Path) -> str:
+    """Writes report.md, report.json and plots into `folder`; returns the summary lines."""
+    folder = Path(folder)
+    matrix = json.loads((folder / "matrix.json").read_text())
+    entries = [Entry(c["labels"], load_run(folder / c["folder"]), folder / c["folder"]) for c in matrix["cells"]
+               if (folder / c["folder"] / "run.jsonl").exists() and (folder / c["folder"] / "summary.json").exists()]
+    entries = [e for e in entries if e.evals() and "role" in e.labels]
+    found = summarise(entries, matrix["styles"])
+    found["title"] = matrix["title"]
+    found["head"] = _head(entries, matrix)
+    found["plots"] = plot_all(folder, entries, found)
+    (folder / "report.json").write_text(json.dumps(found, indent=1, default=_plain) + "\n")
+    (folder / "report.md").write_text(render(found))
+    return "\n".join(found["verdict"])
+
+
+def summarise(entries: list[Entry], styles: Mapping[str, str]) -> dict[str, Any]:
+    """All numbers of the report as one nested table."""
+    teachers = {name: _teacher(rows, _of(entries, role="teacher", teacher="original"), styles)
+                for name, rows in _by(_roles(entries, "teacher"), "teacher").items()}
+    students = {attack: {teacher: _student(rows, styles) for teacher, rows in _by(rows, "teacher").items()}
+                for attack, rows in _by(_roles(entries, "student"), "attack").items()}
+    baselines = {name: _student(rows, styles) for name, rows in _by(_roles(entries, "baseline"), "attack").items()}
+    for attack, row in students.items():
+        for teacher, cell in row.items():
+            if "original" in row and teacher != "original":
+                cell["change"] = _change(_of(entries, role="student", attack=attack, teacher=teacher),
+                                         _of(entries, role="student", attack=attack, teacher="original"))
+    found = {"teachers": teachers, "students": students, "baselines": baselines}
+    return found | {"verdict": verdict(found)}
+
+
+def _teacher(rows: list[Entry], originals: list[Entry], styles: Mapping[str, str]) -> dict:
+    out = _student(rows, styles)
+    last = [e.run.steps[-1] for e in rows if e.run.steps]
+    out["anchor_kl"] = over_seeds([s["anchor_kl"] for s in last if "anchor_kl" in s])._asdict()
+    base = {e.labels["seed"]: e for e in originals}
+    pairs = [(e, base[e.labels["seed"]]) for e in rows if e.labels["seed"] in base]
+    out["difference"] = {mode: _paired(pairs, mode)._asdict() for mode in MODES}
+    return out
+
+
+def _paired(pairs: list[tuple[Entry, Entry]], mode: str) -> Estimate:
+    """Accuracy difference to the original on the same prompts, items of all seeds pooled."""
+    after, before = [], []
+    for entry, base in pairs:
+        mine = {(p["prompt"], p["sample"]): p["correct"] for p in entry.predictions() if p["mode"] == mode}
+        theirs = {(p["prompt"], p["sample"]): p["correct"] for p in base.predictions() if p["mode"] == mode}
+        after += [float(mine[k]) for k in sorted(mine) if k in theirs]
+        before += [float(theirs[k]) for k in sorted(mine) if k in theirs]
+    return paired_difference(after, before)
+
+
+def _student(rows: list[Entry], styles: Mapping[str, str]) -> dict:
+    out: dict[str, Any] = {mode: over_seeds([e.score(mode) for e in rows])._asdict() for mode in MODES}
+    predictions = [p for e in rows for p in e.predictions() if p["mode"] == "sampled"]
+    answered = [p for p in predictions if p["extracted"] is not None]
+    out["answered"] = len(answered) / max(len(predictions), 1)
+    out["right_if_answered"] = sum(bool(p["correct"]) for p in answered) / max(len(answered), 1)
+    out["best"] = over_seeds([max(v["eval/sampled"] for v in e.evals()) for e in rows])._asdict()
+    out["styles"] = _shares(predictions, styles)
+    out["greedy_styles"] = _shares([p for e in rows for p in e.predictions() if p["mode"] == "greedy"], styles)
+    out["seconds"] = over_seeds([e.run.summary["wall_s"] for e in rows])._asdict()
+    return out
+
+
+def _shares(predictions: list[dict], styles: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """Share of each style (a regular expression on the text) and how often it is right."""
+    groups: dict[str, list[bool]] = {name: [] for name in [*styles, "other"]} if styles else {}
+    for p in predictions if styles else ():
+        name = next((n for n, pattern in styles.items() if re.search(pattern, p["text"])), "other")
+        groups[name].append(bool(p["correct"]))
+    return {n: {"share": len(g) / max(len(predictions), 1), "right": sum(g) / max(len(g), 1)} for n, g in groups.items()}
+
+
+def _change(after: list[Entry], before: list[Entry]) -> dict:
+    """Relative change against the same attack on the original teacher, seed by seed."""
+    base = {e.labels["seed"]: e for e in before}
+    return {mode: over_seeds([relative_change(e.score(mode), base[e.labels["seed"]].score(mode)) for e in after
+                              if e.labels["seed"] in base and base[e.labels["seed"]].score(mode)])._asdict() for mode in MODES}
+
+
+def verdict(found: Mapping[str, Any]) -> list[str]:
+    """The acceptance lines, in plain words."""
+    lines = []
+    for name, row in found["teachers"].items():
+        if name != "original":
+            gaps = {m: row["difference"][m]["mean"] for m in MODES}
+            kept = all(abs(g) <= KEPT_POINTS for g in gaps.values())
+            lines.append(f"teacher {name}: accuracy {'kept' if kept else 'NOT kept'} within {KEPT_POINTS * 100:.0f} points ("
+                         + ", ".join(f"{m} {gaps[m] * 100:+.1f}" for m in MODES) + ")")
+    lines += _student_lines(found, "distillable", lambda c: c >= GAIN, f">= {GAIN:+.0%}")
+    lines += _student_lines(found, "undistillable", lambda c: c <= LOSS, f"<= {LOSS:+.0%}")
+    lines += _collapse_lines(found)
+    return lines
+
+
+def _student_lines(found: Mapping, teacher: str, accept: Callable[[float], bool], rule: str) -> list[str]:
+    cells = {a: row[teacher]["change"]["sampled"] for a, row in found["students"].items() if "change" in row.get(teacher, {})}
+    cells = {a: c for a, c in cells.items() if c["n"]}
+    if not cells:
+        return []
+    held = [a for a, c in cells.items() if accept(c["mean"])]
+    missed = [a for a in cells if a not in held]
+    words = lambda names: ", ".join(f"{a} {cells[a]['mean']:+.0%}" for a in names)
+    out = [f"students of the {teacher} teacher, {rule} of the original's: {len(held)} of {len(cells)} attacks"
+           + (f" ({words(held)})" if held else "")]
+    if missed:
+        out.append(f"not {'reached' if teacher == 'distillable' else 'stopped'}: {words(missed)}")
+    return out
+
+
+def _collapse_lines(found: Mapping) -> list[str]:
+    """A5: is the undistillable student wrong, or does it merely fail to answer?"""
+    out = []
+    for attack, row in found["students"].items():
+        base, cell = row.get("original"), row.get("undistillable")
+        if not base or not cell:
+            continue
+        answered = cell["answered"] / max(base["answered"], 1e-9)
+        drop = relative_change(cell["right_if_answered"], base["right_if_answered"])
+        kind = "wrong answers, not missing ones" if answered >= ANSWERED or drop <= LOSS else "mostly a format failure"
+        out.append(f"{attack}: answers found {cell['answered']:.0%} (original {base['answered']:.0%}), right among them "
+                   f"{cell['right_if_answered']:.0%} ({base['right_if_answered']:.0%}): {kind}")
+    return out
+
+
+def render(found: Mapping[str, Any]) -> str:
+    """report.md."""
+    parts = [f"# {found['title'] or 'Report'}", "\n".join(f"- {line}" for line in found["verdict"]),
+             "Accuracies are shares of held-out prompts answered right, sampled at temperature 1 unless said otherwise; "
+             "+- is the standard deviation over seeds, intervals are 95 %. \"Undistillable\" means: reduces what the students "
+             "tested here gain through the channels tested here at this budget.",
+             "## Teachers", _teacher_table(found["teachers"]), "## Students", _student_table(found)]
+    parts += [f"## {title}\n![{title}]({name})" for name, title in found["plots"].items()]
+    parts += ["## How it was made", "```\n" + json.dumps(found["head"], indent=1) + "\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _teacher_table(teachers: Mapping[str, dict]) -> str:
+    styles = next(iter(teachers.values()))["styles"] if teachers else {}
+    rows = [["teacher", "sampled", "greedy", "difference, points", "KL to original", *(f"{s}: share / right" for s in styles)]]
+    for name, t in teachers.items():
+        d = t["difference"]["sampled"]
+        gap = "" if name == "original" else f"{d['mean'] * 100:+.1f} [{d['low'] * 100:+.1f}, {d['high'] * 100:+.1f}] n {d['n']}"
+        kl = f"{t['anchor_kl']['mean']:.4f}" if t["anchor_kl"]["n"] else ""
+        rows.append([name, _pm(t["sampled"]), _pm(t["greedy"]), gap, kl,
+                     *(f"{v['share']:.0%} / {v['right']:.0%}" for v in t["styles"].values())])
+    return _table(rows)
+
+
+def _student_table(found: Mapping[str, Any]) -> str:
+    names = list(found["teachers"])
+    rows = [["attack", *(f"from {n}" for n in names), "greedy: " + " / ".join(names)]]
+    for attack, row in found["students"].items():
+        cells = []
+        for n in names:
+            c = row.get(n)
+            change = c and c.get("change", {}).get("sampled")
+            cells.append("" if not c else _pm(c["sampled"]) + (f" ({change['mean']:+.0%})" if change and change["n"] else ""))
+        greedy = " / ".join(f"{row[n]['greedy']['mean']:.3f}" if n in row else "-" for n in names)
+        rows.append([attack, *cells, greedy])
+    lines = [_table(rows)]
+    for name, b in found["baselines"].items():
+        lines.append(f"Without a teacher, {name}: {_pm(b['sampled'])} sampled, {b['greedy']['mean']:.3f} greedy.")
+    return "\n\n".join(lines)
+
+
+def _pm(e: Mapping[str, float]) -> str:
+    return f"{e['mean']:.3f}" + (f" +- {e['std']:.3f}" if e["n"] > 1 else "")
+
+
+def _table(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def _head(entries: list[Entry], matrix: Mapping) -> dict:
+    head = dict(entries[0].run.head) if entries else {}
+    seconds = sum(e.run.summary["wall_s"] for e in entries)
+    return {"code": head.get("code"), "versions": head.get("versions"), "seeds": sorted({e.labels["seed"] for e in entries}),
+            "runs": len(entries), "run_seconds": round(seconds), "commands": [c["command"] for c in matrix["cells"]][:3] + ["..."]}
+
+
+def _roles(entries: Iterable[Entry], role: str) -> list[Entry]:
+    return [e for e in entries if e.labels["role"] == role]
+
+
+def _of(entries: Iterable[Entry], **labels: str) -> list[Entry]:
+    return [e for e in entries if all(e.labels.get(k) == v for k, v in labels.items())]
+
+
+def _by(entries: Iterable[Entry], label: str) -> dict[str, list[Entry]]:
+    groups = defaultdict(list)
+    for e in entries:
+        groups[e.labels[label]].append(e)
+    return dict(groups)
+
+
+def _plain(value: Any) -> Any:
+    return float(value) if hasattr(value, "__float__") else str(value)
+
+
+if __name__ == "__main__":
+    print(write_report(Path(sys.argv[1])))
