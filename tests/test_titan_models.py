@@ -248,7 +248,7 @@ def test_choices_that_cannot_work_are_refused(assets, tmp_path):
 
 
 def test_two_ranks_compute_what_one_does(assets, tmp_path):
-    """On two gloo processes: logits as transformers', sharded; decoding, frozen hash and export included."""
+    """Two gloo processes, data and tensor parallel: logits, gradients, decoding, export as transformers' on one."""
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
          str(Path(__file__).parent / "two_ranks_titan.py"), str(assets), str(tmp_path)],

@@ -12,9 +12,12 @@ from reflux.trainer.titan_decode import gathered, kv_decoder
 from reflux.trainer.titan_export import export_hf
 from reflux.trainer.titan_frozen import build_frozen
 
+from torchtitan.config import ParallelismConfig  # isort: skip  after titan_compat
+
 
 def check(trainer, path, out):
-    model, rank = trainer.model_parts[0], dist.get_rank()
+    model, tensor_parallel = trainer.model_parts[0], trainer.parallel_dims.tp_enabled
+    rank = 0 if tensor_parallel else dist.get_rank()  # the ranks of a tensor-parallel group see the same rows
     ids_NL = torch.randint(3, 384, (1 + rank, 16 + rank), generator=torch.Generator().manual_seed(rank))
     positions_NL = torch.arange(ids_NL.shape[1]).expand_as(ids_NL)
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -33,10 +36,11 @@ def check(trainer, path, out):
         assert (hidden_NLD @ head_VD.T - want_NLV).abs().max() < 2e-5
     (tm.hidden_states(model, ids_NL, positions_NL) @ tm.head_weight(model).T).square().sum().backward()
     reference(ids_NL).logits.square().sum().backward()
-    want_VD = reference.lm_head.weight.grad
-    dist.all_reduce(want_VD)  # gradients are summed over ranks
-    got_VD = model.lm_head.weight.grad.full_tensor()
-    assert (got_VD - want_VD).abs().max() < 1e-5 * want_VD.abs().max()
+    norm = (model.decoder if isinstance(model, tm.HFDecoder) else model).norm
+    for got, want in ((model.lm_head.weight, reference.lm_head.weight), (norm.weight, reference.model.norm.weight)):
+        if not tensor_parallel:
+            dist.all_reduce(want.grad)  # gradients are summed over ranks
+        assert (got.grad.full_tensor() - want.grad).abs().max() < 1e-5 * want.grad.abs().max()
     assert frozen.weights_hash() == before
     export_hf(trainer, out, path, dtype="float32", card="two ranks")
     exported = AutoModelForCausalLM.from_pretrained(out).state_dict()
@@ -44,8 +48,9 @@ def check(trainer, path, out):
 
 
 assets, folder = Path(sys.argv[1]), Path(sys.argv[2])
-for name in ("llama3", "qwen3_tied", "gemma3"):
-    trainer = make_trainer(assets / name, folder / name)
+for name, degree in (("llama3", 1), ("gemma3", 1), ("qwen3_tied", 2)):
+    parallelism = ParallelismConfig(spmd_backend="partial_dtensor", tensor_parallel_degree=degree)
+    trainer = make_trainer(assets / name, folder / name, parallelism=parallelism)
     check(trainer, str(assets / name), str(folder / f"{name}_out"))
     trainer.close()
 print("all equal", flush=True)

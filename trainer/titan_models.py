@@ -267,6 +267,11 @@ def document_mask(positions_NL: Tensor, *, packed: bool) -> Tensor | None:
     return ((document_NL[:, :, None] == document_NL[:, None, :]) & causal_LL)[:, None]
 
 
+def _plain(x: Tensor) -> Tensor:
+    """The whole of a tensor-parallel tensor; the gradient goes back to its shards."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
 @contextlib.contextmanager
 def head_skipped(model):
     before, model._skip_lm_head = model._skip_lm_head, True
@@ -290,20 +295,18 @@ def hidden_states(model, ids_NL: Tensor, positions_NL: Tensor, *, packed: bool =
             return model(ids_NL, positions=positions_NL, packed=packed)
         flex = isinstance(model.config.first_attention.inner_attention, FlexAttention.Config)
         masks = model.get_attention_masks(positions_NL) if flex else document_mask(positions_NL, packed=packed)
-        return model(ids_NL, positions=positions_NL, attention_masks=masks)
+        return _plain(model(ids_NL, positions=positions_NL, attention_masks=masks))
 
 
 def head_weight(model) -> Tensor:
     """Gather the head's FSDP group; its plain [V, D] weight, for a fused loss. Collective.
 
-    The backward frees it again (see open_head for a forward alone). ValueError under tensor parallelism.
+    The backward frees it again (see open_head for a forward alone). Under tensor parallelism the vocabulary shards are
+    gathered too: every rank of a tensor-parallel group computes the same loss on the same rows.
     """
     if isinstance(model.lm_head, FSDPModule):
         model.lm_head.unshard()
-    if isinstance(model.lm_head.weight, DTensor):
-        raise ValueError("parallelism.tensor_parallel_degree above 1: the head is a vocabulary shard, and the fused "
-                         "losses want [V, D]; want 1")
-    return model.lm_head.weight
+    return _plain(model.lm_head.weight)
 
 
 @contextlib.contextmanager
@@ -331,9 +334,7 @@ def logit_scale(model) -> float:
 
 def head_logits(model, hidden_NLD: Tensor) -> Tensor:
     """Logits [N, L, V] in the compute dtype, by the model's own head module, scale and cap."""
-    logits_NLV = model.lm_head(hidden_NLD)
-    if isinstance(logits_NLV, DTensor):  # tensor parallel: sharded over the vocabulary
-        logits_NLV = logits_NLV.full_tensor()
+    logits_NLV = _plain(model.lm_head(hidden_NLD))
     scale, cap = logit_scale(model), logit_softcap(model)
     if scale != 1.0:
         logits_NLV = logits_NLV * scale
