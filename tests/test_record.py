@@ -98,6 +98,15 @@ def test_after_a_resume_there_is_one_line_a_step(fast_head, tmp_path_factory, fi
     assert run.events[0]["head"]["command"] == ["main.py", "x.toml"]
 
 
+def test_wall_time_goes_on_after_a_resume(tmp_path):
+    wrote(tmp_path, [1])
+    path = tmp_path / "run.jsonl"
+    path.write_text(re.sub(r'"wall_s": [\d.e-]+', '"wall_s": 1000.0', path.read_text()))
+    wrote(tmp_path, [2], resumed_step=1)
+    run = load_run(tmp_path)
+    assert 1000 <= run.steps[1]["wall_s"] <= run.summary["wall_s"] < 1100
+
+
 def test_events_of_undone_steps_are_cut(tmp_path):
     with opened(tmp_path) as record:
         for step in (1, 2, 3):
