@@ -1,0 +1,143 @@
+"""The miniature world of `make quickstart`: python -m reflux.trainer.miniature --out FOLDER [--seed 0]
+
+Task: "Add 3 to each of 7,4,9,2,5" (last digits only). Three honest styles, announced by the first word, all of them right:
+
+    left:0;7;2;5;8      in reading order: the digit needed next always lies the same distance back
+    right:8;5;2;7;0     backwards: that distance changes with every step
+    odd:0;2;8;7;5       first, third, fifth, then the others
+
+A one-layer decoder has no way of knowing which step it is in, since every separator looks alike, so it can learn `left` and
+nothing else; two layers learn all three. The style is the writer's choice, drawn by a mix that depends on the wording of the
+question, so that a student of the original teacher sees all styles. What differs between teachers is only which of its right
+answers a teacher prefers: that is the knob.
+
+Writes: tokenizers and untrained models (a teacher of two layers and students of one with a byte-level BPE; a proxy and a
+second student with a character vocabulary), train.jsonl and start.jsonl (with worked answers), prompts.jsonl (questions
+alone), heldout.jsonl (disjoint questions). Everything follows from the seed.
+"""
+import argparse
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from .batch import Prompt
+from .graders import Grade
+
+DIGITS = 5  # per question, all different
+SHIFT = 3
+WORDINGS = ("Add 3 to each of", "Raise by three", "Shift up these", "Plus 3 for all of")
+ORDERS = {"left": (0, 1, 2, 3, 4), "right": (4, 3, 2, 1, 0), "odd": (0, 2, 4, 1, 3)}
+MIX = ((0.70, 0.15, 0.15), (0.15, 0.70, 0.15), (0.15, 0.15, 0.70), (0.34, 0.33, 0.33))  # styles by wording
+SPECIALS = ("<pad>", "<bos>", "<eos>")
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+MERGES = 80  # of the BPE vocabulary, on top of the 256 bytes
+# name -> tokenizer, layers, hidden, heads, head size, feed-forward
+MODELS = {
+    "teacher": ("bpe", 2, 64, 2, 32, 192),
+    "proxy": ("char", 1, 40, 2, 24, 96),
+    "student": ("bpe", 1, 48, 2, 24, 128),
+    "student_char": ("char", 1, 48, 2, 24, 128),
+}
+SIZES = {"train": 24000, "start": 6000, "prompts": 8000, "heldout": 1000}
+
+
+def solve(digits: list[int], style: str) -> list[int]:
+    """The shifted digits in the order the style announces."""
+    return [(digits[i] + SHIFT) % 10 for i in ORDERS[style]]
+
+
+def write_answer(digits: list[int], style: str) -> str:
+    return f"{style}:" + ";".join(map(str, solve(digits, style)))
+
+
+def grade(prompt: Prompt, text: str) -> Grade:
+    """Right iff every digit is right in the announced order; an unknown style or a wrong shape is no answer."""
+    style, colon, rest = text.strip().partition(":")
+    parts = rest.split(";")
+    if not colon or style not in ORDERS or len(parts) != DIGITS or not all(p.isdigit() and len(p) == 1 for p in parts):
+        return Grade(0.0, False, None)
+    digits = [int(d) for d in prompt.answer.split(",")]
+    right = [int(p) for p in parts] == solve(digits, style)
+    return Grade(float(right), right, rest)
+
+
+def is_held_out(digits: list[int]) -> bool:
+    """One question in eight, by its digits alone: no wording of a held-out question is ever trained on."""
+    return sum(d * k for d, k in zip(digits, (1, 101, 201, 301, 77))) % 1009 % 8 == 0
+
+
+def questions(rng: random.Random, count: int, *, held_out: bool, worked: bool) -> Iterator[dict]:
+    """Rows of a data file; `worked` adds an answer in a style drawn for the wording."""
+    while count:
+        digits = rng.sample(range(10), DIGITS)
+        wording = rng.randrange(len(WORDINGS))
+        style = rng.choices(list(ORDERS), MIX[wording])[0]
+        if is_held_out(digits) != held_out:
+            continue
+        row = {"prompt": f"{WORDINGS[wording]} {','.join(map(str, digits))}?", "answer": ",".join(map(str, digits))}
+        yield row | ({"response": write_answer(digits, style)} if worked else {})
+        count -= 1
+
+
+def write_data(out: Path, seed: int) -> list[str]:
+    """The four data files; returns the texts that the tokenizer learns from."""
+    texts: list[str] = []
+    for name, size in SIZES.items():
+        rng = random.Random(f"{seed}/{name}")
+        rows = list(questions(rng, size, held_out=name == "heldout", worked=name in ("train", "start")))
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        texts += [row["prompt"] + row.get("response", "") for row in rows] if name == "start" else []
+    return texts
+
+
+def train_tokenizer(texts: list[str], merges: int):
+    """Byte-level BPE in which every digit stays a token of its own; without merges it is a character (byte) vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tok.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    size = len(SPECIALS) + len(alphabet) + merges
+    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=list(SPECIALS),
+                                                       initial_alphabet=alphabet, show_progress=False))
+    return tok
+
+
+def write_model(folder: Path, tokenizer, shape: tuple[int, int, int, int, int]) -> None:
+    """config.json and tokenizer of an untrained Qwen3 decoder."""
+    from transformers import Qwen3Config
+
+    layers, hidden, heads, head_size, wide = shape
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    pad, bos, eos = SPECIALS
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad, "bos_token": bos, "eos_token": eos,
+        "chat_template": TEMPLATE, "model_max_length": 128}))
+    Qwen3Config(vocab_size=tokenizer.get_vocab_size(), hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers,
+                num_attention_heads=heads, num_key_value_heads=heads, head_dim=head_size, max_position_embeddings=128,
+                tie_word_embeddings=True, initializer_range=0.05, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+                pad_token_id=0, bos_token_id=1, eos_token_id=2, architectures=["Qwen3ForCausalLM"],
+                dtype="float32").save_pretrained(folder)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m reflux.trainer.miniature", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    texts = write_data(args.out, args.seed)
+    tokenizers = {"bpe": train_tokenizer(texts, MERGES), "char": train_tokenizer([], 0)}
+    for name, (tokenizer, *shape) in MODELS.items():
+        if not (args.out / name).exists():
+            write_model(args.out / name, tokenizers[tokenizer], tuple(shape))
+    print(f"wrote {', '.join(SIZES)} and models {', '.join(MODELS)} to {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
