@@ -15,3 +15,4 @@ settings.register_profile("deep", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 from assets import assets, titan_process  # noqa: E402,F401  fixtures for every test file
+from runs import talkers  # noqa: E402,F401

@@ -3,7 +3,7 @@ each model renders the messages its own way and only the response bytes are shar
 """
 import json
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from reflux.tokenalign.byte_table import ByteTable, encode_text
@@ -21,6 +21,7 @@ class Chat:
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.stop_ids = self._find_stop_ids()
         self.stop_id = self._find_stop_id()
+        self._rendered = lru_cache(maxsize=65536)(self._render)  # prompts come back every epoch
 
     @cached_property
     def table(self) -> ByteTable:
@@ -34,8 +35,12 @@ class Chat:
 
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         """The rendered conversation up to where the response begins. Never empty: the first token needs a predictor."""
+        return self._rendered(json.dumps(list(messages)))
+
+    def _render(self, conversation: str) -> tuple[int, ...]:
+        messages = json.loads(conversation)
         if self.tokenizer.chat_template:
-            text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             text = "\n".join(m["content"] for m in messages)

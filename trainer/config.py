@@ -21,9 +21,27 @@ def _positive(table: Any, *names: str) -> None:
             raise ValueError(f"{name} = {getattr(table, name)}; want >= 1")
 
 
-def _fraction(table: Any, name: str) -> None:
-    if not 0 <= getattr(table, name) <= 1:
-        raise ValueError(f"{name} = {getattr(table, name)}; want 0 to 1")
+def _not_negative(table: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(table, name) >= 0:
+            raise ValueError(f"{name} = {getattr(table, name)}; want >= 0")
+
+
+def _above_zero(table: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(table, name) > 0:
+            raise ValueError(f"{name} = {getattr(table, name)}; want > 0")
+
+
+def _fraction(table: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(table, name) <= 1:
+            raise ValueError(f"{name} = {getattr(table, name)}; want 0 to 1")
+
+
+def _limit(table: Any) -> None:
+    if table.limit is not None and table.limit < 1:
+        raise ValueError(f"limit = {table.limit}; want >= 1, or leave it out for all rows")
 
 
 @dataclass(frozen=True)
@@ -55,6 +73,9 @@ class Data:
     limit: int | None = None  # first rows only
     shuffle: bool = True  # a new order each epoch, from `seed`
 
+    def __post_init__(self):
+        _limit(self)
+
 
 @dataclass(frozen=True)
 class Task:
@@ -75,7 +96,8 @@ class Rollout:
 
     def __post_init__(self):
         _positive(self, "prompts", "group", "max_tokens", "rows")
-        if self.temperature <= 0:
+        _not_negative(self, "top_k")
+        if not self.temperature > 0:
             raise ValueError(f"temperature = {self.temperature}; want > 0. Greedy rollouts have no spread to learn from")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p}; want 0 < top_p <= 1")
@@ -85,10 +107,10 @@ class Rollout:
 class Calibration:
     mode: Literal["off", "distillable", "undistillable"] = "off"  # the sign of eta, as a word; off is plain GRPO
     strength: float = 0.5  # |eta|: weight of the calibration reward, both rewards at unit spread
-    score_norm: Literal["sum", "per_token", "per_byte"] = "sum"  # what divides a sequence score
+    score_norm: Literal["sum", "per_token", "per_byte"] = "sum"  # divides a score; per_token has no span_clip, no stop
     denominator: Literal["policy", "original"] = "policy"  # whose log-probability is subtracted from the proxy's
     score_stop: bool = True  # count the stop set's log-probability where a rollout ended by itself
-    credit: Literal["sequence", "span"] = "sequence"  # span: reward-to-go of the span values
+    credit: Literal["sequence", "span"] = "sequence"  # span: reward-to-go of the span values, not winsorised
     truncated: Literal["mask_cal", "drop", "score_prefix"] = "mask_cal"  # rollouts cut at max_tokens
     span_clip: float = 10.0  # nats; 0: off. Span differences are heavy-tailed
     winsor: float = 3.0  # scaled MADs inside the group; 0: off
@@ -98,8 +120,13 @@ class Calibration:
     max_unscored: float = 0.05  # share of rollouts whose text does not round-trip; more is an error
 
     def __post_init__(self):
-        if self.strength < 0:
+        if not self.strength >= 0:
             raise ValueError(f"strength = {self.strength}; want >= 0. The direction is mode's, not a sign's")
+        _not_negative(self, "span_clip", "winsor", "std_floor")
+        _fraction(self, "max_unscored")
+        if self.credit == "span" and self.score_norm != "sum":
+            raise ValueError(f"credit = 'span' with score_norm = {self.score_norm!r}: a score divided by the length of the whole "
+                             "text is no sum over spans, so no reward-to-go. Use score_norm = 'sum' or credit = 'sequence'")
 
     @property
     def eta(self) -> float:
@@ -115,8 +142,7 @@ class Anchor:
     offload: bool = False
 
     def __post_init__(self):
-        if self.beta < 0:
-            raise ValueError(f"beta = {self.beta}; want >= 0")
+        _not_negative(self, "beta")
         if self.estimator == "k1_loss":
             raise ValueError("estimator = 'k1_loss'; its expected gradient is zero, it anchors nothing. "
                              "Use exact, k2_loss or k3_is, or k1_reward inside the advantage")
@@ -131,14 +157,16 @@ class Policy:
 
     def __post_init__(self):
         _positive(self, "epochs")
-        if self.clip <= 0:
-            raise ValueError(f"clip = {self.clip}; want > 0")
+        _above_zero(self, "clip")
 
 
 @dataclass(frozen=True)
 class Guard:
     kl_budget: float = 0.10  # nats per token of KL(pi || original); the run stops above it. 0: off
     utility_drop: float = 0.02  # accuracy; two evaluations in a row below the start by more than this stop the run. 0: off
+
+    def __post_init__(self):
+        _not_negative(self, "kl_budget", "utility_drop")
 
 
 @dataclass(frozen=True)
@@ -159,9 +187,10 @@ class Distill:
 
     def __post_init__(self):
         _fraction(self, "on_policy")
-        if self.queries < 0:
-            raise ValueError(f"queries = {self.queries}; want >= 0")
+        _not_negative(self, "queries", "top_k", "nll_weight")
+        _above_zero(self, "temperature", "span_temperature")
         _refuse_meaningless(self)
+        _refuse_without_effect(self)
 
 
 def _refuse_meaningless(d: Distill) -> None:
@@ -183,10 +212,19 @@ def _refuse_meaningless(d: Distill) -> None:
                          "Use tail = 'ghost'")
     if d.divergence in ("jsd", "skew_forward", "skew_reverse") and not 0 < d.beta < 1:
         raise ValueError(f"beta = {d.beta}; want 0 < beta < 1. The ends are divergence = 'forward' and 'reverse'")
-    if d.temperature <= 0:
-        raise ValueError(f"temperature = {d.temperature}; want > 0")
-    if d.nll_weight < 0:
-        raise ValueError(f"nll_weight = {d.nll_weight}; want >= 0")
+
+
+def _refuse_without_effect(d: Distill) -> None:
+    """Knobs that would be read and change nothing."""
+    idle = [name for name in ("queries", "nll_weight", "correct_only") if getattr(d, name)]
+    if d.on_policy == 1 and idle:
+        raise ValueError(f"{idle[0]} = {getattr(d, idle[0])!r} with on_policy = {d.on_policy}: there are no off-policy texts. "
+                         f"Set on_policy below 1, or leave {idle[0]} out")
+    if d.queries and d.source == "dataset":
+        raise ValueError(f"queries = {d.queries} with source = 'dataset': only the teacher's texts are bought. "
+                         "Set source = 'teacher', or limit the data with data.limit")
+    if d.nll_weight and d.objective == "nll":
+        raise ValueError(f"nll_weight = {d.nll_weight} with objective = 'nll', which is that likelihood alone. Leave it out")
 
 
 @dataclass(frozen=True)
@@ -196,11 +234,20 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
 
+    def __post_init__(self):
+        _above_zero(self, "lr", "eps")
+        _not_negative(self, "weight_decay")
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas = {self.betas}; want 0 <= beta < 1 for both")
+
 
 @dataclass(frozen=True)
 class Batching:
     tokens: int = 16384  # of a micro-batch on one rank, padding included
     pack: bool = False  # join short sequences into rows of training.seq_len, kept apart by the attention mask
+
+    def __post_init__(self):
+        _positive(self, "tokens")
 
 
 @dataclass(frozen=True)
@@ -213,6 +260,10 @@ class Eval:
     samples: int = 1  # sampled answers per prompt, beside the greedy one
     at_start: bool = True
 
+    def __post_init__(self):
+        _limit(self)
+        _not_negative(self, "every", "samples")
+
 
 @dataclass(frozen=True)
 class Log:
@@ -220,6 +271,9 @@ class Log:
     tensorboard: bool = False
     wandb: bool = False
     quiet: bool = False
+
+    def __post_init__(self):
+        _not_negative(self, "samples_every")
 
 
 @dataclass(frozen=True)
@@ -255,8 +309,9 @@ class Config:
     titan: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # torchtitan's own sections
 
     def __post_init__(self):
-        if self.steps < 0:
-            raise ValueError(f"steps = {self.steps}; want >= 0")
+        _not_negative(self, "steps")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed = {self.seed}; want 0 to 2**32 - 1")
         _require_parts(self)
 
     @property

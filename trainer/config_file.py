@@ -1,8 +1,11 @@
 """Files, recipes and `--set` into the frozen dataclasses of config.py. Strangers are refused with the nearest key."""
+import json
+import math
 import runpy
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass, replace
+from datetime import date, time
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
@@ -18,15 +21,24 @@ def load(path: str | Path, sets: tuple[str, ...] = ()) -> Config:
     """
     path = Path(path)
     if path.suffix == ".py":
-        return fill(runpy.run_path(str(path))["config"](), _merge_sets(sets), "--set")
-    table = _read(path)
-    sources = {str(path): table, "--set": _merge_sets(sets)}
-    for source, part in sources.items():  # each part alone first, so that the error names the part
-        _check_keys(Config, part, source)
-    return fill(Config, deep_merge(table, sources["--set"]), str(path))
+        return fill(_run_recipe(path), _merge_sets(sets), "--set")
+    table, override = _read(path), _merge_sets(sets)
+    _check_keys(Config, override, "--set")
+    return fill(Config, deep_merge(table, override), str(path))
 
 
-def _read(path: Path) -> dict:
+def _run_recipe(path: Path) -> Config:
+    recipe = runpy.run_path(str(path)).get("config")
+    if not callable(recipe):
+        raise ValueError(f"{path}: no function config(); want `def config() -> Config: ...`")
+    cfg = recipe()
+    if not isinstance(cfg, Config):
+        raise ValueError(f"{path}: config() returned {type(cfg).__name__}; want reflux.trainer.config.Config")
+    return cfg
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict:
+    """The file over its bases. The keys of each are checked alone, so that an error names the file to mend."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -35,7 +47,15 @@ def _read(path: Path) -> dict:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from None
     base = table.pop("base", None)
-    return table if base is None else deep_merge(_read(path.parent / base), table)
+    _check_keys(Config, table, str(path))
+    if base is None:
+        return table
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: base = {base!r}; want the name of a .toml file")
+    above = (*above, path.resolve())
+    if (path.parent / base).resolve() in above:
+        raise ValueError(f"{path}: base = {base!r} leads back to a file it is the base of")
+    return deep_merge(_read(path.parent / base, above), table)
 
 
 def deep_merge(low: Mapping, high: Mapping) -> dict:
@@ -102,9 +122,10 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
         ok = isinstance(value, list | tuple) and len(value) == len(wanted) and all(type(v) in (int, float) for v in value)
         value = tuple(map(float, value)) if ok else value
     elif hint is dict or origin in (dict, Mapping):
-        ok = isinstance(value, Mapping)
+        ok = isinstance(value, Mapping) and (wanted[-1] is not str or all(isinstance(v, str) for v in value.values()))
     else:
         ok = type(value) in wanted or (float in wanted and type(value) is int)  # bool is not an int here
+        ok = ok and (type(value) is not float or math.isfinite(value))
     if not ok:
         raise ValueError(f"{where} = {value!r}; want {_spell(hint)}")
     return float(value) if float in wanted and type(value) is int else value
@@ -175,8 +196,7 @@ def toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # the one control character JSON leaves
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(toml_value, value)) + "]"
     return repr(value)

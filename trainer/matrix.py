@@ -78,7 +78,7 @@ def read_matrix(path: Path, overrides: Mapping[str, Any]) -> tuple[dict, list[Ce
 
 
 def _expand(row: Mapping[str, Any], seed: int, table: Mapping[str, Any], path: Path) -> Iterator[Cell]:
-    base = Path(table["folder"]).resolve() / f"seed-{seed}"
+    base = Path(os.path.relpath(table["folder"])) / f"seed-{seed}"
     each = row.get("each", {})
     for values in itertools.product(*each.values()):
         names = dict(zip(each, values)) | {"folder": str(base), "seed": str(seed)}
@@ -90,7 +90,7 @@ def _expand(row: Mapping[str, Any], seed: int, table: Mapping[str, Any], path: P
             module = row["module"]
         else:
             sets = {"folder": str(folder), "seed": seed, "on_existing_run": "resume"} | row.get("set", {})
-            config = (path.parent / put(row["config"])).resolve()
+            config = Path(os.path.relpath(path.parent / put(row["config"])))
             flags = [x for key, value in sets.items() for x in ("--set", f"{key}={toml_value(put(value))}")]
             arguments, module = ("--config", str(config), *flags), ""
         after = tuple(f"{put(a)}@{seed}" for a in row.get("after", []))
@@ -198,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = Path(table["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    rows = [{"name": c.name, "folder": os.path.relpath(c.folder, folder.resolve()), "command": c.command, "labels": c.labels}
+    rows = [{"name": c.name, "folder": os.path.relpath(c.folder, folder), "command": c.command, "labels": c.labels}
             for c in cells]
     (folder / "matrix.json").write_text(json.dumps({"title": table.get("title", ""), "styles": table.get("styles", {}),
                                                     "cells": rows}, indent=1) + "\n")
