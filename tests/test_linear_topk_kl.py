@@ -93,6 +93,15 @@ def test_equal_distributions_have_no_loss_and_no_gradient(path, mode, tail):  # 
     assert max(t.abs().max() for t in out) < 1e-12
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_a_rounded_tail_at_the_whole_vocabulary_is_no_tail(path):  # T5: 1 - sum p is 1e-8, not 0, in fp32
+    (x_TD, w_VD, *teacher), _ = inputs(2, 20, 4, torch.float64, seed=7)
+    ids_TK, logp_TK, _ = teacher_topk(*teacher, 20)
+    with running(path, 64):
+        kl_T = linear_topk_kl(x_TD, w_VD, ids_TK, logp_TK, torch.full((2,), -18.0, device=DEVICE)).kl
+        torch.testing.assert_close(kl_T, linear_kl(x_TD, w_VD, *teacher).kl)
+
+
 def test_only_the_bucket_notices_mass_leaving_the_support():  # T4: the exploit that `drop` in reverse would reward
     logits_V = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     logits_V[:8] += 3
