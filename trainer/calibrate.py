@@ -74,7 +74,7 @@ class Calibrate:
         lengths_PG = np.array([len(r.ids) for r in flat]).reshape(shape)
         eta = self._eta_in_use()
         adv = advantages(task_PG, correct_PG, lengths_PG, scores_PG, self.cfg.calibration, eta)
-        self._note_spread(adv.std_cal_nats)
+        self._note_spread(adv.std_cal_nats, adv.cal_share)
         self._report(flat, grades, correct_PG, scores, adv, eta)
         samples = []
         for rollout, a, logp, base in zip(flat, chain.from_iterable(adv.token), old, original or [None] * len(flat)):
@@ -89,7 +89,6 @@ class Calibrate:
         """Equation (5), summed over the batch's tokens."""
         temperature = self.cfg.rollout.temperature
         lp = token_logprob_of(out, batch.target_T, temperature=temperature, entropy=True)
-        # the sampler's log-probabilities are the behaviour policy's; torch.where keeps given zeros of empty batches harmless
         total, metrics = policy_gradient(lp.logp, batch.old_logp_T, batch.advantage_T, self.cfg.policy.clip)
         metrics["entropy"] = lp.entropy.detach().sum()
         anchor = self.cfg.anchor
@@ -150,8 +149,9 @@ class Calibrate:
             return cal.eta
         return -margin_strength(cal.strength, self.cfg.anchor.beta, spread)
 
-    def _note_spread(self, std_cal_nats: float) -> None:
-        spread = self.engine.sum(std_cal_nats) / self.engine.world
+    def _note_spread(self, std_cal_nats: float, share: float) -> None:
+        """Mean over all ranks' groups: a rank counts by how many of its groups had a calibration term."""
+        spread = self.engine.sum(std_cal_nats * share) / max(self.engine.sum(share), 1e-12)
         if spread > 0:
             before = self.engine.notes.get("std_cal_nats", spread)
             self.engine.notes["std_cal_nats"] = STD_CAL_DECAY * before + (1 - STD_CAL_DECAY) * spread

@@ -77,6 +77,9 @@ class Evaluate:
         engine.vocab_size = min(engine.vocab_size, self.chat.vocab_size)
         self.evaluator = Evaluator(cfg, engine, self.chat, build_task(cfg.task.name, cfg.task.options))
 
+    def close_step(self, step: int, stats: dict[str, float]) -> dict[str, float]:
+        return self.evaluator.run(step)
+
 
 def _row(mode: str, rollout: Rollout, grade, sample: int) -> dict:
     nll = -float(np.sum(rollout.logp))

@@ -29,7 +29,7 @@ def train(cfg: Config) -> int:
             save_config(cfg)
         with _record(cfg, engine) as record, _finish_step_on_signal(engine):
             if cfg.steps == 0 or engine.resumed_step == 0:
-                _note(record, phase.evaluator.due(0), step=0)
+                _note(record, phase.close_step(0, {}))  # what the guards compare with later
             stats: dict[str, float] = {}
             if cfg.phase != "evaluate":
                 stats = _run_steps(cfg, engine, phase, record)
@@ -56,16 +56,17 @@ def _run_steps(cfg: Config, engine, phase, record: Record) -> dict[str, float]:
         stats |= engine.mean(phase.tally) | _timing(stats, start, sampled, scored, engine)
         record(step, _words(cfg, stats), _examples(texts_PG) if cfg.log.samples_every else None)
         try:
-            _note(record, phase.close_step(step, stats), step=step)  # evaluation and guards
+            _note(record, phase.close_step(step, stats))  # evaluation and guards
         except Stop as stop:
-            record.event("stopped", reason=str(stop), restore=stop.restore)
-            if stop.restore:
-                engine.restore(stop.restore)
+            restored = None if stop.restore is None else engine.restore(stop.restore)
+            if restored is None:
+                engine.checkpoint()
+            record.event("stopped", reason=str(stop), restored_step=restored)
             break
     return stats
 
 
-def _note(record: Record, found: dict[str, float], step: int) -> None:
+def _note(record: Record, found: dict[str, float]) -> None:
     if found:
         record.event("eval", **found)
 
@@ -101,9 +102,9 @@ def _record(cfg: Config, engine) -> Record:
 def _finish_step_on_signal(engine) -> Iterator[None]:
     """The first Ctrl-C (or SIGTERM) lets the step end and saves it; the second stops at once."""
     def ask(signum, frame):
-        if engine.wants_to_stop:
+        if engine.asked_to_stop:
             raise KeyboardInterrupt
-        engine.wants_to_stop = True
+        engine.asked_to_stop = True
         if engine.is_main:
             print("finishing this step, then saving; once more to stop at once", file=sys.stderr, flush=True)
 

@@ -139,7 +139,8 @@ class Engine:
         self.rank, self.world = (dist.get_rank(self._group), dist.get_world_size(self._group)) if self._group else (0, 1)
         self.is_main = dist.get_rank() == 0
         self.vocab_size = self.model.lm_head.weight.shape[0]  # a phase lowers it to what its tokenizer knows (padded heads)
-        self.wants_to_stop = False  # set by a signal; agreed on by all ranks at the end of the step
+        self.asked_to_stop = False  # set on this rank by a signal
+        self.wants_to_stop = False  # agreed on by all ranks at the end of the step: a rank that left alone would hang the rest
 
     # what a phase may look at
     @property
@@ -181,7 +182,7 @@ class Engine:
                 trainer.step += 1
                 trainer.gc_handler.run(trainer.step)
                 yield trainer.step
-                self.wants_to_stop = bool(self.sum(float(self.wants_to_stop)))
+                self.wants_to_stop = self._on_any_rank(self.asked_to_stop)
                 trainer.checkpointer.save(trainer.step, last_step=trainer.step == self.cfg.steps or self.wants_to_stop)
                 profiler.step()
 
@@ -279,6 +280,12 @@ class Engine:
         """Over data-parallel ranks, in float64."""
         return self._reduce([torch.tensor(value, dtype=torch.float64, device=self.device)], dist.ReduceOp.SUM)[0]
 
+    def _on_any_rank(self, flag: bool) -> bool:
+        """The same answer everywhere, also inside a tensor-parallel group."""
+        value = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return bool(value)
+
     def mean(self, tally: Tally) -> dict[str, float]:
         """Means of a tally over all ranks' entries; every rank must have tallied the same names."""
         names = sorted(tally.sums)
@@ -303,9 +310,17 @@ class Engine:
         return stacked.tolist()
 
     # the way out
-    def restore(self, step: int) -> None:
-        """Back to the checkpoint of `step` (the utility gate's last passing one)."""
-        self._trainer.checkpointer.load(step=step)
+    def restore(self, step: int) -> int:
+        """Back to the newest checkpoint that is not after `step`, or to the weights the run started from. Returns its step."""
+        checkpointer, given = self._trainer.checkpointer, self._config.checkpoint
+        saved = [int(p.parent.name.removeprefix("step-")) for p in Path(checkpointer.folder).glob("step-*/.metadata")]
+        newest = max((n for n in saved if n <= step), default=0)
+        if newest:
+            checkpointer.load(step=newest)
+        elif given.initial_load_path:
+            checkpointer.dcp_load(checkpointer._states_to_load(model_only=True), checkpoint_id=given.initial_load_path,
+                                  from_hf=given.initial_load_in_hf, from_quantized=False)
+        return newest
 
     def checkpoint(self) -> None:
         """Write a checkpoint of the current step now."""

@@ -45,10 +45,23 @@ def titan_config(cfg: Config, cls: type, spec: Any, dataloader: Any, tokenizer: 
         activation_checkpoint={"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}[
             cfg.activation_checkpoint],
     )
+    _refuse_replaced(cfg.titan)
     for section, values in cfg.titan.items():
         _lay_over(getattr(config, section), values, f"{section}.")
     _refuse(config)
     return config
+
+
+REPLACED = {"training.steps": "steps", "training.local_batch_size": "batch.tokens", "training.global_batch_size":
+            "rollout.prompts", "checkpoint.folder": "folder", "checkpoint.initial_load_path": "model.path",
+            "debug.seed": "seed"}  # torchtitan's keys that our own tables decide
+
+
+def _refuse_replaced(sections: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, ours in REPLACED.items():
+        section, key = name.split(".")
+        if key in sections.get(section, {}):
+            raise ValueError(f"{name} is torchtitan's and has no effect here; set {ours} instead")
 
 
 def _refuse(config: Any) -> None:
