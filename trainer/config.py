@@ -190,7 +190,6 @@ class Distill:
         _not_negative(self, "queries", "top_k", "nll_weight")
         _above_zero(self, "temperature", "span_temperature")
         _refuse_meaningless(self)
-        _refuse_without_effect(self)
 
 
 def _refuse_meaningless(d: Distill) -> None:
@@ -212,19 +211,6 @@ def _refuse_meaningless(d: Distill) -> None:
                          "Use tail = 'ghost'")
     if d.divergence in ("jsd", "skew_forward", "skew_reverse") and not 0 < d.beta < 1:
         raise ValueError(f"beta = {d.beta}; want 0 < beta < 1. The ends are divergence = 'forward' and 'reverse'")
-
-
-def _refuse_without_effect(d: Distill) -> None:
-    """Knobs that would be read and change nothing."""
-    idle = [name for name in ("queries", "nll_weight", "correct_only") if getattr(d, name)]
-    if d.on_policy == 1 and idle:
-        raise ValueError(f"{idle[0]} = {getattr(d, idle[0])!r} with on_policy = {d.on_policy}: there are no off-policy texts. "
-                         f"Set on_policy below 1, or leave {idle[0]} out")
-    if d.queries and d.source == "dataset":
-        raise ValueError(f"queries = {d.queries} with source = 'dataset': only the teacher's texts are bought. "
-                         "Set source = 'teacher', or limit the data with data.limit")
-    if d.nll_weight and d.objective == "nll":
-        raise ValueError(f"nll_weight = {d.nll_weight} with objective = 'nll', which is that likelihood alone. Leave it out")
 
 
 @dataclass(frozen=True)

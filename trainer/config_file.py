@@ -96,7 +96,7 @@ def _check_keys(target: type, table: Mapping, source: str, prefix: str = "") -> 
     for key, value in table.items():
         name = prefix + key
         if key not in known and not (target is Config and key == "titan"):
-            near = get_close_matches(key, known, n=1)
+            near = get_close_matches(key, known, n=1, cutoff=0.5)  # half of `lr` is one letter
             guess = f", did you mean {prefix}{near[0]}?" if near else "."
             raise ValueError(f"{source}: unknown key {name}{guess} Known there: {', '.join(known)}")
         is_section = key in TITAN_SECTIONS or is_dataclass(hints.get(key))
@@ -121,7 +121,7 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
     elif origin is tuple:
         ok = isinstance(value, list | tuple) and len(value) == len(wanted) and all(type(v) in (int, float) for v in value)
         value = tuple(map(float, value)) if ok else value
-    elif hint is dict or origin in (dict, Mapping):
+    elif origin is Mapping:
         ok = isinstance(value, Mapping) and (wanted[-1] is not str or all(isinstance(v, str) for v in value.values()))
     else:
         ok = type(value) in wanted or (float in wanted and type(value) is int)  # bool is not an int here
@@ -134,9 +134,13 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
 def _spell(hint: Any) -> str:
     if get_origin(hint) in (Literal, None) and get_args(hint):
         return " | ".join(map(str, get_args(hint)))
-    if get_args(hint) and get_origin(hint) not in (dict, tuple, Mapping):
+    if get_args(hint) and get_origin(hint) not in (tuple, Mapping):
         return " | ".join("none (leave it out)" if a is NoneType else a.__name__ for a in get_args(hint))
-    return {Mapping: "a table", dict: "a table"}.get(get_origin(hint) or hint, getattr(hint, "__name__", str(hint)))
+    if get_origin(hint) is tuple:
+        return f"[{', '.join(a.__name__ for a in get_args(hint))}]"
+    if get_origin(hint) is Mapping:
+        return "a table of strings" if get_args(hint)[-1] is str else "a table"
+    return "a finite float" if hint is float else getattr(hint, "__name__", str(hint))
 
 
 def _hints(target: Any) -> dict[str, Any]:
@@ -199,4 +203,6 @@ def toml_value(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # the one control character JSON leaves
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(toml_value, value)) + "]"
-    return repr(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_key(k)} = {toml_value(v)}" for k, v in value.items()) + "}"
+    return value.isoformat() if isinstance(value, date | time) else repr(value)
