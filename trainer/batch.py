@@ -90,7 +90,7 @@ class Batch:
 
 
 def pack(samples: Sequence[Sample], *, tokens: int, seq_len: int, joined: bool = False) -> list[Batch]:
-    """Ragged samples -> micro-batches of at most `tokens` positions (one row at least), padding included.
+    """Ragged samples, all different objects -> micro-batches of at most `tokens` positions (one row at least), padding included.
 
     A sequence is prompt + response; its inputs are all but the last token, its targets the response tokens, so the first
     target is predicted at the last prompt position. Long rows come first, so that rows of one length share a batch.
@@ -107,7 +107,7 @@ def pack(samples: Sequence[Sample], *, tokens: int, seq_len: int, joined: bool =
     batches, start = [], 0
     while start < len(rows):
         width = _width(rows[start])
-        count = max(1, tokens // width)
+        count = max(1, tokens // max(width, 1))
         batches.append(_batch(rows[start:start + count], joined, order))
         start += count
     return batches
@@ -121,7 +121,8 @@ def empty_batch() -> Batch:
 
 
 def _length(sample: Sample) -> int:
-    return len(sample.rollout.prompt_ids) + len(sample.rollout.ids) - 1
+    """Inputs of the longer rendering: a teacher's template may be the longer one, and its forward has to fit too."""
+    return max(len(sample.rollout.prompt_ids), len(sample.teacher_prompt_ids or ())) + len(sample.rollout.ids) - 1
 
 
 def _width(row: list[Sample]) -> int:
@@ -173,7 +174,7 @@ def _batch(rows: list[list[Sample]], packed: bool, order: dict[int, int]) -> Bat
 def _lay_out(rows: list[list[Sample]], prompt_of: Callable[[Sample], tuple[int, ...]]) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs and positions [N, L], and where each response token is predicted."""
     texts = [[(prompt_of(s), s.rollout.ids) for s in row] for row in rows]
-    width = max(sum(len(p) + len(r) - 1 for p, r in row) for row in texts)
+    width = max(1, *(sum(len(p) + len(r) - 1 for p, r in row) for row in texts))  # 1: a model reads something
     input_NL, position_NL = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
     predictors = []
     for n, row in enumerate(texts):
