@@ -87,7 +87,7 @@ def table(talkers: Path, folder: Path, phase: str, **over) -> dict:
         "model": {"path": str(talkers / "policy")},
         "task": {"name": REWARD_VOWELS}, "rollout": {"prompts": 2, "group": 4, "max_tokens": 12},
         "optim": {"lr": 1e-3}, "log": {"quiet": True}, "export": {"enable": False},
-        "training": {"seq_len": 96, "mixed_precision_param": "float32"}, "checkpoint": {"interval": 1000}}
+        "training": {"seq_len": 96, "mixed_precision_param": "float32"}, "checkpoint": {"interval": 1000}, "guard": {"kl_budget": 0.0}}
     if phase != "evaluate":
         base["data"] = {"source": str(write_data(folder.parent))}
     return deep_merge(deep_merge(base, roles), over)

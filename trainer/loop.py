@@ -35,6 +35,7 @@ def train(cfg: Config) -> int:
                 stats = _run_steps(cfg, engine, phase, record)
             if engine.wants_to_stop:
                 record.event("interrupted", resume="run the same command again")
+                record.to_be_continued = True
                 return 130
             if cfg.export.enable and cfg.phase != "evaluate":
                 record.event("export", folder=engine.export(model_card(cfg, stats)))

@@ -87,6 +87,8 @@ class Record:
     tensorboard: bool = False
     on_step: Callable[[int, Mapping[str, Any]], None] | None = None
 
+    to_be_continued: bool = field(default=False, init=False)  # set by who interrupts a run: then there is no summary.json
+
     _last: dict[str, Any] = field(default_factory=dict, init=False)
     _step: int = field(default=0, init=False)
     _events: Counter = field(default_factory=Counter, init=False)
@@ -142,7 +144,7 @@ class Record:
         self._samples.close()
         if self._board:
             self._board.close()
-        if kind is None:
+        if kind is None and not self.to_be_continued:
             _replace(Path(self.folder) / "summary.json", _dump({
                 "schema": SCHEMA, "step": self._step, "total_steps": self.total_steps, "wall_s": self._wall_s(),
                 "ended": _now(), "events": dict(self._events), "last": self._last}))
