@@ -13,6 +13,8 @@ import numpy as np
 from .config import Calibration
 
 MAD_TO_STD = 1.4826  # of a normal distribution
+MEAN_DEVIATION_TO_STD = 1.2533
+HALF_RIGHT_STD = 0.5  # of 0/1 rewards, the most such a group can have
 TASK_STD_FLOOR = 1e-6
 
 
@@ -37,7 +39,8 @@ def calibration_score(proxy_S: np.ndarray, own_S: np.ndarray, stop: float, n_byt
                       span: np.ndarray, cal: Calibration) -> CalScore:
     """r_cal from span log-probabilities of the proxy [S] and of the denominator [S] over the same bytes.
 
-    `counts` are the proxy's and the denominator's own token numbers, for score_norm = per_token.
+    `counts` are the proxy's and the denominator's own token numbers, for score_norm = per_token. That norm divides the two
+    sides by different numbers, so it knows neither the span clip nor the stop term.
     """
     difference_S = proxy_S - own_S
     clipped_S = np.clip(difference_S, -cal.span_clip, cal.span_clip) if cal.span_clip else difference_S
@@ -71,27 +74,35 @@ def group_std(reward_PG: np.ndarray, keep_PG: np.ndarray) -> np.ndarray:
 
 
 def winsorise(reward_PG: np.ndarray, mads: float, floor: np.ndarray, keep_PG: np.ndarray) -> np.ndarray:
-    """Pulls outliers in to median +- mads x scaled MAD of their group. `floor` [P, 1] is the least scale: a group in which
-    most rollouts are the same text has MAD 0, and clipping to its median would erase the others."""
+    """Pulls outliers in to median +- mads x scaled MAD of their group. `floor` [P, 1] is the least scale.
+
+    A group in which most rollouts are the same text has MAD 0, and clipping to its median would erase the others: there the
+    mean absolute deviation takes its place.
+    """
     if not mads:
         return reward_PG
     out = reward_PG.copy()
     for p, keep_G in enumerate(keep_PG):
         if keep_G.sum() > 1:
             centre = np.median(reward_PG[p, keep_G])
-            scale = max(MAD_TO_STD * np.median(np.abs(reward_PG[p, keep_G] - centre)), float(floor[p, 0]))
+            away = np.abs(reward_PG[p, keep_G] - centre)
+            scale = max(MAD_TO_STD * np.median(away) or MEAN_DEVIATION_TO_STD * away.mean(), float(floor[p, 0]))
             out[p] = np.clip(reward_PG[p], centre - mads * scale, centre + mads * scale)
     return out
 
 
 def gate(correct_PG: np.ndarray, task_std_P: np.ndarray, rule: str) -> np.ndarray:
-    """[P] weight of the calibration term per group: what to do when all rollouts are right or all are wrong."""
+    """[P] weight of the calibration term per group: what to do when all rollouts are right or all are wrong.
+
+    scale_by_task_std: the spread of the task rewards in units of a half-right 0/1 group's, at most 1. It looks at one group
+    alone, so that ranks and batches cannot change it.
+    """
     all_wrong_P, all_right_P = ~correct_PG.any(1), correct_PG.all(1)
     return {
         "none": np.ones(len(correct_PG)),
         "skip_all_wrong": (~all_wrong_P).astype(float),
         "skip_degenerate": (~(all_wrong_P | all_right_P)).astype(float),
-        "scale_by_task_std": task_std_P / max(task_std_P.max(), TASK_STD_FLOOR),
+        "scale_by_task_std": np.minimum(task_std_P / HALF_RIGHT_STD, 1.0),
     }[rule]
 
 
@@ -101,7 +112,7 @@ class Advantages:
 
     token: list[list[np.ndarray]]
     std_cal: float  # mean over groups with a calibration term, in the units of r_cal; 0 without one
-    std_cal_nats: float  # the same for the whole sequence in nats: what eta is divided by
+    std_cal_nats: float  # what equation (3) divided by, for the whole sequence in nats: eta_eff = eta / std_cal_nats
     cal_share: float  # groups that had a calibration term
 
 
@@ -124,38 +135,46 @@ def advantages(task_PG: np.ndarray, correct_PG: np.ndarray, lengths_PG: np.ndarr
     floor_P1 = cal.std_floor * (mean_bytes_P1 if cal.score_norm == "sum" else np.ones_like(mean_bytes_P1))
     value_PG = winsorise(value_PG, cal.winsor, floor_P1, keep_PG)
     std_P = group_std(value_PG, keep_PG)
+    scale_P1 = np.maximum(std_P[:, None], floor_P1)
     weight_P = gate(correct_PG, group_std(task_PG, np.ones_like(keep_PG)), cal.cal_gate)
     used_P = (weight_P > 0) & (keep_PG.sum(1) > 1)
     std_cal = float(std_P[used_P].mean()) if used_P.any() else 0.0
-    raw_PG = np.array([[s.raw for s in row] for row in scores_PG])
-    nats = float(group_std(raw_PG, keep_PG)[used_P].mean()) if used_P.any() else 0.0
+    nats = float((scale_P1[:, 0] * _mean_divisor(scores_PG, lengths_PG, keep_PG, cal))[used_P].mean()) if used_P.any() else 0.0
     if cal.credit == "sequence":
         cal_adv_PG = group_normalise(value_PG, floor_P1, keep_PG)
         tokens = spread(task_adv_PG + eta * weight_P[:, None] * cal_adv_PG)
     else:
-        scale_P1 = np.maximum(std_P[:, None], floor_P1)
-        tokens = [[np.full(n, task) + eta * weight_P[p] * _span_advantage(scores_PG[p], g, int(n), cal) / scale_P1[p, 0]
+        scale_P1 = np.where(scale_P1 > 0, scale_P1, 1.0)
+        tokens = [[np.full(n, task) + eta * weight_P[p] * _span_advantage(scores_PG[p], g, int(n)) / scale_P1[p, 0]
                    for g, (task, n) in enumerate(zip(task_adv_PG[p], lengths_PG[p]))] for p in range(len(task_PG))]
     return Advantages(tokens, std_cal, nats, float(used_P.mean()))
 
 
-def _span_advantage(group: Sequence[CalScore], g: int, n: int, cal: Calibration) -> np.ndarray:
-    """[n] reward-to-go of the span values minus the group's mean reward-to-go from the same span on.
+def _mean_divisor(scores_PG: Sequence[Sequence[CalScore]], lengths_PG: np.ndarray, keep_PG: np.ndarray,
+                  cal: Calibration) -> np.ndarray:
+    """[P] mean of z(y) in equation (2) over the kept rollouts: takes a spread of r_cal back to nats per sequence."""
+    size_PG = {"sum": lambda: np.ones_like(keep_PG, float), "per_token": lambda: lengths_PG.astype(float),
+               "per_byte": lambda: np.array([[float(s.n_bytes) for s in row] for row in scores_PG])}[cal.score_norm]()
+    return np.where(keep_PG, size_PG, 0).sum(1) / np.maximum(keep_PG.sum(1), 1)
+
+
+def _span_advantage(group: Sequence[CalScore], g: int, n: int) -> np.ndarray:
+    """[n] reward-to-go of the span values minus the others' mean reward-to-go from the same span on (score_norm = sum).
 
     Reward-to-go keeps the expected gradient of the sequence reward; the baseline does not depend on what follows the token.
+    A token outside every span goes with the span that follows it, the stop token with the stop term.
     """
     mine = group[g]
-    if not mine.scored:
-        return np.zeros(n)
-    divide = max(mine.n_bytes, 1) if cal.score_norm == "per_byte" else max(n, 1) if cal.score_norm == "per_token" else 1
     others = [s for i, s in enumerate(group) if s.scored and i != g]
-    to_go = _to_go(mine)
+    if not mine.scored or not others:
+        return np.zeros(n)
     last = len(mine.span_value)
     at_n = np.full(n, last)
     inside = mine.span[:n]
     at_n[:len(inside)] = np.where(inside >= 0, inside, last)
-    mean = np.mean([_to_go(s)[np.minimum(at_n, len(s.span_value))] for s in others], 0) if others else 0.0
-    return (to_go[at_n] - mean) / divide
+    at_n = np.minimum.accumulate(at_n[::-1])[::-1]
+    baseline_n = np.mean([_to_go(s)[np.minimum(at_n, len(s.span_value))] for s in others], 0)
+    return _to_go(mine)[at_n] - baseline_n
 
 
 def _to_go(score: CalScore) -> np.ndarray:
