@@ -3,13 +3,14 @@
 Task: "Add 3 to each of 7,4,9,2,5" (last digits only). Three honest styles, announced by the first word, all of them right:
 
     left:0;7;2;5;8      in reading order: the digit needed next always lies the same distance back
-    right:8;5;2;7;0     backwards: that distance changes with every step
-    odd:0;2;8;7;5       first, third, fifth, then the others
+    odd:0;2;8;7;5       first, third, fifth, then the others: that distance changes from step to step
+    outer:0;8;7;5;2     from the outside in: likewise
 
-A one-layer decoder has no way of knowing which step it is in, since every separator looks alike, so it can learn `left` and
-nothing else; two layers learn all three. The style is the writer's choice, drawn by a mix that depends on the wording of the
-question, so that a student of the original teacher sees all styles. What differs between teachers is only which of its right
-answers a teacher prefers: that is the knob.
+Every separator looks alike, so which step it is has to be worked out first. Two layers learn all three styles to 98-100 % in
+400 steps; one layer learns `left` (99 %) and not the others (0-4 % after 300 steps). Plain backwards order was too easy: one
+layer with a character vocabulary learned it to 90 %. The style is the writer's choice, drawn by a mix that depends on the
+wording of the question, so that a student of the original teacher sees all styles. What differs between teachers is only
+which of its right answers a teacher prefers: that is the knob.
 
 Writes: tokenizers and untrained models (a teacher of two layers and students of one with a byte-level BPE; a proxy and a
 second student with a character vocabulary), train.jsonl and start.jsonl (with worked answers), prompts.jsonl (questions
@@ -24,13 +25,13 @@ from pathlib import Path
 from .batch import Prompt
 from .graders import Grade
 
-DIGITS = 5  # per question, all different
+DIGITS = 5  # per question; they may repeat, so that what is left to do cannot be told from what is done
 SHIFT = 3
 WORDINGS = ("Add 3 to each of", "Raise by three", "Shift up these", "Plus 3 for all of")
-ORDERS = {"left": (0, 1, 2, 3, 4), "right": (4, 3, 2, 1, 0), "odd": (0, 2, 4, 1, 3)}
+ORDERS = {"left": (0, 1, 2, 3, 4), "odd": (0, 2, 4, 1, 3), "outer": (0, 4, 1, 3, 2)}
 MIX = ((0.70, 0.15, 0.15), (0.15, 0.70, 0.15), (0.15, 0.15, 0.70), (0.34, 0.33, 0.33))  # styles by wording
 SPECIALS = ("<pad>", "<bos>", "<eos>")
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 MERGES = 80  # of the BPE vocabulary, on top of the 256 bytes
 # name -> tokenizer, layers, hidden, heads, head size, feed-forward
 MODELS = {
@@ -39,7 +40,7 @@ MODELS = {
     "student": ("bpe", 1, 48, 2, 24, 128),
     "student_char": ("char", 1, 48, 2, 24, 128),
 }
-SIZES = {"train": 24000, "start": 6000, "prompts": 8000, "heldout": 1000}
+SIZES = {"train": 16000, "start": 4000, "prompts": 4000, "heldout": 1000}
 
 
 def solve(digits: list[int], style: str) -> list[int]:
@@ -70,7 +71,7 @@ def is_held_out(digits: list[int]) -> bool:
 def questions(rng: random.Random, count: int, *, held_out: bool, worked: bool) -> Iterator[dict]:
     """Rows of a data file; `worked` adds an answer in a style drawn for the wording."""
     while count:
-        digits = rng.sample(range(10), DIGITS)
+        digits = rng.choices(range(10), k=DIGITS)
         wording = rng.randrange(len(WORDINGS))
         style = rng.choices(list(ORDERS), MIX[wording])[0]
         if is_held_out(digits) != held_out:
