@@ -64,7 +64,7 @@ class Chat:
             i = self.tokenizer.convert_tokens_to_ids(token)
             if i is not None and i in special and i != self.tokenizer.unk_token_id:
                 found.append(i)
-        stops = tuple(sorted({i for i in found if i is not None}))
+        stops = tuple(sorted({i for i in found if i is not None and i < self.vocab_size}))  # a padded head has more ids
         if not stops:
             raise ValueError(f"{self.path}: the tokenizer names no end-of-sequence token; set eos_token in its "
                              "tokenizer_config.json")
@@ -73,10 +73,10 @@ class Chat:
     def _find_stop_id(self) -> int:
         """The first stop token behind an assistant's turn as the template writes it, else the tokenizer's EOS."""
         if self.tokenizer.chat_template:
-            turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+            turn = [{"role": "user", "content": "Ask"}, {"role": "assistant", "content": "Zyx"}]
             text = self.tokenizer.apply_chat_template(turn, tokenize=False)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            behind = self.tokenizer(text[text.rindex("b") + 1:], add_special_tokens=False)["input_ids"]
+            behind = self.tokenizer(text[text.rindex("Zyx") + 3:], add_special_tokens=False)["input_ids"]
             ends = [i for i in behind or ids[-1:] if i in self.stop_ids]
             if ends:
                 return ends[0]

@@ -10,6 +10,6 @@ class Tally:
 
     def add(self, name: str, values: Iterable[float] | float) -> None:
         row = self.sums.setdefault(name, [0.0, 0.0])
-        for value in [values] if isinstance(values, int | float) else values:
+        for value in values if isinstance(values, Iterable) else [values]:
             row[0] += float(value)
             row[1] += 1.0
