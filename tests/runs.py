@@ -27,7 +27,7 @@ def reward_vowels(prompt, text: str) -> float:
 
 def is_even(prompt, text: str) -> bool:
     """Right for about half of all texts."""
-    return len(text) % 2 == 0
+    return sum(map(ord, text)) % 2 == 0
 
 
 def raise_sometimes(prompt, text: str) -> float:

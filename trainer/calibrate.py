@@ -171,7 +171,7 @@ class Calibrate:
         """Per-token log-probabilities of the sampled ids, the stop token included."""
         jobs = [(r.prompt_ids, r.ids) for r in flat]
         read = score_ids(reader, self.engine, jobs, self.chat, tokens=self.cfg.batch.tokens,
-                         temperature=self.cfg.rollout.temperature)
+                         temperature=self.cfg.rollout.temperature, stop=False)
         return [s.logp for s in read]
 
     def _report(self, flat, grades, correct_PG, scores, adv, eta) -> None:

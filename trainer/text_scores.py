@@ -39,10 +39,13 @@ class Aligned:
 
 
 def score_ids(reader: Any, engine: Any, jobs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], chat: Chat, *,
-              tokens: int, temperature: float = 1.0) -> list[Scored]:
-    """Scores of (prompt ids, content ids) pairs under `reader`, a frozen model or the engine itself. Collective."""
+              tokens: int, temperature: float = 1.0, stop: bool = True) -> list[Scored]:
+    """Scores of (prompt ids, content ids) pairs under `reader`, a frozen model or the engine itself. Collective.
+
+    stop: score the stop set behind each text; that takes one position more than the text has.
+    """
     empty = Prompt(0, ())
-    samples = [Sample(Rollout(empty, p, (*ids, chat.stop_id), (), 0.0, "", True)) for p, ids in jobs]
+    samples = [Sample(Rollout(empty, p, (*ids, chat.stop_id) if stop else ids, (), 0.0, "", True)) for p, ids in jobs]
     logp = [np.zeros(len(s.rollout.ids)) for s in samples]
     stops = np.zeros(len(samples))
     longest = max((len(p) + len(ids) for p, ids in jobs), default=1)
@@ -59,7 +62,7 @@ def score_ids(reader: Any, engine: Any, jobs: Sequence[tuple[tuple[int, ...], tu
             logp[i] = rows[which == i, 0]
         for t in np.flatnonzero(is_last):
             stops[which[t]] = np.logaddexp.reduce(rows[t, 1:])
-    return [Scored(x[:-1], float(stop)) for x, stop in zip(logp, stops)]
+    return [Scored(x[:-1] if stop else x, float(s)) for x, s in zip(logp, stops)]
 
 
 def align_texts(writer: Chat, reader: Chat, rollouts: Sequence[Rollout], *, same: bool) -> list[Aligned]:

@@ -1,0 +1,235 @@
+"""Phase 2 on tiny models that answer: each way of teaching against its definition, and every option with its effect."""
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import config, run_here
+from transformers import AutoModelForCausalLM
+
+from reflux.trainer.chat import Chat
+from reflux.trainer.distill import Distill
+
+pytestmark = pytest.mark.usefixtures("titan_process")
+GIVEN = {"source": "dataset", "on_policy": 0.0}
+KL_KEYS = ("loss", "grad_norm")
+
+
+@pytest.fixture
+def seen(monkeypatch) -> dict[str, list]:
+    """The texts and samples of every step."""
+    kept: dict[str, list] = {"sample": [], "score": []}
+    for name in kept:
+        real = getattr(Distill, name)
+
+        def wrapped(self, *args, real=real, name=name):
+            kept[name].append(real(self, *args))
+            return kept[name][-1]
+
+        monkeypatch.setattr(Distill, name, wrapped)
+    return kept
+
+
+def logp_nV(folder, sample, prompt_ids=None) -> torch.Tensor:
+    """Log-probabilities at the response's predictors, by transformers."""
+    model, r = AutoModelForCausalLM.from_pretrained(folder), sample.rollout
+    prompt = prompt_ids or r.prompt_ids
+    with torch.no_grad():
+        return model(torch.tensor([prompt + r.ids])).logits[0, len(prompt) - 1:-1].double().log_softmax(-1)
+
+
+def mean_over_tokens(talkers, samples, loss_of) -> float:
+    """What the first step's loss is by definition: sum over all response tokens, divided once."""
+    total = sum(loss_of(logp_nV(talkers / "policy", s), logp_nV(talkers / "teacher", s, s.teacher_prompt_ids), s) for s in samples)
+    return float(total) / sum(len(s.rollout.ids) for s in samples)
+
+
+def nll_of(student_nV, _, sample):
+    return -student_nV.gather(1, torch.tensor(sample.rollout.ids)[:, None]).sum()
+
+
+def kl(p_nV, q_nV):
+    return (p_nV.exp() * (p_nV - q_nV)).sum()
+
+
+def mixture(a_nV, b_nV, weight: float):
+    return torch.logaddexp(a_nV + math.log(weight), b_nV + math.log(1 - weight))
+
+
+def jsd(s, t, _, beta=0.3):
+    m = mixture(t, s, beta)
+    return beta * kl(t, m) + (1 - beta) * kl(s, m)
+
+
+def ghost(s, t, _, k=5):
+    """Forward KL on the teacher's top k and one bucket for the rest."""
+    top, ids = t.topk(k, -1)
+    mine = s.gather(1, ids)
+    rest = lambda x: torch.log1p(-x.exp().sum(1))
+    return (top.exp() * (top - mine)).sum() + (rest(top).exp() * (rest(top) - rest(mine))).sum()
+
+
+def renorm(s, t, _, k=5):
+    top, ids = t.topk(k, -1)
+    return kl(top.log_softmax(-1), s.gather(1, ids).log_softmax(-1))
+
+
+DEFINITIONS = {
+    "sft": (GIVEN | {"objective": "nll"}, nll_of),
+    "seq_kd": ({"objective": "nll", "on_policy": 0.0}, nll_of),
+    "kd_forward": (GIVEN | {"divergence": "forward"}, lambda s, t, _: kl(t, s)),
+    "kd_on_teacher_texts": ({"divergence": "forward", "on_policy": 0.0}, lambda s, t, _: kl(t, s)),
+    "gkd_reverse": ({"divergence": "reverse"}, lambda s, t, _: kl(s, t)),
+    "gkd_jsd": ({"divergence": "jsd", "beta": 0.3}, jsd),
+    "skew_forward": ({"divergence": "skew_forward", "beta": 0.9}, lambda s, t, _: kl(t, mixture(t, s, 0.9))),
+    "gkd_mixed": ({"divergence": "forward", "on_policy": 0.5}, lambda s, t, _: kl(t, s)),
+    "ghost": ({"divergence": "forward", "tail": "ghost", "top_k": 5}, ghost),
+    "renorm": ({"divergence": "forward", "tail": "renorm", "top_k": 5}, renorm),
+    "kd_plus_nll": (GIVEN | {"divergence": "forward", "nll_weight": 0.7}, lambda s, t, x: kl(t, s) + 0.7 * nll_of(s, t, x)),
+}
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_the_first_loss_is_its_definition_over_the_global_token_count(talkers, tmp_path, seen, name):
+    options, loss_of = DEFINITIONS[name]
+    run = run_here(config(talkers, tmp_path / "run", "distill", steps=1, distill=options, rollout={"prompts": 4, "group": 2}))
+    want = mean_over_tokens(talkers, seen["score"][0], loss_of)
+    assert run.steps[0]["loss"] == pytest.approx(want, rel=2e-5)
+    writers = {t.writer for step in seen["sample"] for group in step for t in group}
+    assert writers == {"sft": {"dataset"}, "kd_forward": {"dataset"}, "kd_plus_nll": {"dataset"}, "seq_kd": {"teacher"},
+                       "kd_on_teacher_texts": {"teacher"}, "gkd_mixed": {"teacher", "student"}}.get(name, {"student"})
+
+
+@pytest.mark.parametrize("options", [
+    {"divergence": d, "beta": 0.4} for d in ("forward", "reverse", "jsd", "skew_forward", "skew_reverse")] + [
+    {"tail": "ghost", "top_k": 7}, {"tail": "renorm", "top_k": 7, "divergence": "forward"}, {"temperature": 2.0}], ids=str)
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(talkers, tmp_path, options):
+    run = run_here(config(talkers, tmp_path / "run", "distill", steps=1, distill=options,
+                          teacher={"path": str(talkers / "policy")}))
+    assert run.steps[0]["loss"] == pytest.approx(0, abs=2e-6) and run.steps[0]["grad_norm"] == pytest.approx(0, abs=5e-5)
+
+
+def test_keeping_the_whole_vocabulary_is_the_full_divergence(talkers, tmp_path):
+    for divergence in ("forward", "reverse"):
+        full, ghost = (run_here(config(talkers, tmp_path / f"{divergence}{k}", "distill",
+                                       distill={"divergence": divergence, "tail": tail, "top_k": k}))
+                       for tail, k in (("full", 0), ("ghost", 512)))
+        for a, b in zip(full.steps, ghost.steps):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        assert ghost.steps[0]["teacher_mass"] == pytest.approx(1, abs=1e-5)
+
+
+def test_bought_answers_are_the_same_texts_again_and_again(talkers, tmp_path, seen):
+    run_here(config(talkers, tmp_path / "run", "distill", steps=3, rollout={"prompts": 3, "group": 2},
+                    distill={"objective": "nll", "on_policy": 0.0, "queries": 3}))
+    steps = [{t.rollout.ids for group in step for t in group} for step in seen["sample"]]
+    assert steps[0] == steps[1] == steps[2]
+
+
+def test_only_right_answers_are_bought(talkers, tmp_path, seen):
+    run_here(config(talkers, tmp_path / "run", "distill", task={"name": "exact", "options": {"marker": "=>"}},
+                    rollout={"prompts": 3, "group": 4, "max_tokens": 14},
+                    distill={"objective": "nll", "on_policy": 0.0, "queries": 24, "correct_only": True}))
+    texts = [t.rollout for step in seen["sample"] for group in step for t in group]
+    assert texts and all(x.text.rpartition("=>")[2].strip() == x.prompt.answer for x in texts)
+
+
+def test_no_right_answer_at_all_says_what_to_do(talkers, tmp_path):
+    with pytest.raises(ValueError, match="none of the teacher's 2 answers is right.*task.options"):
+        run_here(config(talkers, tmp_path / "run", "distill", task={"name": "exact", "options": {"marker": "never"}},
+                        distill={"objective": "nll", "on_policy": 0.0, "queries": 2, "correct_only": True}))
+
+
+def test_wrong_texts_are_left_out_of_a_step_and_the_step_still_runs(talkers, tmp_path, seen):
+    """All of them wrong: no token, no update, no NaN."""
+    run = run_here(config(talkers, tmp_path / "run", "distill", task={"name": "exact", "options": {"marker": "never"}},
+                          distill={"divergence": "forward", "on_policy": 0.0, "correct_only": True}))
+    assert seen["score"] == [[], []] and [s["tokens"] for s in run.steps] == [0, 0]
+    assert all(s["kept"] == 0 and s["loss"] == 0 and s["grad_norm"] == 0 for s in run.steps)
+
+
+# across tokenizers
+
+
+@pytest.mark.parametrize("options", [{}, GIVEN, {"on_policy": 0.0}, {"on_policy": 0.5}], ids=["student", "dataset", "teacher", "mixed"])
+def test_spans_carry_the_teachers_likelihood_whoever_wrote(talkers, tmp_path, seen, options):
+    """Teacher and student of different tokenizers; by transformers: span sums of the teacher add up to its sequence score."""
+    run = run_here(config(talkers, tmp_path / "run", "distill", steps=3, teacher={"path": str(talkers / "proxy")},
+                          rollout={"prompts": 4}, distill={"objective": "span", **options}))
+    chat, model = Chat(str(talkers / "proxy")), AutoModelForCausalLM.from_pretrained(talkers / "proxy")
+    samples = [s for s in seen["score"][0] if s.rollout.ended and s.rollout.text]
+    assert samples and run.steps[2]["loss"] != run.steps[0]["loss"]
+    for s in samples[:4]:
+        prompt, ids = chat.prompt_ids(s.rollout.prompt.messages), chat.encode(s.rollout.text)
+        with torch.no_grad():
+            logp = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:].double().log_softmax(-1)
+        want = logp[:-1].gather(1, torch.tensor(ids)[:, None]).sum() + logp[-1, list(chat.stop_ids)].logsumexp(0)
+        if not s.off_policy or options == GIVEN:  # a teacher's own sample need not be its canonical encoding
+            assert np.sum(s.teacher_span_logp) == pytest.approx(want.item(), abs=1e-3)
+        assert s.span.max() == len(s.teacher_span_logp) - 1 and len(s.span) == len(s.rollout.ids)
+
+
+def test_another_vocabulary_is_refused_with_the_way_out(talkers, tmp_path):
+    with pytest.raises(ValueError, match="different vocabularies.*'span'"):
+        run_here(config(talkers, tmp_path / "run", "distill", teacher={"path": str(talkers / "proxy")}))
+
+
+def test_a_teacher_with_another_template_reads_its_own_prompt(talkers, tmp_path, seen):
+    """T20: the same response ids behind the teacher's rendering; the loss is what transformers computes from it."""
+    shutil.copytree(talkers / "teacher", tmp_path / "teacher")
+    settings = tmp_path / "teacher" / "tokenizer_config.json"
+    template = Path(tmp_path / "teacher" / "chat_template.jinja")
+    (template if template.exists() else settings).write_text(
+        (template if template.exists() else settings).read_text().replace("assistant: ", "Well, the answer is "))
+    run = run_here(config(talkers, tmp_path / "run", "distill", steps=1, teacher={"path": str(tmp_path / "teacher")},
+                          distill={"divergence": "forward"}, rollout={"prompts": 4, "group": 2}))
+    assert all(s.teacher_prompt_ids and s.teacher_prompt_ids != s.rollout.prompt_ids for s in seen["score"][0])
+    assert run.steps[0]["loss"] == pytest.approx(
+        mean_over_tokens(talkers, seen["score"][0], lambda s, t, _: kl(t, s)), rel=2e-5)
+
+
+# options
+
+
+BASE = {"distill": {"divergence": "forward", "on_policy": 0.5}, "rollout": {"prompts": 4, "group": 2, "max_tokens": 12}}
+TOP = {"tail": "ghost", "top_k": 8}
+_base: dict = {}  # outcomes of what an option is compared with
+OPTIONS = [({}, o) for o in (
+    {"objective": "nll", "on_policy": 0.0}, {"divergence": "reverse"}, {"divergence": "jsd"}, {"divergence": "skew_reverse"},
+    TOP, {"tail": "drop", "top_k": 8}, {"tail": "renorm", "top_k": 8}, {"temperature": 2.0}, {"source": "dataset"},
+    {"on_policy": 1.0}, {"nll_weight": 0.5}, {"queries": 4})] + [
+    (TOP, {"top_k": 9}), ({"divergence": "jsd"}, {"beta": 0.2}), ({"divergence": "skew_forward", "beta": 0.5}, {"beta": 0.2}),
+    ({"temperature": 2.0}, {"scale_t2": True}), ({"objective": "span"}, {"span_temperature": 10.0}),
+    ({"objective": "span"}, {"nll_weight": 0.5})]
+
+
+@pytest.mark.parametrize("under, option", OPTIONS, ids=str)
+def test_every_option_changes_what_it_names(talkers, tmp_path, under, option):
+    """T29."""
+    def outcome(folder, **more):
+        run = run_here(config(talkers, folder, "distill", steps=1, **BASE | {"distill": BASE["distill"] | under | more}))
+        return [run.steps[0][key] for key in KL_KEYS]
+
+    if str(under) not in _base:
+        _base[str(under)] = outcome(tmp_path / "base")
+    assert not np.allclose(outcome(tmp_path / "run", **option), _base[str(under)], rtol=1e-5, atol=0), f"{option} changed nothing"
+
+
+@pytest.mark.parametrize("over", [{"rollout": {"top_p": 0.5}}, {"rollout": {"top_k": 1}}, {"teacher": {"dtype": "bfloat16"}}], ids=str)
+def test_options_of_other_tables_change_what_they_name(talkers, tmp_path, over):
+    base = run_here(config(talkers, tmp_path / "a", "distill"))
+    got = run_here(config(talkers, tmp_path / "b", "distill", **over))
+    assert got.steps[0]["loss"] != pytest.approx(base.steps[0]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"on_policy": 0.5, "nll_weight": 0.5}, {"objective": "span", "on_policy": 0.5}], ids=str)
+def test_micro_batches_and_packing_change_no_number(talkers, tmp_path, options):
+    """T10."""
+    runs = [run_here(config(talkers, tmp_path / str(k), "distill", distill=options, batch=batch))
+            for k, batch in enumerate([{}, {"tokens": 1}, {"tokens": 97}, {"pack": True}])]
+    for other in runs[1:]:
+        for a, b in zip(runs[0].steps, other.steps):
+            for key in ("loss", "grad_norm"):
+                assert a[key] == pytest.approx(b[key], rel=1e-5), key
