@@ -20,7 +20,7 @@ class Guards:
     """State lives in engine.notes, so that a resumed run stops where the uninterrupted one would."""
 
     def __init__(self, cfg: Config, engine):
-        self.cfg, self.notes = cfg, engine.notes
+        self.cfg, self.engine = cfg, engine
         cal, beta = cfg.calibration, cfg.anchor.beta
         if cal.mode == "undistillable" and cal.denominator == "policy" and cal.strength >= beta:
             warnings.warn(f"undistillable with strength {cal.strength} >= anchor.beta {beta}: the un-normalised objective has no "
@@ -29,6 +29,11 @@ class Guards:
         if cfg.anchor.estimator == "k3_loss":
             warnings.warn("anchor.estimator = 'k3_loss' descends the forward KL, not KL(pi || original); use 'exact' or 'k3_is'",
                           stacklevel=2)
+
+    @property
+    def notes(self) -> dict[str, float]:
+        """Asked for each time: loading a checkpoint puts another dictionary in the engine."""
+        return self.engine.notes
 
     def check(self, step: int, stats: dict[str, float], found: dict[str, float]) -> None:
         """Raises Stop when the KL budget is spent or the task accuracy fell twice in a row."""
@@ -41,7 +46,7 @@ class Guards:
             return
         average = KL_DECAY * self.notes.get("anchor_kl", kl) + (1 - KL_DECAY) * kl
         self.notes["anchor_kl"] = average
-        if average > budget:
+        if not average <= budget:  # NaN stops too
             raise Stop(f"KL(pi || original) reached {average:.3f} nats per token, over guard.kl_budget = {budget}")
         if average > budget / 2 and not self.notes.get("kl_warned"):
             self.notes["kl_warned"] = 1.0
