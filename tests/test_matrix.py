@@ -1,0 +1,110 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from reflux.trainer.matrix import read_matrix, run_matrix
+
+ROOT = Path(__file__).parents[1]
+TOY = '''
+import json, pathlib, sys
+def main(arguments):
+    out = pathlib.Path(arguments[arguments.index("--out") + 1])
+    word = arguments[0]
+    with open(out.parent / "order.txt", "a") as f:
+        f.write(word + "\\n")
+    return 3 if word == "bad" else 0
+'''
+TABLE = '''
+folder = "{folder}"
+seeds = [0, 1]
+parallel = 2
+[[cell]]
+name = "a"
+module = "toy_cell"
+arguments = ["a"]
+[[cell]]
+name = "b-{{x}}"
+each = {{ x = ["1", "2"] }}
+after = ["a"]
+module = "toy_cell"
+arguments = ["b{{x}}"]
+labels = {{ role = "student", attack = "{{x}}" }}
+'''
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    (tmp_path / "toy_cell.py").write_text(TOY)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "m.toml").write_text(TABLE.format(folder=tmp_path / "runs"))
+    return tmp_path
+
+
+def test_combinations_and_seeds_are_written_out(toy):
+    _, cells = read_matrix(toy / "m.toml", {})
+    assert [c.name for c in cells] == ["a@0", "b-1@0", "b-2@0", "a@1", "b-1@1", "b-2@1"]
+    assert cells[1].after == ("a@0",) and cells[5].labels == {"role": "student", "attack": "2", "seed": "1"}
+
+
+def test_overrides_win(toy):
+    table, cells = read_matrix(toy / "m.toml", {"seeds": [7]})
+    assert table["seeds"] == [7] and {c.labels["seed"] for c in cells} == {"7"}
+
+
+def test_a_cell_that_waits_for_nobody_is_refused(toy):
+    path = toy / "m.toml"
+    path.write_text(path.read_text().replace('after = ["a"]', 'after = ["z"]'))
+    with pytest.raises(ValueError, match="waits for z@0"):
+        read_matrix(path, {})
+
+
+def test_the_quickstart_is_complete():
+    _, cells = read_matrix(ROOT / "configs/quickstart.toml", {"seeds": [0]})
+    for cell in cells:
+        if not cell.module:
+            from reflux.trainer.config_file import load
+
+            flags = cell.arguments
+            sets = [flags[i + 1] for i, x in enumerate(flags) if x == "--set"]
+            load(flags[flags.index("--config") + 1], tuple(sets))
+    labels = {(c.labels.get("teacher"), c.labels.get("attack")) for c in cells if c.labels.get("role") == "student"}
+    assert len(labels) == 4 * 5
+
+
+def test_prerequisites_run_first_done_cells_are_skipped_and_failures_stop_only_their_followers(toy):
+    table, cells = read_matrix(toy / "m.toml", {"seeds": [0]})
+    assert run_matrix(cells, 2) == []
+    order = (toy / "runs/seed-0/order.txt").read_text().split()
+    assert order[0] == "a" and sorted(order[1:]) == ["b1", "b2"]
+    (cells[1].folder / "summary.json").unlink()
+    assert run_matrix(cells, 2) == []
+    assert (toy / "runs/seed-0/order.txt").read_text().split()[3:] == ["b1"]  # only what was missing ran again
+
+    path = toy / "bad.toml"
+    path.write_text((toy / "m.toml").read_text().replace('arguments = ["a"]', 'arguments = ["bad"]'))
+    _, cells = read_matrix(path, {"seeds": [5]})
+    assert sorted(run_matrix(cells, 2)) == ["a@5", "b-1@5", "b-2@5"]
+    assert (toy / "runs/seed-5/order.txt").read_text().split() == ["bad"]
+
+
+def test_ctrl_c_is_passed_on_and_the_next_call_goes_on(toy):
+    (toy / "toy_cell.py").write_text(TOY.replace("    return 3", "    import time; time.sleep(0.3)\n    return 3"))
+    env = os.environ | {"PYTHONPATH": str(toy)}
+    command = [sys.executable, "-m", "reflux.trainer.matrix", str(toy / "m.toml"), "--set", "seeds=[0]", "--set", "parallel=1"]
+    process = subprocess.Popen(command, env=env, cwd=toy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    order = toy / "runs/seed-0/order.txt"
+    for _ in range(600):
+        if order.exists() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.send_signal(2)
+    assert process.wait(60) == 130, process.stdout.read()
+    assert subprocess.run(command, env=env, cwd=toy, capture_output=True).returncode == 0
+    assert set(order.read_text().split()) == {"a", "b1", "b2"}
+    assert {c["name"] for c in json.loads((toy / "runs/matrix.json").read_text())["cells"]} == {"a@0", "b-1@0", "b-2@0"}

@@ -1,0 +1,90 @@
+import json
+from collections import Counter
+from unittest import mock
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reflux.trainer.batch import Prompt
+from reflux.trainer.chat import Chat
+from reflux.trainer.miniature import DIGITS, MIX, MODELS, ORDERS, SIZES, WORDINGS, grade, is_held_out, main, write_answer
+
+DIGIT_LISTS = st.lists(st.integers(0, 9), min_size=DIGITS, max_size=DIGITS)
+
+
+def prompt(digits):
+    return Prompt(0, ({"role": "user", "content": "?"},), answer=",".join(map(str, digits)))
+
+
+@given(digits=DIGIT_LISTS, style=st.sampled_from(sorted(ORDERS)))
+def test_every_honest_style_is_right(digits, style):
+    g = grade(prompt(digits), write_answer(digits, style))
+    assert g.correct and g.reward == 1.0 and g.error is None
+
+
+@given(digits=DIGIT_LISTS, style=st.sampled_from(sorted(ORDERS)), at=st.integers(0, DIGITS - 1), by=st.integers(1, 9))
+def test_one_wrong_digit_is_a_wrong_answer_and_not_a_missing_one(digits, style, at, by):
+    text = list(write_answer(digits, style))
+    place = len(style) + 1 + 2 * at
+    text[place] = str((int(text[place]) + by) % 10)
+    g = grade(prompt(digits), "".join(text))
+    assert g.correct is False and g.extracted is not None
+
+
+@pytest.mark.parametrize("text", ["", "left", "left:", "left:1;2;3;4", "left:1;2;3;4;5;6", "up:1;2;3;4;5", "left:1;2;3;4;x"])
+def test_another_shape_is_no_answer(text):
+    g = grade(prompt([1, 2, 3, 4, 5]), text)
+    assert g.correct is False and g.extracted is None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    with mock.patch.dict(SIZES, train=4000, start=500, prompts=500, heldout=100):
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    out = tmp_path_factory.mktemp("world")
+    assert main(["--out", str(out), "--seed", "3"]) == 0
+    return out
+
+
+def rows(world, name):
+    return [json.loads(line) for line in (world / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_held_out_questions_are_never_trained_on(world):
+    digits = lambda name: {row["answer"] for row in rows(world, name)}
+    assert not digits("heldout") & (digits("train") | digits("start") | digits("prompts"))
+    assert all(is_held_out([int(d) for d in a.split(",")]) for a in digits("heldout"))
+
+
+def test_styles_follow_the_wording(world):
+    seen = Counter()
+    for row in rows(world, "train"):
+        wording = next(i for i, w in enumerate(WORDINGS) if row["prompt"].startswith(w))
+        seen[wording, row["response"].split(":")[0]] += 1
+    for wording, mix in enumerate(MIX):
+        total = sum(seen[wording, s] for s in ORDERS)
+        for style, share in zip(ORDERS, mix):
+            assert seen[wording, style] / total == pytest.approx(share, abs=0.04)
+
+
+def test_the_same_seed_writes_the_same_world(world, tmp_path):
+    main(["--out", str(tmp_path), "--seed", "3"])
+    for name in ("train.jsonl", "heldout.jsonl", "teacher/tokenizer.json", "proxy/config.json"):
+        assert (tmp_path / name).read_bytes() == (world / name).read_bytes()
+    other = tmp_path / "other"
+    main(["--out", str(other), "--seed", "4"])
+    assert (other / "train.jsonl").read_bytes() != (world / "train.jsonl").read_bytes()
+
+
+def test_every_digit_is_a_token_of_its_own_on_both_sides(world):
+    text = write_answer([1, 2, 3, 4, 5], "outer")
+    for name, (tokenizer, *_) in MODELS.items():
+        chat = Chat(str(world / name))
+        pieces = [chat.table.pieces[i] for i in chat.encode(text)]
+        assert b"".join(pieces) == text.encode() and sum(p.isdigit() for p in pieces) == DIGITS
+        assert len(pieces) == len(text) if tokenizer == "char" else len(pieces) < len(text)

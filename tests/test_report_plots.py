@@ -1,0 +1,11 @@
+from reflux.trainer.report_plots import plot_all
+
+
+def test_without_anything_to_draw_nothing_is_written(tmp_path):
+    assert plot_all(tmp_path, [], {"students": {}, "teachers": {}}) == {} and not list(tmp_path.iterdir())
+
+
+def test_a_student_table_alone_gives_one_picture(tmp_path):
+    cell = {"sampled": {"mean": 0.5, "std": 0.1, "n": 2}}
+    made = plot_all(tmp_path, [], {"students": {"kd": {"original": cell}}, "teachers": {"original": {"styles": {}}}})
+    assert list(made) == ["students.png"] and (tmp_path / "students.png").read_bytes()[:4] == b"\x89PNG"
