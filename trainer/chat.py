@@ -59,7 +59,8 @@ class Chat:
 
     def _find_stop_ids(self) -> tuple[int, ...]:
         found = [self.tokenizer.eos_token_id, *_generation_stops(self.path)]
-        special = set(self.tokenizer.all_special_ids)
+        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}  # all_special_ids has only
+        special |= set(self.tokenizer.all_special_ids)  # tokens with a role, which Llama 3's <|eot_id|> does not have
         for token in TURN_ENDS:
             i = self.tokenizer.convert_tokens_to_ids(token)
             if i is not None and i in special and i != self.tokenizer.unk_token_id:

@@ -1,4 +1,5 @@
 """The README.md of an exported model: recipe, dial, parents, limits."""
+import json
 from importlib.metadata import PackageNotFoundError, version
 
 from .config import Config
@@ -13,7 +14,7 @@ def model_card(cfg: Config, stats: dict) -> str:
     title, story = {"calibrate": _calibrated, "distill": _distilled}[cfg.phase](cfg)
     measured = {k: stats[k] for k in ("loss", "anchor_kl", "accuracy", "reward/cal", "kl", "nll") if k in stats}
     numbers = "\n".join(f"| {k} | {v:.5g} |" for k, v in measured.items())
-    return (f"---\nlibrary_name: transformers\nbase_model: {cfg.model.path}\ntags: [reflux, {cfg.phase}]\n---\n"
+    return (f"---\nlibrary_name: transformers\nbase_model: {json.dumps(cfg.model.path)}\ntags: [reflux, {cfg.phase}]\n---\n"
             f"# {title}\n\n{story}\n\nMade with reflux-llm {_version()} in {cfg.steps} steps, seed {cfg.seed}. "
             "Method: [arXiv:2604.18963](https://arxiv.org/abs/2604.18963).\n\n"
             f"| last step | |\n|---|--:|\n{numbers}\n\n## Limits\n{LIMITS}\n\n"
