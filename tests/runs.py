@@ -1,4 +1,7 @@
-"""Whole runs of the trainer for tests: tiny data, tiny models, in this process or under torchrun, read back from the log."""
+"""Whole runs of the trainer for tests: tiny data, tiny models, in this process or under torchrun, read back from the log.
+
+`python tests/runs.py FOLDER` makes what configs/debug_cpu_*.toml read: random models and vowels.jsonl.
+"""
 import json
 import os
 import shutil
@@ -9,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from assets import free_port
+from assets import free_port, make_assets
 
 from reflux.trainer.config import Config
 from reflux.trainer.config_file import deep_merge, fill, to_toml
@@ -28,6 +31,11 @@ def reward_vowels(prompt, text: str) -> float:
 def is_even(prompt, text: str) -> bool:
     """Right for about half of all texts."""
     return sum(map(ord, text)) % 2 == 0
+
+
+def is_answer_of_prompt_0(prompt, text: str) -> bool:
+    """Right for one prompt only."""
+    return prompt.index == 0
 
 
 def raise_sometimes(prompt, text: str) -> float:
@@ -75,6 +83,14 @@ def talkers(assets, tmp_path_factory) -> Path:
     for name, source, steps in (("policy", "qwen3_tied", 32), ("teacher", "qwen3", 50), ("proxy", "gemma3", 40)):
         make_talker(assets / source, folder / name, write_data(folder), steps)
     return folder
+
+
+def make_debug(folder: Path) -> None:
+    """Random models, and a task that even they solve now and then: the last vowel of the text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    make_assets(folder)
+    rows = [{"prompt": f"Write word {i}. Its last vowel is {vowel}.", "answer": vowel} for i in range(8) for vowel in "aeiou"]
+    (folder / "vowels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def table(talkers: Path, folder: Path, phase: str, **over) -> dict:
@@ -130,3 +146,7 @@ def run_ranks(cfg: Config, ranks: int = 2) -> Run:
                           env=environment())
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return load_run(cfg.folder)
+
+
+if __name__ == "__main__":
+    make_debug(Path(sys.argv[1]))
