@@ -17,6 +17,7 @@ import torch.distributed as dist
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch.distributed.checkpoint.api import CheckpointException
 
 from . import titan
 from .batch import Rollout, Sample, pack
@@ -56,6 +57,11 @@ ORDER_SHARE = 0.8  # of the texts
 
 def dry_run(cfg: Config) -> int:
     """Print what the run would load and hold, from config.json and tokenizer only. Returns 1 if it cannot work."""
+    return _print(*plan(cfg))
+
+
+def plan(cfg: Config) -> tuple[list[Table], list[Finding]]:
+    """Everything `dry_run` prints. No weights, no process group; a missing tokenizer or data file is only a warning."""
     shapes, findings = _shapes(cfg)
     chats, more = open_chats([s.role for s in shapes])
     findings += [replace(f, level="warning") for f in more]  # a plan needs no tokenizer
@@ -74,7 +80,7 @@ def dry_run(cfg: Config) -> int:
             findings += _lengths(cfg, chats, shapes, config.training.seq_len)
     findings += [f for s in shapes if s.role.name in chats and s.role.name != "anchor"
                  for f in tokenizer_findings(s.role, chats[s.role.name], s.config.vocab_size)]
-    return _print(tables, findings)
+    return tables, findings
 
 
 def _shapes(cfg: Config) -> tuple[list[Shape], list[Finding]]:
@@ -136,8 +142,7 @@ def _budget(cfg: Config, config: Any, ranks: Ranks, shape: Shape, parts: Sequenc
 
 def check(cfg: Config) -> int:
     """Try tokenizers, templates, data, grader and models on this machine. Writes nothing to the run folder. 1 on errors."""
-    tables, findings, examples = examine(cfg)
-    return _print(tables, findings, examples)
+    return _print(*examine(cfg))
 
 
 def examine(cfg: Config) -> tuple[list[Table], list[Finding], list[tuple[str, Chat, Any, str]]]:
@@ -210,9 +215,11 @@ def _model_findings(cfg: Config, chats: dict[str, Chat], prompts: Sequence,
                 findings.append(_order(cfg, engine, models["proxy"], chats["proxy"], texts))
             if "teacher" in models:
                 findings.append(_distance(cfg, engine, models["teacher"], chats, rollouts))
-    except (OSError, ValueError, RuntimeError) as error:
-        findings.append(Finding("error", f"the models cannot be loaded or run: {error}", "see --dry-run for memory; "
-                                "REFLUX_TRACEBACK=1 has no effect here, train with steps = 0 to see the trace"))
+    except (OSError, ValueError, RuntimeError, CheckpointException) as error:
+        if os.environ.get("REFLUX_TRACEBACK"):
+            raise
+        findings.append(Finding("error", f"the models cannot be loaded or run: {error}",
+                                "see --dry-run for the memory they need; REFLUX_TRACEBACK=1 shows where it failed"))
     return findings, texts
 
 

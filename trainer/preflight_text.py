@@ -23,6 +23,7 @@ from .text_scores import align_texts
 FIRST_PROMPTS = 256  # rows whose length is measured
 FIRST_TEXTS = 32  # texts that are graded and taken through both tokenizers
 ACCEPTED = 0.9  # share of the data's own responses that a grader should call right
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TOKEN_COLOURS = ("black on bright_cyan", "black on bright_yellow")
 
 
@@ -77,12 +78,19 @@ def open_chats(parts: Sequence[Role]) -> tuple[dict[str, Chat], list[Finding]]:
     chats, findings = {}, []
     for role in parts:
         path = os.path.expanduser(role.model.path)
+        if not any((Path(path) / file).is_file() for file in TOKENIZER_FILES):  # transformers would invent an empty one
+            findings.append(_no_tokenizer(role, "none of " + ", ".join(TOKENIZER_FILES)))
+            continue
         try:
             chats[role.name] = by_path[path] = by_path.get(path) or Chat(path)
         except (OSError, ValueError, ImportError) as error:
-            findings.append(Finding("error", f"{role.name}: no tokenizer in {path}: {_first_line(error)}",
-                                    "put tokenizer.json and tokenizer_config.json into the folder"))
+            findings.append(_no_tokenizer(role, _first_line(error)))
     return chats, findings
+
+
+def _no_tokenizer(role: Role, why: str) -> Finding:
+    return Finding("error", f"{role.name}: no tokenizer in {role.table}.path = {role.model.path!r}: {why}",
+                   "put tokenizer.json and tokenizer_config.json beside the weights")
 
 
 def describe(chat: Chat, head_rows: int) -> dict[str, str]:
