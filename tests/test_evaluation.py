@@ -21,7 +21,7 @@ def test_the_logged_metrics_are_those_of_the_predictions(talkers, tmp_path):
     found = next(e for e in run.events if e["event"] == "eval")
     for mode, count in (("greedy", 24), ("sampled", 72)):
         mine = [row for row in rows if row["mode"] == mode]
-        mean = lambda values: pytest.approx(sum(values) / len(mine))
+        mean = lambda values, n=count: pytest.approx(sum(values) / n)
         assert len(mine) == count == len({(row["prompt"], row["sample"]) for row in mine})
         assert found[f"eval/{mode}"] == mean([row["correct"] for row in mine])
         assert found[f"eval/{mode}_truncated"] == mean([not row["ended"] for row in mine])
