@@ -144,6 +144,13 @@ def test_what_does_not_round_trip_cannot_be_scored(chats):
     assert d.spans == 0 and d.n_bytes == 0 and d.reader_ids == (), "nothing but a stop is scored by its stop"
 
 
+def test_a_reader_that_changes_the_text_cannot_score_it(chats):
+    """A normaliser in the reader's tokenizer: where it changes nothing, the text is scored as ever."""
+    lowers = SimpleNamespace(table=chats.small.table, encode=lambda text: chats.small.encode(text.lower()))
+    a, b = align_texts(chats.large, lowers, [written(chats.large, "Two remain."), written(chats.large, "two remain.")], same=False)
+    assert a.spans is None and a.reader_ids == () and b.spans and b.reader_ids == chats.small.encode("two remain.")
+
+
 def test_no_texts(chats):
     assert align_texts(chats.large, chats.small, [], same=False) == []
     assert score_ids(Toy(400, 0), Engine(), [], chats.large, tokens=9) == []
