@@ -72,13 +72,17 @@ class Calibrate:
         scores = self._calibration_scores(flat, old, original) if self.proxy is not None else None
         scores_PG = None if scores is None else [scores[i:i + shape[1]] for i in range(0, len(flat), shape[1])]
         lengths_PG = np.array([len(r.ids) for r in flat]).reshape(shape)
+        cal = self.cfg.calibration
+        if "std_cal_nats" not in self.engine.notes:  # the margin guard holds from the first step on
+            first = advantages(task_PG, correct_PG, lengths_PG, scores_PG, cal, cal.eta)
+            self._note_spread(first.std_cal_nats, first.cal_share)
         eta = self._eta_in_use()
-        adv = advantages(task_PG, correct_PG, lengths_PG, scores_PG, self.cfg.calibration, eta)
+        adv = advantages(task_PG, correct_PG, lengths_PG, scores_PG, cal, eta)
         self._note_spread(adv.std_cal_nats, adv.cal_share)
         self._report(flat, grades, correct_PG, scores, adv, eta)
         samples = []
         for rollout, a, logp, base in zip(flat, chain.from_iterable(adv.token), old, original or [None] * len(flat)):
-            if self.cfg.calibration.truncated == "drop" and not rollout.ended:
+            if cal.truncated == "drop" and not rollout.ended:
                 continue
             if self.cfg.anchor.estimator == "k1_reward" and base is not None:
                 a = a - self.cfg.anchor.beta * np.cumsum((logp - base)[::-1])[::-1]  # reward-to-go of the log-ratio

@@ -328,6 +328,9 @@ def _require_calibrate(cfg: Config) -> None:
         raise ValueError("task.name is missing; calibration needs a task reward to protect the teacher's accuracy")
     if cfg.calibration.mode != "off" and not cfg.proxy.path:
         raise ValueError(f"proxy.path is missing; calibration.mode = {cfg.calibration.mode!r} needs a frozen proxy")
+    if cfg.task.name == "reward_model" and cfg.calibration.cal_gate == "skip_degenerate":
+        raise ValueError("calibration.cal_gate = 'skip_degenerate' with task.name = 'reward_model': a reward model calls nothing "
+                         "wrong, so every group would be skipped. Use 'scale_by_task_std' or 'none'")
     if cfg.rollout.group < 2:
         raise ValueError(f"rollout.group = {cfg.rollout.group}; want >= 2, rewards are normalised inside the group")
     if cfg.rollout.top_p < 1 or cfg.rollout.top_k:

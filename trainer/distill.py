@@ -23,6 +23,8 @@ from .tally import Tally
 from .tasks import build_task
 from .text_scores import align_texts, score_ids, sum_over_spans
 
+COIN_STREAM = 1 << 63  # keeps the on-policy coin apart from the rollouts' random numbers, which are keyed by (prompt, member)
+
 
 @dataclass(frozen=True)
 class Text:
@@ -132,7 +134,7 @@ class Distill:
         return Sampling(r.max_tokens, self.cfg.seed, step, r.temperature, r.top_p, r.top_k, r.rows)
 
     def _is_on_policy(self, step: int, slot: int) -> bool:
-        key = np.array([self.cfg.seed << 32 ^ step, slot], dtype=np.uint64)
+        key = np.array([self.cfg.seed << 32 ^ step, COIN_STREAM | slot], dtype=np.uint64)
         return bool(np.random.Generator(np.random.Philox(key=key)).random() < self.spec.on_policy)
 
     def _own(self, text: Text) -> Rollout:
