@@ -7,7 +7,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must precede the first `import triton`
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest
 from hypothesis import settings
 
 settings.register_profile("fast", max_examples=25, deadline=None, derandomize=True)

@@ -144,7 +144,7 @@ def run_ranks(cfg: Config, ranks: int = 2) -> Run:
     """The run under torchrun, read back."""
     done = subprocess.run(command(cfg, Path(cfg.folder + ".toml"), ranks), capture_output=True, text=True, timeout=120,
                           env=environment())
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-12000:]
     return load_run(cfg.folder)
 
 

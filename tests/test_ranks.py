@@ -9,7 +9,8 @@ pytestmark = pytest.mark.usefixtures("titan_process")
 CALIBRATE = {"calibration": {"mode": "undistillable", "credit": "span"}, "anchor": {"beta": 0.2}, "log": {"samples_every": 1},
              "rollout": {"prompts": 4, "old_logp": "trainer"}, "steps": 3, "task": {"name": "exact", "options": {"marker": "=>"}},
              "batch": {"tokens": 97}}
-DISTILL = {"distill": {"objective": "kl", "on_policy": 0.5, "nll_weight": 0.5, "correct_only": True}, "steps": 3,
+# seed 1: in the first step one rank samples from the student only, the other one from the teacher only
+DISTILL = {"seed": 1, "distill": {"objective": "kl", "on_policy": 0.5, "nll_weight": 0.5, "correct_only": True}, "steps": 3,
            "task": {"name": "exact", "options": {"marker": "=>"}}, "rollout": {"prompts": 4}, "log": {"samples_every": 1}}
 SAME = ("loss", "grad_norm", "reward/task", "reward/cal", "anchor_kl", "length", "kl", "nll", "tokens", "kept", "entropy", "accuracy")
 

@@ -50,6 +50,9 @@ def gathered(model, policy: str = "default") -> Iterator[None]:
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
         yield
+        # The next backward prefetches along the forwards FSDP2 has seen. A rank that decoded nothing would prefetch another
+        # group than the rest, and its collectives would meet strangers: all end on the same forward.
+        run_root(model)
     finally:
         model.train(training)
         for unit in units:
