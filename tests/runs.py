@@ -33,6 +33,11 @@ def is_even(prompt, text: str) -> bool:
     return sum(map(ord, text)) % 2 == 0
 
 
+def is_easy(prompt, text: str) -> bool:
+    """All right, all wrong, or mixed, by prompt."""
+    return (True, False, is_even(prompt, text))[prompt.index % 3]
+
+
 def is_answer_of_prompt_0(prompt, text: str) -> bool:
     """Right for one prompt only."""
     return prompt.index == 0

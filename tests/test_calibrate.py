@@ -103,7 +103,7 @@ def test_off_does_not_know_that_a_proxy_is_configured(talkers, tmp_path, watch):
 
 def test_flipping_the_mode_flips_the_calibration_term_and_nothing_else(talkers, tmp_path, watch):
     for mode in ("off", "distillable", "undistillable"):
-        run_here(config(talkers, tmp_path / mode, "calibrate", steps=1, calibration={"mode": mode, "cal_gate": "none"}))
+        run_here(config(talkers, tmp_path / mode, "calibrate", steps=1, calibration={"mode": mode, "cal_gate": "none", "margin_guard": False}))
     off, plus, minus = ([s.advantage for s in samples] for samples in watch.samples)
     for task, up, down in zip(off, plus, minus, strict=True):
         np.testing.assert_allclose(up - task, task - down, atol=1e-12)
@@ -210,7 +210,7 @@ def test_texts_of_one_token_and_rows_filled_to_the_last_position(talkers, tmp_pa
     assert run.steps[0]["truncated"] > 0
 
 
-BASE = {"calibration": {"mode": "undistillable"}, "anchor": {"beta": 0.2}, "task": {"name": "runs:is_even"}, "seed": 3,
+BASE = {"calibration": {"mode": "undistillable", "margin_guard": False}, "anchor": {"beta": 0.2}, "task": {"name": "runs:is_even"}, "seed": 3,
         "rollout": {"prompts": 4, "group": 4, "max_tokens": 12}}
 OPTIONS = [
     {"calibration": {"mode": "off"}}, {"calibration": {"mode": "distillable"}}, {"calibration": {"strength": 1.0}},
@@ -219,7 +219,7 @@ OPTIONS = [
     {"calibration": {"truncated": "drop"}}, {"calibration": {"truncated": "score_prefix"}}, {"calibration": {"span_clip": 0.2}},
     {"calibration": {"winsor": 0.2}}, {"calibration": {"std_floor": 1.0}}, {"calibration": {"cal_gate": "none"}},
     {"calibration": {"cal_gate": "skip_degenerate"}}, {"calibration": {"cal_gate": "scale_by_task_std"}},
-    {"calibration": {"margin_guard": False}}, {"anchor": {"beta": 0.5}}, {"anchor": {"estimator": "k1_reward"}},
+    {"calibration": {"margin_guard": True}}, {"anchor": {"beta": 0.5}}, {"anchor": {"estimator": "k1_reward"}},
     {"anchor": {"estimator": "k2_loss"}}, {"anchor": {"estimator": "k3_is"}}, {"anchor": {"estimator": "k3_loss"}},
     {"anchor": {"dtype": "bfloat16"}}, {"proxy": {"dtype": "bfloat16"}}, {"policy": {"epochs": 2}},
     {"policy": {"epochs": 2, "clip": 0.001}}, {"rollout": {"temperature": 0.7}}, {"rollout": {"group": 5}},
@@ -238,8 +238,7 @@ def test_every_option_changes_what_it_names(talkers, tmp_path, option):
         return [(s["loss"], s["grad_norm"]) for s in run.steps]
 
     gated = "cal_gate" in option.get("calibration", {})  # acts on groups that are all right or all wrong
-    base = BASE | {"task": {"name": "exact", "options": {"marker": "=>"}}, "rollout": {"prompts": 12, "group": 4}} \
-        if gated else BASE
+    base = BASE | {"task": {"name": "runs:is_easy"}, "rollout": {"prompts": 6, "group": 4}} if gated else BASE
     if gated not in _base:
         _base[gated] = outcome(tmp_path / "base", **base, steps=3)
     merged = {k: (base.get(k, {}) | v if isinstance(v, dict) else v) for k, v in (base | option).items()}
