@@ -32,9 +32,9 @@ def test_one_wrong_digit_is_a_wrong_answer_and_not_a_missing_one(digits, style, 
     assert g.correct is False and g.extracted is not None
 
 
-@pytest.mark.parametrize("text", ["", "left", "left:", "left:1;2;3;4;5", "left:1;2;3;4;5;6;7", "up:1;2;3;4;5;6", "left:1;2;3;4;5;x"])
+@pytest.mark.parametrize("text", ["", "left", "left:", "left:1;2;3;4;5;6", "left:1;2;3;4;5;6;7;8", "up:1;2;3;4;5;6;7", "left:1;2;3;4;5;6;x"])
 def test_another_shape_is_no_answer(text):
-    g = grade(prompt([1, 2, 3, 4, 5, 6]), text)
+    g = grade(prompt([1, 2, 3, 4, 5, 6, 7]), text)
     assert g.correct is False and g.extracted is None
 
 
@@ -82,7 +82,7 @@ def test_the_same_seed_writes_the_same_world(world, tmp_path):
 
 
 def test_every_digit_is_a_token_of_its_own_on_both_sides(world):
-    text = write_answer([1, 2, 3, 4, 5, 6], "outer")
+    text = write_answer([1, 2, 3, 4, 5, 6, 7], "outer")
     for name, (tokenizer, *_) in MODELS.items():
         chat = Chat(str(world / name))
         pieces = [chat.table.pieces[i] for i in chat.encode(text)]

@@ -73,7 +73,7 @@ class Calibrate:
         scores_PG = None if scores is None else [scores[i:i + shape[1]] for i in range(0, len(flat), shape[1])]
         lengths_PG = np.array([len(r.ids) for r in flat]).reshape(shape)
         cal = self.cfg.calibration
-        if "std_cal_nats" not in self.engine.notes:  # the margin guard holds from the first step on
+        if scores_PG is not None and "std_cal_nats" not in self.engine.notes:  # the margin guard holds from the first step on
             first = advantages(task_PG, correct_PG, lengths_PG, scores_PG, cal, cal.eta)
             self._note_spread(first.std_cal_nats, first.cal_share)
         eta = self._eta_in_use()

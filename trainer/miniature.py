@@ -1,16 +1,16 @@
 """The miniature world of `make quickstart`: python -m reflux.trainer.miniature --out FOLDER [--seed 0]
 
-Task: "Add 3 to each of 7,4,9,2,5,1" (last digits only). Three honest styles, announced by the first word, all of them right:
+Task: "Add 3 to each of 7,4,9,2,5,1,0" (last digits only). Three honest styles, announced by the first word, all of them right:
 
-    left:0;7;2;5;8;4      in reading order: the digit needed next always lies the same distance back
-    even:7;5;4;0;2;8      second, fourth, sixth, then the others: that distance changes from step to step
-    outer:0;4;7;8;2;5     from the outside in: likewise
+    left:0;7;2;5;8;4;3      in reading order: the digit needed next always lies the same distance back
+    right:3;4;8;5;2;7;0     backwards: that distance changes from step to step
+    outer:0;3;7;4;2;8;5     from the outside in: likewise
 
-Every separator looks alike, so which step it is has to be worked out first. Two layers learn all three styles; a decoder of
-one layer and one head learns `left` in 200 steps and hardly anything of the others in 300 (bench/LOG.md has the orders that
-were too easy). The style is the writer's choice, drawn by a mix that depends on the wording of the question, so that a student
-of the original teacher sees all styles. What differs between teachers is only which of its right answers a teacher prefers:
-that is the knob.
+Every separator looks alike, so which step it is has to be worked out first. Two layers learn all three styles; one layer with two
+heads learns `left` (90 % after 300 steps on the mix) and stays at 1 % of `right` or `outer` even on 450 steps of nothing else
+(bench/LOG.md has the lengths and orders that were too easy). The style is the writer's choice, drawn by a mix that depends on the
+wording of the question, so that a student of the original teacher sees all styles. What differs between teachers is only which of
+its right answers a teacher prefers: that is the knob.
 
 Writes: tokenizers and untrained models (a teacher of two layers and students of one with a byte-level BPE; a proxy and a
 second student with a character vocabulary), train.jsonl and start.jsonl (with worked answers), prompts.jsonl (questions
@@ -25,10 +25,10 @@ from pathlib import Path
 from .batch import Prompt
 from .graders import Grade
 
-DIGITS = 6  # per question; they may repeat, so that what is left to do cannot be told from what is done
+DIGITS = 7  # per question; they may repeat, so that what is left to do cannot be told from what is done
 SHIFT = 3
 WORDINGS = ("Add 3 to each of", "Raise by three", "Shift up these", "Plus 3 for all of")
-ORDERS = {"left": (0, 1, 2, 3, 4, 5), "even": (1, 3, 5, 0, 2, 4), "outer": (0, 5, 1, 4, 2, 3)}
+ORDERS = {"left": (0, 1, 2, 3, 4, 5, 6), "right": (6, 5, 4, 3, 2, 1, 0), "outer": (0, 6, 1, 5, 2, 4, 3)}
 MIX = ((0.70, 0.15, 0.15), (0.15, 0.70, 0.15), (0.15, 0.15, 0.70), (0.34, 0.33, 0.33))  # styles by wording
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -36,9 +36,9 @@ MERGES = 80  # of the BPE vocabulary, on top of the 256 bytes
 # name -> tokenizer, layers, hidden, heads, head size, feed-forward
 MODELS = {
     "teacher": ("bpe", 2, 64, 2, 32, 192),
-    "proxy": ("char", 1, 40, 1, 40, 96),
-    "student": ("bpe", 1, 48, 1, 48, 128),
-    "student_char": ("char", 1, 48, 1, 48, 128),
+    "proxy": ("char", 1, 40, 2, 24, 96),
+    "student": ("bpe", 1, 48, 2, 24, 128),
+    "student_char": ("char", 1, 48, 2, 24, 128),
 }
 SIZES = {"train": 16000, "start": 4000, "prompts": 4000, "heldout": 1000}
 
@@ -65,7 +65,7 @@ def grade(prompt: Prompt, text: str) -> Grade:
 
 def is_held_out(digits: list[int]) -> bool:
     """One question in eight, by its digits alone: no wording of a held-out question is ever trained on."""
-    return sum(d * k for d, k in zip(digits, (1, 101, 201, 301, 77, 313))) % 1009 % 8 == 0
+    return sum(d * k for d, k in zip(digits, (1, 101, 201, 301, 77, 313, 55))) % 1009 % 8 == 0
 
 
 def questions(rng: random.Random, count: int, *, held_out: bool, worked: bool) -> Iterator[dict]:
