@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from assets import free_port
 from runs import MAIN, command, config, environment
 
 from reflux.trainer import config_file, main
@@ -87,4 +88,4 @@ def _leave_group() -> None:
 
     if dist.is_initialized():  # an engine that failed half-way
         dist.destroy_process_group()
-    os.environ.pop("MASTER_PORT", None)
+    os.environ["MASTER_PORT"] = str(free_port())

@@ -8,7 +8,18 @@ from hypothesis import strategies as st
 
 from reflux.trainer.batch import Prompt
 from reflux.trainer.chat import Chat
-from reflux.trainer.miniature import DIGITS, MIX, MODELS, ORDERS, SIZES, WORDINGS, grade, is_held_out, main, write_answer
+from reflux.trainer.miniature import (
+    DIGITS,
+    MIX,
+    MODELS,
+    ORDERS,
+    SIZES,
+    WORDINGS,
+    grade,
+    is_held_out,
+    main,
+    write_answer,
+)
 
 DIGIT_LISTS = st.lists(st.integers(0, 9), min_size=DIGITS, max_size=DIGITS)
 

@@ -34,7 +34,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from .config_file import toml_value, deep_merge
+from .config_file import deep_merge, toml_value
 
 POLL_S = 0.1
 
