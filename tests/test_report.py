@@ -43,7 +43,7 @@ def test_the_claims_hold_when_the_numbers_say_so(tmp_path):
     write_matrix(tmp_path, {"original": 0.5, "distillable": 0.6, "undistillable": 0.2})
     text = write_report(tmp_path)
     assert "teacher distillable: accuracy kept" in text and "teacher undistillable: accuracy kept" in text
-    assert "1 of 1 attacks (kd +20%)" in text and "1 of 1 attacks (kd -60%)" in text
+    assert "1 of 1 attacks (kd +20%)" in text and "1 of 1 attacks (kd -60%)" in text and "eta = 0" not in text
     assert "kd: answers found 100%" in text and "wrong answers, not missing ones" in text
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["students"]["kd"]["distillable"]["change"]["sampled"]["mean"] == pytest.approx(0.2)
@@ -89,3 +89,8 @@ def test_nothing_at_all_is_no_crash():
     found = summarise([], STYLES)
     assert found["verdict"] == verdict(found) == []
     assert render(found | {"title": "", "plots": {}, "head": {}}).startswith("# Report")
+
+
+def test_a_gain_that_training_on_the_task_gives_too_is_seen(tmp_path):
+    write_matrix(tmp_path, {"original": 0.4, "task_only": 0.7, "distillable": 0.6, "undistillable": 0.1})
+    assert "above the student of the task-only teacher (eta = 0): 0 of 1 attacks" in write_report(tmp_path)

@@ -21,6 +21,7 @@ KEPT_POINTS = 0.02  # A1: teacher accuracy
 GAIN, LOSS = 0.15, -0.50  # A2, A3: relative change of the student's accuracy
 ANSWERED = 0.9  # A5: answers found, relative to the baseline
 MODES = ("sampled", "greedy")
+ORDER = ("original", "task_only", "distillable", "undistillable")  # of the teachers in tables and plots
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ def write_report(folder: Path) -> str:
 
 def summarise(entries: list[Entry], styles: Mapping[str, str]) -> dict[str, Any]:
     """All numbers of the report as one nested table."""
-    teachers = {name: _teacher(rows, _of(entries, role="teacher", teacher="original"), styles)
-                for name, rows in _by(_roles(entries, "teacher"), "teacher").items()}
+    by_teacher = _by(_roles(entries, "teacher"), "teacher")
+    teachers = {name: _teacher(by_teacher[name], _of(entries, role="teacher", teacher="original"), styles)
+                for name in sorted(by_teacher, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))}
     students = {attack: {teacher: _student(rows, styles) for teacher, rows in _by(rows, "teacher").items()}
                 for attack, rows in _by(_roles(entries, "student"), "attack").items()}
     baselines = {name: _student(rows, styles) for name, rows in _by(_roles(entries, "baseline"), "attack").items()}
@@ -145,14 +147,31 @@ def _student_lines(found: Mapping, teacher: str, accept: Callable[[float], bool]
     cells = {a: c for a, c in cells.items() if c["n"]}
     if not cells:
         return []
-    held = [a for a, c in cells.items() if accept(c["mean"])]
+    held = [a for a, c in cells.items() if accept(c["mean"]) and not _may_be_zero(c)]
     missed = [a for a in cells if a not in held]
     words = lambda names: ", ".join(f"{a} {cells[a]['mean']:+.0%}" for a in names)
     out = [f"students of the {teacher} teacher, {rule} of the original's: {len(held)} of {len(cells)} attacks"
            + (f" ({words(held)})" if held else "")]
     if missed:
         out.append(f"not {'reached' if teacher == 'distillable' else 'stopped'}: {words(missed)}")
+    if teacher == "distillable":
+        out += _task_only_lines(found)
     return out
+
+
+def _may_be_zero(change: Mapping[str, float]) -> bool:
+    """Several seeds whose 95 % interval of the change holds 0."""
+    return change["n"] > 1 and change["low"] <= 0 <= change["high"]
+
+
+def _task_only_lines(found: Mapping) -> list[str]:
+    """A2's second half: better than a teacher that was merely trained on the task."""
+    pairs = {a: (row["distillable"]["sampled"]["mean"], row["task_only"]["sampled"]["mean"])
+             for a, row in found["students"].items() if "distillable" in row and "task_only" in row}
+    if not pairs:
+        return []
+    above = [a for a, (ours, task) in pairs.items() if ours > task]
+    return [f"above the student of the task-only teacher (eta = 0): {len(above)} of {len(pairs)} attacks"]
 
 
 def _collapse_lines(found: Mapping) -> list[str]:

@@ -43,13 +43,14 @@ def _students(entries: list, found: Mapping[str, Any]):
     for i, teacher in enumerate(teachers):
         cells = [found["students"][a].get(teacher) for a in attacks]
         heights = [c["sampled"]["mean"] if c else 0.0 for c in cells]
-        spread = [c["sampled"]["std"] if c and c["sampled"]["n"] > 1 else 0.0 for c in cells]
+        several = any(c and c["sampled"]["n"] > 1 for c in cells)
+        spread = [c["sampled"]["std"] if c and c["sampled"]["n"] > 1 else 0.0 for c in cells] if several else None
         ax.bar([x + i * bar for x in range(len(attacks))], heights, bar * 0.9, yerr=spread, label=f"from {teacher}",
                color=COLOURS.get(teacher), capsize=2)
     ax.set_xticks([x + 0.4 - bar / 2 for x in range(len(attacks))], attacks)
     ax.set_ylabel("accuracy, sampled")
     ax.set_ylim(0, 1)
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
@@ -68,7 +69,9 @@ def _calibration(entries: list, found: Mapping[str, Any]):
                     label=name if e.labels["seed"] == runs[0].labels["seed"] else None)
         ax.set_title(title, fontsize=9)
         ax.set_xlabel("step")
-    axes[0, 0].legend(frameon=False, fontsize=8)
+        ax.ticklabel_format(useOffset=False)
+    axes[0, 0].set_ylim(0, 1.05)
+    axes[0, 0].legend(frameon=False, fontsize=8, loc="lower left")
     return figure
 
 
