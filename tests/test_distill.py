@@ -2,6 +2,7 @@
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from runs import config, run_here
 from transformers import AutoModelForCausalLM
 
 from reflux.trainer.chat import Chat
+from reflux.trainer.config import Distill as DistillConfig
 from reflux.trainer.distill import Distill
 
 pytestmark = pytest.mark.usefixtures("titan_process")
@@ -233,3 +235,16 @@ def test_micro_batches_and_packing_change_no_number(talkers, tmp_path, options):
         for a, b in zip(runs[0].steps, other.steps):
             for key in ("loss", "grad_norm"):
                 assert a[key] == pytest.approx(b[key], rel=1e-5), key
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+def test_the_student_answers_its_share_of_every_step(share):
+    """No step is left to luck: 10 prompts at 0.3 are 3, at any step; a fraction of a prompt is right on average."""
+    phase = object.__new__(Distill)
+    phase.spec = DistillConfig(on_policy=share)
+    phase.cfg = SimpleNamespace(seed=1, rollout=SimpleNamespace(prompts=10))
+    assert {len(phase._on_policy_slots(step)) for step in range(50)} == {round(10 * share)}
+    phase.cfg.rollout.prompts = 3
+    counts = [len(phase._on_policy_slots(step)) for step in range(400)]
+    assert set(counts) <= {math.floor(3 * share), math.ceil(3 * share)} and np.mean(counts) == pytest.approx(3 * share, abs=0.1)
+    assert len({frozenset(phase._on_policy_slots(step)) for step in range(40)}) > 1 or share in (0.0, 1.0)

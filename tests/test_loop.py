@@ -11,7 +11,7 @@ import torch
 from runs import command, config, environment, numbers, run_here
 from safetensors.torch import load_file
 
-from reflux.trainer import calibrate, config_file, losses, run_folder
+from reflux.trainer import calibrate, config_file, loop, losses, run_folder
 from reflux.trainer.record import load_run
 
 pytestmark = pytest.mark.usefixtures("titan_process")
@@ -89,9 +89,24 @@ def test_a_second_interrupt_stops_at_once(talkers, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(calibrate.Calibrate, "sample", interrupt_twice)
+    monkeypatch.setattr(loop, "SAME_SIGNAL_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         run_here(config(talkers, tmp_path / "run", "calibrate"))
     assert load_run(tmp_path / "run").steps == []
+
+
+def test_the_same_ctrl_c_passed_on_by_torchrun_is_not_a_second_one(talkers, tmp_path, monkeypatch):
+    real = calibrate.Calibrate.sample
+
+    def interrupt_twice(self, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, step)
+
+    monkeypatch.setattr(calibrate.Calibrate, "sample", interrupt_twice)
+    run = run_here(config(talkers, tmp_path / "run", "calibrate", steps=4), expect=130)
+    assert [s["step"] for s in run.steps] == [1, 2] and run.events[-1]["event"] == "interrupted"
 
 
 def test_a_folder_with_a_run_is_never_mixed_or_overwritten(talkers, tmp_path):

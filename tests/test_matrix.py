@@ -74,7 +74,7 @@ def test_the_quickstart_is_complete():
             sets = [flags[i + 1] for i, x in enumerate(flags) if x == "--set"]
             load(flags[flags.index("--config") + 1], tuple(sets))
     labels = {(c.labels.get("teacher"), c.labels.get("attack")) for c in cells if c.labels.get("role") == "student"}
-    assert len(labels) == 4 * 6
+    assert len(labels) == 4 * 7
 
 
 def test_prerequisites_run_first_done_cells_are_skipped_and_failures_stop_only_their_followers(toy):

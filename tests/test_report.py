@@ -49,6 +49,8 @@ def test_the_claims_hold_when_the_numbers_say_so(tmp_path):
     assert report["students"]["kd"]["distillable"]["change"]["sampled"]["mean"] == pytest.approx(0.2)
     assert report["teachers"]["distillable"]["difference"]["sampled"]["mean"] == pytest.approx(0.01)
     assert report["teachers"]["distillable"]["difference"]["sampled"]["n"] == 200  # both seeds' items
+    assert {"role": "student", "teacher": "distillable", "attack": "kd", "seed": "1", "sampled": 0.6, "greedy": 0.6,
+            "anchor_kl": 0.03, "seconds": 10.0} in report["runs"]
     markdown = (tmp_path / "report.md").read_text()
     assert "0.600 +- 0.000 (+20%)" in markdown and "c0ffee" in markdown
     for name in report["plots"]:

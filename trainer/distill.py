@@ -57,8 +57,9 @@ class Distill:
         r, seed = self.cfg.rollout, self.cfg.seed
         batch = self.prompts.batch(step - 1, r.prompts, seed=seed, shuffle=self.cfg.data.shuffle)
         slots = shard(list(enumerate(batch)), self.engine.rank, self.engine.world)
-        mine = [p for slot, p in slots if self._is_on_policy(step, slot)]
-        others = [(slot, p) for slot, p in slots if not self._is_on_policy(step, slot)]
+        on_policy = self._on_policy_slots(step)
+        mine = [p for slot, p in slots if slot in on_policy]
+        others = [(slot, p) for slot, p in slots if slot not in on_policy]
         groups: list[list[Text]] = []
         if self.spec.on_policy > 0:
             with self.engine.publish() as decode:
@@ -133,9 +134,14 @@ class Distill:
         r = self.cfg.rollout
         return Sampling(r.max_tokens, self.cfg.seed, step, r.temperature, r.top_p, r.top_k, r.rows)
 
-    def _is_on_policy(self, step: int, slot: int) -> bool:
-        key = np.array([self.cfg.seed << 32 ^ step, COIN_STREAM | slot], dtype=np.uint64)
-        return bool(np.random.Generator(np.random.Philox(key=key)).random() < self.spec.on_policy)
+    def _on_policy_slots(self, step: int) -> set[int]:
+        """The places of the step's batch that the student answers: on_policy x P of them, drawn anew every step, a fraction of
+        one rounded up or down at random. The same on every rank."""
+        count = self.cfg.rollout.prompts
+        key = np.array([self.cfg.seed << 32 ^ step, COIN_STREAM], dtype=np.uint64)
+        draws = np.random.Generator(np.random.Philox(key=key)).random(count + 1)
+        chosen = int(self.spec.on_policy * count + draws[-1])
+        return set(np.argsort(draws[:-1], kind="stable")[:chosen].tolist())
 
     def _own(self, text: Text) -> Rollout:
         """The text behind the student's own prompt, in its ids: as sampled where they are shared, else re-encoded."""

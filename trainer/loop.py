@@ -17,6 +17,7 @@ from .model_card import model_card
 from .record import Record
 from .run_folder import save_config
 
+SAME_SIGNAL_S = 2.0
 PHASES = {"calibrate": Calibrate, "distill": Distill, "evaluate": Evaluate}  # they differ below, never here
 
 
@@ -101,10 +102,16 @@ def _record(cfg: Config, engine) -> Record:
 
 @contextlib.contextmanager
 def _finish_step_on_signal(engine) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) lets the step end and saves it; the second stops at once."""
+    """The first Ctrl-C (or SIGTERM) lets the step end and saves it; another one, later, stops at once."""
+    asked_at = None
+
     def ask(signum, frame):
-        if engine.asked_to_stop:
+        nonlocal asked_at
+        if asked_at is not None:
+            if time.monotonic() - asked_at < SAME_SIGNAL_S:
+                return  # a terminal signals torchrun's workers, and torchrun then passes the same Ctrl-C on to them
             raise KeyboardInterrupt
+        asked_at = time.monotonic()
         engine.asked_to_stop = True
         if engine.is_main:
             print("finishing this step, then saving; once more to stop at once", file=sys.stderr, flush=True)

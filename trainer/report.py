@@ -5,6 +5,7 @@
 The acceptance rules are those of docs/method.md, "Acceptance". Everything is read from the runs' own logs and predictions.
 """
 import json
+import math
 import re
 import sys
 from collections import defaultdict
@@ -52,6 +53,7 @@ def write_report(folder: Path) -> str:
                if (folder / c["folder"] / "run.jsonl").exists() and (folder / c["folder"] / "summary.json").exists()]
     entries = [e for e in entries if e.evals() and "role" in e.labels]
     found = summarise(entries, matrix["styles"])
+    found["runs"] = [_run_row(e) for e in entries]
     found["title"] = matrix["title"]
     found["head"] = _head(entries, matrix)
     found["plots"] = plot_all(folder, entries, found)
@@ -121,10 +123,17 @@ def _shares(predictions: list[dict], styles: Mapping[str, str]) -> dict[str, dic
 
 
 def _change(after: list[Entry], before: list[Entry]) -> dict:
-    """Relative change against the same attack on the original teacher, seed by seed."""
+    """Relative change against the same attack on the original teacher: the mean difference over seeds, pairwise, divided by the
+    original's mean (a mean of per-seed ratios would be ruled by whichever seed's baseline is lowest)."""
     base = {e.labels["seed"]: e for e in before}
-    return {mode: over_seeds([relative_change(e.score(mode), base[e.labels["seed"]].score(mode)) for e in after
-                              if e.labels["seed"] in base and base[e.labels["seed"]].score(mode)])._asdict() for mode in MODES}
+    pairs = [(e, base[e.labels["seed"]]) for e in after if e.labels["seed"] in base]
+    out = {}
+    for mode in MODES:
+        difference = over_seeds([e.score(mode) - b.score(mode) for e, b in pairs])
+        mean = sum(b.score(mode) for _, b in pairs) / max(len(pairs), 1)
+        scaled = [x / mean if mean else math.nan for x in difference[:4]]
+        out[mode] = Estimate(*scaled, difference.n if mean else 0)._asdict()
+    return out
 
 
 def verdict(found: Mapping[str, Any]) -> list[str]:
@@ -244,6 +253,14 @@ def _head(entries: list[Entry], matrix: Mapping) -> dict:
     seconds = sum(e.run.summary["wall_s"] for e in entries)
     return {"code": head.get("code"), "versions": head.get("versions"), "seeds": sorted({e.labels["seed"] for e in entries}),
             "runs": len(entries), "run_seconds": round(seconds), "commands": [c["command"] for c in matrix["cells"]][:3] + ["..."]}
+
+
+def _run_row(entry: Entry) -> dict:
+    """One run of the matrix in one line: what a record needs to be checked by."""
+    last = entry.evals()[-1]
+    kl = entry.run.steps[-1].get("anchor_kl") if entry.run.steps else None
+    return {**entry.labels, "sampled": last["eval/sampled"], "greedy": last["eval/greedy"], "anchor_kl": kl,
+            "seconds": entry.run.summary["wall_s"]}
 
 
 def _roles(entries: Iterable[Entry], role: str) -> list[Entry]:
