@@ -1,5 +1,6 @@
 """The engine: one division by the global token count, empty batches, checkpoints that come back, what it refuses."""
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,6 +64,8 @@ def test_every_update_is_saved_and_each_can_be_restored(engine, talkers):
         engine.notes["answer"] = float(step)
         after[step] = weights(engine)
     assert engine.restore(2) == 2 and engine.notes["answer"] == 2.0
+    folder = Path(engine.cfg.folder) / "checkpoint"
+    assert not (folder / "step-3").exists() and (folder / "given-up-3").exists(), "a resumed run would start from step 3"
     assert all(torch.equal(w, after[2][n]) for n, w in weights(engine).items())
     assert engine.restore(0) == 0 and all(torch.equal(w, start[n]) for n, w in weights(engine).items())
 

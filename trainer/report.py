@@ -192,7 +192,8 @@ def _collapse_lines(found: Mapping) -> list[str]:
             continue
         answered = cell["answered"] / max(base["answered"], 1e-9)
         drop = relative_change(cell["right_if_answered"], base["right_if_answered"])
-        kind = "wrong answers, not missing ones" if answered >= ANSWERED or drop <= LOSS else "mostly a format failure"
+        kind = "wrong answers, not missing ones" if drop <= LOSS else "mostly a format failure"
+        kind = "no collapse" if answered >= ANSWERED and drop > LOSS else kind
         out.append(f"{attack}: answers found {cell['answered']:.0%} (original {base['answered']:.0%}), right among them "
                    f"{cell['right_if_answered']:.0%} ({base['right_if_answered']:.0%}): {kind}")
     return out

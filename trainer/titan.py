@@ -320,6 +320,11 @@ class Engine:
         elif given.initial_load_path:
             checkpointer.dcp_load(checkpointer._states_to_load(model_only=True), checkpoint_id=given.initial_load_path,
                                   from_hf=given.initial_load_in_hf, from_quantized=False)
+        dist.barrier()
+        if dist.get_rank() == 0:  # a run resumed later must not start from what was given up; nothing is deleted
+            for n in (n for n in saved if n > newest):
+                (Path(checkpointer.folder) / f"step-{n}").rename(Path(checkpointer.folder) / f"given-up-{n}")
+        dist.barrier()
         return newest
 
     def checkpoint(self) -> None:
