@@ -197,3 +197,13 @@ def test_a_saved_config_repeats_the_run(talkers, tmp_path):
     a, b = weights(tmp_path / "run"), weights(tmp_path / "again")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert again.summary["step"] == 2 and a
+
+
+def test_tensorboard_gets_the_numbers_of_every_step(talkers, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = run_here(config(talkers, tmp_path / "run", "distill", steps=2, log={"tensorboard": True}))
+    files = list((tmp_path / "run").rglob("events.out.tfevents*"))
+    boards = [EventAccumulator(str(f)).Reload() for f in files]
+    seen = [(e.step, e.value) for b in boards if "loss" in b.Tags()["scalars"] for e in b.Scalars("loss")]
+    assert seen == [(s["step"], pytest.approx(s["loss"])) for s in run.steps]

@@ -252,15 +252,6 @@ def test_a_tracker_sees_every_step_and_cannot_end_the_run(tmp_path, caplog):
     assert load_run(tmp_path).summary
 
 
-def test_tensorboard_gets_numbers(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with opened(tmp_path, tensorboard=True) as record:
-        record(1, {"loss": 0.5, "eta": "off"})
-    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 0.5)] and board.Tags()["scalars"] == ["loss"]
-
-
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no run.jsonl"):
         load_run(tmp_path)

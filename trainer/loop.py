@@ -97,7 +97,7 @@ def _record(cfg: Config, engine) -> Record:
              ) if cfg.log.tensorboard or cfg.log.wandb else None
     return Record(folder=cfg.folder, config=as_table(cfg), command=sys.argv, total_steps=cfg.steps,
                   samples_every=cfg.log.samples_every, resumed_step=engine.resumed_step, is_main=engine.is_main,
-                  quiet=cfg.log.quiet, tensorboard=False, on_step=track)
+                  quiet=cfg.log.quiet, on_step=track)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ Task: "Add 3 to each of 7,4,9,2,5,1,0" (last digits only). Three honest styles, 
 
 Every separator looks alike, so which step it is has to be worked out first. Two layers learn all three styles; one layer with two
 heads learns `left` (90 % after 300 steps on the mix) and stays at 1 % of `right` or `outer` even on 450 steps of nothing else
-(bench/LOG.md has the lengths and orders that were too easy). The style is the writer's choice, drawn by a mix that depends on the
+(one trial; bench/LOG.md has it and the lengths and orders that were too easy). The style is the writer's choice, drawn by a mix that depends on the
 wording of the question, so that a student of the original teacher sees all styles. What differs between teachers is only which of
 its right answers a teacher prefers: that is the knob.
 

@@ -84,7 +84,6 @@ class Record:
     resumed_step: int = 0
     is_main: bool = True
     quiet: bool = False
-    tensorboard: bool = False
     on_step: Callable[[int, Mapping[str, Any]], None] | None = None
 
     to_be_continued: bool = field(default=False, init=False)  # set by who interrupts a run: then there is no summary.json
@@ -142,8 +141,6 @@ class Record:
             self.event("failed", error=f"{kind.__name__}: {error}"[:1000])
         self._log.close()
         self._samples.close()
-        if self._board:
-            self._board.close()
         if kind is None and not self.to_be_continued:
             _replace(Path(self.folder) / "summary.json", _dump({
                 "schema": SCHEMA, "step": self._step, "total_steps": self.total_steps, "wall_s": self._wall_s(),
@@ -161,7 +158,6 @@ class Record:
         self._log, self._samples = open(folder / "run.jsonl", "ab"), open(folder / "samples.jsonl", "ab")
         self._before_s = max((line.get("wall_s", 0.0) for line in kept), default=0.0)
         self._events.update(line["event"] for line in kept if "event" in line)
-        self._board = _board(folder, self.resumed_step) if self.tensorboard else None
         head = _head(self.config, self.command, folder)
         if not kept:
             self._write(self._log, head)
@@ -176,10 +172,6 @@ class Record:
         file.flush()  # the system has the whole line, should this process be killed
 
     def _forward(self, step: int, metrics: Mapping[str, Any]) -> None:
-        if self._board:
-            for name, value in metrics.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(name, value, step)
         if self.on_step:
             try:
                 self.on_step(step, metrics)
@@ -241,12 +233,6 @@ def _code_state() -> tuple[dict[str, Any] | None, str]:
     except (OSError, subprocess.SubprocessError):
         return None, ""
     return {"commit": commit, "dirty": bool(diff), "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None}, diff
-
-
-def _board(folder: Path, resumed_step: int):
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None)
 
 
 # --- lines and files
