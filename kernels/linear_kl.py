@@ -73,8 +73,9 @@ def _op(student_hidden_TD: Tensor, student_head_VD: Tensor, teacher_hidden_TE: T
         dz_CV = z_CV if need_dhidden or need_dhead else None
         kl_T[c] = kl_rows(z_CV, u_CV, weight_T[c], 1 / temperature, mode, beta, student_softcap, dz_CV)
         if dz_CV is not None:
-            backproject(dz_CV, x_TD[c], head_VD, dx_TD[c] if need_dhidden else None,
-                        dhead_VD[:vocab_size] if need_dhead else None)
+            dx_CD = backproject(dz_CV, x_TD[c], head_VD, need_dhidden, dhead_VD[:vocab_size] if need_dhead else None)
+            if need_dhidden:
+                dx_TD[c] = dx_CD
     return weighted_total(kl_T, weight_T), kl_T, dx_TD, dhead_VD.to(student_head_VD.dtype)
 
 
@@ -99,16 +100,11 @@ def save_gradients(ctx, inputs, output) -> None:
 
 
 def scale_gradients(ctx, g_total, *_) -> tuple[Tensor | None, ...]:
-    """Scale in place, so no second [V, D] exists. That spends the gradients: a second backward would be wrong."""
-    try:
-        saved = ctx.saved_tensors
-    except RuntimeError as error:
-        raise RuntimeError("linear_kl and linear_topk_kl make their gradients once: a second backward needs a second "
-                           "call. Add the losses and call backward on the sum") from error
+    """New tensors, so a retained graph can go backward again. The forward's workspace is free by now: no higher peak."""
     none = [None] * (ctx.num_inputs - 2)
     if g_total is None:
         return None, None, *none
-    return *(d.mul_(g_total) if needed else None for d, needed in zip(saved, ctx.needed)), *none
+    return *(d * g_total if needed else None for d, needed in zip(ctx.saved_tensors, ctx.needed)), *none
 
 
 _op.register_fake(_fake)
@@ -133,7 +129,7 @@ def linear_kl(student_hidden_TD: Tensor, student_head_VD: Tensor, teacher_hidden
     hidden [T, D] or [T, E] and head [V, D] or [V, E]; D and E may differ, V may not unless vocab_size says that both
     heads are padded beyond it. beta: jsd and skew only, 0 < beta < 1. weight [T]: constant, None for ones.
     The teacher gets no gradient; frozen_student_head skips dhead, which otherwise accumulates in fp32.
-    workspace_mb (MiB) bounds the logits alive at once. One backward per call.
+    workspace_mb (MiB) bounds the logits alive at once.
     ValueError on shapes, dtypes, or an option that has no meaning.
     """
     check_mode("linear_kl", mode, beta)

@@ -81,8 +81,10 @@ def _op_backward(g_logp_TK: Tensor, g_lse_T: Tensor, g_entropy_T: Tensor, hidden
         saved = top_T[c], log_s_T[c], entropy_T[c]
         grads = g_logp_TK[c], g_lse_T[c], g_entropy_T[c]
         dlogits_CV = logprob_rows_backward(logits_CV, target_TK[c], saved, grads, 1 / temperature, softcap, logits_CV)
-        backproject(dlogits_CV, hidden_TD[c], head, dhidden_TD[c] if need_dhidden else None,
-                    dhead_VD[:vocab_size] if need_dhead else None)
+        dhidden_CD = backproject(dlogits_CV, hidden_TD[c], head, need_dhidden,
+                                 dhead_VD[:vocab_size] if need_dhead else None)
+        if need_dhidden:
+            dhidden_TD[c] = dhidden_CD
     return dhidden_TD, dhead_VD.to(head_VD.dtype)
 
 

@@ -82,8 +82,9 @@ def _op(student_hidden_TD: Tensor, student_head_VD: Tensor, ids_TK: Tensor, teac
         kl_T[c] = topk_rows_(z_CV, ids_TK[c], teacher_logp_TK[c], teacher_tail_T[c], weight_T[c], 1 / temperature, mode,
                              tail, beta, softcap, gradient)
         if gradient:
-            backproject(z_CV, x_TD[c], head_VD, dx_TD[c] if need_dhidden else None,
-                        dhead_VD[:vocab_size] if need_dhead else None)
+            dx_CD = backproject(z_CV, x_TD[c], head_VD, need_dhidden, dhead_VD[:vocab_size] if need_dhead else None)
+            if need_dhidden:
+                dx_TD[c] = dx_CD
     return weighted_total(kl_T, weight_T), kl_T, dx_TD, dhead_VD.to(student_head_VD.dtype)
 
 

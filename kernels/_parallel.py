@@ -1,0 +1,73 @@
+"""Vocabulary parallelism: every rank of a group holds a slice of the head's rows and sees the same hidden states.
+
+A softmax over slices needs two things from the others: the largest logit (one MAX all-reduce) and the sums taken
+relative to it (one SUM). A few numbers a token travel; logits never do. Ids are global everywhere, each rank masks to
+its own range. dhidden is a partial sum on every rank and is all-reduced once at the end.
+
+A head that fully_shard has sharded is no such slice: its ranks see different tokens. So a slice is always declared.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from ._triton import require
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """This rank's slice of the vocabulary: rows start .. start + len(head) of the whole head, over `group`.
+
+    Ranks must hold consecutive slices without overlap; the last may be shorter. `group` is the name of the group,
+    `process_group.group_name`: a custom op takes strings, not groups.
+    """
+
+    group: str
+    start: int
+
+    @classmethod
+    def of(cls, head: Tensor) -> "VocabShard":
+        """The slice that a DTensor head with one Shard(0) placement holds on this rank, as tensor parallelism makes it."""
+        from torch.distributed.tensor import DTensor, Shard
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        require(isinstance(head, DTensor) and head.device_mesh.ndim == 1 and head.placements == (Shard(0),),
+                f"VocabShard.of: got a {type(head).__name__} with placements {getattr(head, 'placements', None)}; want a "
+                "DTensor with one Shard(0) over a one-dimensional mesh, e.g. the head after ColwiseParallel inside forward")
+        _, offset = compute_local_shape_and_global_offset(head.shape, head.device_mesh, head.placements)
+        return cls(head.device_mesh.get_group().group_name, offset[0])
+
+
+def local_head(op: str, head: Tensor, shard: VocabShard | None) -> Tensor:
+    """The plain tensor this rank multiplies with. ValueError for a DTensor without a declared slice."""
+    if not hasattr(head, "full_tensor"):
+        return head
+    require(shard is not None, f"{op}: the head is a sharded DTensor. Sharded by fully_shard? Call the op inside the forward "
+            "of the module that owns it, where a plain tensor has been gathered. Sharded over the vocabulary by tensor "
+            "parallelism? Pass shard=VocabShard.of(head)")
+    return head.to_local()
+
+
+def all_max(x: Tensor, group: str) -> Tensor:
+    """Elementwise maximum over the group, in place; without a group, x itself."""
+    if group:
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=_resolve_process_group(group))
+    return x
+
+
+def all_sum(x: Tensor, group: str) -> Tensor:
+    """Elementwise sum over the group, in place; without a group, x itself."""
+    if group:
+        dist.all_reduce(x, group=_resolve_process_group(group))
+    return x
+
+
+def merge_sums(local_max_C: Tensor, sums_NC: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """(max over all slices [C], sums [N, C] relative to it) from a slice's max and sums of e^(x - local max) times anything."""
+    if not group:
+        return local_max_C, sums_NC
+    max_C = all_max(local_max_C.clone(), group)
+    scale_C = torch.where(local_max_C == -torch.inf, 0.0, (local_max_C - max_C).exp())
+    return max_C, all_sum(torch.where(scale_C > 0, sums_NC * scale_C, 0.0), group)
