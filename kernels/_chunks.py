@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ._triton import require, runs_triton
+from ._parallel import VocabShard
+from ._triton import check_ids, require, runs_triton
 
 CPU_CHUNK_BYTES = 4 * 2**20  # one [rows, V] buffer on a CPU; larger ones leave the caches and page-fault anew each call
 Rows = slice | Tensor  # of a chunk: a range, or an int64 index when the caller chose rows
@@ -32,17 +33,24 @@ def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
-def check_linear(op: str, hidden_TD: Tensor, head_VD: Tensor, vocab_size: int | None, temperature: float) -> int:
-    """Refuse what cannot be a hidden state and its head. Returns the vocabulary size in use."""
+def check_linear(op: str, hidden_TD: Tensor, head_VD: Tensor, vocab_size: int | None, temperature: float,
+                 shard: VocabShard | None = None) -> int:
+    """Refuse what cannot be a hidden state and its head. Returns the vocabulary size in use, of all slices together."""
     require(hidden_TD.ndim == 2 and head_VD.ndim == 2 and hidden_TD.shape[1] == head_VD.shape[1],
             f"{op}: hidden is {list(hidden_TD.shape)} and head {list(head_VD.shape)}; want [T, D] and [V, D]. "
             "Flatten batch and time first: hidden.flatten(0, -2)")
     require(hidden_TD.dtype == head_VD.dtype and hidden_TD.is_floating_point(),
             f"{op}: hidden is {hidden_TD.dtype} and head {head_VD.dtype}; want one floating dtype. "
             "Cast one of them: hidden.to(head.dtype)")
+    require(not hasattr(hidden_TD, "full_tensor"),
+            f"{op}: hidden is a DTensor; want the plain tensor. If it is replicated, as in front of a head sharded over "
+            "the vocabulary, that is hidden.to_local()")
     require(temperature > 0, f"{op}: temperature is {temperature}; want > 0. 0 means greedy: take the argmax")
+    require(shard is None or (vocab_size is not None and vocab_size > 0 and shard.start >= 0),
+            f"{op}: a shard from row {getattr(shard, 'start', 0)} on and vocab_size {vocab_size}; want both >= 0 and "
+            "vocab_size, the size of the whole vocabulary: all ranks must cut the same chunks of rows")
     V = head_VD.shape[0] if vocab_size is None else vocab_size
-    require(0 < V <= head_VD.shape[0],
+    require(shard is not None or 0 < V <= head_VD.shape[0],
             f"{op}: vocab_size is {V} and the head has {head_VD.shape[0]} rows; want 1 <= vocab_size <= rows")
     return V
 
@@ -58,6 +66,8 @@ def check_rows(op: str, rows_M: Tensor | None, hidden_TD: Tensor) -> Tensor | No
     require(rows_M is None or (rows_M.ndim == 1 and rows_M.dtype in (torch.int32, torch.int64)),
             f"{op}: rows is {getattr(rows_M, 'dtype', None)} {list(getattr(rows_M, 'shape', []))}; want distinct row numbers, "
             "int64 [M]. A mask becomes one by mask.nonzero()[:, 0], best where the batch is packed: on a GPU it waits")
+    if rows_M is not None:
+        check_ids(f"{op} (rows)", rows_M, hidden_TD.shape[0])
     return None if rows_M is None else rows_M.long()
 
 

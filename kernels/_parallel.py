@@ -41,13 +41,23 @@ class VocabShard:
 
 
 def local_head(op: str, head: Tensor, shard: VocabShard | None) -> Tensor:
-    """The plain tensor this rank multiplies with. ValueError for a DTensor without a declared slice."""
+    """The plain tensor this rank multiplies with; for a bias, too. ValueError for a DTensor without a declared slice."""
     if not hasattr(head, "full_tensor"):
         return head
     require(shard is not None, f"{op}: the head is a sharded DTensor. Sharded by fully_shard? Call the op inside the forward "
             "of the module that owns it, where a plain tensor has been gathered. Sharded over the vocabulary by tensor "
             "parallelism? Pass shard=VocabShard.of(head)")
     return head.to_local()
+
+
+def local_width(rows: int, vocab_size: int, start: int) -> int:
+    """How many of a slice's rows are real tokens: vocab_size counts the whole vocabulary, and slices may be padding only."""
+    return max(0, min(rows, vocab_size - start))
+
+
+def common_width(vocab_size: int, group: str) -> int:
+    """The width to cut chunks by: that of an even slice, so that uneven ones loop, and reduce, equally often."""
+    return -(-vocab_size // dist.get_world_size(_resolve_process_group(group))) if group else vocab_size
 
 
 def all_max(x: Tensor, group: str) -> Tensor:

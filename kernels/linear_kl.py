@@ -28,6 +28,7 @@ from ._chunks import (
 )
 from ._divergence import check_mode, divergence_ref
 from ._kl_rows import kl_rows
+from ._parallel import local_head
 from ._triton import require
 
 
@@ -133,6 +134,8 @@ def linear_kl(student_hidden_TD: Tensor, student_head_VD: Tensor, teacher_hidden
     ValueError on shapes, dtypes, or an option that has no meaning.
     """
     check_mode("linear_kl", mode, beta)
+    student_head_VD = local_head("linear_kl (student)", student_head_VD, None)
+    teacher_head_VE = local_head("linear_kl (teacher)", teacher_head_VE, None)
     V = check_linear("linear_kl (student)", student_hidden_TD, student_head_VD, vocab_size, temperature)
     teacher_V = check_linear("linear_kl (teacher)", teacher_hidden_TE, teacher_head_VE, vocab_size, temperature)
     require(V == teacher_V, f"linear_kl: the student's head has {V} rows and the teacher's {teacher_V}. If both pad one "
