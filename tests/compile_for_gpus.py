@@ -1,12 +1,21 @@
-"""Compile every kernel to a cubin for the GPUs we support, on a machine that has none.
+"""Compile every kernel to a cubin for the GPUs we support, on a machine that has none, and read the machine code.
 
-    python tests/compile_for_gpus.py
+    python tests/compile_for_gpus.py                # every configuration for sm_80, sm_90, sm_100
+    python tests/compile_for_gpus.py --quick        # every configuration for sm_90, one of each kernel for the others
+    python tests/compile_for_gpus.py --only kl      # kernels with kl in their names
+    python tests/compile_for_gpus.py --record       # and write bench/records/<date>_compile_gate_triton<version>.json
 
-Catches what the interpreter forgives: type errors, branches that do not compile, spills. Prints registers and stack. A
-stack above 0 is a spill and fails, as does a missing barrier where a kernel reads what other threads wrote.
+Catches what the interpreter forgives: type errors, branches that do not compile, spills, fp64 slipping in, 4-byte loads
+where 16-byte ones were meant, a barrier that went missing. Registers may not grow by more than SLACK over the newest record
+of the same Triton version: if a growth is intended, record it. A new configuration may use MAX_REGISTERS.
 """
+import argparse
+import datetime
+import json
 import os
+import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -52,29 +61,106 @@ def signature_of(kernel, logits: str, constants: dict) -> dict[str, str]:
     return {name: type_of(name) for name in kernel.arg_names}
 
 
-def resources(cubin: bytes) -> str:
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "bench/records"
+ARCHITECTURES = (90, 80, 100)  # the first one is compiled in full even with --quick
+MAX_REGISTERS = 128  # of a thread: 65,536 on a multiprocessor still hold two programs of 8 warps
+SLACK = 8  # registers are handed out in eights
+MAX_SHARED = 227 * 1024  # bytes one program may own on sm_90; a row kernel uses a few hundred
+WIDE = r"\bLDG(?:STS)?\.E[.\w]*\.(?:128|256)\b"
+DOUBLE = r"\b(?:D(?:ADD|FMA|MUL|SETP|MNMX)|\w+(?:\.\w+)*\.F64)\b"
+SPILL = r"\b(?:STL|LDL)\b"
+
+
+def compile_for(kernel, logits: str, constants: dict, capability: int):
+    """What the launcher would build on that GPU: pointers, strides and sizes divisible by 16, as padded shapes are."""
+    signature = signature_of(kernel, logits, constants)
+    aligned = {(i,): [["tt.divisibility", 16]] for i, type_ in enumerate(signature.values()) if type_.startswith(("*", "i"))}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=LAUNCH)
+
+
+def read_cubin(cubin: bytes) -> tuple[dict[str, int], str]:
+    """Resource usage by name (REG, STACK, ...) and the machine code."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
-        out = subprocess.run([tool, "--dump-resource-usage", f.name], capture_output=True, text=True, check=True)
-    return next(line.strip() for line in out.stdout.splitlines() if "REG:" in line)
+        text = subprocess.run([tool, "-res-usage", "-sass", f.name], capture_output=True, text=True, check=True).stdout
+    usage = next(line for line in text.splitlines() if "REG:" in line)
+    return {name: int(number) for name, number in re.findall(r"(\w+)(?:\[0\])?:(\d+)", usage)}, text
+
+
+def measure(kernel, what: str, logits: str, constants: dict, capability: int) -> dict:
+    """One line of the table."""
+    built = compile_for(kernel, logits, constants, capability)
+    usage, sass = read_cubin(built.asm["cubin"])
+    return {"kernel": kernel.__name__, "configuration": f"{what} {logits[1:]}".strip(), "arch": f"sm_{capability}",
+            "registers": usage["REG"], "stack": usage["STACK"] + usage.get("LOCAL", 0), "shared": built.metadata.shared,
+            "wide_loads": len(re.findall(WIDE, sass)), "spills": len(re.findall(SPILL, sass)),
+            "double": len(re.findall(DOUBLE, sass)), "barriers": built.asm["ttir"].count("barrier")}
+
+
+def broken_rules(row: dict, streams_rows: bool, barriers: int, bound: int) -> list[str]:
+    """What is wrong with it, in words. barriers: those the source asks for, before the compiler adds its own."""
+    rules = {
+        "spills to memory: use a smaller block or more warps": row["stack"] or row["spills"],
+        "computes in fp64: a Python float or a constant was promoted, 64 times slower on a consumer GPU": row["double"],
+        "reads its rows without 16-byte loads: is a mask or a stride not divisible by 16?": streams_rows and not row["wide_loads"],
+        f"wants more shared memory than {MAX_SHARED} bytes": row["shared"] > MAX_SHARED,
+        f"uses more than {bound} registers: if that is intended, run with --record": row["registers"] > bound,
+        f"has {row['barriers']} barriers, want {barriers}: other threads' stores would be read early": row["barriers"] < barriers}
+    return [f"{row['kernel']} ({row['configuration']}, {row['arch']}) {rule}" for rule, broken in rules.items() if broken]
+
+
+def recorded_bounds() -> dict[tuple[str, str, str], int]:
+    """Registers of (kernel, configuration, arch) in the newest record of this Triton version, with slack."""
+    records = sorted(RECORDS.glob(f"*_compile_gate_triton{triton.__version__}.json"))
+    rows = json.loads(records[-1].read_text())["rows"] if records else []
+    return {(r["kernel"], r["configuration"], r["arch"]): r["registers"] + SLACK for r in rows}
+
+
+def write_record(rows: list[dict]) -> None:
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    if git("status", "--porcelain", "--", "kernels", "tests/compile_for_gpus.py"):
+        sys.exit("kernels/ has uncommitted changes; commit first, then --record: a record names the commit that it measured")
+    path = RECORDS / f"{datetime.date.today()}_compile_gate_triton{triton.__version__}.json"
+    head = {"date": datetime.datetime.now().isoformat(timespec="seconds"), "commit": git("rev-parse", "HEAD"),
+            "command": "python tests/compile_for_gpus.py --record", "triton": triton.__version__, "launch": LAUNCH,
+            "gate": "no spill, no fp64, 16-byte loads in row kernels, barriers as in the source"}
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n  {lines}]}}\n')
+    print(f"wrote {path.relative_to(ROOT)}")
 
 
 def main() -> None:
     assert os.environ.get("TRITON_INTERPRET") != "1", "unset TRITON_INTERPRET: interpreted kernels do not compile"
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--record", action="store_true")
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
+    bounds = {} if options.record else recorded_bounds()
+    rows, broken, seen = [], [], set()
     for kernel, what, logits, constants, barriers in CASES:
-        signature = signature_of(kernel, logits, constants)
-        aligned = {(i,): [["tt.divisibility", 16]] for i, type_ in enumerate(signature.values())
-                   if type_.startswith(("*", "i"))}
-        for capability in (80, 90, 100):
-            source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-            built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=LAUNCH)
-            used = resources(built.asm["cubin"])
-            print(f"sm_{capability:<3} {kernel.__name__:<16} {what:<14} {used.split('SHARED')[0]}", flush=True)
-            assert "STACK:0 " in used, "spills to memory: use a smaller block or more warps"
-            found = built.asm["ptx"].count("bar.sync") + built.asm["ptx"].count("barrier.sync")
-            assert found >= barriers, f"{found} barriers, want {barriers}: other threads' stores would be read early"
+        if options.only not in kernel.__name__:
+            continue
+        for capability in ARCHITECTURES:
+            if options.quick and capability != ARCHITECTURES[0] and (kernel, capability) in seen:
+                continue
+            seen.add((kernel, capability))
+            row = measure(kernel, what, logits, constants, capability)
+            bound = bounds.get((row["kernel"], row["configuration"], row["arch"]), MAX_REGISTERS)
+            broken += broken_rules(row, bool(LOGITS & set(kernel.arg_names)), barriers, bound)
+            rows.append(row)
+            print(" ".join(f"{row[k]:<{n}}" for k, n in (("arch", 6), ("kernel", 22), ("configuration", 22))),
+                  " ".join(f"{k} {row[k]:<4}" for k in ("registers", "stack", "shared", "wide_loads", "barriers")), flush=True)
+    if broken:
+        sys.exit("\n".join(broken))
+    if options.record:
+        write_record(rows)
 
 
 if __name__ == "__main__":
