@@ -184,15 +184,12 @@ def test_a_hugging_face_tokenizer_is_read_through_its_backend():
     assert encode_text(tokenizer, "a <s> b") == encode_text(byte_level(), "a <s> b")
 
 
-def test_lossy_families_are_refused_by_name():
-    wordpiece = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
-    wordpiece.decoder = decoders.WordPiece()
-    suffix = Tokenizer(models.BPE({"a</w>": 0}, [], end_of_word_suffix="</w>"))
-    suffix.decoder = decoders.BPEDecoder()
-    for tokenizer in (wordpiece, suffix, Tokenizer(models.WordLevel({"a": 0}, "a"))):
-        with pytest.raises(ValueError, match="unrecognised tokenizer family"):
-            ByteTable.of(tokenizer)
-    with pytest.raises(ValueError, match="cannot read a str"):
+def test_what_is_not_known_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="unrecognised tokenizer family: model 'WordLevel'"):
+        ByteTable.of(Tokenizer(models.WordLevel({"a": 0}, "a")))
+    with pytest.raises(ValueError, match="cannot read a dict; want a Hugging Face fast tokenizer"):
+        ByteTable.of({})
+    with pytest.raises(ValueError, match="no file or folder 'gpt2'.*AutoTokenizer"):
         ByteTable.of("gpt2")
 
 

@@ -1,28 +1,23 @@
 """Any tokenizer as a table: what bytes does each id spell?
 
-The table is the only thing that alignment needs to know of a tokenizer, and this file is the only one that touches tokenizer
-objects. It is built from the loaded object's own description, never from `decode` (which turns half a character into U+FFFD),
-and it proves itself on 22 probe texts every time it is built.
-
-    byte-level BPE (GPT-2, Llama-3, Qwen ...)    a piece is a string over 256 stand-in characters, one per byte; an added token
-                                                 is literal UTF-8
-    SentencePiece (Llama-2, Mistral, Gemma ...)  a piece is UTF-8 with U+2581 for a space; <0x41> is one byte; a space may be
-                                                 put in front of the text
+The table is the only thing that alignment needs to know of a tokenizer. It is built from the loaded object's own description
+(`table_readers`) or from its file (`table_files`), never from `decode`, which turns half a character into U+FFFD, and it proves
+itself on 22 probe texts every time it is built.
 
 V: vocabulary.
 """
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from os import PathLike
 from typing import Any
 
 import numpy as np
 
-TEXT, CONTROL, UNKNOWN, UNUSED = 0, 1, 2, 3  # kind[id]: only TEXT spells bytes
-MARK = "\u2581"  # SentencePiece's visible space
+from .table_readers import CONTROL, LOSSY, MARK, TEXT, UNKNOWN, UNUSED, Reading, encode_text, normalizer_of, read
+
+__all__ = ["CONTROL", "MARK", "PROBES", "TEXT", "UNKNOWN", "UNUSED", "ByteTable", "Pieces", "encode_text", "normalizer_of"]
 
 # Texts that every table must spell. Each is a trap that broke some tokenizer or some aligner.
 PROBES = (
@@ -50,220 +45,167 @@ PROBES = (
     "\U0001f9ff𐍈ꙮ\ue000",
 )
 
-# Printable Latin-1 stands for itself; the 68 other bytes take U+0100 upwards, in byte order (GPT-2's map).
-_SELF = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-_CHAR_TO_BYTE = {chr(b): b for b in _SELF} | {chr(0x100 + k): b for k, b in enumerate(sorted({*range(256)} - _SELF))}
+
+class Pieces(Sequence[bytes]):
+    """The bytes of each id, in one buffer; made into objects only when somebody looks at them one by one."""
+
+    def __init__(self, data: bytes, lens: np.ndarray):
+        """data: all pieces joined. lens: int32 [V]. ValueError when they do not fit."""
+        if (lens < 0).any() or int(lens.sum()) != len(data):
+            raise ValueError(f"Pieces: {len(data)} bytes for pieces of {int(lens.sum())} bytes together.")
+        self.data, self.lens = data, lens
+        self.begin = np.concatenate([[0], np.cumsum(lens, dtype=np.int64)])
+
+    @classmethod
+    def of(cls, pieces: Sequence[bytes]) -> "Pieces":
+        return pieces if isinstance(pieces, Pieces) else cls(b"".join(pieces), np.fromiter(map(len, pieces), np.int32, len(pieces)))
+
+    @cached_property
+    def _objects(self) -> tuple[bytes, ...]:
+        begin = self.begin.tolist()
+        return tuple(self.data[a:b] for a, b in zip(begin, begin[1:]))
+
+    def __len__(self) -> int:
+        return len(self.lens)
+
+    def __getitem__(self, i):
+        return self._objects[i]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._objects)
 
 
 @dataclass(frozen=True, eq=False)
 class ByteTable:
     """What each id of one tokenizer spells. Compare tables by `fingerprint()`."""
 
-    pieces: tuple[bytes, ...]  # [V]; a CONTROL id keeps its literal name for display, UNKNOWN and UNUSED are b""
+    pieces: Sequence[bytes]  # [V]; a CONTROL id keeps its literal name for display, UNKNOWN and UNUSED are b""
     kind: np.ndarray  # int8 [V], TEXT, CONTROL, UNKNOWN or UNUSED
-    family: str  # "byte_level" or "sentencepiece"
+    family: str  # "byte_level", "sentencepiece", "ranks", "bytes"; lossy: "wordpiece", "word_suffix"
     space_prefix: bool = False  # may put one space before a text; whether it did is decided text by text (offsets.side)
-    normalizer: str = ""  # sha256 of the probes as the tokenizer normalises them
+    normalizer: str = ""  # sha256 of the probes as the tokenizer normalises them; "" for a file that does not say
+    byte_ids: tuple[int, ...] = ()  # ids of one raw byte beside an ordinary piece of that byte (SentencePiece's <0x41>)
+    swallows_spaces: tuple[str, ...] = ()  # added tokens that take whitespace beside them out of the text: name them in reports
     lens: np.ndarray = field(init=False)  # int32 [V], bytes of a TEXT id, else 0
     first_byte: np.ndarray = field(init=False)  # int16 [V], 256 where lens is 0
 
     def __post_init__(self) -> None:
-        text = [p if k == TEXT else b"" for p, k in zip(self.pieces, self.kind, strict=True)]
-        object.__setattr__(self, "lens", np.fromiter(map(len, text), np.int32, len(text)))
-        object.__setattr__(self, "first_byte", np.fromiter((p[0] if p else 256 for p in text), np.int16, len(text)))
+        pieces = Pieces.of(self.pieces)
+        if len(pieces) != len(self.kind):
+            raise ValueError(f"ByteTable: {len(pieces)} pieces and {len(self.kind)} kinds.")
+        lens = np.where(self.kind == TEXT, pieces.lens, 0).astype(np.int32)
+        first_byte = np.full(len(lens), 256, np.int16)
+        first_byte[lens > 0] = np.frombuffer(pieces.data, np.uint8)[pieces.begin[:-1][lens > 0]]
+        for name, value in (("pieces", pieces), ("lens", lens), ("first_byte", first_byte)):
+            object.__setattr__(self, name, value)
 
     @classmethod
-    def of(cls, tokenizer: Any) -> "ByteTable":
-        """Build and verify the table of a loaded tokenizer.
+    def of(cls, tokenizer: Any, *, lossy: bool = False) -> "ByteTable":
+        """Build and verify the table of a tokenizer: a loaded object (`table_readers.read` lists which) or a path.
 
-        Takes a Hugging Face fast tokenizer, a `tokenizers.Tokenizer` or a SentencePieceProcessor.
-        Raises ValueError when the family is not recognised or the table does not spell a probe.
+        A path may be a folder, tokenizer.json, *.model, *.tiktoken, *tekken*.json, rwkv_vocab*.txt or *.gguf (`table_files`;
+        `table_cache.cached_table` keeps its table).
+        WordPiece and word-suffix BPE lose spaces or case, so the ids do not say what bytes they stand for: refused unless
+        `lossy`, and then only to be anchored in a text by what both have in common.
+        ValueError: a family that is not recognised, a table that does not spell a probe, a path without a tokenizer.
         """
-        build = _from_sentencepiece if _is_sentencepiece(tokenizer) else _from_backend
-        table, normalize = build(tokenizer)
-        probes = [p for p in PROBES if "<" not in p] if _matches_names(tokenizer) else PROBES
-        table.verify(lambda text: encode_text(tokenizer, text), probes, normalize)
+        if isinstance(tokenizer, (str, PathLike)):
+            from .table_files import load  # reading files is for those who have paths
+            tokenizer = load(tokenizer)
+        reading = read(tokenizer)
+        if reading.family in LOSSY and not lossy:
+            raise ValueError(
+                f"ByteTable: {type(tokenizer).__name__} is of the lossy family {reading.family!r}: spaces, and often case and accents, "
+                "do not survive its encoding, so its scores are not of the text's bytes. Use another model; or, to look at its "
+                "pieces, ByteTable.of(tokenizer, lossy=True).")
+        table = cls(reading.pieces, reading.kind, reading.family, bool(reading.space_prefix), "", reading.byte_ids,
+                    reading.swallows_spaces)
+        return table._checked(reading) if reading.encode else table
+
+    def _checked(self, reading: Reading) -> "ByteTable":
+        """With the habits that descriptions name in half a dozen ways observed rather than read, and proved on the probes."""
+        habits = hashlib.sha256("\0".join(map(reading.normalize, PROBES)).encode()).hexdigest()
+        prefix = reading.space_prefix
+        if prefix is None:
+            prefix = self.bytes_of(reading.encode("x")) == b" x"
+        table = replace(self, space_prefix=prefix, normalizer=habits)
+        # Unigram as `tokenizers` runs it reads "</s>" in a text as the token; SentencePiece itself does not. Such a text does not
+        # give its bytes back, and offsets.side says so; every other text does.
+        probes = [p for p in PROBES if "<" not in p] if reading.reads_names else PROBES
+        table.verify(reading.encode, probes, reading.normalize)
         return table
 
+    @property
+    def lossy(self) -> bool:
+        """The ids do not spell their text, not even up to a normaliser: positions need an anchor in the text itself."""
+        return self.family in LOSSY
+
     def __len__(self) -> int:
-        return len(self.pieces)
+        return len(self.kind)
 
     @cached_property
     def blob(self) -> tuple[np.ndarray, np.ndarray]:
         """The native core's form: all TEXT pieces in one uint8 array, and int64 [V + 1] where each begins."""
-        text = b"".join(p for p, k in zip(self.pieces, self.kind, strict=True) if k == TEXT)
-        return np.frombuffer(text, np.uint8), np.concatenate([[0], np.cumsum(self.lens, dtype=np.int64)])
+        data = np.frombuffer(self.pieces.data, np.uint8)
+        begin = np.concatenate([[0], np.cumsum(self.lens, dtype=np.int64)])
+        return data[np.repeat(self.kind == TEXT, self.pieces.lens)], begin
 
     def bytes_of(self, ids: Iterable[int]) -> bytes:
         """The bytes that `ids` spell; -1 and ids that are not TEXT spell none. ValueError for an id outside the table."""
-        size, pieces, kind = len(self.pieces), self.pieces, self._kinds
-        out = []
-        for at, i in enumerate(ids):
-            if not -1 <= i < size:
-                raise ValueError(f"ByteTable.bytes_of: id {i} at position {at} is outside this table of {size} ids. Rows of "
-                                 "a padded head have no token; is this another tokenizer's id?")
-            if i >= 0 and kind[i] == TEXT:
-                out.append(pieces[i])
-        return b"".join(out)
+        ids = np.array(list(ids), np.int64)
+        outside = np.flatnonzero((ids < -1) | (ids >= len(self)))
+        if len(outside):
+            at = outside[0]
+            raise ValueError(f"ByteTable.bytes_of: id {ids[at]} at position {at} is outside this table of {len(self)} ids. Rows of "
+                             "a padded head have no token; is this another tokenizer's id?")
+        ids = ids[ids >= 0]
+        data, begin = self.blob
+        lens = self.lens[ids]
+        within = np.arange(lens.sum()) - np.repeat(np.cumsum(lens) - lens, lens)
+        return data[np.repeat(begin[ids], lens) + within].tobytes()
+
+    def by_bytes(self) -> dict[bytes, int]:
+        """Bytes -> id over TEXT. Of equal spellings the ordinary piece beats the byte's own token, then the lowest id wins."""
+        text = np.flatnonzero(self.lens > 0)
+        last = np.isin(text, self.byte_ids)
+        order = np.concatenate([text[~last], text[last]])[::-1]  # the winner is written last
+        return {self.pieces[i]: i for i in order.tolist()}
+
+    def with_control(self, names: Mapping[str, int]) -> "ByteTable":
+        """The table with control ids that its file does not list: a file of ranks names none. Ids between become UNUSED.
+
+        ValueError when an id already spells text.
+        """
+        size = max(len(self), 1 + max(names.values(), default=-1))
+        pieces, kind = [*self.pieces, *[b""] * (size - len(self))], np.full(size, UNUSED, np.int8)
+        kind[:len(self)] = self.kind
+        for name, i in names.items():
+            if kind[i] == TEXT:
+                raise ValueError(f"ByteTable.with_control: id {i} ({name!r}) already spells {pieces[i]!r}; is it of another vocabulary?")
+            pieces[i], kind[i] = name.encode(), CONTROL
+        return replace(self, pieces=pieces, kind=kind)
 
     def fingerprint(self) -> str:
         """sha256 over pieces, kinds, space prefix and normaliser: equal for two tokenizers that spell alike, id by id."""
-        h = hashlib.sha256(f"{self.space_prefix}|{self.normalizer}".encode())
-        for piece, kind in zip(self.pieces, self._kinds, strict=True):
-            h.update(b"%d:%d:%b" % (kind, len(piece), piece))
+        h = hashlib.sha256(f"{self.space_prefix}|{self.normalizer}|{self.lossy}|{len(self)}|".encode())
+        for part in (self.kind.astype("i1"), self.pieces.lens.astype("<i4"), self.pieces.data):
+            h.update(part)
         return h.hexdigest()
 
     def verify(self, encode: Callable[[str], Sequence[int]], probes: Iterable[str],
                normalize: Callable[[str], str] = str) -> None:
-        """ValueError unless the table spells N(probe), or a space and N(probe), for every probe. N is `normalize`."""
+        """ValueError unless the table spells N(probe), or a space and N(probe), for every probe. N is `normalize`.
+
+        A lossy table has to spell N(probe) up to whitespace, where it knows every character of it.
+        """
         for probe in probes:
-            got, want = self.bytes_of(encode(probe)), normalize(probe).encode()
+            ids = encode(probe)
+            got, want = self.bytes_of(ids), normalize(probe).encode()
+            if self.lossy:
+                known = UNKNOWN not in self.kind[np.asarray(ids, np.int64)]
+                got, want = ("".join(x.decode(errors="replace").split()).encode() if known else b"" for x in (got, want))
             if got != want and not (self.space_prefix and got == b" " + want):
                 raise ValueError(
                     f"ByteTable: this {self.family} tokenizer does not spell {probe!r}: its ids spell {got!r}, want {want!r}. "
                     "Without the bytes of every id its scores cannot be compared with another tokenizer's. A SentencePiece "
                     "model trained without byte_fallback loses what it does not know; such a model cannot be used here.")
-
-    @cached_property
-    def _kinds(self) -> bytes:
-        return self.kind.tobytes()  # indexing bytes is several times faster than indexing an int8 array
-
-
-def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Ids of `text` as content: no special token is added, and one written in the text is encoded as plain characters."""
-    if _is_sentencepiece(tokenizer):
-        return tokenizer.encode(text, out_type=int, add_bos=False, add_eos=False, reverse=False, enable_sampling=False)
-    backend = _backend(tokenizer)
-    with _content_mode(backend):
-        return backend.encode(text, add_special_tokens=False).ids
-
-
-def _is_sentencepiece(tokenizer: Any) -> bool:
-    return hasattr(tokenizer, "id_to_piece") and hasattr(tokenizer, "is_byte")
-
-
-def _backend(tokenizer: Any) -> Any:
-    """The `tokenizers.Tokenizer` inside, or the argument itself."""
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    if not hasattr(backend, "encode_special_tokens"):
-        raise ValueError(f"ByteTable: cannot read a {type(tokenizer).__name__}; want a Hugging Face fast tokenizer, a "
-                         "tokenizers.Tokenizer or a SentencePieceProcessor. Load it with AutoTokenizer.from_pretrained(folder).")
-    return backend
-
-
-@contextmanager
-def _content_mode(backend: Any) -> Iterator[None]:
-    """Special tokens are not parsed, nothing is padded or cut; the caller's settings come back afterwards."""
-    special, padding, truncation = backend.encode_special_tokens, backend.padding, backend.truncation
-    try:
-        backend.encode_special_tokens = True
-        backend.no_padding()
-        backend.no_truncation()
-        yield
-    finally:
-        backend.encode_special_tokens = special
-        if padding:
-            backend.enable_padding(**padding)
-        if truncation:
-            backend.enable_truncation(**truncation)
-
-
-def _from_backend(tokenizer: Any) -> tuple[ByteTable, Callable[[str], str]]:
-    # The loaded object, not its file: transformers rebuilds pipelines when it loads.
-    backend = _backend(tokenizer)
-    description = json.loads(backend.to_str())
-    family = _family(description)
-    pieces, kind = _read_vocabulary(description, family)
-    rule = backend.normalizer.normalize_str if backend.normalizer else str
-    normalize = (lambda text: rule(text).replace(MARK, " ")) if family == "sentencepiece" else rule
-    return _measured(tokenizer, pieces, kind, family, normalize), normalize
-
-
-def _matches_names(tokenizer: Any) -> bool:
-    """Unigram in `tokenizers` reads "</s>" or "<0x41>" in a text as the token of that name; SentencePiece itself does not.
-
-    Such a text does not give its bytes back, and `offsets.side` says so; every other text does.
-    """
-    return not _is_sentencepiece(tokenizer) and type(_backend(tokenizer).model).__name__ == "Unigram"
-
-
-def _family(description: dict) -> str:
-    """From the structured decoder (a Sequence is looked into); ValueError for a family whose ids do not give bytes."""
-    decoder, model = description["decoder"] or {}, description["model"]
-    parts = decoder.get("decoders", [decoder])
-    types = {part.get("type") for part in parts}
-    plain_bpe = model["type"] == "BPE" and not model.get("continuing_subword_prefix") and not model.get("end_of_word_suffix")
-    if "ByteLevel" in types and plain_bpe:
-        return "byte_level"
-    marks = any(p.get("type") == "Replace" and p.get("pattern") == {"String": MARK} for p in parts)
-    if (marks or types & {"ByteFallback", "Metaspace"}) and (plain_bpe or model["type"] == "Unigram"):
-        return "sentencepiece"
-    raise ValueError(
-        f"ByteTable: unrecognised tokenizer family: model {model['type']!r}, decoder {sorted(map(str, types))}. Known: "
-        "byte-level BPE (decoder ByteLevel) and SentencePiece BPE or Unigram (decoder Metaspace, ByteFallback or Replace of "
-        "U+2581). WordPiece and word-suffix BPE lose spaces or case: their ids do not say what bytes they stand for.")
-
-
-def _read_vocabulary(description: dict, family: str) -> tuple[list[bytes], np.ndarray]:
-    model, added = description["model"], description["added_tokens"]
-    vocab = {p: i for i, (p, _) in enumerate(model["vocab"])} if model["type"] == "Unigram" else model["vocab"]
-    size = 1 + max([-1, *vocab.values(), *(a["id"] for a in added)])
-    pieces, kind = [b""] * size, np.full(size, UNUSED, np.int8)
-    byte_fallback = family == "sentencepiece" and model.get("byte_fallback")
-    byte_ids = {i for p, i in vocab.items() if byte_fallback and _is_byte_piece(p)}
-    for piece, i in vocab.items():
-        pieces[i] = _byte_of(piece) if i in byte_ids else _spell(piece, family)
-        kind[i] = TEXT
-    for token in added:
-        i, content = token["id"], token["content"]
-        if i not in byte_ids:
-            # An added token is matched in the text as it is written, except one that SentencePiece's model knows too
-            # (Gemma lists its runs of marks twice).
-            known = family == "sentencepiece" and content in vocab
-            pieces[i] = _spell(content, family) if known else content.encode()
-            kind[i] = CONTROL if token["special"] else TEXT
-    unknown = model.get("unk_id") if model["type"] == "Unigram" else vocab.get(model.get("unk_token"))
-    if family == "sentencepiece" and unknown is not None:  # byte-level BPE never emits it: GPT-2 names its stop token here
-        pieces[unknown], kind[unknown] = b"", UNKNOWN
-    return pieces, kind
-
-
-def _from_sentencepiece(processor: Any) -> tuple[ByteTable, Callable[[str], str]]:
-    pieces, kind = [], []
-    for i in range(processor.vocab_size()):
-        piece = processor.id_to_piece(i)
-        if processor.is_byte(i):
-            pieces.append(_byte_of(piece)), kind.append(TEXT)
-        elif processor.is_unknown(i) or processor.is_unused(i):
-            pieces.append(b""), kind.append(UNKNOWN if processor.is_unknown(i) else UNUSED)
-        elif processor.is_control(i):
-            pieces.append(piece.encode()), kind.append(CONTROL)
-        else:
-            pieces.append(_spell(piece, "sentencepiece")), kind.append(TEXT)
-    normalize = lambda text: processor.normalize(text).replace(MARK, " ")
-    return _measured(processor, pieces, np.asarray(kind, np.int8), "sentencepiece", normalize), normalize
-
-
-def _measured(tokenizer: Any, pieces: list[bytes], kind: np.ndarray, family: str,
-              normalize: Callable[[str], str]) -> ByteTable:
-    """The table with its two habits observed rather than read: descriptions name them in half a dozen ways."""
-    habits = hashlib.sha256("\0".join(map(normalize, PROBES)).encode()).hexdigest()
-    space_prefix = ByteTable(tuple(pieces), kind, family).bytes_of(encode_text(tokenizer, "x")) == b" x"
-    return ByteTable(tuple(pieces), kind, family, space_prefix, habits)
-
-
-def _spell(piece: str, family: str) -> bytes:
-    if family == "sentencepiece":
-        return piece.replace(MARK, " ").encode()
-    try:
-        return bytes(_CHAR_TO_BYTE[c] for c in piece)
-    except KeyError:  # a piece outside the alphabet can only have been matched literally
-        return piece.encode()
-
-
-def _is_byte_piece(piece: str) -> bool:
-    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
-
-
-def _byte_of(piece: str) -> bytes:
-    return bytes([int(piece[3:5], 16)])
