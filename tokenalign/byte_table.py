@@ -53,7 +53,7 @@ class Pieces(Sequence[bytes]):
         """data: all pieces joined. lens: int32 [V]. ValueError when they do not fit."""
         if (lens < 0).any() or int(lens.sum()) != len(data):
             raise ValueError(f"Pieces: {len(data)} bytes for pieces of {int(lens.sum())} bytes together.")
-        self.data, self.lens = data, lens
+        self.data, self.lens, self.bytes_array = data, lens, np.frombuffer(data, np.uint8)
         self.begin = np.concatenate([[0], np.cumsum(lens, dtype=np.int64)])
 
     @classmethod
@@ -95,7 +95,7 @@ class ByteTable:
             raise ValueError(f"ByteTable: {len(pieces)} pieces and {len(self.kind)} kinds.")
         lens = np.where(self.kind == TEXT, pieces.lens, 0).astype(np.int32)
         first_byte = np.full(len(lens), 256, np.int16)
-        first_byte[lens > 0] = np.frombuffer(pieces.data, np.uint8)[pieces.begin[:-1][lens > 0]]
+        first_byte[lens > 0] = pieces.bytes_array[pieces.begin[:-1][lens > 0]]
         for name, value in (("pieces", pieces), ("lens", lens), ("first_byte", first_byte)):
             object.__setattr__(self, name, value)
 
@@ -146,9 +146,8 @@ class ByteTable:
     @cached_property
     def blob(self) -> tuple[np.ndarray, np.ndarray]:
         """The native core's form: all TEXT pieces in one uint8 array, and int64 [V + 1] where each begins."""
-        data = np.frombuffer(self.pieces.data, np.uint8)
         begin = np.concatenate([[0], np.cumsum(self.lens, dtype=np.int64)])
-        return data[np.repeat(self.kind == TEXT, self.pieces.lens)], begin
+        return self.pieces.bytes_array[np.repeat(self.kind == TEXT, self.pieces.lens)], begin
 
     def bytes_of(self, ids: Iterable[int]) -> bytes:
         """The bytes that `ids` spell; -1 and ids that are not TEXT spell none. ValueError for an id outside the table."""
@@ -159,10 +158,9 @@ class ByteTable:
             raise ValueError(f"ByteTable.bytes_of: id {ids[at]} at position {at} is outside this table of {len(self)} ids. Rows of "
                              "a padded head have no token; is this another tokenizer's id?")
         ids = ids[ids >= 0]
-        data, begin = self.blob
         lens = self.lens[ids]
         within = np.arange(lens.sum()) - np.repeat(np.cumsum(lens) - lens, lens)
-        return data[np.repeat(begin[ids], lens) + within].tobytes()
+        return self.pieces.bytes_array[np.repeat(self.pieces.begin[ids], lens) + within].tobytes()
 
     def by_bytes(self) -> dict[bytes, int]:
         """Bytes -> id over TEXT. Of equal spellings the ordinary piece beats the byte's own token, then the lowest id wins."""
