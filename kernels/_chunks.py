@@ -16,6 +16,7 @@ from ._parallel import VocabShard
 from ._triton import check_ids, require, runs_triton
 
 CPU_CHUNK_BYTES = 4 * 2**20  # one [rows, V] buffer on a CPU; larger ones leave the caches and page-fault anew each call
+PAD = 64  # columns a row of logits is padded to: without it no 16-byte load exists at V = 151,669
 Rows = slice | Tensor  # of a chunk: a range, or an int64 index when the caller chose rows
 
 
@@ -24,13 +25,13 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def as_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """What nn.Linear would see: autocast does not reach a custom op, so its operands are cast in front of it."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+    return tuple(t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype) for t in tensors)
 
 
 def check_linear(op: str, hidden_TD: Tensor, head_VD: Tensor, vocab_size: int | None, temperature: float,
@@ -61,6 +62,18 @@ def check_softcap(op: str, softcap: float | None) -> float:
     return softcap or 0.0
 
 
+def check_logit_scale(op: str, logit_scale: float) -> float:
+    require(0 < logit_scale < float("inf"), f"{op}: logit_scale is {logit_scale}; want > 0, 1 for none")
+    return logit_scale
+
+
+def check_bias(op: str, bias_V: Tensor | None, head_VD: Tensor) -> Tensor | None:
+    require(bias_V is None or (bias_V.shape == head_VD.shape[:1] and bias_V.is_floating_point()),
+            f"{op}: bias is {getattr(bias_V, 'dtype', None)} {list(getattr(bias_V, 'shape', []))} for a head of "
+            f"{head_VD.shape[0]} rows; want floats, one a row")
+    return bias_V
+
+
 def check_rows(op: str, rows_M: Tensor | None, hidden_TD: Tensor) -> Tensor | None:
     """The rows to work on, int64 [M], or None for all of them. Their values are not read: that would sync."""
     require(rows_M is None or (rows_M.ndim == 1 and rows_M.dtype in (torch.int32, torch.int64)),
@@ -76,13 +89,13 @@ def fold_scale(temperature: float, logit_scale: float, softcap: float) -> tuple[
     return (1 / temperature, logit_scale) if softcap else (logit_scale / temperature, 1.0)
 
 
-def chunks(x: Tensor, V: int, buffers: int, workspace_mb: float, rows_M: Tensor | None = None) -> Iterator[Rows]:
+def chunks(x: Tensor, V: int, buffers: float, workspace_mb: float, rows_M: Tensor | None = None) -> Iterator[Rows]:
     """Row ranges of x, or parts of rows if given, whose `buffers` [rows, V] buffers fit workspace_mb MiB.
 
     Always at least one row; multiples of 128 rows where the budget allows, the tile height of a GEMM.
     """
     row_bytes = V * wide(x.dtype).itemsize
-    size = int(workspace_mb * 2**20) // (buffers * row_bytes)
+    size = int(workspace_mb * 2**20 / (buffers * row_bytes))
     if not x.is_cuda:
         size = min(size, max(CPU_CHUNK_BYTES // row_bytes, 128))
     size = max(1, size - size % 128 if size >= 128 else size)
@@ -99,15 +112,42 @@ def on_tensor_cores(x: Tensor) -> bool:
 
 def project(hidden_CD: Tensor, head_VD: Tensor, softcap: float = 0.0, bias_V: Tensor | None = None,
             logit_scale: float = 1.0) -> Tensor:
-    """logits [C, V] in fp32 or fp64. Without a cap logit_scale is left to the caller (`fold_scale`)."""
+    """logits [C, V] in fp32 or fp64. Without a cap logit_scale is left to the caller (`fold_scale`).
+
+    Where kernels run, rows lie PAD-aligned in memory with -inf behind the V-th column: `padded` is the view with them.
+    """
+    (C, _), V, dtype = hidden_CD.shape, head_VD.shape[0], wide(hidden_CD.dtype)
+    block = hidden_CD.new_empty(C, _width(hidden_CD, V), dtype=dtype)
+    logits_CV = block[:, :V]
     if on_tensor_cores(hidden_CD):
-        logits_CV = torch.mm(hidden_CD, head_VD.t(), out_dtype=torch.float32)
+        torch.mm(hidden_CD, head_VD.t(), out_dtype=torch.float32, out=logits_CV)
     else:
-        dtype = wide(hidden_CD.dtype)
-        logits_CV = hidden_CD.to(dtype) @ head_VD.to(dtype).t()
+        torch.mm(hidden_CD.to(dtype), head_VD.to(dtype).t(), out=logits_CV)
     if bias_V is not None and bias_V.numel():
         logits_CV += bias_V
-    return logits_CV.mul_(logit_scale / softcap).tanh_().mul_(softcap) if softcap else logits_CV
+    if softcap:
+        logits_CV.mul_(logit_scale / softcap).tanh_().mul_(softcap)
+    block[:, V:] = -torch.inf
+    return logits_CV
+
+
+def _width(x: Tensor, V: int) -> int:
+    return -(-max(V, 1) // PAD) * PAD if runs_triton(x) else V
+
+
+def padded(block_CV: Tensor) -> Tensor:
+    """What `project` and `gradient_block` made, with its pad columns: banned classes, which change no sum of a row
+    kernel, so that its width and stride are multiples of PAD. GEMMs take the block itself."""
+    width = _width(block_CV, block_CV.shape[1])
+    return block_CV.as_strided((block_CV.shape[0], width), (width, 1)) if width != block_CV.shape[1] else block_CV
+
+
+def gradient_block(logits_CV: Tensor, hidden_CD: Tensor) -> Tensor:
+    """Where a row kernel writes dlogits for `backproject`: over the logits, or beside them in bf16 for bf16 GEMMs."""
+    if not (on_tensor_cores(hidden_CD) and hidden_CD.dtype == torch.bfloat16):
+        return logits_CV
+    C, V = logits_CV.shape
+    return hidden_CD.new_empty(C, _width(hidden_CD, V))[:, :V]
 
 
 def backproject(dlogits_CV: Tensor, hidden_CD: Tensor, head_VD: Tensor, need_dhidden: bool, dhead_VD: Tensor | None,
@@ -117,11 +157,12 @@ def backproject(dlogits_CV: Tensor, hidden_CD: Tensor, head_VD: Tensor, need_dhi
     bf16 gradients go through the GEMMs in bf16, as everywhere in training. fp16 ones would lose all below 6e-8 to it
     (a loss scale comes only in the backward), so those are multiplied in fp32.
     """
-    in_bf16 = on_tensor_cores(hidden_CD) and hidden_CD.dtype == torch.bfloat16
-    d_CV = dlogits_CV.to(torch.bfloat16) if in_bf16 else dlogits_CV
+    d_CV = gradient_block(dlogits_CV, hidden_CD) if dlogits_CV.dtype != torch.bfloat16 else dlogits_CV
+    if d_CV is not dlogits_CV:
+        d_CV.copy_(dlogits_CV)
     if dbias_V is not None:
-        dbias_V += dlogits_CV.sum(0)
-    if dhead_VD is not None and in_bf16:
+        dbias_V += dlogits_CV.sum(0, dtype=dbias_V.dtype)
+    if dhead_VD is not None and d_CV.dtype == torch.bfloat16:
         torch.addmm(dhead_VD, d_CV.t(), hidden_CD, out_dtype=torch.float32, out=dhead_VD)
     elif dhead_VD is not None:
         dhead_VD.addmm_(d_CV.t(), hidden_CD.to(d_CV.dtype))
@@ -135,12 +176,15 @@ def gradient_buffers(hidden_TD: Tensor, head_VD: Tensor, need_dhidden: bool, nee
     return dhidden_TD, dhead_VD
 
 
-def needs_gradients(hidden_TD: Tensor, head_VD: Tensor, frozen_head: bool) -> tuple[bool, bool]:
+def needs_gradient(x: Tensor | None, frozen: bool = False) -> bool:
     """A custom op cannot see needs_input_grad, so it is told."""
-    on = torch.is_grad_enabled()
-    return on and hidden_TD.requires_grad, on and head_VD.requires_grad and not frozen_head
+    return x is not None and torch.is_grad_enabled() and x.requires_grad and not frozen
 
 
-def workspace_buffers(x: Tensor, with_kernel: int, with_torch: int) -> int:
+def needs_gradients(hidden_TD: Tensor, head_VD: Tensor, frozen_head: bool) -> tuple[bool, bool]:
+    return needs_gradient(hidden_TD), needs_gradient(head_VD, frozen_head)
+
+
+def workspace_buffers(x: Tensor, with_kernel: float, with_torch: float) -> float:
     """How many [rows, V] buffers a chunk keeps alive: row kernels work in place, PyTorch makes temporaries."""
     return with_kernel if runs_triton(x) else with_torch

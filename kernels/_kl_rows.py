@@ -1,11 +1,18 @@
-"""Row function of the full-vocabulary divergences: two [rows, V] blocks of logits in, kl and the student's gradient out.
+"""Row functions of the full-vocabulary divergences: two [rows, V] blocks of logits in, kl and the student's gradient out.
 
-Sweep 1 streams both rows and keeps, per lane of an [R, 8] tile, the running max and sum of each side; for forward and
-reverse KL also sum e^(b - m) (b - a), which already is the loss. jsd and skew need a sweep for the loss and G. The last
-sweep writes the gradient, which may overwrite the logits. log p - log q is formed as (a - b) - (difference of the maxima
-+ difference of the log-sums): near p = q that has a third of the error of subtracting two logsumexps.
+    kl_stats     per side the max and the sum of e^(logit - max); for forward and reverse also the weighted difference
+                 w = sum e^(b - m) (b - a), which with the sums already is the loss
+    kl_losses    jsd and skew only: loss and G, which need the normalised probabilities
+    kl_gradient  coeff dkl/dz, which may overwrite the logits
 
-Shapes: C rows of a chunk, V vocabulary.
+Three launches and not one, so that slices of a vocabulary on several ranks can add up their sums in between; at 100,000
+classes a row leaves the L2 cache between sweeps anyway. Each sweep keeps its running numbers per lane of an [R, 8] tile:
+axis 1 is reduced inside a thread, so the loops need no barrier.
+
+log p - log q is formed as (a - b) - (difference of the maxima + difference of the log-sums): near p = q that has a third
+of the error of subtracting two logsumexps.
+
+Shapes: C rows of a chunk, V vocabulary (this rank's slice of it), stats [5, C]: max z, max u, sum z, sum u, w.
 """
 import torch
 from torch import Tensor
@@ -13,13 +20,22 @@ from torch import Tensor
 from . import _triton
 from ._chunks import wide
 from ._divergence import MODES, divergence_terms, exp_diff, terms
+from ._parallel import all_sum, merge_sums
 from ._triton import LAUNCH, runs_triton, tl, triton
 
 
 @triton.jit
-def kl_sweeps(z, u, kl, coeff, dz, stride_z, stride_u, stride_d, V, inv_temp, inv_cap, beta, MODE: tl.constexpr,
-              GRADIENT: tl.constexpr, CAPPED: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr):
+def logits_at(row, v, V, mul, WIDE: tl.constexpr):
+    return tl.load(row + v, mask=v < V, other=float("-inf")).to(WIDE) * mul
+
+
+@triton.jit
+def kl_stats(z, u, stats, chosen, stride_z, stride_u, C, V, mul_z, mul_u, MODE: tl.constexpr, R: tl.constexpr,
+             WIDE: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)  # T=16k times V=152k overflows int32
+    if chosen is not None:
+        if tl.load(chosen + t) == 0:
+            return
     z_row = z + t * stride_z
     u_row = u + t * stride_u
     lanes = tl.arange(0, R)[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -29,9 +45,8 @@ def kl_sweeps(z, u, kl, coeff, dz, stride_z, stride_u, stride_d, V, inv_temp, in
     s_u = tl.zeros((R,), WIDE)
     w = tl.zeros((R,), WIDE)
     for start in range(0, V, R * 8):
-        v = start + lanes
-        a = tl.load(z_row + v, mask=v < V, other=float("-inf")).to(WIDE) * inv_temp
-        b = tl.load(u_row + v, mask=v < V, other=float("-inf")).to(WIDE) * inv_temp
+        a = logits_at(z_row, start + lanes, V, mul_z, WIDE)
+        b = logits_at(u_row, start + lanes, V, mul_u, WIDE)
         new_z = tl.maximum(m_z, tl.max(a, 1))
         new_u = tl.maximum(m_u, tl.max(b, 1))
         scale_z = exp_diff(m_z, new_z)
@@ -50,72 +65,146 @@ def kl_sweeps(z, u, kl, coeff, dz, stride_z, stride_u, stride_d, V, inv_temp, in
     M_u = tl.max(m_u, 0)
     scale_z = exp_diff(m_z, M_z)
     scale_u = exp_diff(m_u, M_u)
-    S_z = tl.sum(s_z * scale_z, 0)
-    S_u = tl.sum(s_u * scale_u, 0)
-    log_S_z = tl.log(S_z)
-    log_S_u = tl.log(S_u)
-    apart = (M_z - M_u) + (log_S_z - log_S_u)  # lse_z - lse_u
     if MODE == 0:
-        loss = tl.sum(tl.where(scale_u > 0, w * scale_u, 0.0), 0) / S_u + apart
-        G = loss * 0.0 - 1.0
-    elif MODE == 1:
-        loss = tl.sum(tl.where(scale_z > 0, w * scale_z, 0.0), 0) / S_z - apart
-        G = loss
+        w = tl.where(scale_u > 0, w * scale_u, 0.0)
     else:
-        sum_l = tl.zeros((R,), WIDE)
-        sum_g = tl.zeros((R,), WIDE)
-        for start in range(0, V, R * 8):
-            v = start + lanes
-            a = tl.load(z_row + v, mask=v < V, other=float("-inf")).to(WIDE) * inv_temp
-            b = tl.load(u_row + v, mask=v < V, other=float("-inf")).to(WIDE) * inv_temp
-            one, g = terms((a - M_z) - log_S_z, (b - M_u) - log_S_u, (a - b) - apart, beta, MODE)
-            sum_l += tl.sum(one, 1)
-            sum_g += tl.sum(g, 1)
-        loss = tl.sum(sum_l, 0)
-        G = tl.sum(sum_g, 0)
-    tl.store(kl + t, loss)
-    if GRADIENT:
-        ok = tl.abs(loss) < float("inf")  # false for inf and for NaN: such a row gets no gradient
-        c = tl.load(coeff + t).to(WIDE) * inv_temp
-        d_row = dz + t * stride_d
-        for start in range(0, V, R * 8):
-            v = start + lanes
-            raw = tl.load(z_row + v, mask=v < V, other=float("-inf")).to(WIDE)
-            a = raw * inv_temp
-            b = tl.load(u_row + v, mask=v < V, other=float("-inf")).to(WIDE) * inv_temp
-            logp = (a - M_z) - log_S_z
-            _, g = terms(logp, (b - M_u) - log_S_u, (a - b) - apart, beta, MODE)
-            d = c * (g - tl.exp(logp) * G)
-            if CAPPED:
-                d *= 1.0 - (raw * inv_cap) * (raw * inv_cap)
-            tl.store(d_row + v, tl.where(ok, d, 0.0).to(dz.dtype.element_ty), mask=v < V)
+        w = tl.where(scale_z > 0, w * scale_z, 0.0)
+    out = stats + t
+    tl.store(out, M_z)
+    tl.store(out + C, M_u)
+    tl.store(out + 2 * C, tl.sum(s_z * scale_z, 0))
+    tl.store(out + 3 * C, tl.sum(s_u * scale_u, 0))
+    tl.store(out + 4 * C, tl.sum(w, 0))
 
 
-def kl_rows(z_CV: Tensor, u_CV: Tensor, coeff_C: Tensor, inv_temp: float, mode: str, beta: float, softcap: float,
-            dz_CV: Tensor | None) -> Tensor:
-    """kl [C] of student logits z and teacher logits u. Writes coeff * dkl/dz into dz, which may be z; None skips it."""
+@triton.jit
+def kl_losses(z, u, stats, sums, chosen, stride_z, stride_u, C, V, mul_z, mul_u, beta, MODE: tl.constexpr,
+              R: tl.constexpr, WIDE: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    if chosen is not None:
+        if tl.load(chosen + t) == 0:
+            return
+    M_z = tl.load(stats + t)
+    M_u = tl.load(stats + C + t)
+    log_S_z = tl.log(tl.load(stats + 2 * C + t))
+    log_S_u = tl.log(tl.load(stats + 3 * C + t))
+    apart = (M_z - M_u) + (log_S_z - log_S_u)  # lse_z - lse_u
+    lanes = tl.arange(0, R)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    sum_l = tl.zeros((R,), WIDE)
+    sum_g = tl.zeros((R,), WIDE)
+    for start in range(0, V, R * 8):
+        a = logits_at(z + t * stride_z, start + lanes, V, mul_z, WIDE)
+        b = logits_at(u + t * stride_u, start + lanes, V, mul_u, WIDE)
+        loss, g = terms((a - M_z) - log_S_z, (b - M_u) - log_S_u, (a - b) - apart, beta, MODE)
+        sum_l += tl.sum(loss, 1)
+        sum_g += tl.sum(g, 1)
+    tl.store(sums + t, tl.sum(sum_l, 0))
+    tl.store(sums + C + t, tl.sum(sum_g, 0))
+
+
+@triton.jit
+def kl_gradient(z, u, stats, kl, G, coeff, chosen, dz, stride_z, stride_u, stride_d, C, V, mul_z, mul_u, inv_cap, beta,
+                MODE: tl.constexpr, CAPPED: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    d_row = dz + t * stride_d
+    lanes = tl.arange(0, R)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    ok = tl.abs(tl.load(kl + t)) < float("inf")  # false for inf and for NaN: such a row gets no gradient
+    if chosen is not None:
+        ok = ok & (tl.load(chosen + t) != 0)
+    if ok == 0:
+        for start in range(0, V, R * 8):
+            v = start + lanes
+            tl.store(d_row + v, tl.zeros((R, 8), dz.dtype.element_ty), mask=v < V)
+        return
+    M_z = tl.load(stats + t)
+    M_u = tl.load(stats + C + t)
+    log_S_z = tl.log(tl.load(stats + 2 * C + t))
+    log_S_u = tl.log(tl.load(stats + 3 * C + t))
+    apart = (M_z - M_u) + (log_S_z - log_S_u)
+    sum_g = tl.load(G + t)
+    c = tl.load(coeff + t).to(WIDE) * mul_z
+    for start in range(0, V, R * 8):
+        v = start + lanes
+        raw = logits_at(z + t * stride_z, v, V, 1.0, WIDE)
+        a = raw * mul_z
+        b = logits_at(u + t * stride_u, v, V, mul_u, WIDE)
+        logp = (a - M_z) - log_S_z
+        _, g = terms(logp, (b - M_u) - log_S_u, (a - b) - apart, beta, MODE)
+        p = tl.exp(logp)
+        d = c * (g - p * sum_g)
+        if CAPPED:
+            d = tl.where(p == 0, 0.0, d * (1.0 - (raw * inv_cap) * (raw * inv_cap)))
+        tl.store(d_row + v, d.to(dz.dtype.element_ty), mask=v < V)
+
+
+def kl_rows(z_CV: Tensor, u_CV: Tensor, coeff_C: Tensor, scales: tuple[float, float], mode: str, beta: float,
+            softcap: float, dz_CV: Tensor | None, group: str = "", chosen_C: Tensor | None = None) -> Tensor:
+    """kl [C] of student logits z and teacher logits u. Writes coeff * dkl/dz into dz, which may be z; None skips it.
+
+    scales: what z and u are multiplied by. group: z and u are slices of the vocabulary, the others are on its ranks.
+    chosen (kernels only): rows where it is False are not read; their kl and gradient are 0.
+    """
     if not runs_triton(z_CV):
-        return _kl_rows_torch(z_CV, u_CV, coeff_C, inv_temp, mode, beta, softcap, dz_CV)
+        return _kl_rows_torch(z_CV, u_CV, coeff_C, scales, mode, beta, softcap, dz_CV, group)
     (C, V), dtype = z_CV.shape, wide(z_CV.dtype)
-    kl_C = z_CV.new_empty(C, dtype=dtype)
-    out_CV = z_CV if dz_CV is None else dz_CV
-    kl_sweeps[(C,)](z_CV, u_CV, kl_C, coeff_C, out_CV, z_CV.stride(0), u_CV.stride(0), out_CV.stride(0), V, inv_temp,
-                    1 / softcap if softcap else 0.0, beta, MODE=MODES.index(mode), GRADIENT=dz_CV is not None,
-                    CAPPED=softcap > 0, R=max(1, _triton.BLOCK_V // 8),
-                    WIDE=tl.float64 if dtype == torch.float64 else tl.float32, **LAUNCH)
-    return kl_C
+    options = {"MODE": MODES.index(mode), "R": max(1, _triton.BLOCK_V // 8),
+               "WIDE": tl.float64 if dtype == torch.float64 else tl.float32, **LAUNCH}
+    strides, stats_5C = (z_CV.stride(0), u_CV.stride(0)), z_CV.new_empty(5, C, dtype=dtype)
+    kl_stats[(C,)](z_CV, u_CV, stats_5C, chosen_C, *strides, C, V, *scales, **options)
+    stats_5C = _merge(stats_5C, mode, group)
+    if mode in ("forward", "reverse"):
+        kl_C, G_C = _loss_and_G(stats_5C, mode)
+    else:
+        sums_2C = z_CV.new_empty(2, C, dtype=dtype)
+        kl_losses[(C,)](z_CV, u_CV, stats_5C, sums_2C, chosen_C, *strides, C, V, *scales, beta, **options)
+        kl_C, G_C = all_sum(sums_2C, group)
+    if dz_CV is not None:
+        kl_gradient[(C,)](z_CV, u_CV, stats_5C, kl_C, G_C, coeff_C, chosen_C, dz_CV, *strides, dz_CV.stride(0), C, V,
+                          *scales, 1 / softcap if softcap else 0.0, beta, CAPPED=softcap > 0, **options)
+    return kl_C if chosen_C is None else torch.where(chosen_C, kl_C, 0.0)
 
 
-def _kl_rows_torch(z_CV: Tensor, u_CV: Tensor, coeff_C: Tensor, inv_temp: float, mode: str, beta: float,
-                   softcap: float, dz_CV: Tensor | None) -> Tensor:
-    logp_CV, logq_CV = ((x if inv_temp == 1 else x * inv_temp).log_softmax(-1)
-                        for x in (x.to(wide(x.dtype)) for x in (z_CV, u_CV)))
-    loss_CV, g_CV, p_CV = divergence_terms(logp_CV, logq_CV, mode, beta)
-    kl_C = loss_CV.sum(1)
+def _merge(stats_5C: Tensor, mode: str, group: str) -> Tensor:
+    """The statistics of the whole vocabulary from those of its slices: one MAX and one SUM over the group."""
+    if not group:
+        return stats_5C
+    side = 1 if mode == "forward" else 0  # whose max w is relative to
+    top_3C = torch.stack((stats_5C[0], stats_5C[1], stats_5C[side]))
+    top_3C, sums_3C = merge_sums(top_3C, stats_5C[2:], group)
+    return torch.cat((top_3C[:2], sums_3C))
+
+
+def _loss_and_G(stats_5C: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """Forward and reverse need no sweep of their own: KL(q || p) = w / sum u + (lse_z - lse_u), and likewise reversed."""
+    top_z_C, top_u_C, sum_z_C, sum_u_C, w_C = stats_5C
+    apart_C = (top_z_C - top_u_C) + (sum_z_C.log() - sum_u_C.log())
+    if mode == "forward":
+        return w_C / sum_u_C + apart_C, torch.full_like(w_C, -1.0)
+    kl_C = w_C / sum_z_C - apart_C
+    return kl_C, kl_C
+
+
+def _kl_rows_torch(z_CV: Tensor, u_CV: Tensor, coeff_C: Tensor, scales: tuple[float, float], mode: str, beta: float,
+                   softcap: float, dz_CV: Tensor | None, group: str) -> Tensor:
+    x_CV, y_CV = (x if by == 1 else x * by for x, by in zip((x.to(wide(z_CV.dtype)) for x in (z_CV, u_CV)), scales))
+    loss_CV, g_CV, p_CV = divergence_terms(*_log_softmax(x_CV, y_CV, group), mode, beta)
+    if group:
+        kl_C, G_C = all_sum(torch.stack((loss_CV.sum(1), g_CV.sum(1))), group)
+    else:
+        kl_C, G_C = loss_CV.sum(1), g_CV.sum(1) if dz_CV is not None else None
     if dz_CV is None:
         return kl_C
-    d_CV = torch.addcmul(g_CV, p_CV, g_CV.sum(1, keepdim=True), value=-1).mul_((coeff_C * inv_temp)[:, None])
+    d_CV = torch.addcmul(g_CV, p_CV, G_C[:, None], value=-1).mul_((coeff_C * scales[0])[:, None])
     if softcap:
         d_CV.mul_(1 - (z_CV / softcap).square_())
     dz_CV.copy_(d_CV.masked_fill_(~kl_C.isfinite()[:, None], 0.0))
     return kl_C
+
+
+def _log_softmax(x_CV: Tensor, y_CV: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    if not group:
+        return x_CV.log_softmax(1), y_CV.log_softmax(1)
+    lse_2C = torch.stack((x_CV.logsumexp(1), y_CV.logsumexp(1)))  # a slice's own; e^(x - it) sums to one
+    top_2C, sum_2C = merge_sums(lse_2C, torch.ones_like(lse_2C), group)
+    top_2C1, log_sum_2C1 = top_2C[..., None], sum_2C.log()[..., None]
+    return (x_CV - top_2C1[0]) - log_sum_2C1[0], (y_CV - top_2C1[1]) - log_sum_2C1[1]

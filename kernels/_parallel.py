@@ -47,6 +47,9 @@ def local_head(op: str, head: Tensor, shard: VocabShard | None) -> Tensor:
     require(shard is not None, f"{op}: the head is a sharded DTensor. Sharded by fully_shard? Call the op inside the forward "
             "of the module that owns it, where a plain tensor has been gathered. Sharded over the vocabulary by tensor "
             "parallelism? Pass shard=VocabShard.of(head)")
+    held = VocabShard.of(head)
+    require(held == shard, f"{op}: this DTensor is {held}, shard={shard}. Both sides of a divergence must be cut at the same "
+            "rows of the vocabulary: pad their heads to one size before they are sharded")
     return head.to_local()
 
 
@@ -75,9 +78,12 @@ def all_sum(x: Tensor, group: str) -> Tensor:
 
 
 def merge_sums(local_max_C: Tensor, sums_NC: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """(max over all slices [C], sums [N, C] relative to it) from a slice's max and sums of e^(x - local max) times anything."""
+    """(max over all slices, sums relative to it) from a slice's max [C] or [N, C] and its sums [N, C] of e^(x - that max).
+
+    The sums may carry any factor. A slice without a finite logit adds nothing, but a NaN on one rank reaches all.
+    """
     if not group:
         return local_max_C, sums_NC
     max_C = all_max(local_max_C.clone(), group)
     scale_C = torch.where(local_max_C == -torch.inf, 0.0, (local_max_C - max_C).exp())
-    return max_C, all_sum(torch.where(scale_C > 0, sums_NC * scale_C, 0.0), group)
+    return max_C, all_sum(torch.where((scale_C == 0) & ~sums_NC.isnan(), 0.0, sums_NC * scale_C), group)

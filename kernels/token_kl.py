@@ -36,7 +36,7 @@ def _op(student_logits_TV: Tensor, teacher_logits_TV: Tensor, weight_T: Tensor, 
         temperature: float, need_dlogits: bool) -> tuple[Tensor, Tensor, Tensor]:
     """total [], kl [T], and the gradient of total in the student's logits (empty where not needed)."""
     dz_TV = student_logits_TV.new_empty(student_logits_TV.shape if need_dlogits else (0,))
-    kl_T = kl_rows(student_logits_TV, teacher_logits_TV, weight_T, 1 / temperature, mode, beta, 0.0,
+    kl_T = kl_rows(student_logits_TV, teacher_logits_TV, weight_T, (1 / temperature, 1 / temperature), mode, beta, 0.0,
                    dz_TV if need_dlogits else None)
     return weighted_total(kl_T, weight_T), kl_T, dz_TV
 

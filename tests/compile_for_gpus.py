@@ -24,24 +24,31 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from reflux.kernels._kl_rows import kl_sweeps
-from reflux.kernels._logprob_rows import logprob_backward, logprob_forward
+from reflux.kernels._kl_rows import kl_gradient, kl_losses, kl_stats
+from reflux.kernels._logprob_rows import logprob_gradient, logprob_stats
 from reflux.kernels._topk_rows import topk_sweeps
 from reflux.kernels._triton import BLOCK_V, LAUNCH
 from reflux.kernels.span_sum import SPANS, STEP, _sum
 
 TILE = dict(R=BLOCK_V // 8, WIDE=tl.float32)
-SCALARS = dict(V="i32", K="i32", S="i32", inv_temp="fp32", inv_cap="fp32", beta="fp32")
+SCALARS = dict(V="i32", C="i32", mul_z="fp32", mul_u="fp32", chosen="*i1", K="i32", S="i32", inv_temp="fp32", inv_cap="fp32", beta="fp32")
 LOGITS = {"logits", "dlogits", "z", "u", "dz"}
-CASES = [  # kernel, what the name adds, dtype of the logits, constants, barriers
+CASES = [  # kernel, what the name adds, dtype of the logits (or of them / of their gradient), constants, barriers
     (_sum, "", "*fp32", dict(SPANS=SPANS, STEP=STEP, WIDE=tl.float32), 0),
-    (logprob_forward, "K 1", "*bf16", dict(ENTROPY=True, KB=1, **TILE), 0),
-    (logprob_forward, "K 64", "*fp32", dict(ENTROPY=False, KB=64, **TILE), 0),
-    (logprob_backward, "K 1", "*bf16", dict(ENTROPY=True, CAPPED=False, KB=1, **TILE), 2),
-    (logprob_backward, "K 64 capped", "*fp32", dict(ENTROPY=True, CAPPED=True, KB=64, **TILE), 2),
-    *((kl_sweeps, mode, "*fp32", dict(MODE=i, GRADIENT=True, CAPPED=i == 1, **TILE), 0)
-      for i, mode in enumerate(("forward", "reverse", "jsd", "skew_forward", "skew_reverse"))),
-    (kl_sweeps, "forward bf16", "*bf16", dict(MODE=0, GRADIENT=True, CAPPED=False, **TILE), 0),
+    (logprob_stats, "entropy", "*bf16", dict(ENTROPY=True, KB=1, **TILE), 0),
+    (logprob_stats, "", "*fp32", dict(ENTROPY=False, KB=1, **TILE), 0),
+    (logprob_stats, "K 64", "*fp32", dict(ENTROPY=True, KB=64, **TILE), 0),
+    (logprob_gradient, "entropy", "*bf16", dict(ENTROPY=True, CAPPED=False, KB=1, **TILE), 2),
+    (logprob_gradient, "", "*fp32", dict(ENTROPY=False, CAPPED=False, KB=1, **TILE), 2),
+    (logprob_gradient, "K 64 entropy capped", "*fp32", dict(ENTROPY=True, CAPPED=True, KB=64, **TILE), 2),
+    *((kl_stats, mode, "*fp32", dict(MODE=i, chosen=None, **TILE), 0) for i, mode in enumerate(("forward", "reverse", "jsd"))),
+    (kl_stats, "forward rows", "*bf16", dict(MODE=0, **TILE), 0),
+    *((kl_losses, mode, "*fp32", dict(MODE=i, chosen=None, **TILE), 0)
+      for i, mode in ((2, "jsd"), (3, "skew_forward"), (4, "skew_reverse"))),
+    *((kl_gradient, mode, "*fp32", dict(MODE=i, chosen=None, CAPPED=i == 1, **TILE), 0)
+      for i, mode in enumerate(("forward", "reverse capped", "jsd", "skew_forward", "skew_reverse"))),
+    (kl_gradient, "forward rows", "*bf16", dict(MODE=0, CAPPED=False, **TILE), 0),
+    (kl_gradient, "jsd", "*fp32/*bf16", dict(MODE=2, chosen=None, CAPPED=False, **TILE), 0),
     *((topk_sweeps, tail, "*fp32", dict(MODE=2 * (i < 2), TAIL=i, GRADIENT=True, CAPPED=i == 0, KB=64, **TILE), 3)
       for i, tail in enumerate(("ghost", "renorm", "drop", "sampled"))),
 ]
@@ -53,7 +60,7 @@ def signature_of(kernel, logits: str, constants: dict) -> dict[str, str]:
         if name in constants:
             return "constexpr"
         if name in LOGITS:
-            return logits
+            return logits.split("/")[-1 if name.startswith("d") else 0]
         if name in ("target", "order", "offset"):
             return "*i64"
         return "*i32" if name == "ids" else "i64" if name.startswith("stride") else SCALARS.get(name, "*fp32")

@@ -11,8 +11,7 @@ MODULES = sorted(p for floor in FLOORS for p in (ROOT / floor).glob("*.py"))
 OPS = [p.stem for p in MODULES if p.parent.name == "kernels" and not p.stem.startswith("_")]
 TITAN_DOOR = "trainer/titan"  # titan.py, titan_models.py, titan_compat.py ...
 OVERSIZE = {  # "floor/file.py": why splitting it would make it worse
-    "kernels/_kl_rows.py": "two sweeps of one kernel: halves would hand a dozen running sums to each other",
-    "kernels/_topk_rows.py": "two sweeps of one kernel, as in _kl_rows.py"}
+    "kernels/_topk_rows.py": "two sweeps of one kernel: halves would hand a dozen running sums to each other"}
 TESTED_ELSEWHERE = {  # module -> the tests that exercise it, where one file of its own would repeat them
     "tokenalign/__main__.py": "test_tokenalign_main.py", "trainer/tally.py": "test_ranks.py",
     "trainer/titan_decode.py": "test_titan_models.py", "trainer/titan_native.py": "test_titan_models.py",

@@ -134,7 +134,8 @@ def test_who_gets_a_gradient():
 def test_the_op_keeps_torch_librarys_contract(path):
     tensors, weight_T = inputs(3, 20, 4, 5, torch.float32, seed=7)
     tensors[0].requires_grad_(), tensors[1].requires_grad_()
-    args = *tensors, weight_T, "jsd", 0.5, 1.0, 20, 0.0, 0.0, 1200.0, True, True
+    args = (*tensors[:2], None, *tensors[2:], None, weight_T, None, "jsd", 0.5, 1.0, False, 20, 1.0, 1.0, 0.0, 0.0, "", 0,
+            1200.0, True, True, False)
     with running(path, 64):  # AOT dispatch is checked below: here it would return the gradients that backward scales
         torch.library.opcheck(_op, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
