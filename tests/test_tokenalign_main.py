@@ -1,36 +1,156 @@
-"""What `python -m reflux.tokenalign A B --text ...` prints."""
+"""`python -m reflux.tokenalign A B ...`: what it prints, what it writes, and how it refuses."""
+import io
+import json
 import sys
 from importlib import import_module
 
 import pytest
-from test_byte_table import byte_level, sentencepiece
-from test_spans import side_of
+from test_byte_table import byte_level, metaspace, table_of
 
-from reflux.tokenalign.spans import align_spans
+from reflux.tokenalign.byte_table import encode_text
+from reflux.tokenalign.corpus import Tokenizer
 
-view = import_module("reflux.tokenalign.__main__")
-
-
-def test_spans_stand_above_each_other():
-    a, b = side_of([b"the", b" cat", b"alog"]), side_of([b"the", b" ca", b"talog"])
-    assert view.show(a, b, align_spans([a], [b])[0]) == "A the ‖ ·cat|alog\nB the ‖ ·ca|talog"
+command = import_module("reflux.tokenalign.__main__")
 
 
-def test_what_cannot_be_seen_is_shown():
-    a, b = side_of([b" ", "\n你".encode()], skip=1), side_of([b"\n", b"\xe4", b"\xbd\xa0"])
-    assert view.show(a, b, align_spans([a], [b])[0]).splitlines() == ["A ∅|\\n你", "B \\n|<e4>|<bd a0>"]
-
-
-def test_a_text_that_does_not_come_back_is_refused():
-    with pytest.raises(ValueError, match="tokenizer A spells b'caf\\\\xc3\\\\xa9'"):
-        view.compare(byte_level("NFC"), byte_level(), "cafe\u0301")
-    assert "7 bytes" in view.compare(byte_level(), sentencepiece("bpe"), "12345 +")
-
-
-def test_the_command(tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two Hugging Face folders and a bare tokenizer.json."""
     from transformers import PreTrainedTokenizerFast
-    PreTrainedTokenizerFast(tokenizer_object=byte_level()).save_pretrained(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["reflux.tokenalign", str(tmp_path), str(tmp_path), "--text", "so 12345"])
-    view.main()
-    printed = capsys.readouterr().out
-    assert printed.splitlines()[-1].startswith("8 bytes, ") and "‖" in printed
+    root = tmp_path_factory.mktemp("tokenizers")
+    for name, tokenizer in (("plain", byte_level()), ("small", byte_level(size=300))):
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(root / name)
+    byte_level("NFC").save(str(root / "tokenizer.json"))
+    return root
+
+
+@pytest.fixture
+def run(folders, monkeypatch, capsys):
+    def call(*arguments, a="plain", b="small"):
+        monkeypatch.setattr(sys, "argv", ["reflux.tokenalign", str(folders / a), str(folders / b), *map(str, arguments)])
+        try:
+            command.main()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code
+        out = capsys.readouterr()
+        return code, out.out, out.err
+    return call
+
+
+def pair():
+    return [Tokenizer(name, t, table_of(t)) for name, t in (("A", byte_level()), ("B", byte_level(size=300)))]
+
+
+def test_a_text_and_its_counts(run):
+    code, out, _ = run("--text", "12345 hence")
+    assert code == 0 and out.splitlines()[:3] == ["  0          5", "A 12345    ‖ ·hence", "B 1|23|4|5 ‖ ·hence"]
+    assert out.splitlines()[-1] == ("bytes 11; tokens 2 and 5; spans 2; 1:1 50.0%; tokens per span 1.00 and 2.50; "
+                                    "longest span 6 bytes; coverage 100.0%")
+
+
+def test_a_file_and_standard_input_and_an_empty_text(run, tmp_path, monkeypatch):
+    (tmp_path / "x.txt").write_bytes("a\r\né".encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("a\r\né".encode())))
+    from_file, from_stdin = run("--file", tmp_path / "x.txt"), run("--file", "-")
+    assert from_file == from_stdin and "a ‖ ␍ ‖ ↵ ‖ <c3> ‖ <a9>" in from_file[1]
+    assert run("--text", "")[0] == 0
+
+
+def test_color_when_asked_for(run):
+    assert "\x1b[" not in run("--text", "so")[1] and "\x1b[" in run("--text", "so", "--color", "always")[1]
+
+
+def test_the_terminal_decides_color_and_width(monkeypatch):
+    class Terminal(io.StringIO):
+        isatty = lambda self: True
+
+    def printed(**environment):
+        for name in ("NO_COLOR", "TERM", "COLUMNS"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["reflux.tokenalign", "A", "B", "--text", "so 12345 hence " * 9])
+        monkeypatch.setattr(sys, "stdout", Terminal())
+        command._show(*pair(), command._arguments())
+        return sys.stdout.getvalue()
+
+    assert "\x1b[" in printed(TERM="xterm") and "\x1b[" in printed(NO_COLOR="")
+    assert "\x1b[" not in printed(NO_COLOR="1") and "\x1b[" not in printed(TERM="dumb")
+    lanes = [line for line in printed(NO_COLOR="1", COLUMNS="40").splitlines() if line.startswith("A ")][:-1]
+    assert len(lanes) > 3 and all(len(line) <= 40 for line in lanes)
+
+
+def test_the_page(run, tmp_path):
+    code, out, _ = run("--text", "12345 hence", "--html", tmp_path / "out.html")
+    page = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert code == 0 and "longest span <b>6 bytes</b>" in page and page.count('class="token"') == 7
+
+
+def test_scores_give_bits_and_span_differences(run, tmp_path):
+    ids = encode_text(byte_level(), "12345 hence")
+    given = {"ids_a": ids, "logp_a": [-1.0, -2.0], "logp_b": [*[-0.5] * 4, -1.5], "stop_a": -0.25, "stop_b": -0.5}
+    (tmp_path / "s.json").write_text(json.dumps(given))
+    code, out, _ = run("--scores", tmp_path / "s.json")
+    assert code == 0 and "  +1.00      -0.50" in out and "■stop -0.25" in out
+    assert "bits per byte 0.393 and 0.459" in out and "log p of A - of B +0.75 nats, clipped +0.75" in out
+
+
+def test_sampled_ids_are_not_encoded_again():
+    a, b = pair()
+    ids = [a.table.pieces.index(piece) for piece in (b"1", b"2", b"3")]
+    seen = command.look(a, b, {"ids_a": ids})
+    assert seen.side_a.ids.tolist() == ids != a.encode("123") and seen.counts.num_bytes == 3
+
+
+@pytest.mark.parametrize("given, message", [
+    ({"txt": "x"}, "has keys txt; want text or ids_a"), ({}, "has keys none"), ({"text": "x", "ids_c": []}, "only ids_b"),
+    ({"text": "x", "logp_a": [0.0]}, "want both logp_a and logp_b"), ({"text": "y", "ids_a": [0]}, "A: an id that spells nothing"),
+    ({"text": "so", "logp_a": [-1.0, -1.0], "logp_b": [-1.0]}, "logp_a has shape")])
+def test_scores_that_cannot_be_shown(given, message):
+    with pytest.raises(ValueError, match=message):
+        command.look(*pair(), given)
+
+
+def test_ids_that_are_no_text_are_refused():
+    a, b = pair()
+    with pytest.raises(ValueError, match="ids_a do not spell UTF-8"):
+        command.look(a, b, {"ids_a": [a.table.pieces.index(b"\xff")]})
+
+
+def test_a_corpus(run, tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"text": "so 12345"}\n{"prompt": "hence"}\nx\n')
+    code, out, err = run("--corpus", tmp_path / "c.jsonl", "--json", tmp_path / "out.json")
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert code == 0 and err == "" and "2 aligned, 1 failed" in out and "c.jsonl:3: the line is not JSON" in out
+    assert data["documents"] == 2 and data["num_bytes"] == 13 and data["failures"] == {"the line is not JSON": 1}
+
+
+def test_a_tokenizer_file(run):
+    code, _, err = run("--text", "cafe\u0301", a="tokenizer.json")
+    assert code == 2 and "A: a normaliser changed the text: it spells b'\\xc3\\xa9'" in err
+    assert run("--text", "12345", a="tokenizer.json")[0] == 0
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ((), "one of the arguments --text --file --scores --corpus is required"),
+    (("--text", "x", "--file", "y"), "not allowed with argument --text"),
+    (("--text", "x", "--json", "y"), "--json holds the statistics of --corpus"),
+    (("--corpus", "x", "--html", "y"), "--html draws one text"),
+    (("--file", "absent.txt"), "absent.txt"), (("--corpus", "absent"), "no file at absent; want"),
+    (("--text", "x", "--html", "no/such/folder.html"), "no/such/folder.html")])
+def test_one_line_and_exit_code_2(run, arguments, message):
+    code, _, err = run(*arguments)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_tokenizer_that_is_not_there(run, folders):
+    (folders / "empty").mkdir(exist_ok=True)
+    for name in ("absent", "empty"):
+        code, _, err = run("--text", "x", b=name)
+        assert code == 2 and "tokenizer B: " in err and err.count("\n") == 1
+
+
+def test_metaspace_against_byte_level():
+    a, b = (Tokenizer(name, t, table_of(t)) for name, t in (("A", metaspace("bpe", "always")), ("B", byte_level())))
+    assert command.look(a, b, {"text": "\nfoo"}).counts.empty_a == 1

@@ -1,66 +1,186 @@
-"""Show two tokenizations of a text, one above the other, cut where both agree.
+"""Look at two tokenizers on one text, or measure them on a body of text.
 
-    python -m reflux.tokenalign TOKENIZER_A TOKENIZER_B --text "the catalog"
+    python -m reflux.tokenalign A B --text "the catalog"        both tokenizations, one above the other, cut where both agree
+    python -m reflux.tokenalign A B --file essay.txt --html essay.html
+    python -m reflux.tokenalign A B --scores rollout.json       with log-probabilities: T - S per span, bits per byte
+    python -m reflux.tokenalign A B --corpus texts.jsonl        counts, failures with reasons, throughput
 
-The arguments are Hugging Face folders (or names in the local cache). Spans are separated by a double bar, tokens by a single one; a
-space is shown as U+00B7, a token of no bytes as U+2205, bytes that are no character alone in hex.
+A, B: Hugging Face folders, names in the local cache, or tokenizer files that ByteTable.of reads.
+--scores takes a JSON object with `text` or `ids_a`, and what there is of `ids_b`, `logp_a`, `logp_b`, `stop_a`, `stop_b` and
+`prompt_bytes`. Ids that are given are looked at as they are, never re-encoded.
 """
 import argparse
-from collections.abc import Sequence
-from typing import Any
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
-from .byte_table import ByteTable, encode_text
-from .offsets import Side, side
+from .byte_table import ByteTable
+from .corpus import Counts, Report, Tokenizer, as_json, count, documents, explain, measure, summary
+from .offsets import Side, side, spell
+from .scores import Scores, sequence_scores
 from .spans import Alignment, align_spans
+from .view import Marks, to_terminal
+from .view_html import to_html
+
+SCORES_KEYS = ("text", "ids_a", "ids_b", "logp_a", "logp_b", "stop_a", "stop_b", "prompt_bytes")
 
 
-def show(side_a: Side, side_b: Side, alignment: Alignment) -> str:
-    """Two lines, padded so that every span starts in one column. Bytes after the last boundary are left out."""
-    lanes = [_lane(one, span, alignment.num_spans)
-             for one, span in ((side_a, alignment.span_a), (side_b, alignment.span_b))]
-    widths = [max(map(len, cells)) for cells in zip(*lanes, strict=True)]
-    return "\n".join(f"{name} " + " ‖ ".join(cell.ljust(w) for cell, w in zip(lane, widths, strict=True)).rstrip()
-                     for name, lane in zip("AB", lanes, strict=True))
+@dataclass(frozen=True, eq=False)
+class Look:
+    """One text under two tokenizers."""
+
+    side_a: Side
+    side_b: Side
+    alignment: Alignment
+    counts: Counts
+    scores: Scores | None
+    marks: Marks
 
 
-def compare(tokenizer_a: Any, tokenizer_b: Any, text: str) -> str:
-    """Both tokenizations of `text` and a line of counts. ValueError when one of them does not give the text back."""
-    sides = []
-    for name, tokenizer in (("A", tokenizer_a), ("B", tokenizer_b)):
-        one = side(table := ByteTable.of(tokenizer), encode_text(tokenizer, text), text.encode())
-        if not one.reproduces:
-            raise ValueError(f"tokenizer {name} spells {table.bytes_of(one.ids.tolist())!r} for {text.encode()!r}: its normaliser "
-                             "changes this text, or it has no token for a character.")
-        sides.append(one)
-    alignment = align_spans(sides[:1], sides[1:])[0]
-    counts = f"{len(text.encode())} bytes, {len(sides[0].ids)} and {len(sides[1].ids)} tokens, {alignment.num_spans} spans"
-    return f"{show(*sides, alignment)}\n{counts}"
-
-
-def _lane(one: Side, span: Sequence[int], num_spans: int) -> list[str]:
-    pieces = [one.table.pieces[i] if i >= 0 else b"" for i in one.ids]
-    cells: list[list[str]] = [[] for _ in range(num_spans)]
-    for piece, length, k in zip(pieces, one.lens, span, strict=True):
-        if k >= 0:
-            cells[k].append(_visible(piece[len(piece) - length:]))
-    return ["|".join(cell) for cell in cells]
-
-
-def _visible(piece: bytes) -> str:
+def load_tokenizer(path: str, name: str) -> Tokenizer:
+    """A file or folder by `table_files.load`, a cached name by AutoTokenizer. ValueError when it cannot be read."""
     try:
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in piece.decode()).replace(" ", "·") or "∅"
-    except UnicodeDecodeError:
-        return f"<{piece.hex(' ')}>"
+        if os.path.exists(path):
+            from .table_files import load
+            loaded = load(path)
+        else:
+            from transformers import AutoTokenizer  # slow to import; folders and files may do without it
+            loaded = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except ValueError as error:
+        raise ValueError(f"tokenizer {name}: {error}") from error
+    except Exception as error:  # libraries raise whatever a broken folder makes them raise
+        raise ValueError(f"tokenizer {name}: cannot load {path!r} ({type(error).__name__}); want a Hugging Face folder, the name of "
+                         "one in the local cache, or a tokenizer file") from error
+    return Tokenizer(name, loaded, ByteTable.of(loaded))
+
+
+def look(a: Tokenizer, b: Tokenizer, given: Mapping[str, Any]) -> Look:
+    """Align one text. `given`: see --scores. ValueError: unknown keys, or ids that do not spell the text."""
+    unknown = sorted(set(given) - set(SCORES_KEYS))
+    if unknown or not {"text", "ids_a"} & set(given):
+        raise ValueError(f"a text with scores has keys {', '.join(given) or 'none'}; want text or ids_a, and of the others only "
+                         f"{', '.join(SCORES_KEYS[2:])}")
+    text = given["text"] if "text" in given else spell(a.table, given["ids_a"]).text
+    if text is None:
+        raise ValueError("ids_a do not spell UTF-8, so B cannot encode them")
+    source = text.encode()
+    ids = given.get("ids_a") or a.encode(text), given.get("ids_b") or b.encode(text)
+    sides = []
+    for tokenizer, own in zip((a, b), ids, strict=True):
+        sides.append(side(tokenizer.table, own, source))
+        if not sides[-1].reproduces:
+            raise ValueError(explain(tokenizer.name, tokenizer.table, own, source)[1])
+    alignment = align_spans(sides[:1], sides[1:])[0]
+    scores = _scores(alignment, given)
+    marks = Marks(("A", "B"), ids, given.get("prompt_bytes"), _stop(given),
+                  scores and (given["logp_a"], given["logp_b"]), scores and scores.span_logp_a - scores.span_logp_b,
+                  "log p, nats", "log p of A - log p of B, nats")
+    return Look(*sides, alignment, count(source, *sides, alignment), scores, marks)
+
+
+def facts(seen: Look) -> list[tuple[str, str]]:
+    """Names and values of what was counted."""
+    c = seen.counts
+    out = [("bytes", f"{c.num_bytes:,}"), ("tokens", f"{c.tokens_a:,} and {c.tokens_b:,}"), ("spans", f"{c.spans:,}"),
+           ("1:1", f"{c.one_to_one_share:.1%}"), ("tokens per span", "{:.2f} and {:.2f}".format(*c.tokens_per_span)),
+           ("longest span", f"{c.longest[0]} bytes"), ("coverage", f"{c.coverage:.1%}")]
+    if s := seen.scores:
+        out += [("bits per byte", f"{s.bits_per_byte_a:.3f} and {s.bits_per_byte_b:.3f}"),
+                ("log p of A - of B", f"{s.log_ratio_unclipped:+.2f} nats, clipped {s.log_ratio:+.2f}")]
+    return out
+
+
+def _scores(alignment: Alignment, given: Mapping[str, Any]) -> Scores | None:
+    if "logp_a" not in given and "logp_b" not in given:
+        return None
+    if not {"logp_a", "logp_b"} <= set(given):
+        raise ValueError("log-probabilities of one side only; want both logp_a and logp_b, one number per id of its side")
+    return sequence_scores(alignment, given["logp_a"], given["logp_b"], stop_a=given.get("stop_a"), stop_b=given.get("stop_b"))
+
+
+def _stop(given: Mapping[str, Any]) -> tuple[str, str] | None:
+    ends = given.get("stop_a"), given.get("stop_b")
+    return None if None in ends else tuple(f"stop {end:+.2f}" for end in ends)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"reflux.tokenalign: {message}. See python -m reflux.tokenalign --help\n")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = _Parser(prog="python -m reflux.tokenalign", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tokenizers", nargs=2, metavar="TOKENIZER", help="A and B")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text")
+    what.add_argument("--file", help="a UTF-8 text file; - reads standard input")
+    what.add_argument("--scores", metavar="JSON", help="a text with ids and log-probabilities")
+    what.add_argument("--corpus", metavar="PATH", help="text or .jsonl (field text or prompt), or a folder of them")
+    parser.add_argument("--html", metavar="OUT", help="also write one self-contained page (not with --corpus)")
+    parser.add_argument("--json", metavar="OUT", help="also write the statistics (with --corpus)")
+    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="auto: on a terminal without NO_COLOR")
+    parser.add_argument("--width", type=int, default=0, help="columns; default: those of the terminal, else 100")
+    found = parser.parse_args()
+    if found.corpus and found.html or found.json and not found.corpus:
+        parser.error("--html draws one text (--text, --file, --scores), --json holds the statistics of --corpus")
+    return found
+
+
+def _given(arguments: argparse.Namespace) -> Mapping[str, Any]:
+    if arguments.scores:
+        given = json.loads(Path(arguments.scores).read_bytes())
+        if not isinstance(given, dict):
+            raise ValueError(f"{arguments.scores} holds a {type(given).__name__}; want a JSON object")
+        return given
+    if arguments.text is not None:
+        return {"text": arguments.text}
+    raw = sys.stdin.buffer.read() if arguments.file == "-" else Path(arguments.file).read_bytes()
+    return {"text": raw.decode()}
+
+
+def _show(a: Tokenizer, b: Tokenizer, arguments: argparse.Namespace) -> None:
+    seen = look(a, b, _given(arguments))
+    color = arguments.color == "always" or (arguments.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+                                            and os.environ.get("TERM") != "dumb")
+    width = arguments.width or shutil.get_terminal_size((100, 24)).columns
+    told, names = facts(seen), tuple(arguments.tokenizers)
+    print(to_terminal(seen.side_a, seen.side_b, seen.alignment, seen.marks, width=max(20, width), color=color))
+    print(f"A = {names[0]}, B = {names[1]}", "; ".join(f"{name} {value}" for name, value in told), sep="\n")
+    if arguments.html:
+        page = to_html(seen.side_a, seen.side_b, seen.alignment, seen.marks, title=f"{names[0]} and {names[1]}", facts=told)
+        Path(arguments.html).write_text(page, encoding="utf-8")
+
+
+def _measure(a: Tokenizer, b: Tokenizer, arguments: argparse.Namespace) -> None:
+    def tell(report: Report) -> None:
+        print(f"\r{report.counts.documents:,} documents", end="", file=sys.stderr, flush=True)
+
+    report = measure(a, b, documents(arguments.corpus), progress=tell if sys.stderr.isatty() else None)
+    if sys.stderr.isatty():
+        print("\r", end="", file=sys.stderr)
+    print(summary(report, *arguments.tokenizers))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(as_json(report, *arguments.tokenizers), indent=1, ensure_ascii=False) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m reflux.tokenalign", description="Align two tokenizations of a text.")
-    parser.add_argument("tokenizers", nargs=2, metavar=("A", "B"), help="Hugging Face folders")
-    parser.add_argument("--text", required=True)
-    arguments = parser.parse_args()
-    from transformers import AutoTokenizer  # slow to import, and only a command-line user needs it
-    print(compare(*map(AutoTokenizer.from_pretrained, arguments.tokenizers), arguments.text))
+    """The command. Exit code 2 and one line for anything a person can mend."""
+    arguments = _arguments()
+    try:
+        a, b = (load_tokenizer(path, name) for path, name in zip(arguments.tokenizers, "AB", strict=True))
+        (_measure if arguments.corpus else _show)(a, b, arguments)
+    except (ValueError, OSError) as error:
+        print("reflux.tokenalign: " + " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program quietly
     main()

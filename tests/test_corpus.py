@@ -1,0 +1,108 @@
+"""Statistics of a body of text: every number by hand, every failure with its reason, files streamed."""
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from test_byte_table import byte_level, metaspace, table_of
+from test_spans import side_of, tokenizations
+
+from reflux.tokenalign import corpus
+from reflux.tokenalign.corpus import Counts, Document, Tokenizer, as_json, count, documents, measure, summary
+from reflux.tokenalign.spans import align_spans
+
+
+def tokenizer(name, loaded):
+    return Tokenizer(name, loaded, table_of(loaded))
+
+
+def texts(*given):
+    return [Document(f"row {i}", text) for i, text in enumerate(given)]
+
+
+def counted(pieces_a, pieces_b, skip_a=0):
+    a, b = side_of(pieces_a, skip_a), side_of(pieces_b)
+    return count(b"".join(pieces_b), a, b, align_spans([a], [b])[0])
+
+
+def test_counts_of_one_text():
+    c = counted([b" ", b"the", b" cat", b"alog", b"!"], [b"the", b" ca", b"talog", b"!"], skip_a=1)
+    assert c == Counts(1, 12, 12, 5, 4, 1, 0, 5, 4, 3, 1, (8, " catalog"))
+    assert c.coverage == 1.0 and c.one_to_one_share == 1 / 3 and c.tokens_per_span == (5 / 3, 4 / 3)
+
+
+@given(tokenizations(), tokenizations())
+def test_counts_add_up(one, other):
+    x, y = counted(*one), counted(*other)
+    total = x + y
+    assert total.spans == x.spans + y.spans and total.inside_b == x.inside_b + y.inside_b and total.documents == 2
+    assert total.longest[0] == max(x.longest[0], y.longest[0]) and total + Counts() == total
+    assert x.num_bytes == x.exact_bytes == sum(map(len, one[0])) and x.tokens_a == len(one[0])
+    assert x.one_to_one <= x.spans <= min(x.inside_a, x.inside_b) and x.empty_a == sum(not p for p in one[0])
+
+
+def test_documents_of_a_folder(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "x.txt").write_text("hidden")
+    (tmp_path / "b.txt").write_bytes(b"one\r\ntwo\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "t", "prompt": "p"}\n{"prompt": "é"}\n{"text": 3}\nnot json\n["x"]\n')
+    (tmp_path / "sub" / "c.md").write_bytes(b"\xff\xfe")
+    (tmp_path / "sub" / "d.jsonl").write_bytes(b'{"text": "\xff"}\n')
+    found = [(d.where.removeprefix(f"{tmp_path}/"), d.text, d.problem) for d in documents(tmp_path)]
+    assert [f[:2] for f in found] == [("a.jsonl:1", "t"), ("a.jsonl:2", "é"), ("a.jsonl:3", None), ("a.jsonl:4", None), ("a.jsonl:5", None),
+                                      ("b.txt", "one\r\ntwo\n"), ("sub/c.md", None), ("sub/d.jsonl:1", None)]
+    assert [f[2] for f in found if f[1] is None] == ["no field text or prompt that holds a string", "the line is not JSON",
+                                                     "no field text or prompt that holds a string", "the file is not UTF-8",
+                                                     "the line is not JSON"]
+
+
+def test_a_long_text_file_is_cut_at_line_ends_and_read_lazily(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "CUT", 100)
+    text = "".join(f"line {i} é\n" for i in range(50))
+    (tmp_path / "x.txt").write_text(text)
+    found = list(documents(tmp_path / "x.txt"))
+    assert "".join(d.text for d in found) == text and len(found) > 3
+    assert all(d.text.endswith("\n") and len(d.text) < 120 for d in found) and len({d.where for d in found}) == len(found)
+
+
+def test_nothing_to_read_is_an_error(tmp_path):
+    for path in (tmp_path, tmp_path / "absent.txt"):
+        with pytest.raises(ValueError, match="no file at .*; want a text file, a .jsonl file, or a folder"):
+            list(documents(path))
+
+
+def test_failures_have_reasons_and_leave_the_counts_alone(monkeypatch):
+    monkeypatch.setattr(corpus, "BATCH", 2)
+    nfc, plain = tokenizer("A", byte_level("NFC")), tokenizer("B", byte_level())
+    rows = [*texts("so 12345", "cafe\u0301", "x", "e\u0301", "\ud800", "hence"), Document("row 6", None, "the line is not JSON")]
+    seen = []
+    report = measure(nfc, plain, rows, progress=lambda r: seen.append(r.counts.documents))
+    assert report.counts.documents == 3 and report.counts.num_bytes == 14 and seen == [1, 2, 3, 3]
+    assert report.failures == Counter({"A: a normaliser changed the text": 2, "the line is not JSON": 1,
+                                       "the text holds half a surrogate pair: it is not Unicode text": 1})
+    assert report.examples == [
+        "row 1: A: a normaliser changed the text: it spells b'\\xc3\\xa9' for b'e\\xcc\\x81' at byte 3 of 6",
+        "row 3: A: a normaliser changed the text: it spells b'\\xc3\\xa9' for b'e\\xcc\\x81' at byte 0 of 3",
+        "row 4: the text holds half a surrogate pair: it is not Unicode text"]
+    assert report.tokens["encode_a"] > report.counts.tokens_a and report.tokens["align"] == report.counts.tokens_a + report.counts.tokens_b
+
+
+def test_the_report_for_people_and_machines():
+    a, b = tokenizer("A", metaspace("bpe", "always")), tokenizer("B", byte_level())
+    report = measure(a, b, texts("the <s>quick</s> <s>", "", "\nfoo"))
+    assert report.controls[0] == report.controls[1] == Counter({"<s>": 2, "</s>": 1})
+    assert report.counts.empty_a == 1 and report.counts.empty_b == 0 and not report.failures
+    pieces = [{p for p, k in zip(t.table.pieces, t.table.kind, strict=True) if k == 0} for t in (a, b)]
+    assert report.common == len(pieces[0] & pieces[1]) > 256
+    told = summary(report, "left", "right")
+    assert "3 aligned, 0 failed" in told and "of no bytes        A 1, B 0" in told and "A: <s> x 2, </s> x 1" in told
+    data = json.loads(json.dumps(as_json(report, "left", "right")))
+    assert data["documents"] == 3 and data["coverage"] == 1.0 and data["tokens_per_s"]["align"] > 0
+    assert data["tokens_per_span"][0] == report.counts.inside_a / report.counts.spans
+
+
+def test_no_document_at_all_divides_by_nothing():
+    plain = tokenizer("A", byte_level())
+    report = measure(plain, plain, [])
+    assert report.counts == Counts() and report.rate("align") == 0 and "0 aligned" in summary(report, "A", "B")
