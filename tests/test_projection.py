@@ -74,8 +74,14 @@ def test_without_the_backward_pass_columns_starve():
     student, teacher = Vocabulary(table_of([b"a", b"b", b"ab"])), Vocabulary(table_of([b"a", b"b", b"ba"]))
     built = Projection.build(student, teacher)
     first_pieces = np.array([0, 1, 0, 3])
-    with pytest.raises(ValueError, match="1 classes have teacher ids and no student id, the first with teacher id 2"):
+    with pytest.raises(ValueError, match="1 teacher ids are in classes without a student id, the first is id 2"):
         refuse_unreachable("projection", first_pieces, built.teacher_class, built.num_classes)
+
+
+def test_a_byte_that_texts_do_without_may_be_missing():
+    short, long = Vocabulary(table_of([b"a"])), Vocabulary(table_of([b"a", b"\xff", b"a\xff"]))
+    assert Projection.build(short, long).teacher_class.tolist() == [0, -1, -1, 3]
+    np.testing.assert_allclose(dense(Projection.build(long, short)), [[1, 0], [0, 1], [0, 1], [0, 1]])
 
 
 def test_trained_tokenizers_project_both_ways():
@@ -96,5 +102,5 @@ def test_what_people_get_wrong():
         Projection.build(one, one, top=0)
     with pytest.raises(ValueError, match="decay = 0"):
         Projection.build(one, one, decay=0)
-    with pytest.raises(ValueError, match="no student id"):
+    with pytest.raises(ValueError, match="without a student id"):
         Projection.build(Vocabulary(table_of([b"a"], controls=0)), Vocabulary(table_of([b"a"])))

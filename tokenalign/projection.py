@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .byte_table import ByteTable
-from .vocab_map import Vocabulary, refuse_other_tables, refuse_unreachable
+from .vocab_map import RARE_BYTES, Vocabulary, keep_reachable, refuse_other_tables
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,8 @@ class Projection:
     def build(cls, student: Vocabulary, teacher: Vocabulary, *, top: int = 4, decay: float = 0.1) -> "Projection":
         """W from the bytes of both tables. top: pieces of a spelling that count; decay: weight of piece j is decay^j.
 
-        Stop and control ids of the student go to the last column. Padding rows of either head are in no row and no column.
+        Stop and control ids of the student go to the last column, and so do pieces that only a rare byte keeps from being spelled.
+        Padding rows of either head are in no row and no column.
         ValueError: a byte that one side has no token for, a column without student mass, top < 1, decay outside (0, 1].
         """
         if top < 1 or not 0 < decay <= 1:
@@ -51,9 +52,8 @@ class Projection:
         silent = len(words_t)
         row, column, weight = np.append(row, len(words_s)), np.append(column, silent), np.append(weight, 1.0)
         of_student = student.classes(words_s.__getitem__, len(words_s), len(words_s))
-        teacher_class = teacher.classes(words_t.__getitem__, silent, silent)
         ids, column, weight = _rows_of_ids(of_student, row, column, weight)
-        refuse_unreachable("projection", column, teacher_class, silent + 1)
+        teacher_class = keep_reachable("projection", column, teacher.classes(words_t.__getitem__, silent, silent), silent + 1, teacher)
         return cls(ids, column, weight, teacher_class, silent + 1, student.num_rows, student.table.fingerprint(),
                    teacher.table.fingerprint())
 
@@ -63,7 +63,10 @@ class Projection:
 
 
 def spell_with(piece: bytes, words: dict[bytes, int], longest: int, most: int) -> list[int]:
-    """At most `most` words covering `piece` from the left, each the longest that fits. ValueError when none does."""
+    """At most `most` words covering `piece` from the left, each the longest that fits.
+
+    When none does: nothing if a byte is one that texts do without, else ValueError.
+    """
     found, at = [], 0
     while at < len(piece) and len(found) < most:
         for end in range(min(len(piece), at + longest), at, -1):
@@ -73,6 +76,8 @@ def spell_with(piece: bytes, words: dict[bytes, int], longest: int, most: int) -
                 at = end
                 break
         else:
+            if not RARE_BYTES.isdisjoint(piece):
+                return []
             raise ValueError(f"Projection: no token begins {piece[at:]!r}, the rest of {piece!r}; want the 256 single bytes on both "
                              "sides. Use a class map: `common` needs no spelling of the rest.")
     return found
@@ -90,7 +95,7 @@ def _cells(words_s: dict[bytes, int], words_t: dict[bytes, int], decay: np.ndarr
     longest = max(map(len, words_t), default=0)
     for piece, i in words_s.items():
         same = words_t.get(piece)
-        spelled = [same] if same is not None else spell_with(piece, words_t, longest, len(decay))
+        spelled = [same] if same is not None else spell_with(piece, words_t, longest, len(decay)) or [len(words_t)]
         for t, share in zip(spelled, shares[len(spelled)].tolist()):
             cells[i, t] += share
     longest = max(map(len, words_s), default=0)

@@ -9,7 +9,8 @@ loss can compare the two models' class masses (`class_losses.class_kl`). From co
     prefix       the longest prefix of the piece that is a token on both sides, and one class of stop and control ids; refines first_byte
 
 Control ids are never matched by name (their bytes are b"" here); stop ids are, as a set: ending is the same event on both sides.
-Ids beyond the table, rows of a padded head, have class -1: they are not in the softmax.
+Ids beyond the table, rows of a padded head, have class -1: they are not in the softmax. Nor are the teacher's tokens for a byte that
+texts do without and the student cannot write (SmolLM2 lacks 21 of the 256). Anything else out of the student's reach is an error.
 
 V: student ids, W: teacher ids, N: classes, C: common spellings.
 """
@@ -21,9 +22,11 @@ from typing import Literal
 import numpy as np
 
 from .byte_table import TEXT, ByteTable
+from .table_files import NEEDED_BYTES
 
 OUT = -1  # class of an id that is not in the softmax
 ALL_BYTES = tuple(bytes([b]) for b in range(256))
+RARE_BYTES = frozenset(range(256)) - set(NEEDED_BYTES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +133,7 @@ def common_ids(table_a: ByteTable, table_b: ByteTable) -> np.ndarray:
     Of several ids with one spelling the pair has the ordinary piece, not SentencePiece's byte token, then the lowest id: the id
     that an encoder emits. Control, unknown and unused ids are in no pair.
     """
-    id_a, id_b = preferred_ids(Vocabulary(table_a)), preferred_ids(Vocabulary(table_b))
+    id_a, id_b = table_a.by_bytes(), table_b.by_bytes()
     return np.array([(id_a[p], id_b[p]) for p in sorted(id_a.keys() & id_b.keys())], np.int64).reshape(-1, 2)
 
 
@@ -140,35 +143,38 @@ def student_id_of(student: Vocabulary, teacher: Vocabulary) -> np.ndarray:
     The first stop id of the teacher goes to the first of the student. Use it with `class_losses.map_topk`.
     """
     found = np.full(teacher.num_rows, OUT, np.int32)
-    id_s, id_t = preferred_ids(student), preferred_ids(teacher)
-    for piece in id_t.keys() & id_s.keys():
-        found[id_t[piece]] = id_s[piece]
+    for t, s in common_ids(teacher.table, student.table):
+        if t < teacher.num_rows and s < student.num_rows and t not in teacher.stop_ids and s not in student.stop_ids:
+            found[t] = s
     if student.stop_ids and teacher.stop_ids:
         found[teacher.stop_ids[0]] = student.stop_ids[0]
     return found
 
 
-def preferred_ids(vocabulary: Vocabulary) -> dict[bytes, int]:
-    """Spelling -> the id that an encoder emits for it: the ordinary piece before the byte token, then the lowest id."""
-    byte_ids = _byte_tokens(vocabulary.spellings)
-    found: dict[bytes, int] = {}
-    for i, piece in enumerate(vocabulary.spellings):
-        if piece and (piece not in found or (found[piece] in byte_ids and i not in byte_ids)):
-            found[piece] = i
-    return found
+def keep_reachable(kind: str, student_class: np.ndarray, teacher_class: np.ndarray, num_classes: int,
+                   teacher: Vocabulary) -> np.ndarray:
+    """teacher_class with OUT for the ids that only a rare byte keeps from the student; ValueError for the other lost ones."""
+    lost = _lost(student_class, teacher_class, num_classes)
+    rare = np.fromiter((not RARE_BYTES.isdisjoint(teacher.spellings[i]) for i in lost), bool, len(lost))
+    kept = teacher_class.copy()
+    kept[lost[rare]] = OUT
+    refuse_unreachable(kind, student_class, kept, num_classes)
+    return kept
 
 
 def refuse_unreachable(kind: str, student_class: np.ndarray, teacher_class: np.ndarray, num_classes: int) -> None:
     """ValueError if a class holds a teacher id and no student id: the KL would be infinite whatever the student learns."""
-    has_student, has_teacher = np.zeros(num_classes, bool), np.zeros(num_classes, bool)
-    has_student[student_class[student_class != OUT]] = True
-    has_teacher[teacher_class[teacher_class != OUT]] = True
-    lost = np.flatnonzero(has_teacher & ~has_student)
+    lost = _lost(student_class, teacher_class, num_classes)
     if len(lost):
-        i = int(np.flatnonzero(teacher_class == lost[0])[0])
-        raise ValueError(f"vocabulary map {kind!r}: {len(lost)} classes have teacher ids and no student id, the first with teacher "
-                         f"id {i}; the KL would be infinite. A student without control ids needs its stop_ids named, and a map "
+        raise ValueError(f"vocabulary map {kind!r}: {len(lost)} teacher ids are in classes without a student id, the first is id "
+                         f"{lost[0]}; the KL would be infinite. A student without control ids needs its stop_ids named, and a map "
                          "needs all bytes that the teacher can write. `common` has room for anything the student lacks.")
+
+
+def _lost(student_class: np.ndarray, teacher_class: np.ndarray, num_classes: int) -> np.ndarray:
+    has_student = np.zeros(num_classes, bool)
+    has_student[student_class[student_class != OUT]] = True
+    return np.flatnonzero((teacher_class != OUT) & ~has_student[teacher_class])
 
 
 def refuse_other_tables(name: str, built, student: ByteTable, teacher: ByteTable) -> None:
@@ -185,21 +191,6 @@ def _shared(student: Vocabulary, teacher: Vocabulary) -> dict[bytes, int]:
 
 
 def _class_map(kind, student: Vocabulary, teacher: Vocabulary, rule, num_classes: int, *, silent: int, stop: int) -> ClassMap:
-    return ClassMap(kind, student.classes(rule, silent, stop), teacher.classes(rule, silent, stop), num_classes, silent,
-                    student.table.fingerprint(), teacher.table.fingerprint())
-
-
-def _byte_tokens(pieces: list[bytes]) -> range:
-    """The 256 consecutive ids <0x00> ... <0xFF> of a SentencePiece vocabulary; empty if there are none."""
-    start = -1
-    while (start := _index(pieces, b"\0", start + 1)) >= 0:
-        if tuple(pieces[start:start + 256]) == ALL_BYTES:
-            return range(start, start + 256)
-    return range(0)
-
-
-def _index(pieces: list[bytes], piece: bytes, start: int) -> int:
-    try:
-        return pieces.index(piece, start)
-    except ValueError:
-        return -1
+    student_class = student.classes(rule, silent, stop)
+    teacher_class = keep_reachable(kind, student_class, teacher.classes(rule, silent, stop), num_classes, teacher)
+    return ClassMap(kind, student_class, teacher_class, num_classes, silent, student.table.fingerprint(), teacher.table.fingerprint())
