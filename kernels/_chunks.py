@@ -16,6 +16,7 @@ from ._parallel import VocabShard
 from ._triton import check_ids, require, runs_triton
 
 CPU_CHUNK_BYTES = 4 * 2**20  # one [rows, V] buffer on a CPU; larger ones leave the caches and page-fault anew each call
+WORKSPACE_MB = 1200  # MiB of logits alive at once: 1024 fp32 rows of two models at V = 151,936
 PAD = 64  # columns a row of logits is padded to: without it no 16-byte load exists at V = 151,669
 Rows = slice | Tensor  # of a chunk: a range, or an int64 index when the caller chose rows
 

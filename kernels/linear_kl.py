@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ._chunks import (
+    WORKSPACE_MB,
     Rows,
     as_autocast,
     backproject,
@@ -195,7 +196,7 @@ def linear_kl(student_hidden_TD: Tensor, student_head_VD: Tensor, teacher_hidden
               rows: Tensor | None = None, scale_t2: bool = False, vocab_size: int | None = None,
               student_bias: Tensor | None = None, teacher_bias: Tensor | None = None, student_logit_scale: float = 1.0,
               teacher_logit_scale: float = 1.0, student_softcap: float | None = None,
-              teacher_softcap: float | None = None, shard: VocabShard | None = None, workspace_mb: float = 1200,
+              teacher_softcap: float | None = None, shard: VocabShard | None = None, workspace_mb: float = WORKSPACE_MB,
               frozen_student_head: bool = False) -> LinearKL:
     """(total [], kl [T]), fp32 (fp64 for fp64), in nats. total is differentiable in the student's hidden, head and bias.
 
