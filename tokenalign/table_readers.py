@@ -353,6 +353,7 @@ def _read_byte_model(tokenizer: Any) -> Reading:
         pieces[b + tokenizer.offset] = bytes([b])
     kind[tokenizer.offset:tokenizer.offset + 256] = TEXT
     for i, token in tokenizer.added_tokens_decoder.items():
-        pieces[i], kind[i] = token.content.encode(), CONTROL if token.special else TEXT
+        control = token.special or i in tokenizer.all_special_ids  # </s> is not marked as special in itself
+        pieces[i], kind[i] = token.content.encode(), CONTROL if control else TEXT
     return Reading(pieces, kind, "bytes", lambda text: encode_text(tokenizer, text),
                    swallows_spaces=tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.lstrip or t.rstrip))
