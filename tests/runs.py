@@ -102,7 +102,8 @@ def table(talkers: Path, folder: Path, phase: str, **over) -> dict:
     """The tables of a small run; `over` holds more of them, laid on top."""
     roles = {"calibrate": {"proxy": {"path": str(talkers / "proxy"), "dtype": "float32"}, "anchor": {"dtype": "float32"},
                            "calibration": {"max_unscored": 1.0}},  # barely trained models also write bytes that are no text
-             "distill": {"teacher": {"path": str(talkers / "teacher"), "dtype": "float32"}}, "evaluate": {}}[phase]
+             "distill": {"teacher": {"path": str(talkers / "teacher"), "dtype": "float32"}},
+             "diagnose": {"teacher": {"path": str(talkers / "teacher"), "dtype": "float32"}}, "evaluate": {}}[phase]
     base = {
         "phase": phase, "folder": str(folder), "steps": 2, "on_existing_run": "fail",
         "model": {"path": str(talkers / "policy")},

@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reflux.trainer.stats import over_seeds, paired_difference, relative_change
+from reflux.trainer.stats import (
+    bootstrap,
+    bootstrap_ratio,
+    over_seeds,
+    paired_difference,
+    relative_change,
+)
 
 FINITE = st.lists(st.floats(-10, 10), min_size=2, max_size=8)
 
@@ -46,3 +52,27 @@ def test_paired_differences_use_the_pairing():
 
 def test_relative_change_of_nothing_is_no_number():
     assert relative_change(0.6, 0.4) == pytest.approx(0.5) and math.isnan(relative_change(0.6, 0.0))
+
+
+def test_a_bootstrap_draws_both_sums_of_a_prompt_together():
+    """Every prompt has the same ratio: however it is drawn, that is the answer."""
+    e = bootstrap_ratio({i: 2.0 * (i + 1) for i in range(9)}, {i: i + 1.0 for i in range(9)})
+    assert (e.mean, e.low, e.high, e.n) == (2.0, 2.0, 2.0, 9)
+
+
+def test_a_bootstrap_interval_has_the_width_of_the_mean():
+    values = np.random.default_rng(0).normal(5.0, 2.0, 400)
+    e = bootstrap_ratio(dict(enumerate(values)), {i: 1.0 for i in range(400)})
+    assert e.mean == pytest.approx(values.mean()) and e.std == pytest.approx(2.0 / 20, rel=0.15)
+    assert e.high - e.low == pytest.approx(2 * 1.96 * 0.1, rel=0.15)
+    again = bootstrap_ratio(dict(enumerate(values)), {i: 1.0 for i in range(400)})
+    assert again == e  # the same draws
+    mean = bootstrap(lambda drawn: float(np.mean([values[i] for i in drawn])), range(400))
+    assert mean.mean == pytest.approx(e.mean) and mean.high - mean.low == pytest.approx(e.high - e.low, rel=0.2)
+
+
+def test_a_bootstrap_without_anything_to_draw():
+    assert math.isnan(bootstrap_ratio({}, {}).mean) and bootstrap_ratio({0: 3.0}, {0: 2.0})[0] == 1.5
+    assert math.isnan(bootstrap_ratio({0: 3.0}, {0: 2.0}).low) and math.isnan(bootstrap_ratio({0: 1.0}, {0: 0.0}).mean)
+    assert bootstrap(lambda drawn: 1.0, []).n == 0 and math.isnan(bootstrap(lambda drawn: 1.0, [4]).low)
+    assert math.isnan(bootstrap(lambda drawn: math.nan, [1, 2]).low)

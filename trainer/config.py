@@ -214,6 +214,27 @@ def _refuse_meaningless(d: Distill) -> None:
 
 
 @dataclass(frozen=True)
+class Diagnose:
+    """What is measured on the prompts of `data`; the student is `model`."""
+
+    prefixes: tuple[Literal["dataset", "teacher", "student"], ...] = ("teacher", "student")  # who writes the texts
+    student_texts: int = 16  # per prompt; the gap needs right and wrong ones of the same prompt
+    teacher_texts: int = 2  # per prompt
+    top: int = 20  # K of the overlap of most likely classes
+    share: float = 0.95  # of the KL that the recommended top_k has to hold
+    correction: bool = True  # cut right texts, insert an error, see whether the student still arrives
+    correction_marker: str = " Wait, no: "  # how a correction would begin
+    heat: int = 12  # texts in heat.html
+
+    def __post_init__(self):
+        _positive(self, "student_texts", "teacher_texts", "top")
+        _not_negative(self, "heat")
+        _fraction(self, "share")
+        if not self.prefixes or len(set(self.prefixes)) < len(self.prefixes):
+            raise ValueError(f"prefixes = {list(self.prefixes)}; want one or more of dataset, teacher, student, each once")
+
+
+@dataclass(frozen=True)
 class Optim:
     lr: float = 1e-6  # 1e-5 for students and for adapters
     weight_decay: float = 0.0
@@ -270,14 +291,14 @@ class Export:
 
 @dataclass(frozen=True)
 class Config:
-    phase: Literal["calibrate", "distill", "evaluate"]  # no default: it must be chosen
+    phase: Literal["calibrate", "distill", "diagnose", "evaluate"]  # no default: it must be chosen
     folder: str  # of the run: log, checkpoints, export
     steps: int = 100  # optimizer updates
     seed: int = 0
     on_existing_run: Literal["ask", "resume", "fail", "new"] = "ask"
     activation_checkpoint: Literal["none", "selective", "full"] = "none"
     model: Model = Model()
-    teacher: Frozen = Frozen()  # distill
+    teacher: Frozen = Frozen()  # distill, diagnose
     proxy: Frozen = Frozen()  # calibrate
     data: Data = Data()
     task: Task = Task()
@@ -287,6 +308,7 @@ class Config:
     policy: Policy = Policy()
     guard: Guard = Guard()
     distill: Distill = Distill()
+    diagnose: Diagnose = Diagnose()
     optim: Optim = Optim()
     batch: Batching = Batching()
     eval: Eval = Eval()
@@ -303,7 +325,13 @@ class Config:
     @property
     def needs_teacher(self) -> bool:
         """Whether a distillation run reads a teacher at all; plain SFT on given text does not."""
-        return self.phase == "distill" and (self.distill.objective != "nll" or self.distill.source == "teacher")
+        return self.phase == "diagnose" or (
+            self.phase == "distill" and (self.distill.objective != "nll" or self.distill.source == "teacher"))
+
+    @property
+    def trains(self) -> bool:
+        """Whether weights move: the other phases look once and write down what they saw."""
+        return self.phase in ("calibrate", "distill")
 
 
 def _require_parts(cfg: Config) -> None:

@@ -118,6 +118,10 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
     origin, wanted = get_origin(hint), get_args(hint) or (hint,)
     if origin is Literal:
         ok = value in wanted and type(value) in {type(w) for w in wanted}
+    elif origin is tuple and wanted[-1] is Ellipsis:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where} = {value!r}; want a list of {_spell(wanted[0])}")
+        return tuple(_fit(v, wanted[0], f"{where}[{i}]") for i, v in enumerate(value))
     elif origin is tuple:
         ok = isinstance(value, list | tuple) and len(value) == len(wanted) and all(type(v) in (int, float) for v in value)
         value = tuple(map(float, value)) if ok else value
@@ -136,6 +140,8 @@ def _spell(hint: Any) -> str:
         return " | ".join(map(str, get_args(hint)))
     if get_args(hint) and get_origin(hint) not in (tuple, Mapping):
         return " | ".join("none (leave it out)" if a is NoneType else a.__name__ for a in get_args(hint))
+    if get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis:
+        return f"a list of {_spell(get_args(hint)[0])}"
     if get_origin(hint) is tuple:
         return f"[{', '.join(a.__name__ for a in get_args(hint))}]"
     if get_origin(hint) is Mapping:

@@ -10,6 +10,7 @@ from .batch import pack
 from .calibrate import Calibrate
 from .config import Config
 from .config_file import as_table
+from .diagnose import Diagnose
 from .distill import Distill
 from .evaluation import Evaluate
 from .guards import Stop
@@ -18,7 +19,7 @@ from .record import Record
 from .run_folder import save_config
 
 SAME_SIGNAL_S = 2.0
-PHASES = {"calibrate": Calibrate, "distill": Distill, "evaluate": Evaluate}  # they differ below, never here
+PHASES = {"calibrate": Calibrate, "distill": Distill, "diagnose": Diagnose, "evaluate": Evaluate}  # they differ below, never here
 
 
 def train(cfg: Config) -> int:
@@ -29,16 +30,16 @@ def train(cfg: Config) -> int:
         if engine.is_main:
             save_config(cfg)
         with _record(cfg, engine) as record, _finish_step_on_signal(engine):
-            if cfg.steps == 0 or engine.resumed_step == 0:
+            if not cfg.trains or cfg.steps == 0 or engine.resumed_step == 0:
                 _note(record, phase.close_step(0, {}))  # what the guards compare with later
             stats: dict[str, float] = {}
-            if cfg.phase != "evaluate":
+            if cfg.trains:
                 stats = _run_steps(cfg, engine, phase, record)
             if engine.wants_to_stop:
                 record.event("interrupted", resume="run the same command again")
                 record.to_be_continued = True
                 return 130
-            if cfg.export.enable and cfg.phase != "evaluate":
+            if cfg.export.enable and cfg.trains:
                 record.event("export", folder=engine.export(model_card(cfg, stats)))
         return 0
     finally:

@@ -49,9 +49,9 @@ class Role:
 def roles(cfg: Config) -> list[Role]:
     """The models that this configuration will load, the trained one first."""
     m, a = cfg.model, cfg.anchor
-    name = {"calibrate": "policy", "distill": "student", "evaluate": "model"}[cfg.phase]
+    name = {"calibrate": "policy", "distill": "student", "diagnose": "student", "evaluate": "model"}[cfg.phase]
     own = Frozen(m.path, m.backend, m.attention)
-    found = [Role(name, own, "model", trained=cfg.phase != "evaluate")]
+    found = [Role(name, own, "model", trained=cfg.trains)]
     if cfg.phase == "calibrate" and (a.beta or cfg.calibration.eta and cfg.calibration.denominator == "original"):
         found.append(Role("anchor", replace(own, dtype=a.dtype, offload=a.offload), "model"))
     if cfg.phase == "calibrate" and cfg.calibration.eta:
@@ -174,6 +174,8 @@ def pair_findings(cfg: Config, chats: dict[str, Chat]) -> list[Finding]:
     same = share_ids(cfg, chats)
     words = "the same id -> token map" if same else f"different tokenizers ({_differing(a, b)} ids differ)"
     what = f"{names[0]} and {names[1]}: {words}"
+    if cfg.phase == "diagnose" and not same:
+        return [*found, Finding("error", what, "phase = 'diagnose' compares token by token; want a student with the teacher's tokenizer")]
     if cfg.phase == "distill" and cfg.distill.objective == "kl" and not same:
         return [*found, Finding("error", what, "distill.objective = 'kl' compares token by token; use 'span', or a teacher "
                                 "of the student's family")]

@@ -1,6 +1,6 @@
 """Small statistics with their uncertainty: pure functions of lists of numbers."""
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,3 +47,39 @@ def paired_difference(after: Sequence[float], before: Sequence[float]) -> Estima
 def relative_change(after: float, before: float) -> float:
     """(after - before) / before; NaN when there was nothing to lose."""
     return (after - before) / before if before else math.nan
+
+
+def bootstrap_ratio(top: Mapping[int, float], bottom: Mapping[int, float], *, draws: int = 2000, seed: int = 0) -> Estimate:
+    """sum(top) / sum(bottom) with a 95 % percentile interval over prompts: both sums are drawn together, prompt by prompt.
+
+    Tokens of one prompt are not independent, so prompts are what is drawn. `std` is that of the draws; `n` counts prompts.
+    NaN where the bottom is 0; no interval from one prompt.
+    """
+    keys = sorted(bottom)
+    a, b = (np.array([x.get(k, 0.0) for k in keys], float) for x in (top, bottom))
+    if not len(keys) or b.sum() == 0:
+        return Estimate(math.nan, math.nan, math.nan, math.nan, len(keys))
+    mean = float(a.sum() / b.sum())
+    if len(keys) == 1:
+        return Estimate(mean, math.nan, math.nan, math.nan, 1)
+    rows = np.random.default_rng(seed).integers(len(keys), size=(draws, len(keys)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = a[rows].sum(1) / b[rows].sum(1)
+    ratios = ratios[np.isfinite(ratios)]
+    low, high = np.quantile(ratios, [0.025, 0.975]) if len(ratios) else (math.nan, math.nan)
+    return Estimate(mean, float(ratios.std(ddof=1)) if len(ratios) > 1 else math.nan, float(low), float(high), len(keys))
+
+
+def bootstrap(statistic: Callable[[Sequence[int]], float], keys: Sequence[int], *, draws: int = 500, seed: int = 0) -> Estimate:
+    """A statistic of drawn keys (prompts, repeated ones repeat) with its 95 % percentile interval."""
+    keys = list(keys)
+    mean = statistic(keys) if keys else math.nan
+    if len(keys) < 2:
+        return Estimate(mean, math.nan, math.nan, math.nan, len(keys))
+    g = np.random.default_rng(seed)
+    found = np.array([statistic([keys[i] for i in g.integers(len(keys), size=len(keys))]) for _ in range(draws)])
+    found = found[np.isfinite(found)]
+    if len(found) < 2:
+        return Estimate(mean, math.nan, math.nan, math.nan, len(keys))
+    low, high = np.quantile(found, [0.025, 0.975])
+    return Estimate(mean, float(found.std(ddof=1)), float(low), float(high), len(keys))

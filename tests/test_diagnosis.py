@@ -1,0 +1,126 @@
+"""A diagnosis adds up readings: every number on cases that a hand can compute, intervals over prompts, verdicts both ways."""
+import math
+
+import numpy as np
+import pytest
+
+from reflux.trainer.batch import Prompt, Rollout
+from reflux.trainer.diagnosis import diagnose_readings, estimate_text, flatten, verdict
+from reflux.trainer.readings import Curves, Reading
+from reflux.trainer.stats import Estimate
+from reflux.trainer.token_types import TYPES
+
+FUNCTION, CONTENT = TYPES.index("function"), TYPES.index("content")
+
+
+def reading(prompt=0, writer="student", right=None, student=(-1.0, -1.0), teacher=(-2.0, -1.0), forward=(0.2, 0.4), reverse=(0.1, 0.3),
+            ghost=(0.5, 0.6), types=(FUNCTION, CONTENT), type_sums=(0.3, 0.3), first_sums=(0.1, 0.5), ended=True, ids=(5, 6, 9)):
+    n = len(student)
+    whole, first = np.zeros(len(TYPES)), np.zeros(len(TYPES))
+    whole[[FUNCTION, CONTENT]], first[[FUNCTION, CONTENT]] = type_sums, first_sums
+    curve = Curves((1, 10), np.array([0.9, 0.6]), np.array(ghost), np.array([0.4 * n, 0.0]), whole, first)
+    rollout = Rollout(Prompt(prompt, ()), (1,), ids, (0.0,) * len(ids), 0.0, "ab", ended)
+    return Reading(rollout, writer, right, np.arange(n), n, np.array(types), np.array(student), np.array(teacher),
+                   {"forward": np.array(forward), "reverse": np.array(reverse)}, {"forward": curve, "reverse": curve},
+                   np.full(n, 0.5), np.full(n, 0.8), np.full(n, -0.1))
+
+
+def test_the_grid_has_both_directions_on_every_prefix():
+    found = diagnose_readings([reading(0, "student"), reading(1, "student", forward=(1.0, 1.0)), reading(0, "teacher", reverse=(2.0, 0.0))])
+    forward = found["grid"]["forward"]
+    assert forward["student"]["per_token"]["mean"] == pytest.approx((0.6 + 2.0) / 4)
+    assert forward["student"]["per_text"]["mean"] == pytest.approx(1.3) and forward["student"]["per_byte"]["mean"] == pytest.approx(2.6 / 4)
+    assert found["grid"]["reverse"]["teacher"]["per_token"]["mean"] == 1.0
+    assert found["texts"] == {"teacher": {"texts": 1, "prompts": 1, "tokens": 2}, "student": {"texts": 2, "prompts": 2, "tokens": 4}}
+
+
+def test_sequence_kls_belong_to_their_own_writer_in_both_estimators():
+    found = diagnose_readings([reading(0, "teacher", student=(-3.0, -1.0), teacher=(-1.0, -1.0)), reading(0, "student")])["sequence"]
+    assert found["forward"]["sampled_tokens"]["mean"] == pytest.approx(2.0)  # log p_T - log p_S on the teacher's text
+    assert found["reverse"]["sampled_tokens"]["mean"] == pytest.approx(1.0)  # the other way round on the student's
+    assert found["forward"]["exact_tokens"]["mean"] == pytest.approx(0.6) and found["reverse"]["exact_tokens"]["mean"] == pytest.approx(0.4)
+
+
+def test_intervals_are_over_prompts_not_tokens():
+    """Eight texts of one prompt are one observation: no interval. Two prompts that differ: from one value to the other."""
+    one = diagnose_readings([reading(0, "student", forward=(float(i), 0.0)) for i in range(8)])["grid"]["forward"]["student"]["per_token"]
+    assert one["n"] == 1 and math.isnan(one["low"])
+    two = diagnose_readings([reading(0, "student", forward=(0.0, 0.0)), reading(1, "student", forward=(2.0, 2.0))])
+    per_token = two["grid"]["forward"]["student"]["per_token"]
+    assert (per_token["low"], per_token["mean"], per_token["high"]) == (0.0, 1.0, 2.0)
+
+
+def test_the_tail_on_numbers_by_hand():
+    tail = diagnose_readings([reading(0, "teacher")], share=0.8)["tail"]["forward"]
+    assert tail["ghost"] == pytest.approx([0.25, 0.3]) and tail["k_share"] == 1  # 0.5 / 0.6 is over 80 %
+    assert tail["gradient_outside"] == pytest.approx(0.4)
+    assert diagnose_readings([reading(0, "teacher")], share=0.9)["tail"]["forward"]["k_share"] == 10
+    # function words: half the KL over half the tokens, a sixth of the first ten's: lift 1 / lift 1/3
+    assert tail["tail_noise_index"]["mean"] == pytest.approx(3.0)
+    assert tail["types"]["function"] == pytest.approx({"share": 0.5, "share_at_10": 1 / 6, "frequency": 0.5})
+    assert tail["sparsity"] == 1.0  # 0.4 of 0.6 is not 80 %: both tokens
+
+
+def test_off_policy_compares_prompts_that_both_answered():
+    rows = [reading(0, "teacher", forward=(0.1, 0.1)), reading(0, "student", forward=(0.3, 0.3)), reading(1, "student", forward=(9.0, 9.0))]
+    off = diagnose_readings(rows)["off_policy"]
+    assert off["prefix_ratio"]["forward"]["mean"] == pytest.approx(3.0) and off["prefix_ratio"]["forward"]["n"] == 1
+    assert off["effective_samples"]["whole"]["mean"] == pytest.approx(1.0)
+    assert len(off["decile"]["forward"]["student"]) == 10
+    assert off["decile"]["forward"]["teacher"][0] == pytest.approx(0.1) and math.isnan(off["decile"]["forward"]["teacher"][3])
+
+
+def test_effective_samples_fall_with_spread_weights_and_see_the_beginning_alone():
+    same, far = reading(0, "teacher", student=(-1.0, -1.0), teacher=(-1.0, -1.0)), reading(1, "teacher", student=(-50.0, -1.0), teacher=(-1.0, -1.0))
+    ess = diagnose_readings([same, far])["off_policy"]["effective_samples"]
+    assert ess["whole"]["mean"] == pytest.approx(0.5)
+
+
+def test_the_gap_needs_finished_graded_texts_of_the_student():
+    rows = [reading(0, "student", right=True, teacher=(-4.0, -4.0)), reading(0, "student", right=False, teacher=(-1.0, -1.0)),
+            reading(0, "student", right=False, ended=False), reading(0, "teacher", right=True)]
+    gap = diagnose_readings(rows)["gap"]
+    assert gap["wrong_trace"]["graded_texts"] == 2 and gap["wrong_trace"]["pair"]["mean"] == 1.0
+    assert gap["wrong_trace"]["margin"]["mean"] == pytest.approx(3.0) and gap["degraded_prefix"] == pytest.approx(1.0)
+    assert gap["overlap"]["mean"] == pytest.approx(0.5) and gap["teachable"]["mean"] == pytest.approx(0.8)
+    assert "wrong_trace" not in diagnose_readings([reading()])["gap"]
+
+
+def test_symptoms_of_the_student_only():
+    rows = [reading(0, "student", right=True, student=(0.0, 0.0)), reading(1, "student", right=False, student=(0.0, 0.0), ended=False),
+            reading(0, "teacher", ended=False)]
+    s = diagnose_readings(rows)["symptoms"]
+    assert s["truncated"] == 0.5 and s["confidence"]["confident_wrong"] == 0.5 and s["confidence"]["overconfidence"] == 0.5
+    assert diagnose_readings([reading(0, "teacher")])["symptoms"] == {}
+
+
+def many(tail, ratio, wrong_first):
+    """Twelve prompts with the same story: noise in the tail or not, student prefixes worse or not, teacher likes wrong texts or not."""
+    rows = []
+    for i in range(12):
+        first = (0.1, 0.5) if tail else (0.5, 0.1)
+        kl = (0.1 * ratio, 0.1 * ratio + 0.01 * i)
+        liked, other = (-1.0, -1.0), (-5.0, -5.0)
+        rows += [reading(i, "teacher", forward=(0.1, 0.1 + 0.01 * i), reverse=(0.1, 0.1 + 0.01 * i), first_sums=first),
+                 reading(i, "student", right=True, forward=kl, reverse=kl, teacher=other if wrong_first else liked, first_sums=first),
+                 reading(i, "student", right=False, forward=kl, reverse=kl, teacher=liked if wrong_first else other, first_sums=first)]
+    return diagnose_readings(rows)
+
+
+def test_verdicts_go_both_ways():
+    sick, healthy = verdict(many(True, 4.0, True)), verdict(many(False, 0.5, False))
+    assert [t["trap"] for t in sick] == [t["trap"] for t in healthy] == ["tail noise", "off-policy instability", "teacher-student gap"]
+    assert all(t["present"] for t in sick) and not any(t["present"] for t in healthy)
+    assert "ghost" in sick[0]["advice"] and "on_policy" in sick[1]["advice"] and "distillable" in sick[2]["advice"]
+    assert all(t["low"] <= t["mean"] <= t["high"] for t in sick + healthy)
+
+
+def test_without_student_texts_there_is_only_the_first_verdict():
+    found = diagnose_readings([reading(i, "teacher") for i in range(3)])
+    assert [t["trap"] for t in verdict(found)] == ["tail noise"]
+    found["verdict"] = verdict(found)
+    assert flatten(found) == {"diagnose/tail_noise": pytest.approx(3.0)}
+
+
+def test_numbers_for_people():
+    assert estimate_text(Estimate(0.5, 0.1, 0.4, 0.6, 3)) == "0.500 [0.400, 0.600]"

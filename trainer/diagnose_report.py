@@ -1,0 +1,136 @@
+"""A diagnosis on disk: diagnosis.json, tokens.jsonl, report.md with its plots, heat.html."""
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .chat import Chat
+from .config import Config
+from .diagnose_plots import plot_diagnosis
+from .diagnosis import estimate_text
+from .heat import heat_page
+from .readings import DIRECTIONS, Reading
+
+
+def write_diagnosis(folder: Path, cfg: Config, found: dict[str, Any], readings: Sequence[Reading], chat: Chat) -> None:
+    """Everything a person or a program wants to know later. Files appear whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = token_rows(readings, chat)
+    _write(folder / "tokens.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    _write(folder / "diagnosis.json", json.dumps(_plain(found), indent=1) + "\n")
+    plots = plot_diagnosis(folder, found)
+    shown = [row for writer in ("student", "teacher", "dataset") for row in rows if row["writer"] == writer][:cfg.diagnose.heat]
+    if shown:
+        _write(folder / "heat.html", heat_page(shown, f"{cfg.model.path} (student) and {cfg.teacher.path} (teacher)"))
+    _write(folder / "report.md", render(cfg, found, plots, bool(shown)))
+
+
+def token_rows(readings: Sequence[Reading], chat: Chat) -> list[dict]:
+    """One row a text for tokens.jsonl: every per-token number, rounded to six digits."""
+    number = lambda x: [round(float(v), 6) for v in x]
+    return [{"prompt": r.rollout.prompt.index, "writer": r.writer, "right": r.right, "text": r.rollout.text,
+             "ids": list(r.rollout.ids), "pieces": [chat.table.pieces[i].decode(errors="replace") for i in r.rollout.ids],
+             "student_logp": number(r.student_n), "teacher_logp": number(r.teacher_n),
+             **{f"kl_{d}": number(kl) for d, kl in r.kl.items()}, "overlap": number(r.overlap_n)} for r in readings]
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _plain(x: Any) -> Any:
+    """JSON has no NaN: null stands for it."""
+    if isinstance(x, Mapping):
+        return {k: _plain(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [_plain(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def render(cfg: Config, found: Mapping[str, Any], plots: Mapping[str, str], heat: bool) -> str:
+    """report.md: the verdict on one page, then the tables behind it."""
+    parts = [f"# Diagnosis: student `{cfg.model.path}`, teacher `{cfg.teacher.path}`", _verdict(found), _texts(found), _grid(found),
+             _tail(found), _off_policy(found), _gap(found), _symptoms(found)]
+    parts += [f"![{title}]({name})" for name, title in plots.items()]
+    if heat:
+        parts.append("Some texts, token by token: [heat.html](heat.html). Every number of every token: `tokens.jsonl`.")
+    parts.append("Intervals are 95 %, bootstrapped over prompts. KL forward is teacher || student, reverse student || teacher, in nats. "
+                 "Definitions: docs/method.md.")
+    return "\n\n".join(p for p in parts if p) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def _verdict(found: Mapping[str, Any]) -> str:
+    rows = [(t["trap"], "**caught**" if t["present"] else "not caught", f"{t['measure']}: {estimate_text(t)}", f"{t['reference']:g}", t["advice"])
+            for t in found["verdict"]]
+    return _table(("trap", "", "measured", "healthy pair", "what to do"), rows)
+
+
+def _texts(found: Mapping[str, Any]) -> str:
+    return "Measured on " + ", ".join(f"{t['texts']} texts ({t['tokens']} tokens, {t['prompts']} prompts) by the {w}" if w != "dataset" else
+                                      f"{t['texts']} given texts ({t['tokens']} tokens)" for w, t in found["texts"].items()) + "."
+
+
+def _grid(found: Mapping[str, Any]) -> str:
+    rows = [(d, w, *(estimate_text(cell[unit]) for unit in ("per_token", "per_byte", "per_text")))
+            for d in DIRECTIONS for w, cell in found["grid"][d].items()]
+    rows += [(f"{d}, sampled tokens only", f"{'teacher' if d == 'forward' else 'student'}", "", "", estimate_text(s["sampled_tokens"]))
+             for d, s in found["sequence"].items()]
+    return "## KL by direction and prefix\n\n" + _table(("KL", "prefix by", "per token", "per byte", "per text"), rows)
+
+
+def _tail(found: Mapping[str, Any]) -> str:
+    rows = []
+    for d, t in found["tail"].items():
+        rows.append((d, f"{t['k_share']} of {t['k'][-1]}", f"{t['gradient_outside']:.1%}", estimate_text(t["tail_noise_index"], 2),
+                     f"{t['sparsity']:.0%}"))
+    share = next(iter(found["tail"].values()))["share"]
+    types = [(name, *(f"{found['tail'][d]['types'][name][key]:.1%}" for d in DIRECTIONS for key in ("share", "share_at_10")),
+              f"{found['tail']['forward']['types'][name]['frequency']:.1%}") for name in found["tail"]["forward"]["types"]]
+    head = ("KL", f"classes that hold {share:.0%}", "gradient outside them", "tail-noise index", "tokens that hold 80 %")
+    return ("## Tail noise\n\n" + _table(head, rows) + "\n\n"
+            + _table(("token type", "forward KL", "in the first 10", "reverse KL", "in the first 10", "frequency"), types))
+
+
+def _off_policy(found: Mapping[str, Any]) -> str:
+    o = found["off_policy"]
+    rows = [(f"KL {d} on student / on teacher prefixes", estimate_text(e)) for d, e in o.get("prefix_ratio", {}).items()]
+    rows += [(f"KL {d}: change from first to last tenth, student prefixes (teacher prefixes)", f"{s['student']:+.3f} ({s['teacher']:+.3f})")
+             for d, s in o.get("drift", {}).items()]
+    rows += [(f"effective share of teacher texts under the student, {name}", estimate_text(e)) for name, e in o.get("effective_samples", {}).items()]
+    return "## Off-policy instability\n\n" + _table(("measure", "value"), rows) if rows else ""
+
+
+def _gap(found: Mapping[str, Any]) -> str:
+    g = found["gap"]
+    rows = [("top-K overlap", estimate_text(g["overlap"])), ("teacher mass in the student's top K", estimate_text(g["teachable"])),
+            ("entropy of teacher - student, nats", estimate_text(g["entropy_gap"]))]
+    if wrong := g.get("wrong_trace"):
+        rows += [(f"wrong-trace preference ({wrong['usable_prompts']} prompts with right and wrong texts)", estimate_text(wrong["pair"])),
+                 ("the same, pairs of like length", estimate_text(wrong["matched_pair"])),
+                 ("margin of wrong over right, nats/byte", estimate_text(wrong["margin"])),
+                 ("pull towards wrong texts, nats/byte", estimate_text(wrong["pull"])), ("bytes of wrong / right texts", f"{wrong['length_gap']:.2f}")]
+    if "degraded_prefix" in g:
+        rows.append(("reverse KL on wrong / on right texts", f"{g['degraded_prefix']:.2f}"))
+    return "## Teacher-student gap\n\n" + _table(("measure", "value"), rows)
+
+
+def _symptoms(found: Mapping[str, Any]) -> str:
+    s = found["symptoms"]
+    named = {"repeated_4grams": "repeated 4-grams", "looping": "looping texts", "truncated": "cut at the limit", "broken_text": "broken characters"}
+    rows = [(title, f"{s[key]:.1%}") for key, title in named.items() if key in s]
+    if c := s.get("confidence"):
+        rows += [("wrong with confidence >= 0.9", f"{c['confident_wrong']:.1%}"), ("mean confidence - accuracy", f"{c['overconfidence']:+.3f}"),
+                 ("expected calibration error", f"{c['ece']:.3f}"), ("AUROC of confidence", f"{c['auroc']:.3f}")]
+    if c := s.get("correction"):
+        rows += [(f"right after a clean prefix / after an error ({c['cuts']} cuts)", f"{c['right_after_clean']:.1%} / {c['right_after_error']:.1%}"),
+                 ("recovery", f"{c['recovery']:.2f}"), ("texts that revise themselves", f"{c['revises']:.1%}"),
+                 ("log p(correcting) - log p(going on), student (teacher), nats", f"{c['student_gain']:+.2f} ({c['teacher_gain']:+.2f})")]
+    return "## Symptoms of the student\n\n" + _table(("measure", "value"), rows) if rows else ""

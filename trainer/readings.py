@@ -1,0 +1,113 @@
+"""Texts as two models see them, token by token: what `diagnose` measures before it adds anything up.
+
+Both models read the same ids, each behind its own rendering of the prompt. Nothing of size [T, V] outlives a micro-batch.
+
+Shapes: n response tokens of one text (stop token included), K grid of kept classes, N token types, T tokens of a batch.
+"""
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batch import Rollout, Sample, pack
+from .chat import Chat
+from .losses import Outputs, token_logprob_of
+from .token_types import TYPES
+from .traps import KLProfile, kl_profile, top_overlap
+
+DIRECTIONS = ("forward", "reverse")  # KL(teacher || student), KL(student || teacher)
+
+
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """Sums over a text's tokens of one direction's profile."""
+
+    k: tuple[int, ...]
+    raw_K: np.ndarray
+    ghost_K: np.ndarray
+    gradient_tail_K: np.ndarray  # divide by the number of tokens
+    type_N: np.ndarray
+    type_at_10_N: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """One text. Per-token arrays are [n], nats."""
+
+    rollout: Rollout
+    writer: str  # "student", "teacher" or "dataset"
+    right: bool | None  # None where nothing grades it
+    start_n: np.ndarray  # byte of the text at which each token begins
+    n_bytes: int
+    type_n: np.ndarray  # index into TYPES
+    student_n: np.ndarray  # log-probability of the token
+    teacher_n: np.ndarray
+    kl: dict[str, np.ndarray]  # direction -> [n]
+    curves: dict[str, Curves]
+    overlap_n: np.ndarray  # of the two top-K sets
+    teachable_n: np.ndarray  # teacher mass inside the student's top K
+    entropy_gap_n: np.ndarray  # H(teacher) - H(student)
+
+
+def read_texts(engine: Any, teacher: Any, texts: Sequence[tuple[Rollout, str, bool | None]], chats: tuple[Chat, Chat], *,
+               tokens: int, top: int, type_V: Tensor, joined: bool = False) -> list[Reading]:
+    """Readings of (rollout in the student's ids, writer, right?), in their order. chats: student's and teacher's. Collective."""
+    student_chat, teacher_chat = chats
+    samples = [Sample(r, teacher_prompt_ids=teacher_chat.prompt_ids(r.prompt.messages)) for r, _, _ in texts]
+    found: list[Reading | None] = [None] * len(samples)
+    V = min(student_chat.vocab_size, teacher_chat.vocab_size)
+    for batch in engine.even(pack(samples, tokens=tokens, seq_len=engine.seq_len, joined=joined)):
+        batch = batch.to(engine.device)
+        with engine.read(engine, batch, V) as student, engine.read(teacher, batch.for_teacher(), V) as other:
+            measured = _measure(student, other, batch.target_T, top, type_V.to(engine.device))
+        which = batch.sample_T.cpu().numpy()
+        for i in np.unique(which):
+            found[i] = _reading(texts[i], student_chat, type_V, measured, np.flatnonzero(which == i))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """A micro-batch's numbers on the host."""
+
+    student_T: np.ndarray
+    teacher_T: np.ndarray
+    profiles: dict[str, KLProfile]
+    overlap_T: np.ndarray
+    teachable_T: np.ndarray
+    entropy_gap_T: np.ndarray
+
+
+def _measure(student: Outputs, teacher: Outputs, target_T: Tensor, top: int, type_V: Tensor) -> _Measured:
+    with torch.no_grad():
+        profiles = {d: _on_host(kl_profile(student, teacher, d, type_V, len(TYPES))) for d in DIRECTIONS}
+        meeting = top_overlap(student, teacher, top)
+        logps = [token_logprob_of(out, target_T).logp.double().cpu().numpy() for out in (student, teacher)]
+    return _Measured(*logps, profiles, *(x.cpu().numpy() for x in vars(meeting).values()))
+
+
+def _on_host(profile: KLProfile) -> KLProfile:
+    return KLProfile(profile.k, *(x.cpu() for name, x in vars(profile).items() if name != "k"))
+
+
+def _reading(text: tuple[Rollout, str, bool | None], chat: Chat, type_V: Tensor, m: _Measured, rows: np.ndarray) -> Reading:
+    rollout, writer, right = text
+    ids = list(rollout.ids)
+    length_n = chat.table.lens[ids]
+    kl = {d: p.kl_T[rows].numpy() for d, p in m.profiles.items()}
+    curves = {d: Curves(p.k, *(getattr(p, name)[rows].sum(0).numpy() for name in
+                               ("raw_TK", "ghost_TK", "gradient_tail_TK", "type_TN", "type_at_10_TN")))
+              for d, p in m.profiles.items()}
+    return Reading(rollout, writer, right, np.cumsum(length_n) - length_n, int(length_n.sum()), type_V.cpu().numpy()[ids],
+                   m.student_T[rows], m.teacher_T[rows], kl, curves, m.overlap_T[rows], m.teachable_T[rows], m.entropy_gap_T[rows])
+
+
+def per_prompt(readings: Sequence[Reading], value: Callable[[Reading], float]) -> dict[int, float]:
+    """Sums of a text's value over the texts of each prompt: what a bootstrap over prompts draws from."""
+    sums: dict[int, float] = {}
+    for r in readings:
+        sums[r.rollout.prompt.index] = sums.get(r.rollout.prompt.index, 0.0) + value(r)
+    return sums
