@@ -1,5 +1,7 @@
 """Pictures of alignments: nothing lost, nothing invisible, nothing wider than the terminal."""
 import re
+from pathlib import Path
+from runpy import run_path
 
 import numpy as np
 import pytest
@@ -168,3 +170,9 @@ def test_values_of_a_wrong_length_are_refused():
             columns(a, b, alignment, marks)
     with pytest.raises(ValueError, match="width = 10"):
         to_terminal(a, b, alignment, width=10)
+
+
+def test_the_figures_of_the_documentation_are_current():
+    folder = Path(__file__).parents[1] / "docs" / "figures"
+    for name, svg in run_path(str(folder / "tokenalign_figures.py"))["figures"]().items():
+        assert (folder / name).read_text(encoding="utf-8") == svg, f"{name}: run python docs/figures/tokenalign_figures.py"
