@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_spans import align, side_of, tokenizations
 
-from reflux.tokenalign.credit import RULES, credit, reward_to_go
+from reflux.tokenalign.credit import RULES, credit, following_span, reward_to_go, span_to_go
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -64,6 +64,48 @@ def test_reward_to_go_keeps_the_expected_gradient(sides, seed):
     assert np.array_equal(reached, np.arange(len(span)) <= last)
 
 
+@given(tokenizations(), SEEDS, st.floats(-5, 5), st.integers(0, 3))
+def test_the_end_is_added_to_every_token_and_is_all_the_stop_gets(sides, seed, end, extra):
+    value, span, _ = case(sides, seed)
+    plain = reward_to_go(value, span)
+    got = reward_to_go(value, span, end=end, length=len(span) + extra)
+    np.testing.assert_allclose(got[:len(span)], plain + end, atol=1e-12)
+    assert (got[len(span):] == end).all() and len(got) == len(span) + extra
+
+
+@given(tokenizations(), SEEDS)
+def test_the_span_that_follows(sides, seed):
+    value, span, _ = case(sides, seed)
+    following = following_span(span, len(value))
+    for t, k in enumerate(following):
+        assert k == next((s for s in span[t:] if s >= 0), len(value))
+    assert np.array_equal(span_to_go(value)[following], reward_to_go(value, span))
+
+
+@given(st.lists(st.floats(-3, 3), max_size=6), st.floats(-3, 3))
+def test_to_go_telescopes(value, end):
+    to_go = span_to_go(value, end)
+    np.testing.assert_allclose(to_go[:-1] - to_go[1:], value, atol=1e-12)
+    assert to_go[-1] == end and len(to_go) == len(value) + 1
+
+
+def test_a_baseline_by_span_number_keeps_the_expected_gradient():
+    """Enumerated: texts of two binary tokens, one per span. Advantage to_go(mine) - to_go(another's) at the same span, averaged over
+    pairs of texts, gives the gradient of the expected reward."""
+    logits = np.array([0.3, -0.7])  # of token 1 at each place
+    p = 1 / (1 + np.exp(-logits))
+    reward = {(x, y): np.array([0.5 * x - 0.2, 1.5 * x * y - y]) for x in (0, 1) for y in (0, 1)}
+    prob = {t: np.prod(np.where(t, p, 1 - p)) for t in reward}
+    want, got = np.zeros(2), np.zeros(2)
+    for t in reward:
+        score = np.array(t) - p  # d log p / d logit
+        want += prob[t] * reward[t].sum() * score
+        for other in reward:
+            at = following_span(np.array([0, 1]), 2)
+            got += prob[t] * prob[other] * (span_to_go(reward[t])[at] - span_to_go(reward[other])[at]) * score
+    np.testing.assert_allclose(got, want, atol=1e-12)
+
+
 def test_reward_to_go_of_no_spans():
     assert reward_to_go(np.empty(0), np.array([-1, -1])).tolist() == [0, 0]
     assert reward_to_go(np.empty(0), np.empty(0, np.int32)).tolist() == []
@@ -81,5 +123,7 @@ def test_what_people_get_wrong():
         credit([1.0], span, "surprisal", logp=[-1, 0.5])
     with pytest.raises(ValueError, match="span 1 is worth 2.0 and has no token here"):
         credit([1.0, 2.0], span, "uniform")
+    with pytest.raises(ValueError, match="length = 1 for 2 tokens"):
+        reward_to_go([1.0], span, length=1)
     with pytest.raises(ValueError, match="spans up to 0"):
         reward_to_go([], span)

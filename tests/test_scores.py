@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_spans import align, encoded, side_of, tokenizations
 
 from reflux.tokenalign.offsets import Side
-from reflux.tokenalign.scores import sequence_scores
+from reflux.tokenalign.scores import NORMS, bits_per_byte, compare_spans, sequence_scores, span_logprobs
 from reflux.tokenalign.spans import align_spans
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -78,6 +78,68 @@ def test_the_stop_is_apart_from_bytes_and_never_clipped():
     assert (ended.logp_a, ended.stop_a, ended.stop_b) == (-1, -30.0, -0.5)
 
 
+@given(tokenizations(), SEEDS, st.sampled_from(NORMS), st.sampled_from([0.0, 2.0]))
+def test_span_sums_of_a_caller_give_the_scores_of_the_alignment(sides, seed, norm, clip):
+    alignment = align(*sides)
+    a, b = logps(alignment, seed)
+    spans = [span_logprobs(x, span, alignment.num_spans) for x, span in ((a, alignment.span_a), (b, alignment.span_b))]
+    one = compare_spans(*spans, num_bytes=len(b"".join(sides[0])), tokens=(len(a), len(b)), stop_a=-1.0, stop_b=-2.5, clip=clip)
+    two = sequence_scores(alignment, a, b, stop_a=-1.0, stop_b=-2.5, clip=clip)
+    assert one.ratio(norm) == two.ratio(norm) and one.log_ratio_unclipped == two.log_ratio_unclipped
+    assert (one.clipped_share, one.num_bytes, one.coverage) == (two.clipped_share, two.num_bytes, two.coverage)
+
+
+def test_the_three_norms_by_hand():
+    scores = compare_spans(np.array([-1.0, -20.0]), np.array([-3.0, -2.0]), num_bytes=4, tokens=(3, 2), stop_a=-1.0, stop_b=-0.5, clip=10)
+    assert scores.ratio("sum") == scores.log_ratio == 2 - 10 - 0.5
+    assert scores.ratio("per_byte") == (2 - 10 - 0.5) / 4
+    assert scores.ratio("per_token") == -21 / 3 + 5 / 2, "knows neither clip nor stop"
+    assert scores.log_ratio_unclipped == 2 - 18 - 0.5 and scores.clipped_share == 0.5 and scores.stop_ratio == -0.5
+
+
+@given(tokenizations(1), SEEDS)
+def test_one_tokenizer_needs_no_alignment(sides, seed):
+    """Two models of one tokenizer read the same ids: every token is its own span, and that is what aligning gives."""
+    pieces = [p for p in sides[0] if p]
+    alignment = align(pieces, pieces)
+    a, b = logps(alignment, seed)
+    own = np.arange(len(pieces))
+    scores = compare_spans(span_logprobs(a, own, len(a)), span_logprobs(b, own, len(b)), num_bytes=len(b"".join(pieces)),
+                           tokens=(len(a), len(b)))
+    assert scores.ratio("sum") == sequence_scores(alignment, a, b).ratio("sum")
+
+
+@given(tokenizations(), SEEDS, st.data())
+def test_a_token_outside_is_no_certain_token(sides, seed, data):
+    """T19: leaving a token out removes it; it is not scored as log p = 0, whatever stands in its place."""
+    alignment = align(*sides)
+    a, _ = logps(alignment, seed)
+    out = data.draw(st.integers(0, len(a) - 1))
+    span = alignment.span_a.copy()
+    span[out] = -1
+    whole, without = span_logprobs(a, alignment.span_a, alignment.num_spans), None
+    for garbage in (math.nan, -math.inf, 0.0, -7.0):
+        a_out = a.copy()
+        a_out[out] = garbage
+        found = span_logprobs(a_out, span, alignment.num_spans)
+        assert without is None or np.array_equal(found, without)
+        without = found
+    assert (whole - without).sum() == pytest.approx(a[out])
+
+
+def test_single_precision_sums_stay_within_their_bound():
+    """P11 in fp32: token log-probs rounded to fp32 and summed in fp64 are off by at most half an ulp of each token."""
+    rng = np.random.default_rng(0)
+    logp = -rng.exponential(3.0, 5000)
+    span = np.sort(rng.integers(0, 900, 5000))
+    wide, narrow = span_logprobs(logp, span, 900), span_logprobs(logp.astype(np.float32), span, 900)
+    assert abs(narrow.sum() - wide.sum()) <= np.abs(np.spacing(logp.astype(np.float32))).sum(dtype=np.float64) / 2
+
+
+def test_bits_per_byte():
+    assert bits_per_byte(-8 * math.log(2), 4) == pytest.approx(2) and math.isnan(bits_per_byte(-1.0, 0))
+
+
 def test_lm_eval_3278_bits_are_per_byte_not_per_character():
     text = "你好 hi"
     a, b = encoded("byte level", text), encoded("SentencePiece BPE", text)
@@ -104,9 +166,15 @@ def test_what_people_get_wrong():
     alignment = align([b"a", b"b"], [b"ab"])
     with pytest.raises(ValueError, match=r"logp_a has shape \[1\] for 2 tokens"):
         sequence_scores(alignment, [-1], [-1])
-    with pytest.raises(ValueError, match=r"logp_a\[1\] = -inf inside an exact span"):
+    with pytest.raises(ValueError, match=r"logp_a\[1\] = -inf inside a span"):
         sequence_scores(alignment, [-1, -math.inf], [-1])
     with pytest.raises(ValueError, match="stop_a = None, stop_b = -1.0"):
         sequence_scores(alignment, [-1, -1], [-1], stop_b=-1.0)
     with pytest.raises(ValueError, match="clip = -1"):
         sequence_scores(alignment, [-1, -1], [-1], clip=-1)
+    with pytest.raises(ValueError, match=r"a has span sums \[2\] and b \[1\]"):
+        compare_spans([-1, -1], [-1], num_bytes=2, tokens=(2, 1))
+    with pytest.raises(ValueError, match="spans up to 4 of 2"):
+        span_logprobs([-1, -1], [0, 4], 2)
+    with pytest.raises(ValueError, match="norm = 'mean'; want one of sum, per_byte, per_token"):
+        compare_spans([-1], [-1], num_bytes=2, tokens=(2, 1)).ratio("mean")

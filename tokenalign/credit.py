@@ -2,7 +2,8 @@
 
 `credit` shares a span's value out among its tokens; whatever the rule, the shares add up to the value. Such a share is myopic as a
 policy-gradient advantage: it rewards a token for its own span only. `reward_to_go` gives each token all that comes at and after its
-span, which keeps the expected gradient of the whole sum.
+span, which keeps the expected gradient of the whole sum. A baseline made of another text's `span_to_go` at the same span number
+(`following_span`) does not depend on what follows the token, so it keeps it, too.
 
 S: spans. T: tokens of one side, span -1 = outside every span (no credit).
 """
@@ -47,15 +48,33 @@ def credit(value_S: np.ndarray, span_T: np.ndarray, rule: str, *, logp: np.ndarr
     return credit_T
 
 
-def reward_to_go(value_S: np.ndarray, span_T: np.ndarray) -> np.ndarray:
-    """For each token the sum of value_S at and after its span; float64 [T].
+def reward_to_go(value_S: np.ndarray, span_T: np.ndarray, *, end: float = 0.0, length: int | None = None) -> np.ndarray:
+    """For each token the sum of value_S at and after its span, and `end`; float64 [T], or [length] with tokens appended.
 
-    A token outside every span gets what comes after it: everything for a BOS in front, 0 past the last span.
+    A token outside every span gets what comes after it: everything for a BOS in front, `end` past the last span. end: what comes
+    behind the text, the stop term's value; the stop token is a token past the last span, so it gets `end` alone.
     """
     value_S, span_T = _check(value_S, span_T)
-    to_go = np.append(np.cumsum(value_S[::-1])[::-1], 0.0)
-    following = np.where(span_T >= 0, span_T, len(value_S))
-    return to_go[np.minimum.accumulate(following[::-1])[::-1]]
+    return span_to_go(value_S, end)[following_span(span_T, len(value_S), length)]
+
+
+def span_to_go(value_S: np.ndarray, end: float = 0.0) -> np.ndarray:
+    """float64 [S + 1]: the sum of value_S from each span on, and `end`; at S `end` alone."""
+    return np.append(np.cumsum(np.asarray(value_S, np.float64)[::-1])[::-1], 0.0) + end
+
+
+def following_span(span_T: np.ndarray, num_spans: int, length: int | None = None) -> np.ndarray:
+    """int64 [T]: the span of each token, or the next one for a token outside; num_spans past the last. Never falls.
+
+    length: as many tokens, those beyond span_T past the last span (a stop token); fewer than T are refused with ValueError.
+    """
+    span_T = np.asarray(span_T, np.int64)
+    length = len(span_T) if length is None else length
+    if length < len(span_T):
+        raise ValueError(f"following_span: length = {length} for {len(span_T)} tokens; want at least as many.")
+    following = np.full(length, num_spans, np.int64)
+    following[:len(span_T)] = np.where(span_T >= 0, span_T, num_spans)
+    return np.minimum.accumulate(following[::-1])[::-1]
 
 
 def _check(value_S: np.ndarray, span_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
