@@ -16,7 +16,7 @@ def run_on_ranks(fn: Callable, *args, ranks: int = 2) -> list:
     If one fails, the tracebacks of all that failed are the message.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hypothesis", "torch.distributed.fsdp", "reflux.kernels.token_kl"])  # once, not per rank
+    context.set_forkserver_preload(["pytest", "hypothesis", "torch._dynamo", "torch.distributed.fsdp"])  # once, not per rank
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(ranks):
