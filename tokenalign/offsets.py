@@ -1,14 +1,29 @@
-"""What a sequence of ids spells, and one side of an alignment: ids whose bytes are those of a shared source text.
+"""What a sequence of ids spells, and one side of an alignment: where each token ends in a shared source text.
 
 The source is the bytes of the side that *produced* the ids (the sampler), never a re-encoding of its text. The other side encodes
-the source, and its ids must give the same bytes back; a side that does not says so and is not repaired by guessing.
+the source, and its ids must give the same bytes back. Three things may stand between ids and source:
+
+    a space that the tokenizer put in front     dropped, decided by comparison, once per stretch that was encoded on its own
+    a normaliser N: the ids spell N(source)     ends are mapped back (norm_map); nothing is lost
+    anything else: an unknown character,        the parts that are equal keep their place; tokens that touch a changed part are
+    collapsed or swallowed whitespace           marked, and their spans are never `exact`
+
+n: tokens of a row. V: vocabulary.
 """
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from .byte_table import TEXT, ByteTable
+from . import _native
+from .byte_table import CONTROL, TEXT, ByteTable
+from .norm_map import source_ends
+
+CONTROLS = ("event", "surface", "error")
+ANCHOR = 8  # bytes; a shorter match inside a changed part of the text may be chance
 
 
 @dataclass(frozen=True)
@@ -27,20 +42,66 @@ class Side:
     table: ByteTable
     ids: np.ndarray  # int32 [n]; -1 where a token is outside every span: masked, control, unknown
     skip: int  # 1 when the first token with bytes starts with a space that the tokenizer put before the text, else 0
-    reproduces: bool  # the ids spell the source (and at most the start of a cut character after it)
+    reproduces: bool  # the ids spell the source, or N(source) (and at most the start of a cut character after it)
+    later_skips: tuple[int, ...] = ()  # the same, within the row: tokens that start with a space put there
+    surface: bool = False  # control ids spell their names
+    ends: np.ndarray | None = None  # int64 [n], bytes of the source up to each token's end; None: the sums of `lens`
+    changed: np.ndarray | None = None  # bool [n], tokens that touch bytes on which ids and source differ; None: none do
+    source: bytes | None = None
 
     @property
     def lens(self) -> np.ndarray:
         """int32 [n], bytes of each token in the source."""
-        lens = np.where(self.ids >= 0, self.table.lens[self.ids], 0).astype(np.int32)
-        first = np.flatnonzero(lens)[:1]
-        lens[first] -= self.skip
+        if self.ends is not None:
+            return np.diff(self.ends, prepend=0).astype(np.int32)
+        lens = spelling(self.table, self.surface).lens_of(self.ids)
+        lens[self.skips] -= 1
         return lens
 
+    @cached_property
+    def skips(self) -> np.ndarray:
+        """int64, positions of the tokens whose first byte, a space put there, belongs to no side."""
+        first = np.flatnonzero(spelling(self.table, self.surface).lens_of(self.ids))[:1] if self.skip else ()
+        return np.array([*first, *self.later_skips], np.int64)
 
-def spell(table: ByteTable, ids: Sequence[int]) -> Spelled:
-    """Bytes and strict UTF-8 text of `ids`; ids that are not TEXT (stop, template) spell nothing."""
-    raw = table.bytes_of(ids)
+
+class Spelling:
+    """A table in the native core's form, control ids as nothing or as their names."""
+
+    def __init__(self, table: ByteTable, surface: bool):
+        pieces = table.pieces
+        self.spells = (table.kind == TEXT) | (surface & (table.kind == CONTROL))  # bool [V]
+        self.lens = np.where(self.spells, pieces.lens, 0).astype(np.int32)
+        data = np.frombuffer(pieces.data, np.uint8)[np.repeat(self.spells, pieces.lens)]
+        self.native = _native.Table(data, np.concatenate([[0], np.cumsum(self.lens, dtype=np.int64)]))
+
+    def lens_of(self, ids: np.ndarray) -> np.ndarray:
+        """int32 [n]; 0 for -1 and for ids that spell nothing."""
+        return np.where(ids >= 0, self.lens[ids], 0) if len(self.lens) else np.zeros(len(ids), np.int32)
+
+
+_SPELLINGS: "WeakKeyDictionary[ByteTable, dict[bool, Spelling]]" = WeakKeyDictionary()
+
+
+def spelling(table: ByteTable, surface: bool) -> Spelling:
+    """Built once per table."""
+    built = _SPELLINGS.setdefault(table, {})
+    if surface not in built:
+        built[surface] = Spelling(table, surface)
+    return built[surface]
+
+
+def spell(table: ByteTable, ids: Sequence[int], *, control: str = "event", drop_space: bool = False) -> Spelled:
+    """Bytes and strict UTF-8 text of `ids`. -1, unknown and unused ids spell nothing.
+
+    control: "event", a control id (stop, template, tool tag) spells nothing; "surface", it spells its name, for a reader that
+    sees the name written out; "error", it is refused with a ValueError.
+    drop_space: leave out one leading space, where the producer's tokenizer puts one before a reply (SentencePiece; a matter of
+    the model's chat recipe) and readers are not to see it.
+    ValueError for an id outside the table.
+    """
+    raw = _read(table, ids, control)[1]
+    raw = raw[1:] if drop_space and raw.startswith(b" ") else raw
     whole = _whole_characters(raw)
     try:
         text = raw[:whole].decode()
@@ -49,25 +110,219 @@ def spell(table: ByteTable, ids: Sequence[int]) -> Spelled:
     return Spelled(raw[:whole], text, whole < len(raw))
 
 
-def side(table: ByteTable, ids: Sequence[int], source: bytes) -> Side:
+def side(table: ByteTable, ids: Sequence[int], source: bytes, *, normalize: Callable[[str], str] | None = None,
+         control: str = "event", starts: Sequence[int] = (), strict: bool = False) -> Side:
     """The ids of one tokenizer as a side of an alignment over `source`.
 
-    ids: [n], -1 for a token to leave out. Control, unknown and unused ids are left out too.
-    A tokenizer that may put a space before a text did so iff its ids spell b" " + source; that space belongs to no side.
-    Look at `.reproduces` before using a score: it is False when a normaliser, an unknown character or another text got between
-    the ids and the source. ValueError for an id outside the table.
+    ids: [n], -1 for a token to leave out (BOS, padding, template). Control, unknown and unused ids are left out too.
+    normalize: the tokenizer's own normaliser (`byte_table.normalizer_of`); None takes every text to stay as it is.
+    control: as in `spell`.
+    starts: positions where the ids were encoded anew, as a completion is behind its prompt. There, at the first token and behind
+    every one left out, a tokenizer with that habit may have put a space: it did iff the ids spell the source without it.
+    strict: raise ValueError, with the first byte that differs, instead of returning a side that does not reproduce the source.
+    Without it, look at `.reproduces`, or use only the spans that are `exact`. ValueError for an id outside the table.
     """
-    ids = np.asarray(ids, np.int64).reshape(-1)  # checked against the table before it is narrowed
-    spelled = table.bytes_of(ids.tolist())
-    skip = int(table.space_prefix and not _continues(spelled, source) and _continues(spelled, b" " + source))
-    reproduces = bool(skip) or _continues(spelled, source)
-    text_ids = np.where((ids >= 0) & (table.kind[ids] == TEXT), ids, -1).astype(np.int32)
-    return Side(table, text_ids, skip, reproduces)
+    text_ids, raw, lens = _read(table, ids, control)
+    same = dict(surface=control == "surface", source=source)
+    skips = _find_skips(table, text_ids, lens, raw, source, starts)
+    if skips is not None:
+        return _side(table, text_ids, skips, True, same)
+    text = _decoded(source) if normalize else None
+    image = source if text is None else normalize(text).encode()
+    skips = None if text is None else _find_skips(table, text_ids, lens, raw, image, starts)
+    reproduces = skips is not None
+    if strict and not reproduces:
+        raise ValueError(_difference(table, raw, image))
+    if skips is None:  # the first space is one put there if more of the text agrees without it
+        skips = _first(lens) if table.space_prefix and _agree(raw[1:], image) > _agree(raw, image) else ()
+    spelled = _without(raw, lens, skips)
+    lens[list(skips)] -= 1
+    ends, changed = (np.cumsum(lens, dtype=np.int64), None) if reproduces else _place(lens, spelled, image)
+    if text is not None:
+        ends = np.maximum(ends - len(image), 0) + source_ends(text, normalize, np.minimum(ends, len(image)))
+    return _side(table, text_ids, skips, reproduces, same | dict(ends=ends, changed=changed))
 
 
-def _continues(spelled: bytes, source: bytes) -> bool:
-    """spelled = source, or source and then the start of a character that was never finished."""
-    return spelled.startswith(source) and _whole_characters(spelled[len(source):]) == 0
+def _side(table: ByteTable, ids: np.ndarray, skips: Sequence[int], reproduces: bool, more: dict) -> Side:
+    at_start = bool(skips) and skips[0] == _first(spelling(table, more["surface"]).lens_of(ids))[0]
+    return Side(table, ids, int(at_start), reproduces, tuple(skips[at_start:]), **more)
+
+
+def _read(table: ByteTable, ids: Sequence[int], control: str) -> tuple[np.ndarray, bytes, np.ndarray]:
+    """Ids that spell something (else -1), their bytes together, bytes of each."""
+    if control not in CONTROLS:
+        raise ValueError(f"control = {control!r}; want one of {', '.join(CONTROLS)}.")
+    ids = np.asarray(ids).reshape(-1)
+    if ids.dtype != np.int32:  # checked before it is narrowed
+        ids = ids.astype(np.int64)
+    if ids.size and not (-1 <= ids.min() and ids.max() < len(table)):
+        table.bytes_of(ids.tolist())  # raises, with the position
+    if control == "error" and (at := np.flatnonzero((ids >= 0) & (table.kind[ids] == CONTROL))).size:
+        raise ValueError(f"id {ids[at[0]]} ({table.pieces[ids[at[0]]]!r}) at position {at[0]} is a control token inside the content; "
+                         'cut the content at its stop token, or take control = "event" or "surface".')
+    how = spelling(table, control == "surface")
+    text_ids = np.where((ids >= 0) & how.spells[ids], ids, -1).astype(np.int32) if len(how.spells) else ids.astype(np.int32)
+    return text_ids, how.native.spell(text_ids), how.lens_of(text_ids)
+
+
+def _find_skips(table: ByteTable, ids: np.ndarray, lens: np.ndarray, raw: bytes, want: bytes,
+                starts: Sequence[int]) -> tuple[int, ...] | None:
+    """Tokens whose leading space has to go for the ids to spell `want`, as few as possible; None when nothing helps.
+
+    `raw` may go on with the start of a character that was never finished.
+    """
+    if raw == want:
+        return ()
+    tail = raw[_whole_characters(raw):]
+    wanted = [want, want + tail] if tail else [want]
+    if raw in wanted:
+        return ()
+    return _skips_of_stretches(ids, lens, raw, wanted, starts) if table.space_prefix else None
+
+
+def _skips_of_stretches(ids: np.ndarray, lens: np.ndarray, raw: bytes, wanted: list[bytes],
+                        starts: Sequence[int]) -> tuple[int, ...] | None:
+    """Every stretch between tokens left out was encoded by itself, and may or may not begin with a space put there."""
+    heads = np.unique([0, *starts, *(np.flatnonzero(ids < 0) + 1), len(ids)])
+    byte_at = np.concatenate([[0], np.cumsum(lens, dtype=np.int64)])[heads]
+    for want in wanted:
+        reached: dict[int, tuple[int, ...]] = {0: ()}  # bytes of `want` spelled so far -> spaces dropped on the way
+        for head, begin, end in zip(heads[:-1].tolist(), byte_at[:-1].tolist(), byte_at[1:].tolist()):
+            if begin == end:
+                continue
+            further: dict[int, tuple[int, ...]] = {}
+            for at, skips in reached.items():
+                if want.startswith(raw[begin:end], at):
+                    further.setdefault(at + end - begin, skips)
+                if raw[begin:begin + 1] == b" " and want.startswith(raw[begin + 1:end], at):
+                    further.setdefault(at + end - begin - 1, (*skips, head + _first(lens[head:])[0]))
+            reached = further
+        if len(want) in reached:
+            return reached[len(want)]
+    return None
+
+
+def _place(lens: np.ndarray, got: bytes, want: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Where the tokens of `got` end in `want`, int64 [n], and which of them touch a byte that is not in both, bool [n].
+
+    An end inside a changed part has no place there and takes the last one before it, as in norm_map.source_ends.
+    """
+    block = np.array(_equal_blocks(got, want) or [(0, 0, 0)], np.int64)
+    at, want_at, size = block.T
+    end = np.cumsum(lens, dtype=np.int64)
+    k = np.maximum(np.searchsorted(at, end) - 1, 0)  # the last block that begins before the end
+    following = np.minimum(k + 1, len(at) - 1)
+    place = np.where(end <= at[k] + size[k], want_at[k] + end - at[k], np.where(at[following] == end, want_at[following], 0))
+    place[(end < at[0]) | (end == 0)] = 0
+    place = np.maximum.accumulate(place) if len(place) else place
+
+    def inside(position: np.ndarray, begin: np.ndarray) -> np.ndarray:
+        """Bytes of equal blocks before `position`."""
+        j = np.maximum(np.searchsorted(begin, position, side="right") - 1, 0)
+        return (np.cumsum(size) - size)[j] + np.clip(position - begin[j], 0, size[j])
+
+    changed = np.zeros(len(end), bool)
+    for position, begin in ((end, at), (place, want_at)):
+        changed |= np.diff(inside(position, begin), prepend=inside(np.zeros(1, np.int64), begin)) != np.diff(position, prepend=0)
+    return place, changed
+
+
+def _equal_blocks(got: bytes, want: bytes, at: int = 0, want_at: int = 0) -> list[tuple[int, int, int]]:
+    """Equal parts (place in `got`, place in `want`, bytes) in rising order: what both begin and end with; between, what is anchored.
+
+    An anchor is ANCHOR bytes that occur once on either side: patience diff over byte windows, so the cost is that of a sort.
+    """
+    head = _agree(got, want)
+    got, want = got[head:], want[head:]
+    tail = _agree(got[::-1], want[::-1])
+    blocks = [(at, want_at, head)] if head else []
+    at, want_at, end, want_end = at + head, want_at + head, len(got) - tail, len(want) - tail
+    i = j = 0
+    anchors = _anchors(got[:end], want[:want_end])
+    for next_i, next_j, size in [*anchors, (end, want_end, tail)]:
+        if anchors:
+            blocks += _equal_blocks(got[i:next_i], want[j:next_j], at + i, want_at + j)
+        if size:
+            blocks.append((at + next_i, want_at + next_j, size))
+        i, j = next_i + size, next_j + size
+    return blocks
+
+
+def _anchors(got: bytes, want: bytes) -> list[tuple[int, int, int]]:
+    """Runs of windows that occur once on either side, as many as keep their order; they do not overlap."""
+    if min(len(got), len(want)) < ANCHOR:
+        return []
+    (keys, at), (other_keys, other_at) = _unique_windows(got), _unique_windows(want)
+    _, k, j = np.intersect1d(keys, other_keys, assume_unique=True, return_indices=True)
+    order = np.argsort(at[k])
+    i, j = at[k][order], other_at[j][order]
+    new = np.flatnonzero((np.diff(i, prepend=-2) != 1) | (np.diff(j, prepend=-2) != 1))
+    last = np.append(new[1:], len(i)) - 1
+    runs = zip(i[new].tolist(), j[new].tolist(), (i[last] - i[new] + ANCHOR).tolist())
+    kept, free, other_free = [], 0, 0
+    for x, y, size in _rising(list(runs)):
+        cut = max(free - x, other_free - y, 0)  # windows overlap by up to ANCHOR - 1 bytes
+        if cut < size:
+            kept.append((x + cut, y + cut, size - cut))
+            free, other_free = x + size, y + size
+    return kept
+
+
+def _unique_windows(text: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """The ANCHOR-byte windows that occur once, as integers in rising order, and where."""
+    windows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(text, np.uint8), ANCHOR)
+    keys, at, count = np.unique(np.ascontiguousarray(windows).view(np.uint64)[:, 0], return_index=True, return_counts=True)
+    return keys[count == 1], at[count == 1]
+
+
+def _rising(runs: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """The longest chain whose second entries rise too (the first ones do)."""
+    tops: list[int] = []  # of chains of length 1, 2, ...: the smallest last entry, and whose it is
+    owner: list[int] = []
+    before = []
+    for n, (_, y, _) in enumerate(runs):
+        length = bisect_left(tops, y)
+        before.append(owner[length - 1] if length else -1)
+        tops[length:length + 1], owner[length:length + 1] = [y], [n]
+    chain, n = [], owner[-1] if owner else -1
+    while n >= 0:
+        chain.append(runs[n])
+        n = before[n]
+    return chain[::-1]
+
+
+def _agree(one: bytes, two: bytes) -> int:
+    """How many leading bytes are equal."""
+    size = min(len(one), len(two))
+    if one[:size] == two[:size]:
+        return size
+    return int(np.argmax(np.frombuffer(one, np.uint8, size) != np.frombuffer(two, np.uint8, size)))
+
+
+def _first(lens: np.ndarray) -> tuple[int, ...]:
+    """The first token with bytes, if there is one."""
+    return tuple(np.flatnonzero(lens)[:1].tolist())
+
+
+def _without(raw: bytes, lens: np.ndarray, skips: Sequence[int]) -> bytes:
+    begin = np.cumsum(lens, dtype=np.int64) - lens
+    return np.delete(np.frombuffer(raw, np.uint8), begin[list(skips)]).tobytes() if len(skips) else raw
+
+
+def _difference(table: ByteTable, raw: bytes, want: bytes) -> str:
+    raw = raw[1:] if table.space_prefix and _agree(raw[1:], want) > _agree(raw, want) else raw
+    at = _agree(raw, want)
+    begin = max(at - 16, 0)
+    return (f"side: the ids spell another text than the source, from byte {at} on: behind {want[begin:at]!r} come "
+            f"{raw[at:at + 16]!r} and {want[at:at + 16]!r} (of {len(raw)} and {len(want)} bytes). Encode the source itself, give the "
+            "tokenizer's `normalize`, or go on without `strict` and use the spans that are exact.")
+
+
+def _decoded(source: bytes) -> str | None:
+    try:
+        return source.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _whole_characters(raw: bytes) -> int:

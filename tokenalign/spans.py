@@ -10,8 +10,8 @@ Three forms, one result: `align_spans_ref` is the definition, `align_spans` the 
 """
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from os.path import commonprefix
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from .offsets import Side
+from .offsets import Side, spelling
 
 THREAD_TOKENS = 65_536  # below this many tokens one thread is faster than starting a second
 
@@ -33,9 +33,9 @@ class Alignment:
     span_b: np.ndarray  # int32 [m]
     num_spans: int  # K
     bounds: np.ndarray  # int64 [K], bytes of the source up to the end of each span
-    exact: np.ndarray  # bool [K], both sides spell the same bytes in this span and in all before it
+    exact: np.ndarray  # bool [K], the span may enter a loss: both sides spell the bytes of the source there (and see after_prompt)
     equal_bytes: int  # leading bytes on which the sides agree
-    bytes_a: int  # bytes that each side spells; different when one side is longer
+    bytes_a: int  # bytes of the source that each side covers; different when one side is longer
     bytes_b: int
 
 
@@ -73,39 +73,93 @@ def align_spans(sides_a: Sequence[Side], sides_b: Sequence[Side], *, threads: in
 
     All rows of one argument are of one tokenizer. threads: 0 takes one per core for a batch worth it, else exactly so many; the
     result does not depend on it. Python's lock is free meanwhile.
-    Texts that differ are no error here: `equal_bytes` tells where, and the spans from there on are not `exact`.
-    ValueError: unequal numbers of rows, mixed tokenizers, threads < 0.
+    Texts that differ are no error here. Where both sides reproduce the source the core compares the bytes: `equal_bytes` tells
+    where they part, and the spans from there on are not `exact`. A side that does not (offsets.side) says which of its tokens
+    touch a change: the spans of these are not `exact`, those in between and behind are.
+    ValueError: unequal numbers of rows, mixed tokenizers, sides of different sources, threads < 0.
     """
     if len(sides_a) != len(sides_b):
         raise ValueError(f"align_spans: {len(sides_a)} sides a against {len(sides_b)} sides b; want one b for each a.")
     if threads < 0:
         raise ValueError(f"align_spans: threads = {threads}; want 0 (automatic) or more.")
-    if not sides_a:
-        return []
-    a, b = _concatenate(sides_a, "a"), _concatenate(sides_b, "b")
-    if not threads:
-        threads = (os.cpu_count() or 1) if len(a[2]) + len(b[2]) >= THREAD_TOKENS else 1
-    span_a, span_b, bounds, num, equal, bytes_a, bytes_b = _native.align_rows(*a, *b, threads)
-    row_a, row_b = a[3], b[3]
-    rows = []
-    for r, (k, agreed) in enumerate(zip(num.tolist(), equal.tolist(), strict=True)):
-        ends = bounds[row_a[r]:row_a[r] + k].copy()
-        rows.append(Alignment(
-            span_a[row_a[r]:row_a[r + 1]].copy(), span_b[row_b[r]:row_b[r + 1]].copy(), k, ends, ends <= agreed, agreed,
-            int(bytes_a[r]), int(bytes_b[r])))
+    _check_one_table(sides_a, "a"), _check_one_table(sides_b, "b")
+    placed = [a.ends is not None or b.ends is not None for a, b in zip(sides_a, sides_b, strict=True)]
+    rows: list[Alignment | None] = [None] * len(placed)
+    for by_ends, align in ((False, _align_ids), (True, _align_ends)):
+        which = [r for r, x in enumerate(placed) if x == by_ends]
+        if which:
+            for r, row in zip(which, align([sides_a[r] for r in which], [sides_b[r] for r in which], threads), strict=True):
+                rows[r] = row
     return rows
 
 
-def _concatenate(sides: Sequence[Side], name: str) -> tuple[np.ndarray, ...]:
-    """The native core's arrays of one side: piece bytes, piece begins, ids, row offsets, skips."""
-    table = sides[0].table
+def after_prompt(alignment: Alignment, prompt_bytes: int) -> Alignment:
+    """The same spans; `exact` only those that start at or after byte `prompt_bytes` of the text, on both sides.
+
+    For sides over prompt and completion together: a token that reaches over the seam takes its span with it, however many tokens
+    either prompt has.
+    """
+    starts = np.concatenate([[0], alignment.bounds[:-1]])[:alignment.num_spans]
+    return replace(alignment, exact=alignment.exact & (starts >= prompt_bytes))
+
+
+def _check_one_table(sides: Sequence[Side], name: str) -> None:
     for r, side in enumerate(sides):
-        if side.table is not table:
-            raise ValueError(f"align_spans: row {r} of sides_{name} has another ByteTable than row 0; build the table once per "
-                             "tokenizer and align one pair of tokenizers per call.")
-    row = np.cumsum([0, *(len(side.ids) for side in sides)], dtype=np.int64)
-    ids = np.concatenate([side.ids for side in sides])
-    return *table.blob, ids, row, np.array([side.skip for side in sides], np.int32)
+        if side.table is not sides[0].table or side.surface != sides[0].surface:
+            raise ValueError(f"align_spans: row {r} of sides_{name} has another ByteTable, or another `control`, than row 0; build "
+                             "the table once per tokenizer and align one pair of tokenizers per call.")
+
+
+def _rows(tokens: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows behind one another, and int64 [rows + 1], where each begins."""
+    return np.concatenate(tokens), np.cumsum([0, *map(len, tokens)], dtype=np.int64)
+
+
+def _threads(asked: int, tokens: int) -> int:
+    return asked or ((os.cpu_count() or 1) if tokens >= THREAD_TOKENS else 1)
+
+
+def _align_ids(sides_a: Sequence[Side], sides_b: Sequence[Side], threads: int) -> list[Alignment]:
+    arguments, begins = [], []
+    for sides in (sides_a, sides_b):
+        ids, begin = _rows([side.ids for side in sides])
+        skips = [side.skips + at for side, at in zip(sides, begin.tolist(), strict=False) if side.skip or side.later_skips]
+        trim = np.concatenate(skips) if skips else np.empty(0, np.int64)
+        arguments += [spelling(sides[0].table, sides[0].surface).native, ids, begin, trim]
+        begins.append(begin)
+    tokens = sum(int(begin[-1]) for begin in begins)
+    return [Alignment(span_a, span_b, len(bounds), bounds, bounds <= equal, equal, bytes_a, bytes_b)
+            for span_a, span_b, bounds, equal, bytes_a, bytes_b
+            in _unpack(_native.align_ids(*arguments, _threads(threads, tokens)), *begins)]
+
+
+def _align_ends(sides_a: Sequence[Side], sides_b: Sequence[Side], threads: int) -> list[Alignment]:
+    for a, b in zip(sides_a, sides_b, strict=True):
+        if a.source is not None and b.source is not None and a.source != b.source:
+            raise ValueError(f"align_spans: sides of different sources, {a.source[:32]!r} and {b.source[:32]!r}; want both sides over "
+                             "the text of the one that produced it.")
+    ends = [_rows([np.where(x.ids >= 0, np.cumsum(x.lens, dtype=np.int64) if x.ends is None else x.ends, -1) for x in sides])
+            for sides in (sides_a, sides_b)]
+    begins = [begin for _, begin in ends]
+    found = _native.align_ends(*ends[0], *ends[1], _threads(threads, sum(int(begin[-1]) for begin in begins)))
+    rows = []
+    for a, b, (span_a, span_b, bounds, _, bytes_a, bytes_b) in zip(sides_a, sides_b, _unpack(found, *begins), strict=True):
+        exact = np.ones(len(bounds), bool)
+        for side, span in ((a, span_a), (b, span_b)):
+            touched = span[side.changed] if side.changed is not None else span[:0]
+            exact[touched[touched >= 0]] = False
+        agreed = int(np.argmin(exact)) if not exact.all() else len(bounds)
+        rows.append(Alignment(span_a, span_b, len(bounds), bounds, exact, int(bounds[agreed - 1]) if agreed else 0, bytes_a, bytes_b))
+    return rows
+
+
+def _unpack(found: tuple[np.ndarray, ...], row_a: np.ndarray, row_b: np.ndarray) -> Iterator[tuple]:
+    """Row by row, copied: a row kept for later must not keep the batch alive."""
+    span_a, span_b, bounds, *each = found
+    row_a, row_b = row_a.tolist(), row_b.tolist()
+    for r, (num, equal, bytes_a, bytes_b) in enumerate(zip(*(x.tolist() for x in each), strict=True)):
+        at = row_a[r]
+        yield (span_a[at:row_a[r + 1]].copy(), span_b[row_b[r]:row_b[r + 1]].copy(), bounds[at:at + num].copy(), equal, bytes_a, bytes_b)
 
 
 def align_batch(len_a_BN: Tensor, len_b_BM: Tensor, mask_a_BN: Tensor, mask_b_BM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
