@@ -73,7 +73,7 @@ def test_off_policy_compares_prompts_that_both_answered():
 def test_effective_samples_fall_with_spread_weights_and_see_the_beginning_alone():
     same, far = reading(0, "teacher", student=(-1.0, -1.0), teacher=(-1.0, -1.0)), reading(1, "teacher", student=(-50.0, -1.0), teacher=(-1.0, -1.0))
     ess = diagnose_readings([same, far])["off_policy"]["effective_samples"]
-    assert ess["whole"]["mean"] == pytest.approx(0.5)
+    assert ess["whole"]["mean"] == pytest.approx(0.5) and list(ess) == ["whole"]  # no text is longer than 16 tokens
 
 
 def test_the_gap_needs_finished_graded_texts_of_the_student():
@@ -113,6 +113,13 @@ def test_verdicts_go_both_ways():
     assert all(t["present"] for t in sick) and not any(t["present"] for t in healthy)
     assert "ghost" in sick[0]["advice"] and "on_policy" in sick[1]["advice"] and "distillable" in sick[2]["advice"]
     assert all(t["low"] <= t["mean"] <= t["high"] for t in sick + healthy)
+
+
+def test_a_number_without_an_interval_is_no_verdict():
+    one = verdict(diagnose_readings([reading(0, "teacher"), reading(0, "student", right=True), reading(0, "student", right=False)]))
+    assert [t["present"] for t in one] == [None] * 3 and all("cannot be said from 1 prompts" in t["advice"] for t in one)
+    nobody = verdict(diagnose_readings([reading(i, "student", right=True) for i in range(3)]))[-1]
+    assert nobody["present"] is None and nobody["n"] == 0
 
 
 def test_without_student_texts_there_is_only_the_first_verdict():

@@ -68,7 +68,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _verdict(found: Mapping[str, Any]) -> str:
-    rows = [(t["trap"], "**caught**" if t["present"] else "not caught", f"{t['measure']}: {estimate_text(t)}", f"{t['reference']:g}", t["advice"])
+    said = {True: "**caught**", False: "not caught", None: "unknown"}
+    rows = [(t["trap"], said[t["present"]], f"{t['measure']}: {estimate_text(t)}", f"{t['reference']:g}", t["advice"])
             for t in found["verdict"]]
     return _table(("trap", "", "measured", "healthy pair", "what to do"), rows)
 

@@ -124,7 +124,8 @@ def _effective(rows: Sequence[Reading]) -> dict[str, dict]:
     def ess(first: int | None) -> Callable[[Sequence[int]], float]:
         return lambda drawn: effective_samples([float((r.student_n - r.teacher_n)[:first].sum()) for i in drawn for r in of_prompt[i]])
 
-    named = {"whole": None, **{f"first {n}": n for n in PREFIXES}}
+    longest = max(len(r.student_n) for r in rows)
+    named = {"whole": None, **{f"first {n}": n for n in PREFIXES if n < longest}}
     return {name: bootstrap(ess(first), sorted(of_prompt))._asdict() for name, first in named.items()}
 
 
@@ -216,7 +217,7 @@ def _off_policy_verdict(found: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _gap_verdict(found: Mapping[str, Any]) -> dict[str, Any] | None:
     wrong = found["gap"].get("wrong_trace")
-    if not wrong or not wrong["usable_prompts"]:
+    if not wrong:
         return None
     advice = ("distill.correct_only = true, or calibrate the teacher (calibration.mode = 'distillable'): it likes wrong student texts at "
               "least as well as right ones, so its signal on the student's own texts teaches little or the wrong thing")
@@ -227,9 +228,12 @@ def _gap_verdict(found: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _trap(name: str, measure: str, estimate: Mapping[str, float], reference: float, advice: str, healthy: str,
           present: Callable[[Mapping[str, float]], bool] | None = None) -> dict[str, Any]:
-    caught = (present or (lambda e: e["low"] > reference))(estimate)
-    return {"trap": name, "measure": measure, **estimate, "reference": reference, "present": bool(caught),
-            "advice": advice if caught else healthy}
+    row = {"trap": name, "measure": measure, **estimate, "reference": reference}
+    if math.isnan(estimate["low"]):
+        return row | {"present": None, "advice": f"cannot be said from {estimate['n']} prompts: it has no interval. Give it more prompts "
+                      "(data.limit), or more texts of each (diagnose.student_texts)"}
+    caught = bool((present or (lambda e: e["low"] > reference))(estimate))
+    return row | {"present": caught, "advice": advice if caught else healthy}
 
 
 def _safe(a: float, b: float) -> float:
