@@ -70,7 +70,7 @@ def look(a: Tokenizer, b: Tokenizer, given: Mapping[str, Any]) -> Look:
     if text is None:
         raise ValueError("ids_a do not spell UTF-8, so B cannot encode them")
     source = text.encode()
-    ids = given.get("ids_a") or a.encode(text), given.get("ids_b") or b.encode(text)
+    ids = [given[key] if key in given else t.encode(text) for key, t in (("ids_a", a), ("ids_b", b))]
     sides = []
     for tokenizer, own in zip((a, b), ids, strict=True):
         sides.append(side(tokenizer.table, own, source))
@@ -78,7 +78,7 @@ def look(a: Tokenizer, b: Tokenizer, given: Mapping[str, Any]) -> Look:
             raise ValueError(explain(tokenizer.name, tokenizer.table, own, source)[1])
     alignment = align_spans(sides[:1], sides[1:])[0]
     scores = _scores(alignment, given)
-    marks = Marks(("A", "B"), ids, given.get("prompt_bytes"), _stop(given),
+    marks = Marks(("A", "B"), tuple(ids), given.get("prompt_bytes"), _stop(given),
                   scores and (given["logp_a"], given["logp_b"]), scores and scores.span_logp_a - scores.span_logp_b,
                   "log p, nats", "log p of A - log p of B, nats")
     return Look(*sides, alignment, count(source, *sides, alignment), scores, marks)

@@ -234,21 +234,25 @@ def _glyphs(text: str, style: str) -> list[Glyph]:
 
 
 def _chop(glyphs: list[Glyph], room: int) -> list[list[Glyph]]:
-    parts, used = [[]], 0
+    parts: list[list[Glyph]] = [[]]
+    used = 0
     for glyph in glyphs:
         if used + glyph[1] > room:
-            parts, used = [*parts, []], 0
+            parts.append([])
+            used = 0
         parts[-1].append(glyph)
         used += glyph[1]
     return parts
 
 
 def _rows(blocks: list[_Block], room: int) -> list[list[_Block]]:
-    rows, used = [], room + 1
+    rows: list[list[_Block]] = []
+    used = room + 1  # full: the first block opens a row
     for block in blocks:
         used += len(block.gap(1)) + block.width
         if used > room:
-            rows, used = [*rows, []], len(block.gap(0)) + block.width
+            rows.append([])
+            used = len(block.gap(0)) + block.width
         rows[-1].append(block)
     return rows
 
