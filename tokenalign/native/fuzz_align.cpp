@@ -125,7 +125,7 @@ void run(const uint8_t* data, size_t size) {
     const uint8_t flags = in.byte();
     for (int r = 0; r < 1 + flags % 3; ++r) {
         std::string unit, text;
-        for (int n = in.byte() % 32; n > 0; --n) unit += static_cast<char>(in.byte());
+        for (int n = in.byte() % 64; n > 0; --n) unit += static_cast<char>(in.byte());
         for (int n = flags & 4 ? 1 + in.byte() : 1; n > 0; --n) text += unit;
         std::string other = text;
         const uint8_t change = in.byte();
