@@ -5,7 +5,7 @@ import sys
 from importlib import import_module
 
 import pytest
-from test_byte_table import byte_level, metaspace, table_of
+from test_byte_table import byte_level, metaspace
 
 from reflux.tokenalign.byte_table import encode_text
 from reflux.tokenalign.corpus import Tokenizer
@@ -39,7 +39,7 @@ def run(folders, monkeypatch, capsys):
 
 
 def pair():
-    return [Tokenizer(name, t, table_of(t)) for name, t in (("A", byte_level()), ("B", byte_level(size=300)))]
+    return [Tokenizer(name, t) for name, t in (("A", byte_level()), ("B", byte_level(size=300)))]
 
 
 def test_a_text_and_its_counts(run):
@@ -105,7 +105,7 @@ def test_sampled_ids_are_not_encoded_again():
 
 @pytest.mark.parametrize("given, message", [
     ({"txt": "x"}, "has keys txt; want text or ids_a"), ({}, "has keys none"), ({"text": "x", "ids_c": []}, "only ids_b"),
-    ({"text": "x", "logp_a": [0.0]}, "want both logp_a and logp_b"), ({"text": "y", "ids_a": [0]}, "A: an id that spells nothing"),
+    ({"text": "x", "logp_a": [0.0]}, "want both logp_a and logp_b"),
     ({"text": "so", "logp_a": [-1.0, -1.0], "logp_b": [-1.0]}, "logp_a has shape")])
 def test_scores_that_cannot_be_shown(given, message):
     with pytest.raises(ValueError, match=message):
@@ -122,14 +122,32 @@ def test_a_corpus(run, tmp_path):
     (tmp_path / "c.jsonl").write_text('{"text": "so 12345"}\n{"prompt": "hence"}\nx\n')
     code, out, err = run("--corpus", tmp_path / "c.jsonl", "--json", tmp_path / "out.json")
     data = json.loads((tmp_path / "out.json").read_text())
-    assert code == 0 and err == "" and "2 aligned, 1 failed" in out and "c.jsonl:3: the line is not JSON" in out
+    assert code == 0 and err == "" and "2 aligned, 0 of them in part; 1 failures" in out and "c.jsonl:3: the line is not JSON" in out
     assert data["documents"] == 2 and data["num_bytes"] == 13 and data["failures"] == {"the line is not JSON": 1}
 
 
-def test_a_tokenizer_file(run):
-    code, _, err = run("--text", "cafe\u0301", a="tokenizer.json")
-    assert code == 2 and "A: a normaliser changed the text: it spells b'\\xc3\\xa9'" in err
-    assert run("--text", "12345", a="tokenizer.json")[0] == 0
+def test_a_tokenizer_file_with_a_normaliser(run):
+    code, out, _ = run("--text", "cafe\u0301", a="tokenizer.json")
+    assert code == 0 and "≠" not in out and "coverage 100.0%" in out
+
+
+def test_ids_of_another_text_are_shown_and_told(run, tmp_path):
+    (tmp_path / "s.json").write_text(json.dumps({"text": "12345 hence", "ids_a": encode_text(byte_level(), "12345 whence")}))
+    code, out, _ = run("--scores", tmp_path / "s.json")
+    assert code == 0 and "≠" in out and out.splitlines()[-1].startswith("A: its ids spell another text") and "at byte 6 of 11" in out
+
+
+def test_a_prompt_is_no_part_of_the_scores():
+    a, b = pair()
+    given = {"text": "12345 hence", "logp_a": [-5.0, -1.0], "logp_b": [-1.0] * 5}
+    whole, behind = command.look(a, b, given), command.look(a, b, given | {"prompt_bytes": 5})
+    assert (whole.scores.num_bytes, behind.scores.num_bytes, behind.scores.logp_a) == (11, 6, -1.0)
+
+
+def test_a_page_has_a_limit(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "PAGE_TOKENS", 3)
+    code, _, err = run("--text", "12345 hence", "--html", tmp_path / "out.html")
+    assert code == 2 and "7 tokens make a page no browser likes; want at most 3" in err
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -152,5 +170,5 @@ def test_a_tokenizer_that_is_not_there(run, folders):
 
 
 def test_metaspace_against_byte_level():
-    a, b = (Tokenizer(name, t, table_of(t)) for name, t in (("A", metaspace("bpe", "always")), ("B", byte_level())))
+    a, b = (Tokenizer(name, t) for name, t in (("A", metaspace("bpe", "always")), ("B", byte_level())))
     assert command.look(a, b, {"text": "\nfoo"}).counts.empty_a == 1

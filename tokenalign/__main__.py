@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .byte_table import ByteTable
-from .corpus import Counts, Report, Tokenizer, as_json, count, documents, explain, measure, summary
-from .offsets import Side, side, spell
+from .corpus import Counts, Report, Tokenizer, as_json, count, documents, measure, summary
+from .offsets import Side, spell
 from .scores import Scores, sequence_scores
-from .spans import Alignment, align_spans
+from .spans import Alignment, after_prompt, align_spans
 from .view import Marks, to_terminal
 from .view_html import to_html
 
+PAGE_TOKENS = 100_000  # some 25 MB of HTML
 SCORES_KEYS = ("text", "ids_a", "ids_b", "logp_a", "logp_b", "stop_a", "stop_b", "prompt_bytes")
 
 
@@ -41,6 +41,7 @@ class Look:
     counts: Counts
     scores: Scores | None
     marks: Marks
+    problems: tuple[str, ...]  # of sides that do not reproduce the text
 
 
 def load_tokenizer(path: str, name: str) -> Tokenizer:
@@ -57,11 +58,11 @@ def load_tokenizer(path: str, name: str) -> Tokenizer:
     except Exception as error:  # libraries raise whatever a broken folder makes them raise
         raise ValueError(f"tokenizer {name}: cannot load {path!r} ({type(error).__name__}); want a Hugging Face folder, the name of "
                          "one in the local cache, or a tokenizer file") from error
-    return Tokenizer(name, loaded, ByteTable.of(loaded))
+    return Tokenizer(name, loaded)
 
 
 def look(a: Tokenizer, b: Tokenizer, given: Mapping[str, Any]) -> Look:
-    """Align one text. `given`: see --scores. ValueError: unknown keys, or ids that do not spell the text."""
+    """Align one text. `given`: see --scores. ValueError: unknown keys, ids that are no text, log-probabilities that do not fit."""
     unknown = sorted(set(given) - set(SCORES_KEYS))
     if unknown or not {"text", "ids_a"} & set(given):
         raise ValueError(f"a text with scores has keys {', '.join(given) or 'none'}; want text or ids_a, and of the others only "
@@ -71,17 +72,15 @@ def look(a: Tokenizer, b: Tokenizer, given: Mapping[str, Any]) -> Look:
         raise ValueError("ids_a do not spell UTF-8, so B cannot encode them")
     source = text.encode()
     ids = [given[key] if key in given else t.encode(text) for key, t in (("ids_a", a), ("ids_b", b))]
-    sides = []
-    for tokenizer, own in zip((a, b), ids, strict=True):
-        sides.append(side(tokenizer.table, own, source))
-        if not sides[-1].reproduces:
-            raise ValueError(explain(tokenizer.name, tokenizer.table, own, source)[1])
+    sides = [tokenizer.side(own, source) for tokenizer, own in zip((a, b), ids, strict=True)]
+    problems = tuple(tokenizer.explain(own, source)[1] for tokenizer, own, one in zip((a, b), ids, sides, strict=True)
+                     if not one.reproduces)
     alignment = align_spans(sides[:1], sides[1:])[0]
-    scores = _scores(alignment, given)
+    scores = _scores(after_prompt(alignment, given.get("prompt_bytes", 0)), given)
     marks = Marks(("A", "B"), tuple(ids), given.get("prompt_bytes"), _stop(given),
                   scores and (given["logp_a"], given["logp_b"]), scores and scores.span_logp_a - scores.span_logp_b,
                   "log p, nats", "log p of A - log p of B, nats")
-    return Look(*sides, alignment, count(source, *sides, alignment), scores, marks)
+    return Look(*sides, alignment, count(source, *sides, alignment), scores, marks, problems)
 
 
 def facts(seen: Look) -> list[tuple[str, str]]:
@@ -152,7 +151,10 @@ def _show(a: Tokenizer, b: Tokenizer, arguments: argparse.Namespace) -> None:
     told, names = facts(seen), tuple(arguments.tokenizers)
     print(to_terminal(seen.side_a, seen.side_b, seen.alignment, seen.marks, width=max(20, width), color=color))
     print(f"A = {names[0]}, B = {names[1]}", "; ".join(f"{name} {value}" for name, value in told), sep="\n")
+    print(*seen.problems, sep="\n", end="\n" if seen.problems else "")
     if arguments.html:
+        if (tokens := seen.counts.tokens_a + seen.counts.tokens_b) > PAGE_TOKENS:
+            raise ValueError(f"--html: {tokens:,} tokens make a page no browser likes; want at most {PAGE_TOKENS:,}, a part of the text")
         page = to_html(seen.side_a, seen.side_b, seen.alignment, seen.marks, title=f"{names[0]} and {names[1]}", facts=told)
         Path(arguments.html).write_text(page, encoding="utf-8")
 

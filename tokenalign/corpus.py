@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from os.path import commonprefix
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .byte_table import CONTROL, TEXT, ByteTable, encode_text
+from .byte_table import CONTROL, TEXT, ByteTable, encode_text, normalizer_of
 from .offsets import Side, side
 from .spans import Alignment, align_spans
 from .vocab_map import common_spellings
@@ -79,6 +79,7 @@ class Counts:
     """What was counted on aligned documents; adds up. Spans and tokens outside them as in `spans.Alignment`."""
 
     documents: int = 0
+    partly: int = 0  # of them, with spans that are not exact
     num_bytes: int = 0
     exact_bytes: int = 0  # in exact spans
     tokens_a: int = 0
@@ -115,32 +116,33 @@ def count(source: bytes, side_a: Side, side_b: Side, alignment: Alignment) -> Co
     k = int(sizes.argmax()) if len(sizes) else 0
     longest = (int(sizes[k]), source[alignment.bounds[k] - sizes[k]:alignment.bounds[k]].decode(errors="replace")) if len(sizes) else (0, "")
     empty_a, empty_b = (int(((one.lens == 0) & (one.ids >= 0)).sum()) for one in (side_a, side_b))
-    return Counts(1, len(source), int(sizes[alignment.exact].sum()), len(side_a.ids), len(side_b.ids), empty_a, empty_b,
+    return Counts(1, int(not alignment.exact.all()), len(source), int(sizes[alignment.exact].sum()), len(side_a.ids), len(side_b.ids), empty_a, empty_b,
                   int(a.sum()), int(b.sum()), alignment.num_spans, int(((a == 1) & (b == 1)).sum()), longest)
 
 
-@dataclass(frozen=True)
 class Tokenizer:
-    """A loaded tokenizer with its table; `name` is what reports call it."""
+    """A loaded tokenizer, its table and its normaliser; `name` is what reports call it."""
 
-    name: str
-    loaded: Any
-    table: ByteTable
+    def __init__(self, name: str, loaded: Any) -> None:
+        """ValueError as for ByteTable.of."""
+        self.name, self.loaded, self.table, self.normalize = name, loaded, ByteTable.of(loaded), normalizer_of(loaded)
 
     def encode(self, text: str) -> list[int]:
         return encode_text(self.loaded, text)
 
+    def side(self, ids: Sequence[int], source: bytes) -> Side:
+        return side(self.table, ids, source, normalize=self.normalize)
 
-def explain(name: str, table: ByteTable, ids: list[int], source: bytes) -> tuple[str, str]:
-    """Why a side does not reproduce the source: (kind of reason, the reason with its place)."""
-    spelled = table.bytes_of(ids)
-    if spelled.startswith(b" ") and table.space_prefix and not source.startswith(b" "):
-        spelled = spelled[1:]
-    at = len(commonprefix([spelled, source]))
-    unknown = any(table.kind[i] != TEXT for i in ids)
-    kind = f"{name}: " + ("an id that spells nothing (unknown character, or a control token read in the text)" if unknown else
-                          "a normaliser changed the text")
-    return kind, f"{kind}: it spells {spelled[at:at + 12]!r} for {source[at:at + 12]!r} at byte {at} of {len(source)}"
+    def explain(self, ids: Sequence[int], source: bytes) -> tuple[str, str]:
+        """Why a side does not reproduce the source: the kind of reason, and the reason with its place."""
+        spelled, image = self.table.bytes_of(ids), self.normalize(source.decode()).encode()
+        if self.table.space_prefix and not image.startswith(b" "):
+            spelled = spelled.removeprefix(b" ")
+        at = len(commonprefix([spelled, image]))
+        silent = [i for i in ids if i >= 0 and self.table.kind[i] != TEXT]
+        kind = f"{self.name}: " + ("an unknown character, or a name read as a control token" if silent else
+                                   "its ids spell another text (whitespace swallowed or collapsed, or a name read as a token)")
+        return kind, f"{kind}: {spelled[at:at + 12]!r} for {image[at:at + 12]!r} at byte {at} of {len(image)}"
 
 
 @dataclass
@@ -148,7 +150,7 @@ class Report:
     """What `measure` found so far."""
 
     counts: Counts = Counts()
-    failures: Counter[str] = field(default_factory=Counter)  # by kind of reason
+    failures: Counter[str] = field(default_factory=Counter)  # documents not read, or aligned only in part, by kind of reason
     examples: list[str] = field(default_factory=list)  # the first EXAMPLES failures in full
     controls: tuple[Counter[str], Counter[str]] = field(default_factory=lambda: (Counter(), Counter()))  # names met in the text
     common: int = 0  # spellings that both vocabularies have
@@ -170,7 +172,8 @@ class Report:
 
 
 def measure(a: Tokenizer, b: Tokenizer, texts: Iterable[Document], *, progress: Callable[[Report], None] | None = None) -> Report:
-    """Encode, check and align every document. A document that fails is counted with its reason and left out of all other numbers.
+    """Encode, check and align every document. One that cannot be read is counted with its reason and left out of all other numbers;
+    one whose ids do not spell it is counted with its reason and aligned around the changed parts (`Counts.coverage`).
 
     Text is encoded as content: a control token's name in it is plain characters, and counted.
     progress: called after every BATCH documents.
@@ -205,10 +208,10 @@ def _sides(a: Tokenizer, b: Tokenizer, document: Document, report: Report) -> tu
         ids = tokenizer.encode(document.text)
         report.spent(stage, start, len(ids))
         start = time.perf_counter()
-        sides.append(side(tokenizer.table, ids, source))
+        sides.append(tokenizer.side(ids, source))
         report.spent("check", start, len(ids))
         if not sides[-1].reproduces:
-            return report.fail(document.where, *explain(tokenizer.name, tokenizer.table, ids, source))
+            report.fail(document.where, *tokenizer.explain(ids, source))
     return source, *sides
 
 
@@ -223,7 +226,7 @@ def summary(report: Report, name_a: str, name_b: str) -> str:
     c, (per_a, per_b) = report.counts, report.counts.tokens_per_span
     bytes_a, bytes_b = c.num_bytes / max(1, c.tokens_a), c.num_bytes / max(1, c.tokens_b)
     rows = [
-        ("documents", f"{c.documents:,} aligned, {sum(report.failures.values()):,} failed"),
+        ("documents", f"{c.documents:,} aligned, {c.partly:,} of them in part; {sum(report.failures.values()):,} failures"),
         ("bytes", f"{c.num_bytes:,}, {c.coverage:.2%} in exact spans"),
         ("tokens", f"A {c.tokens_a:,}, B {c.tokens_b:,}; bytes per token A {bytes_a:.2f}, B {bytes_b:.2f}"),
         ("of no bytes", f"A {c.empty_a:,}, B {c.empty_b:,}"),

@@ -22,7 +22,7 @@ from .offsets import Side
 from .spans import Alignment
 
 MEANINGS = {  # of every mark that can stand in a picture
-    "∅": "a token of no bytes", "≠": "the two sides' bytes differ here or before: not scored",
+    "∅": "a token of no bytes", "≠": "an id spells other bytes than the text here: not scored",
     "§": "the prompt ends inside this span: not scored", "⊘": "outside every span: control, masked or unknown",
     "…": "after the last common boundary", "■": "the end of the text, a token of no bytes"}
 _PIECES = re.compile("([\udc80-\udcff]+)|(([ \n\t\r])\\3*)|(.)", re.S)
@@ -104,8 +104,8 @@ def columns(side_a: Side, side_b: Side, alignment: Alignment, marks: Marks = NO_
     for k, cell in enumerate(cells):
         pair = tuple(cell[0][::-1]), tuple(cell[1][::-1])
         if k < num:
-            inside = marks.seam is not None and bounds[k] < marks.seam < bounds[k + 1]
-            mark = "≠" if not alignment.exact[k] else "§" if inside else ""
+            prompt = marks.seam is not None and bounds[k] < marks.seam
+            mark = "§" if prompt and marks.seam < bounds[k + 1] else "≠" if not prompt and not alignment.exact[k] else ""
             out.append(Column(k, bounds[k], bounds[k + 1], mark, pair, span_values[k]))
         elif any(pair):
             end = max(alignment.bytes_a, alignment.bytes_b)
@@ -118,12 +118,11 @@ def _boxes(lane: int, side: Side, span: np.ndarray, marks: Marks) -> list[Box]:
     ids = known if marks.ids is None else [int(i) for i in marks.ids[lane]]
     values = _checked(marks.token_values and marks.token_values[lane], len(known), f"token_values[{lane}]", "token")
     _checked(ids, len(known), f"ids[{lane}]", "token")
-    out, start, skip = [], 0, side.skip
+    out, start, skips = [], 0, set(side.skips.tolist())
     for i, size in enumerate(lens):
         piece = side.table.pieces[ids[i]] if ids[i] >= 0 else b""
-        if skip and known[i] >= 0 and piece:  # the space that was put in front of the text is not in the text
-            piece, skip = piece[1:], 0
-        out.append(Box(lane, i, ids[i], piece, start, size, int(span[i]), values[i]))
+        # a space that was put in front is not in the text
+        out.append(Box(lane, i, ids[i], piece[i in skips:], start, size, int(span[i]), values[i]))
         start += size
     return out
 
