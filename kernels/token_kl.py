@@ -137,14 +137,14 @@ def _check_logits(student_logits_TV: Tensor, teacher_logits_TV: Tensor, vocab_si
     return V
 
 
-def _check_inplace(student_logits_TV: Tensor) -> None:
-    require(not torch.compiler.is_compiling(), "token_kl: inplace=True under torch.compile; want eager. Leave it out: a "
+def check_inplace(op: str, student_logits_TV: Tensor) -> None:
+    require(not torch.compiler.is_compiling(), f"{op}: inplace=True under torch.compile; want eager. Leave it out: a "
             "compiled graph frees the logits by itself")
-    require(not student_logits_TV.is_leaf, "token_kl: inplace=True would overwrite a leaf, a parameter as it were, with its "
+    require(not student_logits_TV.is_leaf, f"{op}: inplace=True would overwrite a leaf, a parameter as it were, with its "
             "gradient; want logits that a model computed")
     T, V = student_logits_TV.shape
     require(T <= 1 or student_logits_TV.stride(0) >= V,
-            "token_kl: inplace=True on rows that overlap in memory (expanded logits?); want one row per token")
+            f"{op}: inplace=True on rows that overlap in memory (expanded logits?); want one row per token")
 
 
 def token_kl(student_logits_TV: Tensor, teacher_logits_TV: Tensor, *, mode: str = "forward", beta: float = 0.5,
@@ -168,7 +168,7 @@ def token_kl(student_logits_TV: Tensor, teacher_logits_TV: Tensor, *, mode: str 
             shard.group if shard else "", shard.start if shard else 0)
     need_dlogits = torch.is_grad_enabled() and student_logits_TV.requires_grad
     if inplace and need_dlogits:
-        _check_inplace(student_logits_TV)
+        check_inplace("token_kl", student_logits_TV)
         return LinearKL(*_InPlace.apply(student_logits_TV, *args))
     total, kl_T, _ = _op(student_logits_TV, *args, need_dlogits)
     return LinearKL(total, kl_T)
