@@ -120,7 +120,7 @@ def project(hidden_CD: Tensor, head_VD: Tensor, softcap: float = 0.0, bias_V: Te
     (C, _), V, dtype = hidden_CD.shape, head_VD.shape[0], wide(hidden_CD.dtype)
     block = hidden_CD.new_empty(C, _width(hidden_CD, V), dtype=dtype)
     logits_CV = block[:, :V]
-    if on_tensor_cores(hidden_CD):
+    if on_tensor_cores(hidden_CD):  # out= is also what keeps autocast away
         torch.mm(hidden_CD, head_VD.t(), out_dtype=torch.float32, out=logits_CV)
     else:
         torch.mm(hidden_CD.to(dtype), head_VD.to(dtype).t(), out=logits_CV)
@@ -163,11 +163,12 @@ def backproject(dlogits_CV: Tensor, hidden_CD: Tensor, head_VD: Tensor, need_dhi
         d_CV.copy_(dlogits_CV)
     if dbias_V is not None:
         dbias_V += dlogits_CV.sum(0, dtype=dbias_V.dtype)
-    if dhead_VD is not None and d_CV.dtype == torch.bfloat16:
-        torch.addmm(dhead_VD, d_CV.t(), hidden_CD, out_dtype=torch.float32, out=dhead_VD)
-    elif dhead_VD is not None:
-        dhead_VD.addmm_(d_CV.t(), hidden_CD.to(d_CV.dtype))
-    return (d_CV @ head_VD.to(d_CV.dtype)).to(hidden_CD.dtype) if need_dhidden else None
+    with torch.autocast(hidden_CD.device.type, enabled=False):  # it reaches into a custom op and would round d to 16 bits
+        if dhead_VD is not None and d_CV.dtype == torch.bfloat16:
+            torch.addmm(dhead_VD, d_CV.t(), hidden_CD, out_dtype=torch.float32, out=dhead_VD)
+        elif dhead_VD is not None:
+            dhead_VD.addmm_(d_CV.t(), hidden_CD.to(d_CV.dtype))
+        return (d_CV @ head_VD.to(d_CV.dtype)).to(hidden_CD.dtype) if need_dhidden else None
 
 
 def gradient_buffers(hidden_TD: Tensor, head_VD: Tensor, need_dhidden: bool, need_dhead: bool) -> tuple[Tensor, Tensor]:
