@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from test_vocab_map import table_of, vocabularies
 
 from reflux.kernels._divergence import MODES, divergence_ref
+from reflux.kernels.bucket_kl import bucket_kl, class_map
 from reflux.kernels.linear_topk_kl import linear_topk_kl
 from reflux.kernels.teacher_topk import TopK, teacher_topk
 from reflux.tokenalign import vocab_map
@@ -278,6 +279,17 @@ def test_mapped_ids_give_the_row_form(pair, k, mode, seed):
     torch.testing.assert_close(hidden.grad, grad, **TOL)
 
 
+def test_a_rest_of_banned_ids():
+    """All that is not kept is banned on both sides: REST has no mass, and no NaN comes from it."""
+    v = Vocabulary(table_of([b"a", b"b", b"c"], 0))
+    z = torch.tensor([[0.3, 1.0, -math.inf]], dtype=f64)
+    top = topk_of(torch.tensor([[0.0, 0.5, -math.inf]], dtype=f64), 2)
+    value, grad = gradient(partial(class_kl, pools=pools_of(vocab_map.common(v, v))), z, top)
+    p, q = z.softmax(1), torch.cat([top.logp.exp().flip(1), torch.zeros(1, 1, dtype=f64)], 1)
+    torch.testing.assert_close(grad, p - q, **TOL)
+    assert value.isfinite().all()
+
+
 def test_map_topk_with_padding_and_strangers():
     top = TopK(torch.tensor([[3, 1, -1], [0, 2, 9]], dtype=torch.int32), torch.tensor([[-1.0, -2.0, 0.0], [-0.5, -math.inf, -3.0]]),
                torch.tensor([-3.0, -math.inf]))
@@ -326,6 +338,15 @@ def test_uld_is_blind_to_identity(V, seed):
     z = torch.from_numpy(rng.normal(size=(2, V)))
     shuffled = z[:, torch.from_numpy(rng.permutation(V))]
     assert uld(shuffled, z).abs().max() < 1e-12
+
+
+def test_uld_at_ties_and_with_banned_ids():
+    """Equal probabilities of p and q give no gradient; banned ids pad the shorter side."""
+    z = torch.tensor([[0.5, 0.5, -1.0, -math.inf]], dtype=f64)
+    value, grad = gradient(uld, z, z[:, [2, 0, 1]])
+    assert value.item() == 0 and not grad.any()
+    value, grad = gradient(uld, z, torch.tensor([[0.0, 1.0, -math.inf]], dtype=f64))
+    assert value > 0 and grad.isfinite().all() and grad[0, 3] == 0 and abs(grad.sum().item()) < 1e-15
 
 
 @given(V=st.integers(1, 9), W=st.integers(1, 9), seed=SEEDS)
@@ -404,3 +425,20 @@ def test_what_people_get_wrong():
         class_kl(z, ClassLogProb(torch.zeros(2, 257)), pools)
     with pytest.raises(ValueError, match="want those of vocab_map.common"):
         hybrid(z, z, pools)
+
+
+# -- the fused form ---------------------------------------------------------------------------------------------------------
+@given(pair=pairs, kind=st.sampled_from(["first_byte", "common", "prefix"]), mode=MODE, temperature=TEMPERATURE, seed=SEEDS)
+def test_bucket_kl_is_the_same_loss(pair, kind, mode, temperature, seed):
+    built = MAPS[kind](*pair)
+    if mode == "reverse" and built.student_only:
+        return
+    z, u = logits_of(pair[0], seed), logits_of(pair[1], seed + 1)
+    hidden = z.clone().requires_grad_()
+    fused = bucket_kl(hidden, torch.eye(z.shape[1], dtype=f64), class_map(torch.from_numpy(built.student_class), built.num_classes),
+                      u, torch.eye(u.shape[1], dtype=f64), class_map(torch.from_numpy(built.teacher_class), built.num_classes),
+                      mode=mode, temperature=temperature, frozen_student_head=True)
+    fused.total.backward()
+    want, grad = gradient(partial(class_kl, pools=pools_of(built), mode=mode, temperature=temperature), z, u)
+    torch.testing.assert_close(fused.kl, want, **TOL)
+    torch.testing.assert_close(hidden.grad, grad, **TOL)

@@ -70,6 +70,14 @@ def test_spans_of_unequal_bytes_are_worth_zero():
     assert scores.span_ratio.tolist() == [1, 0, 0] and scores.coverage == 1 / 3 and scores.logp_a == -1
 
 
+def test_an_inexact_span_is_not_looked_at_at_all():
+    """Not its log-probs, not its tokens, not its place in the clipped share."""
+    alignment = align([b"ab", b"cd", b"e", b"f"], [b"ab", b"cX", b"ef"])
+    scores = sequence_scores(alignment, [-9, math.nan, -50, math.nan], [-2, -math.inf, math.nan], clip=1.0)
+    assert (scores.tokens_a, scores.tokens_b, scores.clipped_share, scores.log_ratio) == (1, 1, 1.0, -1.0)
+    assert scores.ratio("per_token") == -9 + 2
+
+
 def test_the_stop_is_apart_from_bytes_and_never_clipped():
     alignment = align([b"ab"], [b"ab"])
     cut = sequence_scores(alignment, [-1], [-2])

@@ -134,7 +134,8 @@ def test_a_byte_that_texts_do_without_may_be_missing():
     teacher = Vocabulary(table_of([b"a", b"\xff", b"\xff\xfe"]))
     for rule, classes in ((first_byte, [97, OUT, OUT, 256]), (prefix, [97, OUT, OUT, 256]), (common, [0, 1, 1, 1])):
         assert rule(student, teacher).teacher_class.tolist() == classes
-    assert first_byte(teacher, student).student_only == 1
+    back = first_byte(teacher, student)
+    assert back.student_class.tolist() == [97, OUT, OUT, 256] and back.student_only == 0
 
 
 def test_control_ids_match_by_role_and_never_by_name():
@@ -150,6 +151,20 @@ def test_a_stop_token_that_is_listed_as_text_still_stops():
     found = common(Vocabulary(table, (1,)), Vocabulary(table, (1,)))
     assert found.student_class.tolist() == [0, 1, 2] and found.num_classes == 3
     assert prefix(Vocabulary(table, (1,)), Vocabulary(table, (1,))).student_class.tolist() == [ord("a"), 256, 256]
+
+
+def test_a_stop_set_on_one_side_only_is_no_class():
+    a, b = table_of([b"a"], controls=2), table_of([b"a"], controls=1)
+    found = common(Vocabulary(a, (1,)), Vocabulary(b))
+    assert found.num_classes == 2 and found.student_class.tolist() == [0, 1, 1] and found.teacher_class.tolist() == [0, 1]
+
+
+def test_mapped_ids_leave_out_stop_text_and_ids_without_a_row():
+    """The teacher's stop token is text in its table; the student has the same letters as an ordinary token."""
+    student, teacher = table_of([b"a", b"<|im_end|>", b"b"]), table_of([b"<|im_end|>", b"b", b"a"])
+    assert student_id_of(Vocabulary(student, (3,)), Vocabulary(teacher, (0,))).tolist() == [3, 2, 0, OUT]
+    assert student_id_of(Vocabulary(student, (1,)), Vocabulary(teacher, (3,))).tolist() == [OUT, 2, 0, 1]
+    assert student_id_of(Vocabulary(student, rows=2), Vocabulary(teacher, rows=2)).tolist() == [1, OUT]
 
 
 def test_unknown_and_unused_ids_are_silent_but_in_the_softmax():

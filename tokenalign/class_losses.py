@@ -24,6 +24,7 @@ On CUDA sums over classes are atomics: two runs agree to rounding only, unless t
 
 S: positions, V: student ids, W: teacher ids, N: classes, M: entries of a map, K: kept teacher ids.
 """
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -60,24 +61,24 @@ class Pools(NamedTuple):
     student: Pool
     teacher: Pool
     teacher_class_W: Tensor  # int64; N where a kept teacher id stands for no class of its own
+    other: tuple[Tensor, Tensor] | None  # int64, the ids of OTHER on both sides; None unless the map is `common`
     kind: str  # first_byte, common, prefix or projection
 
 
 def pools_of(built: ClassMap | Projection, device: torch.device | str = "cpu") -> Pools:
     """The tensors of a class map or a projection; make them once per device."""
-    teacher = _one_hot(built.teacher_class, built.num_classes, device)
-    own = np.where(built.teacher_class == OUT, built.num_classes, built.teacher_class).astype(np.int64)
-    if isinstance(built, ClassMap):
-        if built.kind == "common":
-            own[own == built.silent] = built.num_classes  # OTHER: a kept id of it goes to the rest
-        student = _one_hot(built.student_class, built.num_classes, device)
-        return Pools(student, teacher, torch.from_numpy(own).to(device), built.kind)
-    ids, column = (torch.from_numpy(x.astype(np.int64)).to(device) for x in (built.student_id, built.column))
-    log_weight = torch.from_numpy(np.log(built.weight)).to(device)
-    if torch.device(device).type != "cpu":
-        log_weight = log_weight.float()
-    return Pools(Pool(ids, column, log_weight, built.student_rows, built.num_classes), teacher, torch.from_numpy(own).to(device),
-                 "projection")
+    index = lambda x: torch.from_numpy(np.asarray(x, np.int64)).to(device)
+    teacher = _one_hot(built.teacher_class, built.num_classes, index)
+    own = np.where(built.teacher_class == OUT, built.num_classes, built.teacher_class)
+    if isinstance(built, Projection):
+        log_weight = torch.from_numpy(np.log(built.weight)).to(device)
+        student = Pool(index(built.student_id), index(built.column), log_weight, built.student_rows, built.num_classes)
+        return Pools(student, teacher, index(own), None, "projection")
+    student, other = _one_hot(built.student_class, built.num_classes, index), None
+    if built.kind == "common":
+        own[own == built.silent] = built.num_classes  # OTHER: a kept id of it goes to the rest
+        other = tuple(index(np.flatnonzero(x == built.silent)) for x in (built.student_class, built.teacher_class))
+    return Pools(student, teacher, index(own), other, built.kind)
 
 
 def pool_logprob(logits_SV: Tensor, pool: Pool, *, temperature: float = 1.0) -> Tensor:
@@ -161,17 +162,16 @@ def hybrid(student_logits_SV: Tensor, teacher_logits_SW: Tensor, pools: Pools, *
     agreement, where the published matched part is a partial KL. Q_OTHER is the teacher's, a constant. OTHER holds control ids, too.
     Cost: class_kl and a sort of the uncommon logits of both sides. ValueError: pools of another map than `common`.
     """
-    if pools.kind != "common":
+    if pools.other is None:
         raise ValueError(f"hybrid: pools of {pools.kind!r}; want those of vocab_map.common, the map with an OTHER.")
-    other = pools.student.num_classes - 1
     with torch.no_grad():
         logq_SN = pool_logprob(teacher_logits_SW, pools.teacher, temperature=temperature)
     matched_S = class_kl(student_logits_SV, ClassLogProb(logq_SN), pools, mode=mode, beta=beta, temperature=temperature)
-    mine_SO, theirs_SO = (_inside(logits, pool, other, temperature) for logits, pool in (
-        (student_logits_SV, pools.student), (teacher_logits_SW.detach(), pools.teacher)))
-    if not mine_SO.shape[1] or not theirs_SO.shape[1]:
+    mine_O, theirs_O = pools.other
+    if not len(mine_O) or not len(theirs_O):
         return matched_S
-    return matched_S + logq_SN[:, other].exp() * _sorted_l1(mine_SO, theirs_SO.to(mine_SO.dtype))
+    mine_SO, theirs_SO = _inside(student_logits_SV, mine_O, temperature), _inside(teacher_logits_SW.detach(), theirs_O, temperature)
+    return matched_S + logq_SN[:, -1].exp() * _sorted_l1(mine_SO, theirs_SO.to(mine_SO.dtype))
 
 
 class _PoolLogProb(torch.autograd.Function):
@@ -239,17 +239,15 @@ def _sorted_l1(prob_SV: Tensor, prob_SW: Tensor) -> Tensor:
     return (one - two).abs().sum(1)
 
 
-def _inside(logits: Tensor, pool: Pool, other: int, temperature: float) -> Tensor:
-    """softmax over the ids of one class; uniform where all of them are banned (its weight is 0 there)."""
-    x = logits[:, pool.id_M[pool.class_M == other]].to(_wide(logits)) / temperature
-    banned = (x == -torch.inf).all(1, keepdim=True) if x.shape[1] else x
-    return torch.where(banned, 0.0, x).softmax(1) if x.shape[1] else x
+def _inside(logits: Tensor, ids_O: Tensor, temperature: float) -> Tensor:
+    """softmax over some ids; uniform where all of them are banned (the weight of the row is 0 there)."""
+    x_SO = logits[:, ids_O].to(_wide(logits)) / temperature
+    return torch.where((x_SO == -torch.inf).all(1, keepdim=True), 0.0, x_SO).softmax(1)
 
 
-def _one_hot(class_V: np.ndarray, num_classes: int, device: torch.device | str) -> Pool:
+def _one_hot(class_V: np.ndarray, num_classes: int, index: Callable[[np.ndarray], Tensor]) -> Pool:
     ids = np.flatnonzero(class_V != OUT)
-    id_M, class_M = (torch.from_numpy(x.astype(np.int64)).to(device) for x in (ids, class_V[ids]))
-    return Pool(id_M, class_M, None, len(class_V), num_classes)
+    return Pool(index(ids), index(class_V[ids]), None, len(class_V), num_classes)
 
 
 def _logsumexp(x_SN: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .byte_table import ByteTable
-from .vocab_map import RARE_BYTES, Vocabulary, keep_reachable, refuse_other_tables
+from .vocab_map import RARE_BYTES, Vocabulary, refuse_other_tables, refuse_unreachable, without_rare_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +41,8 @@ class Projection:
     def build(cls, student: Vocabulary, teacher: Vocabulary, *, top: int = 4, decay: float = 0.1) -> "Projection":
         """W from the bytes of both tables. top: pieces of a spelling that count; decay: weight of piece j is decay^j.
 
-        Stop and control ids of the student go to the last column, and so do pieces that only a rare byte keeps from being spelled.
-        Padding rows of either head are in no row and no column.
+        Stop and control ids of the student go to the last column. Padding rows of either head, and pieces that only a byte that texts
+        do without keeps from being spelled, are in no row and no column.
         ValueError: a byte that one side has no token for, a column without student mass, top < 1, decay outside (0, 1].
         """
         if top < 1 or not 0 < decay <= 1:
@@ -53,7 +53,8 @@ class Projection:
         row, column, weight = np.append(row, len(words_s)), np.append(column, silent), np.append(weight, 1.0)
         of_student = student.classes(words_s.__getitem__, len(words_s), len(words_s))
         ids, column, weight = _rows_of_ids(of_student, row, column, weight)
-        teacher_class = keep_reachable("projection", column, teacher.classes(words_t.__getitem__, silent, silent), silent + 1, teacher)
+        teacher_class = without_rare_bytes(teacher.classes(words_t.__getitem__, silent, silent), column, silent + 1, teacher)
+        refuse_unreachable("projection", column, teacher_class, silent + 1)
         return cls(ids, column, weight, teacher_class, silent + 1, student.num_rows, student.table.fingerprint(),
                    teacher.table.fingerprint())
 
@@ -95,7 +96,7 @@ def _cells(words_s: dict[bytes, int], words_t: dict[bytes, int], decay: np.ndarr
     longest = max(map(len, words_t), default=0)
     for piece, i in words_s.items():
         same = words_t.get(piece)
-        spelled = [same] if same is not None else spell_with(piece, words_t, longest, len(decay)) or [len(words_t)]
+        spelled = [same] if same is not None else spell_with(piece, words_t, longest, len(decay))
         for t, share in zip(spelled, shares[len(spelled)].tolist()):
             cells[i, t] += share
     longest = max(map(len, words_s), default=0)
@@ -112,7 +113,7 @@ def _cells(words_s: dict[bytes, int], words_t: dict[bytes, int], decay: np.ndarr
 
 
 def _rows_of_ids(row_of_id: np.ndarray, row: np.ndarray, column: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Each id takes the cells of its row; ids with row -1 take none. `row` is sorted."""
+    """Each id takes the cells of its row, if it has any; ids with row -1 take none. `row` is sorted."""
     ids = np.flatnonzero(row_of_id >= 0)
     begin = np.searchsorted(row, np.arange(row[-1] + 2))
     rows = row_of_id[ids]

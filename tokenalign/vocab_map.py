@@ -9,8 +9,9 @@ loss can compare the two models' class masses (`class_losses.class_kl`). From co
     prefix       the longest prefix of the piece that is a token on both sides, and one class of stop and control ids; refines first_byte
 
 Control ids are never matched by name (their bytes are b"" here); stop ids are, as a set: ending is the same event on both sides.
-Ids beyond the table, rows of a padded head, have class -1: they are not in the softmax. Nor are the teacher's tokens for a byte that
-texts do without and the student cannot write (SmolLM2 lacks 21 of the 256). Anything else out of the student's reach is an error.
+Ids beyond the table, rows of a padded head, have class -1: they are not in the softmax. Nor are tokens of one side for a byte that
+texts do without and the other side cannot write (SmolLM2 lacks 21 of the 256). Anything else that the teacher has and the student
+cannot reach is an error.
 
 V: student ids, W: teacher ids, N: classes, C: common spellings.
 """
@@ -151,30 +152,28 @@ def student_id_of(student: Vocabulary, teacher: Vocabulary) -> np.ndarray:
     return found
 
 
-def keep_reachable(kind: str, student_class: np.ndarray, teacher_class: np.ndarray, num_classes: int,
-                   teacher: Vocabulary) -> np.ndarray:
-    """teacher_class with OUT for the ids that only a rare byte keeps from the student; ValueError for the other lost ones."""
-    lost = _lost(student_class, teacher_class, num_classes)
-    rare = np.fromiter((not RARE_BYTES.isdisjoint(teacher.spellings[i]) for i in lost), bool, len(lost))
-    kept = teacher_class.copy()
-    kept[lost[rare]] = OUT
-    refuse_unreachable(kind, student_class, kept, num_classes)
+def without_rare_bytes(class_of_id: np.ndarray, others: np.ndarray, num_classes: int, vocabulary: Vocabulary) -> np.ndarray:
+    """class_of_id with OUT for ids of a class that only this side has, because they hold a byte that texts do without."""
+    alone = _alone(class_of_id, others, num_classes)
+    kept = class_of_id.copy()
+    kept[[i for i in alone if not RARE_BYTES.isdisjoint(vocabulary.spellings[i])]] = OUT
     return kept
 
 
 def refuse_unreachable(kind: str, student_class: np.ndarray, teacher_class: np.ndarray, num_classes: int) -> None:
     """ValueError if a class holds a teacher id and no student id: the KL would be infinite whatever the student learns."""
-    lost = _lost(student_class, teacher_class, num_classes)
+    lost = _alone(teacher_class, student_class, num_classes)
     if len(lost):
         raise ValueError(f"vocabulary map {kind!r}: {len(lost)} teacher ids are in classes without a student id, the first is id "
                          f"{lost[0]}; the KL would be infinite. A student without control ids needs its stop_ids named, and a map "
                          "needs all bytes that the teacher can write. `common` has room for anything the student lacks.")
 
 
-def _lost(student_class: np.ndarray, teacher_class: np.ndarray, num_classes: int) -> np.ndarray:
-    has_student = np.zeros(num_classes, bool)
-    has_student[student_class[student_class != OUT]] = True
-    return np.flatnonzero((teacher_class != OUT) & ~has_student[teacher_class])
+def _alone(class_of_id: np.ndarray, others: np.ndarray, num_classes: int) -> np.ndarray:
+    """Ids whose class holds none of the other side's."""
+    shared = np.zeros(num_classes, bool)
+    shared[others[others != OUT]] = True
+    return np.flatnonzero((class_of_id != OUT) & ~shared[class_of_id])
 
 
 def refuse_other_tables(name: str, built, student: ByteTable, teacher: ByteTable) -> None:
@@ -191,6 +190,7 @@ def _shared(student: Vocabulary, teacher: Vocabulary) -> dict[bytes, int]:
 
 
 def _class_map(kind, student: Vocabulary, teacher: Vocabulary, rule, num_classes: int, *, silent: int, stop: int) -> ClassMap:
-    student_class = student.classes(rule, silent, stop)
-    teacher_class = keep_reachable(kind, student_class, teacher.classes(rule, silent, stop), num_classes, teacher)
-    return ClassMap(kind, student_class, teacher_class, num_classes, silent, student.table.fingerprint(), teacher.table.fingerprint())
+    of_student, of_teacher = student.classes(rule, silent, stop), teacher.classes(rule, silent, stop)
+    return ClassMap(kind, without_rare_bytes(of_student, of_teacher, num_classes, student),
+                    without_rare_bytes(of_teacher, of_student, num_classes, teacher), num_classes, silent,
+                    student.table.fingerprint(), teacher.table.fingerprint())
