@@ -1,35 +1,56 @@
-"""Row functions of log-probability: a [rows, V] block of logits in, per-row results or the gradient out.
+"""Row functions of log-probability: a [rows, V] block of logits in, per-row statistics or the gradient out.
 
 One Triton program owns one row and streams it in [R, 8] tiles: axis 1 is 16 bytes of bf16 per thread, reduced inside the
-thread, so the loop needs no barrier. Max and log-sum stay apart until the end: their sum, the logsumexp, would round
-away the log-sum when the logits are large. CPU tensors take the PyTorch twin below each kernel.
+thread, so the loop needs no barrier. Statistics and gradient are two kernels, because a vocabulary in slices merges the
+statistics of all ranks in between. Max and log-sum stay apart until the end: their sum, the logsumexp, would round away
+the log-sum when the logits are large. CPU tensors take the PyTorch twin below each kernel.
 
-Shapes: C rows of a chunk, V vocabulary, K candidates.  Online softmax: Milakov & Gimelshein, arXiv:1805.02867.
+Targets are rows of the local slice: PADDING marks no token, ELSEWHERE a token of another rank's slice.
+
+Shapes: T tokens, C rows of a chunk, V vocabulary, K candidates.
+Online softmax: Milakov & Gimelshein, arXiv:1805.02867.
 """
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from . import _triton
 from ._chunks import wide
 from ._divergence import exp_diff
-from ._triton import LAUNCH, runs_triton, tl, triton
+from ._parallel import all_max, all_sum
+from ._triton import LAUNCH, check_ids, require, runs_triton, tl, triton
+
+PADDING, ELSEWHERE = -1, -2
+LOWEST = -1000.0  # e to it is 0 in fp64, too; stands for -inf where 0 * -inf would be NaN
+PAIRS = 64  # candidates the gradient kernel compares with each other at once; more go block by block
+
+
+class LogProb(NamedTuple):
+    logp: Tensor  # [T] or [T, K], like target
+    lse: Tensor  # [T]
+    entropy: Tensor | None  # [T] if asked for
 
 
 @triton.jit
-def logprob_forward(logits, target, logp, top, log_s, entropy, stride_t, V, K, inv_temp,
-                    ENTROPY: tl.constexpr, KB: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr):
+def logprob_stats(logits, target, chosen, top, total, weighted, stride_t, V, K, inv_temp,
+                  ENTROPY: tl.constexpr, KB: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)  # T=16k times V=152k overflows int32
+    row = logits + t * stride_t
     k = tl.arange(0, KB)
-    y = tl.load(target + t * K + k, mask=k < K, other=-1)
-    if tl.max(y, 0) < 0:  # an ignored row
-        tl.store(logp + t * K + k, tl.zeros((KB,), WIDE), mask=k < K)
+    live = 0
+    for first in range(0, K, KB):
+        y = tl.load(target + t * K + first + k, mask=first + k < K, other=-1)
+        x_k = tl.load(row + tl.where(y >= 0, y, 0), mask=y >= 0, other=0.0).to(WIDE) * inv_temp
+        tl.store(chosen + t * K + first + k, x_k, mask=first + k < K)
+        live = tl.maximum(live, tl.max((y != -1).to(tl.int32), 0))
+    if live == 0:  # an ignored row: its logits are not read
         tl.store(top + t, 0.0)
-        tl.store(log_s + t, 0.0)
+        tl.store(total + t, 1.0)
         if ENTROPY:
-            tl.store(entropy + t, 0.0)
+            tl.store(weighted + t, 0.0)
         return
 
-    row = logits + t * stride_t
     lanes = tl.arange(0, R)[:, None] * 8 + tl.arange(0, 8)[None, :]
     m = tl.full((R,), float("-inf"), WIDE)  # running max of each lane
     s = tl.zeros((R,), WIDE)  # running sum of exp(x - m)
@@ -45,55 +66,54 @@ def logprob_forward(logits, target, logp, top, log_s, entropy, stride_t, V, K, i
             w += tl.sum(tl.where(e > 0, e * (x - m_new[:, None]), 0.0), 1)
         s = s * scale + tl.sum(e, 1)
         m = m_new
-
     M = tl.max(m, 0)
     scale = exp_diff(m, M)
-    S = tl.sum(s * scale, 0)
     tl.store(top + t, M)
-    tl.store(log_s + t, tl.log(S))
+    tl.store(total + t, tl.sum(s * scale, 0))
     if ENTROPY:
-        W = tl.sum(tl.where(scale > 0, scale * (w + s * (m - M)), 0.0), 0)
-        tl.store(entropy + t, tl.log(S) - W / S)
-    chosen = (k < K) & (y >= 0)
-    x = tl.load(row + tl.where(chosen, y, 0), mask=chosen, other=0.0).to(WIDE) * inv_temp
-    tl.store(logp + t * K + k, tl.where(chosen, (x - M) - tl.log(S), 0.0), mask=k < K)
+        tl.store(weighted + t, tl.sum(tl.where(scale > 0, scale * (w + s * (m - M)), 0.0), 0))
 
 
 @triton.jit
-def logprob_backward(logits, target, top, log_s, entropy, g_logp, g_lse, g_entropy, dlogits, stride_t, stride_d, V, K,
-                     inv_temp, inv_cap, ENTROPY: tl.constexpr, CAPPED: tl.constexpr, KB: tl.constexpr, R: tl.constexpr,
-                     WIDE: tl.constexpr):
-    # dx[v] = sum_k g_k (1[v == y_k] - p_v) + g_lse p_v - g_H p_v (log p_v + H);  dlogits = dx / temperature
+def logprob_gradient(logits, target, top, log_s, entropy, g_logp, g_all, g_entropy, scratch, dlogits, stride_t, stride_d,
+                     V, K, inv_temp, inv_cap, ENTROPY: tl.constexpr, CAPPED: tl.constexpr, KB: tl.constexpr,
+                     R: tl.constexpr, WIDE: tl.constexpr):
+    # dx[v] = sum_k g_k 1[v == y_k] + g_all p_v - g_H p_v (log p_v + H);  dlogits = dx / temperature
     t = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, KB)
-    y = tl.load(target + t * K + k, mask=k < K, other=-1)
     M = tl.load(top + t)
     log_S = tl.load(log_s + t)
-    alive = (tl.max(y, 0) >= 0) & (tl.abs(M + log_S) < float("inf"))  # else ignored, or no distribution at all
-    g = tl.load(g_logp + t * K + k, mask=k < K, other=0.0).to(WIDE)
-    g = tl.where(y >= 0, g, 0.0)
-    c = tl.load(g_lse + t).to(WIDE) - tl.sum(g, 0)
+    row = logits + t * stride_t
+    out = dlogits + t * stride_d
+    lanes = tl.arange(0, R)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    if not (tl.abs(M + log_S) < float("inf")):  # ignored, or no distribution at all: nothing is read
+        for start in range(0, V, R * 8):
+            tl.store(out + start + lanes, tl.zeros((R, 8), dlogits.dtype.element_ty), mask=start + lanes < V)
+        return
+
+    c = tl.load(g_all + t).to(WIDE)
     if ENTROPY:
         g_H = tl.load(g_entropy + t).to(WIDE)
         H = tl.load(entropy + t).to(WIDE)
-
-    row = logits + t * stride_t
-    out = dlogits + t * stride_d
-    # Duplicate candidates are summed by comparison, so the scatter below needs no atomics.
-    chosen = (k < K) & (y >= 0)
-    at = tl.where(chosen, y, 0)
-    g_id = tl.sum(tl.where(y[:, None] == y[None, :], g[None, :], 0.0), 1)
-    raw_k = tl.load(row + at, mask=chosen, other=0.0).to(WIDE)
-    logp_k = (raw_k * inv_temp - M) - log_S
-    p_k = tl.exp(logp_k)
-    d_k = g_id + p_k * c
-    if ENTROPY:
-        d_k -= tl.where(p_k > 0, g_H * p_k * (logp_k + H), 0.0)
-    if CAPPED:
-        d_k *= 1.0 - (raw_k * inv_cap) * (raw_k * inv_cap)
+    k = tl.arange(0, KB)
+    # Equal candidates are summed by comparison, so the scatter below needs no atomics.
+    for first in range(0, K, KB):
+        y = tl.load(target + t * K + first + k, mask=first + k < K, other=-1)
+        g = tl.zeros((KB,), WIDE)
+        for other in range(0, K, KB):
+            y_2 = tl.load(target + t * K + other + k, mask=other + k < K, other=-1)
+            g_2 = tl.load(g_logp + t * K + other + k, mask=other + k < K, other=0.0).to(WIDE)
+            g += tl.sum(tl.where(y[:, None] == y_2[None, :], g_2[None, :], 0.0), 1)
+        raw = tl.load(row + tl.where(y >= 0, y, 0), mask=y >= 0, other=0.0).to(WIDE)
+        logp = (raw * inv_temp - M) - log_S
+        p = tl.exp(logp)
+        d = g + p * c
+        if ENTROPY:
+            d -= tl.where(p > 0, g_H * p * (logp + H), 0.0)
+        if CAPPED:
+            d *= 1.0 - (raw * inv_cap) * (raw * inv_cap)
+        tl.store(scratch + t * K + first + k, d * inv_temp, mask=first + k < K)
     tl.debug_barrier()  # dlogits may be logits itself: every candidate is read before the sweep overwrites it
 
-    lanes = tl.arange(0, R)[:, None] * 8 + tl.arange(0, 8)[None, :]
     for start in range(0, V, R * 8):
         v = start + lanes
         raw = tl.load(row + v, mask=v < V, other=float("-inf")).to(WIDE)
@@ -104,76 +124,128 @@ def logprob_backward(logits, target, top, log_s, entropy, g_logp, g_lse, g_entro
             d -= tl.where(p > 0, g_H * p * (logp + H), 0.0)
         if CAPPED:
             d *= 1.0 - (raw * inv_cap) * (raw * inv_cap)
-        tl.store(out + v, tl.where(alive, d * inv_temp, 0.0).to(dlogits.dtype.element_ty), mask=v < V)
+        tl.store(out + v, (d * inv_temp).to(dlogits.dtype.element_ty), mask=v < V)
     tl.debug_barrier()
-    tl.store(out + at, tl.where(alive, d_k * inv_temp, 0.0).to(dlogits.dtype.element_ty), mask=chosen)
+    for first in range(0, K, KB):
+        y = tl.load(target + t * K + first + k, mask=first + k < K, other=-1)
+        d = tl.load(scratch + t * K + first + k, mask=first + k < K, other=0.0)
+        tl.store(out + tl.where(y >= 0, y, 0), d.to(dlogits.dtype.element_ty), mask=y >= 0)
 
 
 def _kernel_options(logits_CV: Tensor, K: int) -> dict:
     double = wide(logits_CV.dtype) == torch.float64
-    return {"KB": triton.next_power_of_2(K), "R": max(1, _triton.BLOCK_V // 8),
+    return {"KB": min(triton.next_power_of_2(K), PAIRS), "R": max(1, _triton.BLOCK_V // 8),
             "WIDE": tl.float64 if double else tl.float32, **LAUNCH}
 
 
-def logprob_rows(logits_CV: Tensor, target_CK: Tensor, inv_temp: float, entropy: bool) -> tuple[Tensor, ...]:
-    """(logp [C, K], top [C], log_s [C], entropy [C] or empty). logsumexp = top + log_s."""
-    (C, V), K = logits_CV.shape, target_CK.shape[1]
-    if not runs_triton(logits_CV):
-        return _logprob_rows_torch(logits_CV, target_CK, inv_temp, entropy)
-    dtype = wide(logits_CV.dtype)
-    logp_CK = logits_CV.new_empty(C, K, dtype=dtype)
-    top_C, log_s_C, entropy_C = (logits_CV.new_empty(n, dtype=dtype) for n in (C, C, C if entropy else 0))
-    logprob_forward[(C,)](logits_CV, target_CK, logp_CK, top_C, log_s_C, entropy_C, logits_CV.stride(0), V, K, inv_temp,
-                          ENTROPY=entropy, **_kernel_options(logits_CV, K))
-    return logp_CK, top_C, log_s_C, entropy_C
+def check_target(op: str, target: Tensor, T: int, V: int) -> Tensor:
+    """target as int64 [T, K], with PADDING where it is not a token."""
+    shape = target.shape
+    require(len(shape) in (1, 2) and shape[0] == T and shape[1:] != (0,) and not target.is_floating_point(),
+            f"{op}: target is {target.dtype} {list(shape)} for {T} rows; want integers [T], or [T, K] with K >= 1")
+    check_ids(op, target, V, distinct=False)
+    target_TK = (target[:, None] if target.ndim == 1 else target).long()
+    return target_TK.masked_fill((target_TK < 0) | (target_TK >= V), PADDING).contiguous()
 
 
-def logprob_rows_backward(logits_CV: Tensor, target_CK: Tensor, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...],
-                          inv_temp: float, softcap: float, out_CV: Tensor) -> Tensor:
-    """dlogits [C, V]; a kernel writes it to out, which may be logits. saved: top, log_s, entropy; grads: of logp, lse,
-    entropy."""
+def local_target(target_TK: Tensor, start: int, width: int, rows_M: Tensor | None = None) -> Tensor:
+    """Ids of the whole vocabulary as rows of the slice start .. start + width. Rows that were not chosen are padding."""
+    padding_TK = target_TK == PADDING
+    if rows_M is not None:
+        left_out_T = torch.ones_like(padding_TK[:, 0]).index_fill_(0, rows_M, False)
+        padding_TK = padding_TK | left_out_T[:, None]
+    mine_TK = (target_TK >= start) & (target_TK < start + width)
+    return torch.where(padding_TK, PADDING, torch.where(mine_TK, target_TK - start, ELSEWHERE))
+
+
+def logprob_rows(logits_CV: Tensor, target_CK: Tensor, inv_temp: float, entropy: bool, group: str = "",
+                 ) -> tuple[Tensor, ...]:
+    """logp [C, K], lse [C], entropy [C] or empty; and for the gradient top [C], log_s [C]: lse = top + log_s."""
     (C, V), K = logits_CV.shape, target_CK.shape[1]
     if not runs_triton(logits_CV):
-        return _logprob_rows_backward_torch(logits_CV, target_CK, saved[2], grads, inv_temp, softcap)
-    logprob_backward[(C,)](logits_CV, target_CK, *saved, *grads, out_CV, logits_CV.stride(0), out_CV.stride(0), V, K,
-                           inv_temp, 1 / softcap if softcap else 0.0, ENTROPY=saved[2].numel() > 0, CAPPED=softcap > 0,
-                           **_kernel_options(logits_CV, K))
+        return _merge(*_stats_torch(logits_CV, target_CK, inv_temp, entropy), target_CK, group)
+    chosen_CK, top_C, total_C, weighted_C = (
+        logits_CV.new_empty(n, dtype=wide(logits_CV.dtype)) for n in ((C, K), C, C, C if entropy else 0))
+    logprob_stats[(C,)](logits_CV, target_CK, chosen_CK, top_C, total_C, weighted_C, logits_CV.stride(0), V, K, inv_temp,
+                        ENTROPY=entropy, **_kernel_options(logits_CV, K))
+    return _merge(chosen_CK, top_C, total_C, weighted_C, target_CK, group)
+
+
+def _merge(chosen_CK: Tensor, top_C: Tensor, total_C: Tensor, weighted_C: Tensor, target_CK: Tensor, group: str,
+           ) -> tuple[Tensor, ...]:
+    """From a slice's statistics to the whole vocabulary's: one MAX and one SUM all-reduce of 3 + K numbers a row."""
+    peak_C = all_max(top_C.clone(), group) if group else top_C
+    x_CK = torch.where(target_CK >= 0, chosen_CK - peak_C[:, None], 0.0)
+    if group:
+        shift_C = torch.where(top_C == -torch.inf, 0.0, top_C - peak_C)  # nothing in this slice: its sums are 0
+        parts = [x_CK, (total_C * shift_C.exp())[:, None]]
+        if weighted_C.numel():
+            parts.append(((weighted_C + total_C * shift_C) * shift_C.exp())[:, None])
+        x_CK, total_C, *weighted = all_sum(torch.cat(parts, 1), group).split([x_CK.shape[1]] + [1] * (len(parts) - 1), 1)
+        total_C, weighted_C = total_C[:, 0], weighted[0][:, 0] if weighted else weighted_C
+    ignored_C = (target_CK == PADDING).all(1)
+    log_s_C = total_C.log()
+    logp_CK = torch.where(target_CK == PADDING, 0.0, x_CK - log_s_C[:, None])
+    lse_C = torch.where(ignored_C, 0.0, peak_C + log_s_C)
+    if weighted_C.numel():
+        weighted_C = torch.where(ignored_C, 0.0, log_s_C - weighted_C / total_C)
+    # An infinite log-sum tells the gradient that a row is ignored, whatever stands in its logits.
+    return (logp_CK, lse_C, weighted_C, torch.where(ignored_C, 0.0, peak_C), torch.where(ignored_C, torch.inf, log_s_C))
+
+
+def upstream(target_CK: Tensor, logp_CK: Tensor, g_logp_CK: Tensor, g_lse_C: Tensor | None = None,
+             ) -> tuple[Tensor, Tensor]:
+    """(g_logp, g_all) for `logprob_gradient_`: what each candidate gets, and what all p_v share, g_lse - sum g_logp.
+
+    A candidate whose log-probability is not finite gets nothing and takes nothing from the others.
+    """
+    g_CK = torch.where((target_CK != PADDING) & logp_CK.isfinite(), g_logp_CK, 0.0).contiguous()
+    return g_CK, -g_CK.sum(1) if g_lse_C is None else g_lse_C - g_CK.sum(1)
+
+
+def logprob_gradient_(logits_CV: Tensor, target_CK: Tensor, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...],
+                      inv_temp: float, softcap: float, out_CV: Tensor) -> Tensor:
+    """Writes dlogits into out, which may be logits. saved: top, log_s, entropy; grads: g_logp, g_all, g_entropy."""
+    (C, V), K = logits_CV.shape, target_CK.shape[1]
+    if not runs_triton(logits_CV):
+        return _gradient_torch_(logits_CV, target_CK, saved, grads, inv_temp, softcap, out_CV)
+    scratch_CK = torch.empty_like(grads[0])
+    logprob_gradient[(C,)](logits_CV, target_CK, *saved, *grads, scratch_CK, out_CV, logits_CV.stride(0),
+                           out_CV.stride(0), V, K, inv_temp, 1 / softcap if softcap else 0.0,
+                           ENTROPY=saved[2].numel() > 0, CAPPED=softcap > 0, **_kernel_options(logits_CV, K))
     return out_CV
 
 
-def _log_softmax(logits_CV: Tensor, inv_temp: float) -> Tensor:
+def _scaled(logits_CV: Tensor, inv_temp: float) -> Tensor:
     x_CV = logits_CV.to(wide(logits_CV.dtype))
-    return (x_CV if inv_temp == 1 else x_CV * inv_temp).log_softmax(-1)
+    return x_CV if inv_temp == 1 else x_CV * inv_temp
 
 
-def _logprob_rows_torch(logits_CV: Tensor, target_CK: Tensor, inv_temp: float, entropy: bool) -> tuple[Tensor, ...]:
-    logp_CV = _log_softmax(logits_CV, inv_temp)
-    logp_CK = logp_CV.gather(1, target_CK.clamp(min=0)).masked_fill_(target_CK < 0, 0.0)
-    ignored_C = (target_CK < 0).all(1)
-    log_s_C = logp_CV.amax(1).neg_().masked_fill_(ignored_C, 0.0)
-    top_C = logits_CV.amax(1).to(log_s_C.dtype).mul_(inv_temp).masked_fill_(ignored_C, 0.0)
+def _stats_torch(logits_CV: Tensor, target_CK: Tensor, inv_temp: float, entropy: bool) -> tuple[Tensor, ...]:
+    if not logits_CV.shape[1]:  # a slice of nothing but padding: a maximum wants something to look at
+        logits_CV = logits_CV.new_full((logits_CV.shape[0], 1), -torch.inf)
+    x_CV = _scaled(logits_CV, inv_temp)
+    chosen_CK = x_CV.gather(1, target_CK.clamp(min=0))
+    top_C = x_CV.amax(1)
+    shifted_CV = x_CV - torch.where(top_C == -torch.inf, 0.0, top_C)[:, None]
     if not entropy:
-        return logp_CK, top_C, log_s_C, logits_CV.new_empty(0, dtype=log_s_C.dtype)
-    p_CV = logp_CV.exp()
-    lowest = torch.finfo(logp_CV.dtype).min  # 0 * -inf would be NaN
-    entropy_C = p_CV.mul_(logp_CV.clamp_(min=lowest)).sum(1).neg_().masked_fill_(ignored_C, 0.0)
-    return logp_CK, top_C, log_s_C, entropy_C
+        return chosen_CK, top_C, shifted_CV.exp_().sum(1), top_C.new_empty(0)
+    e_CV = shifted_CV.exp()
+    return chosen_CK, top_C, e_CV.sum(1), e_CV.mul_(shifted_CV.clamp_(min=LOWEST)).sum(1)
 
 
-def _logprob_rows_backward_torch(logits_CV: Tensor, target_CK: Tensor, entropy_C: Tensor, grads: tuple[Tensor, ...],
-                                 inv_temp: float, softcap: float) -> Tensor:
-    g_logp_CK, g_lse_C, g_entropy_C = grads
-    logp_CV = _log_softmax(logits_CV, inv_temp)
-    g_CK = g_logp_CK.masked_fill(target_CK < 0, 0.0)
-    c_C1 = (g_lse_C - g_CK.sum(1))[:, None]
+def _gradient_torch_(logits_CV: Tensor, target_CK: Tensor, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...],
+                     inv_temp: float, softcap: float, out_CV: Tensor) -> Tensor:
+    (top_C, log_s_C, entropy_C), (g_logp_CK, g_all_C, g_entropy_C) = saved, grads
+    logp_CV = (_scaled(logits_CV, inv_temp) - top_C[:, None]).sub_(log_s_C[:, None])
     d_CV = logp_CV.exp()
     if entropy_C.numel():
-        logp_CV.clamp_(min=torch.finfo(logp_CV.dtype).min)  # 0 * -inf would be NaN
-        d_CV.mul_(logp_CV.add_(entropy_C[:, None]).mul_(-g_entropy_C[:, None]).add_(c_C1))
+        d_CV.mul_(logp_CV.clamp_(min=LOWEST).add_(entropy_C[:, None]).mul_(-g_entropy_C[:, None]).add_(g_all_C[:, None]))
     else:
-        d_CV.mul_(c_C1)
-    d_CV.scatter_add_(1, target_CK.clamp(min=0), g_CK)
+        d_CV.mul_(g_all_C[:, None])
+    if d_CV.shape[1]:
+        d_CV.scatter_add_(1, target_CK.clamp(min=0), torch.where(target_CK >= 0, g_logp_CK, 0.0))
     if softcap:
         d_CV.mul_(1 - (logits_CV / softcap).square_())
-    dead_C = (target_CK < 0).all(1) | ~logits_CV.amax(1).isfinite()  # ignored, or no distribution at all
-    return d_CV.mul_(inv_temp).masked_fill_(dead_C[:, None], 0.0)
+    dead_C1 = ~(top_C + log_s_C).isfinite()[:, None]  # ignored, or no distribution at all
+    return out_CV.copy_(d_CV.mul_(inv_temp).masked_fill_(dead_C1, 0.0))
