@@ -24,7 +24,7 @@ STEP = 4  # columns of a class that one step reads; most classes of a vocabulary
 
 
 @triton.jit
-def class_sums(x, first, top, sums, stride_t, N, inv_temp, CLASSES: tl.constexpr, STEP: tl.constexpr, LONG: tl.constexpr,
+def class_sums(by_class, first, top, sums, stride_t, N, inv_temp, CLASSES: tl.constexpr, STEP: tl.constexpr, LONG: tl.constexpr,
                WIDE: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)  # T=16k times V=152k overflows int32
     c = tl.program_id(1) * CLASSES + tl.arange(0, CLASSES)
@@ -38,7 +38,7 @@ def class_sums(x, first, top, sums, stride_t, N, inv_temp, CLASSES: tl.constexpr
     for start in range(0, tl.max(end - begin, 0), STEP):
         at = begin[:, None] + start + step[None, :]
         live = at < end[:, None]
-        a = tl.load(x + t * stride_t + at, mask=live, other=0.0).to(WIDE) * inv_temp
+        a = tl.load(by_class + t * stride_t + at, mask=live, other=0.0).to(WIDE) * inv_temp
         a = tl.where(live, a, float("-inf"))
         new = tl.maximum(m, tl.max(a, 1))
         s = s * exp_diff(m, new) + tl.sum(exp_diff(a, new[:, None]), 1)
@@ -48,7 +48,7 @@ def class_sums(x, first, top, sums, stride_t, N, inv_temp, CLASSES: tl.constexpr
 
 
 @triton.jit
-def long_class_sums(x, first, long, top, sums, stride_t, N, inv_temp, R: tl.constexpr, WIDE: tl.constexpr):
+def long_class_sums(by_class, first, long, top, sums, stride_t, N, inv_temp, R: tl.constexpr, WIDE: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     c = tl.load(long + tl.program_id(1))
     begin = tl.load(first + c)
@@ -58,7 +58,7 @@ def long_class_sums(x, first, long, top, sums, stride_t, N, inv_temp, R: tl.cons
     s = tl.zeros((R,), WIDE)
     for start in range(0, end - begin, R * 8):
         at = begin + start + lanes
-        a = tl.load(x + t * stride_t + at, mask=at < end, other=0.0).to(WIDE) * inv_temp
+        a = tl.load(by_class + t * stride_t + at, mask=at < end, other=0.0).to(WIDE) * inv_temp
         a = tl.where(at < end, a, float("-inf"))
         new = tl.maximum(m, tl.max(a, 1))
         s = s * exp_diff(m, new) + tl.sum(exp_diff(a, new[:, None]), 1)

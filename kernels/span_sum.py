@@ -2,8 +2,9 @@
 
     sums[s] = sum of x[t] over the tokens t with span[t] == s
 
-Tokens with span -1 lie outside every span; a span without tokens sums to 0. The backward is a gather:
-dx[t] = dsums[span[t]]. fp32 accumulation in token order, or fp64 when given fp64; two runs are bitwise equal.
+Tokens with span -1, or beyond the last span, lie outside every span; a span without tokens sums to 0. The backward is a
+gather: dx[t] = dsums[span[t]]. fp32 accumulation, or fp64 when given fp64, in an order that depends on the span alone: two
+runs are bitwise equal, and so are a span's sums in whatever batch it is packed into.
 
 Shapes: T tokens, S spans.
 """
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._chunks import wide
-from ._triton import LAUNCH, require, runs_triton, tl, triton
+from ._triton import LAUNCH, check_ids, require, runs_triton, tl, triton
 
 SPANS = 128  # spans of one program
 STEP = 4  # tokens of a span that one step reads; most spans are shorter
@@ -20,12 +21,17 @@ STEP = 4  # tokens of a span that one step reads; most spans are shorter
 def span_sum_ref(x_T: Tensor, span_T: Tensor, num_spans: int) -> Tensor:
     """The definition. The last row collects what lies outside."""
     dtype = wide(x_T.dtype)
-    inside_T = torch.where(span_T < 0, num_spans, span_T).long()
-    return torch.zeros(num_spans + 1, dtype=dtype, device=x_T.device).index_add(0, inside_T, x_T.to(dtype))[:num_spans]
+    sums = torch.zeros(num_spans + 1, dtype=dtype, device=x_T.device)
+    return sums.index_add(0, _row_of(span_T, num_spans), x_T.to(dtype))[:num_spans]
+
+
+def _row_of(span_T: Tensor, num_spans: int) -> Tensor:
+    """Spans as rows of [S + 1]: row S is outside."""
+    return torch.where((span_T < 0) | (span_T >= num_spans), num_spans, span_T).long()
 
 
 @triton.jit
-def _sum(x, order, offset, sums, S, SPANS: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr):
+def _sum(values, order, offset, sums, S, SPANS: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr):
     # Tokens sorted by span; span s owns order[offset[s] : offset[s + 1]].
     s = tl.program_id(0) * SPANS + tl.arange(0, SPANS)
     first = tl.load(offset + s, mask=s < S, other=0)
@@ -36,7 +42,7 @@ def _sum(x, order, offset, sums, S, SPANS: tl.constexpr, STEP: tl.constexpr, WID
         at = first[:, None] + start + step[None, :]
         live = at < last[:, None]
         t = tl.load(order + at, mask=live, other=0)
-        total += tl.sum(tl.load(x + t, mask=live, other=0.0).to(WIDE), 1)
+        total += tl.sum(tl.load(values + t, mask=live, other=0.0).to(WIDE), 1)
     tl.store(sums + s, total, mask=s < S)
 
 
@@ -69,7 +75,7 @@ def _save(ctx, inputs, output):
 def _grad(ctx, grad_S):
     (span_T,) = ctx.saved_tensors
     padded = torch.cat([grad_S, grad_S.new_zeros(1)])  # row num_spans: outside
-    return padded[torch.where(span_T < 0, ctx.num_spans, span_T).long()].to(ctx.dtype), None, None
+    return padded[_row_of(span_T, ctx.num_spans)].to(ctx.dtype), None, None
 
 
 _op.register_fake(_fake)
@@ -79,13 +85,16 @@ _op.register_autograd(_grad, setup_context=_save)
 def span_sum(x_T: Tensor, span_T: Tensor, num_spans: int) -> Tensor:
     """sums fp32 [S] (fp64 for fp64 x) of x [T] over span int [T]; -1 is outside. Differentiable in x.
 
-    span values must lie in -1 .. num_spans - 1 and need not be sorted. They are not checked: that would wait for the
-    device. ValueError on shapes or a span that is not an integer tensor.
+    x is any floating dtype. span values need not be sorted; those outside 0 .. num_spans - 1 belong to no span. Weigh tokens
+    by multiplying x. Packed sequences: shift row b's spans by the number of spans before it and flatten.
+    ValueError on shapes or a span that is not an integer tensor.
     """
     require(x_T.ndim == 1 and span_T.shape == x_T.shape,
             f"span_sum: x is {list(x_T.shape)} and span {list(span_T.shape)}; want [T] and [T]. "
             "Flatten a batch, and shift row b's spans by the spans before it")
     require(span_T.dtype in (torch.int32, torch.int64),
             f"span_sum: span is {span_T.dtype}; want int32 or int64 span ids. Convert a mask with span.long()")
+    require(x_T.is_floating_point(), f"span_sum: x is {x_T.dtype}; want floats. Count tokens with torch.bincount")
     require(num_spans >= 0, f"span_sum: num_spans is {num_spans}; want >= 0")
+    check_ids("span_sum", span_T, num_spans, distinct=False)
     return _op(x_T, span_T, num_spans)
