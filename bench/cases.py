@@ -11,11 +11,14 @@ from torch import Tensor
 
 from reflux.kernels.linear_kl import linear_kl, linear_kl_ref
 from reflux.kernels.linear_logprob import linear_logprob, linear_logprob_ref
+from reflux.kernels.linear_nll import linear_nll, linear_nll_ref
 from reflux.kernels.linear_topk_kl import linear_topk_kl, linear_topk_kl_ref
+from reflux.kernels.renormalised_topk_kl import renormalised_topk_kl, renormalised_topk_kl_ref
 from reflux.kernels.span_sum import span_sum, span_sum_ref
 from reflux.kernels.teacher_topk import teacher_topk, teacher_topk_ref
 from reflux.kernels.token_kl import token_kl, token_kl_ref
 from reflux.kernels.token_logprob import token_logprob, token_logprob_ref
+from reflux.kernels.topk_tail_kl import topk_tail_kl, topk_tail_kl_ref
 
 BANDWIDTH, FLOPS = 4.3e12, 790e12  # B/s, FLOP/s
 
@@ -94,6 +97,12 @@ def _linear_logprob(s: Shape, device: str) -> Case:
     return Case(s, 0, 4 * 2 * s.T * s.V * s.D, *_pair(linear_logprob, linear_logprob_ref, args))
 
 
+def _linear_nll(s: Shape, device: str) -> Case:
+    x_TD, w_VD, _, _ = _linear(s, device)
+    args = x_TD, w_VD, torch.randint(s.V, (s.T,), device=device)
+    return Case(s, 0, 3 * 2 * s.T * s.V * s.D, *_pair(linear_nll, linear_nll_ref, args))
+
+
 def _linear_kl(s: Shape, device: str) -> Case:
     return Case(s, 0, 2 * s.T * s.V * (3 * s.D + s.E), *_pair(linear_kl, linear_kl_ref, _linear(s, device)))
 
@@ -104,6 +113,19 @@ def _linear_topk_kl(s: Shape, device: str) -> Case:
     return Case(s, 0, 2 * s.T * s.V * 3 * s.D, *_pair(linear_topk_kl, linear_topk_kl_ref, args))
 
 
+def _topk_tail_kl(s: Shape, device: str) -> Case:
+    kept = teacher_topk(_randn(s.T, s.E, device=device), _randn(s.V, s.E, device=device), s.K)
+    args = _randn(s.T, s.V, device=device, grad=True), *kept
+    return Case(s, 6 * s.T * s.V, 0, *_pair(topk_tail_kl, topk_tail_kl_ref, args))
+
+
+def _renormalised_topk_kl(s: Shape, device: str) -> Case:
+    x_TD, w_VD, *teacher = _linear(s, device)
+    kept = teacher_topk(*teacher, s.K)
+    args = x_TD, w_VD, kept.ids, kept.logp
+    return Case(s, 3 * 2 * s.T * s.K * s.D, 0, *_pair(renormalised_topk_kl, renormalised_topk_kl_ref, args))
+
+
 def _teacher_topk(s: Shape, device: str) -> Case:
     _, _, x_TE, w_VE = _linear(s, device)
     return Case(s, 0, 2 * s.T * s.V * s.E, lambda: teacher_topk(x_TE, w_VE, s.K),
@@ -112,4 +134,6 @@ def _teacher_topk(s: Shape, device: str) -> Case:
 
 OPS: dict[str, Callable[[Shape, str], Case]] = {
     "span_sum": _span_sum, "token_logprob": _token_logprob, "token_kl": _token_kl, "linear_logprob": _linear_logprob,
-    "linear_kl": _linear_kl, "linear_topk_kl": _linear_topk_kl, "teacher_topk": _teacher_topk}
+    "linear_nll": _linear_nll,
+    "linear_kl": _linear_kl, "linear_topk_kl": _linear_topk_kl, "teacher_topk": _teacher_topk,
+    "topk_tail_kl": _topk_tail_kl, "renormalised_topk_kl": _renormalised_topk_kl}

@@ -1,40 +1,104 @@
-"""Row function of the truncated divergences: a [rows, V] block of student logits against kept teacher rows.
+"""Row functions of the truncated divergences: a [rows, V] block of student logits against kept teacher rows.
 
-The K logits of the support are lifted out and -inf written in their place; the streaming logsumexp of what is left *is*
-the tail. No log(1 - sum p), which returns nothing at a tail of 1e-9. The gradient sweep then writes the tail's gradient
-(0 at the support, where exp(-inf) stands) and the K gradients of the support go on top.
+`lift_` takes the K logits of the support out and writes -inf in their place; the max and the sum of the rest, streamed,
+*are* the tail. No log(1 - sum p), which returns nothing at a tail of 1e-9. `topk_terms` makes of these K + 2 numbers kl,
+the gradients of the K logits, and the share by which exp(a - tail max) becomes the gradient of a tail logit a. `spread_`
+writes both over the logits. Between the first two, ranks that hold slices of a vocabulary add up.
+
+Ids are -1 where padded (`kept_rows`), else distinct and < V.
 
 Shapes: C rows of a chunk, V vocabulary, K kept ids.
 """
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from . import _triton
+from ._chunks import wide
 from ._divergence import MODES, divergence_terms, exp_diff, terms
-from ._triton import LAUNCH, runs_triton, tl, triton
+from ._parallel import all_sum, merge_sums
+from ._triton import LAUNCH, check_ids, require, runs_triton, tl, triton
 
-TAILS = ("ghost", "renorm", "drop", "sampled")  # their index is TAIL in the kernel
+TAILS = ("ghost", "renorm", "drop", "sampled")  # their index is TAIL in the kernels
+
+
+class Kind(NamedTuple):
+    """Which truncated divergence of which logits."""
+
+    mode: str
+    tail: str
+    beta: float
+    inv_temp: float  # logits are multiplied by this, logit_scale included where there is no cap
+    softcap: float  # 0.0: none
+    vocab_size: int  # of all slices together
+
+
+def kept_rows(ids_TK: Tensor, logp_TK: Tensor, tail_T: Tensor | None, tail: str, V: int, dtype: torch.dtype,
+              ) -> tuple[Tensor, Tensor, Tensor]:
+    """The teacher as the kernels want it: ids and logp with -1 and -inf where padded (ids < 0 or >= V, logp -inf), and the
+    log-mass of its tail, -inf for kinds that give it none. A NaN is no padding: it must reach kl."""
+    live_TK = (ids_TK >= 0) & (ids_TK < V) & (logp_TK != -torch.inf)
+    logp_TK = torch.where(live_TK, logp_TK.detach(), -torch.inf).to(dtype)
+    tail_T = tail_T.detach().to(dtype).contiguous() if tail == "ghost" else logp_TK.new_full(ids_TK.shape[:1], -torch.inf)
+    return torch.where(live_TK, ids_TK, -1).contiguous(), logp_TK.contiguous(), tail_T
+
+
+def local_ids(ids_TK: Tensor, start: int, width: int, group: str) -> Tensor:
+    """ids counted from the start of this rank's slice of the vocabulary, -1 for those outside it."""
+    if not group:
+        return ids_TK
+    return torch.where((ids_TK >= start) & (ids_TK < start + width), ids_TK - start, -1)
+
+
+def check_kept(op: str, V: int, T: int, ids_TK: Tensor, teacher_logp_TK: Tensor, teacher_tail_T: Tensor | None,
+               mode: str, tail: str, allow_drop: bool) -> None:
+    """Refuse what cannot be a teacher's kept classes, and the tails that teach nothing or the wrong thing."""
+    shape = ids_TK.shape
+    require(tail in TAILS, f"{op}: tail is {tail!r}; want one of {', '.join(TAILS)}")
+    require(ids_TK.ndim == 2 and shape[0] == T and teacher_logp_TK.shape == shape,
+            f"{op}: ids is {list(shape)} and teacher_logp {list(teacher_logp_TK.shape)} for {T} rows; want [T, K] both")
+    require(ids_TK.dtype in (torch.int32, torch.int64), f"{op}: ids is {ids_TK.dtype}; want int32 or int64")
+    require(teacher_logp_TK.dtype in (torch.float32, torch.float64),
+            f"{op}: teacher_logp is {teacher_logp_TK.dtype}; want float32. 16 bits are 0.06 apart at 8 nats, so store "
+            "float32; casting here cannot restore them")
+    require(1 <= shape[1] <= V, f"{op}: K is {shape[1]} of {V} classes; want 1 <= K <= V. Drop the padding columns")
+    require(tail != "renorm" or shape[1] > 1,
+            f"{op}: renorm at K = 1 is 0 whatever the student says. Keep more ids, or use tail='ghost'")
+    require(tail not in ("drop", "sampled") or mode == "forward",
+            f"{op}: tail={tail!r} in mode {mode}; want forward. Elsewhere it falls when the whole support is pushed "
+            "down: use tail='ghost'")
+    require(tail != "drop" or allow_drop,
+            f"{op}: tail='drop' is no divergence: it can be negative, and a student equal to the teacher still gets a "
+            "gradient. Use tail='ghost', or pass allow_drop=True to reproduce a result that was made with it")
+    require(tail != "ghost" or teacher_tail_T is not None,
+            f"{op}: ghost needs teacher_tail [T], the log of the teacher's mass outside ids at this temperature. "
+            "teacher_topk returns it; without it use tail='renorm'")
+    require(teacher_tail_T is None or teacher_tail_T.shape == (T,),
+            f"{op}: teacher_tail is {list(getattr(teacher_tail_T, 'shape', []))} for {T} rows; want [T]")
+    check_ids(op, ids_TK, V)
+
+
+def check_temperature(op: str, temperature: float, teacher_temperature: float | None) -> None:
+    require(teacher_temperature in (None, temperature),
+            f"{op}: temperature is {temperature} and the kept teacher rows hold at {teacher_temperature}; want them equal. "
+            "K log-probabilities at one temperature do not tell the tail at another: keep them at this temperature")
 
 
 @triton.jit
-def topk_sweeps(z, ids, teacher_logp, teacher_tail, kl, coeff, stride_z, V, K, inv_temp, inv_cap, beta,
-                MODE: tl.constexpr, TAIL: tl.constexpr, GRADIENT: tl.constexpr, CAPPED: tl.constexpr, KB: tl.constexpr,
-                R: tl.constexpr, WIDE: tl.constexpr):
+def topk_lift(z, ids, raw_k, tail_max, tail_sum, stride_z, V, K, inv_temp, KB: tl.constexpr, R: tl.constexpr,
+              WIDE: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)  # T=16k times V=152k overflows int32
     row = z + t * stride_z
     k = tl.arange(0, KB)
     y = tl.load(ids + t * K + k, mask=k < K, other=-1)
-    logq = tl.load(teacher_logp + t * K + k, mask=k < K, other=float("-inf")).to(WIDE)
-    live = (k < K) & (y >= 0) & (y < V) & (logq > float("-inf"))
-    n_live = tl.sum(live.to(tl.int32), 0)
-    y = tl.where(live, y, 0)
-    logq = tl.where(live, logq, float("-inf"))
-    raw_k = tl.load(row + y, mask=live, other=float("-inf")).to(WIDE)
-    a_k = raw_k * inv_temp
+    here = y >= 0
+    y = tl.where(here, y, 0)
+    raw = tl.load(row + y, mask=here, other=0.0).to(WIDE)
     tl.debug_barrier()  # every read of the support before any thread knocks it out
-    tl.store(row + y, tl.full((KB,), float("-inf"), z.dtype.element_ty), mask=live)
+    tl.store(row + y, tl.full((KB,), float("-inf"), z.dtype.element_ty), mask=here)
+    tl.store(raw_k + t * K + k, raw, mask=k < K)
     tl.debug_barrier()
-
     lanes = tl.arange(0, R)[:, None] * 8 + tl.arange(0, 8)[None, :]
     m = tl.full((R,), float("-inf"), WIDE)
     s = tl.zeros((R,), WIDE)
@@ -45,117 +109,221 @@ def topk_sweeps(z, ids, teacher_logp, teacher_tail, kl, coeff, stride_z, V, K, i
         s = s * exp_diff(m, m_new) + tl.sum(exp_diff(a, m_new[:, None]), 1)
         m = m_new
     M = tl.max(m, 0)
-    tail_lse = tl.where(M == float("-inf"), float("-inf"), M + tl.log(tl.sum(s * exp_diff(m, M), 0)))
-    m_k = tl.max(a_k, 0)
-    support_lse = tl.where(m_k == float("-inf"), float("-inf"), m_k + tl.log(tl.sum(exp_diff(a_k, m_k), 0)))
-    top = tl.maximum(support_lse, tail_lse)
-    lse = top + tl.log(exp_diff(support_lse, top) + exp_diff(tail_lse, top))
+    tl.store(tail_max + t, M)
+    tl.store(tail_sum + t, tl.sum(s * exp_diff(m, M), 0))
 
+
+@triton.jit
+def topk_terms(raw_k, teacher_logp, teacher_tail, tail_max, tail_sum, coeff, kl, d_k, share, K, V, inv_temp, inv_cap, beta,
+               MODE: tl.constexpr, TAIL: tl.constexpr, CAPPED: tl.constexpr, KB: tl.constexpr, WIDE: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, KB)
+    logq = tl.load(teacher_logp + t * K + k, mask=k < K, other=float("-inf")).to(WIDE)
+    raw = tl.load(raw_k + t * K + k, mask=k < K, other=0.0).to(WIDE)
+    live = logq != float("-inf")
+    n_live = tl.sum(live.to(tl.int32), 0)
+    a = tl.where(live, raw * inv_temp, float("-inf"))
+    top = tl.max(a, 0)
+    if TAIL != 1:
+        M = tl.load(tail_max + t).to(WIDE)
+        S = tl.load(tail_sum + t).to(WIDE)
+        top = tl.maximum(top, M)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    s = tl.sum(tl.exp(a - top), 0)
+    if TAIL != 1:
+        s_tail = S * tl.exp(M - top)
+        s += s_tail
+    log_s = tl.log(s)  # kept apart from the maximum, which may be large
+    logp = tl.where(live, (a - top) - log_s, float("-inf"))
     if TAIL == 1:
         m_q = tl.max(logq, 0)
-        logq = tl.where(live, logq - (m_q + tl.log(tl.sum(exp_diff(logq, m_q), 0))), float("-inf"))
-        logp = tl.where(live, a_k - support_lse, float("-inf"))
-    else:
-        logp = tl.where(live, a_k - lse, float("-inf"))
+        m_q = tl.where(m_q == float("-inf"), 0.0, m_q)
+        logq = tl.where(live, (logq - m_q) - tl.log(tl.sum(tl.exp(logq - m_q), 0)), float("-inf"))
     one, g = terms(logp, logq, logp - logq, beta, MODE)
     if TAIL == 3:
         one = tl.where(live, -tl.exp(logq) * logp, 0.0)
     loss = tl.sum(one, 0)
     G = tl.sum(g, 0)
-    g_tail = loss * 0.0
-    p_tail = loss * 0.0
-    if TAIL == 0:
-        logp_tail = tail_lse - lse
+    if TAIL != 1:  # one more class
+        logp_tail = (M - top) + (tl.log(S) - log_s)
         logq_tail = tl.load(teacher_tail + t).to(WIDE)
         logq_tail = tl.where(n_live == V, float("-inf"), logq_tail)  # no tail, whatever its mass was rounded to
         l_tail, g_tail = terms(logp_tail, logq_tail, logp_tail - logq_tail, beta, MODE)
         loss += l_tail
         G += g_tail
-    if TAIL != 1:
-        p_tail = tl.exp(tail_lse - lse)
     loss = tl.where(n_live > 0, loss, 0.0)
     tl.store(kl + t, loss)
-    if GRADIENT:
-        ok = (tl.abs(loss) < float("inf")) & (n_live > 0)
-        c = tl.load(coeff + t).to(WIDE) * inv_temp
-        c_tail = c * (g_tail - G * p_tail)  # shared out by exp(a - tail_lse)
-        if TAIL == 1:
-            c_tail = c * 0.0  # the partition function cancels: nothing outside the support moves
-        base = tl.where(tail_lse == float("-inf"), 0.0, tail_lse)
-        for start in range(0, V, R * 8):
-            v = start + lanes
-            raw = tl.load(row + v, mask=v < V, other=float("-inf")).to(WIDE)
-            e = tl.exp(raw * inv_temp - base)
-            d = c_tail * e
-            if CAPPED:
-                d = tl.where(e > 0, d * (1.0 - (raw * inv_cap) * (raw * inv_cap)), 0.0)
-            tl.store(row + v, tl.where(ok, d, 0.0).to(z.dtype.element_ty), mask=v < V)
-        tl.debug_barrier()  # the sweep has written the support's zeros before their gradients land
-        d_k = c * (g - tl.exp(logp) * G)
+    ok = (tl.abs(loss) < float("inf")) & (n_live > 0)  # false for inf and for NaN: such a row gets no gradient
+    c = tl.load(coeff + t).to(WIDE) * inv_temp
+    d = c * (g - tl.exp(logp) * G)
+    if CAPPED:
+        d *= 1.0 - (raw * inv_cap) * (raw * inv_cap)
+    d = tl.where(live, d, 0.0)
+    tl.store(d_k + t * K + k, tl.where(ok, d, 0.0), mask=k < K)
+    if TAIL != 1:
+        d_tail = c * (g_tail - G * (s_tail / s))
+        tl.store(share + t, tl.where(ok & (S > 0), d_tail / S, 0.0))
+
+
+@triton.jit
+def topk_gradient(z, ids, d_k, share, tail_max, dz, stride_z, stride_d, V, K, inv_temp, inv_cap, CAPPED: tl.constexpr,
+                  KB: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    row = z + t * stride_z
+    d_row = dz + t * stride_d
+    lanes = tl.arange(0, R)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    c = tl.load(share + t).to(WIDE)
+    M = tl.load(tail_max + t).to(WIDE)
+    for start in range(0, V, R * 8):
+        v = start + lanes
+        raw = tl.load(row + v, mask=v < V, other=float("-inf")).to(WIDE)
+        e = exp_diff(raw * inv_temp, M)
+        d = c * e
         if CAPPED:
-            d_k *= 1.0 - (raw_k * inv_cap) * (raw_k * inv_cap)
-        tl.store(row + y, tl.where(ok, d_k, 0.0).to(z.dtype.element_ty), mask=live)
+            d = tl.where(e > 0, d * (1.0 - (raw * inv_cap) * (raw * inv_cap)), 0.0)
+        tl.store(d_row + v, tl.where(c == 0, 0.0, d).to(dz.dtype.element_ty), mask=v < V)
+    tl.debug_barrier()  # the sweep has written the support's zeros before their gradients land
+    k = tl.arange(0, KB)
+    y = tl.load(ids + t * K + k, mask=k < K, other=-1)
+    d = tl.load(d_k + t * K + k, mask=k < K, other=0.0)
+    tl.store(d_row + tl.where(y >= 0, y, 0), d.to(dz.dtype.element_ty), mask=y >= 0)
 
 
-def topk_rows_(z_CV: Tensor, ids_CK: Tensor, teacher_logp_CK: Tensor, teacher_tail_C: Tensor, coeff_C: Tensor,
-               inv_temp: float, mode: str, tail: str, beta: float, softcap: float, gradient: bool) -> Tensor:
-    """kl [C]. Overwrites z, fp32 or fp64, with coeff * dkl/dz if gradient, else with nothing of use."""
-    C, V = z_CV.shape
+def topk_rows_(z_CV: Tensor, ids_CK: Tensor, logq_CK: Tensor, logq_tail_C: Tensor, coeff_C: Tensor, kind: Kind,
+               dz_CV: Tensor | None, group: str = "") -> Tensor:
+    """kl [C] of student logits z, which are overwritten. Writes coeff * dkl/dz into dz, which may be z; None skips it.
+
+    z is fp32 or fp64; where kernels run, also bf16 or fp16. With a group, z is this rank's slice of the vocabulary, and
+    so are the ids: -1 for those of other ranks, whose logq is here all the same.
+    """
+    raw_CK, tail_max_C, tail_sum_C = _lift_(z_CV, ids_CK, kind)
+    raw_CK = all_sum(raw_CK, group)  # one rank has the logit, the others 0
+    if kind.tail != "renorm":
+        tail_max_C, (tail_sum_C,) = merge_sums(tail_max_C, tail_sum_C[None], group)
+    kl_C, d_CK, share_C = topk_terms_of(raw_CK, logq_CK, logq_tail_C, tail_max_C, tail_sum_C, coeff_C, kind)
+    if dz_CV is not None:
+        _spread(z_CV, ids_CK, d_CK, share_C, tail_max_C, kind, dz_CV)
+    return kl_C
+
+
+def _lift_(z_CV: Tensor, ids_CK: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
+    """(support logits [C, K], 0 where padded; max [C] and sum [C] of e^(a - max) of the tail's a = logit * inv_temp).
+
+    Overwrites the support in z with -inf. renorm needs no tail: it gets empty tensors, and z is left alone.
+    """
+    (C, V), K, dtype = z_CV.shape, ids_CK.shape[1], wide(z_CV.dtype)
+    if kind.tail == "renorm":
+        empty = z_CV.new_empty(0, dtype=dtype)
+        return _support_torch(z_CV, ids_CK).to(dtype), empty, empty
     if not runs_triton(z_CV):
-        return _topk_rows_torch_(z_CV, ids_CK, teacher_logp_CK, teacher_tail_C, coeff_C, inv_temp, mode, tail, beta,
-                                 softcap, gradient)
-    kl_C = z_CV.new_empty(C)
-    topk_sweeps[(C,)](z_CV, ids_CK, teacher_logp_CK, teacher_tail_C, kl_C, coeff_C, z_CV.stride(0), V, ids_CK.shape[1],
-                      inv_temp, 1 / softcap if softcap else 0.0, beta, MODE=MODES.index(mode), TAIL=TAILS.index(tail),
-                      GRADIENT=gradient, CAPPED=softcap > 0, KB=triton.next_power_of_2(ids_CK.shape[1]),
-                      R=max(1, _triton.BLOCK_V // 8), WIDE=tl.float64 if z_CV.dtype == torch.float64 else tl.float32,
-                      **LAUNCH)
-    return kl_C
+        return _lift_torch_(z_CV, ids_CK, kind)
+    raw_CK, tail_max_C, tail_sum_C = (z_CV.new_empty(shape, dtype=dtype) for shape in ((C, K), C, C))
+    topk_lift[(C,)](z_CV, ids_CK, raw_CK, tail_max_C, tail_sum_C, z_CV.stride(0), V, K, kind.inv_temp,
+                    KB=triton.next_power_of_2(K), R=max(1, _triton.BLOCK_V // 8), WIDE=_tl_dtype(dtype), **LAUNCH)
+    return raw_CK, tail_max_C, tail_sum_C
 
 
-def _class_terms(a_CK, tail_lse_C1, logq_CK, logq_tail_C1, mode: str, tail: str, beta: float):
-    """(kl [C], g [C, K], p [C, K], G [C, 1], the tail's share of dkl [C, 1]) from the support and the tail's lse."""
-    support_lse_C1 = a_CK.logsumexp(1, keepdim=True)
-    if tail == "renorm":
-        loss, g, p = divergence_terms(a_CK - support_lse_C1, logq_CK - logq_CK.logsumexp(1, keepdim=True), mode, beta)
-        return loss.sum(1), g, p, g.sum(1, keepdim=True), torch.zeros_like(tail_lse_C1)
-    lse_C1 = torch.logaddexp(support_lse_C1, tail_lse_C1)
-    logp_CK, logp_tail_C1 = a_CK - lse_C1, tail_lse_C1 - lse_C1
-    if tail == "ghost":  # one more class
-        loss, g, p = divergence_terms(torch.cat([logp_CK, logp_tail_C1], 1), torch.cat([logq_CK, logq_tail_C1], 1),
-                                      mode, beta)
-        G_C1 = g.sum(1, keepdim=True)
-        return loss.sum(1), g[:, :-1], p[:, :-1], G_C1, g[:, -1:] - p[:, -1:] * G_C1
-    loss, g, p = divergence_terms(logp_CK, logq_CK, mode, beta)
-    if tail == "sampled":
-        loss = torch.where(g < 0, g * logp_CK, 0.0)  # forward: g is -q
-    G_C1 = g.sum(1, keepdim=True)
-    return loss.sum(1), g, p, G_C1, -logp_tail_C1.exp() * G_C1
+def topk_terms_of(raw_CK: Tensor, logq_CK: Tensor, logq_tail_C: Tensor, tail_max_C: Tensor, tail_sum_C: Tensor,
+                  coeff_C: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
+    """(kl [C], coeff * dkl/dlogit of the support [C, K], share [C]).
+
+    share * e^(a - tail max) is coeff * dkl/dlogit of a tail logit. A row whose kl is not finite gets 0 for both.
+    """
+    if not runs_triton(raw_CK):
+        return _terms_torch(raw_CK, logq_CK, logq_tail_C, tail_max_C, tail_sum_C, coeff_C, kind)
+    C, K = raw_CK.shape
+    kl_C, d_CK, share_C = (raw_CK.new_empty(shape) for shape in (C, (C, K), 0 if kind.tail == "renorm" else C))
+    topk_terms[(C,)](raw_CK, logq_CK, logq_tail_C, tail_max_C, tail_sum_C, coeff_C, kl_C, d_CK, share_C, K, kind.vocab_size,
+                     kind.inv_temp, _inverse(kind.softcap), kind.beta, MODE=MODES.index(kind.mode),
+                     TAIL=TAILS.index(kind.tail), CAPPED=kind.softcap > 0, KB=triton.next_power_of_2(K),
+                     WIDE=_tl_dtype(raw_CK.dtype), **LAUNCH)
+    return kl_C, d_CK, share_C
 
 
-def _topk_rows_torch_(z_CV: Tensor, ids_CK: Tensor, teacher_logp_CK: Tensor, teacher_tail_C: Tensor, coeff_C: Tensor,
-                      inv_temp: float, mode: str, tail: str, beta: float, softcap: float, gradient: bool) -> Tensor:
-    V = z_CV.shape[1]
-    live_CK = (ids_CK >= 0) & (ids_CK < V) & (teacher_logp_CK > -torch.inf)
-    logq_CK = teacher_logp_CK.masked_fill(~live_CK, -torch.inf)
-    live_row_C = live_CK.any(1)
-    # Padding points at a live id of its row: knocked out anyway, and adding 0 there changes nothing.
-    first_C1 = live_CK.int().argmax(1, keepdim=True)
-    ids_CK = torch.where(live_CK, ids_CK, ids_CK.gather(1, first_C1).clamp(0, V - 1)).long()
-    cap_CV = 1 - (z_CV / softcap).square_() if softcap and gradient else None
-    a_CV = z_CV.mul_(inv_temp)
-    a_CK = a_CV.gather(1, ids_CK).masked_fill_(~live_CK, -torch.inf)
-    a_CV.scatter_(1, ids_CK, -torch.inf)
-    tail_lse_C1 = a_CV.logsumexp(1, keepdim=True)
-    no_tail_C = live_CK.sum(1) == V  # whatever its mass was rounded to
-    logq_tail_C1 = teacher_tail_C.masked_fill(no_tail_C, -torch.inf)[:, None]
-    kl_C, g_CK, p_CK, G_C1, share_C1 = _class_terms(a_CK, tail_lse_C1, logq_CK, logq_tail_C1, mode, tail, beta)
-    kl_C = kl_C.masked_fill(~live_row_C, 0.0)
-    if not gradient:
-        return kl_C
-    d_CV = a_CV.sub_(tail_lse_C1.masked_fill(tail_lse_C1 == -torch.inf, 0.0)).exp_().mul_(share_C1)
-    d_CV.scatter_add_(1, ids_CK, (g_CK - p_CK * G_C1).masked_fill_(~live_CK, 0.0))
+def _spread(z_CV: Tensor, ids_CK: Tensor, d_CK: Tensor, share_C: Tensor, tail_max_C: Tensor, kind: Kind,
+            dz_CV: Tensor) -> None:
+    """The gradient of all logits into dz, from z as `_lift_` left it."""
+    (C, V), K = z_CV.shape, ids_CK.shape[1]
+    if kind.tail == "renorm":  # the partition function cancels: nothing outside the support moves
+        _add_support_torch_(dz_CV.zero_(), ids_CK, d_CK)
+    elif not runs_triton(z_CV):
+        _spread_torch(z_CV, ids_CK, d_CK, share_C, tail_max_C, kind, dz_CV)
+    else:
+        topk_gradient[(C,)](z_CV, ids_CK, d_CK, share_C, tail_max_C, dz_CV, z_CV.stride(0), dz_CV.stride(0), V, K,
+                            kind.inv_temp, _inverse(kind.softcap), CAPPED=kind.softcap > 0, KB=triton.next_power_of_2(K),
+                            R=max(1, _triton.BLOCK_V // 8), WIDE=_tl_dtype(d_CK.dtype), **LAUNCH)
+
+
+def _tl_dtype(dtype: torch.dtype):
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _inverse(softcap: float) -> float:
+    return 1 / softcap if softcap else 0.0
+
+
+def _support_torch(z_CV: Tensor, ids_CK: Tensor) -> Tensor:
+    if not z_CV.shape[1]:  # a slice of padding only
+        return z_CV.new_zeros(ids_CK.shape)
+    return z_CV.gather(1, ids_CK.clamp(min=0).long()).masked_fill_(ids_CK < 0, 0.0)
+
+
+def _add_support_torch_(z_CV: Tensor, ids_CK: Tensor, d_CK: Tensor) -> None:
+    """Padding adds 0 to column 0, which changes nothing in whatever order."""
+    if z_CV.shape[1]:
+        z_CV.scatter_add_(1, ids_CK.clamp(min=0).long(), d_CK.masked_fill(ids_CK < 0, 0.0).to(z_CV.dtype))
+
+
+def _lift_torch_(z_CV: Tensor, ids_CK: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
+    """Leaves z multiplied by inv_temp, too."""
+    raw_CK = _support_torch(z_CV, ids_CK)
+    a_CV = z_CV.mul_(kind.inv_temp)
+    _add_support_torch_(a_CV, ids_CK, torch.full_like(raw_CK, -torch.inf))
+    max_C = a_CV.amax(1) if a_CV.shape[1] else a_CV.new_full(a_CV.shape[:1], -torch.inf)
+    return raw_CK, max_C, (a_CV - _finite(max_C)[:, None]).exp_().sum(1)
+
+
+def _finite(max_C: Tensor) -> Tensor:
+    """What a maximum is subtracted as: -inf - -inf would be NaN."""
+    return max_C.masked_fill(max_C == -torch.inf, 0.0)
+
+
+def _log_probs(a_CK: Tensor, logq_CK: Tensor, logq_tail_C: Tensor, tail_max_C: Tensor, tail_sum_C: Tensor, kind: Kind,
+               ) -> tuple[Tensor, Tensor]:
+    """Of student and teacher, over the support [C, K] for renorm, else over support and tail [C, K + 1]."""
+    if kind.tail == "renorm":
+        return a_CK.log_softmax(1), logq_CK.log_softmax(1)
+    top_C1 = _finite(torch.maximum(a_CK.amax(1), tail_max_C))[:, None]
+    tail_C = tail_max_C - top_C1[:, 0]
+    log_s_C1 = ((a_CK - top_C1).exp().sum(1) + tail_sum_C * tail_C.exp()).log()[:, None]
+    logp_CK = torch.cat([a_CK - top_C1, (tail_C + tail_sum_C.log())[:, None]], 1) - log_s_C1
+    no_tail_C = (logq_CK != -torch.inf).sum(1) == kind.vocab_size  # whatever its mass was rounded to
+    return logp_CK, torch.cat([logq_CK, logq_tail_C.masked_fill(no_tail_C, -torch.inf)[:, None]], 1)
+
+
+def _terms_torch(raw_CK: Tensor, logq_CK: Tensor, logq_tail_C: Tensor, tail_max_C: Tensor, tail_sum_C: Tensor,
+                 coeff_C: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
+    K, live_CK = raw_CK.shape[1], logq_CK != -torch.inf
+    a_CK = (raw_CK * kind.inv_temp).masked_fill_(~live_CK, -torch.inf)
+    logp_CK, logq_CK = _log_probs(a_CK, logq_CK, logq_tail_C, tail_max_C, tail_sum_C, kind)
+    loss, g, p = divergence_terms(logp_CK, logq_CK, kind.mode, kind.beta)
+    if kind.tail == "sampled":
+        loss = torch.where(g == 0, 0.0, g * logp_CK)  # forward: g is -q
+    kl_C = loss.sum(1).masked_fill_(~live_CK.any(1), 0.0)
+    dead_C1 = ~(kl_C.isfinite() & live_CK.any(1))[:, None]
+    d_CK = (g - p * g.sum(1, keepdim=True)).mul_((coeff_C * kind.inv_temp)[:, None]).masked_fill_(dead_C1, 0.0)
+    share_C = (d_CK[:, K:] / tail_sum_C[:, None]).masked_fill_(tail_sum_C[:, None] == 0, 0.0)[:, 0] \
+        if kind.tail != "renorm" else tail_sum_C
+    d_CK = d_CK[:, :K].masked_fill(~live_CK, 0.0)
+    return kl_C, d_CK.mul_(1 - (raw_CK / kind.softcap).square()) if kind.softcap else d_CK, share_C
+
+
+def _spread_torch(z_CV: Tensor, ids_CK: Tensor, d_CK: Tensor, share_C: Tensor, tail_max_C: Tensor, kind: Kind,
+                  dz_CV: Tensor) -> None:
+    """z is already multiplied by inv_temp. Knocked-out logits have a cap factor of 1 - inf, cut to 0."""
+    cap_CV = (z_CV / (kind.inv_temp * kind.softcap)).square_().neg_().add_(1).clamp_(min=0) if kind.softcap else None
+    torch.sub(z_CV, _finite(tail_max_C)[:, None], out=dz_CV).exp_().mul_(share_C[:, None])
     if cap_CV is not None:
-        d_CV.mul_(cap_CV)
-    d_CV.mul_((coeff_C * inv_temp)[:, None]).masked_fill_(~(kl_C.isfinite() & live_row_C)[:, None], 0.0)
-    return kl_C
+        dz_CV.mul_(cap_CV)
+    dz_CV.masked_fill_((share_C == 0)[:, None], 0.0)
+    _add_support_torch_(dz_CV, ids_CK, d_CK)

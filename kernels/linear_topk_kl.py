@@ -1,146 +1,148 @@
 """Divergence of a student, given as hidden states and head, from the K classes kept of a teacher.
 
-S = the ids of a row, p the student, q the teacher, both at `temperature`; the tail is every class outside S.
+    logits = softcap tanh(logit_scale (hidden @ head.T + bias) / softcap), no tanh without a softcap
+    kl, total: those of topk_tail_kl for these logits, with the same four tails (ghost, renorm, sampled, drop)
 
-    ghost    D over K + 1 classes, the last holding the whole tail: 0 <= ghost <= full, = full at K = V
-    renorm   D of p and q, each renormalised over S: blind to mass outside S
-    drop     sum_S q (log q - log p): raw masses, forward only, can be negative
-    sampled  - sum_S w log p, ids drawn from q with weights w = exp(teacher_logp): its gradient is that of the full
-             forward KL in expectation (arXiv:2503.16870); the value is a cross-entropy, not a KL
+[T, V] logits exist chunk by chunk: 3 head GEMMs with gradients, which are made in the forward, as in linear_kl. renorm
+does not need the partition function, so for few kept ids it gathers K head rows a token instead (`renormalised_topk_kl`).
 
-    total = sum_t weight[t] kl[t], with its gradients made in the forward, as in linear_kl.
-
-Refused: reverse and skew `drop`, which fall when the whole support is pushed down, and renorm at K = 1, which is 0.
-ids < 0 or >= V, and a teacher_logp of -inf, are padding; a row of padding has kl 0 and no gradient. The ids of a row
-must be distinct. A row whose kl is inf or NaN keeps it and contributes a zero gradient.
-
-Shapes: T tokens, K kept ids, D hidden, V vocabulary, C rows of a chunk.
+Shapes: T tokens, M chosen rows, K kept ids, D hidden, V vocabulary, C rows of a chunk.
 """
 import torch
 from torch import Tensor
 
 from ._chunks import (
+    WORKSPACE_MB,
+    Rows,
+    as_autocast,
     backproject,
+    check_bias,
     check_linear,
+    check_logit_scale,
+    check_rows,
     check_softcap,
     chunks,
+    fold_scale,
+    gradient_block,
     gradient_buffers,
-    needs_gradients,
+    needs_gradient,
+    on_tensor_cores,
+    padded,
     project,
     wide,
     workspace_buffers,
 )
-from ._divergence import check_mode, divergence_ref
-from ._topk_rows import TAILS, topk_rows_
-from ._triton import require
-from .linear_kl import LinearKL, fake_outputs, row_weights, save_gradients, scale_gradients, weighted_total
+from ._divergence import check_mode
+from ._parallel import VocabShard, all_sum, common_width, local_head, local_width
+from ._topk_rows import Kind, check_kept, check_temperature, kept_rows, local_ids, topk_rows_
+from .linear_kl import (
+    LinearKL,
+    fake_dbias,
+    fake_outputs,
+    row_weights,
+    save_gradients,
+    scale_gradients,
+    weighted_total,
+)
+from .renormalised_topk_kl import gather_is_cheaper, renormalised_topk_kl
+from .topk_tail_kl import topk_tail_kl_ref
 
 
 def linear_topk_kl_ref(student_hidden_TD: Tensor, student_head_VD: Tensor, ids_TK: Tensor, teacher_logp_TK: Tensor,
-                       teacher_tail_T: Tensor | None = None, *, mode: str = "forward", tail: str = "ghost",
-                       beta: float = 0.5, temperature: float = 1.0, weight: Tensor | None = None,
-                       vocab_size: int | None = None, softcap: float | None = None) -> LinearKL:
-    """The definition, with [T, V] in memory. fp32 arithmetic, or fp64 when given fp64."""
+                       teacher_tail_T: Tensor | None = None, *, bias: Tensor | None = None, logit_scale: float = 1.0,
+                       softcap: float | None = None, **options) -> LinearKL:
+    """The definition, with [T, V] in memory. fp32 arithmetic, or fp64 when given fp64. options: of topk_tail_kl_ref."""
     dtype = wide(student_hidden_TD.dtype)
-    z_TV = student_hidden_TD.to(dtype) @ student_head_VD[:vocab_size].to(dtype).t()
-    a_TV = (softcap * torch.tanh(z_TV / softcap) if softcap else z_TV) / temperature
-    live_TK = (ids_TK >= 0) & (ids_TK < a_TV.shape[1]) & (teacher_logp_TK > -torch.inf)
-    # Padding points one past the vocabulary, so that one scatter marks the support.
-    safe_TK = torch.where(live_TK, ids_TK, a_TV.shape[1]).long()
-    kept_TV = torch.zeros(len(a_TV), a_TV.shape[1] + 1, dtype=torch.bool, device=a_TV.device)
-    kept_TV = kept_TV.scatter(1, safe_TK, True)[:, :-1]
-    padded_TV = torch.cat([a_TV, a_TV.new_full((len(a_TV), 1), -torch.inf)], 1)
-    a_TK, logq_TK = padded_TV.gather(1, safe_TK), teacher_logp_TK.to(dtype).masked_fill(~live_TK, -torch.inf)
-    if tail == "renorm":
-        kl_T = divergence_ref(a_TK.log_softmax(1), logq_TK.log_softmax(1), mode, beta)
-    else:
-        logp_TK = a_TK - a_TV.logsumexp(1, keepdim=True)
-        if tail == "ghost":
-            rest_T1 = a_TV.masked_fill(kept_TV, -torch.inf).logsumexp(1, keepdim=True)
-            logq_tail_T = teacher_tail_T.to(dtype).masked_fill(kept_TV.all(1), -torch.inf)
-            logp_TK = torch.cat([logp_TK, rest_T1 - a_TV.logsumexp(1, keepdim=True)], 1)
-            logq_TK = torch.cat([logq_TK, logq_tail_T[:, None]], 1)
-        kl_T = divergence_ref(logp_TK, logq_TK, mode, beta)
-        if tail == "sampled":
-            kl_T = -torch.where(logq_TK > -torch.inf, logq_TK.exp() * logp_TK, 0.0).sum(1)
-    kl_T = torch.where(live_TK.any(1), kl_T, 0.0)
-    return LinearKL(weighted_total(kl_T, torch.ones_like(kl_T) if weight is None else weight.to(dtype)), kl_T.detach())
+    logits_TV = student_hidden_TD.to(dtype) @ student_head_VD.to(dtype).t()
+    logits_TV = logit_scale * (logits_TV if bias is None else logits_TV + bias.to(dtype))
+    logits_TV = softcap * torch.tanh(logits_TV / softcap) if softcap else logits_TV
+    return topk_tail_kl_ref(logits_TV, ids_TK, teacher_logp_TK, teacher_tail_T, **options)
 
 
 @torch.library.custom_op("reflux::linear_topk_kl", mutates_args=())
-def _op(student_hidden_TD: Tensor, student_head_VD: Tensor, ids_TK: Tensor, teacher_logp_TK: Tensor,
-        teacher_tail_T: Tensor, weight_T: Tensor, mode: str, tail: str, beta: float, temperature: float,
-        vocab_size: int, softcap: float, workspace_mb: float, need_dhidden: bool, need_dhead: bool,
-        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """total [], kl [T], and the gradients of total in the student's hidden and head (empty where not needed)."""
-    x_TD, head_VD = student_hidden_TD, student_head_VD[:vocab_size]
-    kl_T = x_TD.new_empty(x_TD.shape[0], dtype=wide(x_TD.dtype))
+def _op(student_hidden_TD: Tensor, student_head_VD: Tensor, bias_V: Tensor | None, ids_TK: Tensor, teacher_logp_TK: Tensor,
+        teacher_tail_T: Tensor, weight_T: Tensor, rows_M: Tensor | None, mode: str, tail: str, beta: float,
+        temperature: float, scale_t2: bool, vocab_size: int, logit_scale: float, softcap: float, group: str,
+        vocab_start: int, workspace_mb: float, need_dhidden: bool, need_dhead: bool, need_dbias: bool,
+        ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """total [], kl [T], and the gradients of total in the student's hidden, head and bias (empty where not needed)."""
+    x_TD, V = student_hidden_TD, local_width(student_head_VD.shape[0], vocab_size, vocab_start)
+    head, bias = student_head_VD[:V], None if bias_V is None else bias_V[:V]
+    scale, gradient_scale = fold_scale(temperature, logit_scale, softcap)
+    kind, t2 = Kind(mode, tail, beta, scale, softcap, vocab_size), temperature**2 if scale_t2 else 1.0
+    ids_TK, coeff_T = local_ids(ids_TK, vocab_start, V, group), weight_T * (t2 * gradient_scale)
+    kl_T = x_TD.new_zeros(x_TD.shape[0], dtype=wide(x_TD.dtype))
     dx_TD, dhead_VD = gradient_buffers(x_TD, student_head_VD, need_dhidden, need_dhead)
-    gradient = need_dhidden or need_dhead
-    for c in chunks(x_TD, vocab_size, workspace_buffers(x_TD, 2, 3), workspace_mb):
-        z_CV = project(x_TD[c], head_VD, softcap)
-        kl_T[c] = topk_rows_(z_CV, ids_TK[c], teacher_logp_TK[c], teacher_tail_T[c], weight_T[c], 1 / temperature, mode,
-                             tail, beta, softcap, gradient)
-        if gradient:
-            dx_CD = backproject(z_CV, x_TD[c], head_VD, need_dhidden, dhead_VD[:vocab_size] if need_dhead else None)
+    dbias_V = kl_T.new_zeros(student_head_VD.shape[0] if need_dbias else 0)
+
+    def step(c: Rows) -> None:  # a function, so that its blocks are free before the next chunk's are made
+        z_CV = project(x_TD[c], head, softcap, bias, logit_scale)
+        needed = need_dhidden or need_dhead or need_dbias
+        dz_CV = gradient_block(z_CV, x_TD) if needed else None
+        kl_T[c] = topk_rows_(padded(z_CV), ids_TK[c], teacher_logp_TK[c], teacher_tail_T[c], coeff_T[c], kind,
+                             padded(dz_CV) if needed else None, group)
+        if needed:
+            dx_CD = backproject(dz_CV, x_TD[c], head, need_dhidden, dhead_VD[:V] if need_dhead else None,
+                                dbias_V[:V] if need_dbias else None)
             if need_dhidden:
                 dx_TD[c] = dx_CD
-    return weighted_total(kl_T, weight_T), kl_T, dx_TD, dhead_VD.to(student_head_VD.dtype)
+
+    with_kernel = 1.5 if on_tensor_cores(x_TD) else 1  # logits and, for bf16 GEMMs, half as much for the gradient
+    for c in chunks(x_TD, common_width(vocab_size, group), workspace_buffers(x_TD, with_kernel, 3), workspace_mb, rows_M):
+        step(c)
+    kl_T.mul_(t2)
+    return (weighted_total(kl_T, weight_T), kl_T, all_sum(dx_TD, group) if need_dhidden else dx_TD,
+            dhead_VD.to(student_head_VD.dtype), dbias_V if bias_V is None else dbias_V.to(bias_V.dtype))
 
 
-def _fake(student_hidden_TD, student_head_VD, ids_TK, teacher_logp_TK, teacher_tail_T, weight_T, mode, tail, beta,
-          temperature, vocab_size, softcap, workspace_mb, need_dhidden, need_dhead):
-    return fake_outputs(student_hidden_TD, student_head_VD, need_dhidden, need_dhead)
+def _fake(student_hidden_TD, student_head_VD, bias_V, *rest):
+    *_, need_dhidden, need_dhead, need_dbias = rest
+    return (*fake_outputs(student_hidden_TD, student_head_VD, need_dhidden, need_dhead),
+            fake_dbias(student_hidden_TD, student_head_VD, bias_V, need_dbias))
 
 
 _op.register_fake(_fake)
 _op.register_autograd(scale_gradients, setup_context=save_gradients)
 
 
-def _check_teacher(V: int, T: int, ids_TK: Tensor, teacher_logp_TK: Tensor, teacher_tail_T: Tensor | None, mode: str,
-                   tail: str) -> None:
-    op, shape = "linear_topk_kl", ids_TK.shape
-    require(tail in TAILS, f"{op}: tail is {tail!r}; want one of {', '.join(TAILS)}")
-    require(ids_TK.ndim == 2 and shape[0] == T and teacher_logp_TK.shape == shape,
-            f"{op}: ids is {list(shape)} and teacher_logp {list(teacher_logp_TK.shape)} for {T} rows; want [T, K] both")
-    require(ids_TK.dtype in (torch.int32, torch.int64), f"{op}: ids is {ids_TK.dtype}; want int32 or int64")
-    require(teacher_logp_TK.dtype in (torch.float32, torch.float64),
-            f"{op}: teacher_logp is {teacher_logp_TK.dtype}; want float32. 16 bits are 0.06 apart at 8 nats, so store "
-            "float32; casting here cannot restore them")
-    require(1 <= shape[1] <= V, f"{op}: K is {shape[1]} of {V} classes; want 1 <= K <= V. Drop the padding columns")
-    require(tail != "renorm" or shape[1] > 1,
-            f"{op}: renorm at K = 1 is 0 whatever the student says. Keep more ids, or use tail='ghost'")
-    require(tail not in ("drop", "sampled") or mode == "forward",
-            f"{op}: tail={tail!r} in mode {mode}; want forward. Elsewhere it falls when the whole support is pushed "
-            "down: use tail='ghost'")
-    require(tail != "ghost" or teacher_tail_T is not None,
-            f"{op}: ghost needs teacher_tail [T], the log of the teacher's mass outside ids at this temperature. "
-            "teacher_topk returns it; without it use tail='renorm'")
-    require(teacher_tail_T is None or teacher_tail_T.shape == (T,),
-            f"{op}: teacher_tail is {list(getattr(teacher_tail_T, 'shape', []))} for {T} rows; want [T]")
-
-
 def linear_topk_kl(student_hidden_TD: Tensor, student_head_VD: Tensor, ids_TK: Tensor, teacher_logp_TK: Tensor,
                    teacher_tail_T: Tensor | None = None, *, mode: str = "forward", tail: str = "ghost",
-                   beta: float = 0.5, temperature: float = 1.0, weight: Tensor | None = None,
-                   vocab_size: int | None = None, softcap: float | None = None, workspace_mb: float = 1200,
+                   beta: float = 0.5, temperature: float = 1.0, weight: Tensor | None = None, rows: Tensor | None = None,
+                   scale_t2: bool = False, vocab_size: int | None = None, bias: Tensor | None = None,
+                   logit_scale: float = 1.0, softcap: float | None = None, teacher_temperature: float | None = None,
+                   allow_drop: bool = False, shard: VocabShard | None = None, workspace_mb: float = WORKSPACE_MB,
                    frozen_student_head: bool = False) -> LinearKL:
-    """(total [], kl [T]), fp32 (fp64 for fp64), in nats. total is differentiable in the student's hidden and head.
+    """(total [], kl [T]), fp32 (fp64 for fp64), in nats. total is differentiable in the student's hidden, head and bias.
 
-    ids int [T, K], distinct within a row; teacher_logp fp32 [T, K] and teacher_tail [T] are natural logs of the
-    teacher's masses *at this temperature*: a tail at temperature 1 does not give the tail at another. teacher_tail is
-    read by ghost only. beta: jsd and skew only. weight [T]: constant, None for ones. frozen_student_head skips dhead,
-    which otherwise accumulates in fp32. workspace_mb (MiB) bounds the logits alive at once. One backward per call.
+    hidden [T, D], head [V, D] and bias [V] of the student. ids int [T, K], distinct within a row, -1 for padding, from
+    whichever of the two models chose the support; teacher_logp fp32 [T, K] and teacher_tail [T], read by ghost only, are
+    natural logs of the teacher's masses *at this temperature*: a tail at temperature 1 does not give the tail at another.
+    Pass teacher_temperature, that of the kept rows, to have it compared.
+    beta: jsd and skew only. weight [T]: constant, None for ones. rows int64 [M], distinct: only these are computed, the
+    others have kl 0 and gradient 0. scale_t2 multiplies kl and gradient by temperature squared.
+    allow_drop: tail="drop" is refused without it. shard: head and bias are this rank's slice of the vocabulary, hidden
+    states and ids are the same on all ranks of the group, and vocab_size counts the whole.
+    frozen_student_head skips the gradient of head and bias, which otherwise accumulates in fp32. workspace_mb (MiB)
+    bounds the logits alive at once. Under autocast operands are cast as nn.Linear would.
     ValueError on shapes, dtypes, or an option that has no meaning.
     """
-    check_mode("linear_topk_kl", mode, beta)
-    V = check_linear("linear_topk_kl", student_hidden_TD, student_head_VD, vocab_size, temperature)
-    _check_teacher(V, student_hidden_TD.shape[0], ids_TK, teacher_logp_TK, teacher_tail_T, mode, tail)
-    dtype = wide(student_hidden_TD.dtype)
-    teacher_tail_T = teacher_logp_TK.new_zeros(len(ids_TK)) if teacher_tail_T is None else teacher_tail_T
-    total, kl_T, _, _ = _op(
-        student_hidden_TD, student_head_VD, ids_TK.contiguous(), teacher_logp_TK.detach().to(dtype).contiguous(),
-        teacher_tail_T.detach().to(dtype).contiguous(), row_weights("linear_topk_kl", weight, student_hidden_TD), mode,
-        tail, beta, temperature, V, check_softcap("linear_topk_kl", softcap), workspace_mb,
-        *needs_gradients(student_hidden_TD, student_head_VD, frozen_student_head))
+    op = "linear_topk_kl"
+    check_mode(op, mode, beta)
+    head_VD, bias_V = local_head(op, student_head_VD, shard), None if bias is None else local_head(f"{op} (bias)", bias, shard)
+    x_TD, head_VD, bias_V = as_autocast(student_hidden_TD, head_VD, bias_V)
+    V = check_linear(op, x_TD, head_VD, vocab_size, temperature, shard)
+    check_bias(op, bias_V, head_VD)
+    check_temperature(op, temperature, teacher_temperature)
+    check_kept(op, V, len(x_TD), ids_TK, teacher_logp_TK, teacher_tail_T, mode, tail, allow_drop)
+    if tail == "renorm" and gather_is_cheaper(ids_TK.shape[1], V):
+        return renormalised_topk_kl(x_TD, head_VD, ids_TK, teacher_logp_TK, mode=mode, beta=beta, temperature=temperature,
+                                    weight=weight, rows=rows, scale_t2=scale_t2, vocab_size=vocab_size, bias=bias_V,
+                                    logit_scale=logit_scale, softcap=softcap, shard=shard,
+                                    frozen_head=frozen_student_head)
+    total, kl_T, *_ = _op(
+        x_TD, head_VD, bias_V, *kept_rows(ids_TK, teacher_logp_TK, teacher_tail_T, tail, V, wide(x_TD.dtype)),
+        row_weights(op, weight, x_TD), check_rows(op, rows, x_TD), mode, tail, beta, temperature, scale_t2, V,
+        check_logit_scale(op, logit_scale), check_softcap(op, softcap), shard.group if shard else "",
+        shard.start if shard else 0, workspace_mb, needs_gradient(x_TD), needs_gradient(head_VD, frozen_student_head),
+        needs_gradient(bias_V, frozen_student_head))
     return LinearKL(total, kl_T)

@@ -24,15 +24,19 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from reflux.kernels._class_rows import CLASSES, LONG, class_backward, class_sums, long_class_sums
+from reflux.kernels._class_rows import STEP as CLASS_STEP
 from reflux.kernels._kl_rows import kl_gradient, kl_losses, kl_stats
 from reflux.kernels._logprob_rows import logprob_gradient, logprob_stats
-from reflux.kernels._topk_rows import topk_sweeps
+from reflux.kernels._topk_rows import topk_gradient, topk_lift, topk_terms
 from reflux.kernels._triton import BLOCK_V, LAUNCH
+from reflux.kernels.renormalised_topk_kl import ROWS, gather_dot, gather_rows, sum_pairs
 from reflux.kernels.span_sum import SPANS, STEP, _sum
 
 TILE = dict(R=BLOCK_V // 8, WIDE=tl.float32)
-SCALARS = dict(V="i32", C="i32", mul_z="fp32", mul_u="fp32", chosen="*i1", K="i32", S="i32", inv_temp="fp32", inv_cap="fp32", beta="fp32")
-LOGITS = {"logits", "dlogits", "z", "u", "dz"}
+GATHER = dict(DB=BLOCK_V // 8, WIDE=tl.float32)
+SCALARS = dict(V="i32", N="i32", grad_scale="fp32", C="i32", mul_z="fp32", mul_u="fp32", chosen="*i1", K="i32", S="i32", D="i32", inv_temp="fp32", inv_cap="fp32", beta="fp32")
+LOGITS = {"logits", "dlogits", "z", "u", "dz", "x", "w", "dx", "dhead"}
 CASES = [  # kernel, what the name adds, dtype of the logits (or of them / of their gradient), constants, barriers
     (_sum, "", "*fp32", dict(SPANS=SPANS, STEP=STEP, WIDE=tl.float32), 0),
     (logprob_stats, "entropy", "*bf16", dict(ENTROPY=True, KB=1, **TILE), 0),
@@ -49,8 +53,21 @@ CASES = [  # kernel, what the name adds, dtype of the logits (or of them / of th
       for i, mode in enumerate(("forward", "reverse capped", "jsd", "skew_forward", "skew_reverse"))),
     (kl_gradient, "forward rows", "*bf16", dict(MODE=0, CAPPED=False, **TILE), 0),
     (kl_gradient, "jsd", "*fp32/*bf16", dict(MODE=2, chosen=None, CAPPED=False, **TILE), 0),
-    *((topk_sweeps, tail, "*fp32", dict(MODE=2 * (i < 2), TAIL=i, GRADIENT=True, CAPPED=i == 0, KB=64, **TILE), 3)
-      for i, tail in enumerate(("ghost", "renorm", "drop", "sampled"))),
+    (topk_lift, "K 64", "*fp32", dict(KB=64, **TILE), 2),
+    (topk_lift, "K 1024", "*bf16", dict(KB=1024, **TILE), 2),
+    *((topk_terms, f"K 64 {mode} {tail}", "*fp32", dict(MODE=i, TAIL=j, CAPPED=j == 1, KB=64, WIDE=tl.float32), 0)
+      for i, mode, j, tail in ((0, "forward", 0, "ghost"), (1, "reverse", 0, "ghost"), (2, "jsd", 1, "renorm"),
+                               (3, "skew_forward", 0, "ghost"), (4, "skew_reverse", 1, "renorm"), (0, "forward", 3, "sampled"))),
+    (topk_terms, "K 1024 jsd ghost", "*fp32", dict(MODE=2, TAIL=0, CAPPED=True, KB=1024, WIDE=tl.float32), 0),
+    (topk_gradient, "K 64", "*fp32/*bf16", dict(CAPPED=False, KB=64, **TILE), 1),
+    (topk_gradient, "K 1024 capped", "*fp32", dict(CAPPED=True, KB=1024, **TILE), 1),
+    *((kernel, "", "*bf16", dict(stride_w=1, KB=ROWS, **GATHER), 0) for kernel in (gather_dot, gather_rows)),
+    *((kernel, "", "*fp32", dict(stride_w=1, KB=ROWS, **GATHER), 0) for kernel in (gather_dot, gather_rows)),
+    *((sum_pairs, "", dtype, dict(NB=ROWS, **GATHER), 0) for dtype in ("*bf16", "*fp32")),
+    (class_sums, "", "*fp32", dict(CLASSES=CLASSES, STEP=CLASS_STEP, LONG=LONG, WIDE=tl.float32), 0),
+    (long_class_sums, "", "*fp32", TILE, 0),
+    (class_backward, "", "*fp32", dict(CAPPED=False, **TILE), 0),
+    (class_backward, "capped", "*fp32/*bf16", dict(CAPPED=True, **TILE), 0),
 ]
 
 
@@ -61,9 +78,9 @@ def signature_of(kernel, logits: str, constants: dict) -> dict[str, str]:
             return "constexpr"
         if name in LOGITS:
             return logits.split("/")[-1 if name.startswith("d") else 0]
-        if name in ("target", "order", "offset"):
+        if name in ("target", "order", "offset", "first", "long"):
             return "*i64"
-        return "*i32" if name == "ids" else "i64" if name.startswith("stride") else SCALARS.get(name, "*fp32")
+        return "*i32" if name in ("ids", "column_class") else "i64" if name.startswith("stride") else SCALARS.get(name, "*fp32")
 
     return {name: type_of(name) for name in kernel.arg_names}
 

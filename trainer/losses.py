@@ -86,7 +86,8 @@ def distill_kl(student: Outputs, teacher: Outputs, spec: Distill) -> Loss:
     kept = teacher_topk(teacher.hidden_TD, teacher.head_VD, min(spec.top_k, student.vocab_size),
                         temperature=spec.temperature, vocab_size=student.vocab_size, softcap=teacher.softcap)
     result = linear_topk_kl(student.hidden_TD, student.head_VD, kept.ids, kept.logp, kept.tail, mode=spec.divergence,
-                            tail=spec.tail, beta=spec.beta, temperature=spec.temperature, weight=weight_T,
+                            tail=spec.tail, allow_drop=spec.tail == "drop", beta=spec.beta,
+                            temperature=spec.temperature, weight=weight_T,
                             vocab_size=student.vocab_size, softcap=student.softcap)
     metrics = {"kl": result.kl.detach().sum(), "teacher_mass": kept.logp.exp().sum()}
     return result.total, metrics
