@@ -1,12 +1,18 @@
 """What ids spell, and whether a side gives the source back."""
+import re
+from itertools import accumulate
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_byte_table import TEXTS, byte_level, metaspace, sentencepiece, table_of
+from test_spans import cut, side_of
+from tokenizers import AddedToken, Tokenizer
 
-from reflux.tokenalign.byte_table import encode_text
+from reflux.tokenalign.byte_table import CONTROL, TEXT, UNKNOWN, ByteTable, encode_text, normalizer_of
 from reflux.tokenalign.offsets import side, spell
+from reflux.tokenalign.spans import after_prompt, align_spans
 
 
 @given(text=TEXTS)
@@ -108,3 +114,354 @@ def test_an_empty_text_is_a_side():
     for tokenizer in (byte_level(), sentencepiece("bpe")):
         one = side(table_of(tokenizer), encode_text(tokenizer, ""), b"")
         assert one.reproduces and one.lens.sum() == 0
+
+
+# Spaces put in front, stretch by stretch
+
+
+def legacy_rows(stretches):
+    """Ids of a SentencePiece pipeline that puts a mark behind every control token, as `tokenizers` runs Prepend."""
+    tokenizer = metaspace("bpe", "legacy")
+    stop = tokenizer.token_to_id("</s>")
+    ids = []
+    for stretch in stretches:
+        ids += [*encode_text(tokenizer, stretch), stop]
+    return tokenizer, ids[:-1]
+
+
+STRETCHES = st.lists(st.sampled_from(["a", " b", "", " ", "  ", "x y", "\nfoo", "12 ", "é  你"]), min_size=1, max_size=5)
+
+
+@given(STRETCHES)
+def test_a_space_behind_every_control_token_is_dropped(stretches):
+    tokenizer, ids = legacy_rows(stretches)
+    source = "".join(stretches).encode()
+    one = side(table_of(tokenizer), ids, source)
+    assert one.reproduces and one.lens.sum() == len(source) and (one.lens >= 0).all()
+    other = side(table_of(byte_level(size=258)), encode_text(byte_level(size=258), "".join(stretches)), source)
+    got = align_spans([one], [other])[0]
+    assert got.exact.all() and got.bytes_a == got.bytes_b == len(source)
+    assert ((got.span_a >= 0) == (one.ids >= 0)).all() or not source
+
+
+def test_which_spaces_were_dropped_is_told():
+    tokenizer, ids = legacy_rows(["a", "b", " c"])
+    one = side(table_of(tokenizer), ids, b"ab c")
+    spelled = [table_of(tokenizer).pieces[i] if i >= 0 else None for i in one.ids]
+    assert one.skip == 1 and [spelled[k][:1] for k in one.skips] == [b" "] * 3
+    assert len(one.later_skips) == 2
+
+
+def test_a_completion_encoded_apart_has_a_mark_of_its_own():
+    tokenizer = sentencepiece("bpe")
+    table = table_of(tokenizer)
+    prompt, completion = encode_text(tokenizer, "2 + 2 ="), encode_text(tokenizer, "4 so")
+    source = b"2 + 2 =4 so"
+    assert not side(table, [*prompt, *completion], source).reproduces
+    one = side(table, [*prompt, *completion], source, starts=[len(prompt)])
+    assert one.reproduces and one.later_skips == (len(prompt),)
+    assert one.lens[:len(prompt)].sum() == len("2 + 2 =")
+
+
+def test_a_space_goes_only_where_it_has_to():
+    """A real space behind a control token stays, although the tokenizer has the habit."""
+    tokenizer = metaspace("bpe", "first")
+    table = table_of(tokenizer)
+    ids = [*encode_text(tokenizer, "a"), table_of(tokenizer).kind.tolist().index(CONTROL), *encode_text(tokenizer, " b")]
+    one = side(table, ids, b"a b")
+    assert one.reproduces and one.skip == 1
+
+
+# Control tokens, masks, and what the source is
+
+
+def test_control_tokens_as_events_surface_or_errors():
+    tokenizer = byte_level()
+    table, stop = table_of(tokenizer), tokenizer.token_to_id("</s>")
+    ids = [*encode_text(tokenizer, "ab"), stop, *encode_text(tokenizer, "cd")]
+    assert spell(table, ids).text == "abcd" and spell(table, ids, control="surface").text == "ab</s>cd"
+    one = side(table, ids, b"ab</s>cd", control="surface")
+    assert one.reproduces and (one.ids >= 0).all() and one.lens.sum() == 8 and one.lens[ids.index(stop)] == 4
+    other = side(table_of(byte_level(size=258)), encode_text(byte_level(size=258), "ab</s>cd"), b"ab</s>cd")
+    got = align_spans([one], [other])[0]
+    assert got.exact.all() and got.bounds[-1] == 8 and (got.span_a >= 0).all()
+    event = align_spans([side(table, ids, b"abcd")], [side(table, encode_text(tokenizer, "abcd"), b"abcd")])[0]
+    assert event.exact.all() and event.span_a[ids.index(stop)] == -1
+    for call in (lambda: spell(table, ids, control="error"), lambda: side(table, ids, b"abcd", control="error")):
+        with pytest.raises(ValueError, match=rf"id {stop} \(b'</s>'\) at position {ids.index(stop)} is a control token"):
+            call()
+    with pytest.raises(ValueError, match="control = 'text'; want one of event, surface, error"):
+        spell(table, ids, control="text")
+    with pytest.raises(ValueError, match="another `control`"):
+        align_spans([one, side(table, ids, b"abcd")], [other, other])
+
+
+def test_a_producers_leading_space_can_be_left_out_of_the_source():
+    tokenizer = sentencepiece("bpe")
+    table, ids = table_of(tokenizer), encode_text(tokenizer, "hello")
+    assert (spell(table, ids).text, spell(table, ids, drop_space=True).text) == (" hello", "hello")
+    one = side(table, ids, spell(table, ids, drop_space=True).bytes)
+    assert one.reproduces and one.skip == 1
+
+
+def test_tokens_behind_a_cut_character_are_outside():
+    tokenizer, other = byte_level(size=258), byte_level()
+    ids = encode_text(tokenizer, "hi 你")[:-1]
+    spelled = spell(table_of(tokenizer), ids)
+    writer, reader = side(table_of(tokenizer), ids, spelled.bytes), side(table_of(other), encode_text(other, spelled.text), spelled.bytes)
+    got = align_spans([writer], [reader])[0]
+    assert got.exact.all() and got.bounds[-1] == 3 and got.span_a[-2:].tolist() == [-1, -1] and (got.span_b >= 0).all()
+
+
+@given(st.binary(max_size=20))
+def test_any_bytes_have_a_verdict(raw):
+    """Invalid UTF-8 is said to be none; text cut inside a character keeps its whole characters; the producer reproduces both."""
+    tokenizer = byte_level(size=258)
+    table = table_of(tokenizer)
+    one_byte = {piece: i for i, piece in enumerate(table.pieces)}
+    ids = [one_byte[raw[k:k + 1]] for k in range(len(raw))]
+    spelled = spell(table, ids)
+    assert side(table, ids, spelled.bytes).reproduces
+    assert raw.startswith(spelled.bytes) and (spelled.text is None or spelled.text.encode() == spelled.bytes)
+    try:
+        raw.decode()
+        assert spelled.text is not None and not spelled.cut
+    except UnicodeDecodeError as error:
+        assert (spelled.text is None) == (error.reason != "unexpected end of data")
+
+
+def test_ids_of_any_integer_type():
+    tokenizer = byte_level()
+    table, ids = table_of(tokenizer), encode_text(tokenizer, "hello there")
+    for form in (ids, tuple(ids), np.array(ids, np.int32), np.array(ids, np.uint32), np.array(ids, np.int64)[::1]):
+        assert side(table, form, b"hello there").reproduces
+    for bad in ([len(table)], np.array([-2], np.int32), [2**40]):
+        with pytest.raises(ValueError, match=f"at position 0 is outside this table of {len(table)} ids"):
+            side(table, bad, b"")
+
+
+# Normalisers
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFKC"])
+@given(text=TEXTS.filter(bool))
+def test_a_normalised_text_is_mapped_back(form, text):
+    tokenizer, reader = byte_level(form), byte_level(size=258)
+    normalize, source = normalizer_of(tokenizer), text.encode()
+    one = side(table_of(tokenizer), encode_text(tokenizer, text), source, normalize=normalize)
+    other = side(table_of(reader), encode_text(reader, text), source)
+    got = align_spans([one], [other])[0]
+    assert one.reproduces and got.exact.all() and got.bounds[-1] == got.bytes_a == len(source)
+    assert (one.lens >= 0).all() and one.lens.sum() == len(source) and (got.span_a >= 0).all()
+    if normalize(text) == text:
+        assert one.ends is None
+    for k, (begin, end) in enumerate(stretches(got)):  # what a span's tokens spell is N of its piece of the source
+        spelled = table_of(tokenizer).bytes_of(one.ids[got.span_a == k].tolist())
+        piece = source[begin:end].decode(errors="replace")
+        assert spelled == (source[begin:end] if "\ufffd" in piece else normalize(piece).encode())  # N keeps what is cut inside
+
+
+def test_a_space_in_front_and_a_normaliser():
+    tokenizer = sentencepiece("bpe")
+    one = side(table_of(tokenizer), encode_text(tokenizer, "a\u2581b"), "a\u2581b".encode(), normalize=normalizer_of(tokenizer))
+    assert one.reproduces and one.skip == 1 and one.lens.sum() == 5
+
+
+def test_a_cut_character_behind_a_normalised_text():
+    tokenizer = byte_level("NFC", size=258)
+    source = "e\u0301x"
+    ids = [*encode_text(tokenizer, source), *encode_text(tokenizer, "你")[:2]]
+    one = side(table_of(tokenizer), ids, source.encode(), normalize=normalizer_of(tokenizer))
+    other = side(table_of(byte_level(size=258)), encode_text(byte_level(size=258), source), source.encode())
+    got = align_spans([one], [other])[0]
+    assert one.reproduces and got.bounds.tolist() == [3, 4] and got.span_a.tolist() == [0, 0, 1, -1, -1]
+
+
+# P16: whatever else does not come back
+
+
+def distinct(n, seed):
+    """n bytes in which every window of 8 occurs once, in all likelihood."""
+    return bytes(np.random.default_rng(seed).integers(97, 123, n, dtype=np.uint8))
+
+
+@st.composite
+def edited(draw):
+    """A source, what a side spells instead, and the edits as (begin, end) in the source; equal parts are long enough to be known."""
+    parts = [distinct(draw(st.integers(24, 40)), draw(st.integers(0, 2**32 - 1))) for _ in range(draw(st.integers(2, 4)))]
+    source, spelled, windows = b"", b"", []
+    for k, part in enumerate(parts):
+        source, spelled = source + part, spelled + part
+        if k < len(parts) - 1:
+            old, new = draw(st.sampled_from([(b"", b"#"), (b"##", b""), (b"#", b"%"), (b"#%#", b"%%%%%"), (b"  ", b" "), (b"#", b"")]))
+            windows.append((len(source), len(source) + len(old)))
+            source, spelled = source + old, spelled + new
+    return source, spelled, windows
+
+
+@given(edited(), st.data())
+def test_spans_outside_the_edits_are_exact_and_no_others(case, data):
+    """P16."""
+    source, spelled, windows = case
+    a, b = cut(data.draw, spelled), cut(data.draw, source)
+    one, other = (side(side_of(pieces).table, range(len(pieces)), source) for pieces in (a, b))
+    assert not one.reproduces and other.reproduces
+    got = align_spans([one], [other])[0]
+    assert_no_wrong_exact(got, a, b, source)
+    truth = part_places(source, spelled, windows)
+    common = sorted({truth[e] for e in accumulate(map(len, a)) if e in truth} & set(accumulate(map(len, b))))
+    found = {end: (begin, ok) for (begin, end), ok in zip(stretches(got), got.exact, strict=True)}
+    for begin, end in zip(common, common[1:], strict=False):
+        if all(end < w or begin > v for w, v in windows):
+            assert found[end] == (begin, True)
+    for end, (begin, ok) in found.items():
+        assert not (ok and any(begin < v and end > w for w, v in windows if v > w))
+
+
+def part_places(source, spelled, windows):
+    """Position in `spelled` -> position in `source`, strictly inside the parts that were not edited."""
+    places, at = {}, 0
+    edges = [0, *(x for window in windows for x in window), len(source)]
+    for begin, end in zip(edges[::2], edges[1::2], strict=True):
+        at = spelled.index(source[begin:end], at)
+        places |= {at + i: begin + i for i in range(1, end - begin)}
+        at += end - begin
+    return places
+
+
+def stretches(got):
+    """(begin, end) of each span in the source."""
+    return list(zip([0, *got.bounds.tolist()], got.bounds.tolist(), strict=False))
+
+
+def assert_no_wrong_exact(got, a, b, source):
+    want = [source[begin:end] for begin, end in stretches(got)]
+    for pieces, span in ((a, got.span_a), (b, got.span_b)):
+        spelled = [b""] * got.num_spans
+        for piece, k in zip(pieces, span.tolist(), strict=True):
+            if k >= 0:
+                spelled[k] += piece
+        assert all(x == y for x, y, ok in zip(spelled, want, got.exact, strict=True) if ok)
+
+
+@given(st.binary(max_size=30), st.binary(max_size=30), st.integers(1, 30), st.data())
+def test_a_wrong_exact_span_is_never_found(one, two, repeat, data):
+    """Any two texts whatever: unrelated, overlapping, periodic."""
+    alphabet = data.draw(st.sampled_from([256, 4, 2]))
+    spelled, source = (bytes(x % alphabet for x in text * repeat + two) for text in (one, data.draw(st.sampled_from([one, two, one[1:]]))))
+    a, b = cut(data.draw, spelled[:80]), cut(data.draw, source[:80])
+    source = source[:80]
+    sides = [side(side_of(pieces or [b""]).table, range(len(pieces)), source) for pieces in (a, b)]
+    got = align_spans(sides[:1], sides[1:])[0]
+    assert_no_wrong_exact(got, a, b, source)
+    back = align_spans(sides[1:], sides[:1])[0]
+    assert np.array_equal(got.exact, back.exact) and np.array_equal(got.span_a, back.span_b) and np.array_equal(got.bounds, back.bounds)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["delete", "insert", "flip"]), st.integers(1, 3), st.data())
+def test_one_edit_costs_the_spans_it_touches(seed, kind, k, data):
+    """Byte by byte on both sides, so every span is one byte: all but the edited ones and their neighbours stay exact."""
+    source = bytes(x for x in np.random.default_rng(seed).permutation(200).astype(np.uint8).tolist() if x != ord("#"))[:60]
+    at = data.draw(st.integers(1, 60 - k - 1))
+    spelled = {"delete": source[:at] + source[at + k:], "insert": source[:at] + b"#" * k + source[at:],
+               "flip": source[:at] + b"#" * k + source[at + k:]}[kind]
+    sides = [side(side_of([text[i:i + 1] for i in range(len(text))]).table, range(len(text)), source) for text in (spelled, source)]
+    got = align_spans(sides[:1], sides[1:])[0]
+    exact = set(got.bounds[got.exact].tolist())
+    assert exact >= {*range(1, at), *range(at + k + 2, 61)} and (kind == "insert" or exact.isdisjoint(range(at + 1, at + k + 1)))
+
+
+@pytest.mark.parametrize("text", ["a 你 b", "你", "say 好 and more of it 你 then the end"])
+def test_unknown_characters_cost_their_own_spans_only(text):
+    tokenizer = lacking("你好")
+    table, ids = table_of_lossy(tokenizer), encode_text(tokenizer, text)
+    assert UNKNOWN in table.kind[ids]
+    one, other = side(table, ids, text.encode()), side(table_of(byte_level()), encode_text(byte_level(), text), text.encode())
+    got = align_spans([one], [other])[0]
+    assert not one.reproduces and (one.ids[table.kind[ids] == UNKNOWN] == -1).all()
+    for k, (begin, end) in enumerate(stretches(got)):
+        assert got.exact[k] == text.encode()[begin:end].isascii()
+    if len(text) > 20:
+        assert got.exact.sum() >= 8
+
+
+def lacking(characters):
+    """A SentencePiece model without byte fallback that was never shown `characters`."""
+    tokenizer = sentencepiece("bpe", True, False)
+    assert all(tokenizer.piece_to_id(c) == tokenizer.unk_id() for c in characters)
+    return tokenizer
+
+
+def table_of_lossy(tokenizer):
+    """ByteTable.of refuses it, for good reasons; its pieces are read all the same."""
+    pieces = [b"" if tokenizer.is_unknown(i) or tokenizer.is_control(i) else tokenizer.id_to_piece(i).replace("\u2581", " ").encode()
+              for i in range(tokenizer.vocab_size())]
+    kind = [UNKNOWN if tokenizer.is_unknown(i) else CONTROL if tokenizer.is_control(i) else TEXT for i in range(len(pieces))]
+    return ByteTable(tuple(pieces), np.array(kind, np.int8), "sentencepiece", True)
+
+
+def test_an_added_token_that_swallows_whitespace():
+    tokenizer = Tokenizer.from_str(byte_level().to_str())
+    tokenizer.add_tokens([AddedToken("<tool>", lstrip=True, rstrip=True)])
+    text = "The quick brown fox.  <tool> The quick brown fox."
+    one = side(ByteTable.of(tokenizer), encode_text(tokenizer, text), text.encode())
+    other = side(table_of(byte_level(size=258)), encode_text(byte_level(size=258), text), text.encode())
+    got = align_spans([one], [other])[0]
+    assert not one.reproduces and not got.exact.all()
+    inexact = [x for x, ok in zip(stretches(got), got.exact, strict=True) if not ok]
+    assert all(begin >= 20 and end <= 33 for begin, end in inexact) and got.bounds[-1] == len(text)
+
+
+def test_collapsed_whitespace_through_a_long_text():
+    source = b"".join(b"%d lines,  and\n\n%d more. " % (i, i * i) for i in range(2000))
+    spelled = re.sub(rb"\s+", b" ", source)
+    words = lambda text: re.findall(rb"\s*\S+|\s+", text)
+    sides = [side(side_of(words(text)).table, range(len(words(text))), source) for text in (spelled, source)]
+    got = align_spans(sides[:1], sides[1:])[0]
+    assert_no_wrong_exact(got, words(spelled), words(source), source)
+    as_written = [word for word in words(source) if not re.match(rb"\s\s", word)]
+    assert np.diff(got.bounds, prepend=0)[got.exact].sum() == sum(map(len, as_written)) and len(as_written) > 4000
+
+
+def test_strict_names_the_first_byte_that_differs():
+    tokenizer = byte_level()
+    table, ids = table_of(tokenizer), encode_text(tokenizer, "the quick brown box jumps")
+    with pytest.raises(ValueError, match=r"from byte 16 on: behind b'the quick brown ' come b'box jumps' and b'fox jumps' \(of 25 and 25 bytes\)"):
+        side(table, ids, b"the quick brown fox jumps", strict=True)
+    assert side(table, ids, b"the quick brown box jumps", strict=True).reproduces
+
+
+def test_sides_of_different_sources_are_refused():
+    table = side_of([b"ab", b"c"]).table
+    with pytest.raises(ValueError, match="sides of different sources, b'aXc' and b'abc'"):
+        align_spans([side(table, [0, 1], b"aXc")], [side(table, [0, 1], b"abc")])
+
+
+# P19: the seam
+
+
+@given(TEXTS.filter(lambda t: t and "\u2581" not in t), TEXTS.filter(lambda t: t and "\u2581" not in t))
+def test_usable_spans_lie_behind_the_prompt_on_both_sides(prompt, completion):
+    """P19: one side encoded as one text, the other apart, in absolute bytes."""
+    joint, apart = byte_level(), sentencepiece("bpe")
+    source, seam = (prompt + completion).encode(), len(prompt.encode())
+    head = encode_text(apart, prompt)
+    one = side(table_of(joint), encode_text(joint, prompt + completion), source)
+    other = side(table_of(apart), [*head, *encode_text(apart, completion)], source, starts=[len(head)])
+    assert one.reproduces and other.reproduces
+    whole = align_spans([one], [other])[0]
+    got = after_prompt(whole, seam)
+    begin = np.concatenate([[0], whole.bounds[:-1]])
+    assert (got.exact == (begin >= seam)).all() and np.array_equal(got.bounds, whole.bounds)
+    for tokens, span in ((one, got.span_a), (other, got.span_b)):
+        start = np.cumsum(tokens.lens) - tokens.lens
+        inside = span >= 0
+        inside[inside] = got.exact[span[inside]]
+        assert (start[inside] >= seam).all()
+
+
+def test_a_token_across_the_seam_takes_its_span_with_it():
+    """lm-eval PR 242: encode(context + continuation) cut at len(encode(context)) is wrong when a merge crosses the seam."""
+    joint, apart = side_of([b"2+2", b"=4", b"."]), side_of([b"2+2=", b"4", b"."])
+    got = after_prompt(align_spans([joint], [apart])[0], 4)
+    assert got.bounds.tolist() == [5, 6] and got.exact.tolist() == [False, True]

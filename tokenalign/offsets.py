@@ -254,6 +254,8 @@ def _anchors(got: bytes, want: bytes) -> list[tuple[int, int, int]]:
         return []
     (keys, at), (other_keys, other_at) = _unique_windows(got), _unique_windows(want)
     _, k, j = np.intersect1d(keys, other_keys, assume_unique=True, return_indices=True)
+    if not len(k):
+        return []
     order = np.argsort(at[k])
     i, j = at[k][order], other_at[j][order]
     new = np.flatnonzero((np.diff(i, prepend=-2) != 1) | (np.diff(j, prepend=-2) != 1))
