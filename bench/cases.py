@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reflux.kernels.align_spans import align_spans, align_spans_ref
+from reflux.kernels.bucket_kl import bucket_kl, bucket_kl_ref
+from reflux.kernels.class_logprob import class_logprob, class_logprob_ref, class_map
 from reflux.kernels.linear_kl import linear_kl, linear_kl_ref
 from reflux.kernels.linear_logprob import linear_logprob, linear_logprob_ref
 from reflux.kernels.linear_nll import linear_nll, linear_nll_ref
@@ -132,8 +135,38 @@ def _teacher_topk(s: Shape, device: str) -> Case:
                 {"torch": lambda: teacher_topk_ref(x_TE, w_VE, s.K)})
 
 
+def _first_bytes(V: int, device: str):
+    """257 classes of very different sizes, as first bytes have: half of the ids in one of them."""
+    class_V = torch.where(torch.rand(V) < 0.5, 32, torch.randint(257, (V,)))
+    class_V[:257] = torch.arange(257)[:V]
+    return class_map(class_V, 257).to(device)
+
+
+def _class_logprob(s: Shape, device: str) -> Case:
+    x_TD, w_VD, _, _ = _linear(s, device)
+    classes = _first_bytes(s.V, device)
+    ours, baselines = _pair(lambda *a: (class_logprob(*a, classes),), lambda *a: (class_logprob_ref(*a, classes),), (x_TD, w_VD))
+    return Case(s, 0, 4 * 2 * s.T * s.V * s.D, ours, baselines)
+
+
+def _bucket_kl(s: Shape, device: str) -> Case:
+    classes = _first_bytes(s.V, device)
+
+    def on_classes(op):
+        return lambda x, w, y, v: op(x, w, classes, y, v, classes)
+
+    return Case(s, 0, 2 * s.T * s.V * (3 * s.D + s.E), *_pair(on_classes(bucket_kl), on_classes(bucket_kl_ref), _linear(s, device)))
+
+
+def _align_spans(s: Shape, device: str) -> Case:
+    lens = [torch.randint(1, 6, (8, s.T // 8 or 1), device=device) for _ in "ab"]
+    masks = [torch.ones_like(x, dtype=torch.bool) for x in lens]
+    return Case(s, 2 * 3 * 8 * s.T, 0, lambda: align_spans(*lens, *masks), {"torch": lambda: align_spans_ref(*lens, *masks)})
+
+
 OPS: dict[str, Callable[[Shape, str], Case]] = {
     "span_sum": _span_sum, "token_logprob": _token_logprob, "token_kl": _token_kl, "linear_logprob": _linear_logprob,
     "linear_nll": _linear_nll,
     "linear_kl": _linear_kl, "linear_topk_kl": _linear_topk_kl, "teacher_topk": _teacher_topk,
-    "topk_tail_kl": _topk_tail_kl, "renormalised_topk_kl": _renormalised_topk_kl}
+    "topk_tail_kl": _topk_tail_kl, "renormalised_topk_kl": _renormalised_topk_kl,
+    "class_logprob": _class_logprob, "bucket_kl": _bucket_kl, "align_spans": _align_spans}
