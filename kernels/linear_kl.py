@@ -204,8 +204,9 @@ def linear_kl(student_hidden_TD: Tensor, student_head_VD: Tensor, teacher_hidden
     heads are padded beyond it. bias [V]. beta: jsd and skew only, 0 < beta < 1. weight [T]: constant, None for ones.
     rows int64 [M], distinct: only these are computed, the others have kl 0 and gradient 0.
     scale_t2 multiplies kl and gradient by temperature squared (Hinton et al., arXiv:1503.02531).
-    shard: both heads and biases are this rank's slice of the vocabulary, hidden states are the same on all ranks of the
-    group and vocab_size counts the whole; kl, total and the gradient in hidden are then the whole vocabulary's.
+    shard, VocabShard(group name, first row) or VocabShard.of(head): both heads and biases are this rank's slice of the
+    vocabulary, hidden states are the same on all ranks of the group and vocab_size counts the whole; kl, total and the
+    gradient in hidden are then the whole vocabulary's.
     The teacher gets no gradient; frozen_student_head skips that of head and bias, which otherwise accumulate in fp32.
     workspace_mb (MiB) bounds the logits alive at once. Under autocast operands are cast as nn.Linear would.
     ValueError on shapes, dtypes, or an option that has no meaning.

@@ -84,8 +84,7 @@ def test_the_gradient_is_the_slope(path, mode):
         assert torch.autograd.gradcheck(total, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("path, mode", [(PATHS[0], "jsd"), *((PATHS[-1], mode) for mode in MODES)])
 def test_laws_of_the_softmax(path, mode):
     """A constant on all logits changes nothing, a permuted vocabulary permutes the gradient, and gradients sum to 0."""
     tensors, weight_T = inputs(3, 70, 5, 4, torch.float64, seed=10)
@@ -120,10 +119,10 @@ def test_rows_that_were_not_chosen_are_not_computed(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["forward", "jsd"])
 def test_the_loss_of_a_token_does_not_depend_on_its_chunk(path, mode):
     """To the bit. Whole numbers make the GEMM exact in any order; what is left is the row function's own."""
-    tensors, weight_T = inputs(5, 100, 4, 4, torch.float32, seed=12)
+    tensors, weight_T = inputs(3, 100, 4, 4, torch.float32, seed=12)
     tensors = [(t * 2).round() for t in tensors]
     with running(path, 64):
         whole, again = (linear_kl(*tensors, mode=mode, weight=weight_T) for _ in range(2))

@@ -2,7 +2,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from close import DEVICE, PATHS, assert_gradient_close, running
+from close import DEVICE, PATHS, NoLargeTensor, assert_gradient_close, running
 from shards import run_on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -156,6 +156,17 @@ def test_without_a_group_nothing_is_exchanged():
     top_C, sums_NC = torch.tensor([1.0, -torch.inf]), torch.tensor([[2.0, 0.0]])
     assert all(a is b for a, b in zip(merge_sums(top_C, sums_NC, ""), (top_C, sums_NC)))
     assert common_width(100, "") == 100 and [local_width(40, 90, start) for start in (0, 40, 80, 120)] == [40, 40, 10, 0]
+
+
+def memory_of_a_slice() -> None:
+    x_TD, head_VD = torch.randn(300, 4, requires_grad=True), torch.randn(200, 4, requires_grad=True)
+    with running("torch"), NoLargeTensor(300 * 200 // 2):  # T25: neither the whole nor a slice of the logits of all tokens
+        linear_kl(x_TD, head_VD, x_TD, head_VD * 2, mode="jsd", vocab_size=400, workspace_mb=0.5,
+                  shard=VocabShard(dist.group.WORLD.group_name, 200 * dist.get_rank())).total.backward()
+
+
+def test_the_logits_of_a_slice_never_exist_whole():
+    run_on_ranks(memory_of_a_slice)
 
 
 def test_bf16_partial_sums_of_hidden_gradients_stay_close():
