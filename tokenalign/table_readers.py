@@ -71,8 +71,15 @@ def read(tokenizer: Any) -> Reading:
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Ids of `text` as content: no special token is added, and one written in the text is encoded as plain characters.
 
-    Takes what `read` takes. ValueError for a Reading without an encoder (a file that has none).
+    Takes what `read` takes. ValueError for a Reading without an encoder (a file that has none) and for a lone surrogate, which
+    some libraries would replace without a word.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"encode_text: {text[error.start]!r} at position {error.start} is half of a surrogate pair: it has no bytes, so "
+                         "no other model can score this text. Where does it come from? Bytes decoded with errors='surrogateescape'?"
+                         ) from error
     tokenizer = _inner(tokenizer)
     if hasattr(tokenizer, "encode_special_tokens"):
         with _content_mode(tokenizer):
