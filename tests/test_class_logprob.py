@@ -1,4 +1,6 @@
 """class_logprob on both paths: values and gradients against float64 autograd, and what a class map may look like."""
+from unittest.mock import patch
+
 import pytest
 import torch
 from close import DEVICE, PATHS, NoLargeTensor, assert_gradient_close, assert_no_worse, running
@@ -8,7 +10,7 @@ from shards import run_on_ranks
 from torch._subclasses import FakeTensorMode
 
 from reflux.kernels import _class_rows
-from reflux.kernels._class_rows import class_rows
+from reflux.kernels._class_rows import class_rows, class_rows_backward
 from reflux.kernels._parallel import VocabShard
 from reflux.kernels.class_logprob import _op, class_logprob, class_logprob_ref, class_map
 
@@ -204,6 +206,20 @@ def test_rows_of_a_block_do_not_know_each_other():
             whole = class_rows(logits_CL, class_L, first_N1, long_H, 0.7, "")
             parts = [class_rows(logits_CL[c], class_L, first_N1, long_H, 0.7, "") for c in (slice(0, 1), slice(1, 5))]
         assert all(torch.equal(a, torch.cat(b)) for a, b in zip(whole, zip(*parts)))
+
+
+def test_rows_that_lie_far_apart_are_found():
+    """Row 2 begins at 2**31: 32-bit offsets would wrap. Only the pages that are touched exist."""
+    class_L, first_N1, long_H = class_map((torch.arange(64) > 9).long().to(DEVICE), 2).columns[1:]
+    far_CL = torch.empty(2 * 2**30 + 64, dtype=torch.float16, device=DEVICE).as_strided((3, 64), (2**30, 1))
+    near_CL = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.float16)
+    with running(PATHS[0], 64), patch.object(_class_rows, "LONG", 20):
+        results = []
+        for logits_CL in (near_CL.clone(), far_CL.copy_(near_CL)):
+            z_CN, top_C = class_rows(logits_CL, class_L, first_N1, torch.tensor([1], device=DEVICE), 1.0, "")
+            d_CL = class_rows_backward(logits_CL, class_L, top_C, z_CN, z_CN.new_ones(3, 2), (1.0, 1.0), 0.0, logits_CL)
+            results.append((z_CN, d_CL.clone()))
+    assert all(torch.equal(a, b) for a, b in zip(*results)) and results[0][1].isfinite().all()
 
 
 def test_the_full_logits_never_exist():  # T25
