@@ -2,13 +2,16 @@
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from test_byte_table import byte_level, metaspace
 from test_spans import side_of, tokenizations
 
 from reflux.tokenalign import corpus
+from reflux.tokenalign.byte_table import CONTROL, TEXT, ByteTable
 from reflux.tokenalign.corpus import Counts, Document, Tokenizer, as_json, count, documents, measure, summary
+from reflux.tokenalign.offsets import side
 from reflux.tokenalign.spans import align_spans
 
 
@@ -29,6 +32,18 @@ def test_counts_of_one_text():
     c = counted([b" ", b"the", b" cat", b"alog", b"!"], [b"the", b" ca", b"talog", b"!"], skip_a=1)
     assert c == Counts(1, 0, 12, 12, 5, 4, 1, 0, 5, 4, 3, 1, (8, " catalog"))
     assert c.coverage == 1.0 and c.one_to_one_share == 1 / 3 and c.tokens_per_span == (5 / 3, 4 / 3)
+
+
+def test_tokens_outside_the_spans_are_counted_apart():
+    table = ByteTable((b"<s>", b"a"), np.array([CONTROL, TEXT], np.int8), "byte_level")
+    one, other = side(table, [0, 1], b"a"), side(table, [1], b"a")
+    c = count(b"a", one, other, align_spans([one], [other])[0])
+    assert (c.tokens_a, c.inside_a, c.empty_a, c.one_to_one) == (2, 1, 0, 1)
+
+
+def test_of_two_control_names_the_longer_one_is_met():
+    table = ByteTable((b"<s", b"<s>", b"a"), np.array([CONTROL, CONTROL, TEXT], np.int8), "byte_level")
+    assert corpus._control_names(table).findall(b"<s><s a") == [b"<s>", b"<s"]
 
 
 @given(tokenizations(), tokenizations())

@@ -176,3 +176,8 @@ def test_the_figures_of_the_documentation_are_current():
     folder = Path(__file__).parents[1] / "docs" / "figures"
     for name, svg in run_path(str(folder / "tokenalign_figures.py"))["figures"]().items():
         assert (folder / name).read_text(encoding="utf-8") == svg, f"{name}: run python docs/figures/tokenalign_figures.py"
+
+
+def test_a_span_wider_than_the_line_is_broken_by_columns_not_characters():
+    lines = drawn(["你".encode() * 10], ["你".encode() * 10], width=20)
+    assert [text_width(line) for line in lines if line[0] == "A"] == [14, 10] and lines[3].startswith("  ⋯")

@@ -60,7 +60,8 @@ def test_under_the_pointer():
 
 def test_nothing_is_fetched_and_nothing_of_the_text_is_markup():
     text = "<script>alert('x')</script> \" & </style> https://x.y"
-    page = to_html(*encoded(byte_level(), byte_level(size=300), text), title="<b>", facts=[("<i>", "&")])
+    page = to_html(*encoded(byte_level(), byte_level(size=300), text), Marks(('">', "B")), title="<b>", facts=[("<i>", "&")])
+    assert Page(page).of("token")[0]["data-tip"].startswith('">: token 0')
     tags = {e["tag"] for e in Page(page).elements}
     assert not tags & {"script", "link", "img", "iframe"} and "@import" not in page and "url(" not in page
     assert "<title>&lt;b&gt;</title>" in page and "&lt;i&gt; <b>&amp;</b>" in page
