@@ -116,6 +116,15 @@ def test_a_table_spells_pieces_of_every_length(pieces, data):
         table.spell(np.array([*ids, len(pieces)], np.int32))
 
 
+@given(st.lists(st.integers(-1, 4), max_size=20))
+def test_masking_by_kind(ids):
+    keep = np.array([1, 0, 1, 1, 0], np.uint8)
+    assert _native.mask(np.array(ids, np.int32), keep).tolist() == [i if i >= 0 and keep[i] else -1 for i in ids]
+    for bad in (5, -2):
+        with pytest.raises(ValueError, match=rf"id {bad} at position {len(ids)} is outside its table of 5 ids"):
+            _native.mask(np.array([*ids, bad], np.int32), keep)
+
+
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 3, 17, 40]))
 def test_rows_longer_than_a_window_are_cut_like_short_ones(seed, longest):
     """The core walks in windows of 512 tokens or 8 KiB; the definition knows nothing of that. Masked tokens and a changed byte too."""

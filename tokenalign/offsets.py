@@ -122,8 +122,11 @@ def side(table: ByteTable, ids: Sequence[int], source: bytes, *, normalize: Call
     strict: raise ValueError, with the first byte that differs, instead of returning a side that does not reproduce the source.
     Without it, look at `.reproduces`, or use only the spans that are `exact`. ValueError for an id outside the table.
     """
-    text_ids, raw, lens = _read(table, ids, control)
+    text_ids, raw = _read(table, ids, control)
     same = dict(surface=control == "surface", source=source)
+    if raw == source:  # nearly always: nothing else is looked up
+        return _side(table, text_ids, (), True, same)
+    lens = spelling(table, control == "surface").lens_of(text_ids)
     skips = _find_skips(table, text_ids, lens, raw, source, starts)
     if skips is not None:
         return _side(table, text_ids, skips, True, same)
@@ -148,8 +151,8 @@ def _side(table: ByteTable, ids: np.ndarray, skips: Sequence[int], reproduces: b
     return Side(table, ids, int(at_start), reproduces, tuple(skips[at_start:]), **more)
 
 
-def _read(table: ByteTable, ids: Sequence[int], control: str) -> tuple[np.ndarray, bytes, np.ndarray]:
-    """Ids that spell something (else -1), their bytes together, bytes of each."""
+def _read(table: ByteTable, ids: Sequence[int], control: str) -> tuple[np.ndarray, bytes]:
+    """Ids that spell something (else -1), and their bytes together."""
     if control not in CONTROLS:
         raise ValueError(f"control = {control!r}; want one of {', '.join(CONTROLS)}.")
     ids = np.asarray(ids).reshape(-1)
@@ -161,8 +164,8 @@ def _read(table: ByteTable, ids: Sequence[int], control: str) -> tuple[np.ndarra
         raise ValueError(f"id {ids[at[0]]} ({table.pieces[ids[at[0]]]!r}) at position {at[0]} is a control token inside the content; "
                          'cut the content at its stop token, or take control = "event" or "surface".')
     how = spelling(table, control == "surface")
-    text_ids = np.where((ids >= 0) & how.spells[ids], ids, -1).astype(np.int32) if len(how.spells) else ids.astype(np.int32)
-    return text_ids, how.native.spell(text_ids), how.lens_of(text_ids)
+    text_ids = _native.mask(np.ascontiguousarray(ids, np.int32), how.spells.view(np.uint8))
+    return text_ids, how.native.spell(text_ids)
 
 
 def _find_skips(table: ByteTable, ids: np.ndarray, lens: np.ndarray, raw: bytes, want: bytes,

@@ -150,7 +150,7 @@ nb::tuple align_ends(Array<int64_t> end_a, Array<int64_t> row_a, Array<int64_t> 
 
 // The bytes of `ids`, one after the other.
 nb::bytes spell(const reflux::Table& table, Array<int32_t> ids) {
-    std::vector<uint8_t> text;
+    std::vector<uint8_t> text(ids.size() * 6 + static_cast<size_t>(table.longest() + reflux::Table::SLACK));
     size_t at = 0;
     for (size_t i = 0; i < ids.size(); ++i) {
         const int32_t id = ids.data()[i];
@@ -163,6 +163,19 @@ nb::bytes spell(const reflux::Table& table, Array<int32_t> ids) {
     return nb::bytes(text.data(), at);
 }
 
+// -1 where `keep` is 0, else the id; -1 stays.
+NewArray<int32_t> mask(Array<int32_t> ids, Array<uint8_t> keep) {
+    Output<int32_t> out(ids.size());
+    for (size_t i = 0; i < ids.size(); ++i) {
+        const int32_t id = ids.data()[i];
+        if (id < -1 || (id >= 0 && static_cast<size_t>(id) >= keep.size()))
+            refuse("id " + std::to_string(id) + " at position " + std::to_string(i) + " is outside its table of " +
+                   std::to_string(keep.size()) + " ids");
+        out[i] = id >= 0 && keep.data()[id] ? id : -1;
+    }
+    return out.release();
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -172,6 +185,7 @@ NB_MODULE(_native, module) {
              "bytes: uint8, all pieces. begin: int64 [V + 1], where each begins.")
         .def("spell", &spell, arg("ids").noconvert(), "The bytes of int32 `ids`; -1 spells none.")
         .def("__len__", &reflux::Table::size);
+    module.def("mask", &mask, arg("ids").noconvert(), arg("keep").noconvert(), "int32 ids; -1 where uint8 keep[id] is 0.");
     module.def("align_ids", &align_ids, arg("table_a"), arg("ids_a").noconvert(), arg("row_a").noconvert(), arg("trim_a").noconvert(),
                arg("table_b"), arg("ids_b").noconvert(), arg("row_b").noconvert(), arg("trim_b").noconvert(), arg("threads"),
                "Spans of concatenated rows: (span_a, span_b, bounds, spans, equal, end_a, end_b). Row r is ids[row[r] : row[r + 1]], its\n"
