@@ -4,6 +4,7 @@ import json
 import sys
 from importlib import import_module
 
+import numpy as np
 import pytest
 from test_byte_table import byte_level, metaspace
 
@@ -141,6 +142,7 @@ def test_a_prompt_is_no_part_of_the_scores():
     a, b = pair()
     given = {"text": "12345 hence", "logp_a": [-5.0, -1.0], "logp_b": [-1.0] * 5}
     whole, behind = command.look(a, b, given), command.look(a, b, given | {"prompt_bytes": 5})
+    assert np.isnan(behind.marks.span_values).tolist() == [True, False] and not np.isnan(whole.marks.span_values).any()
     assert (whole.scores.num_bytes, behind.scores.num_bytes, behind.scores.logp_a) == (11, 6, -1.0)
 
 

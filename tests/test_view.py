@@ -120,11 +120,11 @@ def test_lines_fit_and_hold_everything_and_color_changes_no_letter(text, width, 
 
 
 @pytest.mark.parametrize("seam, lines", [
-    (3, ["  0         5       7",
+    (3, ["  0         5       7       end",
          "A §Q:·|ab ‖ cd    ‖ ≠ef   ‖ ■<eos>",
          "B §Q:·a|b ‖ cd    ‖ ≠eX   ‖ ■</s>",
          "  +0.50     -1.25   +3.00"]),
-    (5, ["  0             5       7",
+    (5, ["  0             5       7       end",
          "A Q:·|ab ‖seam‖ cd    ‖ ≠ef   ‖ ■<eos>",
          "B Q:·a|b ‖seam‖ cd    ‖ ≠eX   ‖ ■</s>",
          "  +0.50         -1.25   +3.00"])])
@@ -133,6 +133,11 @@ def test_seam_stop_values_and_bytes_that_differ(seam, lines):
     marks = Marks(seam=seam, stop=("<eos>", "</s>"), span_values=[0.5, -1.25, 3.0])
     got = to_terminal(a, b, alignment, marks, width=60).splitlines()
     assert got[:4] == lines and [line[0] for line in got[4:]] == (["≠", "§", "■"] if seam == 3 else ["≠", "■"])
+
+
+def test_a_span_without_a_value_shows_none():
+    lines = to_terminal(*aligned([b"a", b"b"], [b"a", b"b"]), Marks(span_values=[np.nan, 0.0])).splitlines()
+    assert lines[3].split() == ["+0.00"]
 
 
 def test_a_seam_survives_a_line_break():

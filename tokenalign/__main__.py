@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
 from .corpus import Counts, Report, Tokenizer, as_json, count, documents, measure, summary
 from .offsets import Side, spell
 from .scores import Scores, sequence_scores
@@ -76,9 +78,10 @@ def look(a: Tokenizer, b: Tokenizer, given: Mapping[str, Any]) -> Look:
     problems = tuple(tokenizer.explain(own, source)[1] for tokenizer, own, one in zip((a, b), ids, sides, strict=True)
                      if not one.reproduces)
     alignment = align_spans(sides[:1], sides[1:])[0]
-    scores = _scores(after_prompt(alignment, given.get("prompt_bytes", 0)), given)
+    scored = after_prompt(alignment, given.get("prompt_bytes", 0))
+    scores = _scores(scored, given)
     marks = Marks(("A", "B"), tuple(ids), given.get("prompt_bytes"), _stop(given),
-                  scores and (given["logp_a"], given["logp_b"]), scores and scores.span_logp_a - scores.span_logp_b,
+                  scores and (given["logp_a"], given["logp_b"]), scores and np.where(scored.exact, scores.span_logp_a - scores.span_logp_b, np.nan),
                   "log p, nats", "log p of A - log p of B, nats")
     return Look(*sides, alignment, count(source, *sides, alignment), scores, marks, problems)
 

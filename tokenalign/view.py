@@ -44,7 +44,7 @@ class Marks:
     seam: int | None = None  # bytes of the prompt, when the text holds prompt and completion
     stop: tuple[str, str] | None = None  # how each side ended: a name, with its log p if you like
     token_values: tuple[Sequence[float], Sequence[float]] | None = None  # [n] and [m], e.g. credit or per-token KL
-    span_values: Sequence[float] | None = None  # [K], e.g. T_k - S_k
+    span_values: Sequence[float] | None = None  # [K], e.g. T_k - S_k; NaN: none
     token_label: str = "token value"
     span_label: str = "span value"
 
@@ -104,9 +104,10 @@ def columns(side_a: Side, side_b: Side, alignment: Alignment, marks: Marks = NO_
     for k, cell in enumerate(cells):
         pair = tuple(cell[0][::-1]), tuple(cell[1][::-1])
         if k < num:
-            prompt = marks.seam is not None and bounds[k] < marks.seam
-            mark = "§" if prompt and marks.seam < bounds[k + 1] else "≠" if not prompt and not alignment.exact[k] else ""
-            out.append(Column(k, bounds[k], bounds[k + 1], mark, pair, span_values[k]))
+            inside = marks.seam is not None and bounds[k] < marks.seam < bounds[k + 1]
+            mark = "≠" if not alignment.exact[k] else "§" if inside else ""
+            value = None if span_values[k] is None or np.isnan(span_values[k]) else span_values[k]
+            out.append(Column(k, bounds[k], bounds[k + 1], mark, pair, value))
         elif any(pair):
             end = max(alignment.bytes_a, alignment.bytes_b)
             out.append(Column(-1, bounds[-1], end, "…" if end > bounds[-1] else "", pair, None))
@@ -197,7 +198,7 @@ def to_terminal(side_a: Side, side_b: Side, alignment: Alignment, marks: Marks =
     blocks = [block for column in picture for block in _blocks(column, heat, room, marks.seam)]
     if marks.stop:
         seam = marks.seam is not None and marks.seam == alignment.bytes_a
-        blocks.append(_Block("", tuple(_chop(_glyphs(f"■{name}", _DIM), room)[0] for name in marks.stop), seam=seam))
+        blocks.append(_Block("end", tuple(_chop(_glyphs(f"■{name}", _DIM), room)[0] for name in marks.stop), seam=seam))
     lines = [line for row in _rows(blocks, width - 2) for line in _draw(row, color, width - 2)]
     return "\n".join([*lines, *(f"{mark} {MEANINGS[mark]}" for mark in used_marks(picture, marks))])
 

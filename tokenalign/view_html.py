@@ -56,7 +56,7 @@ def to_html(side_a: Side, side_b: Side, alignment: Alignment, marks: Marks = NO_
     body = "".join(_html_column(column, marks, *heat) for column in picture)
     end = "".join(f'<div class="lane{low}"><span class="token outside">■{html.escape(name)}</span></div>{ruler}'
                   for name, low, ruler in zip(marks.stop or (), ("", " below"), ('<div class="ruler" style="--bytes:1">end</div>', "")))
-    end += '<div class="value"></div>' if heat[1] else ""
+    end += '<div class="value"></div>' if marks.span_values is not None else ""
     stop = f'<div class="column">{end}</div>' if marks.stop else ""
     return ("<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content=\"width=device-width\">"
             f"<title>{html.escape(title)}</title><style>{_STYLE}</style>\n<h1>{html.escape(title)}</h1><ul>{legend}</ul><ul>{meanings}</ul>"
@@ -69,8 +69,8 @@ def _html_column(column: Column, marks: Marks, token_heat: float, span_heat: flo
     kind = "column tail" if column.span < 0 else "column bad" if column.mark else "column"
     color = f"--color:var(--c{column.span % 6})" if column.span >= 0 else ""
     seam = '<div class="seam"><span>seam</span></div>' if marks.seam and marks.seam == column.start else ""
-    value = "" if column.value is None else (
-        f'<div class="value" style="{_html_heat(column.value, span_heat)}">{column.value:+.2f}</div>')
+    shown = ("", "") if column.value is None else (_html_heat(column.value, span_heat), f"{column.value:+.2f}")
+    value = f'<div class="value" style="{shown[0]}">{shown[1]}</div>' if marks.span_values is not None else ""
     return (f'{seam}<div class="{kind}" style="{color}"><div class="lane">{above}</div>'
             f'<div class="ruler" style="--bytes:{max(1, column.end - column.start)}">{column.start}{mark}</div>'
             f'<div class="lane below">{below}</div>{value}</div>\n')
