@@ -8,6 +8,12 @@
 Catches what the interpreter forgives: type errors, branches that do not compile, spills, fp64 slipping in, 4-byte loads
 where 16-byte ones were meant, a barrier that went missing. Registers may not grow by more than SLACK over the newest record
 of the same Triton version: if a growth is intended, record it. A new configuration may use MAX_REGISTERS.
+
+Another Triton beside the installed one; the kernels' tests run under it in the same way, without any GPU:
+
+    pip install --no-deps --target /tmp/triton36 triton==3.6.0 'numpy<2.4'    # its interpreter wants the older numpy
+    PYTHONPATH=/tmp/triton36 python tests/compile_for_gpus.py --record
+    PYTHONPATH=/tmp/triton36 python -m pytest tests/test_token_kl.py
 """
 import argparse
 import datetime
