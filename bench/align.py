@@ -36,6 +36,7 @@ from reflux.tokenalign.offsets import Side, side, spelling
 from reflux.tokenalign.spans import align_spans
 
 ROOT = Path(__file__).resolve().parents[1]
+ALIGNER = ["CMakeLists.txt", "tokenalign/native", "tokenalign/offsets.py", "tokenalign/spans.py"]
 SEED, ROWS, ROUNDS = 0, 64, 21
 TOKENS = 1 << 20  # of both sides together
 
@@ -227,8 +228,8 @@ def scale(case: Case) -> list[dict]:
 
 def write_record(cases: dict, scaling: list[dict] | None) -> None:
     git = lambda *args: subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    if git("status", "--porcelain", "--", "tokenalign", "bench/align.py", "CMakeLists.txt"):
-        sys.exit("No record: tokenalign/, bench/align.py or CMakeLists.txt has changes that are not committed.")
+    if git("status", "--porcelain", "--", *ALIGNER, "bench/align.py"):
+        sys.exit("No record: the aligner or this file has changes that are not committed.")
     import tokenizers
 
     cpu = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
