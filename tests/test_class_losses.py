@@ -167,7 +167,7 @@ def test_banned_ids():
 
 
 def test_a_class_of_vanishing_mass_keeps_its_gradient():
-    """Class sums in log space: in fp32 a probability of e^-200 is 0, and its logit would never come back."""
+    """Class sums in fp64: in fp32 a probability of e^-200 is 0, and its logit would never come back."""
     table = table_of([b"a", b"b"], controls=0)
     pools = pools_of(MAPS["first_byte"](Vocabulary(table), Vocabulary(table)))
     value, grad = gradient(partial(class_kl, pools=pools), torch.tensor([[0.0, -200.0]]), torch.tensor([[0.0, 0.0]]))

@@ -84,7 +84,7 @@ def pools_of(built: ClassMap | Projection, device: torch.device | str = "cpu") -
 def pool_logprob(logits_SV: Tensor, pool: Pool, *, temperature: float = 1.0) -> Tensor:
     """log P [S, N], fp32 (fp64 for fp64): the log of each class's mass under softmax(logits / temperature); -inf for no mass.
 
-    Sums are taken in log space, class by class: a class of mass 1e-60 keeps its gradient. Differentiable in the logits, once.
+    Sums are taken in fp64: a class of mass 1e-60 keeps its gradient. Differentiable in the logits, once.
     A logit of -inf is a banned id. ValueError: logits that are not [S, V] of this map, temperature <= 0.
     """
     if logits_SV.ndim != 2 or logits_SV.shape[1] != pool.num_ids:
@@ -189,27 +189,27 @@ class _PoolLogProb(torch.autograd.Function):
         logits_SV, mass_SN, logp_SN = ctx.saved_tensors
         grad_SN = grad_SN - logp_SN.exp() * grad_SN.sum(1, keepdim=True)
         share_SM = _entries(logits_SV, ctx.pool, ctx.inv_temp)
-        top_SM = mass_SN[:, ctx.pool.class_M]
-        share_SM = share_SM.sub_(torch.where(top_SM == -torch.inf, 0.0, top_SM)).exp_()  # the entry's share of its class
-        share_SM *= grad_SN[:, ctx.pool.class_M]
-        dlogits_SV = torch.zeros_like(logits_SV, dtype=share_SM.dtype)
-        dlogits_SV.scatter_add_(1, ctx.pool.id_M.expand_as(share_SM), share_SM)
+        mass_SN = torch.where(mass_SN == -torch.inf, 0.0, mass_SN)
+        share_SM = share_SM.sub_(mass_SN.index_select(1, ctx.pool.class_M)).exp_()  # the entry's share of its class
+        share_SM *= grad_SN.index_select(1, ctx.pool.class_M)
+        dlogits_SV = torch.zeros_like(logits_SV, dtype=share_SM.dtype).index_add_(1, ctx.pool.id_M, share_SM)
         return (dlogits_SV * ctx.inv_temp).to(logits_SV.dtype), None, None
 
 
 def _entries(logits_SV: Tensor, pool: Pool, inv_temp: float) -> Tensor:
     """[S, M] unnormalised log-mass of every entry."""
-    x_SM = logits_SV[:, pool.id_M].to(_wide(logits_SV)) * inv_temp
+    x_SM = logits_SV.index_select(1, pool.id_M).to(_wide(logits_SV)) * inv_temp  # 5 times faster than [:, id_M] on a CPU
     return x_SM if pool.log_weight_M is None else x_SM.add_(pool.log_weight_M)
 
 
 def _sum_entries(x_SM: Tensor, pool: Pool) -> Tensor:
-    """[S, N] logsumexp of the entries of each class, each class shifted by its own maximum."""
-    class_SM = pool.class_M.expand_as(x_SM)
-    top_SN = x_SM.new_full((len(x_SM), pool.num_classes), -torch.inf).scatter_reduce_(1, class_SM, x_SM, "amax")
-    top_SN = torch.where(top_SN == -torch.inf, 0.0, top_SN)
-    sum_SN = torch.zeros_like(top_SN).scatter_add_(1, class_SM, (x_SM - top_SN[:, pool.class_M]).exp_())
-    return top_SN.add_(sum_SN.log_())
+    """[S, N] logsumexp of the entries of each class. fp64 in between: its exponents reach 700 nats below the row's largest entry,
+    so that no class needs a maximum of its own."""
+    top_S1 = x_SM.amax(1, keepdim=True)
+    top_S1 = torch.where(top_S1 == -torch.inf, 0.0, top_S1)
+    sum_SN = x_SM.new_zeros(len(x_SM), pool.num_classes, dtype=torch.float64)
+    sum_SN.index_add_(1, pool.class_M, (x_SM - top_S1).double().exp_())
+    return sum_SN.log_().to(x_SM.dtype).add_(top_S1)
 
 
 def _kept_and_rest(logp_SN: Tensor, teacher: TopK, pools: Pools) -> tuple[Tensor, Tensor]:
