@@ -172,15 +172,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
+    git = lambda *args: subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    commit = git("rev-parse", "HEAD")
+    changed = git("status", "--porcelain", "--", *ALIGNER, "tests/long_run_align.py")
+    if arguments.record and changed:
+        sys.exit(f"No record: the aligner or this script has changes that are not committed:\n{changed}")
     result = run(arguments.streams, arguments.seed)
     print(json.dumps(result, indent=1, ensure_ascii=False))
     if arguments.record:
-        git = lambda *args: subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-        if git("status", "--porcelain", "--", *ALIGNER, "tests/long_run_align.py"):
-            sys.exit("No record: the aligner or this script has changes that are not committed.")
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         path = ROOT / "bench/records" / f"{now[:10]}_align_long_run_cpu.json"
-        record = {"op": "align_long_run", "commit": git("rev-parse", "HEAD"), "dirty": False, "date": now, "seed": arguments.seed,
+        record = {"op": "align_long_run", "commit": commit, "dirty": False, "date": now, "seed": arguments.seed,
                   "command": " ".join(["python tests/long_run_align.py", *sys.argv[1:]]), "python": platform.python_version(),
                   "numpy": np.__version__, "torch": torch.__version__, **result}
         path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")

@@ -412,6 +412,15 @@ def test_an_added_token_that_swallows_whitespace():
     assert all(begin >= 20 and end <= 33 for begin, end in inexact) and got.bounds[-1] == len(text)
 
 
+@pytest.mark.parametrize("ids, exact", [([0, 1], [False, True]), ([2, 1], [True, True]), ([3, 1], [False, True])])
+def test_only_a_space_is_taken_for_a_space_put_in_front(ids, exact):
+    table = ByteTable((b"xabc", b"def", b" abc", b" abX"), np.zeros(4, np.int8), "sentencepiece", True)
+    other = side(side_of([b"abc", b"def"]).table, [0, 1], b"abcdef")
+    one = side(table, ids, b"abcdef")
+    got = align_spans([one], [other])[0]
+    assert got.exact.tolist() == exact and one.reproduces == all(exact)
+
+
 def test_collapsed_whitespace_through_a_long_text():
     source = b"".join(b"%d lines,  and\n\n%d more. " % (i, i * i) for i in range(2000))
     spelled = re.sub(rb"\s+", b" ", source)

@@ -137,7 +137,7 @@ def side(table: ByteTable, ids: Sequence[int], source: bytes, *, normalize: Call
     if strict and not reproduces:
         raise ValueError(_difference(table, raw, image))
     if skips is None:  # the first space is one put there if more of the text agrees without it
-        skips = _first(lens) if table.space_prefix and _agree(raw[1:], image) > _agree(raw, image) else ()
+        skips = _first(lens) if _agrees_without_space(table, raw, image) else ()
     spelled = _without(raw, lens, skips)
     lens[list(skips)] -= 1
     ends, changed = (np.cumsum(lens, dtype=np.int64), None) if reproduces else _place(lens, spelled, image)
@@ -304,6 +304,10 @@ def _agree(one: bytes, two: bytes) -> int:
     return int(np.argmax(np.frombuffer(one, np.uint8, size) != np.frombuffer(two, np.uint8, size)))
 
 
+def _agrees_without_space(table: ByteTable, raw: bytes, want: bytes) -> bool:
+    return table.space_prefix and raw[:1] == b" " and _agree(raw[1:], want) > _agree(raw, want)
+
+
 def _first(lens: np.ndarray) -> tuple[int, ...]:
     """The first token with bytes, if there is one."""
     return tuple(np.flatnonzero(lens)[:1].tolist())
@@ -315,7 +319,7 @@ def _without(raw: bytes, lens: np.ndarray, skips: Sequence[int]) -> bytes:
 
 
 def _difference(table: ByteTable, raw: bytes, want: bytes) -> str:
-    raw = raw[1:] if table.space_prefix and _agree(raw[1:], want) > _agree(raw, want) else raw
+    raw = raw[1:] if _agrees_without_space(table, raw, want) else raw
     at = _agree(raw, want)
     begin = max(at - 16, 0)
     return (f"side: the ids spell another text than the source, from byte {at} on: behind {want[begin:at]!r} come "
