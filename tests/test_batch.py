@@ -7,13 +7,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reflux.trainer.batch import Prompt, Rollout, Sample, empty_batch, pack
+from reflux.trainer.batch import Prompt, Rollout, Sample, TeacherView, empty_batch, pack
 
 SEQ_LEN = 12
 
 
 def sample(prompt=(1,), ids=(2,), **more) -> Sample:
     return Sample(Rollout(Prompt(7, ()), tuple(prompt), tuple(ids), (0.0,) * len(ids), 0.0, "", True), **more)
+
+
+def _views(rng, n, teachers):
+    """Teachers with another template, and some with other tokens, too, compared at some places."""
+    found = []
+    for _ in range(teachers):
+        prompt, m = tuple(rng.integers(1, 99, rng.integers(1, 6)).tolist()), int(rng.integers(0, 6))
+        places = min(int(rng.integers(0, 4)), n, m)
+        other = (tuple(rng.integers(1, 99, m).tolist()), np.sort(rng.choice(n, places, replace=False)),
+                 np.sort(rng.choice(m, places, replace=False))) if rng.integers(2) and n else ()
+        found.append(None if rng.integers(4) == 0 else TeacherView(prompt, *other))
+    return tuple(found)
 
 
 @st.composite
@@ -28,7 +40,7 @@ def samples(draw, most=8):
         if draw(st.booleans()):
             more |= dict(span=rng.integers(-1, spans, n) if n else np.zeros(0, int), teacher_span_logp=rng.normal(size=spans))
         if draw(st.booleans()):
-            more |= dict(teacher_prompt_ids=tuple(rng.integers(1, 99, draw(st.integers(1, 5))).tolist()))
+            more |= dict(teacher_views=_views(rng, n, draw(st.integers(1, 2))))
         out.append(sample(rng.integers(1, 99, p).tolist(), rng.integers(1, 99, n).tolist(), **more))
     return out
 
@@ -77,19 +89,40 @@ def test_every_token_once_with_its_numbers(samples_N, tokens, joined):
 @given(samples(), BUDGETS, st.booleans())
 def test_each_target_is_predicted_from_its_own_past_in_both_views(samples_N, tokens, joined):
     for batch in pack(samples_N, tokens=tokens, seq_len=SEQ_LEN, joined=joined):
-        for view, prompt_of in ((batch, lambda s: s.rollout.prompt_ids),
-                                (batch.for_teacher(), lambda s: s.teacher_prompt_ids or s.rollout.prompt_ids)):
+        known = states(batch.input_NL, batch.position_NL)
+        wanted = {i: iter(past(samples_N[i].rollout.prompt_ids, samples_N[i].rollout.ids)) for i in batch.sample_T.tolist()}
+        assert [known[row] for row in batch.row_T.tolist()] == [next(wanted[i]) for i in batch.sample_T.tolist()]
+
+
+@given(samples(), BUDGETS, st.booleans())
+def test_each_teacher_predicts_from_its_own_past_at_the_compared_places(samples_N, tokens, joined):
+    """Sample by sample, in the batch's order: the teacher's rows are its predictors of the chosen places, and `places` names the
+    student's tokens that they are compared with."""
+    for batch in pack(samples_N, tokens=tokens, seq_len=SEQ_LEN, joined=joined):
+        order = list(dict.fromkeys(batch.sample_T.tolist()))
+        for teacher in range(2):
+            view, places = batch.for_teacher(teacher), batch.places(teacher)
             known = states(view.input_NL, view.position_NL)
             got = [known[row] for row in view.row_T.tolist()]
-            wanted = {i: iter(past(prompt_of(samples_N[i]), samples_N[i].rollout.ids)) for i in batch.sample_T.tolist()}
-            assert got == [next(wanted[i]) for i in batch.sample_T.tolist()]
-            assert torch.equal(view.target_T, batch.target_T)
+            rows = torch.arange(batch.tokens) if places is None else places
+            assert len(got) == len(rows)
+            wanted, mine = [], []
+            for i in order:
+                r, views = samples_N[i].rollout, samples_N[i].teacher_views
+                v = views[teacher] if teacher < len(views) else None
+                prompt, ids = (r.prompt_ids, r.ids) if v is None else (v.prompt_ids, r.ids if v.ids is None else v.ids)
+                all_of_them = past(prompt, ids)
+                chosen = range(len(r.ids)) if v is None or v.own_place is None else v.own_place
+                theirs = range(len(ids)) if v is None or v.teacher_place is None else v.teacher_place
+                wanted += [all_of_them[k] for k in theirs]
+                mine += [int((batch.sample_T == i).nonzero()[k, 0]) for k in chosen]
+            assert got == wanted and rows.tolist() == mine
 
 
 @given(samples(), BUDGETS, st.booleans())
 def test_the_budget_holds_for_both_views_or_the_batch_is_one_row(samples_N, tokens, joined):
     for batch in pack(samples_N, tokens=tokens, seq_len=SEQ_LEN, joined=joined):
-        for view in (batch, batch.for_teacher()):
+        for view in (batch, batch.for_teacher(0), batch.for_teacher(1)):
             assert view.input_NL.numel() <= tokens or len(view.input_NL) == 1
             assert view.input_NL.shape == view.position_NL.shape and view.input_NL.shape[1] >= 1
         assert batch.input_NL.shape[1] <= SEQ_LEN and batch.packed == joined
@@ -155,11 +188,11 @@ def test_nothing_in_nothing_out():
 
 
 def test_a_batch_moves_with_its_teacher_view():
-    batch, = pack([sample((1,), (2,), teacher_prompt_ids=(3, 4))], tokens=64, seq_len=SEQ_LEN)
+    batch, = pack([sample((1,), (2,), teacher_views=(None, TeacherView((3, 4))))], tokens=64, seq_len=SEQ_LEN)
     moved = batch.to(torch.device("meta"))
-    assert moved.target_T.is_meta and all(x.is_meta for x in moved.teacher_view) and not moved.packed
-    assert batch.for_teacher().input_NL.tolist() == [[3, 4]] and batch.for_teacher().row_T.tolist() == [1]
-    assert replace(batch, teacher_view=None).for_teacher().input_NL.tolist() == [[1]]
+    assert moved.target_T.is_meta and all(x.is_meta for x in moved.teacher_views[1][:3]) and not moved.packed
+    assert batch.for_teacher(1).input_NL.tolist() == [[3, 4]] and batch.for_teacher(1).row_T.tolist() == [1]
+    assert batch.places(1) is None and all(batch.for_teacher(i).input_NL.tolist() == [[1]] for i in (0, 2))
 
 
 def test_content_is_the_response_without_its_stop():

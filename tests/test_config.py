@@ -108,7 +108,11 @@ def test_calibrate_refuses(wrong, says):
     ({"objective": "nll", "on_policy": 0.1}, "on_policy = 0.1"),
     ({"objective": "nll", "on_policy": 0.0, "temperature": 2.0}, "temperature = 2.0 needs objective = 'kl'"),
     ({"objective": "span", "temperature": 2.0}, "temperature = 2.0 needs objective = 'kl'"),
-    ({"objective": "span", "tail": "ghost", "top_k": 8}, "need objective = 'kl', got 'span'"),
+    ({"objective": "class", "classes": "prefix", "tail": "ghost", "top_k": 8}, "only bound these masses from below"),
+    ({"objective": "class", "tail": "renorm", "top_k": 8}, "which only tail = 'ghost' keeps"),
+    ({"more_teachers": ["b"], "teacher_weights": [1.0]}, "want one number > 0 for each"),
+    ({"more_teachers": ["b"], "objective": "span"}, "takes one teacher"),
+    ({"objective": "span", "tail": "ghost", "top_k": 8}, "need objective = 'kl' or 'class', got 'span'"),
     ({"tail": "ghost"}, "a truncated teacher needs both"),
     ({"top_k": 8}, "a truncated teacher needs both"),
     ({"tail": "ghost", "top_k": -8}, "distill.top_k = -8; want >= 0"),
@@ -153,7 +157,7 @@ def test_no_float_may_be_nan_or_infinite(section):
     ({"phase": "evaluate", "folder": "r", "model": {"path": "m"}}, "needs eval.source and task.name"),
     ({"phase": "distill", "folder": "r", "model": {"path": "m"}, "data": {"source": "d"}}, "teacher.path is missing"),
     ({**DISTILL, "eval": {"source": "e"}}, "task.name is missing"),
-    ({"folder": "r"}, "phase is missing; want calibrate | distill | evaluate"),
+    ({"folder": "r"}, "phase is missing; want calibrate | distill | diagnose | evaluate"),
     ({"phase": "distill"}, "folder is missing; want str")])
 def test_a_phase_says_what_it_cannot_do_without(tables, says):
     with pytest.raises(ValueError, match="x.toml: ") as error:

@@ -10,6 +10,11 @@ import torch
 from runs import config, run_here
 from transformers import AutoModelForCausalLM
 
+from reflux.kernels.teacher_topk import teacher_topk_ref
+from reflux.tokenalign import vocab_map
+from reflux.tokenalign.class_losses import class_kl, hybrid, pools_of, uld
+from reflux.tokenalign.projection import Projection
+from reflux.tokenalign.vocab_map import Vocabulary
 from reflux.trainer.chat import Chat
 from reflux.trainer.config import Distill as DistillConfig
 from reflux.trainer.distill import Distill
@@ -44,7 +49,8 @@ def logp_nV(folder, sample, prompt_ids=None) -> torch.Tensor:
 
 def mean_over_tokens(talkers, samples, loss_of) -> float:
     """What the first step's loss is by definition: sum over all response tokens, divided once."""
-    total = sum(loss_of(logp_nV(talkers / "policy", s), logp_nV(talkers / "teacher", s, s.teacher_prompt_ids), s) for s in samples)
+    prompt_of = lambda s: s.teacher_views[0].prompt_ids if any(s.teacher_views) else None
+    total = sum(loss_of(logp_nV(talkers / "policy", s), logp_nV(talkers / "teacher", s, prompt_of(s)), s) for s in samples)
     return float(total) / sum(len(s.rollout.ids) for s in samples)
 
 
@@ -173,8 +179,76 @@ def test_spans_carry_the_teachers_likelihood_whoever_wrote(talkers, tmp_path, se
         assert s.span.max() == len(s.teacher_span_logp) - 1 and len(s.span) == len(s.rollout.ids)
 
 
+CLASS_LOSSES = {
+    "first_byte": {"divergence": "forward"}, "common": {"divergence": "jsd", "beta": 0.3}, "prefix": {"divergence": "reverse"},
+    "projection": {"divergence": "forward"}, "uld": {}, "hybrid": {"divergence": "forward", "temperature": 2.0, "scale_t2": True},
+    "kept": {"divergence": "forward", "tail": "ghost", "top_k": 6}}
+
+
+def class_loss_of(student: Chat, teacher: Chat, kind: str, z_SV, u_SW, options) -> torch.Tensor:
+    """The definition on whole logits, by the plain functions of reflux.tokenalign (their gradients are proven in their own tests)."""
+    sides = Vocabulary(student.table, student.stop_ids), Vocabulary(teacher.table, teacher.stop_ids)
+    T = options.get("temperature", 1.0)
+    given = {"mode": options.get("divergence", "reverse"), "beta": options.get("beta", 0.5), "temperature": T}
+    if kind == "uld":
+        return uld(z_SV, u_SW).sum()
+    if kind == "kept":
+        kept = teacher_topk_ref(u_SW, torch.eye(u_SW.shape[1], dtype=u_SW.dtype), 6)
+        return class_kl(z_SV, kept, pools_of(vocab_map.common(*sides)), **given).sum()
+    built = Projection.build(*sides) if kind == "projection" else getattr(vocab_map, "common" if kind == "hybrid" else kind)(*sides)
+    loss = hybrid if kind == "hybrid" else class_kl
+    return loss(z_SV, u_SW, pools_of(built), **given).sum() * (T**2 if options.get("scale_t2") else 1)
+
+
+@pytest.mark.parametrize("kind", CLASS_LOSSES)
+@pytest.mark.parametrize("texts", [{}, GIVEN, {"on_policy": 0.0}], ids=["student", "dataset", "teacher"])
+def test_class_losses_compare_both_models_where_both_have_read_the_same_bytes(talkers, tmp_path, seen, kind, texts):
+    options = {"classes": "common" if kind == "kept" else kind} | CLASS_LOSSES[kind]
+    run = run_here(config(talkers, tmp_path / "run", "distill", steps=1, rollout={"prompts": 2, "group": 2},
+                          teacher={"path": str(talkers / "proxy"), "dtype": "float32"}, distill={"objective": "class"} | options | texts))
+    chats = [Chat(str(talkers / name)) for name in ("policy", "proxy")]
+    models = [AutoModelForCausalLM.from_pretrained(talkers / name) for name in ("policy", "proxy")]
+    total, tokens, places = 0.0, 0, 0
+    for s in seen["score"][0]:
+        view, r = s.teacher_views[0], s.rollout
+        logits = []
+        for model, prompt, ids, place in zip(models, (r.prompt_ids, view.prompt_ids), (r.ids, view.ids), (view.own_place, view.teacher_place)):
+            with torch.no_grad():
+                logits.append(model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1].double()[place])
+        z_SV, u_SW = (x[:, :c.vocab_size] for x, c in zip(logits, chats))
+        total += float(class_loss_of(*chats, kind, z_SV, u_SW, options))
+        tokens, places = tokens + len(r.ids), places + len(view.own_place)
+    assert run.steps[0]["loss"] == pytest.approx(total / tokens, rel=1e-4)
+    assert run.steps[0]["places"] == pytest.approx(places / tokens) and 0 < places <= tokens
+
+
+def test_several_teachers_are_their_weighted_mean(talkers, tmp_path):
+    """On given texts, with a teacher of the student's tokenizer and one of another; texts of their own are drawn by weight."""
+    def first(folder, path, **more):
+        options = {"objective": "class", "classes": "first_byte", "divergence": "forward"} | GIVEN | more
+        return run_here(config(talkers, tmp_path / folder, "distill", steps=1, distill=options, rollout={"prompts": 4},
+                               teacher={"path": str(talkers / path), "dtype": "float32"})).steps[0]["loss"]
+
+    one, other = first("one", "teacher"), first("other", "proxy")
+    both = first("both", "teacher", more_teachers=[str(talkers / "proxy")])
+    assert both == pytest.approx((one + other) / 2, rel=1e-4) and one != pytest.approx(other, rel=1e-2)
+    weighted = first("weighted", "teacher", more_teachers=[str(talkers / "proxy")], teacher_weights=[3.0, 1.0])
+    assert weighted == pytest.approx((3 * one + other) / 4, rel=1e-4)
+
+
+def test_each_teacher_writes_its_share_of_the_texts(talkers, tmp_path, seen):
+    run_here(config(talkers, tmp_path / "run", "distill", steps=4, rollout={"prompts": 6, "group": 1}, distill={
+        "objective": "nll", "on_policy": 0.0, "more_teachers": [str(talkers / "proxy")], "teacher_weights": [1.0, 2.0]}))
+    writers = [t.teacher for step in seen["sample"] for group in step for t in group]
+    assert set(writers) == {0, 1} and 24 * 0.4 < sum(writers) < 24 * 0.95
+    chat = Chat(str(talkers / "policy"))
+    for sample, text in zip((s for step in seen["score"] for s in step), (t for step in seen["sample"] for g in step for t in g)):
+        if text.teacher == 1:  # in the student's tokens, whoever wrote
+            assert sample.rollout.ids[:-1] == chat.encode(text.rollout.text) or not text.rollout.ended
+
+
 def test_another_vocabulary_is_refused_with_the_way_out(talkers, tmp_path):
-    with pytest.raises(ValueError, match="different vocabularies.*'span'"):
+    with pytest.raises(ValueError, match="different vocabularies.*'class' or 'span'"):
         run_here(config(talkers, tmp_path / "run", "distill", teacher={"path": str(talkers / "proxy")}))
 
 
@@ -187,7 +261,7 @@ def test_a_teacher_with_another_template_reads_its_own_prompt(talkers, tmp_path,
         (template if template.exists() else settings).read_text().replace("assistant: ", "Well, the answer is "))
     run = run_here(config(talkers, tmp_path / "run", "distill", steps=1, teacher={"path": str(tmp_path / "teacher")},
                           distill={"divergence": "forward"}, rollout={"prompts": 4, "group": 2}))
-    assert all(s.teacher_prompt_ids and s.teacher_prompt_ids != s.rollout.prompt_ids for s in seen["score"][0])
+    assert all(s.teacher_views and s.teacher_views[0].prompt_ids != s.rollout.prompt_ids for s in seen["score"][0])
     assert run.steps[0]["loss"] == pytest.approx(
         mean_over_tokens(talkers, seen["score"][0], lambda s, t, _: kl(t, s)), rel=2e-5)
 
@@ -204,14 +278,19 @@ OPTIONS = [({}, o) for o in (
     {"on_policy": 1.0}, {"nll_weight": 0.5}, {"queries": 4})] + [
     (TOP, {"top_k": 9}), ({"divergence": "jsd"}, {"beta": 0.2}), ({"divergence": "skew_forward", "beta": 0.5}, {"beta": 0.2}),
     ({"temperature": 2.0}, {"scale_t2": True}), ({"objective": "span"}, {"span_temperature": 10.0}),
-    ({"objective": "span"}, {"nll_weight": 0.5})]
+    ({"objective": "span"}, {"nll_weight": 0.5}), ({"objective": "class"}, {"classes": "first_byte"}), ({"objective": "class"}, TOP),
+    ({"objective": "class"}, {"divergence": "reverse"}), ({}, {"more_teachers": ["PROXY"], "objective": "class"}),
+    ({"objective": "class", "more_teachers": ["PROXY"]}, {"teacher_weights": [3.0, 1.0]})]
 
 
 @pytest.mark.parametrize("under, option", OPTIONS, ids=str)
 def test_every_option_changes_what_it_names(talkers, tmp_path, under, option):
     """T29."""
     def outcome(folder, **more):
-        run = run_here(config(talkers, folder, "distill", steps=1, **BASE | {"distill": BASE["distill"] | under | more}))
+        options = BASE["distill"] | under | more
+        if "more_teachers" in options:
+            options["more_teachers"] = [str(talkers / "proxy")]
+        run = run_here(config(talkers, folder, "distill", steps=1, **BASE | {"distill": options}))
         return [run.steps[0][key] for key in KL_KEYS]
 
     if str(under) not in _base:
@@ -226,10 +305,12 @@ def test_options_of_other_tables_change_what_they_name(talkers, tmp_path, over):
     assert got.steps[0]["loss"] != pytest.approx(base.steps[0]["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"on_policy": 0.5, "nll_weight": 0.5}, {"objective": "span", "on_policy": 0.5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"on_policy": 0.5, "nll_weight": 0.5}, {"objective": "span", "on_policy": 0.5},
+                                     {"objective": "class", "classes": "prefix", "on_policy": 0.5}], ids=str)
 def test_micro_batches_and_packing_change_no_number(talkers, tmp_path, options):
     """T10."""
-    runs = [run_here(config(talkers, tmp_path / str(k), "distill", distill=options, batch=batch))
+    other = {"teacher": {"path": str(talkers / "proxy"), "dtype": "float32"}} if "classes" in options else {}
+    runs = [run_here(config(talkers, tmp_path / str(k), "distill", distill=options, batch=batch, **other))
             for k, batch in enumerate([{}, {"tokens": 1}, {"tokens": 97}, {"pack": True}])]
     for other in runs[1:]:
         for a, b in zip(runs[0].steps, other.steps):

@@ -62,13 +62,21 @@ def only_descriptions(source: Path, out: Path) -> Path:
     return out
 
 
-def with_normalizer(source: Path, out: Path) -> Path:
-    """The same model behind a tokenizer that lowers case."""
+def changed_tokenizer(source: Path, out: Path, change) -> Path:
+    """The same model behind a tokenizer whose table `change` has edited."""
     shutil.copytree(source, out)
     table = json.loads((out / "tokenizer.json").read_text())
-    table["normalizer"] = {"type": "Lowercase"}
+    change(table)
     (out / "tokenizer.json").write_text(json.dumps(table))
     return out
+
+
+def swallow_space(table: dict) -> None:
+    """"!" becomes an added token that eats the space in front of it: the ids no longer spell the text."""
+    vocab = table["model"]["vocab"]
+    place = vocab["!"] if isinstance(vocab, dict) else next(i for i, (piece, _) in enumerate(vocab) if piece == "!")
+    table["added_tokens"].append({"id": place, "content": "!", "single_word": False, "lstrip": True, "rstrip": False, "normalized": False,
+                                  "special": False})
 
 
 # --dry-run
@@ -227,11 +235,14 @@ def test_spans_align_across_tokenizers(distill, talkers):
 
 @pytest.mark.usefixtures("titan_process")
 def test_a_tokenizer_that_changes_the_text_is_an_error(calibrate, talkers, tmp_path):
-    rows = [{"prompt": "What is 1+1?", "answer": "2", "response": f"{'SUM' if k % 2 else 'sum'} => 2"} for k in range(8)]
+    rows = [{"prompt": "What is 1+1?", "answer": "2", "response": f"{'SUM !' if k % 2 else 'sum!'} => 2"} for k in range(8)]
     (tmp_path / "upper.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    proxy = with_normalizer(talkers / "proxy", tmp_path / "lower")
-    findings = examine(calibrate(proxy={"path": str(proxy)}, data={"source": str(tmp_path / "upper.jsonl")}))
+    over = {"data": {"source": str(tmp_path / "upper.jsonl")}}
+    proxy = changed_tokenizer(talkers / "proxy", tmp_path / "eats", swallow_space)
+    findings = examine(calibrate(proxy={"path": str(proxy)}, **over))
     assert "50.0% of the first 8 texts do not round-trip" in problems(findings) and "SUM" in problems(findings)
+    lowers = changed_tokenizer(talkers / "proxy", tmp_path / "lower", lambda table: table.update(normalizer={"type": "Lowercase"}))
+    assert "round-trip" not in problems(examine(calibrate(proxy={"path": str(lowers)}, **over))), "a normaliser is no loss"
 
 
 def test_a_prompt_that_does_not_fit_is_an_error_with_the_length_to_set(calibrate):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reflux.tokenalign.scores import compare_spans
 from reflux.trainer.config import Calibration
 from reflux.trainer.rewards import (
     UNSCORED,
@@ -27,6 +28,11 @@ SEEDS = st.integers(0, 2**32 - 1)
 RAW = Calibration(mode="distillable", winsor=0.0, span_clip=0.0, std_floor=0.0, cal_gate="none")
 
 
+def scored(proxy, own, stop, n_bytes, counts, span, cal) -> CalScore:
+    """r_cal of one text from span sums; the stop's difference is all the proxy's."""
+    return calibration_score(compare_spans(proxy, own, num_bytes=n_bytes, tokens=counts, stop_a=stop, stop_b=0.0, clip=cal.span_clip), span, cal)
+
+
 def score(value: float, n_bytes: int = 10, span=None, stop: float = 0.0) -> CalScore:
     span_value = np.array([value - stop]) if span is None else np.asarray(span, float)
     return CalScore(value, value, span_value, np.arange(len(span_value)), stop, n_bytes, 0.0, True)
@@ -42,7 +48,7 @@ def group(seed: int, P: int = 3, G: int = 6, cal: Calibration = RAW):
             return UNSCORED
         span = np.repeat(np.arange(n), 1)[:max(n - 1, 0)]
         proxy, own = -rng.exponential(3.0, len(span)), -rng.exponential(2.0, len(span))
-        return calibration_score(proxy, own, float(rng.normal()), int(rng.integers(1, 40)), (len(span), len(span)), span, cal)
+        return scored(proxy, own, float(rng.normal()), int(rng.integers(1, 40)), (len(span), len(span)), span, cal)
     scores = [[one(n) for n in row] for row in lengths]
     return task, task > 0, lengths, scores
 
@@ -55,19 +61,19 @@ def flat(adv) -> np.ndarray:
 def test_sequence_score_by_hand():
     proxy, own, cal = np.array([-1.0, -2.0, -30.0]), np.array([-2.0, -1.0, -1.0]), Calibration(span_clip=10.0)
     arguments = (proxy, own, 0.5, 5, (6, 3), np.array([0, 1, 2]))
-    s = calibration_score(*arguments, cal)
+    s = scored(*arguments, cal)
     assert s.value == 1 - 1 - 10 + 0.5 and s.raw == 1 - 1 - 29 + 0.5 and s.clipped == pytest.approx(1 / 3) and s.scored
-    assert calibration_score(*arguments, replace(cal, score_norm="per_byte")).value == s.value / 5
-    assert calibration_score(*arguments, replace(cal, span_clip=0.0)).value == s.raw
-    per_token = calibration_score(*arguments, replace(cal, score_norm="per_token"))
+    assert scored(*arguments, replace(cal, score_norm="per_byte")).value == s.value / 5
+    assert scored(*arguments, replace(cal, span_clip=0.0)).value == s.raw
+    per_token = scored(*arguments, replace(cal, score_norm="per_token"))
     assert per_token.value == pytest.approx(-33 / 6 + 4 / 3)
 
 
 def test_an_empty_text_is_worth_its_stop():
-    s = calibration_score(np.zeros(0), np.zeros(0), -0.25, 0, (0, 0), np.zeros(0, int), Calibration())
+    s = scored(np.zeros(0), np.zeros(0), -0.25, 0, (0, 0), np.zeros(0, int), Calibration())
     assert s.value == s.raw == -0.25 and s.clipped == 0
     for norm in ("per_byte", "per_token"):
-        assert np.isfinite(calibration_score(np.zeros(0), np.zeros(0), -0.25, 0, (0, 0), np.zeros(0, int),
+        assert np.isfinite(scored(np.zeros(0), np.zeros(0), -0.25, 0, (0, 0), np.zeros(0, int),
                                              Calibration(score_norm=norm)).value)
 
 
@@ -291,7 +297,7 @@ def test_the_word_moves_the_teacher_towards_or_away_from_the_proxy(mode, directi
     teacher, proxy = np.log([p_easy, 1 - p_easy]), np.log([0.95, 0.05])
     gradient = 0.0  # of log odds of `easy`
     for ys in product((0, 1), repeat=4):
-        scores = [calibration_score(proxy[[y]], teacher[[y]], 0.0, 3, (1, 1), np.array([0]), cal) for y in ys]
+        scores = [scored(proxy[[y]], teacher[[y]], 0.0, 3, (1, 1), np.array([0]), cal) for y in ys]
         adv = advantages(np.ones((1, 4)), np.ones((1, 4), bool), np.ones((1, 4), int), [scores], cal, cal.eta)
         for y, a in zip(ys, adv.token[0]):
             gradient += np.exp(teacher[list(ys)].sum()) * a[0] * ((y == 0) - p_easy)

@@ -12,10 +12,11 @@ from assets import SPECIALS, save_tokenizer, sentences, train_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reflux.tokenalign.scores import span_logprobs
 from reflux.trainer.batch import Prompt, Rollout
 from reflux.trainer.chat import Chat
 from reflux.trainer.losses import Outputs
-from reflux.trainer.text_scores import align_texts, score_ids, sum_over_spans
+from reflux.trainer.text_scores import align_texts, score_ids
 
 D, PROMPT = 6, ({"role": "user", "content": "what remains?"},)
 
@@ -96,7 +97,7 @@ def test_the_same_tokenizer_is_the_same_by_ids_and_by_bytes(chats, texts, ended)
     for r, a, b in zip(rollouts, by_ids, by_bytes):
         assert tuple(a.reader_ids) == tuple(b.reader_ids) == r.content_ids and a.n_bytes == b.n_bytes == len(r.text.encode())
         logp = score_ids(model, Engine(), [(r.prompt_ids, tuple(b.reader_ids))], chats.twin, tokens=99)[0].logp
-        sums = [sum_over_spans(logp, x.reader_span, x.spans) for x in (a, b)]
+        sums = [span_logprobs(logp, x.reader_span, x.spans) for x in (a, b)]
         assert sums[0].sum() == pytest.approx(sums[1].sum(), abs=1e-9)
         if all(ord(c) < 128 for c in r.text):  # no token is part of a character: a token is a span
             np.testing.assert_array_equal(a.writer_span, b.writer_span)
@@ -111,7 +112,7 @@ def test_span_sums_add_up_to_the_sequence_on_both_sides(chats, texts, swap, ende
         assert tuple(a.reader_ids) == reader.encode(r.text) and a.n_bytes == len(r.text.encode())
         for ids, span in ((r.content_ids, a.writer_span), (a.reader_ids, a.reader_span)):
             logp = -np.random.default_rng(len(ids)).exponential(size=len(ids))
-            sums = sum_over_spans(logp, span, a.spans)
+            sums = span_logprobs(logp, span, a.spans)
             assert len(sums) == a.spans and sums.sum() == pytest.approx(logp.sum()) and (np.diff(span) >= 0).all()
         bytes_of = lambda chat, ids, span, k: b"".join(chat.table.bytes_of([i]) for i, s in zip(ids, span) if s == k)
         for k in range(a.spans):
@@ -128,8 +129,8 @@ def test_tokens_outside_every_span_count_nothing(chats):
     logp = np.full(len(rollout.content_ids), -1.0)
     poisoned = logp.copy()
     poisoned[3] = -1e9
-    np.testing.assert_array_equal(sum_over_spans(poisoned, a.writer_span, a.spans), sum_over_spans(logp, a.writer_span, a.spans))
-    assert sum_over_spans(np.array([-1.0, -2.0, -4.0]), np.array([-1, 0, -1]), 2).tolist() == [-2.0, 0.0]
+    np.testing.assert_array_equal(span_logprobs(poisoned, a.writer_span, a.spans), span_logprobs(logp, a.writer_span, a.spans))
+    assert span_logprobs(np.array([-1.0, -2.0, -4.0]), np.array([-1, 0, -1]), 2).tolist() == [-2.0, 0.0]
 
 
 def test_what_does_not_round_trip_cannot_be_scored(chats):
@@ -144,11 +145,26 @@ def test_what_does_not_round_trip_cannot_be_scored(chats):
     assert d.spans == 0 and d.n_bytes == 0 and d.reader_ids == (), "nothing but a stop is scored by its stop"
 
 
-def test_a_reader_that_changes_the_text_cannot_score_it(chats):
-    """A normaliser in the reader's tokenizer: where it changes nothing, the text is scored as ever."""
-    lowers = SimpleNamespace(table=chats.small.table, encode=lambda text: chats.small.encode(text.lower()))
-    a, b = align_texts(chats.large, lowers, [written(chats.large, "Two remain."), written(chats.large, "two remain.")], same=False)
+def test_a_reader_that_changes_the_text_needs_a_known_normaliser(chats):
+    """A lower-casing reader: by its normaliser every position is found again; without it only texts it leaves alone are scored."""
+    texts = [written(chats.large, "Two remain."), written(chats.large, "two remain.")]
+    reader = lambda normalize: SimpleNamespace(table=chats.small.table, encode=lambda text: chats.small.encode(text.lower()), normalize=normalize)
+    a, b = align_texts(chats.large, reader(None), texts, same=False)
     assert a.spans is None and a.reader_ids == () and b.spans and b.reader_ids == chats.small.encode("two remain.")
+    known, plain = align_texts(chats.large, reader(str.lower), texts, same=False)
+    assert known.reader_ids == plain.reader_ids == b.reader_ids and plain.spans == b.spans
+    np.testing.assert_array_equal(known.reader_span, b.reader_span)  # large letters are as long as small ones
+
+
+def test_starts_are_places_where_both_have_read_the_same_bytes(chats):
+    rollout = written(chats.large, sentences(1)[0])
+    a, = align_texts(chats.large, chats.small, [rollout], same=False)
+    lens = lambda chat, ids: np.append(0, np.cumsum(chat.table.lens[list(ids)]))
+    mine, theirs = lens(chats.large, rollout.content_ids), lens(chats.small, a.reader_ids)
+    assert mine[a.starts.a].tolist() == theirs[a.starts.b].tolist() and rollout.ended
+    assert a.starts.a[-1] == len(rollout.content_ids) and a.starts.b[-1] == len(a.reader_ids), "the stop is predicted behind the text"
+    same, = align_texts(chats.large, chats.large, [rollout], same=True)
+    assert same.starts.a.tolist() == same.starts.b.tolist() == list(range(len(rollout.content_ids)))
 
 
 def test_no_texts(chats):

@@ -1,10 +1,11 @@
 """The nouns of a step, each frozen and each built from the one before: Prompt -> Rollout -> Sample -> Batch.
 
-Shapes: N rows, L row length, T response tokens of a batch (the positions that carry loss), S spans, n tokens of one response.
+Shapes: N rows, L row length, T response tokens of a batch (the positions that carry loss), S spans, P places at which two
+tokenizations are compared, n tokens of one response.
 """
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +42,16 @@ class Rollout:
 
 
 @dataclass(frozen=True, eq=False)
+class TeacherView:
+    """How one teacher reads a response, where its template or its tokens are not the student's."""
+
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...] | None = None  # the response in the teacher's tokens; None: the student's
+    own_place: np.ndarray | None = None  # [P] response tokens whose predictions are compared; None: all, one by one
+    teacher_place: np.ndarray | None = None  # [P] the same places among the teacher's tokens
+
+
+@dataclass(frozen=True, eq=False)
 class Sample:
     """A scored rollout: what the loss needs of it, one entry per response token."""
 
@@ -50,7 +61,16 @@ class Sample:
     off_policy: bool = False  # distill: the text is not the student's own
     span: np.ndarray | None = None  # [n] span of each token, -1 = outside every span
     teacher_span_logp: np.ndarray | None = None  # [S] the teacher's log-probability of each span, nats
-    teacher_prompt_ids: tuple[int, ...] | None = None  # where the teacher renders the prompt with another template
+    teacher_views: tuple[TeacherView | None, ...] = ()  # by teacher; None or missing: it reads what the student reads
+
+
+class BatchView(NamedTuple):
+    """A batch as one teacher reads it."""
+
+    input_NL: Tensor
+    position_NL: Tensor
+    row_P: Tensor  # flattened positions of its predictors, as Batch.row_T
+    place_P: Tensor | None  # which of the student's T tokens they belong to; None: all of them, in order
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +88,7 @@ class Batch:
     teacher_span_logp_S: Tensor
     sample_T: Tensor  # which of the packed samples a token belongs to
     packed: bool = False
-    teacher_view: tuple[Tensor, Tensor, Tensor] | None = None  # input, position, row for a teacher with its own template
+    teacher_views: tuple[BatchView | None, ...] = ()  # by teacher; None or missing: it reads this batch
 
     @property
     def tokens(self) -> int:
@@ -77,16 +97,21 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         move = lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
         moved = {f.name: move(getattr(self, f.name)) for f in fields(self)}
-        if self.teacher_view is not None:
-            moved["teacher_view"] = tuple(map(move, self.teacher_view))
+        moved["teacher_views"] = tuple(v and BatchView(*map(move, v)) for v in self.teacher_views)
         return replace(self, **moved)
 
-    def for_teacher(self) -> "Batch":
-        """The same response tokens behind the teacher's own rendering of the prompts."""
-        if self.teacher_view is None:
-            return self
-        input_NL, position_NL, row_T = self.teacher_view
-        return replace(self, input_NL=input_NL, position_NL=position_NL, row_T=row_T)
+    def for_teacher(self, teacher: int = 0) -> "Batch":
+        """The same response behind the teacher's own rendering of the prompts, and in its own tokens if they differ."""
+        view = self._view(teacher)
+        return self if view is None else replace(self, input_NL=view.input_NL, position_NL=view.position_NL, row_T=view.row_P)
+
+    def places(self, teacher: int = 0) -> Tensor | None:
+        """[P] of the student's tokens that the teacher's predictors are compared with; None: all T."""
+        view = self._view(teacher)
+        return None if view is None else view.place_P
+
+    def _view(self, teacher: int) -> BatchView | None:
+        return self.teacher_views[teacher] if teacher < len(self.teacher_views) else None
 
 
 def pack(samples: Sequence[Sample], *, tokens: int, seq_len: int, joined: bool = False) -> list[Batch]:
@@ -121,8 +146,18 @@ def empty_batch() -> Batch:
 
 
 def _length(sample: Sample) -> int:
-    """Inputs of the longer rendering: a teacher's template may be the longer one, and its forward has to fit too."""
-    return max(len(sample.rollout.prompt_ids), len(sample.teacher_prompt_ids or ())) + len(sample.rollout.ids) - 1
+    """Inputs of the longest rendering: a teacher's template or tokens may be the longer ones, and its forward has to fit too."""
+    own = sample.rollout
+    return max(len(p) + len(r) for p, r, _ in [(own.prompt_ids, own.ids, None), *(_read_by(sample, i) for i in range(len(sample.teacher_views)))]) - 1
+
+
+def _read_by(sample: Sample, teacher: int) -> tuple[tuple[int, ...], tuple[int, ...], np.ndarray | None]:
+    """(prompt, response, compared places) as a teacher reads them."""
+    own, views = sample.rollout, sample.teacher_views
+    view = views[teacher] if teacher < len(views) else None
+    if view is None:
+        return own.prompt_ids, own.ids, None
+    return view.prompt_ids, own.ids if view.ids is None else view.ids, view.teacher_place
 
 
 def _width(row: list[Sample]) -> int:
@@ -162,28 +197,41 @@ def _batch(rows: list[list[Sample]], packed: bool, order: dict[int, int]) -> Bat
             spans.append(np.asarray(sample.teacher_span_logp, np.float32))
             offset += len(sample.teacher_span_logp)
     whole = {k: np.concatenate(v) for k, v in columns.items()}
-    view = None
-    if any(s.teacher_prompt_ids is not None for row in rows for s in row):
-        view = _lay_out(rows, lambda s: s.teacher_prompt_ids or s.rollout.prompt_ids)
-    input_NL, position_NL, row_T = _lay_out(rows, lambda s: s.rollout.prompt_ids)
+    own = lambda s: (s.rollout.prompt_ids, s.rollout.ids, None)
+    input_NL, position_NL, row_T = _lay_out(rows, own)
+    teachers = max(len(s.teacher_views) for row in rows for s in row)
     return Batch(input_NL, position_NL, row_T, _long(whole["target"]), _real(whole["advantage"]), _real(whole["old_logp"]),
                  _real(whole["off_policy"]), _long(whole["span"]), _real(np.concatenate(spans)), _long(whole["sample"]),
-                 packed, view)
+                 packed, tuple(_view(rows, i) for i in range(teachers)))
 
 
-def _lay_out(rows: list[list[Sample]], prompt_of: Callable[[Sample], tuple[int, ...]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs and positions [N, L], and where each response token is predicted."""
-    texts = [[(prompt_of(s), s.rollout.ids) for s in row] for row in rows]
-    width = max(1, *(sum(len(p) + len(r) - 1 for p, r in row) for row in texts))  # 1: a model reads something
+def _view(rows: list[list[Sample]], teacher: int) -> BatchView | None:
+    samples = [s for row in rows for s in row]
+    views = [s.teacher_views[teacher] if teacher < len(s.teacher_views) else None for s in samples]
+    if not any(views):
+        return None
+    place_P, at = [], 0
+    for sample, view in zip(samples, views):
+        chosen = np.arange(len(sample.rollout.ids)) if view is None or view.own_place is None else view.own_place
+        place_P.append(chosen + at)
+        at += len(sample.rollout.ids)
+    compared = any(v is not None and v.own_place is not None for v in views)
+    return BatchView(*_lay_out(rows, lambda s: _read_by(s, teacher)), _long(np.concatenate(place_P)) if compared else None)
+
+
+def _lay_out(rows: list[list[Sample]], text_of: Callable[[Sample], tuple]) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs and positions [N, L], and where each response token, or each chosen one, is predicted."""
+    texts = [list(map(text_of, row)) for row in rows]
+    width = max(1, *(sum(len(p) + len(r) - 1 for p, r, _ in row) for row in texts))  # 1: a model reads something
     input_NL, position_NL = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
     predictors = []
     for n, row in enumerate(texts):
         at = 0
-        for prompt, response in row:
+        for prompt, response, chosen in row:
             length = len(prompt) + len(response) - 1
             input_NL[n, at:at + length] = (prompt + response)[:-1]
             position_NL[n, at:at + length] = np.arange(length)
-            predictors.append(n * width + at + len(prompt) - 1 + np.arange(len(response)))
+            predictors.append(n * width + at + len(prompt) - 1 + (np.arange(len(response)) if chosen is None else chosen))
             at += length
         position_NL[n, at:] = np.arange(width - at)  # padding: a document of its own, behind all others
     return _long(input_NL), _long(position_NL), _long(np.concatenate(predictors))

@@ -14,6 +14,8 @@ from itertools import chain
 import numpy as np
 import torch
 
+from reflux.tokenalign.scores import compare_spans, span_logprobs
+
 from .batch import Batch, Rollout, Sample
 from .chat import Chat
 from .config import Config, Frozen
@@ -25,7 +27,7 @@ from .rewards import UNSCORED, CalScore, advantages, calibration_score, margin_s
 from .rollout import Sampling, generate
 from .tally import Tally
 from .tasks import build_task
-from .text_scores import Scored, align_texts, score_ids, sum_over_spans
+from .text_scores import Scored, align_texts, score_ids
 
 STD_CAL_DECAY = 0.9  # of the moving average behind the margin guard
 
@@ -133,11 +135,12 @@ class Calibrate:
 
     def _score_one(self, rollout: Rollout, aligned, read: Scored, own: np.ndarray) -> CalScore:
         cal = self.cfg.calibration
-        proxy_S = sum_over_spans(read.logp, aligned.reader_span, aligned.spans)
-        own_S = sum_over_spans(own[:len(rollout.content_ids)], aligned.writer_span, aligned.spans)
-        stop = read.stop - rollout.stop_logp if cal.score_stop and rollout.ended else 0.0
-        counts = (len(aligned.reader_ids), len(rollout.content_ids))
-        return calibration_score(proxy_S, own_S, stop, aligned.n_bytes, counts, aligned.writer_span, cal)
+        proxy_S = span_logprobs(read.logp, aligned.reader_span, aligned.spans)
+        own_S = span_logprobs(own[:len(rollout.content_ids)], aligned.writer_span, aligned.spans)
+        stops = (read.stop, rollout.stop_logp) if cal.score_stop and rollout.ended else (None, None)
+        scores = compare_spans(proxy_S, own_S, num_bytes=aligned.n_bytes, tokens=(len(aligned.reader_ids), len(rollout.content_ids)),
+                               stop_a=stops[0], stop_b=stops[1], clip=cal.span_clip)
+        return calibration_score(scores, aligned.writer_span, cal)
 
     def _refuse_unscored(self, failed: int, total: int) -> None:
         share = self.engine.sum(float(failed)) / max(self.engine.sum(float(total)), 1.0)

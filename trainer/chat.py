@@ -2,11 +2,11 @@
 each model renders the messages its own way and only the response bytes are shared (docs/method.md, "Templates").
 """
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from reflux.tokenalign.byte_table import ByteTable, encode_text
+from reflux.tokenalign.byte_table import ByteTable, encode_text, normalizer_of
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "<eos>", "</s>")
 
@@ -27,6 +27,11 @@ class Chat:
     def table(self) -> ByteTable:
         """id -> bytes; refuses tokenizers whose ids do not spell their text."""
         return ByteTable.of(self.tokenizer)
+
+    @cached_property
+    def normalize(self) -> Callable[[str], str] | None:
+        """What the tokenizer does to a text before it looks at it; None for nothing."""
+        return normalizer_of(self.tokenizer)
 
     @property
     def vocab_size(self) -> int:

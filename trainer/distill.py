@@ -3,7 +3,9 @@
     objective   nll    likelihood of given or teacher-written texts: SFT, seq-KD
                 kl     token KL to the teacher at the same positions: KD off-policy, GKD with on_policy > 0
                 span   likelihoods of aligned byte spans: teacher and student of different tokenizers
-    off-policy texts come from the data set or the teacher, on-policy ones from the student itself.
+                class  distributions over classes of both vocabularies, where both have read the same bytes
+    off-policy texts come from the data set or a teacher, on-policy ones from the student itself.
+    Several teachers: the losses are averaged by weight, and each off-policy text is written by one of them, drawn by weight.
 
 Shapes: n tokens of one response, S spans, T tokens of a batch.
 """
@@ -12,26 +14,31 @@ from itertools import chain
 
 import numpy as np
 
-from .batch import Batch, Prompt, Rollout, Sample
-from .chat import Chat, same_vocabulary
+from reflux.tokenalign.scores import span_logprobs
+
+from .batch import Batch, Prompt, Rollout, Sample, TeacherView
+from .chat import Chat
 from .config import Config
 from .evaluation import Evaluator
-from .losses import Loss, Outputs, distill_kl, nll, span_kl, token_logprob_of
+from .losses import Loss, Outputs, at_places, distill_kl, nll, span_kl, token_logprob_of
 from .prompts import load_prompts, places, shard
 from .rollout import Sampling, generate, given
 from .tally import Tally
 from .tasks import build_task
-from .text_scores import align_texts, score_ids, sum_over_spans
+from .teachers import Teacher, load_teachers
+from .text_scores import Aligned, align_texts, score_ids
 
+TEACHER_STREAM = (1 << 63) + 1
 COIN_STREAM = 1 << 63  # keeps the on-policy coin apart from the rollouts' random numbers, which are keyed by (prompt, member)
 
 
 @dataclass(frozen=True)
 class Text:
-    """A rollout and who wrote it: "student", "teacher" or "dataset"."""
+    """A rollout and who wrote it: "student", "teacher" (and which) or "dataset"."""
 
     rollout: Rollout
     writer: str
+    teacher: int = 0
 
 
 class Distill:
@@ -44,11 +51,7 @@ class Distill:
         self.prompts = load_prompts(cfg.data.source, split=cfg.data.split, columns=cfg.data.columns, limit=cfg.data.limit)
         self.task = build_task(cfg.task.name, cfg.task.options) if cfg.task.name else None
         self.evaluator = Evaluator(cfg, engine, self.chat, self.task)
-        self.teacher = self.teacher_chat = None
-        if cfg.needs_teacher:
-            self.teacher, self.teacher_chat = engine.frozen(cfg.teacher), Chat(cfg.teacher.path)
-            self.same = same_vocabulary(self.chat, self.teacher_chat)
-            self._refuse_other_vocabulary()
+        self.teachers = load_teachers(cfg, engine, self.chat) if cfg.needs_teacher else []
         self.tally = Tally()
         self.pool = self._buy(self.spec.queries) if self.spec.queries and self.spec.source == "teacher" else []
 
@@ -78,21 +81,22 @@ class Distill:
         if self.spec.objective == "span":
             return self._span_samples(texts)
         samples = [Sample(self._own(t), off_policy=t.writer != "student") for t in texts]
-        if self.teacher is None or self.spec.objective == "nll":
+        if not self.teachers or self.spec.objective == "nll":
             return samples
-        return [self._with_teacher_prompt(s) for s in samples]
+        if self.spec.objective == "class":
+            return self._class_samples(texts)
+        return [replace(s, teacher_views=tuple(self._same_ids(t, s.rollout) for t in self.teachers)) for s in samples]
 
     def loss(self, out: Outputs, batch: Batch) -> Loss:
         """The objective plus nll_weight times the likelihood of off-policy texts, summed over the batch's tokens."""
         spec, metrics = self.spec, {}
         total = 0.0 * out.hidden_TD.float().sum()
-        if spec.objective != "kl" or spec.nll_weight:
+        if spec.objective in ("nll", "span") or spec.nll_weight:
             logp_T = token_logprob_of(out, batch.target_T).logp
             likelihood, metrics = nll(logp_T, batch.off_policy_T)
             total = total + (1.0 if spec.objective == "nll" else spec.nll_weight) * likelihood
-        if spec.objective == "kl":
-            with self.engine.read(self.teacher, batch.for_teacher(), out.vocab_size) as teacher:
-                divergence, more = distill_kl(out, teacher, spec)
+        if spec.objective in ("kl", "class"):
+            divergence, more = self._divergence(out, batch)
             return total + divergence, metrics | more
         if spec.objective == "span":
             likeness, more = span_kl(logp_T, batch.span_T, batch.teacher_span_logp_S, temperature=spec.span_temperature)
@@ -102,6 +106,20 @@ class Distill:
     def close_step(self, step: int, stats: dict[str, float]) -> dict[str, float]:
         return self.evaluator.due(step)
 
+    def _divergence(self, out: Outputs, batch: Batch) -> Loss:
+        """The teachers' weighted sum of token KLs, or of class divergences at the places both models share."""
+        total, sums = 0.0, {}
+        for i, teacher in enumerate(self.teachers):
+            with self.engine.read(teacher.model, batch.for_teacher(i), teacher.vocab_size(out)) as theirs:
+                if self.spec.objective == "kl":
+                    loss, metrics = distill_kl(out, theirs, self.spec)
+                else:
+                    loss, metrics = teacher.classes(at_places(out, batch.places(i)), theirs)
+            total = total + teacher.weight * loss
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + teacher.weight * value
+        return total, sums
+
     # where texts come from
     def _off_policy(self, step: int, slots: list[tuple[int, Prompt]]) -> list[list[Text]]:
         r = self.cfg.rollout
@@ -109,21 +127,37 @@ class Distill:
             return [[Text(given(self.chat, p, r.max_tokens), "dataset")] for _, p in slots]
         if self.spec.queries:
             rows = places(len(self.pool), step - 1, r.prompts, seed=self.cfg.seed)
-            return [[Text(x, "teacher") for x in self.pool[rows[slot]]] for slot, _ in slots]
-        with self.engine.publish_frozen(self.teacher) as decode:
-            groups = generate(decode, self.teacher_chat, [p for _, p in slots], r.group, self._draw(step))
-        return [[Text(x, "teacher") for x in g] for g in groups]
+            return [self.pool[rows[slot]] for slot, _ in slots]
+        return self._written_by_teachers([p for _, p in slots], self._teacher_of_slots(step, [slot for slot, _ in slots]), step)
 
-    def _buy(self, count: int) -> list[list[Rollout]]:
-        """The teacher's answers to the first `count` prompts of the shuffled data; every rank holds all of them."""
-        r, world = self.cfg.rollout, self.engine.world
+    def _written_by_teachers(self, prompts: list[Prompt], teacher_of: list[int], step: int) -> list[list[Text]]:
+        """One group of texts per prompt, in order; every rank asks every teacher, for that is collective."""
+        groups: list[list[Text]] = [[] for _ in prompts]
+        for i, teacher in enumerate(self.teachers):
+            mine = [k for k, t in enumerate(teacher_of) if t == i]
+            with self.engine.publish_frozen(teacher.model) as decode:
+                found = generate(decode, teacher.chat, [prompts[k] for k in mine], self.cfg.rollout.group, self._draw(step))
+            for k, group in zip(mine, found):
+                groups[k] = [Text(x, "teacher", i) for x in group]
+        return groups
+
+    def _teacher_of_slots(self, step: int, slots: list[int]) -> list[int]:
+        """Which teacher answers each slot of the step's batch: drawn by weight, the same on every rank."""
+        if len(self.teachers) == 1:
+            return [0] * len(slots)
+        draws = self._coins(step, TEACHER_STREAM, max(slots, default=0) + 1)
+        return np.searchsorted(np.cumsum([t.weight for t in self.teachers])[:-1], draws[slots], side="right").tolist()
+
+    def _buy(self, count: int) -> list[list[Text]]:
+        """The teachers' answers to the first `count` prompts of the shuffled data; every rank holds all of them."""
+        world = self.engine.world
         prompts = [self.prompts[i] for i in places(len(self.prompts), 0, count, seed=self.cfg.seed)]
         unique = list({p.index: p for p in prompts}.values())
-        with self.engine.publish_frozen(self.teacher) as decode:
-            mine = generate(decode, self.teacher_chat, unique[self.engine.rank::world], r.group, self._draw(0))
-        pool = sorted(self.engine.gather(mine), key=lambda group: group[0].prompt.index)
+        asked = self._teacher_of_slots(0, list(range(len(unique))))
+        mine = self._written_by_teachers(unique[self.engine.rank::world], asked[self.engine.rank::world], 0)
+        pool = sorted(self.engine.gather(mine), key=lambda group: group[0].rollout.prompt.index)
         if self.spec.correct_only:
-            pool = [[x for x, g in zip(group, self.task.grade(group)) if g.correct] for group in pool]
+            pool = [[x for x, g in zip(group, self.task.grade([t.rollout for t in group])) if g.correct] for group in pool]
             pool = [group for group in pool if group]
             if not pool:
                 raise ValueError(f"distill.correct_only: none of the teacher's {count} answers is right; check task.name = "
@@ -138,24 +172,27 @@ class Distill:
         """The places of the step's batch that the student answers: on_policy x P of them, drawn anew every step, a fraction of
         one rounded up or down at random. The same on every rank."""
         count = self.cfg.rollout.prompts
-        key = np.array([self.cfg.seed << 32 ^ step, COIN_STREAM], dtype=np.uint64)
-        draws = np.random.Generator(np.random.Philox(key=key)).random(count + 1)
+        draws = self._coins(step, COIN_STREAM, count + 1)
         chosen = int(self.spec.on_policy * count + draws[-1])
         return set(np.argsort(draws[:-1], kind="stable")[:chosen].tolist())
+
+    def _coins(self, step: int, stream: int, count: int) -> np.ndarray:
+        key = np.array([self.cfg.seed << 32 ^ step, stream], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=key)).random(count)
 
     def _own(self, text: Text) -> Rollout:
         """The text behind the student's own prompt, in its ids: as sampled where they are shared, else re-encoded."""
         if text.writer != "teacher":
             return text.rollout
         x = replace(text.rollout, prompt_ids=self.chat.prompt_ids(text.rollout.prompt.messages))
-        if self.same:
+        if self.teachers[text.teacher].same:
             return x
         ids = self.chat.encode(x.text) + ((self.chat.stop_id,) if x.ended else ())
         return replace(x, ids=ids, logp=(0.0,) * len(ids))
 
-    def _with_teacher_prompt(self, sample: Sample) -> Sample:
-        ids = self.teacher_chat.prompt_ids(sample.rollout.prompt.messages)
-        return sample if ids == sample.rollout.prompt_ids else replace(sample, teacher_prompt_ids=ids)
+    def _same_ids(self, teacher: Teacher, rollout: Rollout) -> TeacherView | None:
+        ids = teacher.chat.prompt_ids(rollout.prompt.messages)
+        return None if ids == rollout.prompt_ids else TeacherView(ids)
 
     def _keep_right(self, texts: list[Text]) -> list[Text]:
         grades = self.task.grade([t.rollout for t in texts])
@@ -164,6 +201,18 @@ class Distill:
         return kept
 
     # across tokenizers
+    def _class_samples(self, texts: list[Text]) -> list[Sample]:
+        """Each text in the student's tokens, and in every teacher's, with the places where both have read the same bytes."""
+        own = [self._own(t) for t in texts]
+        aligned = [align_texts(self.chat, t.chat, own, same=t.same) for t in self.teachers]
+        usable = [all(column[k].spans is not None for column in aligned) for k in range(len(own))]
+        self.tally.add("unaligned", [float(not u) for u in usable])
+        compared = [len(column[k].starts.a) for column in aligned for k in range(len(own)) if usable[k]]
+        self.tally.add("compared", compared)
+        return [Sample(own[k], off_policy=texts[k].writer != "student",
+                       teacher_views=tuple(_class_view(t, own[k], column[k]) for t, column in zip(self.teachers, aligned)))
+                for k in range(len(own)) if usable[k]]
+
     def _span_samples(self, texts: list[Text]) -> list[Sample]:
         """Teacher likelihoods of the spans that both tokenizations share; the stop is a span of its own."""
         by_teacher = [t.rollout for t in texts if t.writer == "teacher"]
@@ -174,13 +223,14 @@ class Distill:
 
     def _from_teacher(self, rollouts: list[Rollout]) -> list[Sample | None]:
         """The teacher wrote: its own sampled ids and log-probabilities, re-tokenized by the student."""
-        aligned = align_texts(self.teacher_chat, self.chat, rollouts, same=self.same)
+        teacher = self.teachers[0]
+        aligned = align_texts(teacher.chat, self.chat, rollouts, same=teacher.same)
         out: list[Sample | None] = []
         for x, a in zip(rollouts, aligned):
             if a.spans is None:
                 out.append(None)
                 continue
-            teacher_S = sum_over_spans(np.asarray(x.logp[:len(x.content_ids)]), a.writer_span, a.spans)
+            teacher_S = span_logprobs(np.asarray(x.logp[:len(x.content_ids)]), a.writer_span, a.spans)
             own = replace(x, prompt_ids=self.chat.prompt_ids(x.prompt.messages),
                           ids=tuple(a.reader_ids) + ((self.chat.stop_id,) if x.ended else ()))
             out.append(_span_sample(own, a.reader_span, teacher_S, x.stop_logp, True))
@@ -189,16 +239,17 @@ class Distill:
     def _from_student(self, texts: list[Text]) -> list[Sample | None]:
         """The student wrote, or the data set: the teacher reads the text with its own template and tokenizer. Collective."""
         rollouts = [t.rollout for t in texts]
-        aligned = align_texts(self.chat, self.teacher_chat, rollouts, same=self.same)
+        teacher = self.teachers[0]
+        aligned = align_texts(self.chat, teacher.chat, rollouts, same=teacher.same)
         usable = [k for k, a in enumerate(aligned) if a.spans is not None]
-        jobs = [(self.teacher_chat.prompt_ids(rollouts[k].prompt.messages), tuple(aligned[k].reader_ids)) for k in usable]
-        read = dict(zip(usable, score_ids(self.teacher, self.engine, jobs, self.teacher_chat, tokens=self.cfg.batch.tokens)))
+        jobs = [(teacher.chat.prompt_ids(rollouts[k].prompt.messages), tuple(aligned[k].reader_ids)) for k in usable]
+        read = dict(zip(usable, score_ids(teacher.model, self.engine, jobs, teacher.chat, tokens=self.cfg.batch.tokens)))
         out: list[Sample | None] = []
         for k, (text, a) in enumerate(zip(texts, aligned)):
             if k not in read:
                 out.append(None)
                 continue
-            teacher_S = sum_over_spans(read[k].logp, a.reader_span, a.spans)
+            teacher_S = span_logprobs(read[k].logp, a.reader_span, a.spans)
             out.append(_span_sample(text.rollout, a.writer_span, teacher_S, read[k].stop, text.writer != "student"))
         return out
 
@@ -211,10 +262,10 @@ class Distill:
             grades = self.task.grade(own)
             t.add("reward/task", [g.reward for g in grades])
 
-    def _refuse_other_vocabulary(self) -> None:
-        if self.spec.objective == "kl" and not self.same:
-            raise ValueError(f"distill.objective = 'kl' compares token by token, but {self.cfg.teacher.path} and "
-                             f"{self.cfg.model.path} have different vocabularies. Use distill.objective = 'span'")
+
+def _class_view(teacher: Teacher, rollout: Rollout, aligned: Aligned) -> TeacherView:
+    ids = tuple(aligned.reader_ids) + ((teacher.chat.stop_id,) if rollout.ended else ())
+    return TeacherView(teacher.chat.prompt_ids(rollout.prompt.messages), ids, aligned.starts.a, aligned.starts.b)
 
 
 def _span_sample(rollout: Rollout, span: np.ndarray, teacher_S: np.ndarray, stop: float, off_policy: bool) -> Sample:

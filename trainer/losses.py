@@ -14,7 +14,7 @@ from reflux.kernels.linear_kl import linear_kl
 from reflux.kernels.linear_logprob import LogProb, linear_logprob
 from reflux.kernels.linear_topk_kl import linear_topk_kl
 from reflux.kernels.span_sum import span_sum
-from reflux.kernels.teacher_topk import teacher_topk
+from reflux.kernels.teacher_topk import TopK, teacher_topk
 from reflux.tokenalign.span_losses import span_likelihood_kl
 
 from .config import Distill
@@ -76,21 +76,37 @@ def exact_anchor_kl(out: Outputs, original: Outputs, *, temperature: float) -> L
 
 def distill_kl(student: Outputs, teacher: Outputs, spec: Distill) -> Loss:
     """Token KL of GKD (arXiv:2306.13649): full vocabulary, or the teacher's top k with its exact tail."""
-    weight = spec.temperature**2 if spec.scale_t2 else 1.0
-    weight_T = student.hidden_TD.new_full((len(student.hidden_TD),), weight, dtype=torch.float32)
-    if spec.tail == "full":
-        result = linear_kl(student.hidden_TD, student.head_VD, teacher.hidden_TD, teacher.head_VD, mode=spec.divergence,
-                           beta=spec.beta, temperature=spec.temperature, weight=weight_T, vocab_size=student.vocab_size,
-                           student_softcap=student.softcap, teacher_softcap=teacher.softcap)
-        return result.total, {"kl": result.kl.detach().sum()}
-    kept = teacher_topk(teacher.hidden_TD, teacher.head_VD, min(spec.top_k, student.vocab_size),
-                        temperature=spec.temperature, vocab_size=student.vocab_size, softcap=teacher.softcap)
+    if spec.tail != "full":
+        return kept_kl(student, kept_classes(teacher, spec, student.vocab_size), spec)
+    result = linear_kl(student.hidden_TD, student.head_VD, teacher.hidden_TD, teacher.head_VD, mode=spec.divergence,
+                       beta=spec.beta, temperature=spec.temperature, scale_t2=spec.scale_t2, vocab_size=student.vocab_size,
+                       student_softcap=student.softcap, teacher_softcap=teacher.softcap)
+    return result.total, {"kl": result.kl.sum() / _t2(spec)}
+
+
+def _t2(spec: Distill) -> float:
+    """What scale_t2 multiplies the loss with; the log shows the KL without it."""
+    return spec.temperature**2 if spec.scale_t2 else 1.0
+
+
+def kept_classes(teacher: Outputs, spec: Distill, vocab_size: int | None = None) -> TopK:
+    """What an interface with top-k log-probabilities would show of the teacher, and its exact tail."""
+    V = teacher.vocab_size if vocab_size is None else vocab_size
+    return teacher_topk(teacher.hidden_TD, teacher.head_VD, min(spec.top_k, V), temperature=spec.temperature, vocab_size=V,
+                        softcap=teacher.softcap)
+
+
+def kept_kl(student: Outputs, kept: TopK, spec: Distill) -> Loss:
+    """Divergence from a teacher of which only some classes are known, in the student's ids (-1: not one of them)."""
     result = linear_topk_kl(student.hidden_TD, student.head_VD, kept.ids, kept.logp, kept.tail, mode=spec.divergence,
                             tail=spec.tail, allow_drop=spec.tail == "drop", beta=spec.beta,
-                            temperature=spec.temperature, weight=weight_T,
-                            vocab_size=student.vocab_size, softcap=student.softcap)
-    metrics = {"kl": result.kl.detach().sum(), "teacher_mass": kept.logp.exp().sum()}
-    return result.total, metrics
+                            temperature=spec.temperature, scale_t2=spec.scale_t2, vocab_size=student.vocab_size, softcap=student.softcap)
+    return result.total, {"kl": result.kl.sum() / _t2(spec), "teacher_mass": kept.logp.exp().sum()}
+
+
+def at_places(out: Outputs, place_P: Tensor | None) -> Outputs:
+    """The outputs at some of the T predictors."""
+    return out if place_P is None else out._replace(hidden_TD=out.hidden_TD[place_P])
 
 
 def span_kl(logp_T: Tensor, span_T: Tensor, teacher_span_logp_S: Tensor, *, temperature: float) -> Loss:

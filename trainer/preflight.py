@@ -20,7 +20,7 @@ from rich.table import Table
 from torch.distributed.checkpoint.api import CheckpointException
 
 from . import titan
-from .batch import Rollout, Sample, pack
+from .batch import Rollout, Sample, TeacherView, pack
 from .chat import Chat
 from .config import Config
 from .losses import exact_anchor_kl
@@ -279,7 +279,7 @@ def _anchor(cfg: Config, engine: Any, original: Any, rollouts: Sequence[Rollout]
 def _distance(cfg: Config, engine: Any, teacher: Any, chats: dict[str, Chat], rollouts: Sequence[Rollout]) -> Finding:
     if not share_ids(cfg, chats):
         return Finding("ok", "teacher loads; token KL is undefined across tokenizers")
-    samples = [Sample(r, teacher_prompt_ids=chats["teacher"].prompt_ids(r.prompt.messages)) for r in rollouts]
+    samples = [Sample(r, teacher_views=(TeacherView(chats["teacher"].prompt_ids(r.prompt.messages)),)) for r in rollouts]
     kl = _kl(cfg, engine, teacher, samples, 1.0)
     what = f"KL(student || teacher) on the student's own texts is {kl:.3g} nats per token"
     if not math.isfinite(kl):

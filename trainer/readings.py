@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import Rollout, Sample, pack
+from .batch import Rollout, Sample, TeacherView, pack
 from .chat import Chat
 from .losses import Outputs, token_logprob_of
 from .token_types import TYPES
@@ -56,7 +56,7 @@ def read_texts(engine: Any, teacher: Any, texts: Sequence[tuple[Rollout, str, bo
                tokens: int, top: int, type_V: Tensor, joined: bool = False) -> list[Reading]:
     """Readings of (rollout in the student's ids, writer, right?), in their order. chats: student's and teacher's. Collective."""
     student_chat, teacher_chat = chats
-    samples = [Sample(r, teacher_prompt_ids=teacher_chat.prompt_ids(r.prompt.messages)) for r, _, _ in texts]
+    samples = [Sample(r, teacher_views=(TeacherView(teacher_chat.prompt_ids(r.prompt.messages)),)) for r, _, _ in texts]
     found: list[Reading | None] = [None] * len(samples)
     V = min(student_chat.vocab_size, teacher_chat.vocab_size)
     for batch in engine.even(pack(samples, tokens=tokens, seq_len=engine.seq_len, joined=joined)):

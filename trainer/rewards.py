@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from reflux.tokenalign.credit import following_span, span_to_go
+from reflux.tokenalign.scores import Scores
+
 from .config import Calibration
 
 MAD_TO_STD = 1.4826  # of a normal distribution
@@ -35,23 +38,10 @@ class CalScore:
 UNSCORED = CalScore(0.0, 0.0, np.zeros(0), np.zeros(0, np.int64), 0.0, 0, 0.0, False)
 
 
-def calibration_score(proxy_S: np.ndarray, own_S: np.ndarray, stop: float, n_bytes: int, counts: tuple[int, int],
-                      span: np.ndarray, cal: Calibration) -> CalScore:
-    """r_cal from span log-probabilities of the proxy [S] and of the denominator [S] over the same bytes.
-
-    `counts` are the proxy's and the denominator's own token numbers, for score_norm = per_token. That norm divides the two
-    sides by different numbers, so it knows neither the span clip nor the stop term.
-    """
-    difference_S = proxy_S - own_S
-    clipped_S = np.clip(difference_S, -cal.span_clip, cal.span_clip) if cal.span_clip else difference_S
-    raw = float(difference_S.sum() + stop)
-    if cal.score_norm == "per_token":
-        value = proxy_S.sum() / max(counts[0], 1) - own_S.sum() / max(counts[1], 1)
-    else:
-        value = clipped_S.sum() + stop
-        value = value / max(n_bytes, 1) if cal.score_norm == "per_byte" else value
-    share = float((difference_S != clipped_S).mean()) if len(difference_S) else 0.0
-    return CalScore(float(value), raw, clipped_S, span, stop, n_bytes, share, True)
+def calibration_score(scores: Scores, span: np.ndarray, cal: Calibration) -> CalScore:
+    """r_cal from the scores of one text, the proxy being side a and the denominator side b. span: [n] of the policy's tokens."""
+    return CalScore(scores.ratio(cal.score_norm), scores.log_ratio_unclipped, scores.span_ratio, span, scores.stop_ratio,
+                    scores.num_bytes, scores.clipped_share, True)
 
 
 def group_normalise(reward_PG: np.ndarray, floor: float | np.ndarray, keep_PG: np.ndarray | None = None) -> np.ndarray:
@@ -168,18 +158,9 @@ def _span_advantage(group: Sequence[CalScore], g: int, n: int) -> np.ndarray:
     others = [s for i, s in enumerate(group) if s.scored and i != g]
     if not mine.scored or not others:
         return np.zeros(n)
-    last = len(mine.span_value)
-    at_n = np.full(n, last)
-    inside = mine.span[:n]
-    at_n[:len(inside)] = np.where(inside >= 0, inside, last)
-    at_n = np.minimum.accumulate(at_n[::-1])[::-1]
-    baseline_n = np.mean([_to_go(s)[np.minimum(at_n, len(s.span_value))] for s in others], 0)
-    return _to_go(mine)[at_n] - baseline_n
-
-
-def _to_go(score: CalScore) -> np.ndarray:
-    """[S + 1]: the sum of span values from each span on, the stop term at the end."""
-    return np.append(np.cumsum(score.span_value[::-1])[::-1], 0.0) + score.stop
+    at_n = following_span(mine.span, len(mine.span_value), n)
+    baseline_n = np.mean([span_to_go(s.span_value, s.stop)[np.minimum(at_n, len(s.span_value))] for s in others], 0)
+    return span_to_go(mine.span_value, mine.stop)[at_n] - baseline_n
 
 
 def margin_strength(strength: float, beta: float, std_cal_nats: float) -> float:

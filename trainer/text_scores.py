@@ -6,13 +6,15 @@ teacher.  Shapes: n tokens of one text, S spans, T tokens of a batch, K stop ids
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
-from reflux.tokenalign.offsets import side, spell
-from reflux.tokenalign.spans import align_spans
+from reflux.tokenalign.offsets import Side, side, spell
+from reflux.tokenalign.span_starts import SpanStarts, span_starts
+from reflux.tokenalign.spans import Alignment, align_spans
 
 from .batch import Prompt, Rollout, Sample, pack
 from .chat import Chat
@@ -36,6 +38,16 @@ class Aligned:
     writer_span: np.ndarray  # [n] span of each content token of the writer, -1 outside
     spans: int | None
     n_bytes: int
+    parts: tuple[Alignment, Side, Side, bool] | None = None  # the writer is side a; did the text end by itself?
+
+    @cached_property
+    def starts(self) -> SpanStarts:
+        """Where both have read the same bytes: tokens of the writer (a) and of the reader (b) whose predictions can be compared."""
+        if self.parts is None:  # the same tokens on both sides, or no text at all
+            places = np.arange(self.spans or 0)
+            return SpanStarts(places, places, places)
+        alignment, writer, reader, ended = self.parts
+        return span_starts(alignment, writer, reader, ended=ended)
 
 
 def score_ids(reader: Any, engine: Any, jobs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], chat: Chat, *,
@@ -75,19 +87,14 @@ def align_texts(writer: Chat, reader: Chat, rollouts: Sequence[Rollout], *, same
     spelled = [spell(writer.table, r.content_ids) for r in rollouts]
     ids = [reader.encode(s.text) if s.text is not None else () for s in spelled]
     writers = [side(writer.table, r.content_ids, s.bytes) for r, s in zip(rollouts, spelled)]
-    readers = [side(reader.table, i, s.bytes) for i, s in zip(ids, spelled)]
+    readers = [side(reader.table, i, s.bytes, normalize=reader.normalize) for i, s in zip(ids, spelled)]
     usable = [k for k, s in enumerate(spelled) if s.text and writers[k].reproduces and readers[k].reproduces]
     found = dict(zip(usable, align_spans([writers[k] for k in usable], [readers[k] for k in usable])))
     nothing = np.zeros(0, np.int64)
-    return [Aligned(ids[k], found[k].span_b, found[k].span_a, found[k].num_spans, len(s.bytes)) if k in found
+    return [Aligned(ids[k], found[k].span_b, found[k].span_a, found[k].num_spans, len(s.bytes),
+                    (found[k], writers[k], readers[k], rollouts[k].ended)) if k in found
             else Aligned((), nothing, np.full(len(rollouts[k].content_ids), -1), 0 if s.text == "" else None, len(s.bytes))
             for k, s in enumerate(spelled)]
-
-
-def sum_over_spans(logp: np.ndarray, span: np.ndarray, spans: int) -> np.ndarray:
-    """[S] sums of token log-probabilities in float64; tokens outside every span are left out."""
-    inside = span >= 0
-    return np.bincount(span[inside], weights=logp[inside], minlength=spans)[:spans]
 
 
 def _own_tokens(chat: Chat, rollout: Rollout) -> Aligned:
