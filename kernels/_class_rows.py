@@ -86,8 +86,7 @@ def class_backward(logits, column_class, row_top, shares, dclass, dlogits, strid
         d = tl.exp((raw * inv_temp - M) - z) * dz * grad_scale
         if CAPPED:
             d *= 1.0 - (raw * inv_cap) * (raw * inv_cap)
-        # a banned id has no share, even where its whole class is banned and the share would be 0 / 0
-        d = tl.where((dz == 0) | (raw == float("-inf")), 0.0, d)
+        d = tl.where(dz == 0, 0.0, d)  # where a whole class is banned dz is 0, and a share would be 0 / 0
         tl.store(out + v, d.to(dlogits.dtype.element_ty), mask=v < V)
 
 
@@ -149,9 +148,8 @@ def class_rows_backward(logits_CL: Tensor, class_L: Tensor, top_C: Tensor, z_CN:
 
 def _class_rows_backward_torch(logits_CL: Tensor, class_L: Tensor, top_C: Tensor, z_CN: Tensor, dz_CN: Tensor,
                                scales: tuple[float, float], softcap: float, out_CL: Tensor) -> Tensor:
-    dz_CL, dead_CL = dz_CN[:, class_L], logits_CL == -torch.inf
-    dead_CL |= dz_CL == 0
+    dz_CL = dz_CN[:, class_L]
     d_CL = (logits_CL * scales[0]).sub_(top_C[:, None]).sub_(z_CN[:, class_L]).exp_().mul_(dz_CL).mul_(scales[0] * scales[1])
     if softcap:
         d_CL.mul_(1 - (logits_CL / softcap).square_())
-    return out_CL.copy_(d_CL.masked_fill_(dead_CL, 0.0))
+    return out_CL.copy_(d_CL.masked_fill_(dz_CL == 0, 0.0))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _class_rows
 from ._chunks import (
     Rows,
     as_autocast,
@@ -24,7 +25,7 @@ from ._chunks import (
     project,
     wide,
 )
-from ._class_rows import LONG, class_rows, class_rows_backward
+from ._class_rows import class_rows, class_rows_backward
 from ._parallel import VocabShard, all_sum, local_head
 from ._triton import require, runs_triton
 
@@ -83,9 +84,9 @@ def _prepare(class_V: Tensor, num_classes: int, vocab_size: int, start: int, emp
     order_L, column_class_L = id_V[outside:].contiguous(), sorted_V[outside:].contiguous()
     edges = torch.arange(num_classes + 1, device=class_V.device)
     first_N1 = torch.searchsorted(column_class_L, edges)
-    in_order = torch.equal(order_L, edges.new_tensor(range(len(order_L))))
+    in_order = torch.equal(order_L, torch.arange(len(order_L), device=class_V.device))
     return ClassMap(num_classes, vocab_size, start, in_order, empty, class_V, order_L, column_class_L.int(), first_N1,
-                    (first_N1.diff() > LONG).nonzero()[:, 0])
+                    (first_N1.diff() > _class_rows.LONG).nonzero()[:, 0])
 
 
 def in_class_order(weight: Tensor, columns: list[Tensor]) -> Tensor:

@@ -45,8 +45,7 @@ BY_HAND = [  # file, old text (found once), new text, tests or None for the file
     ("_class_rows", "at < end[:, None]", "at <= end[:, None]", None),
     ("_class_rows", "tl.sum(s * exp_diff(m, M), 0)", "tl.sum(s, 0)", None),
     ("_class_rows", "(raw * inv_temp - M) - z", "raw * inv_temp - z", None),  # the shares are relative to the row's max
-    ("_class_rows", "(dz == 0) | (raw == float(\"-inf\"))", "dz == 0", None),
-    ("_class_rows", "(dz == 0) | (raw == float(\"-inf\"))", "raw == float(\"-inf\")", None),
+    ("_class_rows", "tl.where(dz == 0, 0.0, d)", "d", None),
     ("_class_rows", "inv_temp, inv_temp * grad_scale,", "inv_temp, grad_scale,", None),  # temperature factor
     ("_class_rows", "d *= 1.0 - (raw * inv_cap) * (raw * inv_cap)", "pass", None),  # softcap factor
     ("_class_rows", "t = tl.program_id(0).to(tl.int64)\n    M", "t = tl.program_id(0)\n    M", None),
@@ -54,7 +53,7 @@ BY_HAND = [  # file, old text (found once), new text, tests or None for the file
     ("_class_rows", "top_C = top_CN.amax(1)", "top_C = torch.zeros_like(top_CN[:, 0])", None),  # digits at large logits
     ("_classes", "torch.sort(class_V, stable=True)", "torch.sort(class_V, descending=True)", None),
     ("_classes", "outside = int((class_V < 0).sum())", "outside = 0", None),
-    ("_classes", "(first_N1.diff() > LONG)", "(first_N1.diff() >= LONG)", None),
+    ("_classes", "(first_N1.diff() > _class_rows.LONG)", "(first_N1.diff() >= _class_rows.LONG)", None),
     ("_classes", "d.index_copy_(0, columns[0], d_L.to(like.dtype))", "d_L.to(like.dtype)", None),
     ("_classes", "all_sum(self.dhidden_TD, group) if", "self.dhidden_TD if", None),
     ("class_logprob", "value=-1", "value=1", None),

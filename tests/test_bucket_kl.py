@@ -1,4 +1,6 @@
 """bucket_kl on both paths: values and gradients against float64 autograd, and the laws of a coarsened divergence."""
+from unittest.mock import patch
+
 import pytest
 import torch
 from close import DEVICE, PATHS, NoLargeTensor, assert_gradient_close, running
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from shards import run_on_ranks
 from torch._subclasses import FakeTensorMode
 
+from reflux.kernels import _class_rows
 from reflux.kernels._divergence import MODES
 from reflux.kernels._parallel import VocabShard
 from reflux.kernels.bucket_kl import _op, bucket_kl, bucket_kl_ref
@@ -48,11 +51,12 @@ def run(fn, args, bias_V, dtype, **options):
 @given(T=st.integers(0, 2), V=st.sampled_from([1, 2, 17, 129, 260]), W=st.sampled_from([3, 16, 150]), N=st.integers(1, 9),
        dtype=st.sampled_from(list(LOSS)), mode=st.sampled_from(MODES), beta=st.sampled_from([0.25, 0.5, 0.9]),
        temperature=st.sampled_from([0.5, 1.0, 2.0]), softcap=st.sampled_from([None, 4.0]), scale_t2=st.booleans(),
-       padded=st.integers(0, 3), chosen=st.booleans(), block_v=st.sampled_from([64, 2048]),
+       padded=st.integers(0, 3), chosen=st.booleans(), block_v=st.sampled_from([64, 2048]), long=st.sampled_from([4, 16, 128]),
        workspace_mb=st.sampled_from([0.001, 1200]), seed=SEEDS)
 def test_values_and_gradients_match_float64(path, T, V, W, N, dtype, mode, beta, temperature, softcap, scale_t2, padded, chosen,
-                                            block_v, workspace_mb, seed):
-    args, bias_V, weight_T = inputs(T, V, W, min(N, V, W), dtype, seed)
+                                            block_v, long, workspace_mb, seed):
+    with patch.object(_class_rows, "LONG", long):  # whatever counts as a long class
+        args, bias_V, weight_T = inputs(T, V, W, min(N, V, W), dtype, seed)
     for head in (1, 4):  # junk in padded rows, another on each side (T15)
         junk = torch.full((padded, args[head].shape[1]), 33.0 * head, device=DEVICE, dtype=dtype)
         args[head] = torch.cat([args[head], junk])
@@ -60,7 +64,7 @@ def test_values_and_gradients_match_float64(path, T, V, W, N, dtype, mode, beta,
     rows = torch.arange(T, device=DEVICE)[1:].flip(0) if chosen else None
     options = dict(mode=mode, beta=beta, temperature=temperature, weight=weight_T, scale_t2=scale_t2, rows=rows,
                    student_softcap=softcap, teacher_logit_scale=0.5)
-    with running(path, block_v):
+    with running(path, block_v), patch.object(_class_rows, "LONG", long):
         got = run(bucket_kl, args, bias_V, dtype, workspace_mb=workspace_mb, student_vocab_size=V, teacher_vocab_size=W, **options)
     truth = run(bucket_kl_ref, args, bias_V, torch.float64, **options)
     for what, a, b in zip(("total", "kl"), got, truth):
