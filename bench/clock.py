@@ -1,14 +1,14 @@
-"""Times a set of functions against each other in one process: interleaved rounds, cold L2, quantiles."""
+"""Times a set of functions against each other in one process: interleaved rounds, cold L2, quantiles, peak memory."""
 import time
 from collections.abc import Callable
 
 import torch
 
-WARMUP, ROUNDS = 5, 50
 FLUSH_BYTES = 256 * 2**20  # five times an H200's L2
+Step = Callable[[], object]
 
 
-def _one_ms(fn: Callable[[], object], flush: torch.Tensor | None) -> float:
+def _one_ms(fn: Step, flush: torch.Tensor | None) -> float:
     if flush is None:
         start = time.perf_counter()
         fn()
@@ -22,22 +22,29 @@ def _one_ms(fn: Callable[[], object], flush: torch.Tensor | None) -> float:
     return begin.elapsed_time(end)
 
 
-def time_ms(functions: dict[str, Callable[[], object]], on_gpu: bool, rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """{name: [p20, p50, p80]} in ms. Every round runs all functions, in forward and backward order by turns."""
+def time_ms(functions: dict[str, Step], on_gpu: bool, seconds: float = 4.0) -> dict[str, list[float]]:
+    """{name: [p20, p50, p80]} in ms. Every round runs all functions, in forward and backward order by turns.
+
+    3 to 50 rounds, as many as fit into `seconds` after a warm-up round that is not counted.
+    """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda") if on_gpu else None
-    for _ in range(WARMUP if on_gpu else 1):
+    for _ in range(2 if on_gpu else 1):  # the first call compiles, the second is what a round costs
+        start = time.perf_counter()
         for fn in functions.values():
             fn()
-    seen = {name: [] for name in functions}
-    for i in range(rounds):
+        if on_gpu:
+            torch.cuda.synchronize()
+        round_s = time.perf_counter() - start
+    seen: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(max(3, min(50, int(seconds / round_s)))):
         for name in list(functions)[::1 if i % 2 else -1]:
             seen[name].append(_one_ms(functions[name], flush))
     at = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     return {name: torch.tensor(ms, dtype=torch.float64).quantile(at).tolist() for name, ms in seen.items()}
 
 
-def peak_mib(fn: Callable[[], object]) -> float:
-    """Peak GPU memory above what was allocated before, in MiB."""
+def peak_mib(fn: Step) -> float:
+    """Peak GPU memory above what was allocated before, in MiB: workspace, temporaries and the gradients it returns."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -51,5 +58,5 @@ def roofline_now() -> dict[str, float]:
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))  # zeros would run faster
     x = torch.empty(2**31, dtype=torch.int8, device="cuda")
     y = torch.empty_like(x)
-    ms = time_ms({"matmul": lambda: a @ b, "copy": lambda: y.copy_(x)}, on_gpu=True, rounds=20)
+    ms = time_ms({"matmul": lambda: a @ b, "copy": lambda: y.copy_(x)}, on_gpu=True)
     return {"matmul_tflops": 2 * 8192**3 / ms["matmul"][1] / 1e9, "copy_gbps": 2 * x.numel() / ms["copy"][1] / 1e6}

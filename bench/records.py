@@ -1,0 +1,61 @@
+"""Where a record comes from: commit, command, versions, device. A record is written once and never edited."""
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "bench" / "records"
+
+
+def git(*args: str) -> str:
+    return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def commit() -> tuple[str, bool]:
+    """(commit, is the tree dirty?). A copy without .git takes REFLUX_COMMIT, which `make bench-gpu` documents."""
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        return os.environ.get("REFLUX_COMMIT", "unknown"), "REFLUX_COMMIT" not in os.environ
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "triton", "numpy", "liger-kernel"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def device() -> dict:
+    """Name, driver, and what it gives right now; on a CPU only its name."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"device": platform.processor() or platform.machine(), "cpus": os.cpu_count()}
+    from .clock import roofline_now
+
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    return {"device": torch.cuda.get_device_name(), "driver": driver, **roofline_now()}
+
+
+def write(name: str, content: dict, folder: Path = FOLDER) -> Path:
+    """<date>_<name>.json; an existing one is never overwritten."""
+    date = datetime.datetime.now(datetime.UTC)
+    revision, dirty = commit()
+    record = {"commit": revision, "dirty": dirty, "date": date.isoformat(timespec="seconds"),
+              "command": " ".join(["python -m bench", *sys.argv[1:]]), "versions": versions(), **content}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{date:%Y-%m-%d}_{name}.json"
+    if path.exists():
+        path = folder / f"{date:%Y-%m-%d_%H%M%S}_{name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
