@@ -120,9 +120,10 @@ def class_rows(logits_CL: Tensor, class_L: Tensor, first_N: Tensor, long_H: Tens
 
 
 def _class_sums_torch(a_CL: Tensor, class_L: Tensor, N: int) -> tuple[Tensor, Tensor]:
-    class_CL = class_L.long().expand(a_CL.shape)
+    class_L = class_L.long()
+    class_CL = class_L.expand(a_CL.shape)
     top_CN = a_CL.new_full((a_CL.shape[0], N), -torch.inf).scatter_reduce_(1, class_CL, a_CL, "amax")
-    e_CL = torch.where(a_CL == -torch.inf, 0.0, a_CL.sub_(top_CN.gather(1, class_CL)).exp_())
+    e_CL = torch.where(a_CL == -torch.inf, 0.0, a_CL.sub_(top_CN.index_select(1, class_L)).exp_())
     return top_CN, torch.zeros_like(top_CN).scatter_add_(1, class_CL, e_CL)
 
 
@@ -148,8 +149,8 @@ def class_rows_backward(logits_CL: Tensor, class_L: Tensor, top_C: Tensor, z_CN:
 
 def _class_rows_backward_torch(logits_CL: Tensor, class_L: Tensor, top_C: Tensor, z_CN: Tensor, dz_CN: Tensor,
                                scales: tuple[float, float], softcap: float, out_CL: Tensor) -> Tensor:
-    dz_CL = dz_CN[:, class_L]
-    d_CL = (logits_CL * scales[0]).sub_(top_C[:, None]).sub_(z_CN[:, class_L]).exp_().mul_(dz_CL).mul_(scales[0] * scales[1])
+    dz_CL = dz_CN.index_select(1, class_L)  # 5 times faster than [:, class_L] on a CPU
+    d_CL = (logits_CL * scales[0]).sub_(top_C[:, None]).sub_(z_CN.index_select(1, class_L)).exp_().mul_(dz_CL).mul_(scales[0] * scales[1])
     if softcap:
         d_CL.mul_(1 - (logits_CL / softcap).square_())
     return out_CL.copy_(d_CL.masked_fill_(dz_CL == 0, 0.0))
