@@ -11,7 +11,7 @@ from test_spans import cut, side_of
 from tokenizers import AddedToken, Tokenizer
 
 from reflux.tokenalign.byte_table import CONTROL, TEXT, UNKNOWN, ByteTable, encode_text, normalizer_of
-from reflux.tokenalign.offsets import side, spell
+from reflux.tokenalign.offsets import _equal_blocks, side, spell
 from reflux.tokenalign.spans import after_prompt, align_spans
 
 
@@ -419,6 +419,23 @@ def test_only_a_space_is_taken_for_a_space_put_in_front(ids, exact):
     one = side(table, ids, b"abcdef")
     got = align_spans([one], [other])[0]
     assert got.exact.tolist() == exact and one.reproduces == all(exact)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.lists(st.integers(0, 5), min_size=1, max_size=12), st.integers(1, 40))
+def test_equal_blocks_are_equal_and_in_order(one, two, size):
+    """Repeated, swapped and moved parts: a chain of blocks that overlap on neither side."""
+    parts = [distinct(size, k) for k in range(5)] + [b"ab" * size]
+    got, want = b"".join(parts[k] for k in one), b"".join(parts[k] for k in two)
+    free = other_free = 0
+    for i, j, n in _equal_blocks(got, want):
+        assert n > 0 and i >= free and j >= other_free and got[i:i + n] == want[j:j + n]
+        free, other_free = i + n, j + n
+
+
+def test_a_part_that_moved_does_not_cost_the_others():
+    parts = [distinct(50, k) for k in range(5)]
+    for got in ([*parts[1:], parts[0]], [parts[4], *parts[:4]]):
+        assert sum(n for *_, n in _equal_blocks(b"".join(got), b"".join(parts))) == 200
 
 
 def test_collapsed_whitespace_through_a_long_text():

@@ -85,6 +85,11 @@ def test_padding_and_masks_change_nothing(texts, data):
         assert num[r] == want.num_spans and exact[r, :num[r]].tolist() == want.exact.tolist() and not exact[r, num[r]:].any()
 
 
+def test_a_chance_match_behind_a_difference_is_not_exact():
+    span = torch.arange(3)[None]
+    assert exact_spans(torch.tensor([[1, 2, 3]]), span, torch.tensor([[1, 9, 3]]), span).tolist() == [[True, False, False]]
+
+
 def test_no_step_overflows():
     """Long pieces of the largest byte, far into a row: against exact integers."""
     pieces = [b"\xff" * 4096, b"\xfe" * 3, b"\xff" * 257]

@@ -10,7 +10,7 @@ the source, and its ids must give the same bytes back. Three things may stand be
 
 n: tokens of a row. V: vocabulary.
 """
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -252,7 +252,7 @@ def _equal_blocks(got: bytes, want: bytes, at: int = 0, want_at: int = 0) -> lis
 
 
 def _anchors(got: bytes, want: bytes) -> list[tuple[int, int, int]]:
-    """Runs of windows that occur once on either side, as many as keep their order; they do not overlap."""
+    """Runs of windows that occur once on either side, as many bytes as keep their order; they do not overlap."""
     if min(len(got), len(want)) < ANCHOR:
         return []
     (keys, at), (other_keys, other_at) = _unique_windows(got), _unique_windows(want)
@@ -281,14 +281,17 @@ def _unique_windows(text: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rising(runs: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """The longest chain whose second entries rise too (the first ones do)."""
-    tops: list[int] = []  # of chains of length 1, 2, ...: the smallest last entry, and whose it is
+    """The chain of most bytes whose second entries rise too (the first ones do)."""
+    tops: list[int] = []  # last entries of chains worth keeping, rising, and their bytes rise with them
+    total: list[int] = []
     owner: list[int] = []
     before = []
-    for n, (_, y, _) in enumerate(runs):
-        length = bisect_left(tops, y)
-        before.append(owner[length - 1] if length else -1)
-        tops[length:length + 1], owner[length:length + 1] = [y], [n]
+    for n, (_, y, size) in enumerate(runs):
+        at = bisect_left(tops, y)
+        before.append(owner[at - 1] if at else -1)
+        size += total[at - 1] if at else 0
+        stop = bisect_right(total, size, lo=at)  # these end no earlier and are worth no more
+        tops[at:stop], total[at:stop], owner[at:stop] = [y], [size], [n]
     chain, n = [], owner[-1] if owner else -1
     while n >= 0:
         chain.append(runs[n])
