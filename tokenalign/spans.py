@@ -16,8 +16,9 @@ from itertools import accumulate
 from os.path import commonprefix
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from reflux.kernels.align_spans import align_spans as align_lengths
 
 from . import _native
 from .offsets import Side, spelling
@@ -166,29 +167,7 @@ def align_batch(len_a_BN: Tensor, len_b_BM: Tensor, mask_a_BN: Tensor, mask_b_BM
     """Spans from byte lengths, for padded rows on any device: int64 span_a [B, n], span_b [B, m] and number of spans [B].
 
     len: bytes of each token (offsets.Side.lens); mask: bool, False is padding or control, anywhere in a row, whatever its length says.
-    No loop over rows and no host sync. It does not see the bytes: use it on sides known to reproduce one source.
-    Row r is shifted by r * L, L = longest row + 2, so the flattened ends are sorted and one searchsorted serves all rows.
+    `kernels.align_spans` under this floor's name: no loop over rows and no host sync. It does not see the bytes: use it on sides
+    known to reproduce one source.
     """
-    len_a_BN, len_b_BM = len_a_BN.long() * mask_a_BN, len_b_BM.long() * mask_b_BM
-    end_a_BN, end_b_BM = len_a_BN.cumsum(1), len_b_BM.cumsum(1)
-    rows = len_a_BN.shape[0]
-    if 0 in (len_a_BN.numel(), len_b_BM.numel()):
-        return torch.full_like(len_a_BN, -1), torch.full_like(len_b_BM, -1), len_a_BN.new_zeros(rows)
-    longest = torch.maximum(end_a_BN[:, -1].max(), end_b_BM[:, -1].max())
-    shift_B1 = torch.arange(rows, device=len_a_BN.device)[:, None] * (longest + 2)
-    flat_a, flat_b = (end_a_BN + shift_B1).flatten(), (end_b_BM + shift_B1).flatten()
-
-    def ends_on_both(ends: Tensor, others: Tensor, length: Tensor) -> Tensor:
-        nearest = torch.searchsorted(others, ends).clamp(max=others.numel() - 1)
-        return (others[nearest] == ends).view_as(length) & (length > 0)
-
-    hit_a_BN, hit_b_BM = ends_on_both(flat_a, flat_b, len_a_BN), ends_on_both(flat_b, flat_a, len_b_BM)
-    num_B1 = hit_a_BN.sum(1, keepdim=True)
-    last_B1 = (end_a_BN * hit_a_BN).amax(1, keepdim=True)
-
-    def spans(hit: Tensor, end: Tensor, mask: Tensor) -> Tensor:
-        span = hit.long().cumsum(1) - hit.long()  # boundaries at or before the token's start
-        past = torch.where(end[:, -1:] == last_B1, num_B1 - 1, -1)
-        return torch.where(mask, torch.where(span == num_B1, past, span), -1)
-
-    return spans(hit_a_BN, end_a_BN, mask_a_BN), spans(hit_b_BM, end_b_BM, mask_b_BM), num_B1[:, 0]
+    return align_lengths(len_a_BN, len_b_BM, mask_a_BN, mask_b_BM)
