@@ -60,6 +60,18 @@ def test_a_bf16_gradient_of_fp32_logits_is_the_rounded_one(path):
     assert ((half_CV.float() - dz_CV).abs() <= 2**-7 * dz_CV.abs()).all() and half_CV.abs().max() > 0
 
 
+@each_mode
+def test_a_row_that_was_not_chosen_has_no_gradient_whatever_lay_in_memory(mode, monkeypatch):
+    """Its statistics are never written. NaN there would hide a missing test of the choice, so ones lie there."""
+    with running("kernel", 64):
+        real = torch.Tensor.new_empty
+        monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *args, **options: real(x, *args, **options).fill_(1.0))
+        z_CV, u_CV, chosen_C = block(2, 70), block(2, 70, seed=1), torch.tensor([False, True], device=DEVICE)
+        dz_CV = torch.empty(2, 70, device=DEVICE)
+        kl_C = kl_rows(z_CV, u_CV, torch.ones(2, device=DEVICE), (1.0, 1.0), mode, 0.25, 0.0, dz_CV, chosen_C=chosen_C)
+    assert kl_C[0] == 0 and (dz_CV[0] == 0).all() and kl_C[1] > 0 and dz_CV[1].abs().max() > 0
+
+
 def test_rows_beyond_two_to_the_31_elements():
     """int32 offsets would wrap. 4 GB of addresses, of which three rows are ever touched."""
     far_CV = torch.empty(2 * 2**30 + 40, dtype=torch.float16, device=DEVICE).as_strided((3, 40), (2**30, 1))

@@ -151,10 +151,11 @@ def test_inplace_is_the_same_in_the_memory_of_the_logits(path, options, monkeypa
         loss.backward()  # it would scale the gradient twice
 
 
-def test_inplace_is_loud_where_the_logits_are_still_needed():
+@pytest.mark.parametrize("path", PATHS)
+def test_inplace_is_loud_where_the_logits_are_still_needed(path):
     (x_TV, u_TV), _ = inputs(2, 30, torch.float32, 8)
     x_TV.requires_grad_()
-    with running("torch"):
+    with running(path, 64):
         capped_TV = torch.tanh(x_TV)  # saves its result for the backward
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             token_kl(capped_TV, u_TV, inplace=True).total.backward()
