@@ -402,6 +402,9 @@ def test_hybrid_with_other_banned_on_both_sides():
     z = torch.tensor([[0.0, 1.0, -math.inf, -math.inf]], dtype=f64)
     value, grad = gradient(partial(hybrid, pools=pools), z, z.flip(1).roll(2, 1))
     assert value.isfinite().all() and grad.isfinite().all()
+    one_left, other = torch.tensor([[0.0, 1.0, 0.5, -math.inf]], dtype=f64), torch.tensor([[0.0, 1.0, 0.5, 0.5]], dtype=f64)
+    Q = other.softmax(1)[0, 2:].sum()  # inside OTHER the student is (1, 0) and the teacher (1/2, 1/2): distance 1
+    torch.testing.assert_close(hybrid(one_left, other, pools) - class_kl(one_left, other, pools), Q[None], **TOL)
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------------

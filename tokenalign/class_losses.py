@@ -168,8 +168,6 @@ def hybrid(student_logits_SV: Tensor, teacher_logits_SW: Tensor, pools: Pools, *
         logq_SN = pool_logprob(teacher_logits_SW, pools.teacher, temperature=temperature)
     matched_S = class_kl(student_logits_SV, ClassLogProb(logq_SN), pools, mode=mode, beta=beta, temperature=temperature)
     mine_O, theirs_O = pools.other
-    if not len(mine_O) or not len(theirs_O):
-        return matched_S
     mine_SO, theirs_SO = _inside(student_logits_SV, mine_O, temperature), _inside(teacher_logits_SW.detach(), theirs_O, temperature)
     return matched_S + logq_SN[:, -1].exp() * _sorted_l1(mine_SO, theirs_SO.to(mine_SO.dtype))
 

@@ -11,7 +11,7 @@ S: spans. n, m: tokens of a, b. All sums are float64.
 """
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -92,21 +92,20 @@ def sequence_scores(alignment: Alignment, logp_a: Sequence[float], logp_b: Seque
     span_a, span_b = (span_logprobs(logp, np.where(_inside(span, exact), span, -1), alignment.num_spans, name=name)
                       for logp, span, name in ((logp_a, alignment.span_a, "logp_a"), (logp_b, alignment.span_b, "logp_b")))
     num_bytes = int(np.diff(alignment.bounds, prepend=0)[exact].sum())
-    return compare_spans(
-        span_a, span_b, num_bytes=num_bytes, tokens=(int(_inside(alignment.span_a, exact).sum()),
-                                                     int(_inside(alignment.span_b, exact).sum())),
-        stop_a=stop_a, stop_b=stop_b, clip=clip, coverage=num_bytes / max(1, alignment.bytes_a, alignment.bytes_b), exact=exact)
+    tokens = int(_inside(alignment.span_a, exact).sum()), int(_inside(alignment.span_b, exact).sum())
+    scores = compare_spans(span_a, span_b, num_bytes=num_bytes, tokens=tokens, stop_a=stop_a, stop_b=stop_b, clip=clip, exact=exact)
+    return replace(scores, coverage=num_bytes / max(1, alignment.bytes_a, alignment.bytes_b))
 
 
 def compare_spans(span_logp_a: np.ndarray, span_logp_b: np.ndarray, *, num_bytes: int, tokens: tuple[int, int],
-                  stop_a: float | None = None, stop_b: float | None = None, clip: float = 10.0, coverage: float = 1.0,
+                  stop_a: float | None = None, stop_b: float | None = None, clip: float = 10.0,
                   exact: np.ndarray | None = None) -> Scores:
     """Scores from span sums [S] of both models over the same bytes.
 
     num_bytes: bytes that the spans cover. tokens: of a and of b inside them.
     stop_a, stop_b: log of the summed probability of each model's stop set at the end, both or neither; None for a cut text.
     clip: bound on a span's log-ratio in nats (span differences are heavy-tailed); 0 turns it off. The stop is never clipped.
-    coverage: share of the text's bytes in num_bytes. exact [S]: spans that count; None for all. The others are worth 0.
+    exact [S]: spans that count; None for all. The others are worth 0. The spans are taken to cover the text (coverage 1).
     ValueError: shapes that differ, one stop without the other, clip < 0.
     """
     span_logp_a, span_logp_b = np.asarray(span_logp_a, np.float64), np.asarray(span_logp_b, np.float64)
@@ -123,7 +122,7 @@ def compare_spans(span_logp_a: np.ndarray, span_logp_b: np.ndarray, *, num_bytes
     ratio = span_logp_a - span_logp_b
     clipped = np.clip(ratio, -clip, clip) if clip else ratio
     share = float((clipped != ratio).sum() / max(1, exact.sum()))
-    return Scores(span_logp_a, span_logp_b, clipped, share, stop_a or 0.0, stop_b or 0.0, num_bytes, coverage, *tokens)
+    return Scores(span_logp_a, span_logp_b, clipped, share, stop_a or 0.0, stop_b or 0.0, num_bytes, 1.0, *tokens)
 
 
 def span_logprobs(logp: Sequence[float], span: np.ndarray, num_spans: int, *, name: str = "logp") -> np.ndarray:
