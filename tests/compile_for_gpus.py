@@ -1,7 +1,8 @@
 """Compile every kernel to a cubin for the GPUs we support, on a machine that has none, and read the machine code.
 
     python tests/compile_for_gpus.py                # every configuration for sm_80, sm_90, sm_100
-    python tests/compile_for_gpus.py --quick        # every configuration for sm_90, one of each kernel for the others
+    python tests/compile_for_gpus.py --quick        # every configuration for sm_90, one of each kernel for the others; reads
+                                                    # PTX where it shows the same, disassembling takes half a second each
     python tests/compile_for_gpus.py --only kl      # kernels with kl in their names
     python tests/compile_for_gpus.py --record       # and write bench/records/<date>_compile_gate_triton<version>.json
 
@@ -97,8 +98,8 @@ ARCHITECTURES = (90, 80, 100)  # the first one is compiled in full even with --q
 MAX_REGISTERS = 128  # of a thread: 65,536 on a multiprocessor still hold two programs of 8 warps
 SLACK = 8  # registers are handed out in eights
 MAX_SHARED = 227 * 1024  # bytes one program may own on sm_90; a row kernel uses a few hundred
-WIDE = r"\bLDG(?:STS)?\.E[.\w]*\.(?:128|256)\b"
-DOUBLE = r"\b(?:D(?:ADD|FMA|MUL|SETP|MNMX)|\w+(?:\.\w+)*\.F64)\b"
+WIDE = r"\bLDG(?:STS)?\.E[.\w]*\.(?:128|256)\b|\bld\.global[.:\w]*\.(?:v[48]\.b32|v[24]\.b64)\b"  # in SASS, in PTX
+DOUBLE = r"\b(?:D(?:ADD|FMA|MUL|SETP|MNMX)|\w+(?:\.\w+)*\.F64)\b|\.f64\b"
 SPILL = r"\b(?:STL|LDL)\b"
 
 
@@ -110,25 +111,26 @@ def compile_for(kernel, logits: str, constants: dict, capability: int):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=LAUNCH)
 
 
-def read_cubin(cubin: bytes) -> tuple[dict[str, int], str]:
-    """Resource usage by name (REG, STACK, ...) and the machine code."""
+def read_cubin(cubin: bytes, *what: str) -> tuple[dict[str, int], str]:
+    """Resource usage by name (REG, STACK, ...), and the machine code if what is "-sass"."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
-        text = subprocess.run([tool, "-res-usage", "-sass", f.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run([tool, "-res-usage", *what, f.name], capture_output=True, text=True, check=True).stdout
     usage = next(line for line in text.splitlines() if "REG:" in line)
     return {name: int(number) for name, number in re.findall(r"(\w+)(?:\[0\])?:(\d+)", usage)}, text
 
 
-def measure(kernel, what: str, logits: str, constants: dict, capability: int) -> dict:
+def measure(kernel, what: str, logits: str, constants: dict, capability: int, quick: bool = False) -> dict:
     """One line of the table."""
     built = compile_for(kernel, logits, constants, capability)
-    usage, sass = read_cubin(built.asm["cubin"])
+    usage, code = read_cubin(built.asm["cubin"]) if quick else read_cubin(built.asm["cubin"], "-sass")
+    code = built.asm["ptx"] if quick else code
     return {"kernel": kernel.__name__, "configuration": f"{what} {logits[1:]}".strip(), "arch": f"sm_{capability}",
             "registers": usage["REG"], "stack": usage["STACK"] + usage.get("LOCAL", 0), "shared": built.metadata.shared,
-            "wide_loads": len(re.findall(WIDE, sass)), "spills": len(re.findall(SPILL, sass)),
-            "double": len(re.findall(DOUBLE, sass)), "barriers": built.asm["ttir"].count("barrier")}
+            "wide_loads": len(re.findall(WIDE, code)), "spills": len(re.findall(SPILL, code)),
+            "double": len(re.findall(DOUBLE, code)), "barriers": built.asm["ttir"].count("barrier")}
 
 
 def broken_rules(row: dict, streams_rows: bool, barriers: int, bound: int) -> list[str]:
@@ -181,7 +183,7 @@ def main() -> None:
             if options.quick and capability != ARCHITECTURES[0] and (kernel, capability) in seen:
                 continue
             seen.add((kernel, capability))
-            row = measure(kernel, what, logits, constants, capability)
+            row = measure(kernel, what, logits, constants, capability, options.quick)
             bound = bounds.get((row["kernel"], row["configuration"], row["arch"]), MAX_REGISTERS)
             broken += broken_rules(row, bool(LOGITS & set(kernel.arg_names)), barriers, bound)
             rows.append(row)

@@ -57,10 +57,11 @@ def test_every_kernel_compiles_for_every_gpu_and_keeps_the_rules():
     assert launched <= compiled, f"launched but not in CASES: {launched - compiled}"
 
 
-def test_the_gate_sees_spills_fp64_narrow_loads_and_missing_barriers(tmp_path):
+@pytest.mark.parametrize("depth", ["quick", "full"])
+def test_the_gate_sees_spills_fp64_narrow_loads_and_missing_barriers(tmp_path, depth):
     script = tmp_path / "faults.py"  # Triton reads a kernel's source from its file
     script.write_text(FAULTS)
-    done = run(script, HERE)
+    done = run(script, HERE, depth)
     assert done.returncode == 0, done.stderr[-2000:]
     for fault in ("narrow (seeded fp32, sm_90) reads its rows without 16-byte loads", "computes in fp64",
                   "spilling (seeded fp32, sm_90) spills to memory", "uses more than 16 registers", "has 0 barriers, want 1"):
