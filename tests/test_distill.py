@@ -247,6 +247,33 @@ def test_each_teacher_writes_its_share_of_the_texts(talkers, tmp_path, seen):
             assert sample.rollout.ids[:-1] == chat.encode(text.rollout.text) or not text.rollout.ended
 
 
+def shout(prompt, text: str) -> str | None:
+    """An attacker's clean-up: capitals, and texts without a digit thrown away."""
+    return text.upper() if any(c.isdigit() for c in text) else None
+
+
+def test_an_attacker_may_rewrite_what_the_teacher_wrote(talkers, tmp_path, seen):
+    run_here(config(talkers, tmp_path / "run", "distill", steps=2, rollout={"prompts": 4, "group": 3},
+                    distill={"objective": "nll", "on_policy": 0.0, "rewrite": "test_distill:shout", "dedup": True}))
+    texts = [t.rollout for step in seen["sample"] for group in step for t in group]
+    assert texts and all(x.text == x.text.upper() and any(c.isdigit() for c in x.text) for x in texts)
+    chat = Chat(str(talkers / "teacher"))
+    assert all(chat.decode(x.content_ids) == x.text for x in texts), "the ids spell the text that is trained on"
+    for step in seen["sample"]:
+        for group in step:
+            assert len({t.rollout.text for t in group}) == len(group)
+
+
+def test_a_rewrite_that_makes_texts_too_long_says_so(talkers, tmp_path):
+    with pytest.raises(ValueError, match="rollout.max_tokens = 12"):
+        run_here(config(talkers, tmp_path / "run", "distill", distill={"objective": "nll", "on_policy": 0.0,
+                                                                       "rewrite": "test_distill:double"}))
+
+
+def double(prompt, text: str) -> str:
+    return text + " and again " + text
+
+
 def test_another_vocabulary_is_refused_with_the_way_out(talkers, tmp_path):
     with pytest.raises(ValueError, match="different vocabularies.*'class' or 'span'"):
         run_here(config(talkers, tmp_path / "run", "distill", teacher={"path": str(talkers / "proxy")}))

@@ -52,6 +52,30 @@ def test_combinations_and_seeds_are_written_out(toy):
     assert cells[1].after == ("a@0",) and cells[5].labels == {"role": "student", "attack": "2", "seed": "1"}
 
 
+def test_a_matrix_may_stand_on_another(toy):
+    """Cells behind the base's, config files relative to the file that names them, other keys over the base's."""
+    (toy / "more").mkdir()
+    (toy / "more" / "n.toml").write_text("""base = "../m.toml"
+title = "More"
+seeds = [3]
+[[cell]]
+name = "c"
+after = ["b-2"]
+config = "x.toml"
+[cell.set]
+"distill.more_teachers" = ["{folder}/t", "u"]
+""")
+    table, cells = read_matrix(toy / "more" / "n.toml", {})
+    assert [c.name for c in cells] == ["a@3", "b-1@3", "b-2@3", "c@3"] and table["title"] == "More"
+    assert cells[0].folder.parent == cells[3].folder.parent
+    config = cells[3].arguments[cells[3].arguments.index("--config") + 1]
+    assert os.path.normpath(config) == os.path.relpath(toy / "more" / "x.toml")
+    assert f'distill.more_teachers=["{cells[3].folder.parent}/t", "u"]' in cells[3].arguments
+    (toy / "m.toml").write_text('base = "more/n.toml"\n' + (toy / "m.toml").read_text())
+    with pytest.raises(ValueError, match="not one that leads back here"):
+        read_matrix(toy / "more" / "n.toml", {})
+
+
 def test_overrides_win(toy):
     table, cells = read_matrix(toy / "m.toml", {"seeds": [7]})
     assert table["seeds"] == [7] and {c.labels["seed"] for c in cells} == {"7"}

@@ -27,15 +27,18 @@ def write_run(folder, labels, sampled, greedy, answered=1.0, seed="0", steps=3):
     return {"name": folder.name, "folder": folder.name, "command": "torchrun ...", "labels": labels | {"seed": seed}}
 
 
-def write_matrix(folder, scores, answered=1.0, teachers=None):
+def write_matrix(folder, scores, answered=1.0, teachers=None, start=None):
     teachers = teachers or {"original": 0.9, "distillable": 0.91, "undistillable": 0.89}
     cells = []
     for seed in "01":
         for name, accuracy in teachers.items():
             cells.append(write_run(folder / f"t-{name}-{seed}", {"role": "teacher", "teacher": name}, accuracy, accuracy, seed=seed))
+        begun = {} if start is None else {"start": "student"}
         for name, accuracy in scores.items():
-            cells.append(write_run(folder / f"s-{name}-{seed}", {"role": "student", "teacher": name, "attack": "kd"}, accuracy, accuracy,
-                                   answered if name == "undistillable" else 1.0, seed=seed))
+            cells.append(write_run(folder / f"s-{name}-{seed}", {"role": "student", "teacher": name, "attack": "kd"} | begun, accuracy,
+                                   accuracy, answered if name == "undistillable" else 1.0, seed=seed))
+        if start is not None:
+            cells.append(write_run(folder / f"start-{seed}", {"role": "start", "student": "student"}, start, start, seed=seed))
     (folder / "matrix.json").write_text(json.dumps({"title": "T", "styles": STYLES, "cells": cells}))
 
 
@@ -64,6 +67,22 @@ def test_a_teacher_that_lost_accuracy_and_an_attack_that_got_through_are_named(t
     text = write_report(tmp_path)
     assert "teacher undistillable: accuracy NOT kept" in text
     assert "0 of 1 attacks" in text and "not reached: kd +4%" in text and "not stopped: kd -10%" in text
+
+
+def test_distillability_is_the_share_of_the_originals_gain(tmp_path):
+    """Start 0.2, original 0.6: 0.4 gained. distillable 0.8: 1.5 times that; undistillable 0.1: it cost the student a quarter of it."""
+    write_matrix(tmp_path, {"original": 0.6, "distillable": 0.8, "undistillable": 0.1}, start=0.2)
+    text = write_report(tmp_path)
+    kd = json.loads((tmp_path / "report.json").read_text())["students"]["kd"]
+    assert kd["distillable"]["score"]["mean"] == pytest.approx(1.5) and kd["undistillable"]["score"]["mean"] == pytest.approx(-0.25)
+    assert kd["distillable"]["score"]["low"] < 1.5 < kd["distillable"]["score"]["high"] and kd["distillable"]["score"]["n"] == 200
+    assert "distillability of the undistillable teacher, the attack that gained most: kd, -0.25 [" in text
+
+
+def test_distillability_needs_a_gain_to_compare_with(tmp_path):
+    write_matrix(tmp_path, {"original": 0.21, "distillable": 0.8, "undistillable": 0.1}, start=0.2)
+    assert "distillability" not in write_report(tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text())["students"]["kd"]["distillable"]["score"] is None
 
 
 def test_missing_answers_are_told_from_wrong_ones(tmp_path):

@@ -184,6 +184,8 @@ class Distill:
     nll_weight: float = 0.0  # adds this times the negative log-likelihood of off-policy texts
     queries: int = 0  # texts bought from the teacher before the first step and then reused; 0: fresh ones every step
     span_temperature: float = 100.0  # of the binarised span likelihoods (arXiv:2503.20083)
+    rewrite: str = ""  # package.module:function(prompt, text) -> text or None, over what teachers write: an attacker's clean-up
+    dedup: bool = False  # of a prompt's teacher texts only those that differ
     # what objective = "class" compares where both have read the same bytes (docs/tokenalign.md, "Losses"); uld has no divergence
     classes: Literal["first_byte", "common", "prefix", "projection", "uld", "hybrid"] = "common"
     more_teachers: tuple[str, ...] = ()  # folders beside teacher.path, with its dtype; losses are averaged, texts are drawn
@@ -207,6 +209,9 @@ def _refuse_meaningless(d: Distill) -> None:
         raise ValueError(f"temperature = {d.temperature} needs objective = 'kl' or 'class'; {d.objective!r} has none")
     if d.objective == "class":
         _refuse_meaningless_classes(d)
+    if d.rewrite and d.objective == "span":
+        raise ValueError("objective = 'span' reads the teacher's own log-probabilities of its texts; a rewritten text has none. Use "
+                         "objective = 'nll', 'kl' or 'class' with rewrite")
     teachers = 1 + len(d.more_teachers)
     if d.teacher_weights and (len(d.teacher_weights) != teachers or min(d.teacher_weights) <= 0):
         raise ValueError(f"teacher_weights = {list(d.teacher_weights)} for {teachers} teachers; want one number > 0 for each, "

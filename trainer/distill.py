@@ -21,7 +21,7 @@ from .chat import Chat
 from .config import Config
 from .evaluation import Evaluator
 from .losses import Loss, Outputs, at_places, distill_kl, nll, span_kl, token_logprob_of
-from .prompts import load_prompts, places, shard
+from .prompts import load_function, load_prompts, places, shard
 from .rollout import Sampling, generate, given
 from .tally import Tally
 from .tasks import build_task
@@ -52,6 +52,7 @@ class Distill:
         self.task = build_task(cfg.task.name, cfg.task.options) if cfg.task.name else None
         self.evaluator = Evaluator(cfg, engine, self.chat, self.task)
         self.teachers = load_teachers(cfg, engine, self.chat) if cfg.needs_teacher else []
+        self.rewrite = load_function(self.spec.rewrite) if self.spec.rewrite else None
         self.tally = Tally()
         self.pool = self._buy(self.spec.queries) if self.spec.queries and self.spec.source == "teacher" else []
 
@@ -138,8 +139,17 @@ class Distill:
             with self.engine.publish_frozen(teacher.model) as decode:
                 found = generate(decode, teacher.chat, [prompts[k] for k in mine], self.cfg.rollout.group, self._draw(step))
             for k, group in zip(mine, found):
-                groups[k] = [Text(x, "teacher", i) for x in group]
+                groups[k] = [Text(x, "teacher", i) for x in self._as_the_student_gets_it(teacher, group)]
         return groups
+
+    def _as_the_student_gets_it(self, teacher: Teacher, group: list[Rollout]) -> list[Rollout]:
+        """Without repeated texts of a prompt (`dedup`), and as `rewrite` leaves them; None from it drops a text."""
+        if self.spec.dedup:
+            group = list({x.text: x for x in group}.values())
+        if self.rewrite is None:
+            return group
+        texts = [(x, self.rewrite(x.prompt, x.text)) for x in group]
+        return [_rewritten(teacher.chat, x, text, self.cfg.rollout.max_tokens) for x, text in texts if text is not None]
 
     def _teacher_of_slots(self, step: int, slots: list[int]) -> list[int]:
         """Which teacher answers each slot of the step's batch: drawn by weight, the same on every rank."""
@@ -261,6 +271,17 @@ class Distill:
         if self.task is not None and self.spec.on_policy > 0:
             grades = self.task.grade(own)
             t.add("reward/task", [g.reward for g in grades])
+
+
+def _rewritten(chat: Chat, rollout: Rollout, text: str, max_tokens: int) -> Rollout:
+    """The same rollout with another text, in the writer's tokens; it has no log-probabilities of its own."""
+    ids = (*chat.encode(text), *((chat.stop_id,) if rollout.ended else ()))
+    if text == rollout.text:
+        return rollout
+    if len(ids) > max_tokens:
+        raise ValueError(f"distill.rewrite made {len(ids)} tokens of prompt {rollout.prompt.index}'s text; want at most "
+                         f"rollout.max_tokens = {max_tokens}. Shorten what it returns, or return None to drop the text")
+    return replace(rollout, ids=ids, logp=(0.0,) * len(ids), text=text)
 
 
 def _class_view(teacher: Teacher, rollout: Rollout, aligned: Aligned) -> TeacherView:

@@ -14,6 +14,9 @@ A matrix file names cells; every cell is one `trainer/main.py --config FILE --se
     set = { "teacher.path" = "{folder}/teacher-{teacher}/export" }
     labels = { role = "student", teacher = "{teacher}", attack = "{attack}" }       # for the report
 
+`base = "other.toml"` puts this file's cells behind another matrix's (in the same folder: what is done there is done here), and its
+other keys over that one's.
+
 Cells are resumed one by one: a cell is done when its folder holds summary.json. A cell that fails does not stop cells that do
 not depend on it. Children are forked from one process that has imported everything, which saves the seconds of `import torch`.
 """
@@ -62,12 +65,11 @@ class Cell:
 
 def read_matrix(path: Path, overrides: Mapping[str, Any]) -> tuple[dict, list[Cell]]:
     """The matrix table and its cells, every combination and seed written out. Raises ValueError for a broken one."""
-    with open(path, "rb") as f:
-        table = deep_merge(tomllib.load(f), overrides)
+    table = deep_merge(_read(path), overrides)
     known = {"folder", "seeds", "parallel", "cell", "styles", "title"}
     if strangers := set(table) - known:
         raise ValueError(f"{path}: unknown key {sorted(strangers)[0]}. Known there: {', '.join(sorted(known))}")
-    cells = [cell for seed in table["seeds"] for row in table["cell"] for cell in _expand(row, int(seed), table, path)]
+    cells = [cell for seed in table["seeds"] for row in table["cell"] for cell in _expand(row, int(seed), table)]
     names = [c.name for c in cells]
     for cell in cells:
         if missing := set(cell.after) - set(names):
@@ -77,12 +79,28 @@ def read_matrix(path: Path, overrides: Mapping[str, Any]) -> tuple[dict, list[Ce
     return table, cells
 
 
-def _expand(row: Mapping[str, Any], seed: int, table: Mapping[str, Any], path: Path) -> Iterator[Cell]:
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict:
+    """The file over its base, cells behind the base's; each cell remembers which folder its config is relative to."""
+    with open(path, "rb") as f:
+        table = tomllib.load(f)
+    for row in table.get("cell", []):
+        row["from"] = path.parent
+    base = table.pop("base", None)
+    if base is None:
+        return table
+    above = (*above, path.resolve())
+    if not isinstance(base, str) or (path.parent / base).resolve() in above:
+        raise ValueError(f"{path}: base = {base!r}; want the name of another matrix file, not one that leads back here")
+    low = _read(path.parent / base, above)
+    return deep_merge(low, table) | {"cell": [*low.get("cell", []), *table.get("cell", [])]}
+
+
+def _expand(row: Mapping[str, Any], seed: int, table: Mapping[str, Any]) -> Iterator[Cell]:
     base = Path(os.path.relpath(table["folder"])) / f"seed-{seed}"
     each = row.get("each", {})
     for values in itertools.product(*each.values()):
         names = dict(zip(each, values)) | {"folder": str(base), "seed": str(seed)}
-        put = lambda text: text.format_map(names) if isinstance(text, str) else text  # noqa: B023
+        put = lambda x: x.format_map(names) if isinstance(x, str) else [put(y) for y in x] if isinstance(x, list) else x  # noqa: B023
         name = put(row["name"])
         folder = base / name
         if "module" in row:
@@ -90,7 +108,7 @@ def _expand(row: Mapping[str, Any], seed: int, table: Mapping[str, Any], path: P
             module = row["module"]
         else:
             sets = {"folder": str(folder), "seed": seed, "on_existing_run": "resume"} | row.get("set", {})
-            config = Path(os.path.relpath(path.parent / put(row["config"])))
+            config = Path(os.path.relpath(row["from"] / put(row["config"])))
             flags = [x for key, value in sets.items() for x in ("--set", f"{key}={toml_value(put(value))}")]
             arguments, module = ("--config", str(config), *flags), ""
         after = tuple(f"{put(a)}@{seed}" for a in row.get("after", []))
@@ -152,10 +170,11 @@ def _stop_children(running: dict[Cell, ForkServerProcess]) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         print("\nstopping: the running cells finish their step and save; run the same command to go on", file=sys.stderr)
-        for process in running.values():
+        started = [p for p in running.values() if p.pid is not None]  # the signal may have come while one was being started
+        for process in started:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGINT)
-        for process in running.values():
+        for process in started:
             process.join(60)
         raise
 

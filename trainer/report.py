@@ -9,14 +9,14 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .record import Run, load_run
 from .report_plots import plot_all
-from .stats import Estimate, over_seeds, paired_difference, relative_change
+from .stats import Estimate, bootstrap, over_seeds, paired_difference, relative_change
 
 KEPT_POINTS = 0.02  # A1: teacher accuracy
 GAIN, LOSS = 0.15, -0.50  # A2, A3: relative change of the student's accuracy
@@ -75,6 +75,7 @@ def summarise(entries: list[Entry], styles: Mapping[str, str]) -> dict[str, Any]
             if "original" in row and teacher != "original":
                 cell["change"] = _change(_of(entries, role="student", attack=attack, teacher=teacher),
                                          _of(entries, role="student", attack=attack, teacher="original"))
+                cell["score"] = _score(entries, attack, teacher)
     found = {"teachers": teachers, "students": students, "baselines": baselines}
     return found | {"verdict": verdict(found)}
 
@@ -136,6 +137,39 @@ def _change(after: list[Entry], before: list[Entry]) -> dict:
     return out
 
 
+def _score(entries: list[Entry], attack: str, teacher: str) -> dict | None:
+    """Distillability under an attack: what the student gained from this teacher / what it gained from the original at the same
+    budget, sampled answers, 95 % interval over (seed, prompt) pairs. None without a start to measure gains from, or where the gain
+    from the original is less than three of its standard errors."""
+    rows = _of(entries, role="student", attack=attack, teacher=teacher)
+    starts = _of(entries, role="start", student=rows[0].labels.get("start", ""))
+    originals = _of(entries, role="student", attack=attack, teacher="original")
+    if not starts or not originals:
+        return None
+    after, base, before = (_items(x) for x in (rows, originals, starts))
+    keys = sorted(after.keys() & base.keys() & before.keys())
+    gain = paired_difference([base[k] for k in keys], [before[k] for k in keys])
+    if len(keys) < 2 or not gain.mean > 3 * gain.std / math.sqrt(len(keys)):
+        return None
+
+    def ratio(drawn: Sequence) -> float:
+        start = sum(before[k] for k in drawn)
+        gained = sum(base[k] for k in drawn) - start
+        return (sum(after[k] for k in drawn) - start) / gained if gained else math.nan
+
+    return bootstrap(ratio, keys)._asdict()
+
+
+def _items(rows: list[Entry]) -> dict[tuple[str, int], float]:
+    """(seed, prompt) -> share of its sampled answers that are right."""
+    found: dict[tuple[str, int], list[bool]] = {}
+    for e in rows:
+        for p in e.predictions():
+            if p["mode"] == "sampled":
+                found.setdefault((e.labels["seed"], p["prompt"]), []).append(p["correct"])
+    return {k: sum(v) / len(v) for k, v in found.items()}
+
+
 def verdict(found: Mapping[str, Any]) -> list[str]:
     """The acceptance lines, in plain words."""
     lines = []
@@ -147,6 +181,7 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
                          + ", ".join(f"{m} {gaps[m] * 100:+.1f}" for m in MODES) + ")")
     lines += _student_lines(found, "distillable", lambda c: c >= GAIN, f">= {GAIN:+.0%}")
     lines += _student_lines(found, "undistillable", lambda c: c <= LOSS, f"<= {LOSS:+.0%}")
+    lines += _score_lines(found)
     lines += _collapse_lines(found)
     return lines
 
@@ -165,6 +200,19 @@ def _student_lines(found: Mapping, teacher: str, accept: Callable[[float], bool]
         out.append(f"not {'reached' if teacher == 'distillable' else 'stopped'}: {words(missed)}")
     if teacher == "distillable":
         out += _task_only_lines(found)
+    return out
+
+
+def _score_lines(found: Mapping) -> list[str]:
+    """The headline of a protected teacher is its worst attack, that of a helpful one its least helped."""
+    out = []
+    for teacher, pick, word in (("undistillable", max, "most"), ("distillable", min, "least")):
+        scores = {a: row[teacher]["score"] for a, row in found["students"].items() if row.get(teacher, {}).get("score")}
+        if scores:
+            a = pick(scores, key=lambda a: scores[a]["mean"])
+            s = scores[a]
+            out.append(f"distillability of the {teacher} teacher, the attack that gained {word}: {a}, {s['mean']:.2f} "
+                       f"[{s['low']:.2f}, {s['high']:.2f}] of what the original gives (1 = no change; {len(scores)} attacks scored)")
     return out
 
 
