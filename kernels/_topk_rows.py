@@ -174,14 +174,19 @@ def topk_gradient(z, ids, d_k, share, tail_max, dz, stride_z, stride_d, V, K, in
     lanes = tl.arange(0, R)[:, None] * 8 + tl.arange(0, 8)[None, :]
     c = tl.load(share + t).to(WIDE)
     M = tl.load(tail_max + t).to(WIDE)
-    for start in range(0, V, R * 8):
-        v = start + lanes
-        raw = tl.load(row + v, mask=v < V, other=float("-inf")).to(WIDE)
-        e = exp_diff(raw * inv_temp, M)
-        d = c * e
-        if CAPPED:
-            d = tl.where(e > 0, d * (1.0 - (raw * inv_cap) * (raw * inv_cap)), 0.0)
-        tl.store(d_row + v, tl.where(c == 0, 0.0, d).to(dz.dtype.element_ty), mask=v < V)
+    if c == 0:  # renorm, a row without weight, a row that is not finite: nothing to read
+        for start in range(0, V, R * 8):
+            v = start + lanes
+            tl.store(d_row + v, tl.zeros((R, 8), dz.dtype.element_ty), mask=v < V)
+    else:
+        for start in range(0, V, R * 8):
+            v = start + lanes
+            raw = tl.load(row + v, mask=v < V, other=float("-inf")).to(WIDE)
+            e = exp_diff(raw * inv_temp, M)
+            d = c * e
+            if CAPPED:
+                d = tl.where(e > 0, d * (1.0 - (raw * inv_cap) * (raw * inv_cap)), 0.0)
+            tl.store(d_row + v, d.to(dz.dtype.element_ty), mask=v < V)
     tl.debug_barrier()  # the sweep has written the support's zeros before their gradients land
     k = tl.arange(0, KB)
     y = tl.load(ids + t * K + k, mask=k < K, other=-1)
@@ -209,12 +214,12 @@ def topk_rows_(z_CV: Tensor, ids_CK: Tensor, logq_CK: Tensor, logq_tail_C: Tenso
 def _lift_(z_CV: Tensor, ids_CK: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
     """(support logits [C, K], 0 where padded; max [C] and sum [C] of e^(a - max) of the tail's a = logit * inv_temp).
 
-    Overwrites the support in z with -inf. renorm needs no tail: it gets empty tensors, and z is left alone.
+    Overwrites the support in z with -inf. renorm needs no tail: it gets zeros, and z is left alone.
     """
     (C, V), K, dtype = z_CV.shape, ids_CK.shape[1], wide(z_CV.dtype)
     if kind.tail == "renorm":
-        empty = z_CV.new_empty(0, dtype=dtype)
-        return _support_torch(z_CV, ids_CK).to(dtype), empty, empty
+        none_C = z_CV.new_zeros(C, dtype=dtype)
+        return _support_torch(z_CV, ids_CK).to(dtype), none_C, none_C
     if not runs_triton(z_CV):
         return _lift_torch_(z_CV, ids_CK, kind)
     raw_CK, tail_max_C, tail_sum_C = (z_CV.new_empty(shape, dtype=dtype) for shape in ((C, K), C, C))
@@ -227,12 +232,12 @@ def topk_terms_of(raw_CK: Tensor, logq_CK: Tensor, logq_tail_C: Tensor, tail_max
                   coeff_C: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
     """(kl [C], coeff * dkl/dlogit of the support [C, K], share [C]).
 
-    share * e^(a - tail max) is coeff * dkl/dlogit of a tail logit. A row whose kl is not finite gets 0 for both.
+    share * e^(a - tail max) is coeff * dkl/dlogit of a tail logit; 0 for renorm. A row whose kl is not finite gets 0 for both.
     """
     if not runs_triton(raw_CK):
         return _terms_torch(raw_CK, logq_CK, logq_tail_C, tail_max_C, tail_sum_C, coeff_C, kind)
     C, K = raw_CK.shape
-    kl_C, d_CK, share_C = (raw_CK.new_empty(shape) for shape in (C, (C, K), 0 if kind.tail == "renorm" else C))
+    kl_C, d_CK, share_C = raw_CK.new_empty(C), raw_CK.new_empty(C, K), raw_CK.new_zeros(C)
     topk_terms[(C,)](raw_CK, logq_CK, logq_tail_C, tail_max_C, tail_sum_C, coeff_C, kl_C, d_CK, share_C, K, kind.vocab_size,
                      kind.inv_temp, _inverse(kind.softcap), kind.beta, MODE=MODES.index(kind.mode),
                      TAIL=TAILS.index(kind.tail), CAPPED=kind.softcap > 0, KB=triton.next_power_of_2(K),
@@ -244,14 +249,14 @@ def _spread(z_CV: Tensor, ids_CK: Tensor, d_CK: Tensor, share_C: Tensor, tail_ma
             dz_CV: Tensor) -> None:
     """The gradient of all logits into dz, from z as `_lift_` left it."""
     (C, V), K = z_CV.shape, ids_CK.shape[1]
-    if kind.tail == "renorm":  # the partition function cancels: nothing outside the support moves
-        _add_support_torch_(dz_CV.zero_(), ids_CK, d_CK)
-    elif not runs_triton(z_CV):
-        _spread_torch(z_CV, ids_CK, d_CK, share_C, tail_max_C, kind, dz_CV)
-    else:
+    if runs_triton(z_CV):
         topk_gradient[(C,)](z_CV, ids_CK, d_CK, share_C, tail_max_C, dz_CV, z_CV.stride(0), dz_CV.stride(0), V, K,
                             kind.inv_temp, _inverse(kind.softcap), CAPPED=kind.softcap > 0, KB=triton.next_power_of_2(K),
                             R=max(1, _triton.BLOCK_V // 8), WIDE=_tl_dtype(d_CK.dtype), **LAUNCH)
+    elif kind.tail == "renorm":  # the partition function cancels: nothing outside the support moves
+        _add_support_torch_(dz_CV.zero_(), ids_CK, d_CK)
+    else:
+        _spread_torch(z_CV, ids_CK, d_CK, share_C, tail_max_C, kind, dz_CV)
 
 
 def _tl_dtype(dtype: torch.dtype):

@@ -205,7 +205,7 @@ def _op(hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None, ids_TK: Tenso
     z_MK = all_sum(z_MK, group)  # one rank has the logit, the others 0
     if softcap:
         z_MK.mul_(logit_scale / softcap).tanh_().mul_(softcap)
-    no_tail = z_MK.new_empty(0)
+    no_tail = z_MK.new_zeros(len(z_MK))
     kl_M, d_MK, _ = topk_terms_of(z_MK, logq_MK, no_tail, no_tail, no_tail, weight_T[rows] * (t2 * gradient_scale), kind)
     kl_T = hidden_TD.new_zeros(len(hidden_TD), dtype=dtype)
     kl_T[rows] = kl_M * t2

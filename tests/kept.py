@@ -43,3 +43,12 @@ def run(fn, tensors: list[Tensor], kept, dtype: torch.dtype, **options) -> list[
     out = fn(*leaves, *kept, **options)
     assert not out.kl.requires_grad
     return [out.total.detach(), out.kl, *torch.autograd.grad(out.total * -0.7, leaves)]
+
+
+def assert_gradient_no_worse(got: Tensor, same_dtype: Tensor, truth: Tensor, what: str, relative: float) -> None:
+    """|got - truth| <= relative |truth| + 2 |torch at this dtype - truth| in the Euclidean norm: a GEMM's tolerance, and
+    what the definition itself loses where p - q is small."""
+    assert got.shape == truth.shape and not got.isnan().any(), f"{what}: NaN, or shape {list(got.shape)}"
+    error, torchs, size = ((a.double() - b).norm() for a, b in ((got, truth), (same_dtype, truth), (truth, 0 * truth)))
+    allowed = relative * size + 2 * torchs + 1e-12 * got.numel() ** 0.5
+    assert error <= allowed, f"{what}: error {error:.1e} of {size:.1e}, allowed {allowed:.1e} (torch at this dtype: {torchs:.1e})"
