@@ -64,7 +64,7 @@ def test_every_key_is_found_again_when_its_last_letter_is_doubled(section, key):
 def test_a_wrong_type_says_what_is_wanted(section, key, hint):
     wrong = [object()] if get_origin(hint) is not UnionType else ["5"]
     for value in (*wrong, [1, 2, 3]):
-        with pytest.raises(ValueError, match=f"x.toml: {section}.{key} = .*; want \\w*") as error:
+        with pytest.raises(ValueError, match=f"x.toml: {section}.{key}(\\[0\\])? = .*; want \\w*") as error:
             fill(Config, deep_merge(BASIC, at(section, key, value)), "x.toml")
         assert "typing" not in str(error.value) and "<" not in str(error.value).partition("; want ")[2]
 
@@ -76,7 +76,9 @@ def test_a_wrong_type_says_what_is_wanted(section, key, hint):
     ("optim", "betas", [True, 0.9], "want [float, float]"), ("data", "limit", 1.5, "want int | none (leave it out)"),
     ("data", "columns", {"question": 3}, "want a table of strings"), ("task", "options", 3, "want a table"),
     ("calibration", "mode", "distilable", "want off | distillable | undistillable"),
-    ("model", "path", 3, "model.path = 3; want str")])
+    ("model", "path", 3, "model.path = 3; want str"), ("diagnose", "prefixes", "teacher", "want a list of dataset | teacher | student"),
+    ("diagnose", "prefixes", ["teacher", "studnet"], "diagnose.prefixes[1] = 'studnet'; want dataset | teacher | student"),
+    ("distill", "teacher_weights", [1.0, True], "distill.teacher_weights[1] = True; want a finite float")])
 def test_wrong_values_by_hand(section, key, value, says):
     with pytest.raises(ValueError) as error:
         fill(Config, deep_merge(BASIC, at(section, key, value)), "x.toml")
@@ -87,6 +89,12 @@ def test_a_section_is_not_a_value():
     for section in ("optim", "training"):
         with pytest.raises(ValueError, match=f"{section} is a section; write its keys as {section}.key = value"):
             fill(Config, BASIC | {section: 3}, "x.toml")
+
+
+def test_lists_come_back_from_toml():
+    cfg = fill(Config, deep_merge(BASIC, {"distill": {"more_teachers": ["a", "b"], "teacher_weights": [1, 2, 0.5]}}), "x.toml")
+    assert cfg.distill.more_teachers == ("a", "b") and cfg.distill.teacher_weights == (1.0, 2.0, 0.5)
+    assert fill(Config, tomllib.loads(to_toml(cfg)), "again") == cfg
 
 
 def test_an_integer_will_do_for_a_float():
