@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_spans import cut, encoded, side_of, tokenizations
 
-from reflux.tokenalign.offsets import Side
+from reflux.tokenalign.offsets import Side, side
 from reflux.tokenalign.span_starts import span_starts
 from reflux.tokenalign.spans import align_spans
 
@@ -81,6 +81,23 @@ def test_a_real_space_prefix():
     text = "the cat"
     a, b = encoded("SentencePiece BPE", text), encoded("byte level", text)
     assert a.skip == 1 and b.skip == 0 and 0 not in starts(a, b).span
+
+
+def test_a_space_put_in_front_of_a_later_stretch_spoils_that_position():
+    """Legacy SentencePiece puts its mark behind every control token: that token's distribution is over another first byte."""
+    pieces = side_of([b" a", b" b", b"c"])
+    a = Side(pieces.table, np.array([0, -1, 1, 2], np.int32), 1, True, later_skips=(2,))
+    b = side_of([b"a", b"b", b"c"])
+    assert as_tuples(starts(a, b)) == [(3, 2, 2)]
+
+
+def test_what_a_normaliser_changed_is_no_place_to_compare():
+    table = side_of([b"two", b" re", b"main"]).table
+    text = b"Two remain"
+    reader = side(table, [0, 1, 2], text, normalize=str.lower)
+    writer = side_of([b"Two", b" remain"])
+    assert reader.reproduces and as_tuples(starts(writer, reader)) == [(1, 1, 1)], "the model of `two` never saw a T"
+    assert as_tuples(starts(side_of([b"two", b" remain"]), side(table, [0, 1, 2], b"two remain", normalize=str.lower))) == [(0, 0, 0), (1, 1, 1)]
 
 
 @given(tokenizations(1), st.data())

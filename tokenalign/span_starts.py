@@ -1,9 +1,9 @@
 """Where two models with different tokenizers may be compared token by token: the places at which both have consumed the same bytes.
 
 Inside a span of several tokens the contexts differ, so distributions are compared at span starts, and behind the text, where stopping
-is the right answer for both. Left out: spans that are not exact; the first span of a side whose tokenizer put a space before the text
-(the first byte of that token is the tokenizer's, not the text's); spans from before the seam where a prompt was encoded jointly; and a
-token without a predictor.
+is the right answer for both. Left out: spans that are not exact; spans in which a side has a token whose first byte is a space that its
+tokenizer put there, or a token that spells another text than the source's (a normaliser's image of it): its distribution is over other
+bytes; spans from before the seam where a prompt was encoded jointly; and a token without a predictor.
 
     bytes    the catalog
     A        the| cat|alog       starts at tokens 0 1
@@ -46,8 +46,9 @@ def span_starts(alignment: Alignment, side_a: Side, side_b: Side, *, first_a: in
     num = alignment.num_spans
     token_a, token_b = _first_tokens(alignment.span_a, num), _first_tokens(alignment.span_b, num)
     used = alignment.exact & (np.concatenate([[0], alignment.bounds[:-1]])[:num] >= seam)
-    if side_a.skip or side_b.skip:
-        used[:1] = False
+    for side, span in ((side_a, alignment.span_a), (side_b, alignment.span_b)):
+        touched = span[np.concatenate([side.skips, _changed(side)])]
+        used[touched[touched >= 0]] = False
     span = np.arange(num)
     whole = num and alignment.exact[-1] and alignment.bounds[-1] == alignment.bytes_a == alignment.bytes_b
     if ended and (whole or alignment.bytes_a == alignment.bytes_b == 0):
@@ -56,6 +57,15 @@ def span_starts(alignment: Alignment, side_a: Side, side_b: Side, *, first_a: in
     row_a, row_b = token_a + first_a, token_b + first_b
     used &= (row_a >= 0) & (row_b >= 0)
     return SpanStarts(row_a[used], row_b[used], span[used])
+
+
+def _changed(side: Side) -> np.ndarray:
+    """int64, tokens that spell other bytes than the source has where they stand."""
+    if side.ends is None or side.source is None:
+        return np.zeros(0, np.int64)
+    begin, pieces, source = np.concatenate([[0], side.ends[:-1]]), side.table.pieces, side.source
+    rows = zip(side.ids.tolist(), begin.tolist(), side.ends.tolist(), strict=True)
+    return np.array([k for k, (i, b, e) in enumerate(rows) if i >= 0 and pieces[i] != source[b:e]], np.int64)
 
 
 def _first_tokens(span_n: np.ndarray, num_spans: int) -> np.ndarray:
