@@ -76,6 +76,23 @@ config = "x.toml"
         read_matrix(toy / "more" / "n.toml", {})
 
 
+def test_a_name_alone_keeps_its_type(toy):
+    """`each` may hold numbers: "{eta}" is the number, "x-{eta}" a text with it, a label always a text."""
+    (toy / "e.toml").write_text(f"""folder = "{toy / 'runs'}"
+seeds = [0]
+[[cell]]
+name = "x-{{eta}}"
+each = {{ eta = [0.1, 3.0] }}
+config = "x.toml"
+labels = {{ eta = "-{{eta}}", strength = "{{eta}}" }}
+[cell.set]
+"calibration.strength" = "{{eta}}"
+""")
+    _, cells = read_matrix(toy / "e.toml", {})
+    assert [c.name for c in cells] == ["x-0.1@0", "x-3.0@0"] and cells[1].labels == {"eta": "-3.0", "strength": "3.0", "seed": "0"}
+    assert "calibration.strength=0.1" in cells[0].arguments
+
+
 def test_overrides_win(toy):
     table, cells = read_matrix(toy / "m.toml", {"seeds": [7]})
     assert table["seeds"] == [7] and {c.labels["seed"] for c in cells} == {"7"}

@@ -100,7 +100,7 @@ def _expand(row: Mapping[str, Any], seed: int, table: Mapping[str, Any]) -> Iter
     each = row.get("each", {})
     for values in itertools.product(*each.values()):
         names = dict(zip(each, values)) | {"folder": str(base), "seed": str(seed)}
-        put = lambda x: x.format_map(names) if isinstance(x, str) else [put(y) for y in x] if isinstance(x, list) else x  # noqa: B023
+        put = lambda x: _put(x, names)  # noqa: B023
         name = put(row["name"])
         folder = base / name
         if "module" in row:
@@ -112,8 +112,17 @@ def _expand(row: Mapping[str, Any], seed: int, table: Mapping[str, Any]) -> Iter
             flags = [x for key, value in sets.items() for x in ("--set", f"{key}={toml_value(put(value))}")]
             arguments, module = ("--config", str(config), *flags), ""
         after = tuple(f"{put(a)}@{seed}" for a in row.get("after", []))
-        labels = {k: put(v) for k, v in row.get("labels", {}).items()} | {"seed": str(seed)}
+        labels = {k: str(put(v)) for k, v in row.get("labels", {}).items()} | {"seed": str(seed)}
         yield Cell(f"{name}@{seed}", folder, arguments, module, after, labels)
+
+
+def _put(x: Any, names: Mapping[str, Any]) -> Any:
+    """Names filled in, lists entry by entry; a string that is nothing but one name becomes what that name stands for."""
+    if isinstance(x, list):
+        return [_put(y, names) for y in x]
+    if not isinstance(x, str):
+        return x
+    return names[x[1:-1]] if x[:1] == "{" and x[1:-1] in names and x[-1:] == "}" else x.format_map(names)
 
 
 def run_cell(cell: Cell) -> None:
@@ -225,9 +234,12 @@ def main(arguments: list[str] | None = None) -> int:
         failed = run_matrix(cells, parallel)
     except KeyboardInterrupt:
         return 130
+    from .knob import write_knob
     from .report import write_report
 
     print(write_report(folder))
+    if any("eta" in c.labels for c in cells):
+        print(write_knob(folder))
     print(f"{len(cells) - len(failed)} of {len(cells)} cells done in {time.monotonic() - start:.0f} s; report: {folder / 'report.md'}")
     return 1 if failed else 0
 

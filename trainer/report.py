@@ -49,9 +49,7 @@ def write_report(folder: Path) -> str:
     """Writes report.md, report.json and plots into `folder`; returns the summary lines."""
     folder = Path(folder)
     matrix = json.loads((folder / "matrix.json").read_text())
-    entries = [Entry(c["labels"], load_run(folder / c["folder"]), folder / c["folder"]) for c in matrix["cells"]
-               if (folder / c["folder"] / "run.jsonl").exists() and (folder / c["folder"] / "summary.json").exists()]
-    entries = [e for e in entries if e.evals() and "role" in e.labels]
+    entries = [e for e in finished_entries(folder) if "eta" not in e.labels]  # a sweep over eta has its own report (knob.py)
     found = summarise(entries, matrix["styles"])
     found["runs"] = [_run_row(e) for e in entries]
     found["title"] = matrix["title"]
@@ -60,6 +58,14 @@ def write_report(folder: Path) -> str:
     (folder / "report.json").write_text(json.dumps(found, indent=1, default=_plain) + "\n")
     (folder / "report.md").write_text(render(found))
     return "\n".join(found["verdict"])
+
+
+def finished_entries(folder: Path) -> list[Entry]:
+    """The runs of a matrix folder that have ended, were evaluated, and have a role."""
+    cells = json.loads((folder / "matrix.json").read_text())["cells"]
+    entries = [Entry(c["labels"], load_run(folder / c["folder"]), folder / c["folder"]) for c in cells
+               if (folder / c["folder"] / "run.jsonl").exists() and (folder / c["folder"] / "summary.json").exists()]
+    return [e for e in entries if e.evals() and "role" in e.labels]
 
 
 def summarise(entries: list[Entry], styles: Mapping[str, str]) -> dict[str, Any]:
