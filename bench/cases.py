@@ -124,6 +124,8 @@ def _linear_kl(s: Shape, device: str, mode: str = "forward") -> Case:
     options, beta = ({"mode": mode}, 0.5 if mode == "jsd" else None)
     found = _with_compile(lambda *args: linear_kl_ref(*args, **options).total)
     found["chunked"] = lambda *args: peers.chunked_kl(*args, beta=beta)
+    if trl := peers.trl().get("linear_kl"):
+        found["trl"] = lambda *args: trl(*args, beta or 0.0)
     if mode == "jsd":
         found |= _optional({"liger": peers.liger().get("linear_kl jsd"),
                             "liger chunked": peers.liger().get("linear_kl jsd chunked")})
@@ -176,6 +178,7 @@ def _linear_logprob(s: Shape, device: str, backward: bool = True) -> Case:
     args = (x_TD, w_VD) if backward else (x_TD.detach(), w_VD.detach())
     found = _with_compile(lambda *args: linear_logprob_ref(*args).logp.sum())
     found["chunked"] = lambda *args: -peers.chunked_nll(*args)
+    found |= _optional({"trl": peers.trl().get("linear_logprob")})
     return Case(s, (*args, _targets(s, device)), lambda *args: linear_logprob(*args).logp.sum(), found,
                 bytes=(10 if backward else 4) * s.T * s.V, flop=(4 if backward else 1) * 2 * s.T * s.V * s.D,
                 backward=backward, goal_ms=62 if backward else 15)

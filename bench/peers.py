@@ -31,7 +31,7 @@ def _kl_of_rows(x, w, xt, wt, beta: float | None) -> Tensor:
 
 
 def chunked_kl(x_TD, w_VD, xt_TE, wt_VE, beta: float | None = None) -> Tensor:
-    """Divergence chunk by chunk under activation checkpointing: the pattern of TRL's generalised JSD."""
+    """Divergence chunk by chunk under activation checkpointing: the pattern of TRL's generalised JSD before its own kernels."""
     return sum(checkpoint(_kl_of_rows, x, w_VD, xt, wt_VE, beta, use_reentrant=False) for x, xt in _rows(x_TD, xt_TE))
 
 
@@ -81,6 +81,20 @@ def liger() -> dict[str, Callable[..., Tensor]]:
                                                                log_target=True),
         "linear_nll": lambda x, w, y: liger_functional.liger_fused_linear_cross_entropy(x, w, y, reduction="sum"),
         "token_logprob": selective}
+
+
+@cache
+def trl() -> dict[str, Callable[..., Tensor]]:
+    """TRL's fused ops (1.16: cuBLAS on tiles of the vocabulary, Triton statistics, tiles made again in the backward), where it
+    is installed. Returns sums by the name of ours; linear_kl takes its beta: 0 is forward KL, between 0 and 1 the generalised JSD."""
+    try:
+        from trl.kernels.chunked_divergence import VOCAB_CHUNK_SIZE, ChunkedDivergenceFunction
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    except ImportError:
+        return {}
+    return {
+        "linear_kl": lambda x, w, xt, wt, beta: ChunkedDivergenceFunction.apply(x, w, None, xt, wt, None, beta)[0].sum(),
+        "linear_logprob": lambda x, w, y: ChunkedLogProbFunction.apply(x, w, None, y, 1.0, VOCAB_CHUNK_SIZE, None, 1.0, ())[0].sum()}
 
 
 def linear_cross_entropy() -> Callable[..., Tensor] | None:

@@ -26,7 +26,7 @@ def commit() -> tuple[str, bool]:
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("torch", "triton", "numpy", "liger-kernel"):
+    for name in ("torch", "triton", "numpy", "liger-kernel", "trl"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
