@@ -1,6 +1,6 @@
 """Whole runs of the trainer for tests: tiny data, tiny models, in this process or under torchrun, read back from the log.
 
-`python tests/runs.py FOLDER` makes what configs/debug_cpu_*.toml read: random models and vowels.jsonl.
+`python tests/runs.py FOLDER` makes what configs/debug_cpu_*.toml read: random models, vowels.jsonl and vowel_choices.jsonl.
 """
 import json
 import os
@@ -96,6 +96,8 @@ def make_debug(folder: Path) -> None:
     make_assets(folder)
     rows = [{"prompt": f"Write word {i}. Its last vowel is {vowel}.", "answer": vowel} for i in range(8) for vowel in "aeiou"]
     (folder / "vowels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = [{"prompt": f"What is the last vowel of word {i} with {v}?", "answer": v, "choices": list("aeiou")} for i in range(4) for v in "aeiou"]
+    (folder / "vowel_choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
 
 
 def table(talkers: Path, folder: Path, phase: str, **over) -> dict:

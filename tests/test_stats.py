@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from reflux.trainer.stats import (
     over_seeds,
     paired_difference,
     relative_change,
+    sign_flip_p,
 )
 
 FINITE = st.lists(st.floats(-10, 10), min_size=2, max_size=8)
@@ -76,3 +78,32 @@ def test_a_bootstrap_without_anything_to_draw():
     assert math.isnan(bootstrap_ratio({0: 3.0}, {0: 2.0}).low) and math.isnan(bootstrap_ratio({0: 1.0}, {0: 0.0}).mean)
     assert bootstrap(lambda drawn: 1.0, []).n == 0 and math.isnan(bootstrap(lambda drawn: 1.0, [4]).low)
     assert math.isnan(bootstrap(lambda drawn: math.nan, [1, 2]).low)
+
+
+@given(values=st.lists(st.integers(-3, 3), min_size=1, max_size=9))
+def test_sign_flips_are_enumerated_where_they_are_few(values):
+    sums = [abs(sum(s * v for s, v in zip(signs, values))) for signs in itertools.product((-1, 1), repeat=len(values))]
+    assert sign_flip_p(values) == pytest.approx(sum(x >= abs(sum(values)) for x in sums) / len(sums))
+
+
+def test_sign_flips_are_drawn_where_they_are_many():
+    """Twenty of twenty of one sign: 2 in 2**20 flips are as far; half and half: nearly all are. Zeros change nothing."""
+    assert sign_flip_p([1.0] * 20) == 1 / 10_001 and sign_flip_p([1.0, -1.0] * 10) == 1.0
+    assert sign_flip_p([]) == sign_flip_p([0.0] * 99) == 1.0 and sign_flip_p([0.0] * 99 + [1.0] * 3) == 0.25
+    fourteen = [1.0] * 11 + [-1.0] * 3  # |sum| >= 8: at most 3 of one sign
+    exact = 2 * sum(math.comb(14, k) for k in range(4)) / 2**14
+    assert sign_flip_p(fourteen) == pytest.approx(exact, abs=0.006)
+
+
+def test_under_the_null_p_is_uniform():
+    g = np.random.default_rng(1)
+    p = [sign_flip_p(g.normal(size=10)) for _ in range(400)]
+    assert 0.03 <= np.mean(np.array(p) <= 0.05) <= 0.08 and 0.45 <= np.mean(p) <= 0.56
+
+
+def test_a_bootstrap_over_many_prompts_is_drawn_in_parts():
+    """2**20 // 1000 = 1048 draws at a time: the same numbers as one table of all 2000."""
+    values = np.random.default_rng(0).normal(5.0, 2.0, 1000)
+    e = bootstrap_ratio(dict(enumerate(values)), dict.fromkeys(range(1000), 1.0))
+    draws = values[np.random.default_rng(0).integers(1000, size=(2000, 1000))].mean(1)
+    assert (e.low, e.high) == tuple(pytest.approx(q) for q in np.quantile(draws, [0.025, 0.975]))

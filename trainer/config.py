@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from .eval_config import Accept, Eval, check_evaluation
+
 TITAN_SECTIONS = (
     "training", "parallelism", "checkpoint", "compile", "comm", "metrics", "debug", "profiler", "lr_scheduler")
 
@@ -284,21 +286,6 @@ class Batching:
 
 
 @dataclass(frozen=True)
-class Eval:
-    source: str = ""  # held-out prompts, as data.source; empty: no evaluation
-    split: str = "test"
-    columns: Mapping[str, str] = field(default_factory=dict)
-    limit: int | None = None
-    every: int = 0  # steps; 0: only before the first step and after the last
-    samples: int = 1  # sampled answers per prompt, beside the greedy one
-    at_start: bool = True
-
-    def __post_init__(self):
-        _limit(self)
-        _not_negative(self, "every", "samples")
-
-
-@dataclass(frozen=True)
 class Log:
     samples_every: int = 10  # steps between printed rollouts; 0: never
     tensorboard: bool = False
@@ -338,6 +325,7 @@ class Config:
     optim: Optim = Optim()
     batch: Batching = Batching()
     eval: Eval = Eval()
+    accept: Mapping[str, Accept] = field(default_factory=dict)  # rules by name, [accept.NAME]: a run that breaks one exits with 3
     log: Log = Log()
     export: Export = Export()
     titan: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # torchtitan's own sections
@@ -366,8 +354,7 @@ def _require_parts(cfg: Config) -> None:
         raise ValueError("model.path is missing; want a Hugging Face folder")
     if cfg.phase != "evaluate" and not cfg.data.source:
         raise ValueError("data.source is missing; want prompts, e.g. 'train.jsonl'")
-    if cfg.phase == "evaluate" and not (cfg.eval.source and cfg.task.name):
-        raise ValueError("phase = 'evaluate' needs eval.source and task.name")
+    check_evaluation(cfg.phase, cfg.eval, cfg.accept, cfg.task.name)
     if cfg.phase == "calibrate":
         _require_calibrate(cfg)
     if cfg.needs_teacher and not cfg.teacher.path:

@@ -78,6 +78,9 @@ def fill(target: Any, table: Mapping, source: str, prefix: str = "") -> Any:
         name = prefix + key
         if is_dataclass(hints[key]):
             values[key] = fill(getattr(target, key, hints[key]), value, source, f"{name}.")
+        elif kind := _named_kind(hints[key]):
+            before = {} if isinstance(target, type) else getattr(target, key)
+            values[key] = {**before, **{n: fill(before.get(n, kind), t, source, f"{name}.{n}.") for n, t in value.items()}}
         else:
             values[key] = _fit(value, hints[key], f"{source}: {name}")
     if isinstance(target, type):
@@ -99,11 +102,25 @@ def _check_keys(target: type, table: Mapping, source: str, prefix: str = "") -> 
             near = get_close_matches(key, known, n=1, cutoff=0.5)  # half of `lr` is one letter
             guess = f", did you mean {prefix}{near[0]}?" if near else "."
             raise ValueError(f"{source}: unknown key {name}{guess} Known there: {', '.join(known)}")
-        is_section = key in TITAN_SECTIONS or is_dataclass(hints.get(key))
-        if is_section and not isinstance(value, Mapping):
-            raise ValueError(f"{source}: {name} is a section; write its keys as {name}.key = value")
+        kind = _named_kind(hints.get(key))
+        if key in TITAN_SECTIONS or kind or is_dataclass(hints.get(key)):
+            _require_table(name, value, source)
         if is_dataclass(hints.get(key)):
             _check_keys(hints[key], value, source, f"{name}.")
+        for inner, entry in value.items() if kind else ():
+            _require_table(f"{name}.{inner}", entry, source)
+            _check_keys(kind, entry, source, f"{name}.{inner}.")
+
+
+def _require_table(name: str, value: Any, source: str) -> None:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{source}: {name} is a section; write its keys as {name}.key = value")
+
+
+def _named_kind(hint: Any) -> type | None:
+    """The dataclass of a table of named tables ([accept.NAME]); None for any other key."""
+    kind = get_args(hint)[-1] if get_origin(hint) is Mapping else None
+    return kind if is_dataclass(kind) else None
 
 
 def _fold_titan(target: Any, table: Mapping) -> dict:
@@ -119,9 +136,14 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
     if origin is Literal:
         ok = value in wanted and type(value) in {type(w) for w in wanted}
     elif origin is tuple and wanted[-1] is Ellipsis:
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{where} = {value!r}; want a list of {_spell(wanted[0])}")
-        return tuple(_fit(v, wanted[0], f"{where}[{i}]") for i, v in enumerate(value))
+        entries = value if isinstance(value, list | tuple) else [value]
+        try:
+            fitted = tuple(_fit(v, wanted[0], where) for v in entries)
+        except ValueError:  # of an entry: the whole list is what a person finds in the file
+            entries = None
+        if entries is not value:
+            raise ValueError(f"{where} = {value!r}; want {_spell(hint)}")
+        return fitted
     elif origin is tuple:
         ok = isinstance(value, list | tuple) and len(value) == len(wanted) and all(type(v) in (int, float) for v in value)
         value = tuple(map(float, value)) if ok else value

@@ -23,7 +23,9 @@ PHASES = {"calibrate": Calibrate, "distill": Distill, "diagnose": Diagnose, "eva
 
 
 def train(cfg: Config) -> int:
-    """Runs a whole configuration. Returns the exit code: 0, or 130 when a signal ended it after a saved step."""
+    """Runs a whole configuration. Returns the exit code: 0; 3 where an [accept] rule does not hold; 130 when a signal ended it
+    after a saved step.
+    """
     engine = titan.Engine(cfg)
     try:
         phase = PHASES[cfg.phase](cfg, engine)
@@ -41,7 +43,7 @@ def train(cfg: Config) -> int:
                 return 130
             if cfg.export.enable and cfg.trains:
                 record.event("export", folder=engine.export(model_card(cfg, stats)))
-        return 0
+        return getattr(phase, "exit_code", 0)
     finally:
         engine.close()
 
@@ -69,7 +71,7 @@ def _run_steps(cfg: Config, engine, phase, record: Record) -> dict[str, float]:
     return stats
 
 
-def _note(record: Record, found: dict[str, float]) -> None:
+def _note(record: Record, found: dict) -> None:
     if found:
         record.event("eval", **found)
 

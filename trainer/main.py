@@ -9,9 +9,17 @@ import argparse
 
 from reflux.trainer import config_file, run_folder  # absolute: a script has no package to be relative to
 
+EXIT_CODES = """exit codes
+  0    done; phase = "evaluate": every [accept] rule holds
+  2    a mistake in the command line, the configuration or the data, told in words
+  3    phase = "evaluate": an [accept] rule does not hold (report.md says which and by how much)
+  130  stopped by a signal after a saved step
+torchrun itself turns every code but 0 into 1; evaluation.json has "accepted" for scripts around it."""
+
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="torchrun trainer/main.py", description="Calibrate, distil or evaluate a model.")
+    parser = argparse.ArgumentParser(prog="torchrun trainer/main.py", description="Calibrate, distil or evaluate a model.",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES)
     parser.add_argument("--config", required=True, help="a .toml file, or a .py recipe with config()")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one knob; repeatable")
     parser.add_argument("--print-config", action="store_true", help="print every knob as TOML and stop")

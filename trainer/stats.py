@@ -62,9 +62,10 @@ def bootstrap_ratio(top: Mapping[int, float], bottom: Mapping[int, float], *, dr
     mean = float(a.sum() / b.sum())
     if len(keys) == 1:
         return Estimate(mean, math.nan, math.nan, math.nan, 1)
-    rows = np.random.default_rng(seed).integers(len(keys), size=(draws, len(keys)))
+    g, at_once = np.random.default_rng(seed), max(1, 2**20 // len(keys))  # a bounded table, however many prompts there are
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = a[rows].sum(1) / b[rows].sum(1)
+        ratios = np.concatenate([a[rows].sum(1) / b[rows].sum(1) for rows in (
+            g.integers(len(keys), size=(min(at_once, draws - done), len(keys))) for done in range(0, draws, at_once))])
     ratios = ratios[np.isfinite(ratios)]
     low, high = np.quantile(ratios, [0.025, 0.975]) if len(ratios) else (math.nan, math.nan)
     return Estimate(mean, float(ratios.std(ddof=1)) if len(ratios) > 1 else math.nan, float(low), float(high), len(keys))
@@ -83,3 +84,22 @@ def bootstrap(statistic: Callable[[Sequence[int]], float], keys: Sequence[int], 
         return Estimate(mean, math.nan, math.nan, math.nan, len(keys))
     low, high = np.quantile(found, [0.025, 0.975])
     return Estimate(mean, float(found.std(ddof=1)), float(low), float(high), len(keys))
+
+
+def sign_flip_p(differences: Sequence[float], *, draws: int = 10_000, seed: int = 0) -> float:
+    """Two-sided p of "paired differences are as often negative as positive": the share of sign flips with a sum as far from 0.
+
+    Exact (all flips) for at most 13 differences that are not 0, else (1 + hits) / (1 + draws). 1 where nothing differs.
+    """
+    d = np.asarray([x for x in differences if x], float)
+    if not len(d):
+        return 1.0
+    far = abs(d.sum()) * (1 - 1e-12)  # the observed flip counts, whatever the order of the sum rounds to
+    if len(d) <= 13:
+        signs = 1 - 2 * (np.arange(2 ** len(d))[:, None] >> np.arange(len(d)) & 1)
+        return float(np.mean(np.abs(signs @ d) >= far))
+    g, at_once, hits = np.random.default_rng(seed), max(1, 2**20 // len(d)), 0
+    for done in range(0, draws, at_once):
+        signs = 1 - 2 * g.integers(2, size=(min(at_once, draws - done), len(d)), dtype=np.int8)
+        hits += int((np.abs(signs @ d) >= far).sum())
+    return (1 + hits) / (1 + draws)
