@@ -136,14 +136,9 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
     if origin is Literal:
         ok = value in wanted and type(value) in {type(w) for w in wanted}
     elif origin is tuple and wanted[-1] is Ellipsis:
-        entries = value if isinstance(value, list | tuple) else [value]
-        try:
-            fitted = tuple(_fit(v, wanted[0], where) for v in entries)
-        except ValueError:  # of an entry: the whole list is what a person finds in the file
-            entries = None
-        if entries is not value:
-            raise ValueError(f"{where} = {value!r}; want {_spell(hint)}")
-        return fitted
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where} = {value!r}; want a list of {_spell(wanted[0])}")
+        return tuple(_fit(v, wanted[0], f"{where}[{i}]") for i, v in enumerate(value))
     elif origin is tuple:
         ok = isinstance(value, list | tuple) and len(value) == len(wanted) and all(type(v) in (int, float) for v in value)
         value = tuple(map(float, value)) if ok else value
