@@ -4,6 +4,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reflux.kernels import _triton
@@ -57,14 +58,19 @@ def running(path: str, block_v: int = 2048):
 
 
 class NoLargeTensor(TorchDispatchMode):
-    """Fails on any result of `limit` elements or more: the whole [T, V] must never exist."""
+    """Fails on any result of `limit` elements or more: the whole [T, V] must never exist. Looks inside our custom ops, too."""
 
     def __init__(self, limit: int):
         super().__init__()
         self.limit = limit
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        ours = OPDEFS.get(func._schema.name)
+        if ours is None:
+            out = func(*args, **(kwargs or {}))
+        else:  # dispatching it whole would hide what its body allocates
+            with self:
+                out = ours._init_fn(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else [out]:
             assert not isinstance(x, Tensor) or x.numel() < self.limit, f"{func} made {list(x.shape)}"
         return out
