@@ -31,6 +31,10 @@ def found_by(run):
     return next(e for e in run.events if e["event"] == "eval")
 
 
+def verdicts_of(run):
+    return next(e for e in run.events if e["event"] == "accept")
+
+
 def write_choices(folder, count=12):
     path = folder / "choices.jsonl"
     rows = [{"prompt": f"What is {a}+1?", "answer": str(a % 3), "choices": [str(a + 1 - a % 3 + i) for i in range(3)]} for a in range(count)]
@@ -134,11 +138,11 @@ def test_the_gate_ends_with_0_or_3_and_says_why(talkers, tmp_path):
     evaluate(talkers, tmp_path / "base", eval={"limit": 8})
     kept = {"teacher": {"metric": "greedy", "against": str(tmp_path / "base"), "max_drop": 0.02}}
     run, _ = evaluate(talkers, tmp_path / "same", eval={"limit": 8}, accept=kept)
-    assert found_by(run)["accept/teacher"].startswith("holds: greedy")
+    assert verdicts_of(run)["accept/teacher"].startswith("holds: greedy")
     student = {"run": str(tmp_path / "same"), "against": str(tmp_path / "base"), "min_change": 0.15}
     run, _ = evaluate(talkers, tmp_path / "both", 3, eval={"limit": 8}, accept=kept | {"student": student})
-    assert found_by(run)["accept/teacher"].startswith("holds") and run.summary is not None, "the run itself ended well"
-    assert "want at least +15%, 15% missing" in found_by(run)["accept/student"]
+    assert verdicts_of(run)["accept/teacher"].startswith("holds") and run.summary is not None, "the run itself ended well"
+    assert "want at least +15%, 15% missing" in verdicts_of(run)["accept/student"]
     assert "**student** does NOT hold: sampled" in (tmp_path / "both" / "report.md").read_text()
     assert json.loads((tmp_path / "both" / "evaluation.json").read_text())["accepted"] is False
 
@@ -238,6 +242,6 @@ def test_the_debug_config_shows_every_part(tmp_path, monkeypatch):
     make_debug(tmp_path / "runs" / "debug")
     monkeypatch.chdir(tmp_path)
     run = run_here(config_file.load(Path(evaluation.__file__).parents[1] / "configs" / "debug_cpu_evaluate.toml", ("log.quiet=true",)), 3)
-    found = found_by(run)
+    found, said = found_by(run), verdicts_of(run)
     assert {"eval/pass@4", "eval/likelihood_per_byte_at_1", "eval/sampled_refused"} <= found.keys()
-    assert found["accept/likelihood"].startswith("holds") and found["accept/sampled"].startswith("does NOT hold")
+    assert said["accept/likelihood"].startswith("holds") and said["accept/sampled"].startswith("does NOT hold")

@@ -72,7 +72,8 @@ def _reason(value: Estimate, margin: float, unsure: bool, form: str) -> str:
 
 
 def _show(e: Estimate, form: str = "{:.3f}") -> str:
-    return f"{form.format(e.mean)} [{form.format(e.low)}, {form.format(e.high)}] over {e.n} prompts"
+    interval = "" if math.isnan(e.low) else f" [{form.format(e.low)}, {form.format(e.high)}]"
+    return f"{form.format(e.mean)}{interval} over {e.n} prompt{'s' if e.n != 1 else ''}"
 
 
 def as_row(verdict: Verdict) -> dict[str, Any]:

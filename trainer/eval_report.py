@@ -80,11 +80,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _cells(e: Mapping[str, float]) -> tuple[str, str]:
-    return f"{e['mean']:.3f}", f"[{e['low']:.3f}, {e['high']:.3f}]"
+    return f"{e['mean']:.3f}", _interval(e, "{:.3f}").partition(" ")[2]
 
 
 def _interval(e: Mapping[str, float], form: str) -> str:
-    return f"{form.format(e['mean'])} [{form.format(e['low'])}, {form.format(e['high'])}]"
+    """One prompt has no interval."""
+    return form.format(e["mean"]) + ("" if math.isnan(e["low"]) else f" [{form.format(e['low'])}, {form.format(e['high'])}]")
 
 
 def _difference(d: Difference) -> dict[str, Any]:

@@ -178,9 +178,9 @@ class Evaluate:
 
 def flatten(measured: Mapping[str, Estimate], differences: Mapping[str, Difference], metrics: Sequence[str]) -> dict[str, float]:
     """The log line: every mean, the interval of each metric that has a name in the configuration, differences to `eval.against`."""
-    found = {f"eval/{name}": e.mean for name, e in measured.items()}
-    for name in metrics:
-        found |= {f"eval/{name}_low": measured[name].low, f"eval/{name}_high": measured[name].high}
+    found: dict[str, float] = {}
+    for name, e in measured.items():
+        found |= {f"eval/{name}": e.mean} | ({f"eval/{name}_low": e.low, f"eval/{name}_high": e.high} if name in metrics else {})
     for name, d in differences.items():
         found |= {f"eval/{name}_difference": d.difference.mean, f"eval/{name}_difference_low": d.difference.low,
                   f"eval/{name}_difference_high": d.difference.high, f"eval/{name}_change": d.change.mean, f"eval/{name}_p": d.p}

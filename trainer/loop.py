@@ -72,8 +72,10 @@ def _run_steps(cfg: Config, engine, phase, record: Record) -> dict[str, float]:
 
 
 def _note(record: Record, found: dict) -> None:
-    if found:
-        record.event("eval", **found)
+    """What was measured, and the verdicts on it."""
+    for event, mine in (("eval", lambda name: not name.startswith("accept/")), ("accept", lambda name: name.startswith("accept/"))):
+        if fields := {name: value for name, value in found.items() if mine(name)}:
+            record.event(event, **fields)
 
 
 def _timing(stats: dict[str, float], start: float, sampled: float, scored: float, engine) -> dict[str, float]:
