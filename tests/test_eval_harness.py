@@ -6,6 +6,7 @@ import pytest
 from runs import config, run_here, write_data
 
 from reflux.trainer.eval_harness import load_harness, run_harness
+from reflux.trainer.evaluation import Evaluate
 
 
 @pytest.fixture
@@ -51,7 +52,13 @@ def test_in_a_whole_run(harness, talkers, tmp_path, titan_process):
     assert "| arc_easy/acc | 0.5000 |" in (tmp_path / "run" / "report.md").read_text()
 
 
-def test_in_a_run_without_the_package_or_with_two_ranks(talkers, tmp_path, monkeypatch, titan_process):
+def test_two_ranks_are_refused(harness, talkers, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="eval.harness on 2 ranks: .* Start it with one process"):
+        Evaluate(evaluate(talkers, tmp_path / "run"), engine=None)
+
+
+def test_in_a_run_without_the_package(talkers, tmp_path, monkeypatch, titan_process):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ValueError, match="not installed"):
         run_here(evaluate(talkers, tmp_path / "run"))
