@@ -119,6 +119,7 @@ def test_against_itself_and_against_another_model(talkers, tmp_path):
     assert found["eval/sampled_difference"] == pytest.approx(gap / 72) != 0
     assert found["eval/sampled_change"] == pytest.approx(gap / sum(b for _, b in pairs))
     assert found["eval/sampled_difference_low"] < gap / 72 < found["eval/sampled_difference_high"]
+    assert found["eval/sampled_change_low"] < found["eval/sampled_change"] < found["eval/sampled_change_high"] and 0 < found["eval/sampled_p"] <= 1
 
 
 def test_other_prompts_are_refused_before_anything_is_answered(talkers, tmp_path):
@@ -198,6 +199,17 @@ def test_listed_options_are_shuffled_by_seed_and_answered_both_ways(talkers, tmp
     assert place(a) != place(b) and Counter(r["mode"] for r in a) == {"greedy": 12, "sampled": 24, "likelihood_sum": 12, "likelihood_per_byte": 12}
     assert {(r["prompt"], r["position"]) for r in a if "text" in r} == set(enumerate(place(a))), "both ways see the same order"
     evaluate(talkers, tmp_path / "c", seed=1, **over | {"eval": over["eval"] | {"against": str(tmp_path / "a")}})  # the same questions
+
+
+def test_options_that_cannot_be_read_are_told_before_anything_is_answered(talkers, tmp_path):
+    source = Path(write_choices(tmp_path))
+    source.write_text(source.read_text() + json.dumps({"prompt": "What is 1+1?", "answer": "3", "choices": ["1", "2", "3"]}) + "\n")
+    with pytest.raises(ValueError, match="prompt 12: answer '3' is none of 0, 1, 2. Set task.options.answer_is"):
+        evaluate(talkers, tmp_path / "run", source=str(source), task=CHOICE, eval={"by": "both"})
+    assert not (tmp_path / "run" / "predictions").exists()
+    _, rows = evaluate(talkers, tmp_path / "run", source=str(source), task=CHOICE)
+    assert [r["position"] for r in rows if r["mode"] == "greedy"] == [*(a % 3 for a in range(12)), None], "generated answers do without"
+    assert rows[12]["error"] and rows[12]["outcome"] in ("wrong", "truncated")
 
 
 # --- ranks, and a killed evaluation

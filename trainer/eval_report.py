@@ -34,11 +34,15 @@ def write_evaluation(cfg: Config, rows: Sequence[dict], measured: Mapping[str, E
 def render(found: Mapping[str, Any]) -> str:
     """report.md: verdicts, then the tables behind them."""
     parts = [f"# Evaluation of `{found['model']}`",
-             f"{found['prompts']} prompts of `{found['source']}`, task `{found['task']}`, {found['samples']} sampled answers a prompt at temperature 1, at most "
-             f"{found['max_tokens']} tokens. Intervals are 95 %, bootstrapped over prompts.",
+             f"{found['prompts']} prompts of `{found['source']}`, task `{found['task']}`; {_how(found)}. Intervals are 95 %, bootstrapped over prompts.",
              "\n".join(f"- **{v['name']}** {v['words']}" for v in found["accept"]), _metrics(found), _failures(found), _against(found),
              _positions(found), _harness(found)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _how(found: Mapping[str, Any]) -> str:
+    generated = f"answers of at most {found['max_tokens']} tokens, one greedy and {found['samples']} sampled at temperature 1"
+    return {"generation": generated, "likelihood": "options by likelihood", "both": f"{generated}; options by likelihood"}[found["by"]]
 
 
 def _metrics(found: Mapping[str, Any]) -> str:

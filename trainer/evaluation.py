@@ -36,6 +36,8 @@ class Evaluator:
         check_options(e, cfg.task.name)
         self._choices = {key: value for key, value in (("column", cfg.task.options.get("choices")),
                                                        ("answer_is", cfg.task.options.get("answer_is"))) if value is not None}
+        for prompt in self.prompts if e.scores_options or e.list_options else ():
+            read_options(prompt, **self._choices)  # a mistake is told now, and on every rank
         self._theirs = load_rows(e.against, "eval.against") if e.against else None
         if e.against:
             check_same(self.expected(), self._theirs, e.against)  # before anything is answered
@@ -183,7 +185,8 @@ def flatten(measured: Mapping[str, Estimate], differences: Mapping[str, Differen
         found |= {f"eval/{name}": e.mean} | ({f"eval/{name}_low": e.low, f"eval/{name}_high": e.high} if name in metrics else {})
     for name, d in differences.items():
         found |= {f"eval/{name}_difference": d.difference.mean, f"eval/{name}_difference_low": d.difference.low,
-                  f"eval/{name}_difference_high": d.difference.high, f"eval/{name}_change": d.change.mean, f"eval/{name}_p": d.p}
+                  f"eval/{name}_difference_high": d.difference.high, f"eval/{name}_change": d.change.mean,
+                  f"eval/{name}_change_low": d.change.low, f"eval/{name}_change_high": d.change.high, f"eval/{name}_p": d.p}
     return found
 
 
