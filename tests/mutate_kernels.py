@@ -30,12 +30,12 @@ FEW = 8  # Hypothesis examples that most mutants die of; a survivor meets the 25
 TESTS = {  # file -> its narrow tests, the quickest to fail first
     "_class_rows": "class_logprob bucket_kl", "_classes": "class_logprob bucket_kl", "class_logprob": "class_logprob",
     "bucket_kl": "bucket_kl", "align_spans": "align_spans", "span_sum": "span_sum",
-    "_chunks": "chunks linear_kl linear_logprob class_logprob", "_parallel": "linear_kl linear_logprob class_logprob",
-    "_divergence": "token_kl linear_kl", "_kl_rows": "kl_rows token_kl linear_kl", "linear_kl": "linear_kl",
+    "_chunks": "chunks linear_kl linear_logprob class_logprob", "_parallel": "parallel linear_kl linear_logprob class_logprob",
+    "_divergence": "token_kl linear_kl", "_kl_rows": "kl_rows token_kl parallel linear_kl", "linear_kl": "linear_kl",
     "token_kl": "token_kl", "_logprob_rows": "token_logprob linear_logprob", "linear_logprob": "linear_logprob",
     "token_logprob": "token_logprob", "linear_nll": "linear_nll", "_topk_rows": "topk_tail_kl linear_topk_kl",
     "topk_tail_kl": "topk_tail_kl", "linear_topk_kl": "linear_topk_kl", "renormalised_topk_kl": "renormalised_topk_kl",
-    "teacher_topk": "teacher_topk"}
+    "teacher_topk": "teacher_topk", "teacher_sample": "teacher_sample", "_select_rows": "teacher_topk teacher_sample"}
 GATE = "gate"  # instead of tests: what the interpreter cannot see, the compile gate must
 BY_HAND = [  # file, old text (found once), new text, tests or None for the file's own
     ("_class_rows", "s = s * exp_diff(m, new) + tl.sum(exp_diff(a, new[:, None]), 1)\n        m = new\n    tl.store",
@@ -132,6 +132,8 @@ EQUIVALENT = {  # (file, line of source, old, new): why it computes the same
         "torch's CPU sort happens to be stable; on a GPU it is not",
     ("_class_rows", "raw = tl.load(row + v, mask=v < V, other=float(\"-inf\")).to(WIDE)", "<", "<="):
         "what is read behind the row is not stored",
+    ("renormalised_topk_kl", "if first < end:  # else nobody kept this id, and zeros are there already", "<", "<="):
+        "an empty segment stores the zeros it started from",
 }
 COMPARISONS = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"), ast.Eq: ("==", "!="),
                ast.NotEq: ("!=", "==")}
