@@ -67,10 +67,11 @@ def test_calibration_scores_the_same_bytes_under_both_models(pair, tmp_path, mon
         assert s.value == pytest.approx(proxy.sum() - own.sum(), rel=1e-4), text
 
 
-@pytest.mark.parametrize("on_policy", [0.0, 1.0])
-@pytest.mark.parametrize("options", [{"objective": "span"}, {"objective": "class", "classes": "first_byte", "divergence": "forward"},
-                                     {"objective": "class", "classes": "common", "divergence": "reverse"},
-                                     {"objective": "class", "classes": "prefix", "divergence": "jsd"}], ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize("options, on_policy", [
+    ({"objective": "span"}, 0.0), ({"objective": "span"}, 1.0),
+    ({"objective": "class", "classes": "first_byte", "divergence": "forward"}, 0.0),
+    ({"objective": "class", "classes": "common", "divergence": "reverse"}, 1.0),
+    ({"objective": "class", "classes": "prefix", "divergence": "jsd"}, 0.0)], ids=str)
 def test_a_student_learns_from_a_teacher_of_another_family_on_both_kinds_of_text(pair, tmp_path, options, on_policy):
     """The same texts again and again: their loss falls."""
     run = run_here(config(pair, tmp_path / "run", "distill", steps=4, model={"path": str(pair / "proxy")}, data={"limit": 2, "shuffle": False},
