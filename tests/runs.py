@@ -150,7 +150,7 @@ def command(cfg: Config, file: Path, ranks: int = 0) -> list[str]:
 
 def run_ranks(cfg: Config, ranks: int = 2) -> Run:
     """The run under torchrun, read back."""
-    done = subprocess.run(command(cfg, Path(cfg.folder + ".toml"), ranks), capture_output=True, text=True, timeout=120,
+    done = subprocess.run(command(cfg, Path(cfg.folder + ".toml"), ranks), capture_output=True, text=True, timeout=600,
                           env=environment())
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-12000:]
     return load_run(cfg.folder)

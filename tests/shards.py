@@ -6,7 +6,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 
-TIMEOUT_S = 120  # a collective that one rank never enters would wait for ever
+TIMEOUT_S = 600  # a collective that one rank never enters would wait for ever
 
 
 def run_on_ranks(fn: Callable, *args, ranks: int = 2) -> list:

@@ -76,5 +76,5 @@ def test_a_real_browser_shows_one_direction_at_a_time(tmp_path):
         file.write_text(page.replace("</body>", probe + "</body>"))
         done = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
                                "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / checked}",
-                               "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=60)
+                               "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=300)
         assert f"<title>{shown}</title>" in done.stdout, done.stderr[-500:]

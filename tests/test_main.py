@@ -13,7 +13,7 @@ from reflux.trainer.record import load_run
 
 
 def start(*words: str, cwd) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *words], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=100)
+    return subprocess.run([sys.executable, *words], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_a_run_as_a_script_from_a_folder_full_of_traps(file, tmp_path):
 def test_torchrun_from_another_folder(talkers, tmp_path):
     cfg = config(talkers, tmp_path / "run", "distill", steps=1)
     words = command(cfg, tmp_path / "run.toml", ranks=2)
-    done = subprocess.run(words, cwd="/", env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, cwd="/", env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     run = load_run(tmp_path / "run")
     assert run.head["ranks"] == 2 and len(run.steps) == 1

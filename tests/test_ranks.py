@@ -58,6 +58,6 @@ def test_a_rank_without_a_token_neither_hangs_nor_changes_the_numbers(talkers, t
 
 def test_prompts_that_cannot_be_shared_equally_are_refused_without_a_hang(talkers, tmp_path):
     cfg = config(talkers, tmp_path / "run", "calibrate", rollout={"prompts": 3})
-    done = subprocess.run(command(cfg, tmp_path / "x.toml", 2), env=environment(), capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command(cfg, tmp_path / "x.toml", 2), env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode != 0 and "multiple of 2, for instance 4" in done.stderr
     assert not os.path.exists(tmp_path / "run" / "summary.json")
