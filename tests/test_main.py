@@ -1,7 +1,9 @@
 """The command line: from any folder, as a script, a module or under torchrun; errors in words and an exit code."""
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from assets import free_port
@@ -9,6 +11,7 @@ from runs import MAIN, command, config, environment
 
 from reflux.trainer import config_file, main
 from reflux.trainer.config_file import to_toml
+from reflux.trainer.diagnose import Diagnose
 from reflux.trainer.record import load_run
 
 
@@ -89,3 +92,19 @@ def _leave_group() -> None:
     if dist.is_initialized():  # an engine that failed half-way
         dist.destroy_process_group()
     os.environ["MASTER_PORT"] = str(free_port())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ctrl_c_where_nothing_is_trained_stops_at_once_and_is_told(talkers, tmp_path, monkeypatch, capsys, titan_process):
+    """There is no step to finish: the first signal counts, and the same command goes on later."""
+    over = {"task": {"name": "runs:is_even"}, "data": {"limit": 2}, "diagnose": {"student_texts": 2, "heat": 0}, "on_existing_run": "resume"}
+    cfg = config(talkers, tmp_path / "run", "diagnose", **over)
+    file = tmp_path / "run.toml"
+    file.write_text(to_toml(cfg))
+    with monkeypatch.context() as patch:
+        patch.setattr(Diagnose, "run", lambda self: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5))
+        assert main.main(["--config", str(file)]) == 130
+    assert "goes on from what has been saved" in capsys.readouterr().err
+    assert load_run(tmp_path / "run").summary is None and not (tmp_path / "run" / "report.md").exists()
+    os.environ["MASTER_PORT"] = str(free_port())
+    assert main.main(["--config", str(file)]) == 0 and (tmp_path / "run" / "report.md").exists()

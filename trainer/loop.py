@@ -31,7 +31,8 @@ def train(cfg: Config) -> int:
         phase = PHASES[cfg.phase](cfg, engine)
         if engine.is_main:
             save_config(cfg)
-        with _record(cfg, engine) as record, _finish_step_on_signal(engine):
+        patient = _finish_step_on_signal(engine) if cfg.trains else contextlib.nullcontext()  # who has no steps stops at once
+        with _record(cfg, engine) as record, patient:
             if not cfg.trains or cfg.steps == 0 or engine.resumed_step == 0:
                 _note(record, phase.close_step(0, {}))  # what the guards compare with later
             stats: dict[str, float] = {}

@@ -13,7 +13,7 @@ EXIT_CODES = """exit codes
   0    done; phase = "evaluate": every [accept] rule holds
   2    a mistake in the command line, the configuration or the data, told in words
   3    phase = "evaluate": an [accept] rule does not hold (report.md says which and by how much)
-  130  stopped by a signal after a saved step
+  130  stopped by a signal: by the first after a saved step; by the second, and where nothing is trained, at once
 torchrun itself turns every code but 0 into 1; evaluation.json has "accepted" for scripts around it."""
 
 
@@ -34,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(config_file.to_toml(cfg), end="")
             return 0
         return _run(cfg, args)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from what has been saved", file=sys.stderr)
+        return 130
     except (OSError, ValueError) as error:
         if os.environ.get("REFLUX_TRACEBACK"):
             raise
