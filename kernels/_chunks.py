@@ -106,6 +106,15 @@ def chunks(x: Tensor, V: int, buffers: float, workspace_mb: float, rows_M: Tenso
         yield c if rows_M is None else rows_M[c]
 
 
+def logits_ref(hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None = None, logit_scale: float = 1.0,
+               softcap: float | None = None, vocab_size: int | None = None) -> Tensor:
+    """The definition of logits [T, V] that every <op>_ref of a head starts from. fp32 arithmetic, or fp64 when given fp64."""
+    dtype = wide(hidden_TD.dtype)
+    logits_TV = hidden_TD.to(dtype) @ head_VD[:vocab_size].to(dtype).t()
+    logits_TV = logit_scale * (logits_TV if bias_V is None else logits_TV + bias_V[:vocab_size].to(dtype))
+    return softcap * torch.tanh(logits_TV / softcap) if softcap else logits_TV
+
+
 def on_tensor_cores(x: Tensor) -> bool:
     """16-bit GEMMs with fp32 output exist on CUDA only; a CPU upcasts."""
     return x.is_cuda and x.dtype.itemsize == 2

@@ -13,7 +13,7 @@ Shapes: T tokens, V ids, N classes, D hidden, C rows of a chunk, M chosen rows.
 import torch
 from torch import Tensor
 
-from ._chunks import check_logit_scale, check_rows, check_softcap, chunks, wide
+from ._chunks import check_logit_scale, check_rows, check_softcap, chunks, logits_ref, wide
 from ._classes import ClassMap, Gradients, Side, checked_side, fake_gradients, row_floats
 from ._classes import class_map as class_map
 from ._parallel import VocabShard, common_width
@@ -23,10 +23,8 @@ def class_logprob_ref(hidden_TD: Tensor, head_VD: Tensor, classes: ClassMap, *, 
                       softcap: float | None = None, bias: Tensor | None = None, logit_scale: float = 1.0,
                       rows: Tensor | None = None) -> Tensor:
     """The definition, with the whole [T, V] in memory. fp32 arithmetic, or fp64 when given fp64."""
-    dtype, class_V = wide(hidden_TD.dtype), classes.class_V
-    logits_TV = hidden_TD.to(dtype) @ head_VD[:class_V.shape[0]].to(dtype).t()
-    logits_TV = logit_scale * (logits_TV if bias is None else logits_TV + bias[:class_V.shape[0]].to(dtype))
-    x_TV = (softcap * torch.tanh(logits_TV / softcap) if softcap else logits_TV) / temperature
+    class_V = classes.class_V
+    x_TV = logits_ref(hidden_TD, head_VD, bias, logit_scale, softcap, class_V.shape[0]) / temperature
     x_TV = x_TV.masked_fill(class_V < 0, -torch.inf)
     logp_TV = x_TV.log_softmax(1)
     columns = [logp_TV[:, class_V == c].logsumexp(1) if c not in classes.empty else logp_TV.new_full(logp_TV.shape[:1], -torch.inf)

@@ -31,6 +31,7 @@ from ._chunks import (
     fold_scale,
     gradient_block,
     gradient_buffers,
+    logits_ref,
     needs_gradient,
     on_tensor_cores,
     padded,
@@ -56,15 +57,9 @@ def linear_kl_ref(student_hidden_TD: Tensor, student_head_VD: Tensor, teacher_hi
                   student_logit_scale: float = 1.0, teacher_logit_scale: float = 1.0,
                   student_softcap: float | None = None, teacher_softcap: float | None = None) -> LinearKL:
     """The definition, with both [T, V] in memory. fp32 arithmetic, or fp64 when given fp64."""
-    def log_softmax(hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-        dtype = wide(hidden.dtype)
-        logits_TV = hidden.to(dtype) @ head[:vocab_size].to(dtype).t()
-        logits_TV = scale * (logits_TV if bias is None else logits_TV + bias[:vocab_size].to(dtype))
-        logits_TV = softcap * torch.tanh(logits_TV / softcap) if softcap else logits_TV
-        return (logits_TV / temperature).log_softmax(-1)
-
-    logp_TV = log_softmax(student_hidden_TD, student_head_VD, student_bias, student_logit_scale, student_softcap)
-    logq_TV = log_softmax(teacher_hidden_TE, teacher_head_VE, teacher_bias, teacher_logit_scale, teacher_softcap).detach()
+    z_TV = logits_ref(student_hidden_TD, student_head_VD, student_bias, student_logit_scale, student_softcap, vocab_size)
+    u_TV = logits_ref(teacher_hidden_TE, teacher_head_VE, teacher_bias, teacher_logit_scale, teacher_softcap, vocab_size)
+    logp_TV, logq_TV = ((x_TV / temperature).log_softmax(-1) for x_TV in (z_TV, u_TV.detach()))
     kl_T = divergence_ref(logp_TV, logq_TV, mode, beta) * (temperature**2 if scale_t2 else 1.0)
     if rows is not None:
         kl_T = torch.zeros_like(kl_T).index_copy(0, rows.long(), kl_T[rows])

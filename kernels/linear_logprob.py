@@ -33,6 +33,7 @@ from ._chunks import (
     fold_scale,
     gradient_block,
     gradient_buffers,
+    logits_ref,
     needs_gradient,
     padded,
     project,
@@ -42,6 +43,7 @@ from ._chunks import (
 from ._logprob_rows import LogProb, check_target, local_target, logprob_gradient_, logprob_rows, upstream
 from ._parallel import VocabShard, all_sum, common_width, local_head, local_width
 from ._triton import require
+from .token_logprob import token_logprob_ref
 
 GRADIENT_BUFFERS = 1.5  # the logits and, for bf16 GEMMs, half as much for their gradient
 
@@ -50,19 +52,7 @@ def linear_logprob_ref(hidden_TD: Tensor, head_VD: Tensor, target: Tensor, *, te
                        bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None,
                        vocab_size: int | None = None) -> LogProb:
     """The definition, with the whole [T, V] in memory. fp32 arithmetic, or fp64 when given fp64."""
-    dtype = wide(hidden_TD.dtype)
-    logits_TV = hidden_TD.to(dtype) @ head_VD[:vocab_size].to(dtype).t()
-    logits_TV = logit_scale * (logits_TV if bias is None else logits_TV + bias[:vocab_size].to(dtype))
-    x_TV = (softcap * torch.tanh(logits_TV / softcap) if softcap else logits_TV) / temperature
-    target_TK = (target[:, None] if target.ndim == 1 else target).long()
-    padding_TK = (target_TK < 0) | (target_TK >= x_TV.shape[1])
-    ignored_T, logp_TV = padding_TK.all(1), x_TV.log_softmax(-1)
-    logp_TK = logp_TV.gather(1, target_TK.masked_fill(padding_TK, 0))
-    logp_TK = torch.where(logp_TK == -torch.inf, logp_TK.detach(), logp_TK)
-    banned_TV = logp_TV == -torch.inf
-    entropy_T = -(logp_TV.exp() * logp_TV.masked_fill(banned_TV, 0.0)).masked_fill(banned_TV, 0.0).sum(1)
-    return LogProb(torch.where(padding_TK, 0.0, logp_TK).reshape(target.shape),
-                   torch.where(ignored_T, 0.0, x_TV.logsumexp(1)), torch.where(ignored_T, 0.0, entropy_T))
+    return token_logprob_ref(logits_ref(hidden_TD, head_VD, bias, logit_scale, softcap, vocab_size), target, temperature=temperature)
 
 
 @torch.library.custom_op("reflux::linear_logprob", mutates_args=())

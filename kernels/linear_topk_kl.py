@@ -25,6 +25,7 @@ from ._chunks import (
     fold_scale,
     gradient_block,
     gradient_buffers,
+    logits_ref,
     needs_gradient,
     on_tensor_cores,
     padded,
@@ -52,10 +53,7 @@ def linear_topk_kl_ref(student_hidden_TD: Tensor, student_head_VD: Tensor, ids_T
                        teacher_tail_T: Tensor | None = None, *, bias: Tensor | None = None, logit_scale: float = 1.0,
                        softcap: float | None = None, **options) -> LinearKL:
     """The definition, with [T, V] in memory. fp32 arithmetic, or fp64 when given fp64. options: of topk_tail_kl_ref."""
-    dtype = wide(student_hidden_TD.dtype)
-    logits_TV = student_hidden_TD.to(dtype) @ student_head_VD.to(dtype).t()
-    logits_TV = logit_scale * (logits_TV if bias is None else logits_TV + bias.to(dtype))
-    logits_TV = softcap * torch.tanh(logits_TV / softcap) if softcap else logits_TV
+    logits_TV = logits_ref(student_hidden_TD, student_head_VD, bias, logit_scale, softcap)
     return topk_tail_kl_ref(logits_TV, ids_TK, teacher_logp_TK, teacher_tail_T, **options)
 
 

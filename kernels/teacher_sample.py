@@ -22,7 +22,7 @@ from ._chunks import Rows, check_rows, chunks, wide
 from ._parallel import VocabShard, all_max, all_sum, common_width, local_width
 from ._select_rows import NO_ID, all_gather, sort_pairs
 from ._triton import require
-from .teacher_topk import Source, TopK, check_source, check_teacher, logits_ref
+from .teacher_topk import Source, TopK, check_source, check_teacher, given_or_projected_ref
 
 BLOCK = 128
 
@@ -31,7 +31,7 @@ def teacher_sample_ref(hidden_TE: Tensor, head_VE: Tensor | None, n: int, *, tem
                        generator: torch.Generator | None = None, bias: Tensor | None = None, logit_scale: float = 1.0,
                        softcap: float | None = None, vocab_size: int | None = None) -> TopK:
     """The definition, with the whole [T, V] of probabilities and counts in memory."""
-    x_TV = logits_ref(hidden_TE, head_VE, bias, logit_scale, softcap, vocab_size) / temperature
+    x_TV = given_or_projected_ref(hidden_TE, head_VE, bias, logit_scale, softcap, vocab_size) / temperature
     cdf_TV = x_TV.double().softmax(1).cumsum(1)
     uniform_TN = torch.rand(len(x_TV), n, dtype=torch.float64, device=x_TV.device, generator=generator)
     ids_TN = torch.searchsorted(cdf_TV, uniform_TN * cdf_TV[:, -1:], right=True).clamp(max=x_TV.shape[1] - 1)

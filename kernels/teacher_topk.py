@@ -27,6 +27,7 @@ from ._chunks import (
     check_rows,
     check_softcap,
     chunks,
+    logits_ref,
     project,
     wide,
 )
@@ -48,12 +49,12 @@ def teacher_topk_ref(hidden_TE: Tensor, head_VE: Tensor | None, k: int, *, suppo
                      student_bias: Tensor | None = None, temperature: float = 1.0, bias: Tensor | None = None,
                      logit_scale: float = 1.0, softcap: float | None = None, vocab_size: int | None = None) -> TopK:
     """The definition, with the whole [T, V] sorted in memory. fp32 arithmetic, or fp64 when given fp64."""
-    x_TV = logits_ref(hidden_TE, head_VE, bias, logit_scale, softcap, vocab_size) / temperature
+    x_TV = given_or_projected_ref(hidden_TE, head_VE, bias, logit_scale, softcap, vocab_size) / temperature
     chosen_TV = torch.zeros_like(x_TV, dtype=torch.bool)
     if support != "student":
         chosen_TV.scatter_(1, x_TV.sort(dim=1, descending=True, stable=True).indices[:, :k], True)
     if support != "teacher":
-        z_TV = logits_ref(student_hidden, student_head, student_bias, 1.0, None, vocab_size)
+        z_TV = given_or_projected_ref(student_hidden, student_head, student_bias, 1.0, None, vocab_size)
         chosen_TV.scatter_(1, z_TV.sort(dim=1, descending=True, stable=True).indices[:, :k], True)
     logp_TV = x_TV.log_softmax(1)
     tail_T = logp_TV.masked_fill(chosen_TV, -torch.inf).logsumexp(1)
@@ -66,14 +67,12 @@ def teacher_topk_ref(hidden_TE: Tensor, head_VE: Tensor | None, k: int, *, suppo
                 tail_T)
 
 
-def logits_ref(x: Tensor, head_VE: Tensor | None, bias: Tensor | None, logit_scale: float, softcap: float | None,
-               vocab_size: int | None) -> Tensor:
-    x = x.to(wide(x.dtype))
+def given_or_projected_ref(x: Tensor, head_VE: Tensor | None, bias: Tensor | None, logit_scale: float, softcap: float | None,
+                           vocab_size: int | None) -> Tensor:
+    """logits_ref of hidden states, or the logits that x already is where there is no head."""
     if head_VE is None:
-        return x[:, :vocab_size]
-    logits_TV = x @ head_VE[:vocab_size].to(x.dtype).t()
-    logits_TV = logit_scale * (logits_TV if bias is None else logits_TV + bias[:vocab_size].to(x.dtype))
-    return softcap * torch.tanh(logits_TV / softcap) if softcap else logits_TV
+        return x[:, :vocab_size].to(wide(x.dtype))
+    return logits_ref(x, head_VE, bias, logit_scale, softcap, vocab_size)
 
 
 class Source(NamedTuple):
