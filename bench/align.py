@@ -15,11 +15,7 @@ bytes in pieces of 1 to 12 over about 10^5 ids in no order: nearly every look-up
 counted together.
 """
 import argparse
-import datetime
-import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -35,7 +31,8 @@ from reflux.tokenalign.byte_table import TEXT, ByteTable, encode_text
 from reflux.tokenalign.offsets import Side, side, spelling
 from reflux.tokenalign.spans import align_spans
 
-ROOT = Path(__file__).resolve().parents[1]
+from .records import device, git, write
+
 ALIGNER = ["CMakeLists.txt", "tokenalign/native", "tokenalign/offsets.py", "tokenalign/spans.py"]
 SEED, ROWS, ROUNDS = 0, 64, 21
 TOKENS = 1 << 20  # of both sides together
@@ -227,21 +224,11 @@ def scale(case: Case) -> list[dict]:
 
 
 def write_record(cases: dict, scaling: list[dict] | None) -> None:
-    git = lambda *args: subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     if git("status", "--porcelain", "--", *ALIGNER, "bench/align.py"):
         sys.exit("No record: the aligner or this file has changes that are not committed.")
-    import tokenizers
-
-    cpu = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    record = {"op": "align", "commit": git("rev-parse", "HEAD"), "dirty": False, "date": now,
-              "command": " ".join(["python -m bench.align", *sys.argv[1:]]), "gate": "all methods gave the same boundaries on these inputs",
-              "seed": SEED, "rounds": ROUNDS, "rows": ROWS, "cpu": cpu or platform.machine(), "cores": os.cpu_count(),
-              "load_average": os.getloadavg(), "python": platform.python_version(), "numpy": np.__version__,
-              "tokenizers": tokenizers.__version__, "cases": cases, "scale": scaling}
-    path = ROOT / "bench/records" / f"{now[:10]}_align_cpu.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"Recorded in {path.relative_to(ROOT)}")
+    path = write("align_cpu", {"op": "align", "gate": "all methods gave the same boundaries on these inputs", "seed": SEED, "rounds": ROUNDS,
+                               "rows": ROWS, **device(), "cases": cases, "scale": scaling}, command="python -m bench.align")
+    print(f"Recorded in {path}")
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ def commit() -> tuple[str, bool]:
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("torch", "triton", "numpy", "liger-kernel", "trl"):
+    for name in ("torch", "triton", "numpy", "tokenizers", "liger-kernel", "trl"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -39,7 +39,7 @@ def device() -> dict:
     import torch
 
     if not torch.cuda.is_available():
-        return {"device": platform.processor() or platform.machine(), "cpus": os.cpu_count()}
+        return {"device": _cpu(), "cpus": os.cpu_count(), "load_average": os.getloadavg()}
     from .clock import roofline_now
 
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -47,12 +47,18 @@ def device() -> dict:
     return {"device": torch.cuda.get_device_name(), "driver": driver, **roofline_now()}
 
 
-def write(name: str, content: dict, folder: Path = FOLDER) -> Path:
-    """<date>_<name>.json; an existing one is never overwritten."""
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())
+
+
+def write(name: str, content: dict, folder: Path = FOLDER, command: str = "python -m bench") -> Path:
+    """<date>_<name>.json; an existing one is never overwritten. The command's arguments are those of this process."""
     date = datetime.datetime.now(datetime.UTC)
     revision, dirty = commit()
     record = {"commit": revision, "dirty": dirty, "date": date.isoformat(timespec="seconds"),
-              "command": " ".join(["python -m bench", *sys.argv[1:]]), "versions": versions(), **content}
+              "command": " ".join([command, *sys.argv[1:]]), "versions": versions(), **content}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{date:%Y-%m-%d}_{name}.json"
     if path.exists():
