@@ -12,9 +12,9 @@ of the same Triton version: if a growth is intended, record it. A new configurat
 
 Another Triton beside the installed one; the kernels' tests run under it in the same way, without any GPU:
 
-    pip install --no-deps --target /tmp/triton36 triton==3.6.0 'numpy<2.4'    # its interpreter wants the older numpy
-    PYTHONPATH=/tmp/triton36 python tests/compile_for_gpus.py --record
-    PYTHONPATH=/tmp/triton36 python -m pytest tests/test_token_kl.py
+    pip install --no-deps --target build/triton36 triton==3.6.0 'numpy<2.4'    # its interpreter wants the older numpy
+    PYTHONPATH=build/triton36 python tests/compile_for_gpus.py --record
+    PYTHONPATH=build/triton36 python -m pytest tests/test_token_kl.py
 """
 import argparse
 import datetime

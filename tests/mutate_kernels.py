@@ -33,8 +33,8 @@ TESTS = {  # file -> its narrow tests, the quickest to fail first
     "_chunks": "chunks linear_kl linear_logprob class_logprob", "_parallel": "parallel linear_kl linear_logprob class_logprob",
     "_divergence": "token_kl linear_kl", "_kl_rows": "kl_rows token_kl parallel linear_kl", "linear_kl": "linear_kl",
     "token_kl": "token_kl", "_logprob_rows": "token_logprob linear_logprob", "linear_logprob": "linear_logprob",
-    "token_logprob": "token_logprob", "linear_nll": "linear_nll", "_topk_rows": "topk_tail_kl linear_topk_kl",
-    "topk_tail_kl": "topk_tail_kl", "linear_topk_kl": "linear_topk_kl", "renormalised_topk_kl": "renormalised_topk_kl",
+    "token_logprob": "token_logprob", "linear_nll": "linear_nll", "_topk_rows": "topk_tail_kl tail_laws linear_topk_kl",
+    "topk_tail_kl": "topk_tail_kl tail_laws", "linear_topk_kl": "linear_topk_kl", "renormalised_topk_kl": "renormalised_topk_kl",
     "teacher_topk": "teacher_topk", "teacher_sample": "teacher_sample", "_select_rows": "teacher_topk teacher_sample"}
 GATE = "gate"  # instead of tests: what the interpreter cannot see, the compile gate must
 BY_HAND = [  # file, old text (found once), new text, tests or None for the file's own

@@ -81,7 +81,7 @@ def numbers(name: str) -> list[float]:
 
 
 def test_the_exploit_is_the_one_that_is_tested():
-    from test_topk_tail_kl import SHIFTS, TABLE
+    from test_tail_laws import SHIFTS, TABLE
 
     assert numbers("shift of the support's logits") == SHIFTS
     for name, row in {"truncated reverse KL": "truncated", "`renorm`": "renorm", "`ghost`": "ghost", "full reverse KL": "full"}.items():

@@ -1,6 +1,6 @@
 """linear_topk_kl on both paths: float64 parity with every option, and what is the head's: dhead, dbias, chunks, slices.
 
-The laws of the tails themselves are in test_topk_tail_kl.py.
+The laws of the tails themselves are in test_tail_laws.py.
 """
 from functools import partial
 from unittest.mock import patch

@@ -24,7 +24,7 @@ HARD = {
     "right to left": "שָׁלוֹם עֲלֵיכֶם 123 العَرَبِيَّةُ \u202bמימין\u202c, \u061cأهلاً!",
     "line ends": "a\r\nb\r\n\r\n\tc\rd\n\r\u2028e\u0085f\x0b\x0cg",
     "whitespace": "x" + " " * 3000 + "\n" * 500 + "\t" * 300 + "\u3000\u00a0\u2009" * 40 + "y  ",
-    "code": "#include <x.h>\r\nint main(void) {\n\tfor (int i=0;i<10;++i)\n        a[i] <<= 0x1F & ~mask; // TODO\n}\n\n\n",
+    "code": "#include <x.h>\r\nint main(void) {\n\tfor (int i=0;i<10;++i)\n        a[i] <<= 0x1F & ~mask; // done\n}\n\n\n",
     "numbers": "3.14159265358979 1,000,000 -0x7fffffff 6.02e+23 00012 ١٢٣٤ ½² 10" + "0" * 300,
     "names": "<|im_end|></s><s>[INST]<0x41><|endoftext|><|begin_of_text|><unk>",
     "rare": "\ufffd\ufeff\u0000\u001b[0m\ue000\U0010ffff\U0001f9ff𐍈ꙮ Ã©â€™",
