@@ -50,6 +50,7 @@ def running(path: str, block_v: int = 2048):
 
     An element that nobody wrote then fails loudly. block_v is drawn by tests: a fixed one hides a missing rescale.
     """
+    assert "new_empty" not in vars(torch.Tensor), "an earlier test left torch.Tensor.new_empty patched"
     with patch.object(_triton, "FORCE_INTERPRET", path == "kernel"), patch.object(_triton, "BLOCK_V", block_v), \
             patch.object(torch, "empty", _poison(torch.empty)), \
             patch.object(torch, "empty_like", _poison(torch.empty_like)), \

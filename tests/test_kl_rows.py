@@ -1,4 +1,6 @@
 """The row functions behind token_kl and linear_kl: pads, chunks, dtypes and places that the ops alone would not vary."""
+from unittest.mock import patch
+
 import pytest
 import torch
 from close import DEVICE, PATHS, running
@@ -61,11 +63,11 @@ def test_a_bf16_gradient_of_fp32_logits_is_the_rounded_one(path):
 
 
 @each_mode
-def test_a_row_that_was_not_chosen_has_no_gradient_whatever_lay_in_memory(mode, monkeypatch):
+def test_a_row_that_was_not_chosen_has_no_gradient_whatever_lay_in_memory(mode):
     """Its statistics are never written. NaN there would hide a missing test of the choice, so ones lie there."""
-    with running("kernel", 64):
-        real = torch.Tensor.new_empty
-        monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *args, **options: real(x, *args, **options).fill_(1.0))
+    real = torch.Tensor.new_empty
+    ones = lambda x, *args, **options: real(x, *args, **options).fill_(1.0)
+    with running("kernel", 64), patch.object(torch.Tensor, "new_empty", ones):
         z_CV, u_CV, chosen_C = block(2, 70), block(2, 70, seed=1), torch.tensor([False, True], device=DEVICE)
         dz_CV = torch.empty(2, 70, device=DEVICE)
         kl_C = kl_rows(z_CV, u_CV, torch.ones(2, device=DEVICE), (1.0, 1.0), mode, 0.25, 0.0, dz_CV, chosen_C=chosen_C)
