@@ -72,8 +72,20 @@ config = "x.toml"
     assert os.path.normpath(config) == os.path.relpath(toy / "more" / "x.toml")
     assert f'distill.more_teachers=["{cells[3].folder.parent}/t", "u"]' in cells[3].arguments
     (toy / "m.toml").write_text('base = "more/n.toml"\n' + (toy / "m.toml").read_text())
-    with pytest.raises(ValueError, match="not one that leads back here"):
+    with pytest.raises(ValueError, match="none that leads back here"):
         read_matrix(toy / "more" / "n.toml", {})
+
+
+def test_a_matrix_may_stand_on_several_that_share_cells(toy):
+    (toy / "more").mkdir()
+    for name in ("left", "right"):
+        (toy / "more" / f"{name}.toml").write_text(f'base = "../m.toml"\ntitle = "{name}"\n[[cell]]\nname = "{name}"\nmodule = "toy_cell"\n')
+    (toy / "all.toml").write_text('base = ["more/left.toml", "more/right.toml"]\nseeds = [0]\n[[cell]]\nname = "c"\nmodule = "toy_cell"\n')
+    table, cells = read_matrix(toy / "all.toml", {})
+    assert [c.name for c in cells] == ["a@0", "b-1@0", "b-2@0", "left@0", "right@0", "c@0"] and table["title"] == "right"
+    (toy / "all.toml").write_text('base = ["m.toml", 3]\n')
+    with pytest.raises(ValueError, match="want the name of another matrix file"):
+        read_matrix(toy / "all.toml", {})
 
 
 def test_a_name_alone_keeps_its_type(toy):

@@ -155,16 +155,36 @@ def test_each_reward_is_normalised_by_itself(seed, scale, shift):
     np.testing.assert_allclose(flat(advantages(scale * task + shift, correct, lengths, scores, RAW, 0.5)), base, atol=1e-9)
 
 
+def test_joint_normalisation_lets_one_reward_swallow_the_other():
+    """r_cal spreads ten times as far as r_task: by itself it decides the joint sign, and half of the separate one."""
+    cal, values = replace(RAW, normalise="joint", std_floor=0.0), (0.0, 10.0, 10.0, 20.0)
+    args = np.array([[1.0, 1.0, 0.0, 0.0]]), np.array([[True, True, False, False]]), np.ones((1, 4), int), [[score(v) for v in values]]
+    total = np.array([1.0, 1 + 5.0, 5.0, 10.0])  # r_task + 0.5 r_cal
+    joint = advantages(*args, cal, 0.5)
+    np.testing.assert_allclose(flat(joint), (total - total.mean()) / total.std(ddof=1))
+    separate = flat(advantages(*args, replace(cal, normalise="separate"), 0.5))
+    assert flat(joint)[0] < 0 < separate[0] and flat(joint)[3] > 0 > separate[3]
+    assert joint.std_cal_nats == pytest.approx(total.std(ddof=1))  # eta per nat, as the margin guard wants it
+
+
+def test_joint_normalisation_leaves_masked_rollouts_with_their_task_reward():
+    cal, scores = replace(RAW, normalise="joint"), [[score(4.0), UNSCORED, score(-4.0)]]
+    got = flat(advantages(np.array([[1.0, 0.5, 0.0]]), np.ones((1, 3), bool), np.ones((1, 3), int), scores, cal, 0.5))
+    np.testing.assert_allclose(got, np.array([2.5, 0.0, -2.5]) / 2.5, atol=1e-12)
+    off = flat(advantages(np.array([[1.0, 0.5, 0.0]]), np.ones((1, 3), bool), np.ones((1, 3), int), scores, cal, 0.0))
+    assert (off == task_advantage(np.array([[1.0, 0.5, 0.0]]))[0]).all()
+
+
 @given(SEEDS)
 def test_unscored_rollouts_get_the_task_and_give_nothing(seed):
     task, correct, lengths, scores = group(seed)
-    for cal in (RAW, Calibration(), Calibration(credit="span")):
+    for cal in (RAW, Calibration(), Calibration(credit="span"), Calibration(normalise="joint")):
         a = advantages(task, correct, lengths, scores, cal, 0.5)
         junk = replace(UNSCORED, value=1e9, raw=1e9, n_bytes=10**6, span_value=np.array([1e9]))
         b = advantages(task, correct, lengths, [[s if s.scored else junk for s in row] for row in scores], cal, 0.5)
         assert (flat(a) == flat(b)).all() and (a.std_cal, a.std_cal_nats) == (b.std_cal, b.std_cal_nats)
         for row, adv, plain in zip(scores, a.token, task_advantage(task)):
-            assert all((x == t).all() for s, x, t in zip(row, adv, plain) if not s.scored)
+            assert cal.normalise == "joint" or all((x == t).all() for s, x, t in zip(row, adv, plain) if not s.scored)
 
 
 @pytest.mark.parametrize("norm, n_bytes", [("sum", 1), ("per_byte", 20), ("per_token", 20)])

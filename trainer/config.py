@@ -112,6 +112,7 @@ class Calibration:
     score_norm: Literal["sum", "per_token", "per_byte"] = "sum"  # divides a score; per_token has no span_clip, no stop
     denominator: Literal["policy", "original"] = "policy"  # whose log-probability is subtracted from the proxy's
     score_stop: bool = True  # count the stop set's log-probability where a rollout ended by itself
+    normalise: Literal["separate", "joint"] = "separate"  # joint: one z-score of r_task + eta r_cal; either term can swallow the other
     credit: Literal["sequence", "span"] = "sequence"  # span: reward-to-go of the span values, not winsorised
     truncated: Literal["mask_cal", "drop", "score_prefix"] = "mask_cal"  # rollouts cut at max_tokens
     span_clip: float = 10.0  # nats; 0: off. Span differences are heavy-tailed
@@ -129,6 +130,9 @@ class Calibration:
         if self.credit == "span" and self.score_norm != "sum":
             raise ValueError(f"credit = 'span' with score_norm = {self.score_norm!r}: a score divided by the length of the whole "
                              "text is no sum over spans, so no reward-to-go. Use score_norm = 'sum' or credit = 'sequence'")
+        if self.credit == "span" and self.normalise == "joint":
+            raise ValueError("credit = 'span' with normalise = 'joint': the sum of the rewards belongs to the whole text. Use "
+                             "credit = 'sequence' or normalise = 'separate'")
 
     @property
     def eta(self) -> float:

@@ -14,8 +14,8 @@ A matrix file names cells; every cell is one `trainer/main.py --config FILE --se
     set = { "teacher.path" = "{folder}/teacher-{teacher}/export" }
     labels = { role = "student", teacher = "{teacher}", attack = "{attack}" }       # for the report
 
-`base = "other.toml"` puts this file's cells behind another matrix's (in the same folder: what is done there is done here), and its
-other keys over that one's.
+`base = "other.toml"` (or a list of them) puts this file's cells behind another matrix's (in the same folder: what is done there is
+done here), and its other keys over that one's. A cell that several bases share is one cell.
 
 Cells are resumed one by one: a cell is done when its folder holds summary.json. A cell that fails does not stop cells that do
 not depend on it. Children are forked from one process that has imported everything, which saves the seconds of `import torch`.
@@ -84,15 +84,18 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict:
     with open(path, "rb") as f:
         table = tomllib.load(f)
     for row in table.get("cell", []):
-        row["from"] = path.parent
-    base = table.pop("base", None)
-    if base is None:
-        return table
+        row["from"] = path.parent.resolve()
+    bases = table.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
     above = (*above, path.resolve())
-    if not isinstance(base, str) or (path.parent / base).resolve() in above:
-        raise ValueError(f"{path}: base = {base!r}; want the name of another matrix file, not one that leads back here")
-    low = _read(path.parent / base, above)
-    return deep_merge(low, table) | {"cell": [*low.get("cell", []), *table.get("cell", [])]}
+    if not isinstance(bases, list) or any(not isinstance(b, str) or (path.parent / b).resolve() in above for b in bases):
+        raise ValueError(f"{path}: base = {bases!r}; want the name of another matrix file, or several, none that leads back here")
+    low: dict = {}
+    for table_below in [*(_read(path.parent / b, above) for b in bases), table]:
+        shared = low.get("cell", [])
+        cells = [*shared, *(row for row in table_below.get("cell", []) if row not in shared)]
+        low = deep_merge(low, table_below) | ({"cell": cells} if cells else {})
+    return low
 
 
 def _expand(row: Mapping[str, Any], seed: int, table: Mapping[str, Any]) -> Iterator[Cell]:

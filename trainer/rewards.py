@@ -1,7 +1,7 @@
 """From grades and scores to advantages: the calibration reward and the separate group normalisations.
 
     r_cal = [l_C(x, y) - sg(l_D(x, y))] / z(y)                 equation (2) of docs/method.md
-    A     = norm(r_task) + eta * norm(r_cal)                   equations (3) and (4)
+    A     = norm(r_task) + eta * norm(r_cal)                   equations (3) and (4); norm(r_task + eta * r_cal) with `joint`
 
 Everything here is plain float64 numpy on [P, G] arrays: P prompts, G rollouts of each; S spans, n tokens of one response.
 """
@@ -48,8 +48,7 @@ def group_normalise(reward_PG: np.ndarray, floor: float | np.ndarray, keep_PG: n
     """Equation (3): (r - mean) / max(std, floor) inside each group, sample std; 0 where not kept or alone."""
     keep_PG = np.ones_like(reward_PG, bool) if keep_PG is None else keep_PG
     kept_P1 = keep_PG.sum(1, keepdims=True)
-    mean_P1 = np.where(keep_PG, reward_PG, 0).sum(1, keepdims=True) / np.maximum(kept_P1, 1)
-    centred_PG = np.where(keep_PG, reward_PG - mean_P1, 0.0)
+    centred_PG = _centred(reward_PG, keep_PG)
     std_P1 = np.sqrt((centred_PG**2).sum(1, keepdims=True) / np.maximum(kept_P1 - 1, 1))
     scale_P1 = np.maximum(std_P1, floor)
     return np.where(scale_P1 > 0, centred_PG / np.where(scale_P1 > 0, scale_P1, 1.0), 0.0)
@@ -57,10 +56,8 @@ def group_normalise(reward_PG: np.ndarray, floor: float | np.ndarray, keep_PG: n
 
 def group_std(reward_PG: np.ndarray, keep_PG: np.ndarray) -> np.ndarray:
     """[P] sample std over the kept rollouts; 0 where fewer than two are kept."""
-    kept_P = keep_PG.sum(1)
-    mean_P = np.where(keep_PG, reward_PG, 0).sum(1) / np.maximum(kept_P, 1)
-    square_P = (np.where(keep_PG, reward_PG - mean_P[:, None], 0.0) ** 2).sum(1)
-    return np.sqrt(square_P / np.maximum(kept_P - 1, 1))
+    square_P = (_centred(reward_PG, keep_PG) ** 2).sum(1)
+    return np.sqrt(square_P / np.maximum(keep_PG.sum(1) - 1, 1))
 
 
 def winsorise(reward_PG: np.ndarray, mads: float, floor: np.ndarray, keep_PG: np.ndarray) -> np.ndarray:
@@ -127,10 +124,15 @@ def advantages(task_PG: np.ndarray, correct_PG: np.ndarray, lengths_PG: np.ndarr
     std_P = group_std(value_PG, keep_PG)
     scale_P1 = np.maximum(std_P[:, None], floor_P1)
     weight_P = gate(correct_PG, group_std(task_PG, np.ones_like(keep_PG)), cal.cal_gate)
+    if cal.normalise == "joint":
+        total_PG = task_PG + eta * weight_P[:, None] * _centred(value_PG, keep_PG)
+        scale_P1 = np.maximum(group_std(total_PG, np.ones_like(keep_PG))[:, None], TASK_STD_FLOOR)
     used_P = (weight_P > 0) & (keep_PG.sum(1) > 1)
     std_cal = float(std_P[used_P].mean()) if used_P.any() else 0.0
     nats = float((scale_P1[:, 0] * _mean_divisor(scores_PG, lengths_PG, keep_PG, cal))[used_P].mean()) if used_P.any() else 0.0
-    if cal.credit == "sequence":
+    if cal.normalise == "joint":
+        tokens = spread(group_normalise(total_PG, TASK_STD_FLOOR))
+    elif cal.credit == "sequence":
         cal_adv_PG = group_normalise(value_PG, floor_P1, keep_PG)
         tokens = spread(task_adv_PG + eta * weight_P[:, None] * cal_adv_PG)
     else:
@@ -138,6 +140,12 @@ def advantages(task_PG: np.ndarray, correct_PG: np.ndarray, lengths_PG: np.ndarr
         tokens = [[np.full(n, task) + eta * weight_P[p] * _span_advantage(scores_PG[p], g, int(n)) / scale_P1[p, 0]
                    for g, (task, n) in enumerate(zip(task_adv_PG[p], lengths_PG[p]))] for p in range(len(task_PG))]
     return Advantages(tokens, std_cal, nats, float(used_P.mean()))
+
+
+def _centred(reward_PG: np.ndarray, keep_PG: np.ndarray) -> np.ndarray:
+    """r - mean over the kept; 0 where not kept, so that a masked rollout is neither paid nor fined."""
+    mean_P1 = np.where(keep_PG, reward_PG, 0).sum(1, keepdims=True) / np.maximum(keep_PG.sum(1, keepdims=True), 1)
+    return np.where(keep_PG, reward_PG - mean_P1, 0.0)
 
 
 def _mean_divisor(scores_PG: Sequence[Sequence[CalScore]], lengths_PG: np.ndarray, keep_PG: np.ndarray,
