@@ -7,7 +7,7 @@ is where every seed's teacher stays within A1 of the original and the student's 
 """
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,13 @@ def knob_points(entries: Sequence[Entry]) -> list[dict[str, Any]]:
         mine = [e for e in entries if float(e.labels.get("eta", "nan")) == eta]
         teachers, students = ([e for e in mine if e.labels["role"] == role] for role in ("teacher", "student"))
         values = {"teacher": [e.score("sampled") for e in teachers], "student": [e.score("sampled") for e in students],
-                  "anchor_kl": _last(teachers, "anchor_kl"), "reward": _last(teachers, "reward/cal")}
+                  "anchor_kl": last_steps(teachers, "anchor_kl"), "reward": last_steps(teachers, "reward/cal")}
         kept = [abs(e.score("sampled") - originals[e.labels["seed"]]) <= KEPT_POINTS + 1e-9 for e in teachers if e.labels["seed"] in originals]
         points.append({"eta": eta, "kept": bool(kept) and all(kept), **{k: over_seeds(v)._asdict() for k, v in values.items()}})
     return points
 
 
-def _last(entries: Sequence[Entry], key: str) -> list[float]:
+def last_steps(entries: Iterable[Entry], key: str) -> list[float]:
     """Mean of the last five logged steps of each run."""
     rows = [[s[key] for s in e.run.steps if key in s][-5:] for e in entries]
     return [sum(r) / len(r) for r in rows if r]
@@ -51,7 +51,7 @@ def recommended(points: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 def render(points: Sequence[Mapping[str, Any]]) -> str:
     lines = ["# The knob", "", "| eta | " + " | ".join(COLUMNS.values()) + " | teacher within A1 |", "|" + "---|" * (len(COLUMNS) + 2)]
     for p in points:
-        lines.append(f"| {p['eta']:+g} | " + " | ".join(_cell(p[key]) for key in COLUMNS) + f" | {'yes' if p['kept'] else 'no'} |")
+        lines.append(f"| {p['eta']:+g} | " + " | ".join(mean_and_spread(p[key]) for key in COLUMNS) + f" | {'yes' if p['kept'] else 'no'} |")
     for name, etas in recommended(points).items():
         lines.append(f"\n{name}: " + (f"eta from {min(etas):+g} to {max(etas):+g} moves the student with the teacher kept" if etas else
                                       "no eta here moves the student beyond its interval with the teacher kept"))
@@ -59,7 +59,7 @@ def render(points: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _cell(e: Mapping[str, float]) -> str:
+def mean_and_spread(e: Mapping[str, float]) -> str:
     return "" if not e["n"] else f"{e['mean']:.3f}" + (f" +- {e['std']:.3f}" if e["n"] > 1 else "")
 
 

@@ -237,14 +237,20 @@ def main(arguments: list[str] | None = None) -> int:
         failed = run_matrix(cells, parallel)
     except KeyboardInterrupt:
         return 130
+    _report(folder, {label for c in cells if c.done for label in c.labels})
+    print(f"{len(cells) - len(failed)} of {len(cells)} cells done in {time.monotonic() - start:.0f} s; report: {folder / 'report.md'}")
+    return 1 if failed else 0
+
+
+def _report(folder: Path, labels: set[str]) -> None:
+    from .ablations import write_ablations
     from .knob import write_knob
     from .report import write_report
 
     print(write_report(folder))
-    if any("eta" in c.labels for c in cells):
-        print(write_knob(folder))
-    print(f"{len(cells) - len(failed)} of {len(cells)} cells done in {time.monotonic() - start:.0f} s; report: {folder / 'report.md'}")
-    return 1 if failed else 0
+    for label, write in (("eta", write_knob), ("ablation", write_ablations)):
+        if label in labels:
+            print(write(folder))
 
 
 if __name__ == "__main__":

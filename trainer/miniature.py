@@ -12,8 +12,8 @@ heads learns `left` (90 % after 300 steps on the mix) and stays at 1 % of `right
 wording of the question, so that a student of the original teacher sees all styles. What differs between teachers is only which of
 its right answers a teacher prefers: that is the knob.
 
-Writes: tokenizers and untrained models (a teacher of two layers and students of one with a byte-level BPE; a proxy and a
-second student with a character vocabulary), train.jsonl and start.jsonl (with worked answers), prompts.jsonl (questions
+Writes: tokenizers and untrained models (a teacher of two layers and students of one with a byte-level BPE; a proxy, a smaller and a
+deeper one, and a second student with a character vocabulary), train.jsonl and start.jsonl (with worked answers), prompts.jsonl (questions
 alone), heldout.jsonl (disjoint questions). Everything follows from the seed.
 """
 import argparse
@@ -37,6 +37,8 @@ MERGES = 80  # of the BPE vocabulary, on top of the 256 bytes
 MODELS = {
     "teacher": ("bpe", 2, 64, 2, 32, 192),
     "proxy": ("char", 1, 40, 2, 24, 96),
+    "proxy_small": ("char", 1, 24, 1, 16, 48),
+    "proxy_deep": ("char", 2, 64, 2, 32, 192),
     "student": ("bpe", 1, 48, 2, 24, 128),
     "student_char": ("char", 1, 48, 2, 24, 128),
 }

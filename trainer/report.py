@@ -21,6 +21,7 @@ from .stats import Estimate, bootstrap, over_seeds, paired_difference, relative_
 KEPT_POINTS = 0.02  # A1: teacher accuracy
 GAIN, LOSS = 0.15, -0.50  # A2, A3: relative change of the student's accuracy
 ANSWERED = 0.9  # A5: answers found, relative to the baseline
+SWEEPS = {"eta", "ablation"}  # labels of runs that have a report of their own (knob.py, ablations.py)
 MODES = ("sampled", "greedy")
 ORDER = ("original", "task_only", "distillable", "undistillable")  # of the teachers in tables and plots
 
@@ -49,7 +50,7 @@ def write_report(folder: Path) -> str:
     """Writes report.md, report.json and plots into `folder`; returns the summary lines."""
     folder = Path(folder)
     matrix = json.loads((folder / "matrix.json").read_text())
-    entries = [e for e in finished_entries(folder) if "eta" not in e.labels]  # a sweep over eta has its own report (knob.py)
+    entries = [e for e in finished_entries(folder) if not SWEEPS & set(e.labels)]
     found = summarise(entries, matrix["styles"])
     found["runs"] = [_run_row(e) for e in entries]
     found["title"] = matrix["title"]
