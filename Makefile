@@ -1,4 +1,5 @@
 # make quickstart   the paper's claim in miniature, end to end (about 10 minutes on two cores)
+# make report       everything the miniature has to say: attacks, knob curve, ablations, diagnoses (hours; Ctrl-C and again goes on)
 # make test         everything that must hold before a commit lands
 # make bench        kernels against floors and peers (needs a GPU for numbers; on a CPU it proves the harness)
 # make bench-gpu    the same on a machine with a GPU where nothing of this is installed: no network, about 8 minutes, see bench/gpu.py
@@ -11,10 +12,13 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart test bench bench-gpu real lint clean
+.PHONY: quickstart report test bench bench-gpu real lint clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m reflux.trainer.matrix configs/quickstart.toml
+
+report: $(VENV)/ready
+	$(BIN)/python -m reflux.trainer.matrix configs/report.toml
 
 test: $(VENV)/ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15

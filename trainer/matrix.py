@@ -244,11 +244,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _report(folder: Path, labels: set[str]) -> None:
     from .ablations import write_ablations
+    from .diagnose_table import write_diagnoses
     from .knob import write_knob
     from .report import write_report
 
     print(write_report(folder))
-    for label, write in (("eta", write_knob), ("ablation", write_ablations)):
+    for label, write in (("eta", write_knob), ("ablation", write_ablations), ("pair", write_diagnoses)):
         if label in labels:
             print(write(folder))
 
