@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from .config_checks import above_zero, fraction, not_negative, positive, positive_limit
+from .distill_config import Distill
 from .eval_config import Accept, Eval, check_evaluation
 
 TITAN_SECTIONS = (
@@ -15,35 +17,6 @@ TITAN_SECTIONS = (
 
 Backend = Literal["auto", "native", "hf"]
 Attention = Literal["auto", "sdpa", "flash_attention_2", "flex"]
-
-
-def _positive(table: Any, *names: str) -> None:
-    for name in names:
-        if getattr(table, name) < 1:
-            raise ValueError(f"{name} = {getattr(table, name)}; want >= 1")
-
-
-def _not_negative(table: Any, *names: str) -> None:
-    for name in names:
-        if not getattr(table, name) >= 0:
-            raise ValueError(f"{name} = {getattr(table, name)}; want >= 0")
-
-
-def _above_zero(table: Any, *names: str) -> None:
-    for name in names:
-        if not getattr(table, name) > 0:
-            raise ValueError(f"{name} = {getattr(table, name)}; want > 0")
-
-
-def _fraction(table: Any, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(table, name) <= 1:
-            raise ValueError(f"{name} = {getattr(table, name)}; want 0 to 1")
-
-
-def _limit(table: Any) -> None:
-    if table.limit is not None and table.limit < 1:
-        raise ValueError(f"limit = {table.limit}; want >= 1, or leave it out for all rows")
 
 
 @dataclass(frozen=True)
@@ -76,7 +49,7 @@ class Data:
     shuffle: bool = True  # a new order each epoch, from `seed`
 
     def __post_init__(self):
-        _limit(self)
+        positive_limit(self)
 
 
 @dataclass(frozen=True)
@@ -97,8 +70,8 @@ class Rollout:
     old_logp: Literal["sampler", "trainer"] = "sampler"  # trainer: one more forward; bf16 samplers are off by 0.05 nats
 
     def __post_init__(self):
-        _positive(self, "prompts", "group", "max_tokens", "rows")
-        _not_negative(self, "top_k")
+        positive(self, "prompts", "group", "max_tokens", "rows")
+        not_negative(self, "top_k")
         if not self.temperature > 0:
             raise ValueError(f"temperature = {self.temperature}; want > 0. Greedy rollouts have no spread to learn from")
         if not 0 < self.top_p <= 1:
@@ -125,8 +98,8 @@ class Calibration:
     def __post_init__(self):
         if not self.strength >= 0:
             raise ValueError(f"strength = {self.strength}; want >= 0. The direction is mode's, not a sign's")
-        _not_negative(self, "span_clip", "winsor", "std_floor")
-        _fraction(self, "max_unscored")
+        not_negative(self, "span_clip", "winsor", "std_floor")
+        fraction(self, "max_unscored")
         if self.credit == "span" and self.score_norm != "sum":
             raise ValueError(f"credit = 'span' with score_norm = {self.score_norm!r}: a score divided by the length of the whole "
                              "text is no sum over spans, so no reward-to-go. Use score_norm = 'sum' or credit = 'sequence'")
@@ -148,7 +121,7 @@ class Anchor:
     offload: bool = False
 
     def __post_init__(self):
-        _not_negative(self, "beta")
+        not_negative(self, "beta")
         if self.estimator == "k1_loss":
             raise ValueError("estimator = 'k1_loss'; its expected gradient is zero, it anchors nothing. "
                              "Use exact, k2_loss or k3_is, or k1_reward inside the advantage")
@@ -162,8 +135,8 @@ class Policy:
     epochs: int = 1  # optimizer updates per batch of rollouts
 
     def __post_init__(self):
-        _positive(self, "epochs")
-        _above_zero(self, "clip")
+        positive(self, "epochs")
+        above_zero(self, "clip")
 
 
 @dataclass(frozen=True)
@@ -172,77 +145,7 @@ class Guard:
     utility_drop: float = 0.02  # accuracy; two evaluations in a row below the start by more than this stop the run. 0: off
 
     def __post_init__(self):
-        _not_negative(self, "kl_budget", "utility_drop")
-
-
-@dataclass(frozen=True)
-class Distill:
-    objective: Literal["nll", "kl", "span", "class"] = "kl"  # span, class: teacher and student with different tokenizers
-    divergence: Literal["forward", "reverse", "jsd", "skew_forward", "skew_reverse"] = "reverse"
-    beta: float = 0.5  # jsd, skew: weight of the teacher in the mixture
-    tail: Literal["full", "ghost", "renorm", "drop"] = "full"  # what becomes of the teacher outside its top k
-    top_k: int = 0  # kept teacher entries per token; 0 with tail = full
-    temperature: float = 1.0  # both softmaxes
-    scale_t2: bool = False  # multiply the loss by temperature squared
-    source: Literal["dataset", "teacher"] = "teacher"  # who wrote the off-policy texts
-    on_policy: float = 1.0  # share of prompts answered by the student itself (GKD's lambda)
-    correct_only: bool = False  # keep off-policy texts that the task's verifier accepts
-    nll_weight: float = 0.0  # adds this times the negative log-likelihood of off-policy texts
-    queries: int = 0  # texts bought from the teacher before the first step and then reused; 0: fresh ones every step
-    span_temperature: float = 100.0  # of the binarised span likelihoods (arXiv:2503.20083)
-    rewrite: str = ""  # package.module:function(prompt, text) -> text or None, over what teachers write: an attacker's clean-up
-    dedup: bool = False  # of a prompt's teacher texts only those that differ
-    # what objective = "class" compares where both have read the same bytes (docs/tokenalign.md, "Losses"); uld has no divergence
-    classes: Literal["first_byte", "common", "prefix", "projection", "uld", "hybrid"] = "common"
-    more_teachers: tuple[str, ...] = ()  # folders beside teacher.path, with its dtype; losses are averaged, texts are drawn
-    teacher_weights: tuple[float, ...] = ()  # one per teacher, teacher.path first; empty: equal
-
-    def __post_init__(self):
-        _fraction(self, "on_policy")
-        _not_negative(self, "queries", "top_k", "nll_weight")
-        _above_zero(self, "temperature", "span_temperature")
-        _refuse_meaningless(self)
-
-
-def _refuse_meaningless(d: Distill) -> None:
-    """Combinations that run and teach nothing, or the wrong thing (docs/method.md, section "Refused")."""
-    if d.objective == "nll" and d.on_policy > 0:
-        raise ValueError(f"objective = 'nll' with on_policy = {d.on_policy}: the likelihood of the student's own samples "
-                         "teaches it nothing new. Set on_policy = 0, or objective = 'kl'")
-    if d.objective not in ("kl", "class") and (d.tail != "full" or d.top_k):
-        raise ValueError(f"tail = {d.tail!r}, top_k = {d.top_k} need objective = 'kl' or 'class', got {d.objective!r}")
-    if d.objective not in ("kl", "class") and d.temperature != 1:
-        raise ValueError(f"temperature = {d.temperature} needs objective = 'kl' or 'class'; {d.objective!r} has none")
-    if d.objective == "class":
-        _refuse_meaningless_classes(d)
-    if d.rewrite and d.objective == "span":
-        raise ValueError("objective = 'span' reads the teacher's own log-probabilities of its texts; a rewritten text has none. Use "
-                         "objective = 'nll', 'kl' or 'class' with rewrite")
-    teachers = 1 + len(d.more_teachers)
-    if d.teacher_weights and (len(d.teacher_weights) != teachers or min(d.teacher_weights) <= 0):
-        raise ValueError(f"teacher_weights = {list(d.teacher_weights)} for {teachers} teachers; want one number > 0 for each, "
-                         "teacher.path first")
-    if d.more_teachers and d.objective == "span":
-        raise ValueError("objective = 'span' takes one teacher; several can be compared with objective = 'class' or 'kl'")
-    if (d.tail == "full") != (d.top_k == 0):
-        raise ValueError(f"tail = {d.tail!r} with top_k = {d.top_k}: a truncated teacher needs both, e.g. "
-                         "tail = 'ghost' and top_k = 64; the whole vocabulary neither")
-    if d.tail == "renorm" and d.top_k == 1:
-        raise ValueError("tail = 'renorm' with top_k = 1 is identically 0. Use tail = 'ghost'")
-    if d.tail == "drop" and d.divergence != "forward":
-        raise ValueError(f"tail = 'drop' with divergence = {d.divergence!r} can be lowered by moving mass out of the top k. "
-                         "Use tail = 'ghost'")
-    if d.divergence in ("jsd", "skew_forward", "skew_reverse") and not 0 < d.beta < 1:
-        raise ValueError(f"beta = {d.beta}; want 0 < beta < 1. The ends are divergence = 'forward' and 'reverse'")
-
-
-def _refuse_meaningless_classes(d: Distill) -> None:
-    if d.top_k and d.classes not in ("common", "projection", "uld"):
-        raise ValueError(f"classes = {d.classes!r} with top_k = {d.top_k}: kept classes only bound these masses from below. Use "
-                         "classes = 'common', or top_k = 0")
-    if d.top_k and d.tail != "ghost":
-        raise ValueError(f"tail = {d.tail!r} with objective = 'class': what is not common belongs to the rest, which only "
-                         "tail = 'ghost' keeps")
+        not_negative(self, "kl_budget", "utility_drop")
 
 
 @dataclass(frozen=True)
@@ -259,11 +162,23 @@ class Diagnose:
     heat: int = 12  # texts in heat.html
 
     def __post_init__(self):
-        _positive(self, "student_texts", "teacher_texts", "top")
-        _not_negative(self, "heat")
-        _fraction(self, "share")
+        positive(self, "student_texts", "teacher_texts", "top")
+        not_negative(self, "heat")
+        fraction(self, "share")
         if not self.prefixes or len(set(self.prefixes)) < len(self.prefixes):
             raise ValueError(f"prefixes = {list(self.prefixes)}; want one or more of dataset, teacher, student, each once")
+
+
+@dataclass(frozen=True)
+class Serve:
+    """What is served instead of the model itself: the teacher of a `distill`, the model of an `evaluate` (docs/method.md, "Defences")."""
+
+    proxy: str = ""  # folder of a model with the same vocabulary; empty: nothing but the model
+    gamma: float = 0.5  # its share in the product of experts: (1 - gamma) log p_model + gamma log p_proxy
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def __post_init__(self):
+        fraction(self, "gamma")
 
 
 @dataclass(frozen=True)
@@ -274,8 +189,8 @@ class Optim:
     eps: float = 1e-8
 
     def __post_init__(self):
-        _above_zero(self, "lr", "eps")
-        _not_negative(self, "weight_decay")
+        above_zero(self, "lr", "eps")
+        not_negative(self, "weight_decay")
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas = {self.betas}; want 0 <= beta < 1 for both")
 
@@ -286,7 +201,7 @@ class Batching:
     pack: bool = False  # join short sequences into rows of training.seq_len, kept apart by the attention mask
 
     def __post_init__(self):
-        _positive(self, "tokens")
+        positive(self, "tokens")
 
 
 @dataclass(frozen=True)
@@ -297,7 +212,7 @@ class Log:
     quiet: bool = False
 
     def __post_init__(self):
-        _not_negative(self, "samples_every")
+        not_negative(self, "samples_every")
 
 
 @dataclass(frozen=True)
@@ -326,6 +241,7 @@ class Config:
     guard: Guard = Guard()
     distill: Distill = Distill()
     diagnose: Diagnose = Diagnose()
+    serve: Serve = Serve()
     optim: Optim = Optim()
     batch: Batching = Batching()
     eval: Eval = Eval()
@@ -335,7 +251,7 @@ class Config:
     titan: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # torchtitan's own sections
 
     def __post_init__(self):
-        _not_negative(self, "steps")
+        not_negative(self, "steps")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed = {self.seed}; want 0 to 2**32 - 1")
         _require_parts(self)
@@ -359,6 +275,8 @@ def _require_parts(cfg: Config) -> None:
     if cfg.phase != "evaluate" and not cfg.data.source:
         raise ValueError("data.source is missing; want prompts, e.g. 'train.jsonl'")
     check_evaluation(cfg.phase, cfg.eval, cfg.accept, cfg.task.name)
+    if cfg.serve.proxy:
+        _require_served_text(cfg)
     if cfg.phase == "calibrate":
         _require_calibrate(cfg)
     if cfg.needs_teacher and not cfg.teacher.path:
@@ -366,6 +284,19 @@ def _require_parts(cfg: Config) -> None:
                          "(plain SFT) runs without a teacher")
     if (cfg.distill.correct_only or cfg.eval.source) and not cfg.task.name:
         raise ValueError("task.name is missing; eval.source and distill.correct_only need a verifier")
+
+
+def _require_served_text(cfg: Config) -> None:
+    """A product of experts exists in decoding only."""
+    d = cfg.distill
+    if cfg.phase == "distill" and (d.objective != "nll" or d.source != "teacher"):
+        raise ValueError(f"serve.proxy with distill.objective = {d.objective!r}, source = {d.source!r}: only sampled text is served; whoever "
+                         "reads the teacher's logits gets the teacher's own. Use objective = 'nll' and source = 'teacher'")
+    if cfg.phase == "evaluate" and (cfg.eval.scores_options or cfg.eval.harness):
+        raise ValueError(f"serve.proxy with eval.by = {cfg.eval.by!r}, eval.harness = {list(cfg.eval.harness)}: only generated answers are "
+                         "served. Use eval.by = 'generation' and no harness")
+    if cfg.phase not in ("distill", "evaluate"):
+        raise ValueError(f"serve.proxy with phase = {cfg.phase!r}; want phase = 'distill' (its teacher is served) or 'evaluate'")
 
 
 def _require_calibrate(cfg: Config) -> None:

@@ -23,6 +23,7 @@ from .evaluation import Evaluator
 from .losses import Loss, Outputs, at_places, distill_kl, nll, span_kl, token_logprob_of
 from .prompts import load_function, load_prompts, places, shard
 from .rollout import Sampling, generate, given
+from .serving import Served
 from .tally import Tally
 from .tasks import build_task
 from .teachers import Teacher, load_teachers
@@ -52,6 +53,7 @@ class Distill:
         self.task = build_task(cfg.task.name, cfg.task.options) if cfg.task.name else None
         self.evaluator = Evaluator(cfg, engine, self.chat, self.task)
         self.teachers = load_teachers(cfg, engine, self.chat) if cfg.needs_teacher else []
+        self.served = Served(cfg, engine, [t.chat for t in self.teachers])
         self.rewrite = load_function(self.spec.rewrite) if self.spec.rewrite else None
         self.tally = Tally()
         self.pool = self._buy(self.spec.queries) if self.spec.queries and self.spec.source == "teacher" else []
@@ -136,7 +138,7 @@ class Distill:
         groups: list[list[Text]] = [[] for _ in prompts]
         for i, teacher in enumerate(self.teachers):
             mine = [k for k, t in enumerate(teacher_of) if t == i]
-            with self.engine.publish_frozen(teacher.model) as decode:
+            with self.served.publish(self.engine.publish_frozen(teacher.model)) as decode:
                 found = generate(decode, teacher.chat, [prompts[k] for k in mine], self.cfg.rollout.group, self._draw(step))
             for k, group in zip(mine, found):
                 groups[k] = [Text(x, "teacher", i) for x in self._as_the_student_gets_it(teacher, group)]

@@ -18,6 +18,7 @@ from .eval_report import write_evaluation
 from .eval_rows import MODES, Unfinished, add_outcomes, generated_row, load_rows, prompt_id, save_rows
 from .prompts import load_prompts
 from .rollout import Sampling, generate
+from .serving import Served
 from .stats import Estimate
 
 SAMPLE_STREAM = 1 << 31  # evaluation draws its own random numbers, whatever step it happens at
@@ -29,6 +30,7 @@ class Evaluator:
 
     def __init__(self, cfg: Config, engine, chat: Chat, task):
         self.cfg, self.engine, self.chat, self.task = cfg, engine, chat, task
+        self._served = Served(cfg, engine, [chat]) if cfg.phase == "evaluate" else None  # a student is never served
         e = cfg.eval
         self.prompts = load_prompts(e.source, split=e.split, columns=e.columns, limit=e.limit) if e.source else None
         if self.prompts is None:
@@ -97,7 +99,7 @@ class Evaluator:
     def _asked(self) -> dict[str, Any]:
         """All that the answers depend on."""
         e, c = asdict(self.cfg.eval), self.cfg
-        return {"model": asdict(c.model), "task": asdict(c.task), "rollout": asdict(c.rollout), "seed": c.seed,
+        return {"model": asdict(c.model), "serve": asdict(c.serve), "task": asdict(c.task), "rollout": asdict(c.rollout), "seed": c.seed,
                 **{key: e[key] for key in ("source", "split", "columns", "limit", "samples", "by", "list_options")}}
 
     def _blocks(self, done: Sequence[dict]) -> Iterator[tuple[list[Prompt], Callable]]:
@@ -113,7 +115,8 @@ class Evaluator:
     def _generate(self, prompts: Sequence[Prompt], mode: str, count: int) -> list[dict]:
         r = self.cfg.rollout
         sampling = Sampling(r.max_tokens, self.cfg.seed, SAMPLE_STREAM, rows=r.rows, greedy=mode == "greedy")
-        with self.engine.publish() as decode:
+        published = self.engine.publish()
+        with self._served.publish(published) if self._served else published as decode:
             texts = [x for group in generate(decode, self.chat, [self._shown(p) for p in prompts], count, sampling) for x in group]
         rows = []
         for k, (text, grade) in enumerate(zip(texts, self.task.grade(texts))):

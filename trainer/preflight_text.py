@@ -61,6 +61,8 @@ def roles(cfg: Config) -> list[Role]:
     if cfg.needs_teacher and cfg.phase == "distill":
         found += [Role(f"teacher {i}", replace(cfg.teacher, path=path), "distill.more_teachers")
                   for i, path in enumerate(cfg.distill.more_teachers, 2)]
+    if cfg.serve.proxy:
+        found.append(Role("serving proxy", Frozen(cfg.serve.proxy, dtype=cfg.serve.dtype), "serve.proxy"))
     return found
 
 
