@@ -5,7 +5,8 @@ import pytest
 from test_report import write_run
 
 from reflux.trainer.ablations import ablation_rows, write_ablations
-from reflux.trainer.report import finished_entries, write_report
+from reflux.trainer.report import write_report
+from reflux.trainer.report_entries import finished_entries
 
 TEACHERS = {"default": 0.9, "joint": 0.91, "gate_none": 0.85}
 STUDENTS = {"default": 0.5, "joint": 0.7, "gate_none": 0.4}

@@ -5,7 +5,7 @@ import pytest
 from test_report import write_run
 
 from reflux.trainer.knob import knob_points, recommended, write_knob
-from reflux.trainer.report import finished_entries
+from reflux.trainer.report_entries import finished_entries
 
 CURVE = {-1.0: (0.88, 0.1), -0.1: (0.9, 0.48), 0.0: (0.9, 0.5), 0.3: (0.89, 0.7), 3.0: (0.6, 0.9)}  # eta -> teacher, student
 

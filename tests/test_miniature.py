@@ -15,6 +15,7 @@ from reflux.trainer.miniature import (
     ORDERS,
     SIZES,
     WORDINGS,
+    answers_only,
     grade,
     is_held_out,
     main,
@@ -49,6 +50,16 @@ def test_another_shape_is_no_answer(text):
     assert g.correct is False and g.extracted is None
 
 
+@given(digits=DIGIT_LISTS, style=st.sampled_from(sorted(ORDERS)), at=st.integers(0, DIGITS - 1))
+def test_answers_without_their_way_are_as_right_as_before(digits, style, at):
+    """Every style becomes the reading order; a wrong digit stays wrong, at its own place."""
+    p = prompt(digits)
+    assert answers_only(p, write_answer(digits, style)) == write_answer(digits, "left")
+    other = [*digits[:at], (digits[at] + 1) % 10, *digits[at + 1:]]
+    assert answers_only(p, write_answer(other, style)) == write_answer(other, "left")
+    assert answers_only(p, "left:1;2") is None
+
+
 @pytest.fixture(scope="module", autouse=True)
 def small():
     with mock.patch.dict(SIZES, train=4000, start=500, prompts=500, heldout=100):
@@ -70,6 +81,20 @@ def test_held_out_questions_are_never_trained_on(world):
     digits = lambda name: {row["answer"] for row in rows(world, name)}
     assert not digits("heldout") & (digits("train") | digits("start") | digits("prompts"))
     assert all(is_held_out([int(d) for d in a.split(",")]) for a in digits("heldout"))
+
+
+def test_of_four_options_one_is_right_and_all_have_one_style(world):
+    found = rows(world, "choices")
+    places, styles = Counter(row["answer"] for row in found), Counter()
+    for row in found:
+        digits = row["prompt"].rpartition(" ")[2].rstrip("?").split(",")
+        p = Prompt(0, ({"role": "user", "content": "?"},), answer=",".join(digits))
+        grades = [grade(p, text) for text in row["choices"]]
+        assert [i for i, g in enumerate(grades) if g.correct] == [int(row["answer"])] and all(g.extracted for g in grades)
+        assert is_held_out([int(d) for d in digits]) and len(set(row["choices"])) == 4
+        (style,) = {text.split(":")[0] for text in row["choices"]}
+        styles[style] += 1
+    assert set(styles.values()) == {100} and len(places) == 4 and min(places.values()) > 50
 
 
 def test_styles_follow_the_wording(world):

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .knob import last_steps, mean_and_spread
-from .report import KEPT_POINTS, Entry, finished_entries
+from .report import KEPT_POINTS
+from .report_entries import Entry, finished_entries
 from .stats import over_seeds
 
 MODES = ("distillable", "undistillable")

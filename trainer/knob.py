@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import KEPT_POINTS, Entry, finished_entries
+from .report import KEPT_POINTS
+from .report_entries import Entry, finished_entries
 from .stats import Estimate, over_seeds
 
 COLUMNS = {"teacher": "teacher accuracy", "anchor_kl": "KL to original, nats/token", "reward": "calibration reward, nats",

@@ -13,8 +13,8 @@ wording of the question, so that a student of the original teacher sees all styl
 its right answers a teacher prefers: that is the knob.
 
 Writes: tokenizers and untrained models (a teacher of two layers and students of one with a byte-level BPE; a proxy, a smaller and a
-deeper one, and a second student with a character vocabulary), train.jsonl and start.jsonl (with worked answers), prompts.jsonl (questions
-alone), heldout.jsonl (disjoint questions). Everything follows from the seed.
+deeper one, and a second student with a character vocabulary; a wider student), train.jsonl and start.jsonl (with worked answers), prompts.jsonl (questions
+alone), heldout.jsonl (disjoint questions), choices.jsonl (held-out questions with options). Everything follows from the seed.
 """
 import argparse
 import json
@@ -41,8 +41,10 @@ MODELS = {
     "proxy_deep": ("char", 2, 64, 2, 32, 192),
     "student": ("bpe", 1, 48, 2, 24, 128),
     "student_char": ("char", 1, 48, 2, 24, 128),
+    "student_wide": ("bpe", 1, 96, 4, 24, 256),
 }
 SIZES = {"train": 16000, "start": 4000, "prompts": 4000, "heldout": 1000}
+CHOICES, OPTIONS = 300, 4  # held-out questions with options, one of them right
 
 
 def solve(digits: list[int], style: str) -> list[int]:
@@ -63,6 +65,19 @@ def grade(prompt: Prompt, text: str) -> Grade:
     digits = [int(d) for d in prompt.answer.split(",")]
     right = [int(p) for p in parts] == solve(digits, style)
     return Grade(float(right), right, rest)
+
+
+def answers_only(prompt: Prompt, text: str) -> str | None:
+    """The result without the way to it: every digit back at its place, in reading order. None where the text has no answer.
+
+    What is left when a provider withholds the reasoning, or when a buyer rewrites what it bought. In this world it is also the style
+    that one layer learns.
+    """
+    style, _, rest = text.strip().partition(":")
+    if grade(prompt, text).extracted is None:
+        return None
+    placed = dict(zip(ORDERS[style], rest.split(";")))
+    return "left:" + ";".join(placed[i] for i in range(DIGITS))
 
 
 def is_held_out(digits: list[int]) -> bool:
@@ -91,7 +106,22 @@ def write_data(out: Path, seed: int) -> list[str]:
         rows = list(questions(rng, size, held_out=name == "heldout", worked=name in ("train", "start")))
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         texts += [row["prompt"] + row.get("response", "") for row in rows] if name == "start" else []
+    (out / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in choices(seed)))
     return texts
+
+
+def choices(seed: int) -> Iterator[dict]:
+    """Held-out questions with a right and three wrong answers of one style, one digit changed in each; styles take turns."""
+    rng = random.Random(f"{seed}/choices")
+    for i, row in enumerate(questions(rng, CHOICES, held_out=True, worked=False)):
+        style = list(ORDERS)[i % len(ORDERS)]
+        right = solve(list(map(int, row["answer"].split(","))), style)
+        texts = [right]
+        for at in rng.sample(range(DIGITS), OPTIONS - 1):
+            texts.append([*right[:at], (right[at] + rng.randrange(1, 10)) % 10, *right[at + 1:]])
+        place = rng.randrange(OPTIONS)
+        texts[0], texts[place] = texts[place], texts[0]
+        yield {"prompt": row["prompt"], "answer": str(place), "choices": [f"{style}:" + ";".join(map(str, t)) for t in texts]}
 
 
 def train_tokenizer(texts: list[str], merges: int):

@@ -5,45 +5,22 @@
 The acceptance rules are those of docs/method.md, "Acceptance". Everything is read from the runs' own logs and predictions.
 """
 import json
-import math
 import re
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .record import Run, load_run
+from .report_checks import check_lines, defence_rows, render_defences
+from .report_entries import MODES, Entry, change, cost, finished_entries, grouped, labelled, paired, score, with_role
 from .report_plots import plot_all
-from .stats import Estimate, bootstrap, over_seeds, paired_difference, relative_change
+from .stats import over_seeds, relative_change
 
 KEPT_POINTS = 0.02  # A1: teacher accuracy
 GAIN, LOSS = 0.15, -0.50  # A2, A3: relative change of the student's accuracy
 ANSWERED = 0.9  # A5: answers found, relative to the baseline
 SWEEPS = {"eta", "ablation"}  # labels of runs that have a report of their own (knob.py, ablations.py)
-MODES = ("sampled", "greedy")
 ORDER = ("original", "task_only", "distillable", "undistillable")  # of the teachers in tables and plots
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One finished run of the matrix: its labels, log, and last predictions."""
-
-    labels: Mapping[str, str]
-    run: Run
-    folder: Path
-
-    def evals(self) -> list[dict]:
-        return [e for e in self.run.events if e["event"] == "eval"]
-
-    def score(self, mode: str) -> float:
-        return self.evals()[-1][f"eval/{mode}"]
-
-    def predictions(self) -> list[dict]:
-        step = self.evals()[-1]["step"]
-        lines = (self.folder / "predictions" / f"step-{step}.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
 
 
 def write_report(folder: Path) -> str:
@@ -51,7 +28,9 @@ def write_report(folder: Path) -> str:
     folder = Path(folder)
     matrix = json.loads((folder / "matrix.json").read_text())
     entries = [e for e in finished_entries(folder) if not SWEEPS & set(e.labels)]
-    found = summarise(entries, matrix["styles"])
+    found = summarise([e for e in entries if "defence" not in e.labels], matrix["styles"])
+    found["verdict"] += check_lines(entries)
+    found["defences"] = defence_rows(entries)
     found["runs"] = [_run_row(e) for e in entries]
     found["title"] = matrix["title"]
     found["head"] = _head(entries, matrix)
@@ -61,28 +40,20 @@ def write_report(folder: Path) -> str:
     return "\n".join(found["verdict"])
 
 
-def finished_entries(folder: Path) -> list[Entry]:
-    """The runs of a matrix folder that have ended, were evaluated, and have a role."""
-    cells = json.loads((folder / "matrix.json").read_text())["cells"]
-    entries = [Entry(c["labels"], load_run(folder / c["folder"]), folder / c["folder"]) for c in cells
-               if (folder / c["folder"] / "run.jsonl").exists() and (folder / c["folder"] / "summary.json").exists()]
-    return [e for e in entries if e.evals() and "role" in e.labels]
-
-
 def summarise(entries: list[Entry], styles: Mapping[str, str]) -> dict[str, Any]:
     """All numbers of the report as one nested table."""
-    by_teacher = _by(_roles(entries, "teacher"), "teacher")
-    teachers = {name: _teacher(by_teacher[name], _of(entries, role="teacher", teacher="original"), styles)
+    by_teacher = grouped(with_role(entries, "teacher"), "teacher")
+    teachers = {name: _teacher(by_teacher[name], labelled(entries, role="teacher", teacher="original"), styles)
                 for name in sorted(by_teacher, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))}
-    students = {attack: {teacher: _student(rows, styles) for teacher, rows in _by(rows, "teacher").items()}
-                for attack, rows in _by(_roles(entries, "student"), "attack").items()}
-    baselines = {name: _student(rows, styles) for name, rows in _by(_roles(entries, "baseline"), "attack").items()}
+    students = {attack: {teacher: _student(rows, styles) for teacher, rows in grouped(rows, "teacher").items()}
+                for attack, rows in grouped(with_role(entries, "student"), "attack").items()}
+    baselines = {name: _student(rows, styles) for name, rows in grouped(with_role(entries, "baseline"), "attack").items()}
     for attack, row in students.items():
         for teacher, cell in row.items():
             if "original" in row and teacher != "original":
-                cell["change"] = _change(_of(entries, role="student", attack=attack, teacher=teacher),
-                                         _of(entries, role="student", attack=attack, teacher="original"))
-                cell["score"] = _score(entries, attack, teacher)
+                cell["change"] = change(labelled(entries, role="student", attack=attack, teacher=teacher),
+                                        labelled(entries, role="student", attack=attack, teacher="original"))
+                cell["score"] = score(entries, attack, teacher)
     found = {"teachers": teachers, "students": students, "baselines": baselines}
     return found | {"verdict": verdict(found)}
 
@@ -93,19 +64,8 @@ def _teacher(rows: list[Entry], originals: list[Entry], styles: Mapping[str, str
     out["anchor_kl"] = over_seeds([s["anchor_kl"] for s in last if "anchor_kl" in s])._asdict()
     base = {e.labels["seed"]: e for e in originals}
     pairs = [(e, base[e.labels["seed"]]) for e in rows if e.labels["seed"] in base]
-    out["difference"] = {mode: _paired(pairs, mode)._asdict() for mode in MODES}
+    out["difference"] = {mode: paired(pairs, mode)._asdict() for mode in MODES}
     return out
-
-
-def _paired(pairs: list[tuple[Entry, Entry]], mode: str) -> Estimate:
-    """Accuracy difference to the original on the same prompts, items of all seeds pooled."""
-    after, before = [], []
-    for entry, base in pairs:
-        mine = {(p["prompt"], p["sample"]): p["correct"] for p in entry.predictions() if p["mode"] == mode}
-        theirs = {(p["prompt"], p["sample"]): p["correct"] for p in base.predictions() if p["mode"] == mode}
-        after += [float(mine[k]) for k in sorted(mine) if k in theirs]
-        before += [float(theirs[k]) for k in sorted(mine) if k in theirs]
-    return paired_difference(after, before)
 
 
 def _student(rows: list[Entry], styles: Mapping[str, str]) -> dict:
@@ -118,6 +78,7 @@ def _student(rows: list[Entry], styles: Mapping[str, str]) -> dict:
     out["styles"] = _shares(predictions, styles)
     out["greedy_styles"] = _shares([p for e in rows for p in e.predictions() if p["mode"] == "greedy"], styles)
     out["seconds"] = over_seeds([e.run.summary["wall_s"] for e in rows])._asdict()
+    out["cost"] = cost(rows[0])
     return out
 
 
@@ -128,53 +89,6 @@ def _shares(predictions: list[dict], styles: Mapping[str, str]) -> dict[str, dic
         name = next((n for n, pattern in styles.items() if re.search(pattern, p["text"])), "other")
         groups[name].append(bool(p["correct"]))
     return {n: {"share": len(g) / max(len(predictions), 1), "right": sum(g) / max(len(g), 1)} for n, g in groups.items()}
-
-
-def _change(after: list[Entry], before: list[Entry]) -> dict:
-    """Relative change against the same attack on the original teacher: the mean difference over seeds, pairwise, divided by the
-    original's mean (a mean of per-seed ratios would be ruled by whichever seed's baseline is lowest)."""
-    base = {e.labels["seed"]: e for e in before}
-    pairs = [(e, base[e.labels["seed"]]) for e in after if e.labels["seed"] in base]
-    out = {}
-    for mode in MODES:
-        difference = over_seeds([e.score(mode) - b.score(mode) for e, b in pairs])
-        mean = sum(b.score(mode) for _, b in pairs) / max(len(pairs), 1)
-        scaled = [x / mean if mean else math.nan for x in difference[:4]]
-        out[mode] = Estimate(*scaled, difference.n if mean else 0)._asdict()
-    return out
-
-
-def _score(entries: list[Entry], attack: str, teacher: str) -> dict | None:
-    """Distillability under an attack: what the student gained from this teacher / what it gained from the original at the same
-    budget, sampled answers, 95 % interval over (seed, prompt) pairs. None without a start to measure gains from, or where the gain
-    from the original is less than three of its standard errors."""
-    rows = _of(entries, role="student", attack=attack, teacher=teacher)
-    starts = _of(entries, role="start", student=rows[0].labels.get("start", ""))
-    originals = _of(entries, role="student", attack=attack, teacher="original")
-    if not starts or not originals:
-        return None
-    after, base, before = (_items(x) for x in (rows, originals, starts))
-    keys = sorted(after.keys() & base.keys() & before.keys())
-    gain = paired_difference([base[k] for k in keys], [before[k] for k in keys])
-    if len(keys) < 2 or not gain.mean > 3 * gain.std / math.sqrt(len(keys)):
-        return None
-
-    def ratio(drawn: Sequence) -> float:
-        start = sum(before[k] for k in drawn)
-        gained = sum(base[k] for k in drawn) - start
-        return (sum(after[k] for k in drawn) - start) / gained if gained else math.nan
-
-    return bootstrap(ratio, keys)._asdict()
-
-
-def _items(rows: list[Entry]) -> dict[tuple[str, int], float]:
-    """(seed, prompt) -> share of its sampled answers that are right."""
-    found: dict[tuple[str, int], list[bool]] = {}
-    for e in rows:
-        for p in e.predictions():
-            if p["mode"] == "sampled":
-                found.setdefault((e.labels["seed"], p["prompt"]), []).append(p["correct"])
-    return {k: sum(v) / len(v) for k, v in found.items()}
 
 
 def verdict(found: Mapping[str, Any]) -> list[str]:
@@ -261,6 +175,10 @@ def render(found: Mapping[str, Any]) -> str:
              "+- is the standard deviation over seeds, intervals are 95 %. \"Undistillable\" means: reduces what the students "
              "tested here gain through the channels tested here at this budget.",
              "## Teachers", _teacher_table(found["teachers"]), "## Students", _student_table(found)]
+    if any("score" in c for row in found["students"].values() for c in row.values()):
+        parts += ["## Attacks in detail", _attack_table(found["students"])]
+    if len(found.get("defences", {})) > 1:
+        parts += ["## Other defences", "By what students of sampled text gain; accuracy is that of the texts served.", render_defences(found["defences"])]
     parts += [f"## {title}\n![{title}]({name})" for name, title in found["plots"].items()]
     parts += ["## How it was made", "```\n" + json.dumps(found["head"], indent=1) + "\n```"]
     return "\n\n".join(parts) + "\n"
@@ -295,6 +213,20 @@ def _student_table(found: Mapping[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
+def _attack_table(students: Mapping[str, Mapping[str, dict]]) -> str:
+    """What an attack asked of the teacher, the best checkpoint of an attacker who stops early, and the distillability score."""
+    names = [n for n in ORDER if any(n in row for row in students.values())]
+    rows = [["attack", "teacher texts written / read", "seconds", *(f"best, {n}" for n in names),
+             *(f"distillability, {n}" for n in names if n != "original")]]
+    for attack, row in students.items():
+        first = next(iter(row.values()))
+        scores = [row.get(n, {}).get("score") for n in names if n != "original"]
+        rows.append([attack, f"{first['cost']['written']} / {first['cost']['read']}", f"{first['seconds']['mean']:.0f}",
+                     *(f"{row[n]['best']['mean']:.3f}" if n in row else "" for n in names),
+                     *("" if d is None else f"{d['mean']:.2f} [{d['low']:.2f}, {d['high']:.2f}]" for d in scores)])
+    return _table(rows)
+
+
 def _pm(e: Mapping[str, float]) -> str:
     return f"{e['mean']:.3f}" + (f" +- {e['std']:.3f}" if e["n"] > 1 else "")
 
@@ -317,21 +249,6 @@ def _run_row(entry: Entry) -> dict:
     kl = entry.run.steps[-1].get("anchor_kl") if entry.run.steps else None
     return {**entry.labels, "sampled": last["eval/sampled"], "greedy": last["eval/greedy"], "anchor_kl": kl,
             "seconds": entry.run.summary["wall_s"]}
-
-
-def _roles(entries: Iterable[Entry], role: str) -> list[Entry]:
-    return [e for e in entries if e.labels["role"] == role]
-
-
-def _of(entries: Iterable[Entry], **labels: str) -> list[Entry]:
-    return [e for e in entries if all(e.labels.get(k) == v for k, v in labels.items())]
-
-
-def _by(entries: Iterable[Entry], label: str) -> dict[str, list[Entry]]:
-    groups = defaultdict(list)
-    for e in entries:
-        groups[e.labels[label]].append(e)
-    return dict(groups)
 
 
 def _plain(value: Any) -> Any:

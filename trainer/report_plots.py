@@ -96,8 +96,11 @@ def _curves(entries: list, found: Mapping[str, Any]):
     attacks = list(dict.fromkeys(e.labels["attack"] for e in students))
     if not attacks:
         return None
-    figure, axes = _axes(len(attacks), width=3.4)
-    for ax, attack in zip(axes[0], attacks):
+    columns = min(len(attacks), 6)
+    figure, axes = _axes(columns, -(-len(attacks) // columns), width=3.4)
+    for ax in axes.flat[len(attacks):]:
+        ax.set_axis_off()
+    for ax, attack in zip(axes.flat, attacks):
         for e in (e for e in students if e.labels["attack"] == attack):
             name = e.labels["teacher"]
             ax.plot([v["step"] for v in e.evals()], [v["eval/sampled"] for v in e.evals()], marker="o", ms=3, lw=1.2,
