@@ -79,8 +79,3 @@ def test_the_correction_probe_cuts_right_texts(talkers, tmp_path):
     probe = json.loads((tmp_path / "run" / "diagnosis.json").read_text())["symptoms"]["correction"]
     assert 1 <= probe["cuts"] <= 12 and 0 <= probe["right_after_error"] <= 1
     assert probe["student_gain"] != probe["teacher_gain"]
-
-
-def test_other_vocabularies_are_refused(talkers, tmp_path):
-    with pytest.raises(ValueError, match="different vocabularies"):
-        run_here(config(talkers, tmp_path / "run", "diagnose", teacher={"path": str(talkers / "proxy")}))

@@ -17,6 +17,7 @@ from .diagnose_report import write_diagnosis
 from .diagnosis import diagnose_readings, flatten, verdict
 from .prompts import load_prompts
 from .readings import Reading, read_texts
+from .readings_across import pair_of, read_across
 from .rollout import Sampling, generate, given
 from .symptoms import insert_error, recovery, revises
 from .tasks import build_task
@@ -33,11 +34,10 @@ class Diagnose:
     def __init__(self, cfg: Config, engine):
         self.cfg, self.engine, self.spec = cfg, engine, cfg.diagnose
         self.chat, self.teacher_chat = Chat(cfg.model.path), Chat(cfg.teacher.path)
-        if not same_vocabulary(self.chat, self.teacher_chat):
-            raise ValueError(f"phase = 'diagnose' compares token by token, but {cfg.teacher.path} and {cfg.model.path} have different "
-                             "vocabularies. Diagnose a student with the teacher's tokenizer, or see `python -m reflux.tokenalign`")
+        self.same = same_vocabulary(self.chat, self.teacher_chat)
         engine.vocab_size = min(engine.vocab_size, self.chat.vocab_size)
         self.teacher = engine.frozen(cfg.teacher)
+        self.unaligned = 0  # texts of this rank that the two tokenizers do not spell alike
         prompts = load_prompts(cfg.data.source, split=cfg.data.split, columns=cfg.data.columns, limit=cfg.data.limit)
         self.prompts = [prompts[i] for i in range(engine.rank, len(prompts), engine.world)]
         self.task = build_task(cfg.task.name, cfg.task.options) if cfg.task.name else None
@@ -51,22 +51,31 @@ class Diagnose:
         probe = self._correction([r for r in mine if r.right and r.rollout.ended])
         readings = sorted(self.engine.gather(mine), key=lambda r: (r.writer, r.rollout.prompt.index))  # stable inside a prompt
         found = diagnose_readings(readings, share=self.spec.share)
+        if not self.same:
+            found["across"] = (found["across"] or {}) | {"unaligned": int(self.engine.sum(self.unaligned))}
         found["symptoms"] |= _recovery(self.engine.gather(probe))
         found["verdict"] = verdict(found)
         if self.engine.is_main:
-            write_diagnosis(Path(self.cfg.folder), self.cfg, found, readings, self.chat)
+            write_diagnosis(Path(self.cfg.folder), self.cfg, found, readings, (self.chat, self.teacher_chat))
         return flatten(found)
 
     # the texts
     def _read(self, writer: str) -> list[Reading]:
         rollouts = self._texts(writer)
         grades = [g.correct for g in self.task.grade(rollouts)] if self.task else [None] * len(rollouts)
-        return read_texts(self.engine, self.teacher, [(x, writer, g) for x, g in zip(rollouts, grades)], (self.chat, self.teacher_chat),
-                          tokens=self.cfg.batch.tokens, top=self.spec.top, joined=self.cfg.batch.pack,
-                          type_V=torch.from_numpy(token_types(self.chat.table, self.chat.stop_ids)))
+        texts = [(x, writer, g) for x, g in zip(rollouts, grades)]
+        options = {"tokens": self.cfg.batch.tokens, "top": self.spec.top, "joined": self.cfg.batch.pack}
+        if not self.same:
+            rows = self.engine.vocab_size, min(self.teacher.vocab_size, self.teacher_chat.vocab_size)
+            pair = pair_of(self.chat, self.teacher_chat, rows, self.engine.device)
+            readings, lost = read_across(self.engine, self.teacher, texts, pair, **options)
+            self.unaligned += lost
+            return readings
+        return read_texts(self.engine, self.teacher, texts, (self.chat, self.teacher_chat),
+                          type_V=torch.from_numpy(token_types(self.chat.table, self.chat.stop_ids)), **options)
 
     def _texts(self, writer: str) -> list[Rollout]:
-        """In the student's ids, behind its own prompt."""
+        """In the student's ids, behind its own prompt; the teacher's own in its own, where it has another vocabulary."""
         if writer == "dataset":
             return [given(self.chat, p, self.cfg.rollout.max_tokens) for p in self.prompts]
         count = self.spec.student_texts if writer == "student" else self.spec.teacher_texts
@@ -76,6 +85,8 @@ class Diagnose:
             return list(chain.from_iterable(groups))
         with self.engine.publish_frozen(self.teacher) as decode:
             groups = generate(decode, self.teacher_chat, self.prompts, count, self._draw(writer))
+        if not self.same:
+            return list(chain.from_iterable(groups))
         return [replace(x, prompt_ids=self.chat.prompt_ids(x.prompt.messages)) for x in chain.from_iterable(groups)]
 
     def _draw(self, stream: str) -> Sampling:
@@ -95,8 +106,8 @@ class Diagnose:
             prefixes = [(c[0].prompt, c[at]) for c in cut]
             for row, (right_again, text) in zip(rows, self._continue(prefixes, name)):
                 row |= {name: right_again, f"{name}_revises": revises(text)}
-        for who, reader in (("student", self.engine), ("teacher", self.teacher)):
-            for row, gain in zip(rows, self._correcting_gain(reader, cut)):
+        for who, reader, chat in (("student", self.engine, self.chat), ("teacher", self.teacher, self.teacher_chat)):
+            for row, gain in zip(rows, self._correcting_gain(reader, chat, cut)):
                 row[f"{who}_gain"] = gain
         return rows
 
@@ -107,15 +118,16 @@ class Diagnose:
         whole = [replace(g[0], prompt=p, text=prefix + g[0].text) for g, (p, prefix) in zip(groups, prefixes)]
         return [(bool(grade.correct), g[0].text) for grade, g in zip(self.task.grade(whole), groups)]
 
-    def _correcting_gain(self, reader, cut: Sequence[tuple]) -> list[float]:
-        """log p(correction | error) - log p(the text goes on as if nothing had happened | error), nats; collective."""
+    def _correcting_gain(self, reader, chat: Chat, cut: Sequence[tuple]) -> list[float]:
+        """log p(correction | error) - log p(the text goes on as if nothing had happened | error), nats, in the reader's own tokens behind
+        its own template; collective."""
         jobs = []
         for rollout, _, clean, wrong in cut:
             rest = rollout.text[len(clean):]
-            start = _Continued(self.chat).prompt_ids((*rollout.prompt.messages, {"role": "assistant", "content": wrong}))
-            jobs += [(start, self.chat.encode(self.spec.correction_marker + clean[_first_difference(clean, wrong):] + rest)),
-                     (start, self.chat.encode(rest))]
-        scored = score_ids(reader, self.engine, jobs, self.chat, tokens=self.cfg.batch.tokens, stop=False)
+            start = _Continued(chat).prompt_ids((*rollout.prompt.messages, {"role": "assistant", "content": wrong}))
+            jobs += [(start, chat.encode(self.spec.correction_marker + clean[_first_difference(clean, wrong):] + rest)),
+                     (start, chat.encode(rest))]
+        scored = score_ids(reader, self.engine, jobs, chat, tokens=self.cfg.batch.tokens, stop=False)
         sums = [float(s.logp.sum()) for s in scored]
         return [sums[2 * i] - sums[2 * i + 1] for i in range(len(cut))]
 

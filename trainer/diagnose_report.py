@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .chat import Chat
 from .config import Config
 from .diagnose_plots import plot_diagnosis
@@ -12,11 +14,13 @@ from .diagnosis import estimate_text
 from .heat import heat_page
 from .readings import DIRECTIONS, Reading
 
+STOP = "<stop>"  # how a span page shows the end of a text
 
-def write_diagnosis(folder: Path, cfg: Config, found: dict[str, Any], readings: Sequence[Reading], chat: Chat) -> None:
-    """Everything a person or a program wants to know later. Files appear whole or not at all."""
+
+def write_diagnosis(folder: Path, cfg: Config, found: dict[str, Any], readings: Sequence[Reading], chats: tuple[Chat, Chat]) -> None:
+    """Everything a person or a program wants to know later. chats: student's and teacher's. Files appear whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = token_rows(readings, chat)
+    rows = token_rows(readings, *chats)
     _write(folder / "tokens.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     _write(folder / "diagnosis.json", json.dumps(_plain(found), indent=1) + "\n")
     plots = plot_diagnosis(folder, found)
@@ -26,13 +30,46 @@ def write_diagnosis(folder: Path, cfg: Config, found: dict[str, Any], readings: 
     _write(folder / "report.md", render(cfg, found, plots, bool(shown)))
 
 
-def token_rows(readings: Sequence[Reading], chat: Chat) -> list[dict]:
-    """One row a text for tokens.jsonl: every per-token number, rounded to six digits."""
-    number = lambda x: [round(float(v), 6) for v in x]
-    return [{"prompt": r.rollout.prompt.index, "writer": r.writer, "right": r.right, "text": r.rollout.text,
-             "ids": list(r.rollout.ids), "pieces": [chat.table.pieces[i].decode(errors="replace") for i in r.rollout.ids],
-             "student_logp": number(r.student_n), "teacher_logp": number(r.teacher_n),
-             **{f"kl_{d}": number(kl) for d, kl in r.kl.items()}, "overlap": number(r.overlap_n)} for r in readings]
+def token_rows(readings: Sequence[Reading], chat: Chat, teacher_chat: Chat) -> list[dict]:
+    """One row a text for tokens.jsonl: every per-token number, rounded to six digits. Of two tokenizers the unit is a span: `pieces`
+    are the spans' texts, and KLs are null where the two cannot be compared."""
+    return [_span_row(r, chat, teacher_chat) if r.across else {**_row(r), "pieces": _spell(chat, r.rollout.ids), "overlap": _numbers(r.overlap_n),
+            **{f"kl_{d}": _numbers(kl) for d, kl in r.kl.items()}} for r in readings]
+
+
+def _row(r: Reading) -> dict:
+    return {"prompt": r.rollout.prompt.index, "writer": r.writer, "right": r.right, "text": r.rollout.text, "ids": list(r.rollout.ids),
+            "student_logp": _numbers(r.student_n), "teacher_logp": _numbers(r.teacher_n)}
+
+
+def _span_row(r: Reading, chat: Chat, teacher_chat: Chat) -> dict:
+    a, spans = r.across, len(r.student_n)
+    sides = []
+    for c, ids, span in ((chat, r.rollout.content_ids, a.student_span), (teacher_chat, a.teacher_ids, a.teacher_span)):
+        pieces = _spell(c, ids)
+        sides.append([[pieces[i] for i in np.flatnonzero(span == s)] for s in range(spans)])
+    text = r.rollout.text.encode()
+    ends = [*r.start_n[1:].tolist(), r.n_bytes]
+    units = [text[b:e].decode(errors="replace") for b, e in zip(r.start_n.tolist(), ends)]
+    if r.rollout.ended:
+        units[-1] = STOP
+        for side, c in zip(sides, (chat, teacher_chat)):
+            side[-1] = _spell(c, [c.stop_id])
+    kls: dict[str, list] = {f"kl_{d}": [None] * spans for d in r.kl}
+    for d, kl in r.kl.items():
+        for s, value in zip(a.place_span.tolist(), _numbers(kl)):
+            kls[f"kl_{d}"][s] = value
+    return {**_row(r), "teacher_ids": list(a.teacher_ids), "pieces": units, "student_pieces": sides[0], "teacher_pieces": sides[1],
+            "student_span": a.student_span.tolist(), "teacher_span": a.teacher_span.tolist(), **kls}
+
+
+def _spell(chat: Chat, ids: Sequence[int]) -> list[str]:
+    """Tokens as text; a control token, which spells nothing, by its id."""
+    return [chat.table.pieces[i].decode(errors="replace") for i in ids]
+
+
+def _numbers(x: Sequence[float]) -> list[float]:
+    return [round(float(v), 6) for v in x]
 
 
 def _write(path: Path, text: str) -> None:
@@ -52,8 +89,8 @@ def _plain(x: Any) -> Any:
 
 def render(cfg: Config, found: Mapping[str, Any], plots: Mapping[str, str], heat: bool) -> str:
     """report.md: the verdict on one page, then the tables behind it."""
-    parts = [f"# Diagnosis: student `{cfg.model.path}`, teacher `{cfg.teacher.path}`", _verdict(found), _texts(found), _grid(found),
-             _tail(found), _off_policy(found), _gap(found), _symptoms(found)]
+    parts = [f"# Diagnosis: student `{cfg.model.path}`, teacher `{cfg.teacher.path}`", _verdict(found), _texts(found), _across(found),
+             _grid(found), _tail(found), _off_policy(found), _gap(found), _symptoms(found)]
     parts += [f"![{title}]({name})" for name, title in plots.items()]
     if heat:
         parts.append("Some texts, token by token: [heat.html](heat.html). Every number of every token: `tokens.jsonl`.")
@@ -77,6 +114,21 @@ def _verdict(found: Mapping[str, Any]) -> str:
 def _texts(found: Mapping[str, Any]) -> str:
     return "Measured on " + ", ".join(f"{t['texts']} texts ({t['tokens']} tokens, {t['prompts']} prompts) by the {w}" if w != "dataset" else
                                       f"{t['texts']} given texts ({t['tokens']} tokens)" for w, t in found["texts"].items()) + "."
+
+
+def _across(found: Mapping[str, Any]) -> str:
+    """What two tokenizers leave of it, and what is not defined for them."""
+    a = found.get("across")
+    if not a:
+        return ""
+    if "places" not in a:
+        return f"Two tokenizers: none of {a['unaligned']} texts could be aligned."
+    return (f"Two tokenizers. Log-probabilities are those of {a['spans']} common byte spans ({a['student_tokens_per_span']:.2f} tokens of the "
+            f"student and {a['teacher_tokens_per_span']:.2f} of the teacher each, stopping is one more); \"tokens\" below are spans. KLs are taken where "
+            f"both have read the same bytes, at {a['places']} span starts ({a['compared']:.0%} of the spans), between the masses of the longest tokens "
+            f"that both vocabularies have, and the stop set: lower bounds of finer KLs (tokens that both have hold {a['common_mass']['student']:.1%} of the "
+            f"student's mass there and {a['common_mass']['teacher']:.1%} of the teacher's). {a['unaligned']} texts could not be aligned and are left out. Entropies "
+            "and overlaps are those of the classes; a KL of whole texts from exact terms is not defined.")
 
 
 def _grid(found: Mapping[str, Any]) -> str:

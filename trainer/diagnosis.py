@@ -36,7 +36,8 @@ def diagnose_readings(readings: Sequence[Reading], *, share: float = 0.95) -> di
     tail_of = {d: by_writer.get(OWN_WRITER[d]) or readings for d in DIRECTIONS}
     return {
         "texts": {w: {"texts": len(rows), "prompts": len({r.rollout.prompt.index for r in rows}),
-                      "tokens": sum(len(r.student_n) for r in rows)} for w, rows in by_writer.items()},
+                      "tokens": sum(r.tokens for r in rows)} for w, rows in by_writer.items()},
+        "across": _across([r for r in readings if r.across]),
         "grid": {d: {w: _kl(rows, d) for w, rows in by_writer.items()} for d in DIRECTIONS},
         "sequence": {d: _sequence_kl(by_writer[w], d) for d, w in OWN_WRITER.items() if w in by_writer},
         "tail": {d: _tail(tail_of[d], d, share) for d in DIRECTIONS},
@@ -51,7 +52,7 @@ def _ratio(rows: Sequence[Reading], top: Callable[[Reading], float], bottom: Cal
 
 def _kl(rows: Sequence[Reading], direction: str) -> dict[str, dict]:
     total = lambda r: float(r.kl[direction].sum())
-    return {"per_token": _ratio(rows, total, lambda r: len(r.student_n)), "per_byte": _ratio(rows, total, lambda r: r.n_bytes),
+    return {"per_token": _ratio(rows, total, lambda r: r.states), "per_byte": _ratio(rows, total, lambda r: r.n_bytes),
             "per_text": _ratio(rows, total, lambda r: 1.0)}
 
 
@@ -59,13 +60,27 @@ def _sequence_kl(rows: Sequence[Reading], direction: str) -> dict[str, dict]:
     """Both estimators of the KL between whole texts: log-ratio of the sampled tokens, and exact token KLs along the texts."""
     sign = 1.0 if direction == "forward" else -1.0
     sampled = _ratio(rows, lambda r: sign * float((r.teacher_n - r.student_n).sum()), lambda r: 1.0)
-    return {"sampled_tokens": sampled, "exact_tokens": _kl(rows, direction)["per_text"]}
+    exact = {} if rows[0].across else {"exact_tokens": _kl(rows, direction)["per_text"]}  # coarse classes only bound it from below
+    return {"sampled_tokens": sampled, **exact}
+
+
+def _across(rows: Sequence[Reading]) -> dict[str, Any] | None:
+    """Of two tokenizers: how much of the texts and of the distributions was compared. None where they share one."""
+    if not rows:
+        return None
+    total = lambda value: sum(value(r) for r in rows)
+    spans = total(lambda r: len(r.student_n))
+    common_2 = np.concatenate([r.across.common_P2 for r in rows]).mean(0) if total(lambda r: r.states) else (math.nan, math.nan)
+    return {"spans": spans, "places": total(lambda r: r.states), "compared": _safe(total(lambda r: r.states), spans),
+            "student_tokens_per_span": _safe(total(lambda r: len(r.across.student_span)), total(lambda r: len(set(r.across.student_span)))),
+            "teacher_tokens_per_span": _safe(total(lambda r: len(r.across.teacher_span)), total(lambda r: len(set(r.across.teacher_span)))),
+            "common_mass": {"student": float(common_2[0]), "teacher": float(common_2[1])}}
 
 
 # trap 1
 def _tail(rows: Sequence[Reading], direction: str, share: float) -> dict[str, Any]:
     curves = [r.curves[direction] for r in rows]
-    tokens = max(sum(len(r.student_n) for r in rows), 1)
+    tokens = max(sum(r.states for r in rows), 1)
     k = curves[0].k
     ghost_K, raw_K, gradient_K = (sum(getattr(c, name) for c in curves) / tokens for name in ("ghost_K", "raw_K", "gradient_tail_K"))
     kept = keeps(ghost_K, k, share)
@@ -110,7 +125,7 @@ def _off_policy(by_writer: Mapping[str, Sequence[Reading]]) -> dict[str, Any]:
 
 def _deciles(rows: Sequence[Reading], value: Callable[[Reading], np.ndarray]) -> list[float]:
     """Mean over texts of a value by tenths of the text's bytes."""
-    table = np.array([by_decile(value(r), r.start_n, r.n_bytes) for r in rows])
+    table = np.array([by_decile(value(r), r.state_start_n, r.n_bytes) for r in rows])
     known = np.isfinite(table)
     return (np.where(known, table, 0.0).sum(0) / np.where(known.sum(0) > 0, known.sum(0), np.nan)).tolist()
 
@@ -131,7 +146,7 @@ def _effective(rows: Sequence[Reading]) -> dict[str, dict]:
 
 def _prefix_ratio(by_writer: Mapping[str, Sequence[Reading]], direction: str) -> dict:
     """KL per token on the student's prefixes / on the teacher's, over the prompts that both answered."""
-    sums = {w: (per_prompt(by_writer[w], lambda r: float(r.kl[direction].sum())), per_prompt(by_writer[w], lambda r: len(r.student_n)))
+    sums = {w: (per_prompt(by_writer[w], lambda r: float(r.kl[direction].sum())), per_prompt(by_writer[w], lambda r: r.states))
             for w in ("student", "teacher")}
     keys = sorted(set(sums["student"][0]) & set(sums["teacher"][0]))
 
@@ -144,7 +159,7 @@ def _prefix_ratio(by_writer: Mapping[str, Sequence[Reading]], direction: str) ->
 
 # trap 3
 def _gap(students: Sequence[Reading], everything: Sequence[Reading]) -> dict[str, Any]:
-    tokens = lambda r: len(r.student_n)
+    tokens = lambda r: r.states
     found: dict[str, Any] = {
         "overlap": _ratio(everything, lambda r: float(r.overlap_n.sum()), tokens),
         "teachable": _ratio(everything, lambda r: float(r.teachable_n.sum()), tokens),
@@ -180,7 +195,7 @@ def _symptoms(students: Sequence[Reading]) -> dict[str, Any]:
         "broken_text": float(np.mean(["\ufffd" in r.rollout.text for r in students]))}
     graded = [r for r in students if r.right is not None and len(r.student_n)]
     if graded:
-        sure = [math.exp(float(r.student_n.mean())) for r in graded]
+        sure = [math.exp(float(r.student_n.sum()) / r.tokens) for r in graded]
         report = confidence_report(sure, [r.right for r in graded])
         found["confidence"] = vars(report) | {"overconfidence": report.overconfidence}
     return found

@@ -13,6 +13,8 @@ h2 { color: var(--muted); font-size: .85rem; font-weight: 600; margin: 0 }
 .text { font-family: ui-monospace, monospace; margin: .3rem 0; overflow-wrap: anywhere; white-space: pre-wrap }
 .text span { border-radius: 3px; padding: 1px 0 }
 .text span:hover { outline: 1px solid currentColor }
+.spans span { border-bottom: 2px solid var(--rule); border-left: 1px solid var(--muted) }
+.spans .apart { border-bottom-style: dotted }
 input[name=way] { margin-right: .3rem } label { margin-right: 1.2rem }
 #reverse:checked ~ main .forward, #forward:checked ~ main .reverse { display: none }
 """
@@ -20,8 +22,9 @@ WAYS = {"forward": ("37 99 235", "teacher || student"), "reverse": ("220 38 38",
 
 
 def heat_page(rows: Sequence[Mapping[str, Any]], title: str) -> str:
-    """rows: those of tokens.jsonl. Full colour is the 99th percentile of a direction's KL over all rows shown."""
-    top = {way: _percentile([v for row in rows for v in row[f"kl_{way}"]]) for way in WAYS}
+    """rows: those of tokens.jsonl. Of two tokenizers every unit is a byte span that both spell, underlined, with both models' tokens on
+    hover; dotted where their distributions cannot be compared. Full colour is the 99th percentile of a direction's KL over all rows shown."""
+    top = {way: _percentile([v for row in rows for v in row[f"kl_{way}"] if v is not None]) for way in WAYS}
     switches = "".join(f'<input type="radio" name="way" id="{way}"{" checked" if way == "forward" else ""}><label for="{way}">'
                        f"KL({name}), full colour {top[way]:.2f} nats</label>" for way, (_, name) in WAYS.items())
     articles = "".join(_article(row, top) for row in rows)
@@ -37,14 +40,27 @@ def _percentile(values: Sequence[float]) -> float:
 def _article(row: Mapping[str, Any], top: Mapping[str, float]) -> str:
     grade = {True: ", right", False: ", wrong", None: ""}[row["right"]]
     head = f"<h2>prompt {row['prompt']}, written by the {row['writer']}{grade}</h2>"
-    return "<article>" + head + "".join(f'<p class="text {way}">{_tokens(row, way, top[way])}</p>' for way in WAYS) + "</article>"
+    kind = " spans" if "teacher_pieces" in row else ""
+    return "<article>" + head + "".join(f'<p class="text {way}{kind}">{_tokens(row, way, top[way])}</p>' for way in WAYS) + "</article>"
 
 
 def _tokens(row: Mapping[str, Any], way: str, top: float) -> str:
     colour, cells = WAYS[way][0], []
     for i, piece in enumerate(row["pieces"]):
-        share = min(row[f"kl_{way}"][i] / top, 1.0)
-        told = (f"{piece!r} (id {row['ids'][i]})\nKL forward {row['kl_forward'][i]:.4f}, reverse {row['kl_reverse'][i]:.4f}\n"
-                f"log p: student {row['student_logp'][i]:.3f}, teacher {row['teacher_logp'][i]:.3f}")
-        cells.append(f'<span style="background:rgb({colour} / {0.75 * max(share, 0):.3f})" title="{html.escape(told)}">{html.escape(piece)}</span>')
+        kl = row[f"kl_{way}"][i]
+        share = 0.0 if kl is None else min(kl / top, 1.0)
+        mark = ' class="apart"' if kl is None else ""
+        cells.append(f'<span{mark} style="background:rgb({colour} / {0.75 * max(share, 0):.3f})" title="{html.escape(_told(row, i))}">'
+                     f"{html.escape(piece)}</span>")
     return "".join(cells)
+
+
+def _told(row: Mapping[str, Any], i: int) -> str:
+    """What a unit says under the pointer."""
+    pair = row["kl_forward"][i], row["kl_reverse"][i]
+    kls = "distributions not compared here" if None in pair else f"KL forward {pair[0]:.4f}, reverse {pair[1]:.4f}"
+    if "teacher_pieces" in row:
+        who = "".join(f"{name}: {' | '.join(map(repr, row[f'{name}_pieces'][i]))}\n" for name in ("student", "teacher"))
+    else:
+        who = f"{row['pieces'][i]!r} (id {row['ids'][i]})\n"
+    return f"{who}{kls}\nlog p: student {row['student_logp'][i]:.3f}, teacher {row['teacher_logp'][i]:.3f}"

@@ -34,8 +34,20 @@ class Curves:
 
 
 @dataclass(frozen=True, eq=False)
+class Across:
+    """How two tokenizers meet in one text: the teacher's tokens, the span of every token, and where distributions were compared."""
+
+    teacher_ids: tuple[int, ...]  # without the stop token
+    student_span: np.ndarray  # [n] of the content tokens, -1 outside
+    teacher_span: np.ndarray
+    place_span: np.ndarray  # [P] the span that begins at each place; the number of spans behind the text
+    common_P2: np.ndarray  # mass of the tokens that both have, under student and teacher
+
+
+@dataclass(frozen=True, eq=False)
 class Reading:
-    """One text. Per-token arrays are [n], nats."""
+    """One text. Per-token arrays are [n], nats. Of two tokenizers (`across`) log-probabilities are per span, and what compares
+    distributions is per place."""
 
     rollout: Rollout
     writer: str  # "student", "teacher" or "dataset"
@@ -50,6 +62,22 @@ class Reading:
     overlap_n: np.ndarray  # of the two top-K sets
     teachable_n: np.ndarray  # teacher mass inside the student's top K
     entropy_gap_n: np.ndarray  # H(teacher) - H(student)
+    across: Across | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Of the student."""
+        return len(self.student_n if self.across is None else self.rollout.ids)
+
+    @property
+    def states(self) -> int:
+        """At how many places distributions were compared: at every token, where both models have one vocabulary."""
+        return len(self.overlap_n)
+
+    @property
+    def state_start_n(self) -> np.ndarray:
+        """Byte at which each of them lies."""
+        return self.start_n if self.across is None else self.start_n[self.across.place_span]
 
 
 def read_texts(engine: Any, teacher: Any, texts: Sequence[tuple[Rollout, str, bool | None]], chats: tuple[Chat, Chat], *,
@@ -83,14 +111,20 @@ class _Measured:
 
 def _measure(student: Outputs, teacher: Outputs, target_T: Tensor, top: int, type_V: Tensor) -> _Measured:
     with torch.no_grad():
-        profiles = {d: _on_host(kl_profile(student, teacher, d, type_V, len(TYPES))) for d in DIRECTIONS}
+        profiles = {d: on_host(kl_profile(student, teacher, d, type_V, len(TYPES))) for d in DIRECTIONS}
         meeting = top_overlap(student, teacher, top)
         logps = [token_logprob_of(out, target_T).logp.double().cpu().numpy() for out in (student, teacher)]
     return _Measured(*logps, profiles, *(x.cpu().numpy() for x in vars(meeting).values()))
 
 
-def _on_host(profile: KLProfile) -> KLProfile:
+def on_host(profile: KLProfile) -> KLProfile:
     return KLProfile(profile.k, *(x.cpu() for name, x in vars(profile).items() if name != "k"))
+
+
+def curves_of(profile: KLProfile) -> Curves:
+    """Of one text's states, on the host."""
+    return Curves(profile.k, *(getattr(profile, name).sum(0).numpy() for name in
+                               ("raw_TK", "ghost_TK", "gradient_tail_TK", "type_TN", "type_at_10_TN")))
 
 
 def _reading(text: tuple[Rollout, str, bool | None], chat: Chat, type_V: Tensor, m: _Measured, rows: np.ndarray) -> Reading:
@@ -98,9 +132,7 @@ def _reading(text: tuple[Rollout, str, bool | None], chat: Chat, type_V: Tensor,
     ids = list(rollout.ids)
     length_n = chat.table.lens[ids]
     kl = {d: p.kl_T[rows].numpy() for d, p in m.profiles.items()}
-    curves = {d: Curves(p.k, *(getattr(p, name)[rows].sum(0).numpy() for name in
-                               ("raw_TK", "ghost_TK", "gradient_tail_TK", "type_TN", "type_at_10_TN")))
-              for d, p in m.profiles.items()}
+    curves = {d: curves_of(p.rows(rows)) for d, p in m.profiles.items()}
     return Reading(rollout, writer, right, np.cumsum(length_n) - length_n, int(length_n.sum()), type_V.cpu().numpy()[ids],
                    m.student_T[rows], m.teacher_T[rows], kl, curves, m.overlap_T[rows], m.teachable_T[rows], m.entropy_gap_T[rows])
 

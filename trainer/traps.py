@@ -10,10 +10,13 @@ types, n tokens of one text.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from reflux.tokenalign.class_losses import Pools, pool_logprob
 
 from .losses import Outputs
 
@@ -33,36 +36,54 @@ class KLProfile:
     type_TN: Tensor  # full KL by token type
     type_at_10_TN: Tensor  # A_10 by token type
 
+    def rows(self, rows: Any) -> "KLProfile":
+        """The profile of some of the states."""
+        return KLProfile(self.k, *(x[rows] for name, x in vars(self).items() if name != "k"))
+
 
 def k_grid(vocab_size: int) -> tuple[int, ...]:
     return (*(k for k in K_GRID if k < vocab_size), vocab_size)
 
 
-def kl_profile(student: Outputs, teacher: Outputs, mode: str, type_V: Tensor, num_types: int) -> KLProfile:
+def kl_profile(student: Outputs, teacher: Outputs, mode: str, type_V: Tensor, num_types: int, pools: Pools | None = None) -> KLProfile:
     """Profile of KL(q || p) (`forward`) or KL(p || q) (`reverse`), p the student, q the teacher, in float64.
 
-    Rows of both outputs are the same states; vocabularies are equal. The [T, V] logits exist chunk by chunk.
+    Rows of both outputs are the same states; vocabularies are equal, or `pools` takes both to the classes that are compared, V of
+    them, of which type_V then speaks. The [T, V] logits exist chunk by chunk.
     """
     if mode not in ("forward", "reverse"):
         raise ValueError(f"kl_profile: mode is {mode!r}; want 'forward' or 'reverse'")
-    V = min(student.vocab_size, teacher.vocab_size)
+    V = _classes(student, teacher, pools)
     ks = k_grid(V)
     one_hot_VN = torch.nn.functional.one_hot(type_V[:V].long(), num_types).double()
-    parts = [_profile_chunk(logp_CV, logq_CV, mode, ks, one_hot_VN) for logp_CV, logq_CV in _log_softmaxes(student, teacher, V)]
+    parts = [_profile_chunk(logp_CV, logq_CV, mode, ks, one_hot_VN) for logp_CV, logq_CV in _logprobs(student, teacher, pools)]
     empty = [torch.zeros(0, *shape, dtype=torch.float64) for shape in ((), (len(ks),), (len(ks),), (len(ks),), (num_types,), (num_types,))]
     columns = [torch.cat(c) for c in zip(*parts)] if parts else empty
     return KLProfile(ks, *columns)
 
 
-def _log_softmaxes(student: Outputs, teacher: Outputs, V: int) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = max(1, int(CHUNK_MIB * 2**20 / (8 * V)))
-    for start in range(0, len(student.hidden_TD), rows):
-        yield tuple(_logits(out, slice(start, start + rows), V).log_softmax(1) for out in (student, teacher))
+def _classes(student: Outputs, teacher: Outputs, pools: Pools | None) -> int:
+    return pools.student.num_classes if pools else min(student.vocab_size, teacher.vocab_size)
 
 
-def _logits(out: Outputs, c: slice, V: int) -> Tensor:
-    logits_CV = out.hidden_TD[c].double() @ out.head_VD[:V].double().t()
-    return out.softcap * torch.tanh(logits_CV / out.softcap) if out.softcap else logits_CV
+def _logprobs(student: Outputs, teacher: Outputs, pools: Pools | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Log-probabilities of the classes, student's and teacher's, chunk by chunk."""
+    if pools is None:
+        V = _classes(student, teacher, None)
+        for z_CV, u_CV in zip(chunked_logits(student, V), chunked_logits(teacher, V)):
+            yield z_CV.log_softmax(1), u_CV.log_softmax(1)
+        return
+    ids = pools.student.num_ids, pools.teacher.num_ids
+    for z_CV, u_CW in zip(*(chunked_logits(out, n, max(ids)) for out, n in zip((student, teacher), ids))):
+        yield pool_logprob(z_CV, pools.student), pool_logprob(u_CW, pools.teacher)
+
+
+def chunked_logits(out: Outputs, V: int, widest: int = 0) -> Iterator[Tensor]:
+    """Logits [C, V] of the first V ids in float64; chunks hold as many rows as blocks of `widest` columns may."""
+    rows = max(1, int(CHUNK_MIB * 2**20 / (8 * max(V, widest))))
+    for start in range(0, len(out.hidden_TD), rows):
+        logits_CV = out.hidden_TD[start:start + rows].double() @ out.head_VD[:V].double().t()
+        yield out.softcap * torch.tanh(logits_CV / out.softcap) if out.softcap else logits_CV
 
 
 def _profile_chunk(logp_CV: Tensor, logq_CV: Tensor, mode: str, ks: Sequence[int], one_hot_VN: Tensor) -> tuple[Tensor, ...]:
@@ -196,10 +217,9 @@ class Overlap:
     entropy_gap_T: Tensor  # H(teacher) - H(student), nats
 
 
-def top_overlap(student: Outputs, teacher: Outputs, k: int) -> Overlap:
-    V = min(student.vocab_size, teacher.vocab_size)
-    k, rows = min(k, V), []
-    for logp_CV, logq_CV in _log_softmaxes(student, teacher, V):
+def top_overlap(student: Outputs, teacher: Outputs, k: int, pools: Pools | None = None) -> Overlap:
+    k, rows = min(k, _classes(student, teacher, pools)), []
+    for logp_CV, logq_CV in _logprobs(student, teacher, pools):
         own_CK, theirs_CK = logp_CV.topk(k, 1).indices, logq_CV.topk(k, 1).indices
         inside_CV = torch.zeros_like(logp_CV).scatter(1, own_CK, 1.0)
         entropy = lambda x: -torch.where(x > -torch.inf, x.exp() * x, 0.0).sum(1)

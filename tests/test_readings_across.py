@@ -1,0 +1,172 @@
+"""Diagnosis of two tokenizers: by transformers and by hand on one text, by the one-vocabulary path where there is one, and as a page."""
+import json
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from runs import config, run_here, run_ranks
+from transformers import AutoModelForCausalLM
+
+from reflux.tokenalign.class_losses import pools_of
+from reflux.tokenalign.vocab_map import ClassMap
+from reflux.trainer import diagnose
+from reflux.trainer.chat import Chat
+from reflux.trainer.heat import heat_page
+from reflux.trainer.losses import Outputs
+from reflux.trainer.readings_across import pair_of
+from reflux.trainer.token_types import TYPES
+from reflux.trainer.traps import kl_profile, top_overlap
+
+pytestmark = [pytest.mark.usefixtures("titan_process"), pytest.mark.filterwarnings("ignore")]
+OVER = {"task": {"name": "runs:is_even"}, "data": {"limit": 4}, "rollout": {"max_tokens": 12},
+        "diagnose": {"prefixes": ["dataset", "teacher", "student"], "student_texts": 4, "heat": 3, "correction": False}}
+
+
+def run(talkers, folder, teacher="proxy", start=run_here, **over):
+    log = start(config(talkers, folder, "diagnose", **OVER | {"teacher": {"path": str(talkers / teacher), "dtype": "float32"}} | over))
+    rows = [json.loads(line) for line in (folder / "tokens.jsonl").read_text().splitlines()]
+    return log, json.loads((folder / "diagnosis.json").read_text()), rows
+
+
+@pytest.fixture(scope="module")
+def across(talkers, tmp_path_factory, titan_process):
+    return run(talkers, tmp_path_factory.mktemp("across") / "run")
+
+
+def outputs(g, T, V, D=5):
+    return Outputs(torch.randn(T, D, generator=g, dtype=torch.float64), torch.randn(V, D, generator=g, dtype=torch.float64), None, V)
+
+
+@given(st.integers(0, 10_000), st.integers(0, 5), st.sampled_from(["forward", "reverse"]))
+def test_classes_of_one_id_each_are_the_vocabulary(seed, T, mode):
+    g, V = torch.Generator().manual_seed(seed), 23
+    student, teacher = outputs(g, T, V), outputs(g, T, V)
+    pools = pools_of(ClassMap("prefix", np.arange(V, dtype=np.int32), np.arange(V, dtype=np.int32), V, V - 1, "a", "b"))
+    type_V = torch.randint(len(TYPES), (V,), generator=g)
+    for got, want in zip(*(vars(kl_profile(student, teacher, mode, type_V, len(TYPES), p)).values() for p in (pools, None))):
+        assert got == want if isinstance(want, tuple) else torch.allclose(got, want, rtol=1e-9, atol=1e-11)
+    for got, want in zip(*(vars(top_overlap(student, teacher, 4, p)).values() for p in (pools, None))):
+        assert torch.allclose(got, want, rtol=1e-9, atol=1e-11)
+
+
+def prefix_masses(logits_V, chat, other):
+    """Mass by the longest prefix of a token that the other side has as a token, stop and control ids together: by its definition."""
+    known = {p for p, i in zip(other.table.pieces, range(other.vocab_size)) if p and i not in other.stop_ids and other.table.kind[i] == 0}
+    mine = {p for p, i in zip(chat.table.pieces, range(chat.vocab_size)) if p and i not in chat.stop_ids and chat.table.kind[i] == 0}
+    found: dict[bytes, float] = {}
+    for i, p in enumerate(logits_V[:chat.vocab_size].double().softmax(0).tolist()):
+        piece = chat.table.pieces[i] if chat.table.kind[i] == 0 and i not in chat.stop_ids else b""
+        key = next((piece[:n] for n in range(len(piece), 0, -1) if piece[:n] in known and piece[:n] in mine), piece[:1])
+        found[key] = found.get(key, 0.0) + p
+    return found
+
+
+@pytest.mark.parametrize("writer", ["student", "teacher", "dataset"])
+def test_one_text_by_transformers(talkers, across, writer):
+    """Span log-probabilities, and both KLs at every place, from the two models' logits and the definition of the classes."""
+    chats = {"student": Chat(str(talkers / "policy")), "teacher": Chat(str(talkers / "proxy"))}
+    row = next(r for r in across[2] if r["writer"] == writer and len(r["pieces"]) > 2 and r["pieces"][-1] == "<stop>")
+    logits, spans = {}, {"student": row["student_span"], "teacher": row["teacher_span"]}
+    ids = {"student": row["ids"][:-1], "teacher": row["teacher_ids"]}
+    data = [json.loads(line) for line in next(talkers.glob("data.jsonl")).read_text().splitlines()]
+    for side, name in (("student", "policy"), ("teacher", "proxy")):
+        prompt = chats[side].prompt_ids(({"role": "user", "content": data[row["prompt"]]["prompt"]},))
+        model = AutoModelForCausalLM.from_pretrained(talkers / name)
+        with torch.no_grad():
+            logits[side] = model(torch.tensor([[*prompt, *ids[side]]])).logits[0, len(prompt) - 1:].float()
+        logp = logits[side][:, :chats[side].vocab_size].log_softmax(1)
+        sums = [0.0] * len(row["pieces"])
+        for at, (i, span) in enumerate(zip(ids[side], spans[side])):
+            sums[span] += float(logp[at, i])
+        sums[-1] = float(logp[len(ids[side]), list(chats[side].stop_ids)].logsumexp(0))
+        assert row[f"{side}_logp"] == pytest.approx(sums, abs=2e-4)
+    compared = [s for s, kl in enumerate(row["kl_forward"]) if kl is not None]
+    assert compared
+    for s in compared:
+        at = {side: spans[side].index(s) if s in spans[side] else len(ids[side]) for side in spans}
+        p, q = (prefix_masses(logits[side][at[side]], chats[side], chats[other]) for side, other in (("student", "teacher"), ("teacher", "student")))
+        for name, a, b in (("forward", q, p), ("reverse", p, q)):
+            want = sum(x * np.log(x / b[key]) for key, x in a.items() if x > 0 and b.get(key, 0) > 0)
+            assert row[f"kl_{name}"][s] == pytest.approx(want, abs=2e-4, rel=2e-3), (s, name)
+
+
+def test_the_files_agree_with_each_other(talkers, across):
+    _, found, rows = across
+    a = found["across"]
+    assert a["spans"] == sum(len(r["pieces"]) for r in rows) and a["unaligned"] + len(rows) == 4 * (1 + 2 + 4)
+    assert a["places"] == sum(kl is not None for r in rows for kl in r["kl_forward"]) and 0 < a["compared"] <= 1
+    assert all(0 < x <= 1 for x in a["common_mass"].values()) and a["student_tokens_per_span"] >= 1
+    for d in ("forward", "reverse"):
+        total = sum(kl for r in rows if r["writer"] == "student" for kl in r[f"kl_{d}"] if kl is not None)
+        places = sum(kl is not None for r in rows if r["writer"] == "student" for kl in r[f"kl_{d}"])
+        assert found["grid"][d]["student"]["per_token"]["mean"] == pytest.approx(total / places, rel=1e-4)
+    assert "exact_tokens" not in found["sequence"]["forward"]
+    for r in rows:
+        body = [i for i, p in enumerate(r["pieces"]) if p != "<stop>"]
+        for side in ("student", "teacher"):
+            assert all("".join(r[f"{side}_pieces"][i]).strip() == r["pieces"][i].strip() or "\ufffd" in r["pieces"][i] for i in body)
+
+
+def test_the_report_says_what_two_tokenizers_leave(talkers, tmp_path):
+    run(talkers, tmp_path / "run")
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "Two tokenizers. Log-probabilities are those of" in report and "longest tokens" in report and "None" not in report
+    page = (tmp_path / "run" / "heat.html").read_text()
+    assert 'class="text forward spans"' in page and "teacher: " in page
+
+
+def test_with_one_vocabulary_both_ways_of_looking_agree(talkers, tmp_path):
+    """Every token is a span, every span a place; control ids are one class, so that a KL may only fall, by what they are apart."""
+    same = run(talkers, tmp_path / "same", teacher="teacher")
+    with mock.patch.object(diagnose, "same_vocabulary", lambda *chats: False):
+        forced = run(talkers, tmp_path / "forced", teacher="teacher")
+    a, b = same[1], forced[1]
+    assert b["across"]["compared"] == 1.0 and a["across"] is None
+    assert sum(t["texts"] for t in b["texts"].values()) + b["across"]["unaligned"] == 28 == sum(t["texts"] for t in a["texts"].values())
+    texts = {tuple(r["ids"]): r for r in same[2] if r["writer"] == "student"}
+    checked = 0
+    for r in (r for r in forced[2] if r["writer"] == "student" and r["ids"][:len(r["teacher_ids"])] == r["teacher_ids"]):
+        other = texts[tuple(r["ids"])]  # a text whose sampled ids are the canonical ones, so that the teacher reads the same
+        n = len(r["pieces"]) - 1
+        assert r["student_logp"][:n] == pytest.approx(other["student_logp"][:n], abs=1e-4)
+        assert r["teacher_logp"][:n] == pytest.approx(other["teacher_logp"][:n], abs=1e-4)
+        for d in ("kl_forward", "kl_reverse"):
+            assert all(x <= y + 1e-5 for x, y in zip(r[d], other[d])) and r[d] == pytest.approx(other[d], rel=0.2, abs=0.02)
+        checked += 1
+    assert checked >= 4
+
+
+def test_two_ranks_find_what_one_finds(talkers, across, tmp_path):
+    _, one, rows = across
+    _, two, others = run(talkers, tmp_path / "two", start=run_ranks)
+    assert sorted(r["text"] for r in rows) == sorted(r["text"] for r in others) and one["across"]["unaligned"] == two["across"]["unaligned"]
+    for d in ("forward", "reverse"):
+        for w, cell in one["grid"][d].items():
+            assert two["grid"][d][w]["per_byte"]["mean"] == pytest.approx(cell["per_byte"]["mean"], rel=1e-4)
+
+
+def test_classes_have_the_type_of_their_shortest_token(talkers):
+    student, teacher = Chat(str(talkers / "policy")), Chat(str(talkers / "proxy"))
+    pair = pair_of(student, teacher, (student.vocab_size, teacher.vocab_size), torch.device("cpu"))
+    of_class = {}
+    for i, c in zip(pair.pools.student.id_M.tolist(), pair.pools.student.class_M.tolist()):
+        if student.table.kind[i] == 0 and i not in student.stop_ids:
+            of_class.setdefault(c, []).append((len(student.table.pieces[i]), pair.student_type_V[i]))
+    assert len(of_class) > 100
+    for c, found in of_class.items():
+        shortest = min(found)[0]
+        assert int(pair.class_type_N[c]) in {t for n, t in found if n == shortest}
+    assert TYPES[int(pair.class_type_N[pair.pools.student.class_M[list(pair.pools.student.id_M).index(student.stop_id)]])] == "stop"
+
+
+def test_a_page_of_spans_shows_both_sides_tokens():
+    row = {"prompt": 0, "writer": "student", "right": None, "pieces": ["the", " cat", "<stop>"], "ids": [1, 2, 3, 9], "teacher_ids": [5, 6],
+           "student_pieces": [["the"], [" c", "at"], ["</s>"]], "teacher_pieces": [["the"], [" cat"], ["<end>"]],
+           "kl_forward": [0.5, None, 0.1], "kl_reverse": [0.2, None, 0.3], "student_logp": [-1, -2, -3], "teacher_logp": [-4, -5, -6]}
+    page = heat_page([row], "t")
+    assert page.count('class="text forward spans"') == 1 and page.count('class="apart"') == 2
+    assert "student: &#x27; c&#x27; | &#x27;at&#x27;\nteacher: &#x27; cat&#x27;\ndistributions not compared here\nlog p: student -2.000" in page
+    assert "KL forward 0.5000, reverse 0.2000" in page
