@@ -16,6 +16,8 @@ def write(folder, names=("joint", "gate_none")):
     cells = []
     for seed, shift in (("0", -0.01), ("1", 0.01), ("2", 0.0)):
         cells.append(write_run(folder / f"o{seed}", {"role": "teacher", "teacher": "original"}, 0.9, 0.9, seed=seed))
+        cells.append(write_run(folder / f"b{seed}", {"role": "start", "student": "student"}, 0.1, 0.1, seed=seed))
+        cells.append(write_run(folder / f"so{seed}", {"role": "student", "teacher": "original", "attack": "seq_kd"}, 0.4, 0.4, seed=seed))
         cells.append(write_run(folder / f"e{seed}", {"role": "teacher", "teacher": "distillable", "eta": "1.0"}, 0.1, 0.1, seed=seed))
         for name in ("default", *names):
             labels = {"teacher": "distillable"} | ({} if name == "default" else {"ablation": name})
@@ -36,12 +38,13 @@ def test_rows_are_paired_by_seed(tmp_path):
     assert joint["teacher_gap"]["mean"] == pytest.approx(0.01) and joint["kept"] and not rows["distillable"]["gate_none"]["kept"]
     assert joint["anchor_kl"]["mean"] == pytest.approx(0.02)  # steps 1 to 3 log 0.01, 0.02, 0.03
     assert rows["distillable"]["default"]["teacher_gap"]["mean"] == pytest.approx(0)  # not the sweep's teacher
-    assert rows["undistillable"]["joint"]["student"]["n"] == 0
+    assert rows["undistillable"]["joint"]["student"]["n"] == 0 and rows["undistillable"]["joint"]["score"] is None
+    assert joint["score"]["mean"] == pytest.approx((0.7 - 0.1) / (0.4 - 0.1))
 
 
 def test_the_files_are_written_and_the_main_report_leaves_ablations_out(tmp_path):
     text = write_ablations(write(tmp_path))
-    assert "| joint | +1.0 +- 0.0 | 0.020 +- 0.000 |" in text and "| +20.0 +- 1.0 | yes |" in text and "| gate_none | -5.0" in text
+    assert "| joint | +1.0 +- 0.0 | 0.020 +- 0.000 |" in text and "| +20.0 +- 1.0 | 2.00 [" in text and "| gate_none | -5.0" in text
     assert (tmp_path / "ablations.md").read_text() == text
     assert json.loads((tmp_path / "ablations.json").read_text())["distillable"]["joint"]["kept"] is True
     write_report(tmp_path)

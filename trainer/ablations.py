@@ -13,13 +13,13 @@ from typing import Any
 
 from .knob import last_steps, mean_and_spread
 from .report import KEPT_POINTS
-from .report_entries import Entry, finished_entries
+from .report_entries import Entry, finished_entries, gain_ratio, labelled
 from .stats import over_seeds
 
 MODES = ("distillable", "undistillable")
 ATTACK = "seq_kd"
 HEAD = ("calibration", "teacher - original, points", "KL to original, nats/token", "calibration reward, nats", "student accuracy",
-        "student - default's, points", "teacher within A1")
+        "student - default's, points", "distillability", "teacher within A1")
 
 
 def ablation_rows(entries: Sequence[Entry]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -37,12 +37,14 @@ def _row(entries: Sequence[Entry], mode: str, name: str, originals: Mapping[str,
             "anchor_kl": over_seeds(last_steps(teachers.values(), "anchor_kl"))._asdict(),
             "reward": over_seeds(last_steps(teachers.values(), "reward/cal"))._asdict(),
             "student": over_seeds([e.score("sampled") for e in students.values()])._asdict(),
-            "student_gap": over_seeds(_differences(students, defaults))._asdict()}
+            "student_gap": over_seeds(_differences(students, defaults))._asdict(),
+            "score": gain_ratio([*students.values()], _of(entries, "student", "original", "default"),
+                                labelled(entries, role="start", student="student"))}
 
 
 def _of(entries: Sequence[Entry], role: str, mode: str, name: str) -> list[Entry]:
     return [e for e in entries if e.labels["role"] == role and e.labels.get("teacher") == mode and "eta" not in e.labels
-            and e.labels.get("ablation", "default") == name and e.labels.get("attack", ATTACK) == ATTACK]
+            and "defence" not in e.labels and e.labels.get("ablation", "default") == name and e.labels.get("attack", ATTACK) == ATTACK]
 
 
 def _by_seed(entries) -> dict[str, Entry]:
@@ -59,10 +61,14 @@ def render(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
         for name, r in of_mode.items():
             cells = [_points(r["teacher_gap"]), *(mean_and_spread(r[k]) for k in ("anchor_kl", "reward", "student")),
-                     "" if name == "default" else _points(r["student_gap"]), "yes" if r["kept"] else "no"]
+                     "" if name == "default" else _points(r["student_gap"]), _score(r["score"]), "yes" if r["kept"] else "no"]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         parts += [f"## {mode}", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
+
+
+def _score(e: Mapping[str, float] | None) -> str:
+    return "" if e is None else f"{e['mean']:.2f} [{e['low']:.2f}, {e['high']:.2f}]"
 
 
 def _points(e: Mapping[str, float]) -> str:
