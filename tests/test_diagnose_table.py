@@ -40,7 +40,7 @@ def test_estimates_over_the_seeds_that_have_a_number(tmp_path):
 
 def test_the_files_are_written(tmp_path):
     text = write_diagnoses(write(tmp_path))
-    assert "| | before | after |" in text and "| tail noise: tail-noise index | 2.000 +- 1.414 (1 of 2) |  |" in text
+    assert "|  | before | after |" in text and "| tail noise: tail-noise index | 2.000 +- 1.414 (1 of 2) |  |" in text
     assert "| wrong-trace preference | 0.200 | 0.600 |" in text and (tmp_path / "diagnoses.md").read_text() == text
     assert json.loads((tmp_path / "diagnoses.json").read_text())["repeated 4-grams"]["before"]["n"] == 2
 

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .knob import last_steps, mean_and_spread
+from .knob import last_steps
 from .report import KEPT_POINTS
 from .report_entries import Entry, finished_entries, gain_ratio, labelled
 from .stats import over_seeds
+from .tables import mean_and_spread, points, score, table
 
 MODES = ("distillable", "undistillable")
 ATTACK = "seq_kd"
@@ -58,21 +59,11 @@ def _differences(after: Mapping[str, Entry], before: Mapping[str, Entry]) -> lis
 def render(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     parts = ["# Ablations of the calibration", f"One thing changed at a time; students by sampled text ({ATTACK}); mean +- standard deviation over seeds."]
     for mode, of_mode in rows.items():
-        lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-        for name, r in of_mode.items():
-            cells = [_points(r["teacher_gap"]), *(mean_and_spread(r[k]) for k in ("anchor_kl", "reward", "student")),
-                     "" if name == "default" else _points(r["student_gap"]), _score(r["score"]), "yes" if r["kept"] else "no"]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        parts += [f"## {mode}", "\n".join(lines)]
+        lines = [(name, points(r["teacher_gap"]), *(mean_and_spread(r[k]) for k in ("anchor_kl", "reward", "student")),
+                  "" if name == "default" else points(r["student_gap"]), score(r["score"]), "yes" if r["kept"] else "no")
+                 for name, r in of_mode.items()]
+        parts += [f"## {mode}", table(HEAD, lines)]
     return "\n\n".join(parts) + "\n"
-
-
-def _score(e: Mapping[str, float] | None) -> str:
-    return "" if e is None else f"{e['mean']:.2f} [{e['low']:.2f}, {e['high']:.2f}]"
-
-
-def _points(e: Mapping[str, float]) -> str:
-    return "" if not e["n"] else f"{100 * e['mean']:+.1f}" + (f" +- {100 * e['std']:.1f}" if e["n"] > 1 else "")
 
 
 def write_ablations(folder: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .stats import over_seeds
+from .tables import mean_and_spread, table
 
 Found = Mapping[str, Any]
 MEASURES: dict[str, Callable[[Found], float | None]] = {  # how a row reads -> where a diagnosis.json has it
@@ -64,17 +65,14 @@ def _estimate(values: Sequence[float | None]) -> dict[str, float]:
 
 def render(rows: Mapping[str, Mapping[str, Any]], pairs: Sequence[str]) -> str:
     lines = ["# Diagnoses", "", "Mean +- standard deviation over seeds; in brackets in how many of them the trap was caught (docs/method.md, "
-             "\"Diagnose\").", "", "| | " + " | ".join(pairs) + " |", "|" + "---|" * (len(pairs) + 1)]
-    for name, row in rows.items():
-        lines.append(f"| {name} | " + " | ".join(_cell(row.get(pair)) for pair in pairs) + " |")
+             "\"Diagnose\").", "", table(("", *pairs), [(name, *(_cell(row.get(pair)) for pair in pairs)) for name, row in rows.items()])]
     return "\n".join(lines) + "\n"
 
 
 def _cell(e: Mapping[str, float] | None) -> str:
     if not e or not e["n"]:
         return ""
-    spread = f" +- {e['std']:.3f}" if e["n"] > 1 else ""
-    return f"{e['mean']:.3f}{spread}" + (f" ({e['caught']} of {e['n']})" if "caught" in e else "")
+    return mean_and_spread(e) + (f" ({e['caught']} of {e['n']})" if "caught" in e else "")
 
 
 def write_diagnoses(folder: Path) -> str:

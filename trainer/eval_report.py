@@ -10,6 +10,7 @@ from .eval_accept import Verdict, as_row
 from .eval_metrics import Difference, positions
 from .eval_rows import OUTCOMES
 from .stats import Estimate
+from .tables import plain, table, write_whole
 
 WORDS = {"right": "right", "wrong": "wrong answer", "no_answer": "no answer found", "refused": "refused", "truncated": "cut at the limit"}
 
@@ -27,8 +28,8 @@ def write_evaluation(cfg: Config, rows: Sequence[dict], measured: Mapping[str, E
         "harness": dict(harness), "accept": [as_row(v) for v in verdicts], "accepted": all(v.holds for v in verdicts)}
     found["metric_names"] = list(cfg.eval.metrics)
     folder = Path(cfg.folder)
-    _write(folder / "evaluation.json", json.dumps(_plain(found), indent=1) + "\n")
-    _write(folder / "report.md", render(found))
+    write_whole(folder / "evaluation.json", json.dumps(plain(found), indent=1) + "\n")
+    write_whole(folder / "report.md", render(found))
 
 
 def render(found: Mapping[str, Any]) -> str:
@@ -78,11 +79,6 @@ def _harness(found: Mapping[str, Any]) -> str:
     return "## lm-evaluation-harness\n\n" + table(("task", "value"), rows) if rows else ""
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
-
-
 def _cells(e: Mapping[str, float]) -> tuple[str, str]:
     return f"{e['mean']:.3f}", _interval(e, "{:.3f}").partition(" ")[2]
 
@@ -94,18 +90,3 @@ def _interval(e: Mapping[str, float], form: str) -> str:
 
 def _difference(d: Difference) -> dict[str, Any]:
     return {name: value._asdict() if isinstance(value, Estimate) else value for name, value in d._asdict().items()}
-
-
-def _plain(x: Any) -> Any:
-    """JSON has no NaN: null stands for it."""
-    if isinstance(x, Mapping):
-        return {k: _plain(v) for k, v in x.items()}
-    if isinstance(x, list | tuple):
-        return [_plain(v) for v in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)

@@ -14,6 +14,7 @@ from typing import Any
 from .report import KEPT_POINTS
 from .report_entries import Entry, finished_entries
 from .stats import Estimate, over_seeds
+from .tables import mean_and_spread, table
 
 COLUMNS = {"teacher": "teacher accuracy", "anchor_kl": "KL to original, nats/token", "reward": "calibration reward, nats",
            "student": "student accuracy"}
@@ -50,18 +51,13 @@ def recommended(points: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 
 
 def render(points: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["# The knob", "", "| eta | " + " | ".join(COLUMNS.values()) + " | teacher within A1 |", "|" + "---|" * (len(COLUMNS) + 2)]
-    for p in points:
-        lines.append(f"| {p['eta']:+g} | " + " | ".join(mean_and_spread(p[key]) for key in COLUMNS) + f" | {'yes' if p['kept'] else 'no'} |")
+    rows = [(f"{p['eta']:+g}", *(mean_and_spread(p[key]) for key in COLUMNS), "yes" if p["kept"] else "no") for p in points]
+    lines = ["# The knob", "", table(("eta", *COLUMNS.values(), "teacher within A1"), rows)]
     for name, etas in recommended(points).items():
         lines.append(f"\n{name}: " + (f"eta from {min(etas):+g} to {max(etas):+g} moves the student with the teacher kept" if etas else
                                       "no eta here moves the student beyond its interval with the teacher kept"))
     lines.append("\nMean and standard deviation over seeds, answers sampled at temperature 1.\n\n![the knob](knob.png)\n")
     return "\n".join(lines)
-
-
-def mean_and_spread(e: Mapping[str, float]) -> str:
-    return "" if not e["n"] else f"{e['mean']:.3f}" + (f" +- {e['std']:.3f}" if e["n"] > 1 else "")
 
 
 def plot(points: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -15,6 +15,8 @@ from .report_checks import check_lines, defence_rows, render_defences
 from .report_entries import MODES, Entry, change, cost, finished_entries, grouped, labelled, paired, score, with_role
 from .report_plots import plot_all
 from .stats import over_seeds, relative_change
+from .tables import mean_and_spread, table
+from .tables import score as score_text
 
 KEPT_POINTS = 0.02  # A1: teacher accuracy
 GAIN, LOSS = 0.15, -0.50  # A2, A3: relative change of the student's accuracy
@@ -191,9 +193,9 @@ def _teacher_table(teachers: Mapping[str, dict]) -> str:
         d = t["difference"]["sampled"]
         gap = "" if name == "original" else f"{d['mean'] * 100:+.1f} [{d['low'] * 100:+.1f}, {d['high'] * 100:+.1f}] n {d['n']}"
         kl = f"{t['anchor_kl']['mean']:.4f}" if t["anchor_kl"]["n"] else ""
-        rows.append([name, _pm(t["sampled"]), _pm(t["greedy"]), gap, kl,
+        rows.append([name, mean_and_spread(t["sampled"]), mean_and_spread(t["greedy"]), gap, kl,
                      *(f"{v['share']:.0%} / {v['right']:.0%}" for v in t["styles"].values())])
-    return _table(rows)
+    return table(rows[0], rows[1:])
 
 
 def _student_table(found: Mapping[str, Any]) -> str:
@@ -204,12 +206,12 @@ def _student_table(found: Mapping[str, Any]) -> str:
         for n in names:
             c = row.get(n)
             change = c and c.get("change", {}).get("sampled")
-            cells.append("" if not c else _pm(c["sampled"]) + (f" ({change['mean']:+.0%})" if change and change["n"] else ""))
+            cells.append("" if not c else mean_and_spread(c["sampled"]) + (f" ({change['mean']:+.0%})" if change and change["n"] else ""))
         greedy = " / ".join(f"{row[n]['greedy']['mean']:.3f}" if n in row else "-" for n in names)
         rows.append([attack, *cells, greedy])
-    lines = [_table(rows)]
+    lines = [table(rows[0], rows[1:])]
     for name, b in found["baselines"].items():
-        lines.append(f"Without a teacher, {name}: {_pm(b['sampled'])} sampled, {b['greedy']['mean']:.3f} greedy.")
+        lines.append(f"Without a teacher, {name}: {mean_and_spread(b['sampled'])} sampled, {b['greedy']['mean']:.3f} greedy.")
     return "\n\n".join(lines)
 
 
@@ -223,17 +225,8 @@ def _attack_table(students: Mapping[str, Mapping[str, dict]]) -> str:
         scores = [row.get(n, {}).get("score") for n in names if n != "original"]
         rows.append([attack, f"{first['cost']['written']} / {first['cost']['read']}", f"{first['seconds']['mean']:.0f}",
                      *(f"{row[n]['best']['mean']:.3f}" if n in row else "" for n in names),
-                     *("" if d is None else f"{d['mean']:.2f} [{d['low']:.2f}, {d['high']:.2f}]" for d in scores)])
-    return _table(rows)
-
-
-def _pm(e: Mapping[str, float]) -> str:
-    return f"{e['mean']:.3f}" + (f" +- {e['std']:.3f}" if e["n"] > 1 else "")
-
-
-def _table(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+                     *(score_text(d) for d in scores)])
+    return table(rows[0], rows[1:])
 
 
 def _head(entries: list[Entry], matrix: Mapping) -> dict:

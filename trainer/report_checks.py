@@ -8,6 +8,7 @@ from typing import Any
 
 from .report_entries import Entry, change, gain_ratio, labelled, with_role
 from .stats import over_seeds
+from .tables import mean_and_spread, score, table
 
 ATTACK = "seq_kd"  # every defence is judged by students of sampled text
 ATTACK_AS_DEFENCE = {"seq_kd_cold": "text at temperature 0.5", "answers_only": "answers only, reasoning withheld"}
@@ -59,14 +60,7 @@ def _examples(entry: Entry) -> int:
 
 
 def render_defences(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    head = ("defence", "accuracy of what is served", f"student by {ATTACK}", "change", "distillability")
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, r in rows.items():
-        c, d = r["change"], r["score"]
-        lines.append(f"| {name} | {_pm(r['served'])} | {_pm(r['student'])} | " + ("" if name == "none" or not c["n"] else f"{c['mean']:+.0%}")
-                     + " | " + ("" if d is None else f"{d['mean']:.2f} [{d['low']:.2f}, {d['high']:.2f}]") + " |")
-    return "\n".join(lines)
-
-
-def _pm(e: Mapping[str, float]) -> str:
-    return "" if not e["n"] else f"{e['mean']:.3f}" + (f" +- {e['std']:.3f}" if e["n"] > 1 else "")
+    change_of = lambda name, c: "" if name == "none" or not c["n"] else f"{c['mean']:+.0%}"
+    return table(("defence", "accuracy of what is served", f"student by {ATTACK}", "change", "distillability"),
+                 [(name, mean_and_spread(r["served"]), mean_and_spread(r["student"]), change_of(name, r["change"]), score(r["score"]))
+                  for name, r in rows.items()])
