@@ -15,6 +15,7 @@ from reflux.trainer.gradient_noise import (
     compare_writers,
     deal,
     gradient_noise,
+    gradients_of,
     last_block_only,
     signal_to_noise,
 )
@@ -136,16 +137,16 @@ def test_gradients_are_those_of_transformers_and_leave_nothing_behind(talkers, p
     before = {n: p.full_tensor().clone() for n, p in engine.model.state_dict().items()}
     rows = [reading(i, "student", ids, chats[0].prompt_ids(({"role": "user", "content": f"Ask {i}"},))) for i, ids in enumerate(TEXTS)]
     told = []
-    found = gradient_noise(engine, teacher, rows, chats, batches=4, tokens=999, advance=told.append)
+    found = gradient_noise(engine, teacher, deal(rows, 4), chats, tokens=999, advance=told.append)
     for d in ("forward", "reverse"):
         vectors = torch.stack([by_transformers(talkers, chats[0], ids, d) for ids in TEXTS]).numpy()
         want = signal_to_noise(*moments(vectors).all())
         assert found[d]["student"]["unbiased"]["mean"] == pytest.approx(want, rel=1e-4), d
-    assert found["batches"] == found["texts_of_each"] == 4 and found["tokens"] == {"student": 11} and sum(told) == 16
+    assert found["batches"] == found["texts_of_each"] == 4 and found["tokens"] == {"student": 11} and sum(told) == gradients_of(deal(rows, 4)) == 16
     assert all(p.grad is None for p in engine.model.parameters()) and torch.is_grad_enabled()
     assert all(torch.equal(p.full_tensor(), before[n]) for n, p in engine.model.state_dict().items())
-    assert gradient_noise(engine, teacher, rows[:1], chats, batches=4, tokens=999) == {}
-    again = gradient_noise(engine, teacher, rows[::-1], chats, batches=4, tokens=8)
+    assert gradient_noise(engine, teacher, deal(rows[:1], 4), chats, tokens=999) == {}
+    again = gradient_noise(engine, teacher, deal(rows[::-1], 4), chats, tokens=8)
     assert again["reverse"]["student"]["unbiased"] == pytest.approx(found["reverse"]["student"]["unbiased"], rel=1e-5)
 
 

@@ -28,6 +28,7 @@ from .batch import Batch, Sample, TeacherView, pack
 from .chat import Chat
 from .config import Distill
 from .losses import Loss, Outputs, distill_kl
+from .progress import Advance, ignore
 from .readings import DIRECTIONS, Reading
 from .stats import jackknife
 
@@ -84,13 +85,17 @@ def deal(readings: Sequence[Reading], batches: int) -> dict[str, list[list[Readi
     return {w: [[r for i in shared[b::count] for r in of_prompt[i][:each]] for b in range(count)] for w, of_prompt in texts.items()}
 
 
-def gradient_noise(engine: Any, teacher: Any, readings: Sequence[Reading], chats: tuple[Chat, Chat], *, batches: int, tokens: int,
-                   joined: bool = False, advance: Callable[[int], None] = lambda n: None) -> dict[str, Any]:
-    """Direction of the KL -> compare_writers, and what was compared; {} from one prompt. `readings`: all, on every rank. Collective.
+def gradients_of(groups: Mapping[str, Sequence]) -> int:
+    """How many gradients gradient_noise takes."""
+    return 2 * len(DIRECTIONS) * sum(map(len, groups.values()))
 
-    Weights do not move; gradients are cleared. batches: B, at most the number of prompts. advance: told of every finished gradient.
+
+def gradient_noise(engine: Any, teacher: Any, groups: Mapping[str, Sequence[Sequence[Reading]]], chats: tuple[Chat, Chat], *, tokens: int,
+                   joined: bool = False, advance: Advance = ignore) -> dict[str, Any]:
+    """Direction of the KL -> compare_writers, and what was compared; {} for fewer than two groups. Collective.
+
+    groups: of `deal`, from all ranks' readings, the same on every rank. Weights do not move; gradients are cleared.
     """
-    groups = deal(readings, batches)
     count = min(map(len, groups.values()), default=0)
     if count < 2:
         return {}
@@ -123,7 +128,7 @@ def _packed(engine: Any, texts: Sequence[Reading], teacher_chat: Chat, tokens: i
 
 
 def _moments(engine: Any, loss: Callable, parameters: Sequence[nn.Parameter], groups: Sequence[Sequence[Batch]],
-             advance: Callable[[int], None]) -> Moments:
+             advance: Advance) -> Moments:
     square, with_sum, total = [], [], None
     try:
         for batches in groups:

@@ -5,7 +5,7 @@
     teacher-student gap      does the teacher prefer the student's wrong texts to its right ones?
 
 Shapes: T tokens, C rows of a chunk, V vocabulary, D student hidden, E teacher hidden, K grid of kept classes, N token
-types, n tokens of one text.
+types, M frequency bands, n tokens of one text.
 """
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,26 +32,33 @@ class KLProfile:
     gradient_tail_TK: Tensor  # sum of |dKL/dz| outside the first k / sum over all; 0 / 0 is 0
     type_TN: Tensor  # full KL by token type
     type_at_10_TN: Tensor  # A_10 by token type
+    band_TM: Tensor  # full KL by frequency band
+    band_at_10_TM: Tensor  # A_10 by frequency band
 
 
 def k_grid(vocab_size: int) -> tuple[int, ...]:
     return (*(k for k in K_GRID if k < vocab_size), vocab_size)
 
 
-def kl_profile(student: Outputs, teacher: Outputs, mode: str, type_V: Tensor, num_types: int) -> KLProfile:
+def kl_profile(student: Outputs, teacher: Outputs, mode: str, type_V: Tensor, num_types: int, band_V: Tensor | None = None,
+               num_bands: int = 0) -> KLProfile:
     """Profile of KL(q || p) (`forward`) or KL(p || q) (`reverse`), p the student, q the teacher, in float64.
 
-    Rows of both outputs are the same states; vocabularies are equal. The [T, V] logits exist chunk by chunk.
+    Rows of both outputs are the same states; vocabularies are equal. The [T, V] logits exist chunk by chunk. type_V, band_V: of
+    every class, one of num_types and of num_bands (without: none).
     """
     if mode not in ("forward", "reverse"):
         raise ValueError(f"kl_profile: mode is {mode!r}; want 'forward' or 'reverse'")
     V = min(student.vocab_size, teacher.vocab_size)
     ks = k_grid(V)
-    one_hot_VN = torch.nn.functional.one_hot(type_V[:V].long(), num_types).double()
+    kinds = [(type_V, num_types)] + ([] if band_V is None else [(band_V, num_bands)])
+    one_hot_VN = torch.cat([torch.nn.functional.one_hot(kind_V[:V].long(), count) for kind_V, count in kinds], 1).double()
     parts = [_profile_chunk(logp_CV, logq_CV, mode, ks, one_hot_VN) for logp_CV, logq_CV in _log_softmaxes(student, teacher, V)]
-    empty = [torch.zeros(0, *shape, dtype=torch.float64) for shape in ((), (len(ks),), (len(ks),), (len(ks),), (num_types,), (num_types,))]
-    columns = [torch.cat(c) for c in zip(*parts)] if parts else empty
-    return KLProfile(ks, *columns)
+    width = one_hot_VN.shape[1]
+    empty = [torch.zeros(0, *shape, dtype=torch.float64) for shape in ((), (len(ks),), (len(ks),), (len(ks),), (width,), (width,))]
+    *curves, all_TN, first_TN = [torch.cat(c) for c in zip(*parts)] if parts else empty
+    n = num_types
+    return KLProfile(ks, *curves, all_TN[:, :n], first_TN[:, :n], all_TN[:, n:], first_TN[:, n:])
 
 
 def _log_softmaxes(student: Outputs, teacher: Outputs, V: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -207,3 +214,18 @@ def top_overlap(student: Outputs, teacher: Outputs, k: int) -> Overlap:
     if not rows:
         return Overlap(*(torch.zeros(0, dtype=torch.float64) for _ in range(3)))
     return Overlap(*(torch.cat(c) for c in zip(*rows)))
+
+
+def off_nucleus(out: Outputs, target_T: Tensor, top_p: float = 0.999) -> Tensor:
+    """bool [T]: does a sampler with top-p never draw the target? True if the classes before it hold top_p already.
+
+    Classes are ranked by probability, equal ones by id; the likeliest is never outside. In float64, chunk by chunk.
+    """
+    rows, found = max(1, int(CHUNK_MIB * 2**20 / (8 * out.vocab_size))), [torch.zeros(0, dtype=torch.bool, device=target_T.device)]
+    for start in range(0, len(target_T), rows):
+        p_CV = _logits(out, slice(start, start + rows), out.vocab_size).softmax(1)
+        target_C1 = target_T[start:start + rows, None]
+        own_C1, id_V = p_CV.gather(1, target_C1), torch.arange(out.vocab_size, device=p_CV.device)
+        before_CV = (p_CV > own_C1) | ((p_CV == own_C1) & (id_V < target_C1))
+        found.append((p_CV * before_CV).sum(1) >= top_p)
+    return torch.cat(found)
