@@ -29,10 +29,12 @@ def write_diagnosis(folder: Path, cfg: Config, found: dict[str, Any], readings: 
 def token_rows(readings: Sequence[Reading], chat: Chat) -> list[dict]:
     """One row a text for tokens.jsonl: every per-token number, rounded to six digits."""
     number = lambda x: [round(float(v), 6) for v in x]
-    return [{"prompt": r.rollout.prompt.index, "writer": r.writer, "right": r.right, "text": r.rollout.text,
+    return [{"prompt": r.rollout.prompt.index, "writer": r.writer, "right": r.right, "answer": r.answer,
+             "text": r.rollout.text,
              "ids": list(r.rollout.ids), "pieces": [chat.table.pieces[i].decode(errors="replace") for i in r.rollout.ids],
              "student_logp": number(r.student_n), "teacher_logp": number(r.teacher_n),
-             **{f"kl_{d}": number(kl) for d, kl in r.kl.items()}, "overlap": number(r.overlap_n)} for r in readings]
+             **{f"kl_{d}": number(kl) for d, kl in r.kl.items()}, "overlap": number(r.overlap_n),
+             **({} if r.outside_n is None else {"outside_nucleus": [int(x) for x in r.outside_n]})} for r in readings]
 
 
 def _write(path: Path, text: str) -> None:
@@ -57,7 +59,7 @@ def render(cfg: Config, found: Mapping[str, Any], plots: Mapping[str, str], heat
     parts += [f"![{title}]({name})" for name, title in plots.items()]
     if heat:
         parts.append("Some texts, token by token: [heat.html](heat.html). Every number of every token: `tokens.jsonl`.")
-    parts.append("Intervals are 95 %, bootstrapped over prompts. KL forward is teacher || student, reverse student || teacher, in nats. "
+    parts.append("Intervals are 95 %, bootstrapped over prompts (gradients: jackknife over micro-batches; runs: Student's t). KL forward is teacher || student, reverse student || teacher, in nats. "
                  "Definitions: docs/method.md.")
     return "\n\n".join(p for p in parts if p) + "\n"
 
@@ -142,10 +144,10 @@ def _runs(found: Mapping[str, Any]) -> str:
         return ""
     rows = [(x["folder"], x["seed"], x["steps"], f"{x['unstable']:.1%}", f"{x['worst']:.1f}",
              ", ".join(f"{m} {v:.3f}" for m, v in x["scores"].items()) or "-") for x in r["runs"]]
-    if score := r["score"]:
-        spread = estimate_text(score) if len(r["runs"]) > 1 else f"{score['mean']:.3f}"
+    if len(r["runs"]) > 1:
+        score = r["score"]
         rows.append(("all", "", sum(x["steps"] for x in r["runs"]), f"{r['unstable']:.1%}", f"{r['worst']:.1f}",
-                     f"{score['metric']} {spread}, range {score['range']:.3f}"))
+                     f"{score['metric']} {estimate_text(score)}, range {score['range']:.3f}" if score else "-"))
     head = ("run", "seed", "steps", "gradient norm over 10 x running median", "largest / median norm", "last score")
     return "## Finished distillations of this pair\n\n" + _table(head, rows)
 
