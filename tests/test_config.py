@@ -134,6 +134,15 @@ def test_distill_refuses(wrong, says):
     assert says in str(error.value) and str(error.value).startswith("x.toml: ")
 
 
+@pytest.mark.parametrize("wrong, says", [
+    ({"gradient_batches": 1}, "one gradient has no spread"), ({"gradient_batches": -1}, "diagnose.gradient_batches = -1; want >= 0"),
+    ({"runs": ["a", "a"]}, "want each folder once"), ({"prefixes": []}, "want one or more of dataset, teacher, student")])
+def test_diagnose_refuses(wrong, says):
+    with pytest.raises(ValueError, match="x.toml: ") as error:
+        fill(Config, over(DISTILL, {"phase": "diagnose", "diagnose": wrong}), "x.toml")
+    assert says in str(error.value)
+
+
 @pytest.mark.parametrize("right", [
     {"objective": "nll", "on_policy": 0.0}, {"objective": "span"}, {"divergence": "jsd", "beta": 0.1},
     {"divergence": "forward", "beta": 1.0},  # beta belongs to the mixtures alone

@@ -1,5 +1,6 @@
 """A diagnosis adds up readings: every number on cases that a hand can compute, intervals over prompts, verdicts both ways."""
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,15 +15,17 @@ FUNCTION, CONTENT = TYPES.index("function"), TYPES.index("content")
 
 
 def reading(prompt=0, writer="student", right=None, student=(-1.0, -1.0), teacher=(-2.0, -1.0), forward=(0.2, 0.4), reverse=(0.1, 0.3),
-            ghost=(0.5, 0.6), types=(FUNCTION, CONTENT), type_sums=(0.3, 0.3), first_sums=(0.1, 0.5), ended=True, ids=(5, 6, 9)):
+            ghost=(0.5, 0.6), types=(FUNCTION, CONTENT), type_sums=(0.3, 0.3), first_sums=(0.1, 0.5), ended=True, ids=(5, 6, 9),
+            bands=(0, 4), outside=(False, True)):
     n = len(student)
     whole, first = np.zeros(len(TYPES)), np.zeros(len(TYPES))
     whole[[FUNCTION, CONTENT]], first[[FUNCTION, CONTENT]] = type_sums, first_sums
-    curve = Curves((1, 10), np.array([0.9, 0.6]), np.array(ghost), np.array([0.4 * n, 0.0]), whole, first)
+    curve = Curves((1, 10), np.array([0.9, 0.6]), np.array(ghost), np.array([0.4 * n, 0.0]), whole, first, np.array([0.3, 0, 0, 0, 0.3]),
+                   np.array([0.1, 0, 0, 0, 0.1]))
     rollout = Rollout(Prompt(prompt, ()), (1,), ids, (0.0,) * len(ids), 0.0, "ab", ended)
     return Reading(rollout, writer, right, np.arange(n), n, np.array(types), np.array(student), np.array(teacher),
                    {"forward": np.array(forward), "reverse": np.array(reverse)}, {"forward": curve, "reverse": curve},
-                   np.full(n, 0.5), np.full(n, 0.8), np.full(n, -0.1))
+                   np.full(n, 0.5), np.full(n, 0.8), np.full(n, -0.1), np.array(bands), np.array(outside))
 
 
 def test_the_grid_has_both_directions_on_every_prefix():
@@ -61,6 +64,18 @@ def test_the_tail_on_numbers_by_hand():
     assert tail["sparsity"] == 1.0  # 0.4 of 0.6 is not 80 %: both tokens
 
 
+def test_bands_compare_their_share_of_the_kl_with_that_of_the_tokens():
+    rows = [reading(0, "teacher", bands=(0, 0)), reading(1, "teacher", bands=(0, 1))]
+    bands = diagnose_readings(rows)["tail"]["forward"]["bands"]
+    assert bands["top 10"] == pytest.approx({"share": 0.5, "share_at_10": 0.5, "frequency": 0.75, "lift": 2 / 3, "lift_at_10": 2 / 3})
+    assert bands["11-100"]["lift"] == 0 and bands["11-100"]["frequency"] == 0.25
+    assert bands["never seen"]["share"] == 0.5 and math.isnan(bands["never seen"]["lift"])
+    for key in ("share", "share_at_10", "frequency"):
+        assert sum(b[key] for b in bands.values()) == pytest.approx(1.0)
+    assert diagnose_readings(rows[::-1])["tail"]["forward"]["bands"] == bands
+    assert diagnose_readings([replace(r, band_n=None) for r in rows])["tail"]["forward"]["bands"] == {}
+
+
 def test_off_policy_compares_prompts_that_both_answered():
     rows = [reading(0, "teacher", forward=(0.1, 0.1)), reading(0, "student", forward=(0.3, 0.3)), reading(1, "student", forward=(9.0, 9.0))]
     off = diagnose_readings(rows)["off_policy"]
@@ -74,6 +89,26 @@ def test_effective_samples_fall_with_spread_weights_and_see_the_beginning_alone(
     same, far = reading(0, "teacher", student=(-1.0, -1.0), teacher=(-1.0, -1.0)), reading(1, "teacher", student=(-50.0, -1.0), teacher=(-1.0, -1.0))
     ess = diagnose_readings([same, far])["off_policy"]["effective_samples"]
     assert ess["whole"]["mean"] == pytest.approx(0.5) and list(ess) == ["whole"]  # no text is longer than 16 tokens
+
+
+def test_log_ratios_have_no_sign_and_a_tail():
+    rows = [reading(0, "teacher", student=(-3.0, -1.0), teacher=(-1.0, -1.0)), reading(1, "teacher", student=(-1.0, -1.0), teacher=(-1.0, -5.0))]
+    size = diagnose_readings(rows)["off_policy"]["log_ratio"]  # 2, 0, 0, 4
+    assert size["mean"]["mean"] == pytest.approx(1.5) and size["max"] == 4.0 and size["p99"] == pytest.approx(2 + 2 * 0.97)
+    assert "log_ratio" not in diagnose_readings([reading(0, "student")])["off_policy"]
+
+
+def test_what_the_teacher_solves_is_asked_of_the_student():
+    rows = [reading(0, "teacher", right=True, student=(-2.0, -1.0), teacher=(-1.0, -1.0), ids=(5, 9)),  # the last id is the stop token
+            reading(0, "teacher", right=False), reading(1, "teacher", right=True, student=(0.0, 0.0), teacher=(0.0, 0.0), ids=(5, 9)),
+            reading(0, "student", right=True), reading(0, "student", right=False), reading(1, "student", right=False),
+            reading(1, "student", right=False), reading(2, "student", right=True)]
+    gap = diagnose_readings(rows)["gap"]
+    bits = gap["right_teacher_bits_per_byte"]  # one content token over two bytes each, two texts
+    assert bits["student"]["mean"] == pytest.approx(2.0 / math.log(2) / 4) and bits["teacher"]["mean"] == pytest.approx(1.0 / math.log(2) / 4)
+    solved = gap["on_solved_by_teacher"]
+    assert solved["n"] == 2 and solved["pass_at_n"]["mean"] == 0.5 and solved["accuracy"]["mean"] == 0.25 and solved["accuracy"]["n"] == 2
+    assert not {"right_teacher_bits_per_byte", "on_solved_by_teacher"} & set(diagnose_readings(rows[-3:])["gap"])
 
 
 def test_the_gap_needs_finished_graded_texts_of_the_student():
@@ -90,6 +125,7 @@ def test_symptoms_of_the_student_only():
     rows = [reading(0, "student", right=True, student=(0.0, 0.0)), reading(1, "student", right=False, student=(0.0, 0.0), ended=False),
             reading(0, "teacher", ended=False)]
     s = diagnose_readings(rows)["symptoms"]
+    assert s["off_nucleus"] == 0.5  # the teacher's text does not count
     assert s["truncated"] == 0.5 and s["confidence"]["confident_wrong"] == 0.5 and s["confidence"]["overconfidence"] == 0.5
     assert diagnose_readings([reading(0, "teacher")])["symptoms"] == {}
 
@@ -120,6 +156,18 @@ def test_a_number_without_an_interval_is_no_verdict():
     assert [t["present"] for t in one] == [None] * 3 and all("cannot be said from 1 prompts" in t["advice"] for t in one)
     nobody = verdict(diagnose_readings([reading(i, "student", right=True) for i in range(3)]))[-1]
     assert nobody["present"] is None and nobody["n"] == 0
+
+
+@pytest.mark.parametrize("low, high, says", [(0.1, 0.3, "cleaner on the student's"), (-0.3, -0.1, "noisier on"), (-0.1, 0.3, "much alike")])
+def test_the_gradient_joins_the_advice_and_not_the_verdict(low, high, says):
+    found = many(False, 4.0, False)
+    plain = verdict(found)
+    one = {"student": {"unbiased": {"mean": 0.4}}, "teacher": {"unbiased": {"mean": 0.2}},
+           "on_minus_off": {"mean": 0.2, "low": low, "high": high, "off": "teacher"}}
+    found["off_policy"]["gradient"] = {"forward": one, "reverse": one}
+    told = verdict(found)
+    assert says in told[1]["advice"] and "signal to noise 0.4, and 0.2 on the teacher's" in told[1]["advice"]
+    assert [t | {"advice": ""} for t in told] == [t | {"advice": ""} for t in plain] and told[0] == plain[0]
 
 
 def test_without_student_texts_there_is_only_the_first_verdict():

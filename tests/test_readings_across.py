@@ -46,7 +46,7 @@ def test_classes_of_one_id_each_are_the_vocabulary(seed, T, mode):
     student, teacher = outputs(g, T, V), outputs(g, T, V)
     pools = pools_of(ClassMap("prefix", np.arange(V, dtype=np.int32), np.arange(V, dtype=np.int32), V, V - 1, "a", "b"))
     type_V = torch.randint(len(TYPES), (V,), generator=g)
-    for got, want in zip(*(vars(kl_profile(student, teacher, mode, type_V, len(TYPES), p)).values() for p in (pools, None))):
+    for got, want in zip(*(vars(kl_profile(student, teacher, mode, type_V, len(TYPES), pools=p)).values() for p in (pools, None))):
         assert got == want if isinstance(want, tuple) else torch.allclose(got, want, rtol=1e-9, atol=1e-11)
     for got, want in zip(*(vars(top_overlap(student, teacher, 4, p)).values() for p in (pools, None))):
         assert torch.allclose(got, want, rtol=1e-9, atol=1e-11)

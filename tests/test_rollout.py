@@ -101,7 +101,9 @@ def test_log_probabilities_are_those_of_what_was_sampled(s):
 
 @given(SAMPLINGS, st.integers(1, 12), st.permutations(range(5)))
 def test_texts_do_not_depend_on_blocks_order_or_rank(s, rows, order):
-    whole = generate(decode, Chat(), SOME, 3, s)
+    told = []
+    whole = generate(decode, Chat(), SOME, 3, s, told.append)
+    assert sum(told) == 3 * len(SOME)
     shuffled = generate(decode, Chat(), [SOME[i] for i in order], 3, replace(s, rows=rows))
     assert [shuffled[order.index(i)] for i in range(5)] == whole
     shards = [generate(decode, Chat(), SOME[rank::2], 3, s) for rank in range(2)]

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from reflux.trainer import traps
 from reflux.trainer.losses import Outputs
+from reflux.trainer.rollout import Sampling, _truncate
 from reflux.trainer.traps import (
     Graded,
     by_decile,
     effective_samples,
     keeps,
     kl_profile,
+    off_nucleus,
     slope,
     sparsity,
     tail_noise_index,
@@ -42,9 +44,9 @@ def kl_by_definition(p_V, q_V, mode):
 @given(T=st.integers(0, 4), V=st.integers(2, 40), mode=st.sampled_from(["forward", "reverse"]), seed=st.integers(0, 9999))
 def test_the_profile_is_the_definition(T, V, mode, seed):
     student, teacher = random_pair(T, V, seed)
-    types_V = torch.arange(V) % 3
-    got = kl_profile(student, teacher, mode, types_V, 3)
-    assert got.k[-1] == V and len(got.kl_T) == T
+    types_V, bands_V = torch.arange(V) % 3, torch.arange(V) // 7
+    got = kl_profile(student, teacher, mode, types_V, 3, bands_V, 6)
+    assert got.k[-1] == V and len(got.kl_T) == T and got.band_TM.shape == got.band_at_10_TM.shape == (T, 6)
     for t in range(T):
         p_V, q_V = student.hidden_TD[t].softmax(0), teacher.hidden_TD[t].softmax(0)
         term_V = kl_by_definition(p_V, q_V, mode)
@@ -67,6 +69,10 @@ def test_the_profile_is_the_definition(T, V, mode, seed):
             assert got.type_TN[t, n] == pytest.approx(float(term_V[types_V == n].sum()), abs=1e-12)
             kept = [v for v in rank_V[:10].tolist() if v % 3 == n]
             assert got.type_at_10_TN[t, n] == pytest.approx(float(term_V[kept].sum()), abs=1e-12)
+        for m in range(6):
+            assert got.band_TM[t, m] == pytest.approx(float(term_V[bands_V == m].sum()), abs=1e-12)
+            kept = [v for v in rank_V[:10].tolist() if v // 7 == m]
+            assert got.band_at_10_TM[t, m] == pytest.approx(float(term_V[kept].sum()), abs=1e-12)
 
 
 @given(mode=st.sampled_from(["forward", "reverse"]), seed=st.integers(0, 9999))
@@ -162,3 +168,30 @@ def test_top_overlap_by_hand():
     assert got.entropy_gap_T[0] == pytest.approx(0.0, abs=1e-12)  # the same four masses
     sure = top_overlap(outputs([[0.0, 0.0]]), outputs([[50.0, 0.0]]), 9)
     assert sure.overlap_T.tolist() == [1.0] and sure.entropy_gap_T[0] == pytest.approx(-math.log(2))
+
+
+def test_the_nucleus_by_hand():
+    """Masses 0.6, 0.3, 0.1: top-p 0.6 keeps the first only, 0.61 and 0.9 two, 0.95 all three."""
+    out, targets = outputs(torch.tensor([[0.1, 0.6, 0.3]]).log().repeat(3, 1)), torch.tensor([0, 1, 2])
+    assert off_nucleus(out, targets, 0.59).tolist() == [True, False, True]
+    assert off_nucleus(out, targets, 0.61).tolist() == off_nucleus(out, targets, 0.89).tolist() == [True, False, False]
+    assert off_nucleus(out, targets, 0.95).tolist() == [False] * 3
+    even = outputs(torch.zeros(4, 4))  # equal masses: the smaller id comes first
+    assert off_nucleus(even, torch.arange(4), 0.5).tolist() == [False, False, True, True]
+    assert off_nucleus(out._replace(hidden_TD=out.hidden_TD[:0]), targets[:0]).tolist() == []
+
+
+@given(top_p=st.floats(0.05, 0.999), seed=st.integers(0, 9999))
+def test_the_nucleus_is_what_the_sampler_keeps(top_p, seed):
+    out = random_pair(12, 12, seed)[0]
+    kept_TV = _truncate(out.hidden_TD, Sampling(1, top_p=top_p)) > -math.inf
+    for v in range(12):
+        assert (off_nucleus(out, torch.full((12,), v), top_p) == ~kept_TV[:, v]).all()
+
+
+def test_chunks_of_the_nucleus_change_nothing(monkeypatch):
+    out = random_pair(7, 50, 1)[0]
+    targets = torch.where(torch.arange(7) % 3 == 0, torch.arange(7), out.hidden_TD.argmax(1))
+    whole = off_nucleus(out, targets, 0.8)
+    monkeypatch.setattr(traps, "CHUNK_MIB", 2 * 50 * 8 / 2**20)  # two rows
+    assert whole.any() and not whole.all() and off_nucleus(out, targets, 0.8).tolist() == whole.tolist()

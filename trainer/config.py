@@ -160,11 +160,17 @@ class Diagnose:
     correction: bool = True  # cut right texts, insert an error, see whether the student still arrives
     correction_marker: str = " Wait, no: "  # how a correction would begin
     heat: int = 12  # texts in heat.html
+    gradient_batches: int = 16  # micro-batches of the gradient's signal to noise, at most one a prompt; 0: not measured
+    runs: tuple[str, ...] = ()  # folders of finished distillations of this pair, any seeds: was training stable?
 
     def __post_init__(self):
         positive(self, "student_texts", "teacher_texts", "top")
-        not_negative(self, "heat")
+        not_negative(self, "heat", "gradient_batches")
         fraction(self, "share")
+        if self.gradient_batches == 1:
+            raise ValueError("gradient_batches = 1: one gradient has no spread to compare it with; want 16 or more, or 0 to leave it out")
+        if len(set(self.runs)) < len(self.runs):
+            raise ValueError(f"runs = {list(self.runs)}; want each folder once, or its run counts twice")
         if not self.prefixes or len(set(self.prefixes)) < len(self.prefixes):
             raise ValueError(f"prefixes = {list(self.prefixes)}; want one or more of dataset, teacher, student, each once")
 

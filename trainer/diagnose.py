@@ -2,29 +2,36 @@
 
     model = the student, teacher = the teacher, data = any prompts, task = what grades texts (optional: without it no gap)
 """
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from .answers import answer_symptoms, own_errors
 from .batch import Prompt, Rollout
 from .chat import Chat, same_vocabulary
 from .config import Config
 from .diagnose_report import write_diagnosis
 from .diagnosis import diagnose_readings, flatten, verdict
+from .frequency_bands import count_ids, frequency_bands
+from .graders import Grade
+from .gradient_noise import deal, gradient_noise, gradients_of
+from .progress import progress
 from .prompts import load_prompts
-from .readings import Reading, read_texts
+from .readings import Asked, Reading, read_texts
 from .readings_across import pair_of, read_across
 from .rollout import Sampling, generate, given
+from .run_stability import read_stability
 from .symptoms import insert_error, recovery, revises
 from .tasks import build_task
 from .text_scores import score_ids
 from .token_types import token_types
 
-STREAM = {"student": 1 << 29, "teacher": (1 << 29) + 1, "clean": (1 << 29) + 2, "error": (1 << 29) + 3, "cut": 1 << 28}
+STREAM = {"student": 1 << 29, "teacher": (1 << 29) + 1, "clean": (1 << 29) + 2, "error": (1 << 29) + 3, "own": (1 << 29) + 4, "cut": 1 << 28}
 CUTS = (0.25, 0.5, 0.75)  # of a right text's tokens
 
 
@@ -33,11 +40,14 @@ class Diagnose:
 
     def __init__(self, cfg: Config, engine):
         self.cfg, self.engine, self.spec = cfg, engine, cfg.diagnose
+        self.runs = read_stability(cfg)  # a wrong folder is told before anything is loaded
         self.chat, self.teacher_chat = Chat(cfg.model.path), Chat(cfg.teacher.path)
         self.same = same_vocabulary(self.chat, self.teacher_chat)
         engine.vocab_size = min(engine.vocab_size, self.chat.vocab_size)
         self.teacher = engine.frozen(cfg.teacher)
         self.unaligned = 0  # texts of this rank that the two tokenizers do not spell alike
+        rows = engine.vocab_size, min(self.teacher.vocab_size, self.teacher_chat.vocab_size)
+        self.pair = None if self.same else pair_of(self.chat, self.teacher_chat, rows, engine.device)
         prompts = load_prompts(cfg.data.source, split=cfg.data.split, columns=cfg.data.columns, limit=cfg.data.limit)
         self.prompts = [prompts[i] for i in range(engine.rank, len(prompts), engine.world)]
         self.task = build_task(cfg.task.name, cfg.task.options) if cfg.task.name else None
@@ -47,47 +57,88 @@ class Diagnose:
 
     def run(self) -> dict[str, float]:
         """The whole diagnosis; returns the verdict's numbers on every rank."""
-        mine = list(chain.from_iterable(self._read(writer) for writer in self.spec.prefixes))
-        probe = self._correction([r for r in mine if r.right and r.rollout.ended])
-        readings = sorted(self.engine.gather(mine), key=lambda r: (r.writer, r.rollout.prompt.index))  # stable inside a prompt
-        found = diagnose_readings(readings, share=self.spec.share)
-        if not self.same:
-            found["across"] = (found["across"] or {}) | {"unaligned": int(self.engine.sum(self.unaligned))}
-        found["symptoms"] |= _recovery(self.engine.gather(probe))
+        with progress(self.engine.is_main and not self.cfg.log.quiet) as self._stage:
+            found, readings = self._measure()
         found["verdict"] = verdict(found)
         if self.engine.is_main:
             write_diagnosis(Path(self.cfg.folder), self.cfg, found, readings, (self.chat, self.teacher_chat))
         return flatten(found)
 
-    # the texts
-    def _read(self, writer: str) -> list[Reading]:
-        rollouts = self._texts(writer)
-        grades = [g.correct for g in self.task.grade(rollouts)] if self.task else [None] * len(rollouts)
-        texts = [(x, writer, g) for x, g in zip(rollouts, grades)]
-        options = {"tokens": self.cfg.batch.tokens, "top": self.spec.top, "joined": self.cfg.batch.pack}
+    def _measure(self) -> tuple[dict[str, Any], list[Reading]]:
+        gather, students = self.engine.gather, lambda rows: [r for r in rows if r.writer == "student"]
+        texts = {writer: self._texts(writer) for writer in self.spec.prefixes}
+        asked = self._asked(chain.from_iterable(texts.values())) if self.same else None
+        mine = list(chain.from_iterable(self._read(writer, rollouts, asked) for writer, rollouts in texts.items()))
+        probe = self._correction([r for r in mine if r.right and r.rollout.ended])
+        own = dict(gather(self._own_errors([r for r in students(mine) if r.right is False and r.rollout.ended])))
+        greedy = dict(gather(self._greedy(students(mine))))
+        readings = sorted(gather(mine), key=lambda r: (r.writer, r.rollout.prompt.index))  # stable inside a prompt
+        found = diagnose_readings(readings, share=self.spec.share)
         if not self.same:
-            rows = self.engine.vocab_size, min(self.teacher.vocab_size, self.teacher_chat.vocab_size)
-            pair = pair_of(self.chat, self.teacher_chat, rows, self.engine.device)
-            readings, lost = read_across(self.engine, self.teacher, texts, pair, **options)
-            self.unaligned += lost
-            return readings
-        return read_texts(self.engine, self.teacher, texts, (self.chat, self.teacher_chat),
-                          type_V=torch.from_numpy(token_types(self.chat.table, self.chat.stop_ids)), **options)
+            found["across"] = (found["across"] or {}) | {"unaligned": int(self.engine.sum(self.unaligned))}
+        answers = answer_symptoms(students(readings), greedy, names_answers=self._names_answers(readings))
+        found["symptoms"] |= answers | _recovery(gather(probe)) | own_errors(own, students(readings))
+        if gradient := self._gradient(readings):
+            found["off_policy"]["gradient"] = gradient
+        if self.runs:
+            found["runs"] = self.runs
+        return found, readings
+
+    def _gradient(self, readings: Sequence[Reading]) -> dict[str, Any]:
+        """Of the token KL, which two vocabularies do not have."""
+        groups = deal(readings, self.spec.gradient_batches) if self.spec.gradient_batches and self.same else {}
+        with self._stage("gradients", gradients_of(groups)) as advance:
+            return gradient_noise(self.engine, self.teacher, groups, (self.chat, self.teacher_chat), tokens=self.cfg.batch.tokens,
+                                  joined=self.cfg.batch.pack, advance=advance)
+
+    def _names_answers(self, readings: Sequence[Reading]) -> bool:
+        return self.task is not None and (":" not in self.cfg.task.name or any(r.answer is not None for r in readings))
+
+    # the texts
+    def _asked(self, rollouts: Iterable[Rollout]) -> Asked:
+        """Frequencies count all texts of all ranks, so every text has to exist before the first is read."""
+        counts = self.engine.gather([count_ids((r.ids for r in rollouts), len(self.chat.table))])
+        return Asked(self.spec.top, torch.from_numpy(token_types(self.chat.table, self.chat.stop_ids)),
+                     torch.from_numpy(frequency_bands(sum(counts))))
+
+    def _read(self, writer: str, rollouts: Sequence[Rollout], asked: Asked | None) -> list[Reading]:
+        """asked: None where the two vocabularies differ."""
+        grades = self.task.grade(rollouts) if self.task else [Grade(0.0, None)] * len(rollouts)
+        texts = [(x, writer, g) for x, g in zip(rollouts, grades)]
+        with self._stage(f"reading texts by the {writer}", len(rollouts)) as advance:
+            options = {"tokens": self.cfg.batch.tokens, "joined": self.cfg.batch.pack, "advance": advance}
+            if asked is None:
+                readings, lost = read_across(self.engine, self.teacher, texts, self.pair, top=self.spec.top, **options)
+                self.unaligned += lost
+                return readings
+            return read_texts(self.engine, self.teacher, texts, (self.chat, self.teacher_chat), asked=asked, **options)
 
     def _texts(self, writer: str) -> list[Rollout]:
         """In the student's ids, behind its own prompt; the teacher's own in its own, where it has another vocabulary."""
         if writer == "dataset":
             return [given(self.chat, p, self.cfg.rollout.max_tokens) for p in self.prompts]
         count = self.spec.student_texts if writer == "student" else self.spec.teacher_texts
-        if writer == "student":
-            with self.engine.publish() as decode:
-                groups = generate(decode, self.chat, self.prompts, count, self._draw(writer))
-            return list(chain.from_iterable(groups))
-        with self.engine.publish_frozen(self.teacher) as decode:
-            groups = generate(decode, self.teacher_chat, self.prompts, count, self._draw(writer))
+        with self._stage(f"texts by the {writer}", count * len(self.prompts)) as advance:
+            if writer == "student":
+                with self.engine.publish() as decode:
+                    groups = generate(decode, self.chat, self.prompts, count, self._draw(writer), advance)
+                return list(chain.from_iterable(groups))
+            with self.engine.publish_frozen(self.teacher) as decode:
+                groups = generate(decode, self.teacher_chat, self.prompts, count, self._draw(writer), advance)
         if not self.same:
             return list(chain.from_iterable(groups))
         return [replace(x, prompt_ids=self.chat.prompt_ids(x.prompt.messages)) for x in chain.from_iterable(groups)]
+
+    def _greedy(self, students: Sequence[Reading]) -> list[tuple[int, bool]]:
+        """(prompt, is the student's likeliest text right?), where its sampled texts have grades to compare with."""
+        if self.task is None or "student" not in self.spec.prefixes:
+            return []
+        graded = {r.rollout.prompt.index for r in students if r.right is not None}
+        prompts = [p for p in self.prompts if p.index in graded]
+        sampling = replace(self._draw("student"), greedy=True)
+        with self._stage("greedy texts by the student", len(prompts)) as advance, self.engine.publish() as decode:
+            texts = list(chain.from_iterable(generate(decode, self.chat, prompts, 1, sampling, advance)))
+        return [(x.prompt.index, bool(g.correct)) for x, g in zip(texts, self.task.grade(texts))]
 
     def _draw(self, stream: str) -> Sampling:
         r = self.cfg.rollout
@@ -111,10 +162,18 @@ class Diagnose:
                 row[f"{who}_gain"] = gain
         return rows
 
+    def _own_errors(self, wrong: Sequence[Reading]) -> list[tuple[int, bool]]:
+        """(prompt, right after all?) of the student's own wrong texts, one a prompt, cut in the middle and continued."""
+        if not self.spec.correction or self.task is None:
+            return []
+        first = {r.rollout.prompt.index: r.rollout for r in reversed(wrong)}
+        halves = [(x.prompt, half) for x in first.values() if (half := _beginning(self.chat, x, 0.5))]
+        return [(p.index, right) for (p, _), (right, _) in zip(halves, self._continue(halves, "own"))]
+
     def _continue(self, prefixes: Sequence[tuple[Prompt, str]], stream: str) -> list[tuple[bool, str]]:
         asked = [replace(p, messages=(*p.messages, {"role": "assistant", "content": prefix})) for p, prefix in prefixes]
-        with self.engine.publish() as decode:
-            groups = generate(decode, _Continued(self.chat), asked, 1, self._draw(stream))
+        with self._stage(f"continued texts, {stream}", len(asked)) as advance, self.engine.publish() as decode:
+            groups = generate(decode, _Continued(self.chat), asked, 1, self._draw(stream), advance)
         whole = [replace(g[0], prompt=p, text=prefix + g[0].text) for g, (p, prefix) in zip(groups, prefixes)]
         return [(bool(grade.correct), g[0].text) for grade, g in zip(self.task.grade(whole), groups)]
 
@@ -147,10 +206,16 @@ class _Continued:
 
 def _cut(chat: Chat, rollout: Rollout, share: float, draw: np.random.Generator) -> tuple[str, str] | None:
     """(the text's beginning, the same with one error at its end), or None where there is nothing to break."""
+    clean = _beginning(chat, rollout, share)
+    wrong = insert_error(clean, draw) if clean else None
+    return None if wrong is None else (clean, wrong)
+
+
+def _beginning(chat: Chat, rollout: Rollout, share: float) -> str | None:
+    """The text's first tokens, spelled; None where they are no true beginning of it."""
     ids = rollout.content_ids
-    clean = chat.decode(ids[:max(1, round(share * len(ids)))])
-    wrong = insert_error(clean, draw)
-    return None if wrong is None or not rollout.text.startswith(clean) or len(clean) == len(rollout.text) else (clean, wrong)
+    text = chat.decode(ids[:max(1, round(share * len(ids)))])
+    return text if text and rollout.text.startswith(text) and len(text) < len(rollout.text) else None
 
 
 def _first_difference(a: str, b: str) -> int:

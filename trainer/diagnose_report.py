@@ -13,6 +13,7 @@ from .diagnose_plots import plot_diagnosis
 from .diagnosis import estimate_text
 from .heat import heat_page
 from .readings import DIRECTIONS, Reading
+from .tables import plain, table, write_whole
 
 STOP = "<stop>"  # how a span page shows the end of a text
 
@@ -21,13 +22,13 @@ def write_diagnosis(folder: Path, cfg: Config, found: dict[str, Any], readings: 
     """Everything a person or a program wants to know later. chats: student's and teacher's. Files appear whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = token_rows(readings, *chats)
-    _write(folder / "tokens.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    _write(folder / "diagnosis.json", json.dumps(_plain(found), indent=1) + "\n")
+    write_whole(folder / "tokens.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_whole(folder / "diagnosis.json", json.dumps(plain(found), indent=1) + "\n")
     plots = plot_diagnosis(folder, found)
     shown = [row for writer in ("student", "teacher", "dataset") for row in rows if row["writer"] == writer][:cfg.diagnose.heat]
     if shown:
-        _write(folder / "heat.html", heat_page(shown, f"{cfg.model.path} (student) and {cfg.teacher.path} (teacher)"))
-    _write(folder / "report.md", render(cfg, found, plots, bool(shown)))
+        write_whole(folder / "heat.html", heat_page(shown, f"{cfg.model.path} (student) and {cfg.teacher.path} (teacher)"))
+    write_whole(folder / "report.md", render(cfg, found, plots, bool(shown)))
 
 
 def token_rows(readings: Sequence[Reading], chat: Chat, teacher_chat: Chat) -> list[dict]:
@@ -38,8 +39,9 @@ def token_rows(readings: Sequence[Reading], chat: Chat, teacher_chat: Chat) -> l
 
 
 def _row(r: Reading) -> dict:
-    return {"prompt": r.rollout.prompt.index, "writer": r.writer, "right": r.right, "text": r.rollout.text, "ids": list(r.rollout.ids),
-            "student_logp": _numbers(r.student_n), "teacher_logp": _numbers(r.teacher_n)}
+    return {"prompt": r.rollout.prompt.index, "writer": r.writer, "right": r.right, "answer": r.answer, "text": r.rollout.text,
+            "ids": list(r.rollout.ids), "student_logp": _numbers(r.student_n), "teacher_logp": _numbers(r.teacher_n),
+            **({} if r.outside_n is None else {"outside_nucleus": [int(x) for x in r.outside_n]})}
 
 
 def _span_row(r: Reading, chat: Chat, teacher_chat: Chat) -> dict:
@@ -72,43 +74,23 @@ def _numbers(x: Sequence[float]) -> list[float]:
     return [round(float(v), 6) for v in x]
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
-def _plain(x: Any) -> Any:
-    """JSON has no NaN: null stands for it."""
-    if isinstance(x, Mapping):
-        return {k: _plain(v) for k, v in x.items()}
-    if isinstance(x, list | tuple):
-        return [_plain(v) for v in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
 def render(cfg: Config, found: Mapping[str, Any], plots: Mapping[str, str], heat: bool) -> str:
     """report.md: the verdict on one page, then the tables behind it."""
     parts = [f"# Diagnosis: student `{cfg.model.path}`, teacher `{cfg.teacher.path}`", _verdict(found), _texts(found), _across(found),
-             _grid(found), _tail(found), _off_policy(found), _gap(found), _symptoms(found)]
+             _grid(found), _tail(found), _off_policy(found), _runs(found), _gap(found), _symptoms(found)]
     parts += [f"![{title}]({name})" for name, title in plots.items()]
     if heat:
         parts.append("Some texts, token by token: [heat.html](heat.html). Every number of every token: `tokens.jsonl`.")
-    parts.append("Intervals are 95 %, bootstrapped over prompts. KL forward is teacher || student, reverse student || teacher, in nats. "
+    parts.append("Intervals are 95 %, bootstrapped over prompts (gradients: jackknife over micro-batches; runs: Student's t). KL forward is teacher || student, reverse student || teacher, in nats. "
                  "Definitions: docs/method.md.")
     return "\n\n".join(p for p in parts if p) + "\n"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
 
 def _verdict(found: Mapping[str, Any]) -> str:
     said = {True: "**caught**", False: "not caught", None: "unknown"}
     rows = [(t["trap"], said[t["present"]], f"{t['measure']}: {estimate_text(t)}", f"{t['reference']:g}", t["advice"])
             for t in found["verdict"]]
-    return _table(("trap", "", "measured", "healthy pair", "what to do"), rows)
+    return table(("trap", "", "measured", "healthy pair", "what to do"), rows)
 
 
 def _texts(found: Mapping[str, Any]) -> str:
@@ -136,7 +118,7 @@ def _grid(found: Mapping[str, Any]) -> str:
             for d in DIRECTIONS for w, cell in found["grid"][d].items()]
     rows += [(f"{d}, sampled tokens only", f"{'teacher' if d == 'forward' else 'student'}", "", "", estimate_text(s["sampled_tokens"]))
              for d, s in found["sequence"].items()]
-    return "## KL by direction and prefix\n\n" + _table(("KL", "prefix by", "per token", "per byte", "per text"), rows)
+    return "## KL by direction and prefix\n\n" + table(("KL", "prefix by", "per token", "per byte", "per text"), rows)
 
 
 def _tail(found: Mapping[str, Any]) -> str:
@@ -148,8 +130,21 @@ def _tail(found: Mapping[str, Any]) -> str:
     types = [(name, *(f"{found['tail'][d]['types'][name][key]:.1%}" for d in DIRECTIONS for key in ("share", "share_at_10")),
               f"{found['tail']['forward']['types'][name]['frequency']:.1%}") for name in found["tail"]["forward"]["types"]]
     head = ("KL", f"classes that hold {share:.0%}", "gradient outside them", "tail-noise index", "tokens that hold 80 %")
-    return ("## Tail noise\n\n" + _table(head, rows) + "\n\n"
-            + _table(("token type", "forward KL", "in the first 10", "reverse KL", "in the first 10", "frequency"), types))
+    return "\n\n".join(filter(None, (
+        "## Tail noise", table(head, rows),
+        table(("token type", "forward KL", "in the first 10", "reverse KL", "in the first 10", "frequency"), types), _bands(found))))
+
+
+def _bands(found: Mapping[str, Any]) -> str:
+    """KL by how frequent a class is in the texts; frequencies are those of each direction's own texts."""
+    rows = [(name, d, f"{b['share']:.1%}", f"{b['share_at_10']:.1%}", f"{b['frequency']:.1%}", _number(b["lift"]), _number(b["lift_at_10"]))
+            for d in DIRECTIONS for name, b in found["tail"][d]["bands"].items()]
+    head = ("classes by frequency", "KL", "share of it", "in the first 10", "of the tokens", "lift", "in the first 10")
+    return table(head, rows) if rows else ""
+
+
+def _number(x: float) -> str:
+    return f"{x:.2f}" if math.isfinite(x) else "-"
 
 
 def _off_policy(found: Mapping[str, Any]) -> str:
@@ -158,13 +153,47 @@ def _off_policy(found: Mapping[str, Any]) -> str:
     rows += [(f"KL {d}: change from first to last tenth, student prefixes (teacher prefixes)", f"{s['student']:+.3f} ({s['teacher']:+.3f})")
              for d, s in o.get("drift", {}).items()]
     rows += [(f"effective share of teacher texts under the student, {name}", estimate_text(e)) for name, e in o.get("effective_samples", {}).items()]
-    return "## Off-policy instability\n\n" + _table(("measure", "value"), rows) if rows else ""
+    if size := o.get("log_ratio"):
+        rows.append(("log-ratio of the teacher's tokens, size in nats: mean; 99 % are below; largest",
+                     f"{estimate_text(size['mean'])}; {size['p99']:.2f}; {size['max']:.2f}"))
+    rows += _gradient(o.get("gradient"))
+    return "## Off-policy instability\n\n" + table(("measure", "value"), rows) if rows else ""
+
+
+def _gradient(gradient: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if not gradient:
+        return []
+    size = f"{gradient['batches']} micro-batches, {gradient['texts_of_each']} texts by each writer"
+    rows = [(f"signal to noise of the gradient, KL {d}, texts by the {w} ({size}, {tokens} tokens)", estimate_text(gradient[d][w]["unbiased"]))
+            for d in DIRECTIONS for w, tokens in gradient["tokens"].items()]
+    return rows + [(f"signal to noise of the gradient, KL {d}: student's texts - {gradient[d]['on_minus_off']['off']}'s",
+                    estimate_text(gradient[d]["on_minus_off"])) for d in DIRECTIONS if "on_minus_off" in gradient[d]]
+
+
+def _runs(found: Mapping[str, Any]) -> str:
+    r = found.get("runs")
+    if not r:
+        return ""
+    rows = [(x["folder"], x["seed"], x["steps"], f"{x['unstable']:.1%}", f"{x['worst']:.1f}",
+             ", ".join(f"{m} {v:.3f}" for m, v in x["scores"].items()) or "-") for x in r["runs"]]
+    if len(r["runs"]) > 1:
+        score = r["score"]
+        rows.append(("all", "", sum(x["steps"] for x in r["runs"]), f"{r['unstable']:.1%}", f"{r['worst']:.1f}",
+                     f"{score['metric']} {estimate_text(score)}, range {score['range']:.3f}" if score else "-"))
+    head = ("run", "seed", "steps", "gradient norm over 10 x running median", "largest / median norm", "last score")
+    return "## Finished distillations of this pair\n\n" + table(head, rows)
 
 
 def _gap(found: Mapping[str, Any]) -> str:
     g = found["gap"]
     rows = [("top-K overlap", estimate_text(g["overlap"])), ("teacher mass in the student's top K", estimate_text(g["teachable"])),
             ("entropy of teacher - student, nats", estimate_text(g["entropy_gap"]))]
+    if bits := g.get("right_teacher_bits_per_byte"):
+        rows.append(("right teacher texts, bits per byte under the student (teacher)",
+                     f"{estimate_text(bits['student'])} ({estimate_text(bits['teacher'])})"))
+    if solved := g.get("on_solved_by_teacher"):
+        rows += [(f"student's pass@{solved['n']} where the teacher was right once ({solved['accuracy']['n']} prompts)",
+                  estimate_text(solved["pass_at_n"])), ("student's accuracy there", estimate_text(solved["accuracy"]))]
     if wrong := g.get("wrong_trace"):
         rows += [(f"wrong-trace preference ({wrong['usable_prompts']} prompts with right and wrong texts)", estimate_text(wrong["pair"])),
                  ("the same, pairs of like length", estimate_text(wrong["matched_pair"])),
@@ -172,18 +201,28 @@ def _gap(found: Mapping[str, Any]) -> str:
                  ("pull towards wrong texts, nats/byte", estimate_text(wrong["pull"])), ("bytes of wrong / right texts", f"{wrong['length_gap']:.2f}")]
     if "degraded_prefix" in g:
         rows.append(("reverse KL on wrong / on right texts", f"{g['degraded_prefix']:.2f}"))
-    return "## Teacher-student gap\n\n" + _table(("measure", "value"), rows)
+    return "## Teacher-student gap\n\n" + table(("measure", "value"), rows)
 
 
 def _symptoms(found: Mapping[str, Any]) -> str:
     s = found["symptoms"]
-    named = {"repeated_4grams": "repeated 4-grams", "looping": "looping texts", "truncated": "cut at the limit", "broken_text": "broken characters"}
+    named = {"repeated_4grams": "repeated 4-grams", "looping": "looping texts", "truncated": "cut at the limit", "broken_text": "broken characters",
+             "format_breaks": "finished texts without an answer", "off_nucleus": "sampled tokens outside the teacher's top-p 0.999 set"}
     rows = [(title, f"{s[key]:.1%}") for key, title in named.items() if key in s]
     if c := s.get("confidence"):
         rows += [("wrong with confidence >= 0.9", f"{c['confident_wrong']:.1%}"), ("mean confidence - accuracy", f"{c['overconfidence']:+.3f}"),
                  ("expected calibration error", f"{c['ece']:.3f}"), ("AUROC of confidence", f"{c['auroc']:.3f}")]
+    if c := s.get("vote_confidence"):
+        rows += [("votes as confidence: wrong with >= 0.9", f"{c['confident_wrong']:.1%}"),
+                 ("votes as confidence: mean - accuracy of the winner", f"{c['overconfidence']:+.3f}"),
+                 ("votes as confidence: calibration error, AUROC", f"{c['ece']:.3f}, {_number(c['auroc'])}")]
+    if g := s.get("sampling"):
+        rows.append(("accuracy greedy - at temperature 1", f"{estimate_text(g['gap'])} ({g['greedy']['mean']:.1%} - {g['sampled']['mean']:.1%})"))
+    if c := s.get("own_error"):
+        rows.append((f"right after half of its own wrong text ({c['texts']} texts); from the start on the same prompts",
+                     f"{estimate_text(c['right_after'])}; {estimate_text(c['right_from_the_start'])}"))
     if c := s.get("correction"):
         rows += [(f"right after a clean prefix / after an error ({c['cuts']} cuts)", f"{c['right_after_clean']:.1%} / {c['right_after_error']:.1%}"),
                  ("recovery", f"{c['recovery']:.2f}"), ("texts that revise themselves", f"{c['revises']:.1%}"),
                  ("log p(correcting) - log p(going on), student (teacher), nats", f"{c['student_gain']:+.2f} ({c['teacher_gain']:+.2f})")]
-    return "## Symptoms of the student\n\n" + _table(("measure", "value"), rows) if rows else ""
+    return "## Symptoms of the student\n\n" + table(("measure", "value"), rows) if rows else ""

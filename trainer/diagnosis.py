@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .frequency_bands import BANDS
 from .readings import DIRECTIONS, Reading, per_prompt
 from .stats import Estimate, bootstrap, bootstrap_ratio
 from .symptoms import confidence_report, loops, repeated_ngrams
@@ -100,7 +101,21 @@ def _tail(rows: Sequence[Reading], direction: str, share: float) -> dict[str, An
             "tail_noise_index": bootstrap(index_of, keys)._asdict(),
             "sparsity": sparsity(np.concatenate([r.kl[direction] for r in rows])),
             "types": {name: {"share": _safe(total_N[i], total_N.sum()), "share_at_10": _safe(head_N[i], head_N.sum()),
-                             "frequency": float(frequency_N[i])} for i, name in enumerate(TYPES)}}
+                             "frequency": float(frequency_N[i])} for i, name in enumerate(TYPES)},
+            "bands": _bands(rows, direction)}
+
+
+def _bands(rows: Sequence[Reading], direction: str) -> dict[str, dict[str, float]]:
+    """Share of the KL against share of the tokens by how frequent a class is; lift = the one / the other."""
+    if any(r.band_n is None for r in rows):
+        return {}
+    curves = [r.curves[direction] for r in rows]
+    share_M, share_at_10_M, frequency_M = (x / max(x.sum(), 1e-300) for x in (
+        sum(c.band_M for c in curves), sum(c.band_at_10_M for c in curves),
+        sum(np.bincount(r.band_n, minlength=len(BANDS)).astype(float) for r in rows)))
+    return {name: {"share": float(share_M[i]), "share_at_10": float(share_at_10_M[i]), "frequency": float(frequency_M[i]),
+                   "lift": _safe(share_M[i], frequency_M[i]), "lift_at_10": _safe(share_at_10_M[i], frequency_M[i])}
+            for i, name in enumerate(BANDS)}
 
 
 def _by_prompt(rows: Sequence[Reading], value: Callable[[Reading], np.ndarray]) -> dict[int, np.ndarray]:
@@ -116,6 +131,7 @@ def _off_policy(by_writer: Mapping[str, Sequence[Reading]]) -> dict[str, Any]:
                                         for d in DIRECTIONS}}
     if "teacher" in by_writer:
         found["effective_samples"] = _effective(by_writer["teacher"])
+        found["log_ratio"] = _log_ratio(by_writer["teacher"])
     if {"teacher", "student"} <= by_writer.keys():
         found["prefix_ratio"] = {d: _prefix_ratio(by_writer, d) for d in DIRECTIONS}
         found["drift"] = {d: {"student": slope(found["decile"][d]["student"]), "teacher": slope(found["decile"][d]["teacher"])}
@@ -144,6 +160,14 @@ def _effective(rows: Sequence[Reading]) -> dict[str, dict]:
     return {name: bootstrap(ess(first), sorted(of_prompt))._asdict() for name, first in named.items()}
 
 
+def _log_ratio(rows: Sequence[Reading]) -> dict[str, Any]:
+    """|log p_student - log p_teacher| of the teacher's tokens, nats: what the importance weights are made of."""
+    size_of = lambda r: np.abs(r.student_n - r.teacher_n)
+    size_T = np.concatenate([size_of(r) for r in rows])
+    return {"mean": _ratio(rows, lambda r: float(size_of(r).sum()), lambda r: len(r.student_n)),
+            "p99": float(np.quantile(size_T, 0.99)) if len(size_T) else math.nan, "max": float(size_T.max(initial=0.0))}
+
+
 def _prefix_ratio(by_writer: Mapping[str, Sequence[Reading]], direction: str) -> dict:
     """KL per token on the student's prefixes / on the teacher's, over the prompts that both answered."""
     sums = {w: (per_prompt(by_writer[w], lambda r: float(r.kl[direction].sum())), per_prompt(by_writer[w], lambda r: r.states))
@@ -164,6 +188,7 @@ def _gap(students: Sequence[Reading], everything: Sequence[Reading]) -> dict[str
         "overlap": _ratio(everything, lambda r: float(r.overlap_n.sum()), tokens),
         "teachable": _ratio(everything, lambda r: float(r.teachable_n.sum()), tokens),
         "entropy_gap": _ratio(everything, lambda r: float(r.entropy_gap_n.sum()), tokens)}
+    found |= _solved_by_teacher(students, [r for r in everything if r.writer == "teacher" and r.right])
     graded = [r for r in students if r.right is not None and r.rollout.ended and r.n_bytes]
     if not graded:
         return found
@@ -180,6 +205,22 @@ def _gap(students: Sequence[Reading], everything: Sequence[Reading]) -> dict[str
     return found
 
 
+def _solved_by_teacher(students: Sequence[Reading], solved: Sequence[Reading]) -> dict[str, Any]:
+    """Right teacher texts in bits per byte (the stop token left out), and does the student solve those prompts in any of its texts?"""
+    found: dict[str, Any] = {}
+    if any(r.n_bytes for r in solved):
+        bits = lambda logp_n, r: -float(logp_n[:len(logp_n) - r.rollout.ended].sum()) / math.log(2)
+        found["right_teacher_bits_per_byte"] = {"student": _ratio(solved, lambda r: bits(r.student_n, r), lambda r: r.n_bytes),
+                                                "teacher": _ratio(solved, lambda r: bits(r.teacher_n, r), lambda r: r.n_bytes)}
+    prompts = {r.rollout.prompt.index for r in solved}
+    tried = [r for r in students if r.right is not None and r.rollout.prompt.index in prompts]
+    if tried:
+        right, count = per_prompt(tried, lambda r: float(bool(r.right))), per_prompt(tried, lambda r: 1.0)
+        found["on_solved_by_teacher"] = {"n": int(max(count.values())), "pass_at_n": _over_prompts({i: float(x > 0) for i, x in right.items()}),
+                                         "accuracy": _over_prompts({i: right[i] / count[i] for i in right})}
+    return found
+
+
 def _over_prompts(values: Mapping[int, float]) -> dict:
     return bootstrap(lambda drawn: float(np.mean([values[i] for i in drawn])), sorted(values))._asdict()
 
@@ -193,6 +234,8 @@ def _symptoms(students: Sequence[Reading]) -> dict[str, Any]:
         "repeated_4grams": float(np.mean([repeated_ngrams(i) for i in ids])), "looping": float(np.mean([loops(i) for i in ids])),
         "truncated": float(np.mean([not r.rollout.ended for r in students])),
         "broken_text": float(np.mean(["\ufffd" in r.rollout.text for r in students]))}
+    if all(r.outside_n is not None for r in students):
+        found["off_nucleus"] = _safe(sum(int(r.outside_n.sum()) for r in students), sum(len(r.outside_n) for r in students))
     graded = [r for r in students if r.right is not None and len(r.student_n)]
     if graded:
         sure = [math.exp(float(r.student_n.sum()) / r.tokens) for r in graded]
@@ -226,8 +269,18 @@ def _off_policy_verdict(found: Mapping[str, Any]) -> dict[str, Any] | None:
     advice = ("distill.on_policy > 0: the pair differs more where the student walks than where the teacher does, and off-policy "
               f"texts never go there (effective share of the teacher's texts under the student: {ess:.0%})")
     healthy = "off-policy texts are as good a place to learn as the student's own; they are cheaper"
+    advice, healthy = (words + _gradient_words(found["off_policy"].get("gradient"), direction) for words in (advice, healthy))
     return _trap("off-policy instability", f"{direction} KL on student prefixes / on teacher prefixes", ratio[direction], 1.0, advice,
                  healthy)
+
+
+def _gradient_words(gradient: Mapping[str, Any] | None, direction: str) -> str:
+    apart = gradient[direction].get("on_minus_off") if gradient else None
+    if not apart or math.isnan(apart["mean"]):
+        return ""
+    on, off = (gradient[direction][w]["unbiased"]["mean"] for w in ("student", apart["off"]))
+    which = "cleaner on the student's texts" if apart["low"] > 0 else "noisier on the student's texts" if apart["high"] < 0 else "much alike"
+    return f"; a gradient is {which}: signal to noise {on:.3g}, and {off:.3g} on the {apart['off']}'s"
 
 
 def _gap_verdict(found: Mapping[str, Any]) -> dict[str, Any] | None:

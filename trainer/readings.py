@@ -2,7 +2,8 @@
 
 Both models read the same ids, each behind its own rendering of the prompt. Nothing of size [T, V] outlives a micro-batch.
 
-Shapes: n response tokens of one text (stop token included), K grid of kept classes, N token types, T tokens of a batch.
+Shapes: n response tokens of one text (stop token included), K grid of kept classes, N token types, M frequency bands, T tokens of
+a batch, V vocabulary.
 """
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,12 @@ from torch import Tensor
 
 from .batch import Rollout, Sample, TeacherView, pack
 from .chat import Chat
+from .frequency_bands import BANDS
+from .graders import Grade
 from .losses import Outputs, token_logprob_of
+from .progress import Advance, ignore
 from .token_types import TYPES
-from .traps import KLProfile, kl_profile, top_overlap
+from .traps import KLProfile, kl_profile, off_nucleus, top_overlap
 
 DIRECTIONS = ("forward", "reverse")  # KL(teacher || student), KL(student || teacher)
 
@@ -31,6 +35,8 @@ class Curves:
     gradient_tail_K: np.ndarray  # divide by the number of tokens
     type_N: np.ndarray
     type_at_10_N: np.ndarray
+    band_M: np.ndarray | None = None  # None: not measured
+    band_at_10_M: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +68,9 @@ class Reading:
     overlap_n: np.ndarray  # of the two top-K sets
     teachable_n: np.ndarray  # teacher mass inside the student's top K
     entropy_gap_n: np.ndarray  # H(teacher) - H(student)
+    band_n: np.ndarray | None = None  # index into BANDS; None: not measured
+    outside_n: np.ndarray | None = None  # bool: outside the teacher's top-p set; None: not measured
+    answer: str | None = None  # what the grader took for the answer
     across: Across | None = None
 
     @property
@@ -80,9 +89,24 @@ class Reading:
         return self.start_n if self.across is None else self.start_n[self.across.place_span]
 
 
-def read_texts(engine: Any, teacher: Any, texts: Sequence[tuple[Rollout, str, bool | None]], chats: tuple[Chat, Chat], *,
-               tokens: int, top: int, type_V: Tensor, joined: bool = False) -> list[Reading]:
-    """Readings of (rollout in the student's ids, writer, right?), in their order. chats: student's and teacher's. Collective."""
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What is asked of every state beside its KL."""
+
+    top: int  # K of the overlap of most likely classes
+    type_V: Tensor  # index into TYPES
+    band_V: Tensor  # index into BANDS
+
+    def to(self, device: torch.device) -> "Asked":
+        return Asked(self.top, self.type_V.to(device), self.band_V.to(device))
+
+
+def read_texts(engine: Any, teacher: Any, texts: Sequence[tuple[Rollout, str, Grade]], chats: tuple[Chat, Chat], *,
+               tokens: int, asked: Asked, joined: bool = False, advance: Advance = ignore) -> list[Reading]:
+    """Readings of (rollout in the student's ids, writer, its grade), in their order. chats: student's and teacher's. Collective.
+
+    advance: told how many texts are new after every micro-batch.
+    """
     student_chat, teacher_chat = chats
     samples = [Sample(r, teacher_views=(TeacherView(teacher_chat.prompt_ids(r.prompt.messages)),)) for r, _, _ in texts]
     found: list[Reading | None] = [None] * len(samples)
@@ -90,10 +114,11 @@ def read_texts(engine: Any, teacher: Any, texts: Sequence[tuple[Rollout, str, bo
     for batch in engine.even(pack(samples, tokens=tokens, seq_len=engine.seq_len, joined=joined)):
         batch = batch.to(engine.device)
         with engine.read(engine, batch, V) as student, engine.read(teacher, batch.for_teacher(), V) as other:
-            measured = _measure(student, other, batch.target_T, top, type_V.to(engine.device))
+            measured = _measure(student, other, batch.target_T, asked.to(engine.device))
         which = batch.sample_T.cpu().numpy()
         for i in np.unique(which):
-            found[i] = _reading(texts[i], student_chat, type_V, measured, np.flatnonzero(which == i))
+            found[i] = _reading(texts[i], student_chat, asked, measured, np.flatnonzero(which == i))
+        advance(len(np.unique(which)))
     return found
 
 
@@ -107,14 +132,15 @@ class _Measured:
     overlap_T: np.ndarray
     teachable_T: np.ndarray
     entropy_gap_T: np.ndarray
+    outside_T: np.ndarray
 
 
-def _measure(student: Outputs, teacher: Outputs, target_T: Tensor, top: int, type_V: Tensor) -> _Measured:
+def _measure(student: Outputs, teacher: Outputs, target_T: Tensor, asked: Asked) -> _Measured:
     with torch.no_grad():
-        profiles = {d: on_host(kl_profile(student, teacher, d, type_V, len(TYPES))) for d in DIRECTIONS}
-        meeting = top_overlap(student, teacher, top)
+        profiles = {d: on_host(kl_profile(student, teacher, d, asked.type_V, len(TYPES), asked.band_V, len(BANDS))) for d in DIRECTIONS}
+        meeting, outside_T = top_overlap(student, teacher, asked.top), off_nucleus(teacher, target_T)
         logps = [token_logprob_of(out, target_T).logp.double().cpu().numpy() for out in (student, teacher)]
-    return _Measured(*logps, profiles, *(x.cpu().numpy() for x in vars(meeting).values()))
+    return _Measured(*logps, profiles, *(x.cpu().numpy() for x in (*vars(meeting).values(), outside_T)))
 
 
 def on_host(profile: KLProfile) -> KLProfile:
@@ -124,17 +150,19 @@ def on_host(profile: KLProfile) -> KLProfile:
 def curves_of(profile: KLProfile) -> Curves:
     """Of one text's states, on the host."""
     return Curves(profile.k, *(getattr(profile, name).sum(0).numpy() for name in
-                               ("raw_TK", "ghost_TK", "gradient_tail_TK", "type_TN", "type_at_10_TN")))
+                               ("raw_TK", "ghost_TK", "gradient_tail_TK", "type_TN", "type_at_10_TN", "band_TM", "band_at_10_TM")))
 
 
-def _reading(text: tuple[Rollout, str, bool | None], chat: Chat, type_V: Tensor, m: _Measured, rows: np.ndarray) -> Reading:
-    rollout, writer, right = text
+def _reading(text: tuple[Rollout, str, Grade], chat: Chat, asked: Asked, m: _Measured, rows: np.ndarray) -> Reading:
+    rollout, writer, grade = text
     ids = list(rollout.ids)
     length_n = chat.table.lens[ids]
     kl = {d: p.kl_T[rows].numpy() for d, p in m.profiles.items()}
     curves = {d: curves_of(p.rows(rows)) for d, p in m.profiles.items()}
-    return Reading(rollout, writer, right, np.cumsum(length_n) - length_n, int(length_n.sum()), type_V.cpu().numpy()[ids],
-                   m.student_T[rows], m.teacher_T[rows], kl, curves, m.overlap_T[rows], m.teachable_T[rows], m.entropy_gap_T[rows])
+    type_n, band_n = (x.cpu().numpy()[ids] for x in (asked.type_V, asked.band_V))
+    return Reading(rollout, writer, grade.correct, np.cumsum(length_n) - length_n, int(length_n.sum()), type_n,
+                   m.student_T[rows], m.teacher_T[rows], kl, curves, m.overlap_T[rows], m.teachable_T[rows], m.entropy_gap_T[rows],
+                   band_n, m.outside_T[rows], grade.extracted)
 
 
 def per_prompt(readings: Sequence[Reading], value: Callable[[Reading], float]) -> dict[int, float]:

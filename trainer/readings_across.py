@@ -21,7 +21,9 @@ from reflux.tokenalign.vocab_map import Vocabulary, common, prefix
 
 from .batch import Rollout, Sample, TeacherView, pack
 from .chat import Chat
+from .graders import Grade
 from .losses import Outputs, at_places
+from .progress import Advance, ignore
 from .readings import DIRECTIONS, Across, Reading, curves_of, on_host
 from .text_scores import Aligned, Scored, align_texts, score_ids
 from .token_types import TYPES, token_types
@@ -58,7 +60,7 @@ class _Text:
 
     rollout: Rollout  # in the student's ids
     writer: str
-    right: bool | None
+    grade: Grade
     teacher_ids: tuple[int, ...]  # without the stop token
     student_span: np.ndarray  # [n] of the content tokens
     teacher_span: np.ndarray
@@ -67,20 +69,20 @@ class _Text:
     bounds: np.ndarray  # [S] where each span ends, bytes
 
 
-def read_across(engine: Any, teacher: Any, texts: Sequence[tuple[Rollout, str, bool | None]], pair: Pair, *, tokens: int, top: int,
-                joined: bool = False) -> tuple[list[Reading], int]:
-    """Readings of (rollout in its writer's ids, writer, right?) in their order, and how many could not be aligned. Collective."""
+def read_across(engine: Any, teacher: Any, texts: Sequence[tuple[Rollout, str, Grade]], pair: Pair, *, tokens: int, top: int,
+                joined: bool = False, advance: Advance = ignore) -> tuple[list[Reading], int]:
+    """Readings of (rollout in its writer's ids, writer, its grade) in their order, and how many could not be aligned. Collective."""
     aligned = _align(texts, pair)
     kept = [t for t in aligned if t is not None]
     student_scores = score_ids(engine, engine, [(t.rollout.prompt_ids, t.rollout.content_ids) for t in kept], pair.student, tokens=tokens)
     teacher_scores = score_ids(teacher, engine, [(pair.teacher.prompt_ids(t.rollout.prompt.messages), t.teacher_ids) for t in kept],
                                pair.teacher, tokens=tokens)
-    measured = _measure_places(engine, teacher, kept, pair, tokens=tokens, top=top, joined=joined)
+    measured = _measure_places(engine, teacher, kept, pair, tokens=tokens, top=top, joined=joined, advance=advance)
     found = [_reading(t, a, b, m, pair) for t, a, b, m in zip(kept, student_scores, teacher_scores, measured)]
     return found, len(aligned) - len(kept)
 
 
-def _align(texts: Sequence[tuple[Rollout, str, bool | None]], pair: Pair) -> list[_Text | None]:
+def _align(texts: Sequence[tuple[Rollout, str, Grade]], pair: Pair) -> list[_Text | None]:
     found: list[_Text | None] = [None] * len(texts)
     for by_teacher, chats in ((False, (pair.student, pair.teacher)), (True, (pair.teacher, pair.student))):
         mine = [i for i, (_, writer, _) in enumerate(texts) if (writer == "teacher") == by_teacher]
@@ -89,15 +91,15 @@ def _align(texts: Sequence[tuple[Rollout, str, bool | None]], pair: Pair) -> lis
     return found
 
 
-def _text(text: tuple[Rollout, str, bool | None], a: Aligned, pair: Pair, by_teacher: bool) -> _Text:
-    rollout, writer, right = text
+def _text(text: tuple[Rollout, str, Grade], a: Aligned, pair: Pair, by_teacher: bool) -> _Text:
+    rollout, writer, grade = text
     bounds = a.parts[0].bounds
     spans, places = (a.writer_span, a.reader_span), (a.starts.a, a.starts.b)
     if not by_teacher:
-        return _Text(rollout, writer, right, a.reader_ids, *spans, a.starts.span, places, bounds)
+        return _Text(rollout, writer, grade, a.reader_ids, *spans, a.starts.span, places, bounds)
     ids = a.reader_ids + ((pair.student.stop_id,) if rollout.ended else ())
     own = replace(rollout, prompt_ids=pair.student.prompt_ids(rollout.prompt.messages), ids=ids, logp=(0.0,) * len(ids))
-    return _Text(own, writer, right, rollout.content_ids, *spans[::-1], a.starts.span, places[::-1], bounds)
+    return _Text(own, writer, grade, rollout.content_ids, *spans[::-1], a.starts.span, places[::-1], bounds)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +113,8 @@ class _Places:
     common_P2: np.ndarray  # mass of the shared classes, student's and teacher's
 
 
-def _measure_places(engine: Any, teacher: Any, texts: Sequence[_Text], pair: Pair, *, tokens: int, top: int, joined: bool) -> list[_Places]:
+def _measure_places(engine: Any, teacher: Any, texts: Sequence[_Text], pair: Pair, *, tokens: int, top: int, joined: bool,
+                    advance: Advance) -> list[_Places]:
     samples = [Sample(t.rollout, teacher_views=(_view(t, pair.teacher),)) for t in texts]
     found: list[Any] = [None] * len(texts)
     for batch in engine.even(pack(samples, tokens=tokens, seq_len=engine.seq_len, joined=joined)):
@@ -120,13 +123,14 @@ def _measure_places(engine: Any, teacher: Any, texts: Sequence[_Text], pair: Pai
         with (engine.read(engine, batch, pair.pools.student.num_ids) as student,
               engine.read(teacher, batch.for_teacher(), pair.pools.teacher.num_ids) as other, torch.no_grad()):
             outputs = at_places(student, place_P), other
-            profiles = {d: on_host(kl_profile(*outputs, d, pair.class_type_N, len(TYPES), pair.pools)) for d in DIRECTIONS}
+            profiles = {d: on_host(kl_profile(*outputs, d, pair.class_type_N, len(TYPES), pools=pair.pools)) for d in DIRECTIONS}
             meeting = [x.cpu().numpy() for x in vars(top_overlap(*outputs, top, pair.pools)).values()]
             common_P2 = _common_mass(outputs, pair.shared)
         which_P = batch.sample_T.cpu().numpy()[:0] if place_P is None else batch.sample_T[place_P].cpu().numpy()
         for i in np.unique(batch.sample_T.cpu().numpy()):
             rows = np.flatnonzero(which_P == i)
             found[i] = _Places({d: p.rows(rows) for d, p in profiles.items()}, *(x[rows] for x in meeting), common_P2[rows])
+        advance(len(np.unique(batch.sample_T.cpu().numpy())))
     return found
 
 
@@ -151,6 +155,6 @@ def _reading(t: _Text, student: Scored, teacher: Scored, m: _Places, pair: Pair)
         start_S = np.append(start_S, n_bytes)
     first = np.array(t.rollout.ids, np.int64)[t.places[0]]
     across = Across(t.teacher_ids, t.student_span, t.teacher_span, t.place_span, m.common_P2)
-    return Reading(t.rollout, t.writer, t.right, start_S, n_bytes, pair.student_type_V[first], *sums,
+    return Reading(t.rollout, t.writer, t.grade.correct, start_S, n_bytes, pair.student_type_V[first], *sums,
                    {d: p.kl_T.numpy() for d, p in m.profiles.items()}, {d: curves_of(p) for d, p in m.profiles.items()},
-                   m.overlap_P, m.teachable_P, m.entropy_gap_P, across)
+                   m.overlap_P, m.teachable_P, m.entropy_gap_P, answer=t.grade.extracted, across=across)

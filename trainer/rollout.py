@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .batch import Prompt, Rollout
 from .chat import Chat
+from .progress import Advance, ignore
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,12 @@ class Sampling:
     greedy: bool = False
 
 
-def generate(decode: Callable, chat: Chat, prompts: Sequence[Prompt], group: int, sampling: Sampling) -> list[list[Rollout]]:
+def generate(decode: Callable, chat: Chat, prompts: Sequence[Prompt], group: int, sampling: Sampling,
+             advance: Advance = ignore) -> list[list[Rollout]]:
     """P prompts -> [P][G] rollouts. `decode` is an engine's or a frozen model's decoder (see titan_decode.kv_decoder).
 
-    The log-probabilities are those of the distribution that was sampled, after temperature and truncation.
+    The log-probabilities are those of the distribution that was sampled, after temperature and truncation. `advance` is told
+    how many texts are new after every block.
     """
     rendered = [chat.prompt_ids(p.messages) for p in prompts]
     jobs = [(p, ids, g) for p, ids in zip(prompts, rendered) for g in range(group)]
@@ -43,6 +46,7 @@ def generate(decode: Callable, chat: Chat, prompts: Sequence[Prompt], group: int
         block = order[start:start + sampling.rows]
         for i, rollout in zip(block, _decode_block(decode, chat, [jobs[i] for i in block], sampling)):
             done[i] = rollout
+        advance(len(block))
     return [done[i:i + group] for i in range(0, len(done), group)]
 
 

@@ -28,9 +28,26 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     if len(x) == 1:
         return Estimate(mean, math.nan, math.nan, math.nan, 1)
     std = float(x.std(ddof=1))
-    t = T95[len(x) - 2] if len(x) - 2 < len(T95) else 1.96 + 2.7 / (len(x) - 1)
-    half = t * std / math.sqrt(len(x))
+    half = _t95(len(x)) * std / math.sqrt(len(x))
     return Estimate(mean, std, mean - half, mean + half, len(x))
+
+
+def _t95(count: int) -> float:
+    """Two-sided 95 % quantile of Student's t of a mean of `count` >= 2 values."""
+    return T95[count - 2] if count - 2 < len(T95) else 1.96 + 2.7 / (count - 1)
+
+
+def jackknife(whole: float, without: Sequence[float]) -> Estimate:
+    """A statistic of n independent parts, `without[i]` the same without the i-th: whole +- t sqrt((n - 1) / n sum (x_i - mean)^2).
+
+    For a mean that is over_seeds. `std` is the standard error times sqrt(n). No interval from fewer than two parts.
+    """
+    x = np.asarray(without, float)
+    if len(x) < 2:
+        return Estimate(whole, math.nan, math.nan, math.nan, len(x))
+    error = math.sqrt((len(x) - 1) / len(x) * float(((x - x.mean()) ** 2).sum()))
+    half = _t95(len(x)) * error
+    return Estimate(whole, error * math.sqrt(len(x)), whole - half, whole + half, len(x))
 
 
 def paired_difference(after: Sequence[float], before: Sequence[float]) -> Estimate:

@@ -205,6 +205,14 @@ class Engine:
         trainer.lr_schedulers.step()
         return stats
 
+    def backward(self, batches: Sequence[Batch], loss: Callable[[Outputs, Batch], Loss]) -> None:
+        """The gradient of the loss's plain sum over all ranks, left in `.grad`; no weight moves. Collective."""
+        self.clear_gradients()
+        self._accumulate(self.even(batches), loss, 1.0)
+
+    def clear_gradients(self) -> None:
+        self._trainer.optimizers.zero_grad()
+
     def _accumulate(self, batches: Sequence[Batch], loss: Callable, tokens: float) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {"loss": torch.zeros((), device=self.device)}
         for batch in (b.to(self.device) for b in batches):

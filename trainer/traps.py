@@ -5,7 +5,7 @@
     teacher-student gap      does the teacher prefer the student's wrong texts to its right ones?
 
 Shapes: T tokens, C rows of a chunk, V vocabulary, D student hidden, E teacher hidden, K grid of kept classes, N token
-types, n tokens of one text.
+types, M frequency bands, n tokens of one text.
 """
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +35,8 @@ class KLProfile:
     gradient_tail_TK: Tensor  # sum of |dKL/dz| outside the first k / sum over all; 0 / 0 is 0
     type_TN: Tensor  # full KL by token type
     type_at_10_TN: Tensor  # A_10 by token type
+    band_TM: Tensor  # full KL by frequency band
+    band_at_10_TM: Tensor  # A_10 by frequency band
 
     def rows(self, rows: Any) -> "KLProfile":
         """The profile of some of the states."""
@@ -45,21 +47,25 @@ def k_grid(vocab_size: int) -> tuple[int, ...]:
     return (*(k for k in K_GRID if k < vocab_size), vocab_size)
 
 
-def kl_profile(student: Outputs, teacher: Outputs, mode: str, type_V: Tensor, num_types: int, pools: Pools | None = None) -> KLProfile:
+def kl_profile(student: Outputs, teacher: Outputs, mode: str, type_V: Tensor, num_types: int, band_V: Tensor | None = None,
+               num_bands: int = 0, pools: Pools | None = None) -> KLProfile:
     """Profile of KL(q || p) (`forward`) or KL(p || q) (`reverse`), p the student, q the teacher, in float64.
 
     Rows of both outputs are the same states; vocabularies are equal, or `pools` takes both to the classes that are compared, V of
-    them, of which type_V then speaks. The [T, V] logits exist chunk by chunk.
+    them. The [T, V] logits exist chunk by chunk. type_V, band_V: of every class, one of num_types and of num_bands (without: none).
     """
     if mode not in ("forward", "reverse"):
         raise ValueError(f"kl_profile: mode is {mode!r}; want 'forward' or 'reverse'")
     V = _classes(student, teacher, pools)
     ks = k_grid(V)
-    one_hot_VN = torch.nn.functional.one_hot(type_V[:V].long(), num_types).double()
+    kinds = [(type_V, num_types)] + ([] if band_V is None else [(band_V, num_bands)])
+    one_hot_VN = torch.cat([torch.nn.functional.one_hot(kind_V[:V].long(), count) for kind_V, count in kinds], 1).double()
     parts = [_profile_chunk(logp_CV, logq_CV, mode, ks, one_hot_VN) for logp_CV, logq_CV in _logprobs(student, teacher, pools)]
-    empty = [torch.zeros(0, *shape, dtype=torch.float64) for shape in ((), (len(ks),), (len(ks),), (len(ks),), (num_types,), (num_types,))]
-    columns = [torch.cat(c) for c in zip(*parts)] if parts else empty
-    return KLProfile(ks, *columns)
+    width = one_hot_VN.shape[1]
+    empty = [torch.zeros(0, *shape, dtype=torch.float64) for shape in ((), (len(ks),), (len(ks),), (len(ks),), (width,), (width,))]
+    *curves, all_TN, first_TN = [torch.cat(c) for c in zip(*parts)] if parts else empty
+    n = num_types
+    return KLProfile(ks, *curves, all_TN[:, :n], first_TN[:, :n], all_TN[:, n:], first_TN[:, n:])
 
 
 def _classes(student: Outputs, teacher: Outputs, pools: Pools | None) -> int:
@@ -227,3 +233,19 @@ def top_overlap(student: Outputs, teacher: Outputs, k: int, pools: Pools | None 
     if not rows:
         return Overlap(*(torch.zeros(0, dtype=torch.float64) for _ in range(3)))
     return Overlap(*(torch.cat(c) for c in zip(*rows)))
+
+
+def off_nucleus(out: Outputs, target_T: Tensor, top_p: float = 0.999) -> Tensor:
+    """bool [T]: does a sampler with top-p never draw the target? True if the classes before it hold top_p already.
+
+    Classes are ranked by probability, equal ones by id; the likeliest is never outside. In float64, chunk by chunk.
+    """
+    id_V, found = torch.arange(out.vocab_size, device=target_T.device), [torch.zeros(0, dtype=torch.bool, device=target_T.device)]
+    done = 0
+    for logits_CV in chunked_logits(out, out.vocab_size):
+        p_CV, target_C1 = logits_CV.softmax(1), target_T[done:done + len(logits_CV), None]
+        done += len(logits_CV)
+        own_C1 = p_CV.gather(1, target_C1)
+        before_CV = (p_CV > own_C1) | ((p_CV == own_C1) & (id_V < target_C1))
+        found.append((p_CV * before_CV).sum(1) >= top_p)
+    return torch.cat(found)
