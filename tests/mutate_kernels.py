@@ -78,7 +78,7 @@ BY_HAND = [  # file, old text (found once), new text, tests or None for the file
     ("_chunks", "yield c if rows_M is None else rows_M[c]", "yield c", None),
     ("_chunks", "torch.autocast(hidden_CD.device.type, enabled=False)", "torch.autocast(hidden_CD.device.type, enabled=True)", None),
     ("_chunks", "min(start + size, total)", "start + size", None),
-    ("_parallel", "max_C = all_max(local_max_C.clone(), group)", "max_C = local_max_C", "linear_kl"),
+    ("_parallel", "max_C = all_max(local_max_C.clone(), group)", "max_C = local_max_C", "parallel"),
     ("_parallel", "torch.where(local_max_C == -torch.inf, 0.0, (local_max_C - max_C).exp())", "(local_max_C - max_C).exp()", None),
     ("_parallel", "max(0, min(rows, vocab_size - start))", "max(0, min(rows, vocab_size))", None),
     ("_divergence", "loss = tl.where(q == 0, 0.0, -q * diff)\n        g = -q", "loss = -q * diff\n        g = -q", None),
@@ -97,7 +97,7 @@ BY_HAND = [  # file, old text (found once), new text, tests or None for the file
     ("_kl_rows", "d * (1.0 - (raw * inv_cap) * (raw * inv_cap))", "d", None),  # softcap factor
     ("_kl_rows", "if ok == 0:\n", "if False:\n", None),
     ("_kl_rows", "ok = ok & (tl.load(chosen + t) != 0)", "pass", "topk_tail_kl"),
-    ("_kl_rows", "side = 1 if mode == \"forward\" else 0", "side = 0", "linear_kl"),
+    ("_kl_rows", "side = 1 if mode == \"forward\" else 0", "side = 0", "parallel"),
     ("linear_kl", "coeff_T = weight_T * (t2 * gradient_scale)", "coeff_T = weight_T * gradient_scale", None),
     ("linear_kl", "torch.where(weight_T != 0, weight_T * kl_T, 0.0).sum()", "(weight_T * kl_T).sum()", None),
     ("linear_kl", "all_sum(dx_TD, group) if need_dhidden else dx_TD,\n            dhead", "dx_TD,\n            dhead", None),
@@ -112,8 +112,8 @@ BY_HAND = [  # file, old text (found once), new text, tests or None for the file
     ("_logprob_rows", "tl.store(scratch + t * K + first + k, d * inv_temp", "tl.store(scratch + t * K + first + k, d", None),
     ("_logprob_rows", "tl.debug_barrier()  # dlogits may be", "pass  # dlogits may be", GATE),
     ("_logprob_rows", "tl.debug_barrier()\n    for first", "pass\n    for first", GATE),
-    ("_logprob_rows", "peak_C = all_max(top_C.clone(), group) if group else top_C", "peak_C = top_C", "linear_logprob"),
-    ("_logprob_rows", "mine_TK = (target_TK >= start) & (target_TK < start + width)", "mine_TK = target_TK >= start", "linear_logprob"),
+    ("_logprob_rows", "peak_C = all_max(top_C.clone(), group) if group else top_C", "peak_C = top_C", "parallel"),
+    ("_logprob_rows", "mine_TK = (target_TK >= start) & (target_TK < start + width)", "mine_TK = target_TK >= start", "parallel"),
     ("_topk_rows", "tl.store(row + y, tl.full((KB,), float(\"-inf\"), z.dtype.element_ty), mask=here)", "pass", None),  # the tail term
     ("_topk_rows", "s = s * exp_diff(m, m_new) + ", "s = s + ", None),
     ("_topk_rows", "loss += l_tail", "pass", None),
