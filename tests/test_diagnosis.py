@@ -21,7 +21,7 @@ def reading(prompt=0, writer="student", right=None, student=(-1.0, -1.0), teache
     whole, first = np.zeros(len(TYPES)), np.zeros(len(TYPES))
     whole[[FUNCTION, CONTENT]], first[[FUNCTION, CONTENT]] = type_sums, first_sums
     curve = Curves((1, 10), np.array([0.9, 0.6]), np.array(ghost), np.array([0.4 * n, 0.0]), whole, first, np.array([0.3, 0, 0, 0, 0.3]),
-                   np.array([0.1, 0, 0, 0, 0.1]))
+                   np.array([0.1, 0, 0, 0, 0.3]))
     rollout = Rollout(Prompt(prompt, ()), (1,), ids, (0.0,) * len(ids), 0.0, "ab", ended)
     return Reading(rollout, writer, right, np.arange(n), n, np.array(types), np.array(student), np.array(teacher),
                    {"forward": np.array(forward), "reverse": np.array(reverse)}, {"forward": curve, "reverse": curve},
@@ -67,7 +67,7 @@ def test_the_tail_on_numbers_by_hand():
 def test_bands_compare_their_share_of_the_kl_with_that_of_the_tokens():
     rows = [reading(0, "teacher", bands=(0, 0)), reading(1, "teacher", bands=(0, 1))]
     bands = diagnose_readings(rows)["tail"]["forward"]["bands"]
-    assert bands["top 10"] == pytest.approx({"share": 0.5, "share_at_10": 0.5, "frequency": 0.75, "lift": 2 / 3, "lift_at_10": 2 / 3})
+    assert bands["top 10"] == pytest.approx({"share": 0.5, "share_at_10": 0.25, "frequency": 0.75, "lift": 2 / 3, "lift_at_10": 1 / 3})
     assert bands["11-100"]["lift"] == 0 and bands["11-100"]["frequency"] == 0.25
     assert bands["never seen"]["share"] == 0.5 and math.isnan(bands["never seen"]["lift"])
     for key in ("share", "share_at_10", "frequency"):

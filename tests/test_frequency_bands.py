@@ -26,6 +26,9 @@ def test_ranks_by_hand():
 
 def test_of_equally_frequent_ids_the_smaller_comes_first():
     assert names(frequency_bands(np.array([1] * 12 + [0]))) == ["top 10"] * 10 + ["11-100"] * 2 + ["never seen"]
+    many = frequency_bands(np.tile([3, 1], 400))  # enough for a sort that mixes equals
+    assert names(many[:20]) == ["top 10", "101-1000"] * 10 and names(many[20:200]) == ["11-100", "101-1000"] * 90
+    assert set(names(many[200:])) == {"101-1000"}
 
 
 @given(st.lists(st.lists(st.integers(0, 30), max_size=40), max_size=6), st.randoms())
