@@ -112,8 +112,8 @@ BY_HAND = [  # file, old text (found once), new text, tests or None for the file
     ("_logprob_rows", "tl.store(scratch + t * K + first + k, d * inv_temp", "tl.store(scratch + t * K + first + k, d", None),
     ("_logprob_rows", "tl.debug_barrier()  # dlogits may be", "pass  # dlogits may be", GATE),
     ("_logprob_rows", "tl.debug_barrier()\n    for first", "pass\n    for first", GATE),
-    ("_logprob_rows", "peak_C = all_max(top_C.clone(), group) if group else top_C", "peak_C = top_C", "parallel"),
-    ("_logprob_rows", "mine_TK = (target_TK >= start) & (target_TK < start + width)", "mine_TK = target_TK >= start", "parallel"),
+    ("_logprob_rows", "peak_C = all_max(top_C.clone(), group) if group else top_C", "peak_C = top_C", "linear_logprob"),
+    ("_logprob_rows", "mine_TK = (target_TK >= start) & (target_TK < start + width)", "mine_TK = target_TK >= start", "linear_logprob"),
     ("_topk_rows", "tl.store(row + y, tl.full((KB,), float(\"-inf\"), z.dtype.element_ty), mask=here)", "pass", None),  # the tail term
     ("_topk_rows", "s = s * exp_diff(m, m_new) + ", "s = s + ", None),
     ("_topk_rows", "loss += l_tail", "pass", None),
