@@ -11,6 +11,9 @@ from reflux.trainer.heat import heat_page
 
 ROW = {"prompt": 3, "writer": "student", "right": False, "pieces": ["<b>", " 1 & 2", "\n", "你"], "ids": [7, 8, 9, 10],
        "kl_forward": [0.0, 1.0, 0.5, 2.0], "kl_reverse": [1.0, 0.0, 0.25, 0.5], "student_logp": [-1.0] * 4, "teacher_logp": [-2.0] * 4}
+SPANS = {"prompt": 0, "writer": "student", "right": None, "pieces": ["the", " cat", "<stop>"], "ids": [1, 2, 3, 9], "teacher_ids": [5, 6],
+         "student_pieces": [["the"], [" c", "at"], ["</s>"]], "teacher_pieces": [["the"], [" cat"], ["<end>"]],
+         "kl_forward": [0.5, None, 0.1], "kl_reverse": [0.2, None, 0.3], "student_logp": [-1, -2, -3], "teacher_logp": [-4, -5, -6]}
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -67,14 +70,36 @@ def test_grades_and_writers_are_named():
     assert heads == ["prompt 3, written by the student, wrong", "prompt 3, written by the teacher, right", "prompt 3, written by the student"]
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on this machine")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on this machine")
+
+
+def shown_by_a_browser(page, folder, script):
+    """What the browser puts into the title: the value of a script run on the page."""
+    folder.mkdir()
+    file = folder / "page.html"
+    file.write_text(page.replace("</body>", f"<script>document.title = {script}</script></body>"))
+    done = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+                           "--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder / 'profile'}",
+                           "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=300)
+    title = re.search("<title>(.*?)</title>", done.stdout)
+    assert title, done.stderr[-500:]
+    return html.unescape(title[1])
+
+
+@needs_browser
 def test_a_real_browser_shows_one_direction_at_a_time(tmp_path):
-    probe = "<script>document.title = ['forward', 'reverse'].map(w => getComputedStyle(document.querySelector('p.' + w)).display).join()</script>"
+    script = "['forward', 'reverse'].map(w => getComputedStyle(document.querySelector('p.' + w)).display).join()"
     for checked, shown in (("forward", "block,none"), ("reverse", "none,block")):
         page = heat_page([ROW], "t").replace(" checked", "").replace(f'id="{checked}"', f'id="{checked}" checked')
-        file = tmp_path / f"{checked}.html"
-        file.write_text(page.replace("</body>", probe + "</body>"))
-        done = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-                               "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / checked}",
-                               "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=300)
-        assert f"<title>{shown}</title>" in done.stdout, done.stderr[-500:]
+        assert shown_by_a_browser(page, tmp_path / checked, script) == shown
+
+
+@needs_browser
+def test_a_real_browser_draws_a_rule_under_every_span(tmp_path):
+    """Solid where a KL was measured, dotted where not; both models' tokens under the pointer."""
+    script = ("[...document.querySelectorAll('p.forward span')].map(e => { const s = getComputedStyle(e); return [s.borderBottomStyle, "
+              "s.borderBottomWidth, e.getBoundingClientRect().width > 0, e.title.includes('teacher: ')].join(' ') }).join()")
+    shown = shown_by_a_browser(heat_page([SPANS], "t"), tmp_path / "spans", script)
+    assert shown == "solid 2px true true,dotted 2px true true,solid 2px true true"
+    plain = shown_by_a_browser(heat_page([ROW], "t"), tmp_path / "tokens", script)
+    assert plain.split(",")[0].startswith("none 0px"), "tokens of one vocabulary have no rules"

@@ -228,6 +228,14 @@ def test_another_vocabulary_is_refused_for_token_kl_and_welcome_for_spans(distil
 
 
 @pytest.mark.usefixtures("titan_process")
+def test_another_vocabulary_is_welcome_for_a_diagnosis(talkers, tmp_path):
+    cfg = config(talkers, tmp_path / "run", "diagnose", teacher={"path": str(talkers / "proxy")}, task={"name": "runs:is_even"})
+    findings = examine(cfg)
+    assert not problems(findings), problems(findings)
+    assert any("student and teacher: different tokenizers" in f.what and f.level == "ok" for f in findings)
+
+
+@pytest.mark.usefixtures("titan_process")
 def test_spans_align_across_tokenizers(distill, talkers):
     findings = examine(distill(teacher={"path": str(talkers / "proxy")}, distill={"objective": "span"}))
     assert not problems(findings) and any("shared spans" in f.what and "coverage 100%" in f.what for f in findings)

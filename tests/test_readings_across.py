@@ -1,5 +1,7 @@
 """Diagnosis of two tokenizers: by transformers and by hand on one text, by the one-vocabulary path where there is one, and as a page."""
 import json
+import re
+import shutil
 from unittest import mock
 
 import numpy as np
@@ -13,10 +15,14 @@ from transformers import AutoModelForCausalLM
 from reflux.tokenalign.class_losses import pools_of
 from reflux.tokenalign.vocab_map import ClassMap
 from reflux.trainer import diagnose
+from reflux.trainer.batch import Prompt, Rollout
 from reflux.trainer.chat import Chat
+from reflux.trainer.config import Distill
+from reflux.trainer.diagnosis import diagnose_readings, verdict
+from reflux.trainer.graders import Grade
 from reflux.trainer.heat import heat_page
 from reflux.trainer.losses import Outputs
-from reflux.trainer.readings_across import pair_of
+from reflux.trainer.readings_across import _unread, pair_of
 from reflux.trainer.token_types import TYPES
 from reflux.trainer.traps import kl_profile, top_overlap
 
@@ -137,6 +143,108 @@ def test_with_one_vocabulary_both_ways_of_looking_agree(talkers, tmp_path):
             assert all(x <= y + 1e-5 for x, y in zip(r[d], other[d])) and r[d] == pytest.approx(other[d], rel=0.2, abs=0.02)
         checked += 1
     assert checked >= 4
+
+
+@pytest.fixture(scope="module")
+def plain(talkers, tmp_path_factory):
+    """policy and teacher whose only control token is the stop: all other ids are text, so every class is one id."""
+    out = tmp_path_factory.mktemp("plain")
+    for name in ("policy", "teacher"):
+        shutil.copytree(talkers / name, out / name)
+        file, settings = out / name / "tokenizer.json", out / name / "tokenizer_config.json"
+        tokenizer = json.loads(file.read_text())
+        for token in tokenizer["added_tokens"]:
+            token["special"] = token["content"] == "<|eos|>"
+        file.write_text(json.dumps(tokenizer))
+        kept = {k: v for k, v in json.loads(settings.read_text()).items() if k not in ("pad_token", "bos_token", "add_bos_token")}
+        settings.write_text(json.dumps(kept))
+    return out
+
+
+def same_numbers(a, b, path=""):
+    if isinstance(b, dict):
+        assert a.keys() == b.keys(), path
+        for key in b:
+            same_numbers(a[key], b[key], f"{path}.{key}")
+    elif isinstance(b, list):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            same_numbers(x, y, f"{path}[{i}]")
+    elif isinstance(b, float):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5, nan_ok=True), path
+    else:
+        assert a == b, path
+
+
+def test_where_every_class_is_one_id_the_two_ways_agree_to_the_last_digit(plain, tmp_path):
+    """KLs to 1e-9; importance weights, preference and confidence follow. Texts whose sampled ids an encoder would give, too."""
+    seen = []
+    for same in (True, False):
+        with mock.patch.object(diagnose, "write_diagnosis", lambda folder, cfg, found, readings, chats: seen.append(readings)), \
+                mock.patch.object(diagnose, "same_vocabulary", lambda *chats, same=same: same):
+            over = {"teacher": {"path": str(plain / "teacher"), "dtype": "float32"}}
+            run_here(config(plain, tmp_path / str(same), "diagnose", **OVER | over))
+    by_token, across = ({(r.writer, r.rollout.prompt.index, r.rollout.ids): r for r in rows} for rows in seen)
+    keys = [k for k, r in across.items() if k in by_token and r.rollout.content_ids == r.across.teacher_ids]
+    assert len(keys) >= 10 and {k[0] for k in keys} == {"dataset", "teacher", "student"}
+    for r, x in ((across[k], by_token[k]) for k in keys):
+        assert r.states == len(x.student_n) == r.tokens and r.type_n.tolist() == x.type_n.tolist()
+        assert r.state_start_n.tolist() == x.start_n.tolist() and r.n_bytes == x.n_bytes
+        for d in ("forward", "reverse"):
+            assert r.kl[d] == pytest.approx(x.kl[d], abs=1e-9)
+            for name in ("raw_K", "ghost_K", "gradient_tail_K"):
+                assert getattr(r.curves[d], name) == pytest.approx(getattr(x.curves[d], name), abs=1e-8), name
+        assert r.overlap_n == pytest.approx(x.overlap_n) and r.teachable_n == pytest.approx(x.teachable_n, abs=1e-9)
+        assert r.student_n == pytest.approx(x.student_n, abs=1e-5) and r.teacher_n == pytest.approx(x.teacher_n, abs=1e-5)
+    other, one = (diagnose_readings([rows[k] for k in keys]) for rows in (across, by_token))
+    assert other["across"]["compared"] == other["across"]["compared_bytes"] == 1.0
+    for part in ("grid", "gap"):
+        same_numbers(other[part], one[part], part)
+    same_numbers({k: other["off_policy"][k] for k in ("decile", "effective_samples", "prefix_ratio", "drift")},
+                 {k: one["off_policy"][k] for k in ("decile", "effective_samples", "prefix_ratio", "drift")})
+    same_numbers(other["symptoms"]["confidence"], one["symptoms"]["confidence"])
+
+
+def test_texts_that_do_not_align_still_have_symptoms_and_are_counted(across):
+    """Broken text is what does not align: without it the share of broken texts would be 0 by selection."""
+    broken = Rollout(Prompt(0, ()), (1,), (7, 7, 7, 7, 7, 7), (0.0,) * 6, 0.0, "\ufffd", False)
+    unread = [_unread((broken, "student", Grade(0.0, False))), _unread((broken, "teacher", Grade(0.0, None)))]
+    with pytest.raises(ValueError, match="none of 2 texts could be aligned"):
+        diagnose_readings([], unread=unread)
+    from test_diagnosis import reading  # the same numbers as there
+
+    found = diagnose_readings([reading(0, "student", right=True)], unread=unread)
+    assert found["symptoms"]["broken_text"] == found["symptoms"]["truncated"] == 0.5 and found["symptoms"]["repeated_4grams"] > 0
+    assert found["symptoms"]["confidence"]["accuracy"] == 1.0 and found["texts"]["student"]["texts"] == 1
+    assert across[1]["across"]["unaligned"] == sum(across[1]["across"]["unaligned_by"].values())
+
+
+def test_what_two_tokenizers_are_told_to_do_is_a_config_that_exists(across):
+    """Token KL is refused between vocabularies, and a truncated teacher for `prefix`."""
+    found = across[1] | {"tail": {d: {**t, "tail_noise_index": {"mean": 2.0, "std": 0.1, "low": 1.5, "high": 2.5, "n": 4}}
+                                  for d, t in across[1]["tail"].items()}}
+    advice = verdict(found)[0]["advice"]
+    options = dict(re.findall(r"(\w+) = '(\w+)'", advice))
+    assert options == {"objective": "class", "classes": "common", "tail": "ghost"}
+    assert Distill(**options, top_k=int(re.search(r"top_k = (\d+)", advice)[1])).objective == "class"
+
+
+def test_coverage_and_bits_by_the_rows(talkers, across):
+    """Bytes from the student's own tokens, span by span."""
+    _, found, rows = across
+    lens, sums = Chat(str(talkers / "policy")).table.lens, {"bytes": 0, "compared": 0, "dataset": 0, "gap": 0.0}
+    for r in rows:
+        stop = r["pieces"][-1] == "<stop>"
+        inside = r["ids"][:len(r["student_span"])]
+        bytes_S = np.bincount(r["student_span"], lens[inside], len(r["pieces"]))
+        sums["bytes"] += bytes_S.sum()
+        sums["compared"] += bytes_S[[kl is not None for kl in r["kl_forward"]]].sum()
+        if r["writer"] == "dataset":
+            n = len(r["pieces"]) - stop
+            sums["dataset"] += bytes_S.sum()
+            sums["gap"] += (sum(r["teacher_logp"][:n]) - sum(r["student_logp"][:n])) / np.log(2)
+    assert found["across"]["compared_bytes"] == pytest.approx(sums["compared"] / sums["bytes"])
+    assert found["across"]["bits_per_byte_gap"]["dataset"]["mean"] == pytest.approx(sums["gap"] / sums["dataset"], rel=1e-4)
 
 
 def test_two_ranks_find_what_one_finds(talkers, across, tmp_path):

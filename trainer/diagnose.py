@@ -45,7 +45,7 @@ class Diagnose:
         self.same = same_vocabulary(self.chat, self.teacher_chat)
         engine.vocab_size = min(engine.vocab_size, self.chat.vocab_size)
         self.teacher = engine.frozen(cfg.teacher)
-        self.unaligned = 0  # texts of this rank that the two tokenizers do not spell alike
+        self.unaligned: list[Reading] = []  # texts of this rank that the two tokenizers do not spell alike
         rows = engine.vocab_size, min(self.teacher.vocab_size, self.teacher_chat.vocab_size)
         self.pair = None if self.same else pair_of(self.chat, self.teacher_chat, rows, engine.device)
         prompts = load_prompts(cfg.data.source, split=cfg.data.split, columns=cfg.data.columns, limit=cfg.data.limit)
@@ -73,11 +73,11 @@ class Diagnose:
         own = dict(gather(self._own_errors([r for r in students(mine) if r.right is False and r.rollout.ended])))
         greedy = dict(gather(self._greedy(students(mine))))
         readings = sorted(gather(mine), key=lambda r: (r.writer, r.rollout.prompt.index))  # stable inside a prompt
-        found = diagnose_readings(readings, share=self.spec.share)
-        if not self.same:
-            found["across"] = (found["across"] or {}) | {"unaligned": int(self.engine.sum(self.unaligned))}
-        answers = answer_symptoms(students(readings), greedy, names_answers=self._names_answers(readings))
-        found["symptoms"] |= answers | _recovery(gather(probe)) | own_errors(own, students(readings))
+        unread = gather(self.unaligned)
+        found = diagnose_readings(readings, share=self.spec.share, unread=unread)
+        written = sorted(students(readings + unread), key=lambda r: r.rollout.prompt.index)  # a text need not align to have an answer
+        answers = answer_symptoms(written, greedy, names_answers=self._names_answers(written))
+        found["symptoms"] |= answers | _recovery(gather(probe)) | own_errors(own, written)
         if gradient := self._gradient(readings):
             found["off_policy"]["gradient"] = gradient
         if self.runs:
@@ -109,7 +109,7 @@ class Diagnose:
             options = {"tokens": self.cfg.batch.tokens, "joined": self.cfg.batch.pack, "advance": advance}
             if asked is None:
                 readings, lost = read_across(self.engine, self.teacher, texts, self.pair, top=self.spec.top, **options)
-                self.unaligned += lost
+                self.unaligned += lost  # a list: they keep their text and grade
                 return readings
             return read_texts(self.engine, self.teacher, texts, (self.chat, self.teacher_chat), asked=asked, **options)
 

@@ -103,14 +103,18 @@ def _across(found: Mapping[str, Any]) -> str:
     a = found.get("across")
     if not a:
         return ""
-    if "places" not in a:
-        return f"Two tokenizers: none of {a['unaligned']} texts could be aligned."
     return (f"Two tokenizers. Log-probabilities are those of {a['spans']} common byte spans ({a['student_tokens_per_span']:.2f} tokens of the "
             f"student and {a['teacher_tokens_per_span']:.2f} of the teacher each, stopping is one more); \"tokens\" below are spans. KLs are taken where "
-            f"both have read the same bytes, at {a['places']} span starts ({a['compared']:.0%} of the spans), between the masses of the longest tokens "
+            f"both have read the same bytes, at {a['places']} span starts ({a['compared']:.0%} of the spans, {a['compared_bytes']:.0%} of the bytes), between the masses of the longest tokens "
             f"that both vocabularies have, and the stop set: lower bounds of finer KLs (tokens that both have hold {a['common_mass']['student']:.1%} of the "
-            f"student's mass there and {a['common_mass']['teacher']:.1%} of the teacher's). {a['unaligned']} texts could not be aligned and are left out. Entropies "
-            "and overlaps are those of the classes; a KL of whole texts from exact terms is not defined.")
+            f"student's mass there and {a['common_mass']['teacher']:.1%} of the teacher's). {_unaligned(a)}. Entropies "
+            "and overlaps are those of the classes; a KL of whole texts from exact terms is not defined. Bits per byte, student - teacher: "
+            + ", ".join(f"{estimate_text(e)} on texts by the {w}" for w, e in a["bits_per_byte_gap"].items()) + ".")
+
+
+def _unaligned(a: Mapping[str, Any]) -> str:
+    by = f" ({', '.join(f'{n} by the {w}' for w, n in a['unaligned_by'].items())})" if a["unaligned"] else ""
+    return f"{a['unaligned']} texts{by} could not be aligned and are left out of all but the symptoms"
 
 
 def _grid(found: Mapping[str, Any]) -> str:

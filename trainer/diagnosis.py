@@ -4,6 +4,7 @@ Every interval is a 95 % percentile interval of a bootstrap over prompts. Direct
 teacher || student), writers are who wrote the prefix; the two are never tied to each other.
 """
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,21 +31,27 @@ PREFIXES = (16, 64, 256)  # tokens, of importance weights
 OWN_WRITER = {"forward": "teacher", "reverse": "student"}  # whose texts make a direction a sequence KL
 
 
-def diagnose_readings(readings: Sequence[Reading], *, share: float = 0.95) -> dict[str, Any]:
-    """All numbers that follow from readings alone. share: of the KL that the kept classes should hold."""
+def diagnose_readings(readings: Sequence[Reading], *, share: float = 0.95, unread: Sequence[Reading] = ()) -> dict[str, Any]:
+    """All numbers that follow from readings alone. share: of the KL that the kept classes should hold.
+
+    unread: texts that only one of two tokenizers can spell; their symptoms count. ValueError where nothing else is left.
+    """
+    if not readings:
+        raise ValueError(f"diagnose: none of {len(unread)} texts could be aligned between the two tokenizers, so nothing can be compared. "
+                         "`python -m reflux.tokenalign STUDENT TEACHER --text ...` shows where they part; check the models' texts")
     by_writer = {w: [r for r in readings if r.writer == w] for w in ("dataset", "teacher", "student")}
     by_writer = {w: rows for w, rows in by_writer.items() if rows}
     tail_of = {d: by_writer.get(OWN_WRITER[d]) or readings for d in DIRECTIONS}
     return {
         "texts": {w: {"texts": len(rows), "prompts": len({r.rollout.prompt.index for r in rows}),
                       "tokens": sum(r.tokens for r in rows)} for w, rows in by_writer.items()},
-        "across": _across([r for r in readings if r.across]),
+        "across": _across([r for r in readings if r.across], unread),
         "grid": {d: {w: _kl(rows, d) for w, rows in by_writer.items()} for d in DIRECTIONS},
         "sequence": {d: _sequence_kl(by_writer[w], d) for d, w in OWN_WRITER.items() if w in by_writer},
         "tail": {d: _tail(tail_of[d], d, share) for d in DIRECTIONS},
         "off_policy": _off_policy(by_writer),
         "gap": _gap(by_writer.get("student", []), readings),
-        "symptoms": _symptoms(by_writer.get("student", []))}
+        "symptoms": _symptoms([r for r in (*readings, *unread) if r.writer == "student"])}
 
 
 def _ratio(rows: Sequence[Reading], top: Callable[[Reading], float], bottom: Callable[[Reading], float]) -> dict:
@@ -65,14 +72,20 @@ def _sequence_kl(rows: Sequence[Reading], direction: str) -> dict[str, dict]:
     return {"sampled_tokens": sampled, **exact}
 
 
-def _across(rows: Sequence[Reading]) -> dict[str, Any] | None:
+def _across(rows: Sequence[Reading], unread: Sequence[Reading]) -> dict[str, Any] | None:
     """Of two tokenizers: how much of the texts and of the distributions was compared. None where they share one."""
     if not rows:
         return None
     total = lambda value: sum(value(r) for r in rows)
     spans = total(lambda r: len(r.student_n))
     common_2 = np.concatenate([r.across.common_P2 for r in rows]).mean(0) if total(lambda r: r.states) else (math.nan, math.nan)
-    return {"spans": spans, "places": total(lambda r: r.states), "compared": _safe(total(lambda r: r.states), spans),
+    bytes_S = lambda r: np.diff(np.append(r.start_n, r.n_bytes))  # the stop has none
+    writers = [w for w in ("dataset", "teacher", "student") if any(r.writer == w and r.n_bytes for r in rows)]
+    return {"spans": spans, "unaligned": len(unread), "unaligned_by": dict(Counter(r.writer for r in unread)),
+            "compared_bytes": _safe(total(lambda r: int(bytes_S(r)[r.across.place_span].sum())), total(lambda r: r.n_bytes)),
+            "bits_per_byte_gap": {w: _ratio([r for r in rows if r.writer == w], lambda r: _bits(r.student_n - r.teacher_n, r), lambda r: r.n_bytes)
+                                  for w in writers},
+            "places": total(lambda r: r.states), "compared": _safe(total(lambda r: r.states), spans),
             "student_tokens_per_span": _safe(total(lambda r: len(r.across.student_span)), total(lambda r: len(set(r.across.student_span)))),
             "teacher_tokens_per_span": _safe(total(lambda r: len(r.across.teacher_span)), total(lambda r: len(set(r.across.teacher_span)))),
             "common_mass": {"student": float(common_2[0]), "teacher": float(common_2[1])}}
@@ -209,9 +222,8 @@ def _solved_by_teacher(students: Sequence[Reading], solved: Sequence[Reading]) -
     """Right teacher texts in bits per byte (the stop token left out), and does the student solve those prompts in any of its texts?"""
     found: dict[str, Any] = {}
     if any(r.n_bytes for r in solved):
-        bits = lambda logp_n, r: -float(logp_n[:len(logp_n) - r.rollout.ended].sum()) / math.log(2)
-        found["right_teacher_bits_per_byte"] = {"student": _ratio(solved, lambda r: bits(r.student_n, r), lambda r: r.n_bytes),
-                                                "teacher": _ratio(solved, lambda r: bits(r.teacher_n, r), lambda r: r.n_bytes)}
+        found["right_teacher_bits_per_byte"] = {"student": _ratio(solved, lambda r: _bits(r.student_n, r), lambda r: r.n_bytes),
+                                                "teacher": _ratio(solved, lambda r: _bits(r.teacher_n, r), lambda r: r.n_bytes)}
     prompts = {r.rollout.prompt.index for r in solved}
     tried = [r for r in students if r.right is not None and r.rollout.prompt.index in prompts]
     if tried:
@@ -219,6 +231,11 @@ def _solved_by_teacher(students: Sequence[Reading], solved: Sequence[Reading]) -
         found["on_solved_by_teacher"] = {"n": int(max(count.values())), "pass_at_n": _over_prompts({i: float(x > 0) for i, x in right.items()}),
                                          "accuracy": _over_prompts({i: right[i] / count[i] for i in right})}
     return found
+
+
+def _bits(logp_n: np.ndarray, r: Reading) -> float:
+    """Without the stop token."""
+    return -float(logp_n[:len(logp_n) - r.rollout.ended].sum()) / math.log(2)
 
 
 def _over_prompts(values: Mapping[int, float]) -> dict:
@@ -254,9 +271,13 @@ def _tail_verdict(found: Mapping[str, Any]) -> dict[str, Any]:
     direction = max(DIRECTIONS, key=lambda d: np.nan_to_num(found["tail"][d]["tail_noise_index"]["mean"]))
     tail = found["tail"][direction]
     k = tail["k_share"]
-    advice = (f"distill.tail = 'ghost' and top_k = {k}: the first {k} classes hold {tail['share']:.0%} of the {direction} KL, the ghost "
+    how, all_of_it = "distill.tail = 'ghost'", "the full vocabulary"
+    if found.get("across"):  # token KL needs one vocabulary, and kept classes are exact for `common` alone
+        how = "distill.objective = 'class', classes = 'common', tail = 'ghost'"
+        all_of_it = "all classes (distill.objective = 'class', classes = 'prefix')"
+    advice = (f"{how} and top_k = {k}: the first {k} classes hold {tail['share']:.0%} of the {direction} KL, the ghost "
               f"bucket keeps the rest honest; {tail['gradient_outside']:.0%} of the gradient comes from outside them")
-    healthy = "keep the full vocabulary: function words and punctuation weigh no more in the tail than in the first ten classes"
+    healthy = f"keep {all_of_it}: function words and punctuation weigh no more in the tail than in the first ten classes"
     return _trap("tail noise", f"tail-noise index, {direction} KL", tail["tail_noise_index"], 1.0, advice, healthy)
 
 

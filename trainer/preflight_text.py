@@ -174,13 +174,11 @@ def pair_findings(cfg: Config, chats: dict[str, Chat]) -> list[Finding]:
         found.append(Finding("warning", f"only one of {names[0]} and {names[1]} has a chat template",
                              "a base model beside an instruct model reads prompts it was not trained on"))
     broken = [f for name in names for f in _table_error(name, chats[name])]
-    if broken and (cfg.phase == "calibrate" or cfg.distill.objective in ("span", "class")):
+    if broken and (cfg.phase in ("calibrate", "diagnose") or cfg.distill.objective in ("span", "class")):
         return found + broken
     same = share_ids(cfg, chats)
     words = "the same id -> token map" if same else f"different tokenizers ({_differing(a, b)} ids differ)"
     what = f"{names[0]} and {names[1]}: {words}"
-    if cfg.phase == "diagnose" and not same:
-        return [*found, Finding("error", what, "phase = 'diagnose' compares token by token; want a student with the teacher's tokenizer")]
     if cfg.phase == "distill" and cfg.distill.objective == "kl" and not same:
         return [*found, Finding("error", what, "distill.objective = 'kl' compares token by token; use 'class' or 'span', or a teacher "
                                 "of the student's family")]
@@ -304,7 +302,7 @@ def _acceptance(task: str, graded: list[bool], texts: Sequence[Rollout], grades:
 def alignment_findings(cfg: Config, chats: dict[str, Chat], texts: Sequence[Rollout]) -> list[Finding]:
     """The first text cut into the spans both tokenizers share, and the share of texts that do not round-trip."""
     names = pair(cfg)
-    needed = names and (cfg.phase == "calibrate" or cfg.distill.objective in ("span", "class"))
+    needed = names and (cfg.phase in ("calibrate", "diagnose") or cfg.distill.objective in ("span", "class"))
     if not needed or not texts or share_ids(cfg, chats):
         return []
     writer, reader = (chats[name] for name in names)

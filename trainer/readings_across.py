@@ -70,8 +70,9 @@ class _Text:
 
 
 def read_across(engine: Any, teacher: Any, texts: Sequence[tuple[Rollout, str, Grade]], pair: Pair, *, tokens: int, top: int,
-                joined: bool = False, advance: Advance = ignore) -> tuple[list[Reading], int]:
-    """Readings of (rollout in its writer's ids, writer, its grade) in their order, and how many could not be aligned. Collective."""
+                joined: bool = False, advance: Advance = ignore) -> tuple[list[Reading], list[Reading]]:
+    """Readings of (rollout in its writer's ids, writer, its grade) in their order, and those of texts that could not be aligned:
+    without a number, but with the text and its grade, which the symptoms need. Collective."""
     aligned = _align(texts, pair)
     kept = [t for t in aligned if t is not None]
     student_scores = score_ids(engine, engine, [(t.rollout.prompt_ids, t.rollout.content_ids) for t in kept], pair.student, tokens=tokens)
@@ -79,7 +80,7 @@ def read_across(engine: Any, teacher: Any, texts: Sequence[tuple[Rollout, str, G
                                pair.teacher, tokens=tokens)
     measured = _measure_places(engine, teacher, kept, pair, tokens=tokens, top=top, joined=joined, advance=advance)
     found = [_reading(t, a, b, m, pair) for t, a, b, m in zip(kept, student_scores, teacher_scores, measured)]
-    return found, len(aligned) - len(kept)
+    return found, [_unread(text) for text, t in zip(texts, aligned) if t is None]
 
 
 def _align(texts: Sequence[tuple[Rollout, str, Grade]], pair: Pair) -> list[_Text | None]:
@@ -100,6 +101,14 @@ def _text(text: tuple[Rollout, str, Grade], a: Aligned, pair: Pair, by_teacher: 
     ids = a.reader_ids + ((pair.student.stop_id,) if rollout.ended else ())
     own = replace(rollout, prompt_ids=pair.student.prompt_ids(rollout.prompt.messages), ids=ids, logp=(0.0,) * len(ids))
     return _Text(own, writer, grade, rollout.content_ids, *spans[::-1], a.starts.span, places[::-1], bounds)
+
+
+def _unread(text: tuple[Rollout, str, Grade]) -> Reading:
+    rollout, writer, grade = text
+    none, nowhere = np.zeros(0), np.zeros(0, np.int64)
+    across = Across((), nowhere, nowhere, nowhere, np.zeros((0, 2)))
+    return Reading(rollout, writer, grade.correct, nowhere, 0, nowhere, none, none, dict.fromkeys(DIRECTIONS, none), {}, none, none, none,
+                   answer=grade.extracted, across=across)
 
 
 @dataclass(frozen=True, eq=False)
