@@ -1,6 +1,6 @@
 """The diagnoses of a matrix folder side by side: one column a teacher-student pair, estimates over seeds.
 
-    python -m reflux.trainer.diagnose_table FOLDER       # of a matrix whose diagnoses carry a label `pair`, like configs/report.toml
+    python -m reflux.trainer.diagnose_table FOLDER       # of a matrix whose diagnoses carry a label `pair`, like configs/diagnoses.toml
 """
 import json
 import math
@@ -80,7 +80,7 @@ def write_diagnoses(folder: Path) -> str:
     folder = Path(folder)
     columns = diagnosis_columns(folder)
     if not columns:
-        raise ValueError(f"{folder}: no finished diagnosis carries a label pair; want the folder of a matrix like configs/report.toml")
+        raise ValueError(f"{folder}: no finished diagnosis carries a label pair; want the folder of a matrix like configs/diagnoses.toml")
     rows = diagnosis_rows(columns)
     (folder / "diagnoses.json").write_text(json.dumps(rows, indent=1) + "\n")
     text = render(rows, list(columns))
