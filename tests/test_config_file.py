@@ -126,7 +126,7 @@ def test_every_knob_survives_the_round_trip():
         if get_origin(hint) is None and hint in (str, bool, int, float):
             return {str: lambda: "s", bool: lambda: not value, int: lambda: value + 2, float: lambda: value / 2 + 0.25}[hint]()
         return {"int | None": 3}.get(str(hint), value)
-    kept = {("serve", "proxy"): "", ("distill", "queries"): 0, ("distill", "nll_weight"): 0.0, ("distill", "correct_only"): False,
+    kept = {("serve", "proxy"): "", ("serve", "temperature"): 1.0, ("distill", "queries"): 0, ("distill", "nll_weight"): 0.0, ("distill", "correct_only"): False,
             ("distill", "top_k"): 0, ("rollout", "top_k"): 0, ("rollout", "top_p"): 1.0, ("distill", "temperature"): 1.0}
     for section, kind in SECTIONS.items():
         hints = get_type_hints(kind)

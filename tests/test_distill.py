@@ -264,6 +264,23 @@ def test_an_attacker_may_rewrite_what_the_teacher_wrote(talkers, tmp_path, seen)
             assert len({t.rollout.text for t in group}) == len(group)
 
 
+def only_of_even_prompts(prompt, text: str) -> str | None:
+    return None if prompt.index % 2 else text
+
+
+def nothing(prompt, text: str) -> None:
+    return None
+
+
+def test_of_bought_texts_too_a_rewrite_may_drop_all_of_a_prompts(talkers, tmp_path, seen):
+    options = {"objective": "nll", "on_policy": 0.0, "queries": 8}
+    run_here(config(talkers, tmp_path / "run", "distill", distill=options | {"rewrite": "test_distill:only_of_even_prompts"}))
+    texts = [t.rollout for step in seen["sample"] for group in step for t in group]
+    assert texts and all(x.prompt.index % 2 == 0 for x in texts)
+    with pytest.raises(ValueError, match="dropped all of the teacher's 8 answers"):
+        run_here(config(talkers, tmp_path / "none", "distill", distill=options | {"rewrite": "test_distill:nothing"}))
+
+
 def test_a_rewrite_that_makes_texts_too_long_says_so(talkers, tmp_path):
     with pytest.raises(ValueError, match="rollout.max_tokens = 12"):
         run_here(config(talkers, tmp_path / "run", "distill", distill={"objective": "nll", "on_policy": 0.0,

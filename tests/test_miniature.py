@@ -18,6 +18,7 @@ from reflux.trainer.miniature import (
     answers_only,
     grade,
     is_held_out,
+    learnable_only,
     main,
     write_answer,
 )
@@ -58,6 +59,12 @@ def test_answers_without_their_way_are_as_right_as_before(digits, style, at):
     other = [*digits[:at], (digits[at] + 1) % 10, *digits[at + 1:]]
     assert answers_only(p, write_answer(other, style)) == write_answer(other, "left")
     assert answers_only(p, "left:1;2") is None
+
+
+@pytest.mark.parametrize("style", sorted(ORDERS))
+def test_who_knows_what_one_layer_learns_keeps_only_that(style):
+    text = write_answer([1, 2, 3, 4, 5, 6, 7], style)
+    assert learnable_only(prompt([1, 2, 3, 4, 5, 6, 7]), text) == (text if style == "left" else None)
 
 
 @pytest.fixture(scope="module", autouse=True)

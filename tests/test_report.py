@@ -2,15 +2,16 @@ import json
 
 import pytest
 
-from reflux.trainer.report import render, summarise, verdict, write_report
+from reflux.trainer.report import summarise, verdict, write_report
+from reflux.trainer.report_tables import render
 
 STYLES = {"easy": "^e", "hard": "^h"}
 
 
-def write_run(folder, labels, sampled, greedy, answered=1.0, seed="0", steps=3):
+def write_run(folder, labels, sampled, greedy, answered=1.0, seed="0", steps=3, config=None):
     """A finished run whose last evaluation has the given shares of right answers among 100 prompts."""
     folder.mkdir(parents=True)
-    lines = [{"schema": 1, "config": {}, "code": {"commit": "c0ffee"}, "versions": {"torch": "2"}}]
+    lines = [{"schema": 1, "config": config or {}, "code": {"commit": "c0ffee"}, "versions": {"torch": "2"}}]
     lines += [{"step": s, "wall_s": s, "loss": 1.0 / s, "anchor_kl": 0.01 * s, "reward/task": 0.5, "length": 9} for s in range(1, steps + 1)]
     lines += [{"event": "eval", "step": s, "wall_s": s, "eval/sampled": v, "eval/greedy": greedy}
               for s, v in ((0, 0.1), (steps, sampled))]
@@ -77,6 +78,92 @@ def test_distillability_is_the_share_of_the_originals_gain(tmp_path):
     assert kd["distillable"]["score"]["mean"] == pytest.approx(1.5) and kd["undistillable"]["score"]["mean"] == pytest.approx(-0.25)
     assert kd["distillable"]["score"]["low"] < 1.5 < kd["distillable"]["score"]["high"] and kd["distillable"]["score"]["n"] == 200
     assert "distillability of the undistillable teacher, the attack that gained most: kd, -0.25 [" in text
+
+
+def edit_logs(folder, names, edit):
+    """`edit` on each line of the logs whose folder begins so; lines it returns None for go, lists come in place."""
+    for log in (p for name in names for p in folder.glob(f"{name}*/run.jsonl")):
+        rows = [edit(json.loads(line)) for line in log.read_text().splitlines()]
+        flat = [x for r in rows if r is not None for x in (r if isinstance(r, list) else [r])]
+        log.write_text("".join(json.dumps(x) + "\n" for x in flat))
+
+
+def with_an_earlier_checkpoint(accuracy):
+    def edit(row):
+        earlier = {"event": "eval", "step": 2, "wall_s": 2, "eval/sampled": accuracy, "eval/greedy": accuracy}
+        return [earlier, row] if row.get("event") == "eval" and row["step"] == 3 else row
+    return edit
+
+
+def test_an_attacker_who_stops_early_is_judged_by_its_best_checkpoint(tmp_path):
+    """Last: 0.2 of 0.5, stopped. Best: 0.4 of 0.5, not stopped. What was evaluated before the attack (0.1) is no checkpoint of it."""
+    write_matrix(tmp_path, {"original": 0.5, "distillable": 0.6, "undistillable": 0.05})
+    text = write_report(tmp_path)
+    kd = json.loads((tmp_path / "report.json").read_text())["students"]["kd"]
+    assert kd["undistillable"]["best"]["mean"] == pytest.approx(0.05) and "None got through." in (tmp_path / "report.md").read_text()
+    assert "best checkpoint (the attacker stops early), <= -50% of the original's: 1 of 1 attacks (kd -90%)" in text
+    edit_logs(tmp_path, ["s-undistillable"], with_an_earlier_checkpoint(0.4))
+    text = write_report(tmp_path)
+    kd = json.loads((tmp_path / "report.json").read_text())["students"]["kd"]
+    assert kd["undistillable"]["best"]["mean"] == pytest.approx(0.4) and kd["undistillable"]["change"]["best"]["mean"] == pytest.approx(-0.2)
+    assert kd["undistillable"]["change"]["sampled"]["mean"] == pytest.approx(-0.9)
+    assert "<= -50% of the original's: 1 of 1 attacks (kd -90%)" in text and "not stopped early: kd -20%" in text
+    markdown = (tmp_path / "report.md").read_text()
+    assert "Got through: kd (0.400 against 0.500 from the original, with its best checkpoint)." in markdown
+    assert "Of 1 attacks on it 0 were stopped" in markdown and "0.400 +- 0.000 (-20%)" in markdown
+
+
+def test_the_conclusion_names_who_got_through_and_what_the_teacher_paid(tmp_path):
+    write_matrix(tmp_path, {"original": 0.5, "distillable": 0.52, "undistillable": 0.45},
+                 teachers={"original": 0.9, "distillable": 0.9, "undistillable": 0.8})
+    write_report(tmp_path)
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["conclusion"].startswith("The undistillable teacher lost accuracy itself. Of 1 attacks on it 0 were stopped")
+    assert "Got through: kd (0.450 against 0.500 from the original)." in found["conclusion"]
+    assert "at least 15% more than the original under 0 of 1 attacks; not under kd." in found["conclusion"] and "One seed" not in found["conclusion"]
+    cells = json.loads((tmp_path / "matrix.json").read_text())
+    cells["cells"] = [c for c in cells["cells"] if c["labels"]["seed"] == "0"]
+    (tmp_path / "matrix.json").write_text(json.dumps(cells))
+    write_report(tmp_path)
+    assert "One seed: nothing here has a spread" in (tmp_path / "report.md").read_text()
+
+
+def test_a_student_of_random_weights_starts_at_nothing(tmp_path):
+    """D = 0.3 / 0.6, without any run to start from."""
+    write_matrix(tmp_path, {"original": 0.6, "distillable": 0.6, "undistillable": 0.3})
+    edit_logs(tmp_path, ["s-"], lambda row: row | {"config": {"model": {"from_scratch": True}}} if "schema" in row else row)
+    text = write_report(tmp_path)
+    kd = json.loads((tmp_path / "report.json").read_text())["students"]["kd"]
+    assert kd["undistillable"]["score"]["mean"] == pytest.approx(0.5) and kd["distillable"]["score"]["mean"] == pytest.approx(1.0)
+    assert "the attack that gained most: kd, 0.50 [" in text
+
+
+def test_a_student_that_was_evaluated_before_the_attack_starts_there(tmp_path):
+    """Step 0 of its own run: 0.2. D = (0.3 - 0.2) / (0.6 - 0.2)."""
+    write_matrix(tmp_path, {"original": 0.6, "distillable": 0.8, "undistillable": 0.3})
+    for run in tmp_path.glob("s-*"):
+        rows = [{"mode": "sampled", "prompt": i, "sample": 0, "text": "", "correct": i < 20, "extracted": "x"} for i in range(100)]
+        (run / "predictions/step-0.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_report(tmp_path)
+    kd = json.loads((tmp_path / "report.json").read_text())["students"]["kd"]
+    assert kd["undistillable"]["score"]["mean"] == pytest.approx(0.25) and kd["distillable"]["score"]["mean"] == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("late, words", [(5.0, "none diverged (largest gradient norm in the second half of a run 5.0 times"), (50.0, "diverged under kd"),
+                                         (float("nan"), "diverged under kd")])
+def test_a_run_that_broke_down_is_no_collapse(tmp_path, late, words):
+    """Norms 9, 1, 1, 1, 1, late: what the warm-up does is not asked, and a run without collapse is not either."""
+    write_matrix(tmp_path, {"original": 0.5, "distillable": 0.6, "undistillable": 0.2})
+    norms = [9.0, 1.0, 1.0, 1.0, 1.0, late]
+
+    def edit(row):
+        return [{"step": k + 1, "wall_s": 0, "loss": 1.0, "grad_norm": norms[k]} for k in range(6)] if row.get("step") == 1 and "loss" in row else \
+            None if "loss" in row else row
+    edit_logs(tmp_path, ["s-undistillable"], edit)
+    assert words in write_report(tmp_path)
+    write_matrix(tmp_path / "other", {"original": 0.5, "distillable": 0.6, "undistillable": 0.5})
+    edit_logs(tmp_path / "other", ["s-undistillable"], edit)
+    assert "diverged" not in write_report(tmp_path / "other")
 
 
 def test_distillability_needs_a_gain_to_compare_with(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from test_report import write_matrix, write_run
 
 from reflux.trainer.report import write_report
-from reflux.trainer.report_checks import check_lines, defence_rows
+from reflux.trainer.report_checks import check_lines, defence_rows, proxy_lines, proxy_rows
 from reflux.trainer.report_entries import cost, finished_entries
 
 
@@ -39,6 +39,7 @@ def test_defences_stand_beside_the_undefended_original(folder):
                  ({"role": "student", "teacher": "original", "attack": "answers_only"}, 0.9)])
     rows = defence_rows(finished_entries(folder))
     assert list(rows) == ["none", "undistillable", "answers only, reasoning withheld", "poe"]
+    assert rows["answers only, reasoning withheld"]["served"]["mean"] == pytest.approx(0.9)  # rewritten, as right as before
     assert rows["poe"]["served"]["mean"] == pytest.approx(0.7) and rows["poe"]["student"]["mean"] == pytest.approx(0.3)
     assert rows["poe"]["change"]["mean"] == pytest.approx(-0.4)
     assert rows["poe"]["score"]["mean"] == pytest.approx(0.5)  # (0.3 - 0.1) / (0.5 - 0.1)
@@ -83,4 +84,87 @@ def test_what_an_attack_asks_of_its_teacher(folder, distill, written, read):
     add(folder, [({"role": "student", "teacher": "original", "attack": "x"}, 0.5)],
         {"steps": 10, "rollout": {"prompts": 4, "group": 2}, "distill": distill})
     (entry, _) = [e for e in finished_entries(folder) if e.labels.get("attack") == "x"]
-    assert cost(entry) == {"written": written, "read": read, "seconds": 10.0}
+    assert cost(entry) == {"written": written, "read": read, "tokens": 9 * (written + read), "seconds": 10.0}  # texts of 9 tokens
+
+
+@pytest.mark.parametrize("distill, written, read", [
+    ({"objective": "kl", "source": "teacher", "on_policy": 0.5, "queries": 300}, 600, 80),  # bought is bought, also what is never read
+    ({"objective": "span", "source": "teacher", "on_policy": 0.25, "queries": 0}, 60, 20),
+    ({"objective": "span", "source": "dataset", "on_policy": 0.0, "queries": 0}, 0, 80)])
+def test_what_a_mixed_attack_asks_of_its_teacher(folder, distill, written, read):
+    test_what_an_attack_asks_of_its_teacher(folder, distill, written, read)
+
+
+def test_runs_that_only_scored_options_do_not_stop_the_report(folder):
+    """What phase = "evaluate" with eval.by = "likelihood" logs: neither sampled nor greedy."""
+    add(folder, [({"role": "choices", "teacher": "original"}, 0.5), ({"role": "choices", "teacher": "undistillable"}, 0.25)])
+    for log in folder.glob("choices*/run.jsonl"):
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        rows = [{k: v for k, v in r.items() if k not in ("eval/sampled", "eval/greedy")} for r in rows if "loss" not in r]
+        log.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        rows = [{"mode": "likelihood_sum", "prompt": i, "sample": 0, "correct": True, "logp": [-1.0] * 4} for i in range(3)]
+        (log.parent / "predictions/step-3.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert "student of original 0.500, student of undistillable 0.250 (chance 0.25)" in write_report(folder)
+    rows = [r for r in json.loads((folder / "report.json").read_text())["runs"] if r["role"] == "choices"]
+    assert len(rows) == 4 and {r["likelihood_sum"] for r in rows} == {0.5, 0.25} and "sampled" not in rows[0]
+
+
+def test_text_at_another_temperature_is_served_at_its_own_accuracy(folder):
+    """The attack seq_kd_cold is the student of it; without a run of role `defence` the price is unknown, not the model's."""
+    add(folder, [({"role": "student", "teacher": "original", "attack": "seq_kd_cold"}, 0.2)])
+    assert defence_rows(finished_entries(folder))["temperature 0.5"]["served"]["n"] == 0
+    write_report(folder)
+    assert 'Serving "temperature 0.5" (an attacker\'s own move, too) halves (or more) what students take (0.500 to 0.200), at a price not measured.' in (
+        folder / "report.md").read_text()
+    add(folder, [({"role": "defence", "defence": "temperature 0.5"}, 0.7)])
+    row = defence_rows(finished_entries(folder))["temperature 0.5"]
+    assert row["served"]["mean"] == pytest.approx(0.7) and row["student"]["mean"] == pytest.approx(0.2)
+    write_report(folder)
+    assert "(0.500 to 0.200), at 20.0 points of served accuracy." in (folder / "report.md").read_text()
+
+
+def test_students_of_what_is_served_are_in_no_curve_of_the_original(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr("reflux.trainer.report.plot_all", lambda folder, entries, found: seen.extend(entries) or {})
+    add(folder, [({"role": "student", "teacher": "original", "attack": "seq_kd", "defence": "poe"}, 0.3)])
+    write_report(folder)
+    assert seen and not any("defence" in e.labels for e in seen)
+
+
+def write_proxies(folder):
+    """Start 0.1, original 0.5. By seq_kd 0.6 and 0.2 from the default's teachers, 0.3 and 0.4 from another proxy's; by gkd_reverse no original."""
+    add(folder, [({"role": "proxy"}, 0.3), ({"role": "proxy", "proxy": "deep"}, 0.8), ({"role": "proxy", "proxy": "unused"}, 0.8),
+                 *(({"role": "teacher", "teacher": m, "ablation": "deep"}, 0.85) for m in ("distillable", "undistillable")),
+                 ({"role": "student", "teacher": "distillable", "attack": "seq_kd", "ablation": "deep", "start": "student"}, 0.3),
+                 ({"role": "student", "teacher": "undistillable", "attack": "seq_kd", "ablation": "deep", "start": "student"}, 0.4),
+                 ({"role": "student", "teacher": "undistillable", "attack": "gkd_reverse", "ablation": "deep", "start": "student"}, 0.4),
+                 ({"role": "student", "teacher": "undistillable", "attack": "seq_kd", "ablation": "joint", "start": "student"}, 0.5)])
+
+
+def test_what_the_score_owes_to_the_proxy(folder):
+    write_proxies(folder)
+    rows = proxy_rows(finished_entries(folder))
+    assert list(rows) == ["default", "deep"] and rows["deep"]["accuracy"]["mean"] == pytest.approx(0.8)
+    assert rows["default"]["accuracy"]["mean"] == pytest.approx(0.3)
+    score = lambda name, mode: rows[name]["modes"][mode]["scores"]["seq_kd"]["mean"]
+    assert score("default", "distillable") == pytest.approx(1.25) and score("default", "undistillable") == pytest.approx(0.25)
+    assert score("deep", "distillable") == pytest.approx(0.5) and score("deep", "undistillable") == pytest.approx(0.75)
+    assert rows["deep"]["modes"]["undistillable"]["teacher"]["mean"] == pytest.approx(0.85)
+    assert "gkd_reverse" not in rows["deep"]["modes"]["undistillable"]["scores"]
+    assert proxy_lines(rows) == [
+        "sensitivity to the proxy, distillable by seq_kd: distillability from 0.50 (deep) to 1.25 (default), a range of 0.75 over 2 proxies",
+        "sensitivity to the proxy, undistillable by seq_kd: distillability from 0.25 (default) to 0.75 (deep), a range of 0.50 over 2 proxies"]
+    text = write_report(folder)
+    report = (folder / "report.md").read_text()
+    assert proxy_lines(rows)[0] in text and "## Sensitivity to the proxy" in report
+    assert "| deep | 0.800 +- 0.000 | 0.850 +- 0.000 | 0.50 [" in report and "joint" not in report
+    found = json.loads((folder / "report.json").read_text())
+    assert found["students"]["seq_kd"]["undistillable"]["sampled"]["mean"] == pytest.approx(0.2)  # the main teachers' only
+
+
+def test_one_proxy_has_nothing_to_be_compared_with(folder):
+    add(folder, [({"role": "proxy"}, 0.3)])
+    rows = proxy_rows(finished_entries(folder))
+    assert list(rows) == ["default"] and proxy_lines(rows) == []
+    write_report(folder)
+    assert "Sensitivity" not in (folder / "report.md").read_text()

@@ -10,7 +10,7 @@ from runs import config, numbers, run_here, write_data
 from transformers import AutoModelForCausalLM
 
 from reflux.trainer.distill import Distill
-from reflux.trainer.serving import product_decoder
+from reflux.trainer.serving import product_decoder, tempered_decoder
 
 pytestmark = pytest.mark.usefixtures("titan_process")
 TEXT = {"objective": "nll", "source": "teacher", "on_policy": 0.0}
@@ -39,6 +39,17 @@ def test_the_product_of_two_known_distributions(gamma, seed):
     want_NV = p_NV ** (1 - gamma) * q_NV**gamma
     torch.testing.assert_close(got_NV, want_NV / want_NV.sum(1, keepdim=True), rtol=1e-5, atol=1e-6)
     assert fed_a == fed_b == [("ids", True, 2, 7)] and device.type == "cpu"
+
+
+def test_temperature_divides_the_logits_of_what_is_served():
+    """p = (0.8, 0.2) at temperature 2 is (2, 1) / 3; of the product with (0.2, 0.8) at gamma = 0.25, its square root, normalised."""
+    p_NV, q_NV = torch.tensor([[0.8, 0.2]]), torch.tensor([[0.2, 0.8]])
+    (a, fed), (b, _) = decoder(p_NV.log()), decoder(q_NV.log())
+    with tempered_decoder(a, 2.0)(1, 7) as (step, device):
+        torch.testing.assert_close(step("ids", "positions", "real", False).softmax(1), torch.tensor([[2 / 3, 1 / 3]]))
+    assert fed == [("ids", False, 1, 7)] and device.type == "cpu"
+    with tempered_decoder(product_decoder(a, b, 0.25), 2.0)(1, 7) as (step, _):  # odds 4 ** (0.75 - 0.25) = 2, and their root
+        torch.testing.assert_close(step("ids", "positions", "real", False).softmax(1), torch.tensor([[2**0.5, 1.0]]) / (2**0.5 + 1))
 
 
 def distill(talkers, folder, **over):
@@ -72,6 +83,26 @@ def test_a_half_writes_what_the_two_models_make_together(talkers, tmp_path, monk
                                    rtol=0, atol=1e-4)
 
 
+def test_the_providers_temperature_is_that_of_a_customer_who_asks_for_it(talkers, tmp_path):
+    served = distill(talkers, tmp_path / "served", serve={"temperature": 0.5})
+    asked = distill(talkers, tmp_path / "asked", rollout={"group": 1, "temperature": 0.5})
+    plain = distill(talkers, tmp_path / "plain")
+    assert [s["length"] for s in served.steps] == [s["length"] for s in asked.steps] != [s["length"] for s in plain.steps]
+    assert [s["loss"] for s in served.steps] == pytest.approx([s["loss"] for s in asked.steps], rel=1e-6)
+
+
+def test_an_evaluation_samples_at_the_providers_temperature(talkers, tmp_path):
+    """Close to 0, sampled answers are the greedy ones, which the temperature leaves alone."""
+    data = {"source": str(write_data(tmp_path)), "limit": 6}
+    over = {"task": {"name": "exact", "options": {"marker": "=>"}}, "eval": data}
+    texts = {}
+    for name, serve in (("plain", {}), ("cold", {"temperature": 1e-3})):
+        run_here(config(talkers, tmp_path / name, "evaluate", serve=serve, **over))
+        rows = [json.loads(line) for line in (tmp_path / name / "predictions" / "step-0.jsonl").read_text().splitlines()]
+        texts[name] = {mode: [r["text"] for r in rows if r["mode"] == mode] for mode in ("greedy", "sampled")}
+    assert texts["cold"]["sampled"] == texts["cold"]["greedy"] == texts["plain"]["greedy"] != texts["plain"]["sampled"]
+
+
 def test_an_evaluation_judges_what_is_served(talkers, tmp_path):
     data = {"source": str(write_data(tmp_path)), "limit": 6}
     over = {"task": {"name": "exact", "options": {"marker": "=>"}}, "eval": data}
@@ -93,6 +124,8 @@ def test_another_vocabulary_is_refused(talkers, tmp_path):
     ("evaluate", {"eval": {"source": "x", "by": "likelihood"}, "task": {"name": "multiple_choice"}}, "only generated answers are served"),
     ("diagnose", {}, "want phase = 'distill'"),
     ("distill", {"distill": TEXT, "serve": {"proxy": "p", "gamma": 1.5}}, "want 0 to 1"),
+    ("distill", {"serve": {"temperature": 0.5}}, "serve.temperature = 0.5 with distill.objective = 'kl'"),
+    ("distill", {"distill": TEXT, "serve": {"temperature": 0.0}}, "want > 0"),
 ])
 def test_what_cannot_be_served_is_refused(talkers, tmp_path, phase, over, says):
     with pytest.raises(ValueError, match=says):

@@ -13,7 +13,7 @@ from typing import Any
 
 from .knob import last_steps
 from .report import KEPT_POINTS
-from .report_entries import Entry, finished_entries, gain_ratio, labelled
+from .report_entries import Entry, finished_entries, gain_ratio, items, labelled
 from .stats import over_seeds
 from .tables import mean_and_spread, points, score, table
 
@@ -40,7 +40,7 @@ def _row(entries: Sequence[Entry], mode: str, name: str, originals: Mapping[str,
             "student": over_seeds([e.score("sampled") for e in students.values()])._asdict(),
             "student_gap": over_seeds(_differences(students, defaults))._asdict(),
             "score": gain_ratio([*students.values()], _of(entries, "student", "original", "default"),
-                                labelled(entries, role="start", student="student"))}
+                                items(labelled(entries, role="start", student="student")))}
 
 
 def _of(entries: Sequence[Entry], role: str, mode: str, name: str) -> list[Entry]:

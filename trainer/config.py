@@ -181,10 +181,16 @@ class Serve:
 
     proxy: str = ""  # folder of a model with the same vocabulary; empty: nothing but the model
     gamma: float = 0.5  # its share in the product of experts: (1 - gamma) log p_model + gamma log p_proxy
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    temperature: float = 1.0  # the provider's own, under whatever temperature its customer asks for
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the proxy
 
     def __post_init__(self):
         fraction(self, "gamma")
+        above_zero(self, "temperature")
+
+    @property
+    def changes_text(self) -> bool:
+        return bool(self.proxy) or self.temperature != 1
 
 
 @dataclass(frozen=True)
@@ -281,7 +287,7 @@ def _require_parts(cfg: Config) -> None:
     if cfg.phase != "evaluate" and not cfg.data.source:
         raise ValueError("data.source is missing; want prompts, e.g. 'train.jsonl'")
     check_evaluation(cfg.phase, cfg.eval, cfg.accept, cfg.task.name)
-    if cfg.serve.proxy:
+    if cfg.serve.changes_text:
         _require_served_text(cfg)
     if cfg.phase == "calibrate":
         _require_calibrate(cfg)
@@ -293,16 +299,16 @@ def _require_parts(cfg: Config) -> None:
 
 
 def _require_served_text(cfg: Config) -> None:
-    """A product of experts exists in decoding only."""
-    d = cfg.distill
+    """What is served exists in decoding only."""
+    d, asked = cfg.distill, f"serve.proxy = {cfg.serve.proxy!r}, serve.temperature = {cfg.serve.temperature}"
     if cfg.phase == "distill" and (d.objective != "nll" or d.source != "teacher"):
-        raise ValueError(f"serve.proxy with distill.objective = {d.objective!r}, source = {d.source!r}: only sampled text is served; whoever "
+        raise ValueError(f"{asked} with distill.objective = {d.objective!r}, source = {d.source!r}: only sampled text is served; whoever "
                          "reads the teacher's logits gets the teacher's own. Use objective = 'nll' and source = 'teacher'")
     if cfg.phase == "evaluate" and (cfg.eval.scores_options or cfg.eval.harness):
-        raise ValueError(f"serve.proxy with eval.by = {cfg.eval.by!r}, eval.harness = {list(cfg.eval.harness)}: only generated answers are "
+        raise ValueError(f"{asked} with eval.by = {cfg.eval.by!r}, eval.harness = {list(cfg.eval.harness)}: only generated answers are "
                          "served. Use eval.by = 'generation' and no harness")
     if cfg.phase not in ("distill", "evaluate"):
-        raise ValueError(f"serve.proxy with phase = {cfg.phase!r}; want phase = 'distill' (its teacher is served) or 'evaluate'")
+        raise ValueError(f"{asked} with phase = {cfg.phase!r}; want phase = 'distill' (its teacher is served) or 'evaluate'")
 
 
 def _require_calibrate(cfg: Config) -> None:

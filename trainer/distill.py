@@ -167,7 +167,11 @@ class Distill:
         unique = list({p.index: p for p in prompts}.values())
         asked = self._teacher_of_slots(0, list(range(len(unique))))
         mine = self._written_by_teachers(unique[self.engine.rank::world], asked[self.engine.rank::world], 0)
-        pool = sorted(self.engine.gather(mine), key=lambda group: group[0].rollout.prompt.index)
+        bought = [group for group in self.engine.gather(mine) if group]  # a rewrite may have dropped all of a prompt's texts
+        if not bought:
+            raise ValueError(f"distill.rewrite = {self.spec.rewrite!r} dropped all of the teacher's {count} answers; want a function that "
+                             "keeps some of them, or raise distill.queries")
+        pool = sorted(bought, key=lambda group: group[0].rollout.prompt.index)
         if self.spec.correct_only:
             pool = [[x for x, g in zip(group, self.task.grade([t.rollout for t in group])) if g.correct] for group in pool]
             pool = [group for group in pool if group]

@@ -80,6 +80,11 @@ def answers_only(prompt: Prompt, text: str) -> str | None:
     return "left:" + ";".join(placed[i] for i in range(DIGITS))
 
 
+def learnable_only(prompt: Prompt, text: str) -> str | None:
+    """The text if it is in the style that one layer learns, else None: an attacker who has found out what its student can use."""
+    return text if text.startswith("left:") else None
+
+
 def is_held_out(digits: list[int]) -> bool:
     """One question in eight, by its digits alone: no wording of a held-out question is ever trained on."""
     return sum(d * k for d, k in zip(digits, (1, 101, 201, 301, 77, 313, 55))) % 1009 % 8 == 0

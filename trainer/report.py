@@ -5,38 +5,52 @@
 The acceptance rules are those of docs/method.md, "Acceptance". Everything is read from the runs' own logs and predictions.
 """
 import json
+import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .report_checks import check_lines, defence_rows, render_defences
-from .report_entries import MODES, Entry, change, cost, finished_entries, grouped, labelled, paired, score, with_role
+from .eval_config import LIKELIHOOD
+from .report_checks import ATTACKS_AS_DEFENCE, check_lines, defence_rows, proxy_lines, proxy_rows
+from .report_entries import (
+    MODES,
+    Entry,
+    change,
+    cost,
+    finished_entries,
+    grouped,
+    labelled,
+    late_spike,
+    paired,
+    score,
+    with_role,
+)
 from .report_plots import plot_all
+from .report_tables import ORDER, render
 from .stats import over_seeds, relative_change
-from .tables import mean_and_spread, table
-from .tables import score as score_text
 
 KEPT_POINTS = 0.02  # A1: teacher accuracy
 GAIN, LOSS = 0.15, -0.50  # A2, A3: relative change of the student's accuracy
 ANSWERED = 0.9  # A5: answers found, relative to the baseline
 SWEEPS = {"eta", "ablation"}  # labels of runs that have a report of their own (knob.py, ablations.py)
-ORDER = ("original", "task_only", "distillable", "undistillable")  # of the teachers in tables and plots
+DIVERGED = 10.0  # A5: a gradient norm late in a run / the median there
 
 
 def write_report(folder: Path) -> str:
     """Writes report.md, report.json and plots into `folder`; returns the summary lines."""
     folder = Path(folder)
     matrix = json.loads((folder / "matrix.json").read_text())
-    entries = [e for e in finished_entries(folder) if not SWEEPS & set(e.labels)]
-    found = summarise([e for e in entries if "defence" not in e.labels], matrix["styles"])
-    found["verdict"] += check_lines(entries)
-    found["defences"] = defence_rows(entries)
+    everything = finished_entries(folder)
+    entries = [e for e in everything if not SWEEPS & set(e.labels)]
+    plain = [e for e in entries if "defence" not in e.labels]
+    found = summarise(plain, matrix["styles"])
+    found |= {"defences": defence_rows(entries), "proxies": proxy_rows(everything), "title": matrix["title"], "head": _head(entries, matrix)}
+    found["verdict"] += check_lines(entries) + proxy_lines(found["proxies"])
+    found["conclusion"] = conclusion(found)
     found["runs"] = [_run_row(e) for e in entries]
-    found["title"] = matrix["title"]
-    found["head"] = _head(entries, matrix)
-    found["plots"] = plot_all(folder, entries, found)
+    found["plots"] = plot_all(folder, plain, found)
     (folder / "report.json").write_text(json.dumps(found, indent=1, default=_plain) + "\n")
     (folder / "report.md").write_text(render(found))
     return "\n".join(found["verdict"])
@@ -57,6 +71,7 @@ def summarise(entries: list[Entry], styles: Mapping[str, str]) -> dict[str, Any]
                                         labelled(entries, role="student", attack=attack, teacher="original"))
                 cell["score"] = score(entries, attack, teacher)
     found = {"teachers": teachers, "students": students, "baselines": baselines}
+    found["collapse"] = collapse_lines(found)
     return found | {"verdict": verdict(found)}
 
 
@@ -76,11 +91,12 @@ def _student(rows: list[Entry], styles: Mapping[str, str]) -> dict:
     answered = [p for p in predictions if p["extracted"] is not None]
     out["answered"] = len(answered) / max(len(predictions), 1)
     out["right_if_answered"] = sum(bool(p["correct"]) for p in answered) / max(len(answered), 1)
-    out["best"] = over_seeds([max(v["eval/sampled"] for v in e.evals()) for e in rows])._asdict()
+    out["best"] = over_seeds([e.best() for e in rows])._asdict()
     out["styles"] = _shares(predictions, styles)
     out["greedy_styles"] = _shares([p for e in rows for p in e.predictions() if p["mode"] == "greedy"], styles)
     out["seconds"] = over_seeds([e.run.summary["wall_s"] for e in rows])._asdict()
     out["cost"] = cost(rows[0])
+    out["late_spike"] = max(map(late_spike, rows))
     return out
 
 
@@ -99,30 +115,38 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
     for name, row in found["teachers"].items():
         if name != "original":
             gaps = {m: row["difference"][m]["mean"] for m in MODES}
-            kept = all(abs(g) <= KEPT_POINTS for g in gaps.values())
-            lines.append(f"teacher {name}: accuracy {'kept' if kept else 'NOT kept'} within {KEPT_POINTS * 100:.0f} points ("
+            lines.append(f"teacher {name}: accuracy {'kept' if _kept(row) else 'NOT kept'} within {KEPT_POINTS * 100:.0f} points ("
                          + ", ".join(f"{m} {gaps[m] * 100:+.1f}" for m in MODES) + ")")
-    lines += _student_lines(found, "distillable", lambda c: c >= GAIN, f">= {GAIN:+.0%}")
-    lines += _student_lines(found, "undistillable", lambda c: c <= LOSS, f"<= {LOSS:+.0%}")
-    lines += _score_lines(found)
-    lines += _collapse_lines(found)
-    return lines
+    lines += _student_lines(found, "distillable") + _task_only_lines(found)
+    lines += _student_lines(found, "undistillable") + _student_lines(found, "undistillable", "best")
+    return lines + _score_lines(found) + _divergence_lines(found) + found["collapse"]
 
 
-def _student_lines(found: Mapping, teacher: str, accept: Callable[[float], bool], rule: str) -> list[str]:
-    cells = {a: row[teacher]["change"]["sampled"] for a, row in found["students"].items() if "change" in row.get(teacher, {})}
+def _kept(teacher: Mapping[str, Any]) -> bool:
+    """A1."""
+    return all(abs(teacher["difference"][m]["mean"]) <= KEPT_POINTS for m in MODES)
+
+
+def sort_attacks(found: Mapping, teacher: str, reading: str = "sampled") -> tuple[dict[str, dict], list[str]]:
+    """The changes of all attacks on a teacher, and the attacks under which the rule for it (A2 or A3) holds. `reading`: of the last
+    or of the best checkpoint."""
+    accept = (lambda c: c >= GAIN) if teacher == "distillable" else (lambda c: c <= LOSS)
+    cells = {a: row[teacher]["change"][reading] for a, row in found["students"].items() if "change" in row.get(teacher, {})}
     cells = {a: c for a, c in cells.items() if c["n"]}
+    return cells, [a for a, c in cells.items() if accept(c["mean"]) and not _may_be_zero(c)]
+
+
+def _student_lines(found: Mapping, teacher: str, reading: str = "sampled") -> list[str]:
+    cells, held = sort_attacks(found, teacher, reading)
     if not cells:
         return []
-    held = [a for a, c in cells.items() if accept(c["mean"]) and not _may_be_zero(c)]
     missed = [a for a in cells if a not in held]
     words = lambda names: ", ".join(f"{a} {cells[a]['mean']:+.0%}" for a in names)
-    out = [f"students of the {teacher} teacher, {rule} of the original's: {len(held)} of {len(cells)} attacks"
-           + (f" ({words(held)})" if held else "")]
+    rule = f">= {GAIN:+.0%}" if teacher == "distillable" else f"<= {LOSS:+.0%}"
+    whose = f"students of the {teacher} teacher" + (", each run's best checkpoint (the attacker stops early)" if reading == "best" else "")
+    out = [f"{whose}, {rule} of the original's: {len(held)} of {len(cells)} attacks" + (f" ({words(held)})" if held else "")]
     if missed:
-        out.append(f"not {'reached' if teacher == 'distillable' else 'stopped'}: {words(missed)}")
-    if teacher == "distillable":
-        out += _task_only_lines(found)
+        out.append(f"not {'reached' if teacher == 'distillable' else 'stopped'}{' early' * (reading == 'best')}: {words(missed)}")
     return out
 
 
@@ -154,7 +178,19 @@ def _task_only_lines(found: Mapping) -> list[str]:
     return [f"above the student of the task-only teacher (eta = 0): {len(above)} of {len(pairs)} attacks"]
 
 
-def _collapse_lines(found: Mapping) -> list[str]:
+def _divergence_lines(found: Mapping) -> list[str]:
+    """A5: a student whose training broke down says nothing about its teacher. Asked of those that collapsed: near its optimum a run
+    that succeeds has no gradient left to compare with."""
+    spikes = {a: found["students"][a]["undistillable"]["late_spike"] for a in sort_attacks(found, "undistillable")[1]}
+    spikes = {a: s for a, s in spikes.items() if not math.isnan(s)}
+    if not spikes:
+        return []
+    broken = [a for a, s in spikes.items() if s > DIVERGED]
+    return [f"training of the undistillable teacher's students that collapsed: {'diverged under ' + ', '.join(broken) if broken else 'none diverged'} "
+            f"(largest gradient norm in the second half of a run {max(spikes.values()):.1f} times its median there; limit {DIVERGED:.0f})"]
+
+
+def collapse_lines(found: Mapping) -> list[str]:
     """A5: is the undistillable student wrong, or does it merely fail to answer?"""
     out = []
     for attack, row in found["students"].items():
@@ -170,63 +206,45 @@ def _collapse_lines(found: Mapping) -> list[str]:
     return out
 
 
-def render(found: Mapping[str, Any]) -> str:
-    """report.md."""
-    parts = [f"# {found['title'] or 'Report'}", "\n".join(f"- {line}" for line in found["verdict"]),
-             "Accuracies are shares of held-out prompts answered right, sampled at temperature 1 unless said otherwise; "
-             "+- is the standard deviation over seeds, intervals are 95 %. \"Undistillable\" means: reduces what the students "
-             "tested here gain through the channels tested here at this budget.",
-             "## Teachers", _teacher_table(found["teachers"]), "## Students", _student_table(found)]
-    if any("score" in c for row in found["students"].values() for c in row.values()):
-        parts += ["## Attacks in detail", _attack_table(found["students"])]
-    if len(found.get("defences", {})) > 1:
-        parts += ["## Other defences", "By what students of sampled text gain; accuracy is that of the texts served.", render_defences(found["defences"])]
-    parts += [f"## {title}\n![{title}]({name})" for name, title in found["plots"].items()]
-    parts += ["## How it was made", "```\n" + json.dumps(found["head"], indent=1) + "\n```"]
-    return "\n\n".join(parts) + "\n"
+def conclusion(found: Mapping[str, Any]) -> str:
+    """What it adds up to, for a reader who knows no rule: who was stopped, who got through, what else could have been done."""
+    last, stopped = sort_attacks(found, "undistillable")
+    early, stopped_early = sort_attacks(found, "undistillable", "best")
+    through = {a: "" for a in last if a not in stopped} | {a: ", with its best checkpoint" for a in early if a in stopped and a not in stopped_early}
+    said = []
+    if last:
+        teacher = found["teachers"].get("undistillable")
+        price = "was not evaluated" if teacher is None else "kept its own accuracy" if _kept(teacher) else "lost accuracy itself"
+        said.append(f"The undistillable teacher {price}. Of {len(last)} attacks on it {len(last) - len(through)} were stopped: their students end at "
+                    "half of what the same attack takes from the original, or less, at their last and at their best checkpoint. "
+                    + ("Got through: " + ", ".join(_through(found["students"][a], a, how) for a, how in through.items()) + "."
+                       if through else "None got through."))
+    helped, gained = sort_attacks(found, "distillable")
+    if helped:
+        rest = [a for a in helped if a not in gained]
+        said.append(f"The distillable teacher gave at least {GAIN:.0%} more than the original under {len(gained)} of {len(helped)} attacks"
+                    + (f"; not under {', '.join(rest)}." if rest else "."))
+    said += [_defence_words(name, r, found["defences"]["none"]) for name, r in found.get("defences", {}).items()
+             if name not in ("none", "undistillable") and r["change"]["n"] and "none" in found["defences"]]
+    seeds = max((c["n"] for c in [*last.values(), *helped.values()]), default=0)
+    return " ".join(said + (["One seed: nothing here has a spread over seeds yet."] if seeds == 1 else []))
 
 
-def _teacher_table(teachers: Mapping[str, dict]) -> str:
-    styles = next(iter(teachers.values()))["styles"] if teachers else {}
-    rows = [["teacher", "sampled", "greedy", "difference, points", "KL to original", *(f"{s}: share / right" for s in styles)]]
-    for name, t in teachers.items():
-        d = t["difference"]["sampled"]
-        gap = "" if name == "original" else f"{d['mean'] * 100:+.1f} [{d['low'] * 100:+.1f}, {d['high'] * 100:+.1f}] n {d['n']}"
-        kl = f"{t['anchor_kl']['mean']:.4f}" if t["anchor_kl"]["n"] else ""
-        rows.append([name, mean_and_spread(t["sampled"]), mean_and_spread(t["greedy"]), gap, kl,
-                     *(f"{v['share']:.0%} / {v['right']:.0%}" for v in t["styles"].values())])
-    return table(rows[0], rows[1:])
+def _through(row: Mapping[str, dict], attack: str, how: str) -> str:
+    key = "best" if how else "sampled"
+    return f"{attack} ({row['undistillable'][key]['mean']:.3f} against {row['original'][key]['mean']:.3f} from the original{how})"
 
 
-def _student_table(found: Mapping[str, Any]) -> str:
-    names = list(found["teachers"])
-    rows = [["attack", *(f"from {n}" for n in names), "greedy: " + " / ".join(names)]]
-    for attack, row in found["students"].items():
-        cells = []
-        for n in names:
-            c = row.get(n)
-            change = c and c.get("change", {}).get("sampled")
-            cells.append("" if not c else mean_and_spread(c["sampled"]) + (f" ({change['mean']:+.0%})" if change and change["n"] else ""))
-        greedy = " / ".join(f"{row[n]['greedy']['mean']:.3f}" if n in row else "-" for n in names)
-        rows.append([attack, *cells, greedy])
-    lines = [table(rows[0], rows[1:])]
-    for name, b in found["baselines"].items():
-        lines.append(f"Without a teacher, {name}: {mean_and_spread(b['sampled'])} sampled, {b['greedy']['mean']:.3f} greedy.")
-    return "\n\n".join(lines)
-
-
-def _attack_table(students: Mapping[str, Mapping[str, dict]]) -> str:
-    """What an attack asked of the teacher, the best checkpoint of an attacker who stops early, and the distillability score."""
-    names = [n for n in ORDER if any(n in row for row in students.values())]
-    rows = [["attack", "teacher texts written / read", "seconds", *(f"best, {n}" for n in names),
-             *(f"distillability, {n}" for n in names if n != "original")]]
-    for attack, row in students.items():
-        first = next(iter(row.values()))
-        scores = [row.get(n, {}).get("score") for n in names if n != "original"]
-        rows.append([attack, f"{first['cost']['written']} / {first['cost']['read']}", f"{first['seconds']['mean']:.0f}",
-                     *(f"{row[n]['best']['mean']:.3f}" if n in row else "" for n in names),
-                     *(score_text(d) for d in scores)])
-    return table(rows[0], rows[1:])
+def _defence_words(name: str, row: Mapping[str, Any], none: Mapping[str, Any]) -> str:
+    """One other defence in a sentence: what it does to students of sampled text, and what it costs."""
+    c, d, s = row["change"], row["score"], row["student"]["mean"]
+    moved = "halves (or more)" if c["mean"] <= LOSS else "lowers" if c["mean"] < 0 else "raises"
+    effect = "does not change beyond its spread" if _may_be_zero(c) or d is not None and d["low"] <= 1 <= d["high"] else moved
+    lost = 100 * (none["served"]["mean"] - row["served"]["mean"]) if row["served"]["n"] else math.nan
+    price = "at a price not measured" if math.isnan(lost) else f"at {lost:.1f} points of served accuracy" if lost > 100 * KEPT_POINTS else \
+        "at the same served accuracy"
+    kind = " (an attacker's own move, too)" if name in ATTACKS_AS_DEFENCE.values() else ""
+    return f"Serving \"{name}\"{kind} {effect} what students take ({none['student']['mean']:.3f} to {s:.3f}), {price}."
 
 
 def _head(entries: list[Entry], matrix: Mapping) -> dict:
@@ -240,8 +258,8 @@ def _run_row(entry: Entry) -> dict:
     """One run of the matrix in one line: what a record needs to be checked by."""
     last = entry.evals()[-1]
     kl = entry.run.steps[-1].get("anchor_kl") if entry.run.steps else None
-    return {**entry.labels, "sampled": last["eval/sampled"], "greedy": last["eval/greedy"], "anchor_kl": kl,
-            "seconds": entry.run.summary["wall_s"]}
+    measured = {m: last[f"eval/{m}"] for m in (*MODES, *LIKELIHOOD) if f"eval/{m}" in last}
+    return {**entry.labels, **measured, "anchor_kl": kl, "seconds": entry.run.summary["wall_s"]}
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+BARS = 9  # attacks side by side
 COLOURS = {"original": "#6b7280", "distillable": "#2563eb", "undistillable": "#dc2626", "task_only": "#d97706"}
 
 
@@ -38,20 +39,28 @@ def _students(entries: list, found: Mapping[str, Any]):
     attacks, teachers = list(found["students"]), list(found["teachers"])
     if not attacks:
         return None
-    figure, axes = _axes(1, width=max(6.0, 1.6 * len(attacks)))
-    ax, bar = axes[0, 0], 0.8 / max(len(teachers), 1)
+    rows = -(-len(attacks) // BARS)
+    width = -(-len(attacks) // rows)  # as evenly as it goes
+    figure, axes = _axes(1, rows, width=max(6.0, 1.6 * width))
+    for ax, start in zip(axes[:, 0], range(0, len(attacks), width)):
+        _bars(ax, attacks[start:start + width], teachers, found["students"])
+        ax.set_xlim(-0.3, width - 0.1)
+    axes[0, 0].legend(frameon=False, fontsize=8, bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def _bars(ax, attacks: list[str], teachers: list[str], students: Mapping[str, Any]) -> None:
+    bar = 0.8 / max(len(teachers), 1)
     for i, teacher in enumerate(teachers):
-        cells = [found["students"][a].get(teacher) for a in attacks]
+        cells = [students[a].get(teacher) for a in attacks]
         heights = [c["sampled"]["mean"] if c else 0.0 for c in cells]
         several = any(c and c["sampled"]["n"] > 1 for c in cells)
         spread = [c["sampled"]["std"] if c and c["sampled"]["n"] > 1 else 0.0 for c in cells] if several else None
         ax.bar([x + i * bar for x in range(len(attacks))], heights, bar * 0.9, yerr=spread, label=f"from {teacher}",
                color=COLOURS.get(teacher), capsize=2)
-    ax.set_xticks([x + 0.4 - bar / 2 for x in range(len(attacks))], attacks)
+    ax.set_xticks([x + 0.4 - bar / 2 for x in range(len(attacks))], attacks, fontsize=8)
     ax.set_ylabel("accuracy, sampled")
     ax.set_ylim(0, 1)
-    ax.legend(frameon=False, fontsize=8, bbox_to_anchor=(1.0, 1.0))
-    return figure
 
 
 def _calibration(entries: list, found: Mapping[str, Any]):
@@ -106,9 +115,11 @@ def _curves(entries: list, found: Mapping[str, Any]):
             ax.plot([v["step"] for v in e.evals()], [v["eval/sampled"] for v in e.evals()], marker="o", ms=3, lw=1.2,
                     color=COLOURS.get(name), label=name)
         ax.set_title(attack, fontsize=9)
-        ax.set_xlabel("step")
         ax.set_ylim(0, 1)
-    axes[0, 0].set_ylabel("accuracy, sampled")
+    for column in axes.T:  # the lowest panel that is in use
+        column[max(i for i, ax in enumerate(column) if ax.axison)].set_xlabel("step")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("accuracy, sampled")
     handles = {h.get_label(): h for h in axes[0, 0].get_lines()}
     axes[0, 0].legend(handles.values(), handles.keys(), frameon=False, fontsize=8)
     return figure

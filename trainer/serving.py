@@ -1,6 +1,6 @@
-"""What a provider serves instead of its model: product-of-experts decoding, a defence to compare calibration with.
+"""What a provider serves instead of its model: product-of-experts decoding and temperature, defences to compare calibration with.
 
-    log p_served = (1 - gamma) log p_model + gamma log p_proxy - log Z            docs/method.md, "Defences"
+    log p_served = [(1 - gamma) log p_model + gamma log p_proxy] / temperature - log Z            docs/method.md, "Defences"
 
 It is paid for at every token served, changes no weight, and reaches whoever is given text; who is given logits gets the model's.
 
@@ -31,12 +31,22 @@ def product_decoder(decode: Callable, other: Callable, gamma: float) -> Callable
     return both
 
 
+def tempered_decoder(decode: Callable, temperature: float) -> Callable:
+    """A decoder whose logits are divided by the temperature; greedy answers stay what they are."""
+    @contextlib.contextmanager
+    def tempered(rows: int, max_length: int) -> Iterator[tuple[Callable, Any]]:
+        with decode(rows, max_length) as (own, device):
+            yield lambda *fed: own(*fed).float() / temperature, device
+
+    return tempered
+
+
 class Served:
-    """Decoders as they are served: multiplied with the proxy of `[serve]`, or as they are without one."""
+    """Decoders as `[serve]` says: multiplied with its proxy, at its temperature; bit for bit as they are where it says nothing."""
 
     def __init__(self, cfg: Config, engine: Any, chats: Iterable[Chat]):
         """chats: of the models that are served. ValueError where the proxy's vocabulary is another one. Collective."""
-        self._engine, self._gamma, self._proxy, s = engine, cfg.serve.gamma, None, cfg.serve
+        self._engine, self._spec, self._proxy, s = engine, cfg.serve, None, cfg.serve
         if not s.proxy:
             return
         if not all(same_vocabulary(chat, Chat(s.proxy)) for chat in chats):
@@ -47,9 +57,7 @@ class Served:
     @contextlib.contextmanager
     def publish(self, published: contextlib.AbstractContextManager[Callable]) -> Iterator[Callable]:
         """published: engine.publish() or engine.publish_frozen(model); yields the decoder to generate with. Collective."""
-        with published as decode:
-            if self._proxy is None:
-                yield decode
-                return
-            with self._engine.publish_frozen(self._proxy) as other:
-                yield product_decoder(decode, other, self._gamma)
+        with published as decode, contextlib.ExitStack() as stack:
+            if self._proxy is not None:
+                decode = product_decoder(decode, stack.enter_context(self._engine.publish_frozen(self._proxy)), self._spec.gamma)
+            yield decode if self._spec.temperature == 1 else tempered_decoder(decode, self._spec.temperature)

@@ -23,7 +23,9 @@ def points(e: Mapping[str, float]) -> str:
 
 def score(e: Mapping[str, float] | None) -> str:
     """0.50 [0.42, 0.58]; empty where it could not be measured."""
-    return "" if e is None else f"{e['mean']:.2f} [{e['low']:.2f}, {e['high']:.2f}]"
+    if e is None:
+        return ""
+    return f"{e['mean']:.2f}" + ("" if math.isnan(e["low"]) else f" [{e['low']:.2f}, {e['high']:.2f}]")
 
 
 def plain(x: Any) -> Any:
