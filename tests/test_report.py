@@ -8,6 +8,13 @@ from reflux.trainer.report_tables import render
 STYLES = {"easy": "^e", "hard": "^h"}
 
 
+@pytest.fixture(autouse=True)
+def pictures(request, monkeypatch):
+    """They take seconds; one test draws them."""
+    if request.function is not test_the_claims_hold_when_the_numbers_say_so:
+        monkeypatch.setattr("reflux.trainer.report.plot_all", lambda *_: {})
+
+
 def write_run(folder, labels, sampled, greedy, answered=1.0, seed="0", steps=3, config=None):
     """A finished run whose last evaluation has the given shares of right answers among 100 prompts."""
     folder.mkdir(parents=True)

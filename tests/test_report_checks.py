@@ -23,6 +23,11 @@ def add(folder, cells, head=None):
     (folder / "matrix.json").write_text(json.dumps(matrix))
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr("reflux.trainer.report.plot_all", lambda *_: {})
+
+
 @pytest.fixture
 def folder(tmp_path):
     write_matrix(tmp_path, {"original": 0.5, "distillable": 0.6, "undistillable": 0.2}, start=0.1)

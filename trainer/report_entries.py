@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .record import Run, load_run
-from .stats import Estimate, bootstrap, over_seeds, paired_difference
+from .stats import Estimate, bootstrap_ratio, over_seeds, paired_difference
 
 MODES = ("sampled", "greedy")
 
@@ -116,13 +116,7 @@ def gain_ratio(rows: list[Entry], originals: list[Entry], before: Mapping[tuple[
     gain = paired_difference([base[k] for k in keys], [before[k] for k in keys])
     if len(keys) < 2 or not gain.mean > 3 * gain.std / math.sqrt(len(keys)):
         return None
-
-    def ratio(drawn: Sequence) -> float:
-        start = sum(before[k] for k in drawn)
-        gained = sum(base[k] for k in drawn) - start
-        return (sum(after[k] for k in drawn) - start) / gained if gained else math.nan
-
-    return bootstrap(ratio, keys)._asdict()
+    return bootstrap_ratio({k: after[k] - before[k] for k in keys}, {k: base[k] - before[k] for k in keys})._asdict()
 
 
 def cost(entry: Entry) -> dict[str, float]:
