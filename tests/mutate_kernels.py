@@ -3,7 +3,7 @@
     python tests/mutate_kernels.py                        # the mutants below, and --sample drawn by rule from each file
     python tests/mutate_kernels.py --only class --list    # those of files with class in their names; print, do not run
     python tests/mutate_kernels.py --sample 40 --seed 1   # more of them, others
-    python tests/mutate_kernels.py --record               # and write bench/records/<date>_kernel_mutants.json
+    python tests/mutate_kernels.py --jobs 2 --record      # two at a time, and write bench/records/<date>_kernel_mutants.json
 
 A fault is one replacement in one file of a copy of the repository; the narrow tests of that file then run with -x. One that
 no test notices survives, and the exit code is 1: either a test is missing, or the mutant computes the same (EQUIVALENT
@@ -14,13 +14,16 @@ import argparse
 import ast
 import datetime
 import json
+import multiprocessing
 import os
+import queue
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -326,11 +329,56 @@ def write_record(counts: dict, survivors: list[Mutant], options: argparse.Namesp
     print(f"wrote {path.relative_to(ROOT)}")
 
 
+def in_parallel(mutants: list[Mutant], jobs: int) -> Iterator[tuple[Mutant, bool | None]]:
+    """(mutant, does it survive?) as they come; None for all of a group whose tests are red before any. A process a share of groups."""
+    groups: dict[tuple, list[int]] = {}
+    for i, mutant in enumerate(mutants):
+        groups.setdefault((mutant.tests, mutant.only), []).append(i)
+    shares: list[list[list[int]]] = [[] for _ in range(jobs)]
+    for group in sorted(groups.values(), key=len, reverse=True):
+        min(shares, key=lambda share: sum(map(len, share))).append(group)
+    context = multiprocessing.get_context("fork")  # before torch is imported: every process builds and imports a copy of its own
+    results = context.Queue()
+    workers = [context.Process(target=run_share, args=(mutants, share, results)) for share in shares if share]
+    for worker in workers:
+        worker.start()
+    for _ in mutants:
+        while True:
+            try:
+                i, alive = results.get(timeout=60)
+                break
+            except queue.Empty:
+                if all(not w.is_alive() for w in workers):
+                    sys.exit("a process died without an answer; its output is above")
+        yield mutants[i], alive
+    for worker in workers:
+        worker.join()
+
+
+def run_share(mutants: list[Mutant], groups: list[list[int]], results) -> None:
+    with tempfile.TemporaryDirectory(prefix="mutants") as name:
+        folder = Path(name)
+        build_copy(folder)
+        preload()
+        for group in groups:
+            first = mutants[group[0]]
+            green = tests_pass(folder, first, FEW)
+            if not green:
+                print(f"{' '.join(first.tests)} -k '{first.only}' fails without a mutant:\n{(folder / 'output.txt').read_text()[-2000:]}", flush=True)
+            for i in group:
+                began = time.monotonic()
+                alive = survives(folder, mutants[i]) if green else None
+                if green:
+                    print(f"{'SURVIVED' if alive else 'killed  '} {time.monotonic() - began:5.1f} s  {mutants[i]}", flush=True)
+                results.put((i, alive))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="", help="files whose name contains this")
     parser.add_argument("--sample", type=int, default=6, help="mutants by rule from each file")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time, each with a copy of its own")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
@@ -343,24 +391,14 @@ def main() -> None:
     if options.list:
         print(*mutants, sep="\n")
         return
-    survivors, counts, red = [], {}, []
-    with tempfile.TemporaryDirectory(prefix="mutants") as name:
-        folder = Path(name)
-        build_copy(folder)
-        preload()
-        for group in sorted({(m.tests, m.only) for m in mutants}):
-            of_group = [m for m in mutants if (m.tests, m.only) == group]
-            if not tests_pass(folder, of_group[0], FEW):
-                print(f"{' '.join(group[0])} -k '{group[1]}' fails without a mutant:\n{(folder / 'output.txt').read_text()[-2000:]}")
-                red.append(group)
-                continue
-            for mutant in of_group:
-                began = time.monotonic()
-                alive = survives(folder, mutant)
-                print(f"{'SURVIVED' if alive else 'killed  '} {time.monotonic() - began:5.1f} s  {mutant}", flush=True)
-                killed, total = counts.get(mutant.file, (0, 0))
-                counts[mutant.file] = killed + (not alive), total + 1
-                survivors += [mutant] if alive else []
+    survivors, counts, red = [], {}, set()
+    for mutant, alive in in_parallel(mutants, options.jobs):
+        if alive is None:
+            red.add((mutant.tests, mutant.only))
+            continue
+        killed, total = counts.get(mutant.file, (0, 0))
+        counts[mutant.file] = killed + (not alive), total + 1
+        survivors += [mutant] if alive else []
     print("\n".join(f"{file:<24} {killed:>3} of {total:>3} killed" for file, (killed, total) in sorted(counts.items())))
     if options.record and not red:
         write_record(counts, survivors, options)
