@@ -4,7 +4,7 @@ import json
 import pytest
 from test_report import write_run
 
-from reflux.trainer.knob import knob_points, recommended, write_knob
+from reflux.trainer.knob import knob_points, recommended, render, write_knob
 from reflux.trainer.report_entries import finished_entries
 
 CURVE = {-1.0: (0.88, 0.1), -0.1: (0.9, 0.48), 0.0: (0.9, 0.5), 0.3: (0.89, 0.7), 3.0: (0.6, 0.9)}  # eta -> teacher, student
@@ -42,6 +42,11 @@ def test_the_files_are_written(tmp_path):
     assert "| +0.3 | 0.890 +- 0.000 |" in text and "undistillable: eta from -1 to -1 moves the student" in text
     assert (tmp_path / "knob.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "knob.md").read_text() == text
     assert json.loads((tmp_path / "knob.json").read_text())["recommended"]["distillable"] == [0.3]
+
+
+def test_one_seed_has_no_range(tmp_path):
+    points = knob_points([e for e in finished_entries(write(tmp_path)) if e.labels["seed"] == "1"])
+    assert render(points).count("no range can be said from one seed") == 2 and "| +0.3 | 0.890 |" in render(points)
 
 
 def test_a_folder_without_a_sweep_says_so(tmp_path):

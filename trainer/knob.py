@@ -53,9 +53,11 @@ def recommended(points: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 def render(points: Sequence[Mapping[str, Any]]) -> str:
     rows = [(f"{p['eta']:+g}", *(mean_and_spread(p[key]) for key in COLUMNS), "yes" if p["kept"] else "no") for p in points]
     lines = ["# The knob", "", table(("eta", *COLUMNS.values(), "teacher within A1"), rows)]
+    several = any(p["student"]["n"] > 1 for p in points)
     for name, etas in recommended(points).items():
-        lines.append(f"\n{name}: " + (f"eta from {min(etas):+g} to {max(etas):+g} moves the student with the teacher kept" if etas else
-                                      "no eta here moves the student beyond its interval with the teacher kept"))
+        found = f"eta from {min(etas):+g} to {max(etas):+g} moves the student with the teacher kept" if etas else \
+            "no eta here moves the student beyond its interval with the teacher kept"
+        lines.append(f"\n{name}: " + (found if several else "no range can be said from one seed, which has no interval"))
     lines.append("\nMean and standard deviation over seeds, answers sampled at temperature 1.\n\n![the knob](knob.png)\n")
     return "\n".join(lines)
 
