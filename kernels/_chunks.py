@@ -102,7 +102,7 @@ def chunks(x: Tensor, V: int, buffers: float, workspace_mb: float, rows_M: Tenso
     size = max(1, size - size % 128 if size >= 128 else size)
     total = x.shape[0] if rows_M is None else rows_M.shape[0]
     for start in range(0, total, size):
-        c = slice(start, min(start + size, total))
+        c = slice(start, start + size)
         yield c if rows_M is None else rows_M[c]
 
 

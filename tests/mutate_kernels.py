@@ -80,7 +80,6 @@ BY_HAND = [  # file, old text (found once), new text, tests or None for the file
     ("_chunks", "(1 / temperature, logit_scale) if softcap", "(1 / temperature, 1.0) if softcap", None),
     ("_chunks", "yield c if rows_M is None else rows_M[c]", "yield c", None),
     ("_chunks", "torch.autocast(hidden_CD.device.type, enabled=False)", "torch.autocast(hidden_CD.device.type, enabled=True)", None),
-    ("_chunks", "min(start + size, total)", "start + size", None),
     ("_parallel", "max_C = all_max(local_max_C.clone(), group)", "max_C = local_max_C", "parallel"),
     ("_parallel", "torch.where(local_max_C == -torch.inf, 0.0, (local_max_C - max_C).exp())", "(local_max_C - max_C).exp()", None),
     ("_parallel", "max(0, min(rows, vocab_size - start))", "max(0, min(rows, vocab_size))", None),
@@ -131,6 +130,8 @@ BY_HAND = [  # file, old text (found once), new text, tests or None for the file
     ("renormalised_topk_kl", "n // K", "n", None),
 ]
 EQUIVALENT = {  # (file, line of source, old, new): why it computes the same
+    ("_logprob_rows", "live = tl.maximum(live, tl.max((y != -1).to(tl.int32), 0))", "live = tl.maximum(live, tl.max((y != -1).to(tl.int32), 0))",
+     "live = 1"): "an ignored row is then read in vain: the host puts zeros in its place, NaN in its logits included",
     ("span_sum", "sorted_T, order_T = torch.sort(span_T, stable=True)", "torch.sort(span_T, stable=True)", "torch.sort(span_T)"):
         "torch's CPU sort happens to be stable; on a GPU it is not",
     ("_class_rows", "raw = tl.load(row + v, mask=v < V, other=float(\"-inf\")).to(WIDE)", "<", "<="):
