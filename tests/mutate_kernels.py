@@ -134,6 +134,7 @@ EQUIVALENT = {  # (file, line of source, old, new): why it computes the same
      "live = 1"): "an ignored row is then read in vain: the host puts zeros in its place, NaN in its logits included",
     ("span_sum", "sorted_T, order_T = torch.sort(span_T, stable=True)", "torch.sort(span_T, stable=True)", "torch.sort(span_T)"):
         "torch's CPU sort happens to be stable; on a GPU it is not",
+    ("span_sum", "first = tl.load(offset + s, mask=s < S, other=0)", "<", "<="): "the lane behind the last span owns nothing and is not stored",
     ("_class_rows", "raw = tl.load(row + v, mask=v < V, other=float(\"-inf\")).to(WIDE)", "<", "<="):
         "what is read behind the row is not stored",
     ("renormalised_topk_kl", "if first < end:  # else nobody kept this id, and zeros are there already", "<", "<="):
