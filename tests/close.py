@@ -5,10 +5,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from reflux.kernels import _triton
 
+GUARD = 64  # elements
+_EMPTY = torch.empty
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATHS = ("kernel", "torch") if _triton.HAS_TRITON else ("torch",)  # a GPU has no PyTorch path: both names mean kernel
 
@@ -37,25 +39,38 @@ def assert_gradient_close(got: Tensor, truth: Tensor, what: str, relative: float
         f"{what}: error {error:.1e} of {size:.1e}, allowed {relative:.0e} of it"
 
 
-def _poison(real):
-    def empty(*args, **kwargs):
-        x = real(*args, **kwargs)
-        return x.fill_(float("nan")) if x.is_floating_point() else x
-    return empty
+def _poisoned(allocate, guards: list[Tensor], fill: float | None):
+    """allocate with GUARD NaNs behind what it returns, which holds `fill` (None: what allocate put there)."""
+    def guarded(*args, **options):
+        x = allocate(*args, **options)
+        if not x.is_floating_point():
+            return x
+        if type(x) is Tensor and not x.is_meta and x.is_contiguous():
+            with _disable_current_modes():  # who counts allocations has seen x
+                room = _EMPTY(x.numel() + GUARD, dtype=x.dtype, device=x.device).fill_(float("nan"))
+                guards.append(room[x.numel():])
+                x = room[:x.numel()].view(x.shape).copy_(x)
+        return x if fill is None else x.fill_(fill)
+    return guarded
 
 
 @contextmanager
 def running(path: str, block_v: int = 2048):
     """Run kernels (in the interpreter without a GPU) or their PyTorch twins, on memory that torch.empty fills with NaN.
 
-    An element that nobody wrote then fails loudly. block_v is drawn by tests: a fixed one hides a missing rescale.
+    An element that nobody wrote then fails loudly, and so does a write behind the end of a tensor. block_v is drawn by tests: a
+    fixed one hides a missing rescale.
     """
     assert "new_empty" not in vars(torch.Tensor), "an earlier test left torch.Tensor.new_empty patched"
+    guards: list[Tensor] = []
+    poisoned = lambda allocate, fill=float("nan"): _poisoned(allocate, guards, fill)
     with patch.object(_triton, "FORCE_INTERPRET", path == "kernel"), patch.object(_triton, "BLOCK_V", block_v), \
-            patch.object(torch, "empty", _poison(torch.empty)), \
-            patch.object(torch, "empty_like", _poison(torch.empty_like)), \
-            patch.object(torch.Tensor, "new_empty", _poison(torch.Tensor.new_empty)):
+            patch.object(torch, "empty", poisoned(torch.empty)), \
+            patch.object(torch, "empty_like", poisoned(torch.empty_like)), \
+            patch.object(torch.Tensor, "new_zeros", poisoned(torch.Tensor.new_zeros, None)), \
+            patch.object(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty)):
         yield
+    assert all(guard.isnan().all() for guard in guards), "a kernel wrote behind the end of a tensor"
 
 
 class NoLargeTensor(TorchDispatchMode):

@@ -51,9 +51,9 @@ BY_HAND = [  # file, old text (found once), new text, tests or None for the file
     ("_chunks", "yield c if rows_M is None else rows_M[c]", "yield c", None),
     ("_chunks", "torch.autocast(hidden_CD.device.type, enabled=False)", "torch.autocast(hidden_CD.device.type, enabled=True)", None),
     ("_parallel", "max_C = all_max(local_max_C.clone(), group)", "max_C = local_max_C", "parallel"),
-    ("_parallel", "torch.where(local_max_C == -torch.inf, 0.0, (local_max_C - max_C).exp())", "(local_max_C - max_C).exp()", None),
+    ("_parallel", "torch.where(local_max_C == -torch.inf, 0.0, (local_max_C - max_C).exp())", "(local_max_C - max_C).exp()", "parallel"),
     ("_parallel", "max(0, min(rows, vocab_size - start))", "max(0, min(rows, vocab_size))", None),
-    ("_divergence", "loss = tl.where(q == 0, 0.0, -q * diff)\n        g = -q", "loss = -q * diff\n        g = -q", None),
+    ("_divergence", "loss = tl.where(q == 0, 0.0, -q * diff)\n        g = -q", "loss = -q * diff\n        g = -q", "topk_tail_kl"),
     ("_divergence", "g = -q\n    elif", "g = q\n    elif", None),
     ("_divergence", "top = tl.where(top == float(\"-inf\"), 0.0, top)", "pass", None),
     ("_divergence", "return tl.where(x == float(\"-inf\"), 0.0, tl.exp(x - m))", "return tl.exp(x - m)", None),
@@ -68,7 +68,7 @@ BY_HAND = [  # file, old text (found once), new text, tests or None for the file
     ("_kl_rows", "d = c * (g - p * sum_g)", "d = c * g", None),
     ("_kl_rows", "d * (1.0 - (raw * inv_cap) * (raw * inv_cap))", "d", None),  # softcap factor
     ("_kl_rows", "if ok == 0:\n", "if False:\n", None),
-    ("_kl_rows", "ok = ok & (tl.load(chosen + t) != 0)", "pass", "topk_tail_kl"),
+    ("_kl_rows", "ok = ok & (tl.load(chosen + t) != 0)", "pass", "kl_rows"),
     ("_kl_rows", "side = 1 if mode == \"forward\" else 0", "side = 0", "parallel"),
     ("linear_kl", "coeff_T = weight_T * (t2 * gradient_scale)", "coeff_T = weight_T * gradient_scale", None),
     ("linear_kl", "torch.where(weight_T != 0, weight_T * kl_T, 0.0).sum()", "(weight_T * kl_T).sum()", None),
@@ -109,4 +109,11 @@ EQUIVALENT = {  # (file, line of source, old, new): why it computes the same
         "what is read behind the row is not stored",
     ("renormalised_topk_kl", "if first < end:  # else nobody kept this id, and zeros are there already", "<", "<="):
         "an empty segment stores the zeros it started from",
+    ("renormalised_topk_kl", "row = w + tl.where(y >= 0, y, 0).to(tl.int64)[:, None] * stride_v", "tl.where(y >= 0, y, 0)", "(y)"):
+        "the address of a lane that the mask leaves out is not read",
+    ("_divergence", "top = tl.where(top == float(\"-inf\"), 0.0, top)", "top = tl.where(top == float(\"-inf\"), 0.0, top)", "pass"):
+        "NaN where neither has mass, which every use of the mix masks by p == 0 or q == 0",
+    ("_topk_rows", "raw = tl.load(row + v, mask=v < V, other=float(\"-inf\")).to(WIDE)", "float(\"-inf\")", "0.0"):
+        "topk_gradient: what is read behind the row is not stored",
+    ("span_sum", "for start in range(0, tl.max(last - first, 0), STEP):", "-", "+"): "more steps, in which every lane is masked",
 }

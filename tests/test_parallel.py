@@ -83,6 +83,19 @@ def test_a_nan_on_one_rank_is_seen_by_all_and_a_banned_slice_harms_nobody(path):
     assert run_on_ranks(a_rank_with_nan, path) == [[True, False, True]] * 2
 
 
+def merged_on_a_rank():
+    """Columns: mass on both ranks, on rank 0 only, on none."""
+    inf, rank = torch.inf, dist.get_rank()
+    tops = [[1.0, 2.0, -inf], [3.0, -inf, -inf]][rank]
+    return [x.tolist() for x in merge_sums(torch.tensor(tops), torch.tensor([[1.0, 2.0, 0.0]]), dist.group.WORLD.group_name)]
+
+
+def test_slices_without_mass_add_nothing_and_no_mass_anywhere_is_zero_not_nan():
+    for top_C, ((both, one, none),) in run_on_ranks(merged_on_a_rank):
+        assert top_C == [3.0, 2.0, -torch.inf] and one == 2.0 and none == 0.0
+        assert both == pytest.approx(1 + torch.tensor(-2.0).exp().item())
+
+
 class Head(nn.Module):
     """What a trainer wraps: the op runs in the forward, where FSDP2 has gathered the weight."""
 

@@ -48,6 +48,19 @@ def test_values_and_gradient_match_the_definition(path, T, V, K, dtype, temperat
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("K", [1, 2])  # no lane of padding beside the candidates
+def test_every_id_may_be_the_target(path, K):
+    """No id means anything by itself: not 0, not 1, not the last."""
+    logits_TV = inputs(5, 5, 1, torch.float32, 7)[0]
+    target = torch.arange(5, device=DEVICE) if K == 1 else torch.arange(5, device=DEVICE)[:, None].expand(5, 2).contiguous()
+    truth = run(token_logprob_ref, logits_TV, target, torch.float64)
+    with running(path, 64):
+        got = run(with_entropy, logits_TV, target, torch.float32)
+    for what, a, b in zip(("logp", "lse", "entropy", "dlogits"), got, truth, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5, msg=lambda m, w=what: f"{w}: {m}")
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_the_typical_gradient_error_is_torchs(path):
     """A bound on single examples must forgive the worst case; a median over seeds need not."""
     ours, torchs = [], []
