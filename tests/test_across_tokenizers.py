@@ -10,6 +10,7 @@ from runs import config, run_here
 
 from reflux.trainer.calibrate import Calibrate
 from reflux.trainer.chat import Chat
+from reflux.trainer.distill import Distill
 
 pytestmark = [pytest.mark.usefixtures("titan_process"), pytest.mark.filterwarnings("ignore")]
 
@@ -81,3 +82,25 @@ def test_a_student_learns_from_a_teacher_of_another_family_on_both_kinds_of_text
     losses = [s["loss"] for s in run.steps]
     assert all(np.isfinite(losses)) and run.steps[0]["unaligned"] < 0.7 and run.steps[0]["tokens"] > 0
     assert on_policy or losses[-1] < losses[0], "on bought texts the objective falls"
+
+
+def test_inside_a_span_a_teachers_text_is_learned_by_likelihood(pair, tmp_path, monkeypatch):
+    """Where no distributions can be compared: without it a student of finer tokens forgets how a word goes on."""
+    seen, real = [], Distill.score
+    monkeypatch.setattr(Distill, "score", lambda self, texts: seen.append(real(self, texts)) or seen[-1])
+
+    def first(weight):
+        options = {"objective": "class", "divergence": "forward", "on_policy": 0.0, "inner_weight": weight}
+        return run_here(config(pair, tmp_path / str(weight), "distill", steps=1, model={"path": str(pair / "proxy")}, distill=options,
+                               rollout={"prompts": 3, "group": 2, "max_tokens": 10}, teacher={"path": str(pair / "policy"), "dtype": "float32"},
+                               )).steps[0]
+
+    with_it, without = first(1.0), first(0.0)
+    total, tokens, inner = 0.0, 0, 0
+    for s in seen[0]:
+        r, rest = s.rollout, np.setdiff1d(np.arange(len(s.rollout.ids)), s.teacher_views[0].own_place)
+        logp = logp_of(pair / "proxy", r.prompt_ids, r.ids)
+        total, tokens, inner = total - logp[rest].sum(), tokens + len(r.ids), inner + len(rest)
+    assert 0 < inner < tokens and "inner_nll" not in without
+    assert with_it["inner_nll"] == pytest.approx(total / tokens, rel=1e-4)
+    assert with_it["loss"] - without["loss"] == pytest.approx(total / tokens, rel=1e-3)

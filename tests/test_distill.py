@@ -222,6 +222,15 @@ def test_class_losses_compare_both_models_where_both_have_read_the_same_bytes(ta
     assert run.steps[0]["places"] == pytest.approx(places / tokens) and 0 < places <= tokens
 
 
+def test_classes_of_one_vocabulary_are_its_tokens_the_stop_included(talkers, tmp_path):
+    """Every id a class of its own, every token a place: the class loss is the KL, step after step."""
+    options = {"divergence": "forward", "on_policy": 0.0}
+    runs = [run_here(config(talkers, tmp_path / objective, "distill", steps=3, distill=options | {"objective": objective}))
+            for objective in ("kl", "class")]
+    for kl, classes in zip(*(run.steps for run in runs)):
+        assert classes["places"] == 1 and all(classes[key] == pytest.approx(kl[key], rel=1e-3) for key in KL_KEYS)
+
+
 def test_several_teachers_are_their_weighted_mean(talkers, tmp_path):
     """On given texts, with a teacher of the student's tokenizer and one of another; texts of their own are drawn by weight."""
     def first(folder, path, **more):

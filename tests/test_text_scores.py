@@ -101,6 +101,8 @@ def test_the_same_tokenizer_is_the_same_by_ids_and_by_bytes(chats, texts, ended)
         assert sums[0].sum() == pytest.approx(sums[1].sum(), abs=1e-9)
         if all(ord(c) < 128 for c in r.text):  # no token is part of a character: a token is a span
             np.testing.assert_array_equal(a.writer_span, b.writer_span)
+            for x, y in zip((a.starts.a, a.starts.b, a.starts.span), (b.starts.a, b.starts.b, b.starts.span)):
+                np.testing.assert_array_equal(x, y)
 
 
 @given(TEXTS, st.booleans(), st.booleans(), st.booleans())
@@ -164,7 +166,7 @@ def test_starts_are_places_where_both_have_read_the_same_bytes(chats):
     assert mine[a.starts.a].tolist() == theirs[a.starts.b].tolist() and rollout.ended
     assert a.starts.a[-1] == len(rollout.content_ids) and a.starts.b[-1] == len(a.reader_ids), "the stop is predicted behind the text"
     same, = align_texts(chats.large, chats.large, [rollout], same=True)
-    assert same.starts.a.tolist() == same.starts.b.tolist() == list(range(len(rollout.content_ids)))
+    assert same.starts.a.tolist() == same.starts.b.tolist() == list(range(len(rollout.content_ids) + 1)), "the stop is a place, too"
 
 
 def test_no_texts(chats):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
+from torch import Tensor
 
 from reflux.tokenalign.scores import span_logprobs
 
@@ -91,13 +92,21 @@ class Distill:
         return [replace(s, teacher_views=tuple(self._same_ids(t, s.rollout) for t in self.teachers)) for s in samples]
 
     def loss(self, out: Outputs, batch: Batch) -> Loss:
-        """The objective plus nll_weight times the likelihood of off-policy texts, summed over the batch's tokens."""
+        """The objective plus nll_weight times the likelihood of off-policy texts, summed over the batch's tokens.
+
+        Of `class` the objective has two parts: divergences at the places where both models have read the same bytes, and inner_weight
+        times the likelihood of the off-policy tokens elsewhere, without which a student would forget how words go on.
+        """
         spec, metrics = self.spec, {}
         total = 0.0 * out.hidden_TD.float().sum()
-        if spec.objective in ("nll", "span") or spec.nll_weight:
+        inner = spec.inner_weight if spec.objective == "class" else 0.0
+        if spec.objective in ("nll", "span") or spec.nll_weight or inner:
             logp_T = token_logprob_of(out, batch.target_T).logp
             likelihood, metrics = nll(logp_T, batch.off_policy_T)
             total = total + (1.0 if spec.objective == "nll" else spec.nll_weight) * likelihood
+        if inner:
+            likelihood, more = nll(logp_T, self._not_compared(batch))
+            total, metrics = total + inner * likelihood, metrics | {"inner_nll": more["nll"]}
         if spec.objective in ("kl", "class"):
             divergence, more = self._divergence(out, batch)
             return total + divergence, metrics | more
@@ -108,6 +117,10 @@ class Distill:
 
     def close_step(self, step: int, stats: dict[str, float]) -> dict[str, float]:
         return self.evaluator.due(step)
+
+    def _not_compared(self, batch: Batch) -> Tensor:
+        """[T] the share of teachers, by weight, that do not compare this off-policy token."""
+        return sum(t.weight * batch.off_policy_T.index_fill(0, batch.places(i), 0.0) for i, t in enumerate(self.teachers))
 
     def _divergence(self, out: Outputs, batch: Batch) -> Loss:
         """The teachers' weighted sum of token KLs, or of class divergences at the places both models share."""

@@ -18,6 +18,7 @@ class Distill:
     on_policy: float = 1.0  # share of prompts answered by the student itself (GKD's lambda)
     correct_only: bool = False  # keep off-policy texts that the task's verifier accepts
     nll_weight: float = 0.0  # adds this times the negative log-likelihood of off-policy texts
+    inner_weight: float = 1.0  # objective = "class": the same for their tokens at which no distributions can be compared
     queries: int = 0  # texts bought from the teacher before the first step and then reused; 0: fresh ones every step
     span_temperature: float = 100.0  # of the binarised span likelihoods (arXiv:2503.20083)
     rewrite: str = ""  # package.module:function(prompt, text) -> text or None, over what teachers write: an attacker's clean-up
@@ -29,7 +30,7 @@ class Distill:
 
     def __post_init__(self):
         fraction(self, "on_policy")
-        not_negative(self, "queries", "top_k", "nll_weight")
+        not_negative(self, "queries", "top_k", "nll_weight", "inner_weight")
         above_zero(self, "temperature", "span_temperature")
         _refuse_meaningless(self)
 

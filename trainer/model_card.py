@@ -34,7 +34,7 @@ def _distilled(cfg: Config) -> tuple[str, str]:
     if not cfg.needs_teacher:
         return "Fine-tuned model", f"Supervised fine-tuning of `{cfg.model.path}` on `{cfg.data.source}`."
     how = {"nll": "likelihood of the teacher's texts", "span": "likelihoods of aligned byte spans",
-           "kl": f"{d.divergence} KL, tail {d.tail}"}[d.objective]
+           "kl": f"{d.divergence} KL, tail {d.tail}", "class": f"{d.divergence} KL over classes of both vocabularies ({d.classes})"}[d.objective]
     return "Distilled student", (f"Distilled from `{cfg.teacher.path}` into `{cfg.model.path}`: {how}, "
                                  f"{d.on_policy:.0%} on-policy.")
 

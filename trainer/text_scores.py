@@ -38,16 +38,17 @@ class Aligned:
     writer_span: np.ndarray  # [n] span of each content token of the writer, -1 outside
     spans: int | None
     n_bytes: int
-    parts: tuple[Alignment, Side, Side, bool] | None = None  # the writer is side a; did the text end by itself?
+    ended: bool  # by itself, so that a stop follows on both sides
+    parts: tuple[Alignment, Side, Side] | None = None  # the writer is side a
 
     @cached_property
     def starts(self) -> SpanStarts:
         """Where both have read the same bytes: tokens of the writer (a) and of the reader (b) whose predictions can be compared."""
         if self.parts is None:  # the same tokens on both sides, or no text at all
-            places = np.arange(self.spans or 0)
-            return SpanStarts(places, places, places)
-        alignment, writer, reader, ended = self.parts
-        return span_starts(alignment, writer, reader, ended=ended)
+            span = np.arange((self.spans or 0) + (self.ended and self.spans is not None))
+            a, b = (np.append(span[:self.spans], len(side))[:len(span)] for side in (self.writer_span, self.reader_ids))
+            return SpanStarts(a, b, span)
+        return span_starts(*self.parts, ended=self.ended)
 
 
 def score_ids(reader: Any, engine: Any, jobs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], chat: Chat, *,
@@ -91,13 +92,14 @@ def align_texts(writer: Chat, reader: Chat, rollouts: Sequence[Rollout], *, same
     usable = [k for k, s in enumerate(spelled) if s.text and writers[k].reproduces and readers[k].reproduces]
     found = dict(zip(usable, align_spans([writers[k] for k in usable], [readers[k] for k in usable])))
     nothing = np.zeros(0, np.int64)
-    return [Aligned(ids[k], found[k].span_b, found[k].span_a, found[k].num_spans, len(s.bytes),
-                    (found[k], writers[k], readers[k], rollouts[k].ended)) if k in found
-            else Aligned((), nothing, np.full(len(rollouts[k].content_ids), -1), 0 if s.text == "" else None, len(s.bytes))
+    return [Aligned(ids[k], found[k].span_b, found[k].span_a, found[k].num_spans, len(s.bytes), rollouts[k].ended,
+                    (found[k], writers[k], readers[k])) if k in found
+            else Aligned((), nothing, np.full(len(rollouts[k].content_ids), -1), 0 if s.text == "" else None, len(s.bytes),
+                         rollouts[k].ended)
             for k, s in enumerate(spelled)]
 
 
 def _own_tokens(chat: Chat, rollout: Rollout) -> Aligned:
     ids = rollout.content_ids
     own = np.arange(len(ids))
-    return Aligned(ids, own, own, len(ids), int(chat.table.lens[list(ids)].sum()) if ids else 0)
+    return Aligned(ids, own, own, len(ids), int(chat.table.lens[list(ids)].sum()) if ids else 0, rollout.ended)
