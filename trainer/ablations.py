@@ -5,7 +5,6 @@
 The row `default` is the calibration without a change. Differences are paired by seed: of a teacher to the original, of a student to
 the student of the default teacher of the same direction.
 """
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from .knob import last_steps
 from .report import KEPT_POINTS
 from .report_entries import Entry, finished_entries, gain_ratio, items, labelled
 from .stats import over_seeds
-from .tables import mean_and_spread, points, score, table
+from .tables import mean_and_spread, points, score, table, write_json
 
 MODES = ("distillable", "undistillable")
 ATTACK = "seq_kd"
@@ -73,7 +72,7 @@ def write_ablations(folder: Path) -> str:
     if not any("ablation" in e.labels for e in entries):
         raise ValueError(f"{folder}: no finished run carries a label ablation; want the folder of a matrix like configs/ablations.toml")
     rows = ablation_rows(entries)
-    (folder / "ablations.json").write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(folder / "ablations.json", rows)
     (folder / "ablations.md").write_text(render(rows))
     return render(rows)
 

@@ -13,7 +13,7 @@ from .diagnose_plots import plot_diagnosis
 from .diagnosis import estimate_text
 from .heat import heat_page
 from .readings import DIRECTIONS, Reading
-from .tables import plain, table, write_whole
+from .tables import table, write_json, write_whole
 
 STOP = "<stop>"  # how a span page shows the end of a text
 
@@ -23,7 +23,7 @@ def write_diagnosis(folder: Path, cfg: Config, found: dict[str, Any], readings: 
     folder.mkdir(parents=True, exist_ok=True)
     rows = token_rows(readings, *chats)
     write_whole(folder / "tokens.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    write_whole(folder / "diagnosis.json", json.dumps(plain(found), indent=1) + "\n")
+    write_json(folder / "diagnosis.json", found)
     plots = plot_diagnosis(folder, found)
     shown = [row for writer in ("student", "teacher", "dataset") for row in rows if row["writer"] == writer][:cfg.diagnose.heat]
     if shown:

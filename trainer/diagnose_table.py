@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .stats import over_seeds
-from .tables import mean_and_spread, table
+from .tables import mean_and_spread, table, write_json
 
 Found = Mapping[str, Any]
 MEASURES: dict[str, Callable[[Found], float | None]] = {  # how a row reads -> where a diagnosis.json has it
@@ -82,7 +82,7 @@ def write_diagnoses(folder: Path) -> str:
     if not columns:
         raise ValueError(f"{folder}: no finished diagnosis carries a label pair; want the folder of a matrix like configs/diagnoses.toml")
     rows = diagnosis_rows(columns)
-    (folder / "diagnoses.json").write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(folder / "diagnoses.json", rows)
     text = render(rows, list(columns))
     (folder / "diagnoses.md").write_text(text)
     return text

@@ -1,5 +1,4 @@
 """An evaluation on disk: evaluation.json (every number with its interval) and report.md (one page of it)."""
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from .eval_accept import Verdict, as_row
 from .eval_metrics import Difference, positions
 from .eval_rows import OUTCOMES
 from .stats import Estimate
-from .tables import plain, table, write_whole
+from .tables import table, write_json, write_whole
 
 WORDS = {"right": "right", "wrong": "wrong answer", "no_answer": "no answer found", "refused": "refused", "truncated": "cut at the limit"}
 
@@ -28,7 +27,7 @@ def write_evaluation(cfg: Config, rows: Sequence[dict], measured: Mapping[str, E
         "harness": dict(harness), "accept": [as_row(v) for v in verdicts], "accepted": all(v.holds for v in verdicts)}
     found["metric_names"] = list(cfg.eval.metrics)
     folder = Path(cfg.folder)
-    write_whole(folder / "evaluation.json", json.dumps(plain(found), indent=1) + "\n")
+    write_json(folder / "evaluation.json", found)
     write_whole(folder / "report.md", render(found))
 
 

@@ -5,7 +5,6 @@
 Teachers are one point per eta and seed, students those of them; eta = 0 is the teacher trained on the task alone. The recommended range
 is where every seed's teacher stays within A1 of the original and the student's change has left zero (docs/method.md, "Acceptance").
 """
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from .report import KEPT_POINTS
 from .report_entries import Entry, finished_entries
 from .stats import Estimate, over_seeds
-from .tables import mean_and_spread, table
+from .tables import mean_and_spread, table, write_json
 
 COLUMNS = {"teacher": "teacher accuracy", "anchor_kl": "KL to original, nats/token", "reward": "calibration reward, nats",
            "student": "student accuracy"}
@@ -89,7 +88,7 @@ def write_knob(folder: Path) -> str:
     points = knob_points(finished_entries(folder))
     if not points:
         raise ValueError(f"{folder}: no finished run carries a label eta; want the folder of a matrix like configs/knob.toml")
-    (folder / "knob.json").write_text(json.dumps({"points": points, "recommended": recommended(points)}, indent=1) + "\n")
+    write_json(folder / "knob.json", {"points": points, "recommended": recommended(points)})
     plot(points, folder / "knob.png")
     (folder / "knob.md").write_text(render(points))
     return render(points)

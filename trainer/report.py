@@ -30,6 +30,7 @@ from .report_entries import (
 from .report_plots import plot_all
 from .report_tables import ORDER, render
 from .stats import over_seeds, relative_change
+from .tables import write_json
 
 KEPT_POINTS = 0.02  # A1: teacher accuracy
 GAIN, LOSS = 0.15, -0.50  # A2, A3: relative change of the student's accuracy
@@ -51,7 +52,7 @@ def write_report(folder: Path) -> str:
     found["conclusion"] = conclusion(found)
     found["runs"] = [_run_row(e) for e in entries]
     found["plots"] = plot_all(folder, plain, found)
-    (folder / "report.json").write_text(json.dumps(found, indent=1, default=_plain) + "\n")
+    write_json(folder / "report.json", found)
     (folder / "report.md").write_text(render(found))
     return "\n".join(found["verdict"])
 
@@ -260,10 +261,6 @@ def _run_row(entry: Entry) -> dict:
     kl = entry.run.steps[-1].get("anchor_kl") if entry.run.steps else None
     measured = {m: last[f"eval/{m}"] for m in (*MODES, *LIKELIHOOD) if f"eval/{m}" in last}
     return {**entry.labels, **measured, "anchor_kl": kl, "seconds": entry.run.summary["wall_s"]}
-
-
-def _plain(value: Any) -> Any:
-    return float(value) if hasattr(value, "__float__") else str(value)
 
 
 if __name__ == "__main__":

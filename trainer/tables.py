@@ -1,4 +1,5 @@
 """How reports write numbers down: Markdown tables, estimates in words, JSON without NaN, files that appear whole."""
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +35,13 @@ def plain(x: Any) -> Any:
         return {k: plain(v) for k, v in x.items()}
     if isinstance(x, list | tuple):
         return [plain(v) for v in x]
+    x = x.item() if hasattr(x, "item") else x  # numpy's numbers
     return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def write_json(path: Path, found: Any) -> None:
+    """`plain` numbers, the file whole."""
+    write_whole(path, json.dumps(plain(found), indent=1, allow_nan=False) + "\n")
 
 
 def write_whole(path: Path, text: str) -> None:
