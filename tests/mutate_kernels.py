@@ -3,6 +3,7 @@
     python tests/mutate_kernels.py                        # the mutants below, and --sample drawn by rule from each file
     python tests/mutate_kernels.py --only class --list    # those of files with class in their names; print, do not run
     python tests/mutate_kernels.py --sample 40 --seed 1   # more of them, others
+    python tests/mutate_kernels.py --again RECORD --record    # those that survived when RECORD was written, after a test was added
     python tests/mutate_kernels.py --jobs 2 --record      # two at a time, and write bench/records/<date>_kernel_mutants.json
 
 A fault is one replacement in one file of a copy of the repository; the narrow tests of that file then run with -x. One that
@@ -214,10 +215,10 @@ def survives(folder: Path, mutant: Mutant) -> bool:
 
 def write_record(counts: dict, survivors: list[Mutant], options: argparse.Namespace) -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    path = ROOT / f"bench/records/{datetime.date.today()}_kernel_mutants.json"
+    path = ROOT / f"bench/records/{datetime.date.today()}_kernel_mutants{'_again' if options.again else ''}.json"
     path.write_text(json.dumps({
         "date": datetime.datetime.now().isoformat(timespec="seconds"), "commit": commit, "command": " ".join(sys.argv),
-        "sample": options.sample, "seed": options.seed, "counts": counts, "survivors": [str(m) for m in survivors],
+        "sample": options.sample, "seed": options.seed, "again": options.again, "counts": counts, "survivors": [str(m) for m in survivors],
         "equivalent": [f"{file}.py: {old} -> {new} in {line}: {why}" for (file, line, old, new), why in EQUIVALENT.items()],
     }, indent=1) + "\n")
     print(f"wrote {path.relative_to(ROOT)}")
@@ -273,6 +274,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=6, help="mutants by rule from each file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time, each with a copy of its own")
+    parser.add_argument("--again", default="", metavar="RECORD", help="only those that survived when this record was written")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
@@ -282,6 +284,9 @@ def main() -> None:
         rules = by_rule(file)
         mutants += [*by_hand(file), *draw.sample(rules, min(options.sample, len(rules)))]
     mutants = [m for m in mutants if m.tests and m.key not in EQUIVALENT]
+    if options.again:
+        survived = json.loads(Path(options.again).read_text())["survivors"]
+        mutants = [m for m in mutants if str(m) in survived]
     if options.list:
         print(*mutants, sep="\n")
         return
