@@ -209,3 +209,16 @@ def test_nothing_at_all_is_no_crash():
 def test_a_gain_that_training_on_the_task_gives_too_is_seen(tmp_path):
     write_matrix(tmp_path, {"original": 0.4, "task_only": 0.7, "distillable": 0.6, "undistillable": 0.1})
     assert "above the student of the task-only teacher (eta = 0): 0 of 1 attacks" in write_report(tmp_path)
+
+
+def test_less_than_half_with_a_spread_that_allows_no_change_is_neither_stopped_nor_through(tmp_path):
+    """Original 0.9 and 0.1 over two seeds, undistillable 0.05: -90 % in the mean, and an interval over two seeds that holds 0."""
+    write_matrix(tmp_path, {"original": 0.5, "distillable": 0.6, "undistillable": 0.05})
+    for seed, accuracy in (("0", 0.9), ("1", 0.1)):
+        edit_logs(tmp_path, [f"s-original-{seed}"], lambda row, a=accuracy: row | {"eval/sampled": a, "eval/greedy": a} if row.get("step") == 3
+                  and row.get("event") == "eval" else row)
+    text = write_report(tmp_path)
+    assert "0 of 1 attacks" in text and "not stopped: kd -90% (its interval holds 0)" in text
+    said = json.loads((tmp_path / "report.json").read_text())["conclusion"]
+    assert "Of 1 attacks on it 0 were stopped" in said and "None got through. Less than half, too, but with a spread" in said
+    assert "allows no change: kd (0.050 against 0.500 from the original)." in said

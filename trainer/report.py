@@ -142,7 +142,8 @@ def _student_lines(found: Mapping, teacher: str, reading: str = "sampled") -> li
     if not cells:
         return []
     missed = [a for a in cells if a not in held]
-    words = lambda names: ", ".join(f"{a} {cells[a]['mean']:+.0%}" for a in names)
+    words = lambda names: ", ".join(f"{a} {cells[a]['mean']:+.0%}" + " (its interval holds 0)" * (a in missed and _may_be_zero(cells[a]))
+                                    for a in names)
     rule = f">= {GAIN:+.0%}" if teacher == "distillable" else f"<= {LOSS:+.0%}"
     whose = f"students of the {teacher} teacher" + (", each run's best checkpoint (the attacker stops early)" if reading == "best" else "")
     out = [f"{whose}, {rule} of the original's: {len(held)} of {len(cells)} attacks" + (f" ({words(held)})" if held else "")]
@@ -208,18 +209,20 @@ def collapse_lines(found: Mapping) -> list[str]:
 
 
 def conclusion(found: Mapping[str, Any]) -> str:
-    """What it adds up to, for a reader who knows no rule: who was stopped, who got through, what else could have been done."""
+    """What it adds up to, for a reader who knows no rule: who was stopped, who got through, what the seeds leave open, what else could
+    have been done."""
     last, stopped = sort_attacks(found, "undistillable")
     early, stopped_early = sort_attacks(found, "undistillable", "best")
     through = {a: "" for a in last if a not in stopped} | {a: ", with its best checkpoint" for a in early if a in stopped and a not in stopped_early}
+    unsettled = {a: how for a, how in through.items() if (early if how else last)[a]["mean"] <= LOSS}
     said = []
     if last:
         teacher = found["teachers"].get("undistillable")
         price = "was not evaluated" if teacher is None else "kept its own accuracy" if _kept(teacher) else "lost accuracy itself"
         said.append(f"The undistillable teacher {price}. Of {len(last)} attacks on it {len(last) - len(through)} were stopped: their students end at "
                     "half of what the same attack takes from the original, or less, at their last and at their best checkpoint. "
-                    + ("Got through: " + ", ".join(_through(found["students"][a], a, how) for a, how in through.items()) + "."
-                       if through else "None got through."))
+                    + _through(found, "Got through", {a: how for a, how in through.items() if a not in unsettled})
+                    + (" " + _through(found, "Less than half, too, but with a spread over seeds that allows no change", unsettled) if unsettled else ""))
     helped, gained = sort_attacks(found, "distillable")
     if helped:
         rest = [a for a in helped if a not in gained]
@@ -231,9 +234,13 @@ def conclusion(found: Mapping[str, Any]) -> str:
     return " ".join(said + (["One seed: nothing here has a spread over seeds yet."] if seeds == 1 else []))
 
 
-def _through(row: Mapping[str, dict], attack: str, how: str) -> str:
-    key = "best" if how else "sampled"
-    return f"{attack} ({row['undistillable'][key]['mean']:.3f} against {row['original'][key]['mean']:.3f} from the original{how})"
+def _through(found: Mapping[str, Any], what: str, attacks: Mapping[str, str]) -> str:
+    """`attacks`: name -> "", or with which of its checkpoints."""
+    def one(attack: str, how: str) -> str:
+        row, key = found["students"][attack], "best" if how else "sampled"
+        return f"{attack} ({row['undistillable'][key]['mean']:.3f} against {row['original'][key]['mean']:.3f} from the original{how})"
+
+    return f"{what}: {', '.join(one(*item) for item in attacks.items())}." if attacks else "None got through."
 
 
 def _defence_words(name: str, row: Mapping[str, Any], none: Mapping[str, Any]) -> str:
