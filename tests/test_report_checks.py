@@ -9,11 +9,11 @@ from reflux.trainer.report_checks import check_lines, defence_rows, proxy_lines,
 from reflux.trainer.report_entries import cost, finished_entries
 
 
-def add(folder, cells, head=None):
-    """More runs into a matrix folder, both seeds of each."""
+def add(folder, cells, head=None, seeds="01"):
+    """More runs into a matrix folder, one per seed of each."""
     matrix = json.loads((folder / "matrix.json").read_text())
     for labels, accuracy in cells:
-        for seed in "01":
+        for seed in seeds:
             name = "-".join(filter(None, labels.values())).replace(" ", "_")
             cell = write_run(folder / f"{name}-{seed}", labels, accuracy, accuracy, seed=seed)
             log = folder / cell["folder"] / "run.jsonl"
@@ -77,6 +77,16 @@ def test_likelihood_agrees_or_does_not(folder, other, word):
     add(folder, [({"role": "choices", "teacher": "original"}, 0.5), ({"role": "choices", "teacher": "undistillable"}, other)])
     (line,) = check_lines(finished_entries(folder))
     assert word in line and f"student of undistillable {other:.3f}" in line
+
+
+def test_a_difference_within_the_spread_over_seeds_is_called_open(folder):
+    """By seed 0.5 -> 0.45 and 0.5 -> 0.05: lower in the mean, 0.25, with an interval of two seeds that holds 0."""
+    add(folder, [({"role": role, "teacher": "original"}, 0.5) for role in ("choices", "repair")], {"data": {"limit": 50}})
+    for seed, accuracy in (("0", 0.45), ("1", 0.0)):
+        add(folder, [({"role": role, "teacher": "undistillable"}, accuracy) for role in ("choices", "repair")], {"data": {"limit": 50}}, seeds=seed)
+    repair, choices = check_lines(finished_entries(folder))
+    assert repair.endswith("the drop survives in the mean; the spread over seeds allows no difference"), repair
+    assert choices.endswith("is lower in the mean; the spread over seeds allows no difference"), choices
 
 
 @pytest.mark.parametrize("distill, written, read", [

@@ -29,7 +29,7 @@ from .report_entries import (
 )
 from .report_plots import plot_all
 from .report_tables import ORDER, render
-from .stats import over_seeds, relative_change
+from .stats import may_be_zero, over_seeds, relative_change
 from .tables import write_json
 
 KEPT_POINTS = 0.02  # A1: teacher accuracy
@@ -134,7 +134,7 @@ def sort_attacks(found: Mapping, teacher: str, reading: str = "sampled") -> tupl
     accept = (lambda c: c >= GAIN) if teacher == "distillable" else (lambda c: c <= LOSS)
     cells = {a: row[teacher]["change"][reading] for a, row in found["students"].items() if "change" in row.get(teacher, {})}
     cells = {a: c for a, c in cells.items() if c["n"]}
-    return cells, [a for a, c in cells.items() if accept(c["mean"]) and not _may_be_zero(c)]
+    return cells, [a for a, c in cells.items() if accept(c["mean"]) and not may_be_zero(c)]
 
 
 def _student_lines(found: Mapping, teacher: str, reading: str = "sampled") -> list[str]:
@@ -142,7 +142,7 @@ def _student_lines(found: Mapping, teacher: str, reading: str = "sampled") -> li
     if not cells:
         return []
     missed = [a for a in cells if a not in held]
-    words = lambda names: ", ".join(f"{a} {cells[a]['mean']:+.0%}" + " (its interval holds 0)" * (a in missed and _may_be_zero(cells[a]))
+    words = lambda names: ", ".join(f"{a} {cells[a]['mean']:+.0%}" + " (its interval holds 0)" * (a in missed and may_be_zero(cells[a]))
                                     for a in names)
     rule = f">= {GAIN:+.0%}" if teacher == "distillable" else f"<= {LOSS:+.0%}"
     whose = f"students of the {teacher} teacher" + (", each run's best checkpoint (the attacker stops early)" if reading == "best" else "")
@@ -163,11 +163,6 @@ def _score_lines(found: Mapping) -> list[str]:
             out.append(f"distillability of the {teacher} teacher, the attack that gained {word}: {a}, {s['mean']:.2f} "
                        f"[{s['low']:.2f}, {s['high']:.2f}] of what the original gives (1 = no change; {len(scores)} attacks scored)")
     return out
-
-
-def _may_be_zero(change: Mapping[str, float]) -> bool:
-    """Several seeds whose 95 % interval of the change holds 0."""
-    return change["n"] > 1 and change["low"] <= 0 <= change["high"]
 
 
 def _task_only_lines(found: Mapping) -> list[str]:
@@ -247,7 +242,7 @@ def _defence_words(name: str, row: Mapping[str, Any], none: Mapping[str, Any]) -
     """One other defence in a sentence: what it does to students of sampled text, and what it costs."""
     c, d, s = row["change"], row["score"], row["student"]["mean"]
     moved = "halves (or more)" if c["mean"] <= LOSS else "lowers" if c["mean"] < 0 else "raises"
-    effect = "does not change beyond its spread" if _may_be_zero(c) or d is not None and d["low"] <= 1 <= d["high"] else moved
+    effect = "does not change beyond its spread" if may_be_zero(c) or d is not None and d["low"] <= 1 <= d["high"] else moved
     lost = 100 * (none["served"]["mean"] - row["served"]["mean"]) if row["served"]["n"] else math.nan
     price = "at a price not measured" if math.isnan(lost) else f"at {lost:.1f} points of served accuracy" if lost > 100 * KEPT_POINTS else \
         "at the same served accuracy"

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .report_entries import Entry, before_attack, change, gain_ratio, items, labelled, with_role
-from .stats import over_seeds
+from .stats import may_be_zero, over_seeds
 
 ATTACK = "seq_kd"  # every defence is judged by students of sampled text
 ATTACKS_AS_DEFENCE = {"seq_kd_cold": "temperature 0.5", "answers_only": "answers only, reasoning withheld"}
 KEEPS_ANSWERS = "answers_only"  # by construction as right as the teacher's own text: nothing to measure
 REPAIRED = -0.5  # A5: the relative drop that has to survive a repair of the form
 PROXY_ATTACKS = ("seq_kd", "gkd_reverse")  # that the teachers of other proxies are tried with
+OPEN = " in the mean; the spread over seeds allows no difference"
 SIDES = ("distillable", "undistillable")
 
 
@@ -49,15 +50,22 @@ def check_lines(entries: Sequence[Entry]) -> list[str]:
         means = {t: over_seeds([x.score("sampled") for x in rows]).mean for t, rows in repaired.items()}
         lines.append(f"after {_examples(repaired['undistillable'][0])} worked examples to repair the form, the student of the undistillable teacher "
                      f"has {means['undistillable']:.3f}, that of the original {means['original']:.3f} ({e['mean']:+.0%}): the drop "
-                     f"{'survives' if e['n'] and e['mean'] <= REPAIRED else 'does not survive'}")
+                     f"{('survives' + OPEN * may_be_zero(e)) if e['n'] and e['mean'] <= REPAIRED else 'does not survive'}")
     chosen = {t: labelled(entries, role="choices", teacher=t) for t in ("original", "distillable", "undistillable")}
     means = {t: over_seeds([x.score("likelihood_sum") for x in rows]).mean for t, rows in chosen.items() if rows}
     if {"original", "undistillable"} <= means.keys():
-        lower = means["undistillable"] < means["original"]
+        gap = _gap(chosen["undistillable"], chosen["original"], "likelihood_sum")
+        word = "not lower: generation and likelihood disagree" if gap["mean"] >= 0 else "lower" + (OPEN if may_be_zero(gap) else ", too")
         lines.append("by the likelihood of options, without generating: " + ", ".join(f"student of {t} {m:.3f}" for t, m in means.items())
                      + f" (chance {_chance(chosen['original'][0])})"
-                     + f"; the undistillable teacher's is {'lower, too' if lower else 'not lower: generation and likelihood disagree'}")
+                     + f"; the undistillable teacher's is {word}")
     return lines
+
+
+def _gap(after: Sequence[Entry], before: Sequence[Entry], reading: str) -> dict[str, float]:
+    """Difference by seed."""
+    base = {e.labels["seed"]: e.score(reading) for e in before}
+    return over_seeds([e.score(reading) - base[e.labels["seed"]] for e in after if e.labels["seed"] in base])._asdict()
 
 
 def _examples(entry: Entry) -> int:

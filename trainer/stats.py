@@ -32,6 +32,11 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(mean, std, mean - half, mean + half, len(x))
 
 
+def may_be_zero(change: Mapping[str, float]) -> bool:
+    """Several runs whose 95 % interval of the change holds 0."""
+    return change["n"] > 1 and change["low"] <= 0 <= change["high"]
+
+
 def _t95(count: int) -> float:
     """Two-sided 95 % quantile of Student's t of a mean of `count` >= 2 values."""
     return T95[count - 2] if count - 2 < len(T95) else 1.96 + 2.7 / (count - 1)
