@@ -109,7 +109,7 @@ def test_calibrate_refuses(wrong, says):
     ({"objective": "nll", "on_policy": 0.0, "temperature": 2.0}, "temperature = 2.0 needs objective = 'kl'"),
     ({"objective": "span", "temperature": 2.0}, "temperature = 2.0 needs objective = 'kl'"),
     ({"objective": "class", "classes": "prefix", "tail": "ghost", "top_k": 8}, "only bound these masses from below"),
-    ({"objective": "class", "tail": "renorm", "top_k": 8}, "which only tail = 'ghost' keeps"),
+    ({"objective": "class", "classes": "common", "tail": "renorm", "top_k": 8}, "which only tail = 'ghost' keeps"),
     ({"more_teachers": ["b"], "teacher_weights": [1.0]}, "want one number > 0 for each"),
     ({"more_teachers": ["b"], "objective": "span"}, "takes one teacher"),
     ({"objective": "span", "tail": "ghost", "top_k": 8}, "need objective = 'kl' or 'class', got 'span'"),

@@ -224,7 +224,7 @@ def test_class_losses_compare_both_models_where_both_have_read_the_same_bytes(ta
 
 def test_classes_of_one_vocabulary_are_its_tokens_the_stop_included(talkers, tmp_path):
     """Every id a class of its own, every token a place: the class loss is the KL, step after step."""
-    options = {"divergence": "forward", "on_policy": 0.0}
+    options = {"divergence": "forward", "on_policy": 0.0, "classes": "common"}
     runs = [run_here(config(talkers, tmp_path / objective, "distill", steps=3, distill=options | {"objective": objective}))
             for objective in ("kl", "class")]
     for kl, classes in zip(*(run.steps for run in runs)):
@@ -331,7 +331,7 @@ OPTIONS = [({}, o) for o in (
     {"on_policy": 1.0}, {"nll_weight": 0.5}, {"queries": 4})] + [
     (TOP, {"top_k": 9}), ({"divergence": "jsd"}, {"beta": 0.2}), ({"divergence": "skew_forward", "beta": 0.5}, {"beta": 0.2}),
     ({"temperature": 2.0}, {"scale_t2": True}), ({"objective": "span"}, {"span_temperature": 10.0}),
-    ({"objective": "span"}, {"nll_weight": 0.5}), ({"objective": "class"}, {"classes": "first_byte"}), ({"objective": "class"}, TOP),
+    ({"objective": "span"}, {"nll_weight": 0.5}), ({"objective": "class"}, {"classes": "first_byte"}), ({"objective": "class", "classes": "common"}, TOP),
     ({"objective": "class"}, {"divergence": "reverse"}), ({}, {"more_teachers": ["PROXY"], "objective": "class"}),
     ({"objective": "class", "more_teachers": ["PROXY"]}, {"teacher_weights": [3.0, 1.0]})]
 

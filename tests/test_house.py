@@ -15,7 +15,7 @@ TESTED_ELSEWHERE = {  # module -> the tests that exercise it, where one file of 
     "tokenalign/__main__.py": "test_tokenalign_main.py", "trainer/tally.py": "test_ranks.py",
     "trainer/titan_decode.py": "test_titan_models.py", "trainer/titan_native.py": "test_titan_models.py",
     "trainer/run_folder.py": "test_loop.py", "trainer/guards.py": "test_loop.py", "trainer/model_card.py": "test_loop.py",
-    "trainer/teachers.py": "test_distill.py", "trainer/readings.py": "test_diagnose.py", "trainer/diagnose_report.py": "test_diagnose.py",
+    "trainer/readings.py": "test_diagnose.py", "trainer/diagnose_report.py": "test_diagnose.py",
     "trainer/config_checks.py": "test_config.py", "trainer/distill_config.py": "test_config.py", "trainer/report_entries.py": "test_report_checks.py", "trainer/report_tables.py": "test_report.py",
     "trainer/diagnose_plots.py": "test_diagnose.py", "trainer/preflight_memory.py": "test_preflight.py", "trainer/preflight_text.py": "test_preflight.py"}
 each_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: f"{p.parent.name}/{p.name}")

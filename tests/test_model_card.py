@@ -19,7 +19,7 @@ def config(phase="calibrate", model="models/a: b #1", **parts) -> Config:
     (config(calibration=Calibration("off")), ["task reward only (eta = 0)", "`math`"]),
     (config("distill"), ["Distilled student", "`the-teacher`", "reverse KL, tail full, 100% on-policy"]),
     *((config("distill", distill=Distill(objective, on_policy=0.0)), ["Distilled student", story]) for objective, story in (
-        ("nll", "likelihood of the teacher's texts"), ("span", "aligned byte spans"), ("class", "reverse KL over classes of both vocabularies (common)"))),
+        ("nll", "likelihood of the teacher's texts"), ("span", "aligned byte spans"), ("class", "reverse KL over classes of both vocabularies (prefix)"))),
     (config("distill", distill=Distill("nll", source="dataset", on_policy=0.0)), ["Fine-tuned model", "on `train.jsonl`"])])
 def test_what_a_card_says(cfg, says):
     card = model_card(cfg, {"loss": 0.123456789, "anchor_kl": 0.01, "eta": "words", "step_s": 3.0})

@@ -24,7 +24,7 @@ class Distill:
     rewrite: str = ""  # package.module:function(prompt, text) -> text or None, over what teachers write: an attacker's clean-up
     dedup: bool = False  # of a prompt's teacher texts only those that differ
     # what objective = "class" compares where both have read the same bytes (docs/tokenalign.md, "Losses"); uld has no divergence
-    classes: Literal["first_byte", "common", "prefix", "projection", "uld", "hybrid"] = "common"
+    classes: Literal["first_byte", "common", "prefix", "projection", "uld", "hybrid"] = "prefix"
     more_teachers: tuple[str, ...] = ()  # folders beside teacher.path, with its dtype; losses are averaged, texts are drawn
     teacher_weights: tuple[float, ...] = ()  # one per teacher, teacher.path first; empty: equal
 

@@ -84,5 +84,18 @@ def _class_loss(spec: Distill, student: Chat, teacher: Chat, engine: Any) -> Cla
     # heads are read up to what the tokenizers know: rows beyond it are padding
     sides = [Vocabulary(c.table, c.stop_ids, rows) for c, rows in ((student, engine.vocab_size), (teacher, teacher.vocab_size))]
     built = Projection.build(*sides) if spec.classes == "projection" else MAPS[spec.classes](*sides)
+    if spec.classes in ("common", "hybrid"):
+        _refuse_a_rest_of_control_ids(spec, built, *sides)
     ids = torch.from_numpy(vocab_map.student_id_of(*sides)).to(engine.device) if spec.top_k else None
     return ClassLoss(spec, pools_of(built, engine.device), ids)
+
+
+def _refuse_a_rest_of_control_ids(spec: Distill, built: vocab_map.ClassMap, student: Vocabulary, teacher: Vocabulary) -> None:
+    """ValueError where the student could follow the teacher into the class of the rest only by control ids."""
+    rests = [[x for x, c in zip(side.spellings, classes.tolist()) if c == built.silent]
+             for side, classes in ((student, built.student_class), (teacher, built.teacher_class))]
+    mine, theirs = (sum(map(bool, rest)) for rest in rests)
+    if theirs and not mine:
+        raise ValueError(f"distill.classes = {spec.classes!r}: the teacher writes {theirs} tokens that the student lacks, such as "
+                         f"{next(x for x in rests[1] if x)!r}, and the only ids of the student that are not common are {len(rests[0])} control "
+                         "ids: it would learn to emit those. Use classes = 'prefix' with top_k = 0, or objective = 'span'")
