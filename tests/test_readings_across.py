@@ -221,12 +221,15 @@ def test_texts_that_do_not_align_still_have_symptoms_and_are_counted(across):
 
 def test_what_two_tokenizers_are_told_to_do_is_a_config_that_exists(across):
     """Token KL is refused between vocabularies, and a truncated teacher for `prefix`."""
-    found = across[1] | {"tail": {d: {**t, "tail_noise_index": {"mean": 2.0, "std": 0.1, "low": 1.5, "high": 2.5, "n": 4}}
+    found = across[1] | {"across": across[1]["across"] | {"common_mass": {"student": 1.0, "teacher": 0.99}}} | {"tail": {d: {**t, "tail_noise_index": {"mean": 2.0, "std": 0.1, "low": 1.5, "high": 2.5, "n": 4}}
                                   for d, t in across[1]["tail"].items()}}
     advice = verdict(found)[0]["advice"]
     options = dict(re.findall(r"(\w+) = '(\w+)'", advice))
     assert options == {"objective": "class", "classes": "common", "tail": "ghost"}
     assert Distill(**options, top_k=int(re.search(r"top_k = (\d+)", advice)[1])).objective == "class"
+    found["across"]["common_mass"]["teacher"] = 0.6
+    advice = verdict(found)[0]["advice"]
+    assert advice.startswith("all classes (distill.objective = 'class', classes = 'prefix')") and "only 60.0% of the teacher's mass" in advice
 
 
 def test_coverage_and_bits_by_the_rows(talkers, across):

@@ -28,6 +28,7 @@ from .traps import (
 
 NOISY = [TYPES.index("function"), TYPES.index("punctuation")]
 PREFIXES = (16, 64, 256)  # tokens, of importance weights
+COMMON_ENOUGH = 0.98  # of the teacher's mass on tokens that both vocabularies have, for the class map that knows no others
 OWN_WRITER = {"forward": "teacher", "reverse": "student"}  # whose texts make a direction a sequence KL
 
 
@@ -277,6 +278,10 @@ def _tail_verdict(found: Mapping[str, Any]) -> dict[str, Any]:
         all_of_it = "all classes (distill.objective = 'class', classes = 'prefix')"
     advice = (f"{how} and top_k = {k}: the first {k} classes hold {tail['share']:.0%} of the {direction} KL, the ghost "
               f"bucket keeps the rest honest; {tail['gradient_outside']:.0%} of the gradient comes from outside them")
+    shared = found["across"]["common_mass"]["teacher"] if found.get("across") else 1.0
+    if shared < COMMON_ENOUGH:
+        advice = (f"{all_of_it}: kept classes need classes = 'common', and only {shared:.1%} of the teacher's mass lies on tokens that both have; "
+                  "of the rest the student would be asked for its own uncommon tokens")
     healthy = f"keep {all_of_it}: function words and punctuation weigh no more in the tail than in the first ten classes"
     return _trap("tail noise", f"tail-noise index, {direction} KL", tail["tail_noise_index"], 1.0, advice, healthy)
 
