@@ -221,8 +221,9 @@ def test_texts_that_do_not_align_still_have_symptoms_and_are_counted(across):
 
 def test_what_two_tokenizers_are_told_to_do_is_a_config_that_exists(across):
     """Token KL is refused between vocabularies, and a truncated teacher for `prefix`."""
-    found = across[1] | {"across": across[1]["across"] | {"common_mass": {"student": 1.0, "teacher": 0.99}}} | {"tail": {d: {**t, "tail_noise_index": {"mean": 2.0, "std": 0.1, "low": 1.5, "high": 2.5, "n": 4}}
+    found = across[1] | {"tail": {d: {**t, "tail_noise_index": {"mean": 2.0, "std": 0.1, "low": 1.5, "high": 2.5, "n": 4}}
                                   for d, t in across[1]["tail"].items()}}
+    found["across"] = found["across"] | {"common_mass": {"student": 1.0, "teacher": 0.99}}
     advice = verdict(found)[0]["advice"]
     options = dict(re.findall(r"(\w+) = '(\w+)'", advice))
     assert options == {"objective": "class", "classes": "common", "tail": "ghost"}
