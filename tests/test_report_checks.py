@@ -79,6 +79,13 @@ def test_likelihood_agrees_or_does_not(folder, other, word):
     assert word in line and f"student of undistillable {other:.3f}" in line
 
 
+def test_likelihoods_of_different_seeds_are_not_compared(folder):
+    for seed, teacher in (("0", "original"), ("1", "undistillable")):
+        add(folder, [({"role": "choices", "teacher": teacher}, 0.5)], seeds=seed)
+    (line,) = check_lines(finished_entries(folder))
+    assert line.endswith("is not compared: no seed has both")
+
+
 def test_a_difference_within_the_spread_over_seeds_is_called_open(folder):
     """By seed 0.5 -> 0.45 and 0.5 -> 0: lower by 0.275 in the mean, with an interval of two seeds that holds 0."""
     add(folder, [({"role": role, "teacher": "original"}, 0.5) for role in ("choices", "repair")], {"data": {"limit": 50}})

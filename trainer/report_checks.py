@@ -55,7 +55,8 @@ def check_lines(entries: Sequence[Entry]) -> list[str]:
     means = {t: over_seeds([x.score("likelihood_sum") for x in rows]).mean for t, rows in chosen.items() if rows}
     if {"original", "undistillable"} <= means.keys():
         gap = _gap(chosen["undistillable"], chosen["original"], "likelihood_sum")
-        word = "not lower: generation and likelihood disagree" if gap["mean"] >= 0 else "lower" + (OPEN if may_be_zero(gap) else ", too")
+        word = "lower" + (OPEN if may_be_zero(gap) else ", too") if gap["mean"] < 0 else "not lower: generation and likelihood disagree"
+        word = word if gap["n"] else "not compared: no seed has both"
         lines.append("by the likelihood of options, without generating: " + ", ".join(f"student of {t} {m:.3f}" for t, m in means.items())
                      + f" (chance {_chance(chosen['original'][0])})"
                      + f"; the undistillable teacher's is {word}")
