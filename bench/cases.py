@@ -1,10 +1,13 @@
-"""The one list of ops that are timed: shapes, inputs, the work that cannot be avoided, goals, peers.
+"""The one list of ops that are timed: shapes, inputs, the work that cannot be avoided, goals,
+peers.
 
-A case's floor is bytes / bandwidth + flop / rate with what an H200 gives: 4.3 TB/s copied, 790 TFLOP/s in bf16; GEMMs and
-row sweeps of one chunk follow each other, so they add. Times are of forward and backward unless the name says forward.
+A case's floor is bytes / bandwidth + flop / rate with what an H200 gives: 4.3 TB/s copied, 790
+TFLOP/s in bf16; GEMMs and row sweeps of one chunk follow each other, so they add. Times are of
+forward and backward unless the name says forward.
 
 Shapes: T tokens, V vocabulary, D student hidden, E teacher hidden, K kept ids.
 """
+
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -54,7 +57,9 @@ def at_tokens(shape: Shape, T: int) -> Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """`ours` and every peer are called with `args` and return a scalar; leaves of args get their gradients."""
+    """`ours` and every peer are called with `args` and return a scalar; leaves of args get their
+    gradients.
+    """
 
     shape: Shape
     args: tuple
@@ -73,7 +78,9 @@ class Case:
         return (self.bytes / BANDWIDTH + self.flop / FLOPS) * 1e3
 
     def step(self, name: str) -> Callable[[], Tensor]:
-        """One timed call of "ours" or of a peer. Gradients are dropped first, so that every round does the same work."""
+        """One timed call of "ours" or of a peer. Gradients are dropped first, so that every round
+        does the same work.
+        """
         fn = self.ours if name == "ours" else self.peers[name]
         args = self.peer_args.get(name, self.args)
         leaves = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
@@ -101,7 +108,9 @@ def _randn(*shape: int, device: str, grad: bool = False, scale: float = 1.0) -> 
 
 
 def _student(s: Shape, device: str) -> tuple[Tensor, Tensor]:
-    return _randn(s.T, s.D, device=device, grad=True), _randn(s.V, s.D, device=device, grad=True, scale=s.D**-0.5)
+    return _randn(s.T, s.D, device=device, grad=True), _randn(
+        s.V, s.D, device=device, grad=True, scale=s.D**-0.5
+    )
 
 
 def _teacher(s: Shape, device: str) -> tuple[Tensor, Tensor]:
@@ -127,49 +136,97 @@ def _linear_kl(s: Shape, device: str, mode: str = "forward") -> Case:
     if trl := peers.trl().get("linear_kl"):
         found["trl"] = lambda *args: trl(*args, beta or 0.0)
     if mode == "jsd":
-        found |= _optional({"liger": peers.liger().get("linear_kl jsd"),
-                            "liger chunked": peers.liger().get("linear_kl jsd chunked")})
-    return Case(s, (*_student(s, device), *_teacher(s, device)), lambda *args: linear_kl(*args, **options).total, found,
-                bytes=(10 if mode == "forward" else 14) * s.T * s.V, flop=2 * s.T * s.V * (3 * s.D + s.E), goal_ms=43,
-                goal_mib=2560)
+        found |= _optional(
+            {
+                "liger": peers.liger().get("linear_kl jsd"),
+                "liger chunked": peers.liger().get("linear_kl jsd chunked"),
+            }
+        )
+    return Case(
+        s,
+        (*_student(s, device), *_teacher(s, device)),
+        lambda *args: linear_kl(*args, **options).total,
+        found,
+        bytes=(10 if mode == "forward" else 14) * s.T * s.V,
+        flop=2 * s.T * s.V * (3 * s.D + s.E),
+        goal_ms=43,
+        goal_mib=2560,
+    )
 
 
 def _linear_topk_kl(s: Shape, device: str) -> Case:
     kept = teacher_topk(*_teacher(s, device), s.K)
-    found = _with_compile(lambda *args: linear_topk_kl_ref(*args).total) | {"chunked": peers.chunked_topk_kl}
-    return Case(s, (*_student(s, device), *kept), lambda *args: linear_topk_kl(*args).total, found,
-                bytes=10 * s.T * s.V, flop=2 * s.T * s.V * 3 * s.D, goal_ms=25, goal_mib=2560)
+    found = _with_compile(lambda *args: linear_topk_kl_ref(*args).total) | {
+        "chunked": peers.chunked_topk_kl
+    }
+    return Case(
+        s,
+        (*_student(s, device), *kept),
+        lambda *args: linear_topk_kl(*args).total,
+        found,
+        bytes=10 * s.T * s.V,
+        flop=2 * s.T * s.V * 3 * s.D,
+        goal_ms=25,
+        goal_mib=2560,
+    )
 
 
 def _renormalised_topk_kl(s: Shape, device: str) -> Case:
     ids_TK, logp_TK, _ = teacher_topk(*_teacher(s, device), s.K)
     found = _with_compile(lambda *args: renormalised_topk_kl_ref(*args).total)
     found["head GEMM"] = lambda x, w, i, q: linear_topk_kl(x, w, i, q, tail="renorm").total
-    return Case(s, (*_student(s, device), ids_TK, logp_TK), lambda *args: renormalised_topk_kl(*args).total, found,
-                bytes=3 * s.T * s.K * s.D * 2, goal_ms=5, goal_mib=1300)
+    return Case(
+        s,
+        (*_student(s, device), ids_TK, logp_TK),
+        lambda *args: renormalised_topk_kl(*args).total,
+        found,
+        bytes=3 * s.T * s.K * s.D * 2,
+        goal_ms=5,
+        goal_mib=1300,
+    )
 
 
 def _topk_tail_kl(s: Shape, device: str) -> Case:
     kept = teacher_topk(*_teacher(s, device), s.K)
     args = _randn(s.T, s.V, device=device, grad=True), *kept
-    return Case(s, args, lambda *args: topk_tail_kl(*args).total,
-                _with_compile(lambda *args: topk_tail_kl_ref(*args).total), bytes=6 * s.T * s.V)
+    return Case(
+        s,
+        args,
+        lambda *args: topk_tail_kl(*args).total,
+        _with_compile(lambda *args: topk_tail_kl_ref(*args).total),
+        bytes=6 * s.T * s.V,
+    )
 
 
 def _token_kl(s: Shape, device: str) -> Case:
-    found = _with_compile(lambda *args: token_kl_ref(*args).total) | _optional({"liger": peers.liger().get("token_kl")})
-    return Case(s, (_randn(s.T, s.V, device=device, grad=True), _randn(s.T, s.V, device=device)),
-                lambda *args: token_kl(*args).total, found, bytes=10 * s.T * s.V, goal_ms=3.6)
+    found = _with_compile(lambda *args: token_kl_ref(*args).total) | _optional(
+        {"liger": peers.liger().get("token_kl")}
+    )
+    return Case(
+        s,
+        (_randn(s.T, s.V, device=device, grad=True), _randn(s.T, s.V, device=device)),
+        lambda *args: token_kl(*args).total,
+        found,
+        bytes=10 * s.T * s.V,
+        goal_ms=3.6,
+    )
 
 
 def _token_logprob(s: Shape, device: str, backward: bool = True) -> Case:
     logits_PV, target_T = _randn(s.T + 1, s.V, device=device), _targets(s, device)
-    args = logits_PV[:s.T].requires_grad_(backward), target_T
+    args = logits_PV[: s.T].requires_grad_(backward), target_T
     found = _with_compile(lambda *args: token_logprob_ref(*args).logp.sum())
     if not backward and (liger := peers.liger().get("token_logprob")):
         found["liger"] = liger
-    return Case(s, args, lambda *args: token_logprob(*args).logp.sum(), found,
-                bytes=(6 if backward else 2) * s.T * s.V, backward=backward, peer_args={"liger": (logits_PV, target_T)})
+    return Case(
+        s,
+        args,
+        lambda *args: token_logprob(*args).logp.sum(),
+        found,
+        bytes=(6 if backward else 2) * s.T * s.V,
+        backward=backward,
+        peer_args={"liger": (logits_PV, target_T)},
+    )
 
 
 def _linear_logprob(s: Shape, device: str, backward: bool = True) -> Case:
@@ -179,36 +236,75 @@ def _linear_logprob(s: Shape, device: str, backward: bool = True) -> Case:
     found = _with_compile(lambda *args: linear_logprob_ref(*args).logp.sum())
     found["chunked"] = lambda *args: -peers.chunked_nll(*args)
     found |= _optional({"trl": peers.trl().get("linear_logprob")})
-    return Case(s, (*args, _targets(s, device)), lambda *args: linear_logprob(*args).logp.sum(), found,
-                bytes=(10 if backward else 4) * s.T * s.V, flop=(4 if backward else 1) * 2 * s.T * s.V * s.D,
-                backward=backward, goal_ms=62 if backward else 15)
+    return Case(
+        s,
+        (*args, _targets(s, device)),
+        lambda *args: linear_logprob(*args).logp.sum(),
+        found,
+        bytes=(10 if backward else 4) * s.T * s.V,
+        flop=(4 if backward else 1) * 2 * s.T * s.V * s.D,
+        backward=backward,
+        goal_ms=62 if backward else 15,
+    )
 
 
 def _linear_nll(s: Shape, device: str) -> Case:
-    found = _with_compile(lambda *args: linear_nll_ref(*args).total) | {"chunked": peers.chunked_nll} | _optional(
-        {"liger": peers.liger().get("linear_nll"), "torch linear_cross_entropy": peers.linear_cross_entropy()})
-    return Case(s, (*_student(s, device), _targets(s, device)), lambda *args: linear_nll(*args).total, found,
-                bytes=10 * s.T * s.V, flop=3 * 2 * s.T * s.V * s.D)
+    found = (
+        _with_compile(lambda *args: linear_nll_ref(*args).total)
+        | {"chunked": peers.chunked_nll}
+        | _optional(
+            {
+                "liger": peers.liger().get("linear_nll"),
+                "torch linear_cross_entropy": peers.linear_cross_entropy(),
+            }
+        )
+    )
+    return Case(
+        s,
+        (*_student(s, device), _targets(s, device)),
+        lambda *args: linear_nll(*args).total,
+        found,
+        bytes=10 * s.T * s.V,
+        flop=3 * 2 * s.T * s.V * s.D,
+    )
 
 
 def _teacher_topk(s: Shape, device: str) -> Case:
-    return Case(s, (*_teacher(s, device), s.K), lambda *args: teacher_topk(*args).tail.sum(),
-                {"torch": lambda *args: teacher_topk_ref(*args).tail.sum()}, bytes=8 * s.T * s.V,
-                flop=2 * s.T * s.V * s.E, backward=False)
+    return Case(
+        s,
+        (*_teacher(s, device), s.K),
+        lambda *args: teacher_topk(*args).tail.sum(),
+        {"torch": lambda *args: teacher_topk_ref(*args).tail.sum()},
+        bytes=8 * s.T * s.V,
+        flop=2 * s.T * s.V * s.E,
+        backward=False,
+    )
 
 
 def _teacher_sample(s: Shape, device: str) -> Case:
     def multinomial(x, w, n):
         return torch.multinomial((x @ w.t()).float().softmax(-1), n, replacement=True).sum()
 
-    return Case(s, (*_teacher(s, device), s.K), lambda *args: teacher_sample(*args).ids.sum(),
-                {"torch": multinomial}, bytes=8 * s.T * s.V, flop=2 * s.T * s.V * s.E, backward=False, compare=False)
+    return Case(
+        s,
+        (*_teacher(s, device), s.K),
+        lambda *args: teacher_sample(*args).ids.sum(),
+        {"torch": multinomial},
+        bytes=8 * s.T * s.V,
+        flop=2 * s.T * s.V * s.E,
+        backward=False,
+        compare=False,
+    )
 
 
 def _first_byte_like(s: Shape, device: str):
-    """257 classes of very different sizes, as first bytes are; fewer where there are fewer ids. None is empty."""
+    """257 classes of very different sizes, as first bytes are; fewer where there are fewer ids.
+    None is empty.
+    """
     num = min(257, s.V)
-    class_V = torch.multinomial(torch.arange(1, num + 1).double().reciprocal(), s.V, replacement=True)
+    class_V = torch.multinomial(
+        torch.arange(1, num + 1).double().reciprocal(), s.V, replacement=True
+    )
     class_V[:num] = torch.arange(num)
     return class_map(class_V, num).to(device)
 
@@ -217,20 +313,36 @@ def _bucket_kl(s: Shape, device: str) -> Case:
     classes = _first_byte_like(s, device)
     x_TE, w_VE = _teacher(s, device)
     args = *_student(s, device), classes, x_TE, w_VE, classes
-    return Case(s, args, lambda *args: bucket_kl(*args).total, {"torch": lambda *args: bucket_kl_ref(*args).total},
-                bytes=14 * s.T * s.V, flop=2 * s.T * s.V * (3 * s.D + s.E))
+    return Case(
+        s,
+        args,
+        lambda *args: bucket_kl(*args).total,
+        {"torch": lambda *args: bucket_kl_ref(*args).total},
+        bytes=14 * s.T * s.V,
+        flop=2 * s.T * s.V * (3 * s.D + s.E),
+    )
 
 
 def _class_logprob(s: Shape, device: str) -> Case:
-    return Case(s, (*_student(s, device), _first_byte_like(s, device)), lambda *args: class_logprob(*args).sum(),
-                {"torch": lambda *args: class_logprob_ref(*args).sum()}, bytes=14 * s.T * s.V,
-                flop=4 * 2 * s.T * s.V * s.D)
+    return Case(
+        s,
+        (*_student(s, device), _first_byte_like(s, device)),
+        lambda *args: class_logprob(*args).sum(),
+        {"torch": lambda *args: class_logprob_ref(*args).sum()},
+        bytes=14 * s.T * s.V,
+        flop=4 * 2 * s.T * s.V * s.D,
+    )
 
 
 def _span_sum(s: Shape, device: str) -> Case:
     x_T = torch.randn(s.T, device=device, requires_grad=True)
-    return Case(s, (x_T, torch.arange(s.T, device=device) // 3, s.T), lambda *args: span_sum(*args).sum(),
-                _with_compile(lambda *args: span_sum_ref(*args).sum()), bytes=2 * (4 + 8 + 4) * s.T)
+    return Case(
+        s,
+        (x_T, torch.arange(s.T, device=device) // 3, s.T),
+        lambda *args: span_sum(*args).sum(),
+        _with_compile(lambda *args: span_sum_ref(*args).sum()),
+        bytes=2 * (4 + 8 + 4) * s.T,
+    )
 
 
 def _align_spans(s: Shape, device: str) -> Case:
@@ -238,8 +350,14 @@ def _align_spans(s: Shape, device: str) -> Case:
     len_a, len_b = (torch.randint(1, 8, (rows, s.T), device=device) for _ in range(2))
     live = torch.ones(rows, s.T, dtype=torch.bool, device=device)
     loop = {} if device == "cuda" else {"loop": lambda *args: align_spans_ref(*args)[2].sum()}
-    return Case(s, (len_a, len_b, live, live), lambda *args: align_spans(*args)[2].sum(), loop,
-                bytes=2 * rows * s.T * 32, backward=False)
+    return Case(
+        s,
+        (len_a, len_b, live, live),
+        lambda *args: align_spans(*args)[2].sum(),
+        loop,
+        bytes=2 * rows * s.T * 32,
+        backward=False,
+    )
 
 
 OPS: dict[str, dict[str, Callable[[Shape, str], Case]]] = {  # op -> variant -> case
@@ -248,12 +366,19 @@ OPS: dict[str, dict[str, Callable[[Shape, str], Case]]] = {  # op -> variant -> 
     "renormalised_topk_kl": {"": _renormalised_topk_kl},
     "topk_tail_kl": {"ghost": _topk_tail_kl},
     "token_kl": {"forward": _token_kl},
-    "linear_logprob": {"": _linear_logprob, "forward only": lambda s, d: _linear_logprob(s, d, backward=False)},
+    "linear_logprob": {
+        "": _linear_logprob,
+        "forward only": lambda s, d: _linear_logprob(s, d, backward=False),
+    },
     "linear_nll": {"": _linear_nll},
-    "token_logprob": {"": _token_logprob, "forward only": lambda s, d: _token_logprob(s, d, backward=False)},
+    "token_logprob": {
+        "": _token_logprob,
+        "forward only": lambda s, d: _token_logprob(s, d, backward=False),
+    },
     "teacher_topk": {"": _teacher_topk},
     "teacher_sample": {"": _teacher_sample},
     "bucket_kl": {"257 classes": _bucket_kl},
     "class_logprob": {"257 classes": _class_logprob},
     "span_sum": {"": _span_sum},
-    "align_spans": {"": _align_spans}}
+    "align_spans": {"": _align_spans},
+}

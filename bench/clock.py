@@ -1,4 +1,7 @@
-"""Times a set of functions against each other in one process: interleaved rounds, cold L2, quantiles, peak memory."""
+"""Times a set of functions against each other in one process: interleaved rounds, cold L2,
+quantiles, peak memory.
+"""
+
 import time
 from collections.abc import Callable
 
@@ -22,8 +25,11 @@ def _one_ms(fn: Step, flush: torch.Tensor | None) -> float:
     return begin.elapsed_time(end)
 
 
-def time_ms(functions: dict[str, Step], on_gpu: bool, seconds: float = 4.0) -> dict[str, list[float]]:
-    """{name: [p20, p50, p80]} in ms. Every round runs all functions, in forward and backward order by turns.
+def time_ms(
+    functions: dict[str, Step], on_gpu: bool, seconds: float = 4.0
+) -> dict[str, list[float]]:
+    """{name: [p20, p50, p80]} in ms. Every round runs all functions, in forward and backward order
+    by turns.
 
     3 to 50 rounds, as many as fit into `seconds` after a warm-up round that is not counted.
     """
@@ -37,14 +43,19 @@ def time_ms(functions: dict[str, Step], on_gpu: bool, seconds: float = 4.0) -> d
         round_s = time.perf_counter() - start
     seen: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(max(3, min(50, int(seconds / round_s)))):
-        for name in list(functions)[::1 if i % 2 else -1]:
+        for name in list(functions)[:: 1 if i % 2 else -1]:
             seen[name].append(_one_ms(functions[name], flush))
     at = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    return {name: torch.tensor(ms, dtype=torch.float64).quantile(at).tolist() for name, ms in seen.items()}
+    return {
+        name: torch.tensor(ms, dtype=torch.float64).quantile(at).tolist()
+        for name, ms in seen.items()
+    }
 
 
 def peak_mib(fn: Step) -> float:
-    """Peak GPU memory above what was allocated before, in MiB: workspace, temporaries and the gradients it returns."""
+    """Peak GPU memory above what was allocated before, in MiB: workspace, temporaries and the
+    gradients it returns.
+    """
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -54,9 +65,15 @@ def peak_mib(fn: Step) -> float:
 
 
 def roofline_now() -> dict[str, float]:
-    """What this GPU gives in this run: bf16 matmul TFLOP/s at 8192 cubed, and copy GB/s of 2 GiB."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))  # zeros would run faster
+    """What this GPU gives in this run: bf16 matmul TFLOP/s at 8192 cubed, and copy GB/s of 2
+    GiB.
+    """
+    # zeros would run faster
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     x = torch.empty(2**31, dtype=torch.int8, device="cuda")
     y = torch.empty_like(x)
     ms = time_ms({"matmul": lambda: a @ b, "copy": lambda: y.copy_(x)}, on_gpu=True)
-    return {"matmul_tflops": 2 * 8192**3 / ms["matmul"][1] / 1e9, "copy_gbps": 2 * x.numel() / ms["copy"][1] / 1e6}
+    return {
+        "matmul_tflops": 2 * 8192**3 / ms["matmul"][1] / 1e9,
+        "copy_gbps": 2 * x.numel() / ms["copy"][1] / 1e6,
+    }

@@ -1,8 +1,9 @@
 """Plots of a record: python -m bench.plots bench/records/<record>.json
 
-Bars of ours, floor and peers per case; time and memory against the number of tokens where the record sweeps it; the
-roofline, with one point per case.
+Bars of ours, floor and peers per case; time and memory against the number of tokens where the
+record sweeps it; the roofline, with one point per case.
 """
+
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ from .cases import BANDWIDTH, FLOPS
 
 
 def _measured(path: Path) -> list[dict]:
-    return [row for row in json.loads(path.read_text())["rows"]["ours"] if "not_measured" not in row]
+    return [
+        row for row in json.loads(path.read_text())["rows"]["ours"] if "not_measured" not in row
+    ]
 
 
 def _p50(row: dict) -> dict[str, float]:
@@ -23,9 +26,18 @@ def bars(rows: list[dict], axes) -> None:
     names = sorted({name for row in rows for name in _p50(row)} - {"ours"})
     height = 0.8 / (len(names) + 1)
     for k, name in enumerate(["ours", *names]):
-        found = [(i, _p50(row)[name] / row["floor_ms"]) for i, row in enumerate(rows) if name in _p50(row) and row["floor_ms"]]
+        found = [
+            (i, _p50(row)[name] / row["floor_ms"])
+            for i, row in enumerate(rows)
+            if name in _p50(row) and row["floor_ms"]
+        ]
         axes.barh([i + k * height for i, _ in found], [x for _, x in found], height, label=name)
-    axes.set(xscale="log", xlabel="time / floor", yticks=range(len(rows)), yticklabels=[f"{r['case']} {r['name']}" for r in rows])
+    axes.set(
+        xscale="log",
+        xlabel="time / floor",
+        yticks=range(len(rows)),
+        yticklabels=[f"{r['case']} {r['name']}" for r in rows],
+    )
     axes.axvline(1, color="black", lw=1)
     axes.invert_yaxis()
     axes.legend(fontsize=7)
@@ -35,7 +47,12 @@ def over_tokens(rows: list[dict], axes, what: str) -> None:
     names = sorted({name for row in rows for name in row[what]})
     for name in names:
         found = sorted((row["T"], row[what][name]) for row in rows if name in row[what])
-        axes.plot([T for T, _ in found], [x[1] if isinstance(x, list) else x for _, x in found], marker="o", label=name)
+        axes.plot(
+            [T for T, _ in found],
+            [x[1] if isinstance(x, list) else x for _, x in found],
+            marker="o",
+            label=name,
+        )
     unit = "ms" if what.startswith("ms") else "MiB above inputs and gradients"
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=unit, title=rows[0]["case"])
     axes.legend(fontsize=7)

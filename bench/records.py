@@ -1,4 +1,7 @@
-"""Where a record comes from: commit, command, versions, device. A record is written once and never edited."""
+"""Where a record comes from: commit, command, versions, device. A record is written once and never
+edited.
+"""
+
 import datetime
 import json
 import os
@@ -13,11 +16,15 @@ FOLDER = ROOT / "bench" / "records"
 
 
 def git(*args: str) -> str:
-    return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["git", *args], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def commit() -> tuple[str, bool]:
-    """(commit, is the tree dirty?). A copy without .git takes REFLUX_COMMIT, which `make bench-gpu` documents."""
+    """(commit, is the tree dirty?). A copy without .git takes REFLUX_COMMIT, which `make bench-gpu`
+    documents.
+    """
     try:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
     except (subprocess.CalledProcessError, FileNotFoundError):
@@ -50,15 +57,27 @@ def device() -> dict:
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())
+    return next(
+        (x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine()
+    )
 
 
-def write(name: str, content: dict, folder: Path = FOLDER, command: str = "python -m bench") -> Path:
-    """<date>_<name>.json; an existing one is never overwritten. The command's arguments are those of this process."""
+def write(
+    name: str, content: dict, folder: Path = FOLDER, command: str = "python -m bench"
+) -> Path:
+    """<date>_<name>.json; an existing one is never overwritten. The command's arguments are those
+    of this process.
+    """
     date = datetime.datetime.now(datetime.UTC)
     revision, dirty = commit()
-    record = {"commit": revision, "dirty": dirty, "date": date.isoformat(timespec="seconds"),
-              "command": " ".join([command, *sys.argv[1:]]), "versions": versions(), **content}
+    record = {
+        "commit": revision,
+        "dirty": dirty,
+        "date": date.isoformat(timespec="seconds"),
+        "command": " ".join([command, *sys.argv[1:]]),
+        "versions": versions(),
+        **content,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{date:%Y-%m-%d}_{name}.json"
     if path.exists():

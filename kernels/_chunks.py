@@ -1,12 +1,15 @@
-"""What every linear_* op shares: logits of a head, chunk of rows by chunk of rows, and their way back.
+"""What every linear_* op shares: logits of a head, chunk of rows by chunk of rows, and their way
+back.
 
-    logits = softcap tanh(logit_scale (hidden @ head.T + bias) / softcap), or without the tanh if softcap is 0
+    logits = softcap tanh(logit_scale (hidden @ head.T + bias) / softcap), or without the tanh if
+        softcap is 0
 
-[rows, V] logits exist for one chunk of rows at a time. GEMMs accumulate and return fp32 (fp64 when given fp64): bf16
-logits get a KL of 1e-2 wrong by 13 %.
+[rows, V] logits exist for one chunk of rows at a time. GEMMs accumulate and return fp32 (fp64 when
+given fp64): bf16 logits get a KL of 1e-2 wrong by 13 %.
 
 Shapes: T tokens, C rows of a chunk, D hidden, V vocabulary (padded columns already cut off).
 """
+
 from collections.abc import Iterator
 
 import torch
@@ -15,7 +18,8 @@ from torch import Tensor
 from ._parallel import VocabShard
 from ._triton import check_ids, require, runs_triton
 
-CPU_CHUNK_BYTES = 4 * 2**20  # one [rows, V] buffer on a CPU; larger ones leave the caches and page-fault anew each call
+# one [rows, V] buffer on a CPU; larger ones leave the caches and page-fault anew each call
+CPU_CHUNK_BYTES = 4 * 2**20
 WORKSPACE_MB = 1200  # MiB of logits alive at once: 1024 fp32 rows of two models at V = 151,936
 PAD = 64  # columns a row of logits is padded to: without it no 16-byte load exists at V = 151,669
 Rows = slice | Tensor  # of a chunk: a range, or an int64 index when the caller chose rows
@@ -27,73 +31,121 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def as_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What nn.Linear would see: autocast does not reach a custom op, so its operands are cast in front of it."""
+    """What nn.Linear would see: autocast does not reach a custom op, so its operands are cast in
+    front of it.
+    """
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype) for t in tensors)
+    return tuple(
+        t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype)
+        for t in tensors
+    )
 
 
-def check_linear(op: str, hidden_TD: Tensor, head_VD: Tensor, vocab_size: int | None, temperature: float,
-                 shard: VocabShard | None = None) -> int:
-    """Refuse what cannot be a hidden state and its head. Returns the vocabulary size in use, of all slices together."""
-    require(hidden_TD.ndim == 2 and head_VD.ndim == 2 and hidden_TD.shape[1] == head_VD.shape[1],
-            f"{op}: hidden is {list(hidden_TD.shape)} and head {list(head_VD.shape)}; want [T, D] and [V, D]. "
-            "Flatten batch and time first: hidden.flatten(0, -2)")
-    require(hidden_TD.dtype == head_VD.dtype and hidden_TD.is_floating_point(),
-            f"{op}: hidden is {hidden_TD.dtype} and head {head_VD.dtype}; want one floating dtype. "
-            "Cast one of them: hidden.to(head.dtype)")
-    require(not hasattr(hidden_TD, "full_tensor"),
-            f"{op}: hidden is a DTensor; want the plain tensor. If it is replicated, as in front of a head sharded over "
-            "the vocabulary, that is hidden.to_local()")
-    require(temperature > 0, f"{op}: temperature is {temperature}; want > 0. 0 means greedy: take the argmax")
-    require(shard is None or (vocab_size is not None and vocab_size > 0 and shard.start >= 0),
-            f"{op}: a shard from row {getattr(shard, 'start', 0)} on and vocab_size {vocab_size}; want both >= 0 and "
-            "vocab_size, the size of the whole vocabulary: all ranks must cut the same chunks of rows")
+def check_linear(
+    op: str,
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    vocab_size: int | None,
+    temperature: float,
+    shard: VocabShard | None = None,
+) -> int:
+    """Refuse what cannot be a hidden state and its head. Returns the vocabulary size in use, of all
+    slices together.
+    """
+    require(
+        hidden_TD.ndim == 2 and head_VD.ndim == 2 and hidden_TD.shape[1] == head_VD.shape[1],
+        f"{op}: hidden is {list(hidden_TD.shape)} and head {list(head_VD.shape)}; want [T, D] "
+        "and [V, D]. "
+        "Flatten batch and time first: hidden.flatten(0, -2)",
+    )
+    require(
+        hidden_TD.dtype == head_VD.dtype and hidden_TD.is_floating_point(),
+        f"{op}: hidden is {hidden_TD.dtype} and head {head_VD.dtype}; want one floating dtype. "
+        "Cast one of them: hidden.to(head.dtype)",
+    )
+    require(
+        not hasattr(hidden_TD, "full_tensor"),
+        f"{op}: hidden is a DTensor; want the plain tensor. If it is replicated, as in front "
+        "of a head sharded over "
+        "the vocabulary, that is hidden.to_local()",
+    )
+    require(
+        temperature > 0,
+        f"{op}: temperature is {temperature}; want > 0. 0 means greedy: take the argmax",
+    )
+    require(
+        shard is None or (vocab_size is not None and vocab_size > 0 and shard.start >= 0),
+        f"{op}: a shard from row {getattr(shard, 'start', 0)} on and vocab_size {vocab_size}; "
+        "want both >= 0 and "
+        "vocab_size, the size of the whole vocabulary: all ranks must cut the same chunks of rows",
+    )
     V = head_VD.shape[0] if vocab_size is None else vocab_size
-    require(shard is not None or 0 < V <= head_VD.shape[0],
-            f"{op}: vocab_size is {V} and the head has {head_VD.shape[0]} rows; want 1 <= vocab_size <= rows")
+    require(
+        shard is not None or 0 < V <= head_VD.shape[0],
+        f"{op}: vocab_size is {V} and the head has {head_VD.shape[0]} rows; want 1 <= vocab_size "
+        "<= rows",
+    )
     return V
 
 
 def check_softcap(op: str, softcap: float | None) -> float:
     """0.0 stands for no cap inside the ops: a schema cannot branch on None in a kernel."""
-    require(softcap is None or softcap > 0, f"{op}: softcap is {softcap}; want > 0, or None for no cap")
+    require(
+        softcap is None or softcap > 0, f"{op}: softcap is {softcap}; want > 0, or None for no cap"
+    )
     return softcap or 0.0
 
 
 def check_logit_scale(op: str, logit_scale: float) -> float:
-    require(0 < logit_scale < float("inf"), f"{op}: logit_scale is {logit_scale}; want > 0, 1 for none")
+    require(
+        0 < logit_scale < float("inf"), f"{op}: logit_scale is {logit_scale}; want > 0, 1 for none"
+    )
     return logit_scale
 
 
 def check_bias(op: str, bias_V: Tensor | None, head_VD: Tensor) -> Tensor | None:
-    require(bias_V is None or (bias_V.shape == head_VD.shape[:1] and bias_V.is_floating_point()),
-            f"{op}: bias is {getattr(bias_V, 'dtype', None)} {list(getattr(bias_V, 'shape', []))} for a head of "
-            f"{head_VD.shape[0]} rows; want floats, one a row")
+    require(
+        bias_V is None or (bias_V.shape == head_VD.shape[:1] and bias_V.is_floating_point()),
+        f"{op}: bias is {getattr(bias_V, 'dtype', None)} {list(getattr(bias_V, 'shape', []))} "
+        "for a head of "
+        f"{head_VD.shape[0]} rows; want floats, one a row",
+    )
     return bias_V
 
 
 def check_rows(op: str, rows_M: Tensor | None, hidden_TD: Tensor) -> Tensor | None:
-    """The rows to work on, int64 [M], or None for all of them. Their values are not read: that would sync."""
-    require(rows_M is None or (rows_M.ndim == 1 and rows_M.dtype in (torch.int32, torch.int64)),
-            f"{op}: rows is {getattr(rows_M, 'dtype', None)} {list(getattr(rows_M, 'shape', []))}; want distinct row numbers, "
-            "int64 [M]. A mask becomes one by mask.nonzero()[:, 0], best where the batch is packed: on a GPU it waits")
+    """The rows to work on, int64 [M], or None for all of them. Their values are not read: that
+    would sync.
+    """
+    require(
+        rows_M is None or (rows_M.ndim == 1 and rows_M.dtype in (torch.int32, torch.int64)),
+        f"{op}: rows is {getattr(rows_M, 'dtype', None)} {list(getattr(rows_M, 'shape', []))}; "
+        "want distinct row numbers, int64 [M]. A mask becomes one by mask.nonzero()[:, 0], best "
+        "where the batch is packed: on a GPU it waits",
+    )
     if rows_M is not None:
         check_ids(f"{op} (rows)", rows_M, hidden_TD.shape[0])
     return None if rows_M is None else rows_M.long()
 
 
 def fold_scale(temperature: float, logit_scale: float, softcap: float) -> tuple[float, float]:
-    """(what logits are multiplied by, what gradients are multiplied by besides): a cap keeps the scale from joining 1/T."""
+    """(what logits are multiplied by, what gradients are multiplied by besides): a cap keeps the
+    scale from joining 1/T.
+    """
     return (1 / temperature, logit_scale) if softcap else (logit_scale / temperature, 1.0)
 
 
-def chunks(x: Tensor, V: int, buffers: float, workspace_mb: float, rows_M: Tensor | None = None) -> Iterator[Rows]:
-    """Row ranges of x, or parts of rows if given, whose `buffers` [rows, V] buffers fit workspace_mb MiB.
+def chunks(
+    x: Tensor, V: int, buffers: float, workspace_mb: float, rows_M: Tensor | None = None
+) -> Iterator[Rows]:
+    """Row ranges of x, or parts of rows if given, whose `buffers` [rows, V] buffers fit
+    workspace_mb MiB.
 
-    Always at least one row; multiples of 128 rows where the budget allows, the tile height of a GEMM.
+    Always at least one row; multiples of 128 rows where the budget allows, the tile height of a
+    GEMM.
     """
     row_bytes = V * wide(x.dtype).itemsize
     size = int(workspace_mb * 2**20 / (buffers * row_bytes))
@@ -106,12 +158,22 @@ def chunks(x: Tensor, V: int, buffers: float, workspace_mb: float, rows_M: Tenso
         yield c if rows_M is None else rows_M[c]
 
 
-def logits_ref(hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None = None, logit_scale: float = 1.0,
-               softcap: float | None = None, vocab_size: int | None = None) -> Tensor:
-    """The definition of logits [T, V] that every <op>_ref of a head starts from. fp32 arithmetic, or fp64 when given fp64."""
+def logits_ref(
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    bias_V: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """The definition of logits [T, V] that every <op>_ref of a head starts from. fp32 arithmetic,
+    or fp64 when given fp64.
+    """
     dtype = wide(hidden_TD.dtype)
     logits_TV = hidden_TD.to(dtype) @ head_VD[:vocab_size].to(dtype).t()
-    logits_TV = logit_scale * (logits_TV if bias_V is None else logits_TV + bias_V[:vocab_size].to(dtype))
+    logits_TV = logit_scale * (
+        logits_TV if bias_V is None else logits_TV + bias_V[:vocab_size].to(dtype)
+    )
     return softcap * torch.tanh(logits_TV / softcap) if softcap else logits_TV
 
 
@@ -120,11 +182,18 @@ def on_tensor_cores(x: Tensor) -> bool:
     return x.is_cuda and x.dtype.itemsize == 2
 
 
-def project(hidden_CD: Tensor, head_VD: Tensor, softcap: float = 0.0, bias_V: Tensor | None = None,
-            logit_scale: float = 1.0) -> Tensor:
-    """logits [C, V] in fp32 or fp64. Without a cap logit_scale is left to the caller (`fold_scale`).
+def project(
+    hidden_CD: Tensor,
+    head_VD: Tensor,
+    softcap: float = 0.0,
+    bias_V: Tensor | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """logits [C, V] in fp32 or fp64. Without a cap logit_scale is left to the caller
+    (`fold_scale`).
 
-    Where kernels run, rows lie PAD-aligned in memory with -inf behind the V-th column: `padded` is the view with them.
+    Where kernels run, rows lie PAD-aligned in memory with -inf behind the V-th column: `padded` is
+    the view with them.
     """
     (C, _), V, dtype = hidden_CD.shape, head_VD.shape[0], wide(hidden_CD.dtype)
     block = hidden_CD.new_empty(C, _width(hidden_CD, V), dtype=dtype)
@@ -146,33 +215,51 @@ def _width(x: Tensor, V: int) -> int:
 
 
 def padded(block_CV: Tensor) -> Tensor:
-    """What `project` and `gradient_block` made, with its pad columns: banned classes, which change no sum of a row
-    kernel, so that its width and stride are multiples of PAD. GEMMs take the block itself."""
+    """What `project` and `gradient_block` made, with its pad columns: banned classes, which change
+    no sum of a row kernel, so that its width and stride are multiples of PAD. GEMMs take the block
+    itself.
+    """
     width = _width(block_CV, block_CV.shape[1])
-    return block_CV.as_strided((block_CV.shape[0], width), (width, 1)) if width != block_CV.shape[1] else block_CV
+    return (
+        block_CV.as_strided((block_CV.shape[0], width), (width, 1))
+        if width != block_CV.shape[1]
+        else block_CV
+    )
 
 
 def gradient_block(logits_CV: Tensor, hidden_CD: Tensor) -> Tensor:
-    """Where a row kernel writes dlogits for `backproject`: over the logits, or beside them in bf16 for bf16 GEMMs."""
+    """Where a row kernel writes dlogits for `backproject`: over the logits, or beside them in bf16
+    for bf16 GEMMs.
+    """
     if not (on_tensor_cores(hidden_CD) and hidden_CD.dtype == torch.bfloat16):
         return logits_CV
     C, V = logits_CV.shape
     return hidden_CD.new_empty(C, _width(hidden_CD, V))[:, :V]
 
 
-def backproject(dlogits_CV: Tensor, hidden_CD: Tensor, head_VD: Tensor, need_dhidden: bool, dhead_VD: Tensor | None,
-                dbias_V: Tensor | None = None) -> Tensor | None:
-    """dhidden [C, D] = dlogits @ head, or None; dhead += dlogits.T @ hidden and dbias += sum dlogits, both fp32 or fp64.
+def backproject(
+    dlogits_CV: Tensor,
+    hidden_CD: Tensor,
+    head_VD: Tensor,
+    need_dhidden: bool,
+    dhead_VD: Tensor | None,
+    dbias_V: Tensor | None = None,
+) -> Tensor | None:
+    """dhidden [C, D] = dlogits @ head, or None; dhead += dlogits.T @ hidden and dbias += sum
+    dlogits, both fp32 or fp64.
 
-    bf16 gradients go through the GEMMs in bf16, as everywhere in training. fp16 ones would lose all below 6e-8 to it
-    (a loss scale comes only in the backward), so those are multiplied in fp32.
+    bf16 gradients go through the GEMMs in bf16, as everywhere in training. fp16 ones would lose all
+    below 6e-8 to it (a loss scale comes only in the backward), so those are multiplied in fp32.
     """
-    d_CV = gradient_block(dlogits_CV, hidden_CD) if dlogits_CV.dtype != torch.bfloat16 else dlogits_CV
+    d_CV = (
+        gradient_block(dlogits_CV, hidden_CD) if dlogits_CV.dtype != torch.bfloat16 else dlogits_CV
+    )
     if d_CV is not dlogits_CV:
         d_CV.copy_(dlogits_CV)
     if dbias_V is not None:
         dbias_V += dlogits_CV.sum(0, dtype=dbias_V.dtype)
-    with torch.autocast(hidden_CD.device.type, enabled=False):  # it reaches into a custom op and would round d to 16 bits
+    # it reaches into a custom op and would round d to 16 bits
+    with torch.autocast(hidden_CD.device.type, enabled=False):
         if dhead_VD is not None and d_CV.dtype == torch.bfloat16:
             torch.addmm(dhead_VD, d_CV.t(), hidden_CD, out_dtype=torch.float32, out=dhead_VD)
         elif dhead_VD is not None:
@@ -180,7 +267,9 @@ def backproject(dlogits_CV: Tensor, hidden_CD: Tensor, head_VD: Tensor, need_dhi
         return (d_CV @ head_VD.to(d_CV.dtype)).to(hidden_CD.dtype) if need_dhidden else None
 
 
-def gradient_buffers(hidden_TD: Tensor, head_VD: Tensor, need_dhidden: bool, need_dhead: bool) -> tuple[Tensor, Tensor]:
+def gradient_buffers(
+    hidden_TD: Tensor, head_VD: Tensor, need_dhidden: bool, need_dhead: bool
+) -> tuple[Tensor, Tensor]:
     """Zeros: dhidden like hidden, dhead in fp32 or fp64; an empty tensor where not needed."""
     dhidden_TD = hidden_TD.new_zeros(hidden_TD.shape if need_dhidden else (0,))
     dhead_VD = hidden_TD.new_zeros(head_VD.shape if need_dhead else (0,), dtype=wide(head_VD.dtype))
@@ -197,5 +286,7 @@ def needs_gradients(hidden_TD: Tensor, head_VD: Tensor, frozen_head: bool) -> tu
 
 
 def workspace_buffers(x: Tensor, with_kernel: float, with_torch: float) -> float:
-    """How many [rows, V] buffers a chunk keeps alive: row kernels work in place, PyTorch makes temporaries."""
+    """How many [rows, V] buffers a chunk keeps alive: row kernels work in place, PyTorch makes
+    temporaries.
+    """
     return with_kernel if runs_triton(x) else with_torch

@@ -1,14 +1,18 @@
-"""Row functions of class probabilities: a [rows, L] block of logits in class order in, a [rows, N] block of classes out.
+"""Row functions of class probabilities: a [rows, L] block of logits in class order in, a [rows, N]
+block of classes out.
 
-Columns are sorted by class, so class c owns columns first[c] .. first[c + 1]. Its logit is z_c = logsumexp of theirs, and
-softmax over z gives the class probabilities; id i in it has the share e^(a_i - z_c) of whatever reaches z_c. z is kept
-relative to the row's largest logit: likely classes then have |z| near 0 and lose no digits to rounding.
+Columns are sorted by class, so class c owns columns first[c] .. first[c + 1]. Its logit is z_c =
+logsumexp of theirs, and softmax over z gives the class probabilities; id i in it has the share
+e^(a_i - z_c) of whatever reaches z_c. z is kept relative to the row's largest logit: likely classes
+then have |z| near 0 and lose no digits to rounding.
 
-Classes of up to LONG ids are summed a block of classes at a time, longer ones by a program each: one pass over the block
-in any case. Neither needs atomics. CPU tensors take the PyTorch twin below each kernel.
+Classes of up to LONG ids are summed a block of classes at a time, longer ones by a program each:
+one pass over the block in any case. Neither needs atomics. CPU tensors take the PyTorch twin below
+each kernel.
 
 Shapes: C rows of a chunk, L columns (ids that have a class), N classes, H long classes.
 """
+
 import torch
 from torch import Tensor
 
@@ -20,12 +24,24 @@ from ._triton import LAUNCH, runs_triton, tl, triton
 
 LONG = 128  # ids of a class that gets a program of its own
 CLASSES = 128  # classes of one program
-STEP = 4  # columns of a class that one step reads; most classes of a vocabulary-sized map have one id
+# columns of a class that one step reads; most classes of a vocabulary-sized map have one id
+STEP = 4
 
 
 @triton.jit
-def class_sums(by_class, first, top, sums, stride_t, N, inv_temp, CLASSES: tl.constexpr, STEP: tl.constexpr, LONG: tl.constexpr,
-               WIDE: tl.constexpr):
+def class_sums(
+    by_class,
+    first,
+    top,
+    sums,
+    stride_t,
+    N,
+    inv_temp,
+    CLASSES: tl.constexpr,
+    STEP: tl.constexpr,
+    LONG: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64)  # T=16k times V=152k overflows int32
     c = tl.program_id(1) * CLASSES + tl.arange(0, CLASSES)
     begin = tl.load(first + c, mask=c < N, other=0)
@@ -48,7 +64,9 @@ def class_sums(by_class, first, top, sums, stride_t, N, inv_temp, CLASSES: tl.co
 
 
 @triton.jit
-def long_class_sums(by_class, first, long, top, sums, stride_t, N, inv_temp, R: tl.constexpr, WIDE: tl.constexpr):
+def long_class_sums(
+    by_class, first, long, top, sums, stride_t, N, inv_temp, R: tl.constexpr, WIDE: tl.constexpr
+):
     t = tl.program_id(0).to(tl.int64)
     c = tl.load(long + tl.program_id(1))
     begin = tl.load(first + c)
@@ -69,8 +87,24 @@ def long_class_sums(by_class, first, long, top, sums, stride_t, N, inv_temp, R: 
 
 
 @triton.jit
-def class_backward(logits, column_class, row_top, shares, dclass, dlogits, stride_t, stride_d, V, N, inv_temp, grad_scale,
-                   inv_cap, CAPPED: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr):
+def class_backward(
+    logits,
+    column_class,
+    row_top,
+    shares,
+    dclass,
+    dlogits,
+    stride_t,
+    stride_d,
+    V,
+    N,
+    inv_temp,
+    grad_scale,
+    inv_cap,
+    CAPPED: tl.constexpr,
+    R: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     # dlogits = e^(a - z_c) dz_c da/dlogits; shares holds z relative to row_top
     t = tl.program_id(0).to(tl.int64)
     M = tl.load(row_top + t)
@@ -86,7 +120,8 @@ def class_backward(logits, column_class, row_top, shares, dclass, dlogits, strid
         d = tl.exp((raw * inv_temp - M) - z) * dz * grad_scale
         if CAPPED:
             d *= 1.0 - (raw * inv_cap) * (raw * inv_cap)
-        d = tl.where(dz == 0, 0.0, d)  # where a whole class is banned dz is 0, and a share would be 0 / 0
+        # where a whole class is banned dz is 0, and a share would be 0 / 0
+        d = tl.where(dz == 0, 0.0, d)
         tl.store(out + v, d.to(dlogits.dtype.element_ty), mask=v < V)
 
 
@@ -94,24 +129,56 @@ def _wide_tl(dtype: torch.dtype):
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def class_rows(logits_CL: Tensor, class_L: Tensor, first_N: Tensor, long_H: Tensor, inv_temp: float, group: str,
-               ) -> tuple[Tensor, Tensor]:
-    """(z [C, N] relative to the row's largest scaled logit, that logit [C]); -inf for a class without ids.
+def class_rows(
+    logits_CL: Tensor,
+    class_L: Tensor,
+    first_N: Tensor,
+    long_H: Tensor,
+    inv_temp: float,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    """(z [C, N] relative to the row's largest scaled logit, that logit [C]); -inf for a class
+    without ids.
 
-    first [N + 1]. Over a group, each rank brings the columns of its slice and all get the same result.
+    first [N + 1]. Over a group, each rank brings the columns of its slice and all get the same
+    result.
     """
     (C, _), N, dtype = logits_CL.shape, first_N.shape[0] - 1, wide(logits_CL.dtype)
     if runs_triton(logits_CL):
-        top_CN, sums_CN = logits_CL.new_empty(C, N, dtype=dtype), logits_CL.new_empty(C, N, dtype=dtype)
+        top_CN, sums_CN = (
+            logits_CL.new_empty(C, N, dtype=dtype),
+            logits_CL.new_empty(C, N, dtype=dtype),
+        )
         # an empty grid is no launch
         if C:
             class_sums[(C, triton.cdiv(N, CLASSES))](
-                logits_CL, first_N, top_CN, sums_CN, logits_CL.stride(0), N, inv_temp, CLASSES=CLASSES, STEP=STEP, LONG=LONG,
-                WIDE=_wide_tl(dtype), **LAUNCH)
+                logits_CL,
+                first_N,
+                top_CN,
+                sums_CN,
+                logits_CL.stride(0),
+                N,
+                inv_temp,
+                CLASSES=CLASSES,
+                STEP=STEP,
+                LONG=LONG,
+                WIDE=_wide_tl(dtype),
+                **LAUNCH,
+            )
         if C and long_H.shape[0]:
             long_class_sums[(C, long_H.shape[0])](
-                logits_CL, first_N, long_H, top_CN, sums_CN, logits_CL.stride(0), N, inv_temp,
-                R=max(1, _triton.BLOCK_V // 8), WIDE=_wide_tl(dtype), **LAUNCH)
+                logits_CL,
+                first_N,
+                long_H,
+                top_CN,
+                sums_CN,
+                logits_CL.stride(0),
+                N,
+                inv_temp,
+                R=max(1, _triton.BLOCK_V // 8),
+                WIDE=_wide_tl(dtype),
+                **LAUNCH,
+            )
     else:
         top_CN, sums_CN = _class_sums_torch(logits_CL.to(dtype) * inv_temp, class_L, N)
     top_CN, sums_CN = merge_sums(top_CN, sums_CN, group)
@@ -122,35 +189,79 @@ def class_rows(logits_CL: Tensor, class_L: Tensor, first_N: Tensor, long_H: Tens
 def _class_sums_torch(a_CL: Tensor, class_L: Tensor, N: int) -> tuple[Tensor, Tensor]:
     class_L = class_L.long()
     class_CL = class_L.expand(a_CL.shape)
-    top_CN = a_CL.new_full((a_CL.shape[0], N), -torch.inf).scatter_reduce_(1, class_CL, a_CL, "amax")
+    top_CN = a_CL.new_full((a_CL.shape[0], N), -torch.inf).scatter_reduce_(
+        1, class_CL, a_CL, "amax"
+    )
     e_CL = torch.where(a_CL == -torch.inf, 0.0, a_CL.sub_(top_CN.index_select(1, class_L)).exp_())
     return top_CN, torch.zeros_like(top_CN).scatter_add_(1, class_CL, e_CL)
 
 
-def class_rows_backward(logits_CL: Tensor, class_L: Tensor, top_C: Tensor, z_CN: Tensor, dz_CN: Tensor,
-                        scales: tuple[float, float], softcap: float, out_CL: Tensor) -> Tensor:
-    """dlogits [C, L] into out, which may be logits, from top and z of class_rows. Both are blocks of `_chunks`.
+def class_rows_backward(
+    logits_CL: Tensor,
+    class_L: Tensor,
+    top_C: Tensor,
+    z_CN: Tensor,
+    dz_CN: Tensor,
+    scales: tuple[float, float],
+    softcap: float,
+    out_CL: Tensor,
+) -> Tensor:
+    """dlogits [C, L] into out, which may be logits, from top and z of class_rows. Both are blocks
+    of `_chunks`.
 
     scales: what logits are multiplied by, and gradients besides.
     """
     (inv_temp, grad_scale), N = scales, z_CN.shape[1]
     if not runs_triton(logits_CL):
-        return _class_rows_backward_torch(logits_CL, class_L.long(), top_C, z_CN, dz_CN, scales, softcap, out_CL)
+        return _class_rows_backward_torch(
+            logits_CL, class_L.long(), top_C, z_CN, dz_CN, scales, softcap, out_CL
+        )
     x_CP, d_CP = padded(logits_CL), padded(out_CL)
     (C, P), L = x_CP.shape, class_L.shape[0]
     if C:
-        class_P = torch.nn.functional.pad(class_L, (0, P - L))  # pad columns are banned: any class will do
+        # pad columns are banned: any class will do
+        class_P = torch.nn.functional.pad(class_L, (0, P - L))
         class_backward[(C,)](
-            x_CP, class_P, top_C, z_CN, dz_CN, d_CP, x_CP.stride(0), d_CP.stride(0), P, N, inv_temp, inv_temp * grad_scale,
-            1 / softcap if softcap else 0.0, CAPPED=softcap > 0, R=max(1, _triton.BLOCK_V // 8),
-            WIDE=_wide_tl(wide(logits_CL.dtype)), **LAUNCH)
+            x_CP,
+            class_P,
+            top_C,
+            z_CN,
+            dz_CN,
+            d_CP,
+            x_CP.stride(0),
+            d_CP.stride(0),
+            P,
+            N,
+            inv_temp,
+            inv_temp * grad_scale,
+            1 / softcap if softcap else 0.0,
+            CAPPED=softcap > 0,
+            R=max(1, _triton.BLOCK_V // 8),
+            WIDE=_wide_tl(wide(logits_CL.dtype)),
+            **LAUNCH,
+        )
     return out_CL
 
 
-def _class_rows_backward_torch(logits_CL: Tensor, class_L: Tensor, top_C: Tensor, z_CN: Tensor, dz_CN: Tensor,
-                               scales: tuple[float, float], softcap: float, out_CL: Tensor) -> Tensor:
+def _class_rows_backward_torch(
+    logits_CL: Tensor,
+    class_L: Tensor,
+    top_C: Tensor,
+    z_CN: Tensor,
+    dz_CN: Tensor,
+    scales: tuple[float, float],
+    softcap: float,
+    out_CL: Tensor,
+) -> Tensor:
     dz_CL = dz_CN.index_select(1, class_L)  # 5 times faster than [:, class_L] on a CPU
-    d_CL = (logits_CL * scales[0]).sub_(top_C[:, None]).sub_(z_CN.index_select(1, class_L)).exp_().mul_(dz_CL).mul_(scales[0] * scales[1])
+    d_CL = (
+        (logits_CL * scales[0])
+        .sub_(top_C[:, None])
+        .sub_(z_CN.index_select(1, class_L))
+        .exp_()
+        .mul_(dz_CL)
+        .mul_(scales[0] * scales[1])
+    )
     if softcap:
         d_CL.mul_(1 - (logits_CL / softcap).square_())
     return out_CL.copy_(d_CL.masked_fill_(dz_CL == 0, 0.0))

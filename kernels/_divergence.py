@@ -1,4 +1,5 @@
-"""The five divergences between a student p and a teacher q, each defined once, and their one chain rule.
+"""The five divergences between a student p and a teacher q, each defined once, and their one chain
+rule.
 
     forward       KL(q || p)
     reverse       KL(p || q)
@@ -6,27 +7,33 @@
     skew_forward  KL(q || beta q + (1 - beta) p)
     skew_reverse  KL(p || beta p + (1 - beta) q)
 
-jsd: generalised Jensen-Shannon divergence (Agarwal et al., arXiv:2306.13649); beta weighs the teacher, others have
-it the other way round. skew: Ko et al., arXiv:2402.03898.
+jsd: generalised Jensen-Shannon divergence (Agarwal et al., arXiv:2306.13649); beta weighs the
+teacher, others have it the other way round. skew: Ko et al., arXiv:2402.03898.
 
-With l_i the summand of class i, g_i = dl/dlog p_i and G = sum g_i, every loss has dL/dz_i = (g_i - p_i G) / temperature.
-Every mask asks p == 0, not p > 0: a NaN must reach the loss, where it is counted, and not pass for an absent class.
-`terms` returns g shifted by a multiple of p, which drops out because p sums to one: near p = q the true g is close
-to that multiple and the difference with p G would cancel.
+With l_i the summand of class i, g_i = dl/dlog p_i and G = sum g_i, every loss has dL/dz_i = (g_i -
+p_i G) / temperature. Every mask asks p == 0, not p > 0: a NaN must reach the loss, where it is
+counted, and not pass for an absent class. `terms` returns g shifted by a multiple of p, which drops
+out because p sums to one: near p = q the true g is close to that multiple and the difference with p
+G would cancel.
 """
+
 import torch
 from torch import Tensor
 
 from ._triton import require, tl, triton
 
-MODES = ("forward", "reverse", "jsd", "skew_forward", "skew_reverse")  # their index is MODE in the kernels
+# their index is MODE in the kernels
+MODES = ("forward", "reverse", "jsd", "skew_forward", "skew_reverse")
 
 
 def check_mode(op: str, mode: str, beta: float) -> None:
     require(mode in MODES, f"{op}: mode is {mode!r}; want one of {', '.join(MODES)}")
     plain = mode in ("forward", "reverse")
-    require(plain or 0 < beta < 1, f"{op}: beta is {beta} in mode {mode}; want 0 < beta < 1. "
-            "At 0 and 1 jsd is 0, not a KL: use mode='forward' or 'reverse'")
+    require(
+        plain or 0 < beta < 1,
+        f"{op}: beta is {beta} in mode {mode}; want 0 < beta < 1. "
+        "At 0 and 1 jsd is 0, not a KL: use mode='forward' or 'reverse'",
+    )
 
 
 def _masked(p: Tensor, d: Tensor) -> Tensor:
@@ -43,7 +50,9 @@ def _log_mix(log_a: Tensor, log_b: Tensor, weight_a: float) -> Tensor:
 
 
 def divergence_ref(logp: Tensor, logq: Tensor, mode: str, beta: float) -> Tensor:
-    """The definition, summed over the last axis. logp: student, logq: teacher log-probabilities. Differentiable."""
+    """The definition, summed over the last axis. logp: student, logq: teacher log-probabilities.
+    Differentiable.
+    """
     p, q = logp.exp(), logq.exp()
     if mode == "forward":
         return _masked(q, logq - logp).sum(-1)
@@ -57,7 +66,9 @@ def divergence_ref(logp: Tensor, logq: Tensor, mode: str, beta: float) -> Tensor
     return _masked(p, logp - _log_mix(logp, logq, beta)).sum(-1)
 
 
-def divergence_terms(logp: Tensor, logq: Tensor, mode: str, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+def divergence_terms(
+    logp: Tensor, logq: Tensor, mode: str, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """(l, g, p) of every class, g shifted as the module says. The CPU twin of `terms`."""
     p, q = logp.exp(), logq.exp()
     if mode == "forward":

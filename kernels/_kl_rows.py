@@ -1,19 +1,24 @@
-"""Row functions of the full-vocabulary divergences: two [rows, V] blocks of logits in, kl and the student's gradient out.
+"""Row functions of the full-vocabulary divergences: two [rows, V] blocks of logits in, kl and the
+student's gradient out.
 
-    kl_stats     per side the max and the sum of e^(logit - max); for forward and reverse also the weighted difference
-                 w = sum e^(b - m) (b - a), which with the sums already is the loss
+    kl_stats     per side the max and the sum of e^(logit - max); for forward and reverse also the
+                 weighted difference w = sum e^(b - m) (b - a), which with the sums already is the
+                 loss
     kl_losses    jsd and skew only: loss and G, which need the normalised probabilities
     kl_gradient  coeff dkl/dz, which may overwrite the logits
 
-Three launches and not one, so that slices of a vocabulary on several ranks can add up their sums in between; at 100,000
-classes a row leaves the L2 cache between sweeps anyway. Each sweep keeps its running numbers per lane of an [R, 8] tile:
-axis 1 is reduced inside a thread, so the loops need no barrier.
+Three launches and not one, so that slices of a vocabulary on several ranks can add up their sums in
+between; at 100,000 classes a row leaves the L2 cache between sweeps anyway. Each sweep keeps its
+running numbers per lane of an [R, 8] tile: axis 1 is reduced inside a thread, so the loops need no
+barrier.
 
-log p - log q is formed as (a - b) - (difference of the maxima + difference of the log-sums): near p = q that has a third
-of the error of subtracting two logsumexps.
+log p - log q is formed as (a - b) - (difference of the maxima + difference of the log-sums): near p
+= q that has a third of the error of subtracting two logsumexps.
 
-Shapes: C rows of a chunk, V vocabulary (this rank's slice of it), stats [5, C]: max z, max u, sum z, sum u, w.
+Shapes: C rows of a chunk, V vocabulary (this rank's slice of it), stats [5, C]: max z, max u, sum
+z, sum u, w.
 """
+
 import torch
 from torch import Tensor
 
@@ -30,8 +35,21 @@ def logits_at(row, v, V, mul, WIDE: tl.constexpr):
 
 
 @triton.jit
-def kl_stats(z, u, stats, chosen, stride_z, stride_u, C, V, mul_z, mul_u, MODE: tl.constexpr, R: tl.constexpr,
-             WIDE: tl.constexpr):
+def kl_stats(
+    z,
+    u,
+    stats,
+    chosen,
+    stride_z,
+    stride_u,
+    C,
+    V,
+    mul_z,
+    mul_u,
+    MODE: tl.constexpr,
+    R: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64)  # T=16k times V=152k overflows int32
     if chosen is not None:
         if tl.load(chosen + t) == 0:
@@ -78,8 +96,23 @@ def kl_stats(z, u, stats, chosen, stride_z, stride_u, C, V, mul_z, mul_u, MODE: 
 
 
 @triton.jit
-def kl_losses(z, u, stats, sums, chosen, stride_z, stride_u, C, V, mul_z, mul_u, beta, MODE: tl.constexpr,
-              R: tl.constexpr, WIDE: tl.constexpr):
+def kl_losses(
+    z,
+    u,
+    stats,
+    sums,
+    chosen,
+    stride_z,
+    stride_u,
+    C,
+    V,
+    mul_z,
+    mul_u,
+    beta,
+    MODE: tl.constexpr,
+    R: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64)
     if chosen is not None:
         if tl.load(chosen + t) == 0:
@@ -103,12 +136,34 @@ def kl_losses(z, u, stats, sums, chosen, stride_z, stride_u, C, V, mul_z, mul_u,
 
 
 @triton.jit
-def kl_gradient(z, u, stats, kl, G, coeff, chosen, dz, stride_z, stride_u, stride_d, C, V, mul_z, mul_u, inv_cap, beta,
-                MODE: tl.constexpr, CAPPED: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr):
+def kl_gradient(
+    z,
+    u,
+    stats,
+    kl,
+    G,
+    coeff,
+    chosen,
+    dz,
+    stride_z,
+    stride_u,
+    stride_d,
+    C,
+    V,
+    mul_z,
+    mul_u,
+    inv_cap,
+    beta,
+    MODE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    R: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64)
     d_row = dz + t * stride_d
     lanes = tl.arange(0, R)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    ok = tl.abs(tl.load(kl + t)) < float("inf")  # false for inf and for NaN: such a row gets no gradient
+    # false for inf and for NaN: such a row gets no gradient
+    ok = tl.abs(tl.load(kl + t)) < float("inf")
     if chosen is not None:
         ok = ok & (tl.load(chosen + t) != 0)
     if ok == 0:
@@ -137,18 +192,34 @@ def kl_gradient(z, u, stats, kl, G, coeff, chosen, dz, stride_z, stride_u, strid
         tl.store(d_row + v, d.to(dz.dtype.element_ty), mask=v < V)
 
 
-def kl_rows(z_CV: Tensor, u_CV: Tensor, coeff_C: Tensor, scales: tuple[float, float], mode: str, beta: float,
-            softcap: float, dz_CV: Tensor | None, group: str = "", chosen_C: Tensor | None = None) -> Tensor:
-    """kl [C] of student logits z and teacher logits u. Writes coeff * dkl/dz into dz, which may be z; None skips it.
+def kl_rows(
+    z_CV: Tensor,
+    u_CV: Tensor,
+    coeff_C: Tensor,
+    scales: tuple[float, float],
+    mode: str,
+    beta: float,
+    softcap: float,
+    dz_CV: Tensor | None,
+    group: str = "",
+    chosen_C: Tensor | None = None,
+) -> Tensor:
+    """kl [C] of student logits z and teacher logits u. Writes coeff * dkl/dz into dz, which may be
+    z; None skips it.
 
-    scales: what z and u are multiplied by. group: z and u are slices of the vocabulary, the others are on its ranks.
-    chosen (kernels only): rows where it is False are not read; their kl and gradient are 0.
+    scales: what z and u are multiplied by. group: z and u are slices of the vocabulary, the others
+    are on its ranks. chosen (kernels only): rows where it is False are not read; their kl and
+    gradient are 0.
     """
     if not runs_triton(z_CV):
         return _kl_rows_torch(z_CV, u_CV, coeff_C, scales, mode, beta, softcap, dz_CV, group)
     (C, V), dtype = z_CV.shape, wide(z_CV.dtype)
-    options = {"MODE": MODES.index(mode), "R": max(1, _triton.BLOCK_V // 8),
-               "WIDE": tl.float64 if dtype == torch.float64 else tl.float32, **LAUNCH}
+    options = {
+        "MODE": MODES.index(mode),
+        "R": max(1, _triton.BLOCK_V // 8),
+        "WIDE": tl.float64 if dtype == torch.float64 else tl.float32,
+        **LAUNCH,
+    }
     strides, stats_5C = (z_CV.stride(0), u_CV.stride(0)), z_CV.new_empty(5, C, dtype=dtype)
     kl_stats[(C,)](z_CV, u_CV, stats_5C, chosen_C, *strides, C, V, *scales, **options)
     stats_5C = _merge(stats_5C, mode, group)
@@ -156,16 +227,37 @@ def kl_rows(z_CV: Tensor, u_CV: Tensor, coeff_C: Tensor, scales: tuple[float, fl
         kl_C, G_C = _loss_and_G(stats_5C, mode)
     else:
         sums_2C = z_CV.new_empty(2, C, dtype=dtype)
-        kl_losses[(C,)](z_CV, u_CV, stats_5C, sums_2C, chosen_C, *strides, C, V, *scales, beta, **options)
+        kl_losses[(C,)](
+            z_CV, u_CV, stats_5C, sums_2C, chosen_C, *strides, C, V, *scales, beta, **options
+        )
         kl_C, G_C = all_sum(sums_2C, group)
     if dz_CV is not None:
-        kl_gradient[(C,)](z_CV, u_CV, stats_5C, kl_C, G_C, coeff_C, chosen_C, dz_CV, *strides, dz_CV.stride(0), C, V,
-                          *scales, 1 / softcap if softcap else 0.0, beta, CAPPED=softcap > 0, **options)
+        kl_gradient[(C,)](
+            z_CV,
+            u_CV,
+            stats_5C,
+            kl_C,
+            G_C,
+            coeff_C,
+            chosen_C,
+            dz_CV,
+            *strides,
+            dz_CV.stride(0),
+            C,
+            V,
+            *scales,
+            1 / softcap if softcap else 0.0,
+            beta,
+            CAPPED=softcap > 0,
+            **options,
+        )
     return kl_C if chosen_C is None else torch.where(chosen_C, kl_C, 0.0)
 
 
 def _merge(stats_5C: Tensor, mode: str, group: str) -> Tensor:
-    """The statistics of the whole vocabulary from those of its slices: one MAX and one SUM over the group."""
+    """The statistics of the whole vocabulary from those of its slices: one MAX and one SUM over the
+    group.
+    """
     if not group:
         return stats_5C
     side = 1 if mode == "forward" else 0  # whose max w is relative to
@@ -175,7 +267,9 @@ def _merge(stats_5C: Tensor, mode: str, group: str) -> Tensor:
 
 
 def _loss_and_G(stats_5C: Tensor, mode: str) -> tuple[Tensor, Tensor]:
-    """Forward and reverse need no sweep of their own: KL(q || p) = w / sum u + (lse_z - lse_u), and likewise reversed."""
+    """Forward and reverse need no sweep of their own: KL(q || p) = w / sum u + (lse_z - lse_u), and
+    likewise reversed.
+    """
     top_z_C, top_u_C, sum_z_C, sum_u_C, w_C = stats_5C
     apart_C = (top_z_C - top_u_C) + (sum_z_C.log() - sum_u_C.log())
     if mode == "forward":
@@ -184,9 +278,21 @@ def _loss_and_G(stats_5C: Tensor, mode: str) -> tuple[Tensor, Tensor]:
     return kl_C, kl_C
 
 
-def _kl_rows_torch(z_CV: Tensor, u_CV: Tensor, coeff_C: Tensor, scales: tuple[float, float], mode: str, beta: float,
-                   softcap: float, dz_CV: Tensor | None, group: str) -> Tensor:
-    x_CV, y_CV = (x if by == 1 else x * by for x, by in zip((x.to(wide(z_CV.dtype)) for x in (z_CV, u_CV)), scales))
+def _kl_rows_torch(
+    z_CV: Tensor,
+    u_CV: Tensor,
+    coeff_C: Tensor,
+    scales: tuple[float, float],
+    mode: str,
+    beta: float,
+    softcap: float,
+    dz_CV: Tensor | None,
+    group: str,
+) -> Tensor:
+    x_CV, y_CV = (
+        x if by == 1 else x * by
+        for x, by in zip((x.to(wide(z_CV.dtype)) for x in (z_CV, u_CV)), scales)
+    )
     loss_CV, g_CV, p_CV = divergence_terms(*_log_softmax(x_CV, y_CV, group), mode, beta)
     if group:
         kl_C, G_C = all_sum(torch.stack((loss_CV.sum(1), g_CV.sum(1))), group)
@@ -204,7 +310,8 @@ def _kl_rows_torch(z_CV: Tensor, u_CV: Tensor, coeff_C: Tensor, scales: tuple[fl
 def _log_softmax(x_CV: Tensor, y_CV: Tensor, group: str) -> tuple[Tensor, Tensor]:
     if not group:
         return x_CV.log_softmax(1), y_CV.log_softmax(1)
-    lse_2C = torch.stack((x_CV.logsumexp(1), y_CV.logsumexp(1)))  # a slice's own; e^(x - it) sums to one
+    # a slice's own; e^(x - it) sums to one
+    lse_2C = torch.stack((x_CV.logsumexp(1), y_CV.logsumexp(1)))
     top_2C, sum_2C = merge_sums(lse_2C, torch.ones_like(lse_2C), group)
     top_2C1, log_sum_2C1 = top_2C[..., None], sum_2C.log()[..., None]
     return (x_CV - top_2C1[0]) - log_sum_2C1[0], (y_CV - top_2C1[1]) - log_sum_2C1[1]

@@ -1,15 +1,19 @@
-"""Row functions of log-probability: a [rows, V] block of logits in, per-row statistics or the gradient out.
+"""Row functions of log-probability: a [rows, V] block of logits in, per-row statistics or the
+gradient out.
 
-One Triton program owns one row and streams it in [R, 8] tiles: axis 1 is 16 bytes of bf16 per thread, reduced inside the
-thread, so the loop needs no barrier. Statistics and gradient are two kernels, because a vocabulary in slices merges the
-statistics of all ranks in between. Max and log-sum stay apart until the end: their sum, the logsumexp, would round away
-the log-sum when the logits are large. CPU tensors take the PyTorch twin below each kernel.
+One Triton program owns one row and streams it in [R, 8] tiles: axis 1 is 16 bytes of bf16 per
+thread, reduced inside the thread, so the loop needs no barrier. Statistics and gradient are two
+kernels, because a vocabulary in slices merges the statistics of all ranks in between. Max and
+log-sum stay apart until the end: their sum, the logsumexp, would round away the log-sum when the
+logits are large. CPU tensors take the PyTorch twin below each kernel.
 
-Targets are rows of the local slice: PADDING marks no token, ELSEWHERE a token of another rank's slice.
+Targets are rows of the local slice: PADDING marks no token, ELSEWHERE a token of another rank's
+slice.
 
 Shapes: T tokens, C rows of a chunk, V vocabulary, K candidates.
 Online softmax: Milakov & Gimelshein, arXiv:1805.02867.
 """
+
 from typing import NamedTuple
 
 import torch
@@ -23,7 +27,8 @@ from ._triton import LAUNCH, check_ids, require, runs_triton, tl, triton
 
 PADDING, ELSEWHERE = -1, -2
 LOWEST = -1000.0  # e to it is 0 in fp64, too; stands for -inf where 0 * -inf would be NaN
-PAIRS = 64  # candidates the gradient kernel compares with each other at once; more go block by block
+# candidates the gradient kernel compares with each other at once; more go block by block
+PAIRS = 64
 
 
 class LogProb(NamedTuple):
@@ -33,8 +38,22 @@ class LogProb(NamedTuple):
 
 
 @triton.jit
-def logprob_stats(logits, target, chosen, top, total, weighted, stride_t, V, K, inv_temp,
-                  ENTROPY: tl.constexpr, KB: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr):
+def logprob_stats(
+    logits,
+    target,
+    chosen,
+    top,
+    total,
+    weighted,
+    stride_t,
+    V,
+    K,
+    inv_temp,
+    ENTROPY: tl.constexpr,
+    KB: tl.constexpr,
+    R: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64)  # T=16k times V=152k overflows int32
     row = logits + t * stride_t
     k = tl.arange(0, KB)
@@ -54,7 +73,8 @@ def logprob_stats(logits, target, chosen, top, total, weighted, stride_t, V, K, 
     lanes = tl.arange(0, R)[:, None] * 8 + tl.arange(0, 8)[None, :]
     m = tl.full((R,), float("-inf"), WIDE)  # running max of each lane
     s = tl.zeros((R,), WIDE)  # running sum of exp(x - m)
-    w = tl.zeros((R,), WIDE)  # running sum of exp(x - m) (x - m): relative to m nothing cancels at |x| = 1e4
+    # running sum of exp(x - m) (x - m): relative to m nothing cancels at |x| = 1e4
+    w = tl.zeros((R,), WIDE)
     for start in range(0, V, R * 8):
         v = start + lanes
         x = tl.load(row + v, mask=v < V, other=float("-inf")).to(WIDE) * inv_temp
@@ -75,9 +95,29 @@ def logprob_stats(logits, target, chosen, top, total, weighted, stride_t, V, K, 
 
 
 @triton.jit
-def logprob_gradient(logits, target, top, log_s, entropy, g_logp, g_all, g_entropy, scratch, dlogits, stride_t, stride_d,
-                     V, K, inv_temp, inv_cap, ENTROPY: tl.constexpr, CAPPED: tl.constexpr, KB: tl.constexpr,
-                     R: tl.constexpr, WIDE: tl.constexpr):
+def logprob_gradient(
+    logits,
+    target,
+    top,
+    log_s,
+    entropy,
+    g_logp,
+    g_all,
+    g_entropy,
+    scratch,
+    dlogits,
+    stride_t,
+    stride_d,
+    V,
+    K,
+    inv_temp,
+    inv_cap,
+    ENTROPY: tl.constexpr,
+    CAPPED: tl.constexpr,
+    KB: tl.constexpr,
+    R: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     # dx[v] = sum_k g_k 1[v == y_k] + g_all p_v - g_H p_v (log p_v + H);  dlogits = dx / temperature
     t = tl.program_id(0).to(tl.int64)
     M = tl.load(top + t)
@@ -85,9 +125,14 @@ def logprob_gradient(logits, target, top, log_s, entropy, g_logp, g_all, g_entro
     row = logits + t * stride_t
     out = dlogits + t * stride_d
     lanes = tl.arange(0, R)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    if not (tl.abs(M + log_S) < float("inf")):  # ignored, or no distribution at all: nothing is read
+    # ignored, or no distribution at all: nothing is read
+    if not (tl.abs(M + log_S) < float("inf")):
         for start in range(0, V, R * 8):
-            tl.store(out + start + lanes, tl.zeros((R, 8), dlogits.dtype.element_ty), mask=start + lanes < V)
+            tl.store(
+                out + start + lanes,
+                tl.zeros((R, 8), dlogits.dtype.element_ty),
+                mask=start + lanes < V,
+            )
         return
 
     c = tl.load(g_all + t).to(WIDE)
@@ -112,7 +157,8 @@ def logprob_gradient(logits, target, top, log_s, entropy, g_logp, g_all, g_entro
         if CAPPED:
             d *= 1.0 - (raw * inv_cap) * (raw * inv_cap)
         tl.store(scratch + t * K + first + k, d * inv_temp, mask=first + k < K)
-    tl.debug_barrier()  # dlogits may be logits itself: every candidate is read before the sweep overwrites it
+    # dlogits may be logits itself: every candidate is read before the sweep overwrites it
+    tl.debug_barrier()
 
     for start in range(0, V, R * 8):
         v = start + lanes
@@ -134,22 +180,34 @@ def logprob_gradient(logits, target, top, log_s, entropy, g_logp, g_all, g_entro
 
 def _kernel_options(logits_CV: Tensor, K: int) -> dict:
     double = wide(logits_CV.dtype) == torch.float64
-    return {"KB": min(triton.next_power_of_2(K), PAIRS), "R": max(1, _triton.BLOCK_V // 8),
-            "WIDE": tl.float64 if double else tl.float32, **LAUNCH}
+    return {
+        "KB": min(triton.next_power_of_2(K), PAIRS),
+        "R": max(1, _triton.BLOCK_V // 8),
+        "WIDE": tl.float64 if double else tl.float32,
+        **LAUNCH,
+    }
 
 
 def check_target(op: str, target: Tensor, T: int, V: int) -> Tensor:
     """target as int64 [T, K], with PADDING where it is not a token."""
     shape = target.shape
-    require(len(shape) in (1, 2) and shape[0] == T and shape[1:] != (0,) and not target.is_floating_point(),
-            f"{op}: target is {target.dtype} {list(shape)} for {T} rows; want integers [T], or [T, K] with K >= 1")
+    require(
+        len(shape) in (1, 2)
+        and shape[0] == T
+        and shape[1:] != (0,)
+        and not target.is_floating_point(),
+        f"{op}: target is {target.dtype} {list(shape)} for {T} rows; want integers [T], or [T, K] "
+        "with K >= 1",
+    )
     check_ids(op, target, V, distinct=False)
     target_TK = (target[:, None] if target.ndim == 1 else target).long()
     return target_TK.masked_fill((target_TK < 0) | (target_TK >= V), PADDING).contiguous()
 
 
 def local_target(target_TK: Tensor, start: int, width: int, rows_M: Tensor | None = None) -> Tensor:
-    """Ids of the whole vocabulary as rows of the slice start .. start + width. Rows that were not chosen are padding."""
+    """Ids of the whole vocabulary as rows of the slice start .. start + width. Rows that were not
+    chosen are padding.
+    """
     padding_TK = target_TK == PADDING
     if rows_M is not None:
         left_out_T = torch.ones_like(padding_TK[:, 0]).index_fill_(0, rows_M, False)
@@ -158,30 +216,62 @@ def local_target(target_TK: Tensor, start: int, width: int, rows_M: Tensor | Non
     return torch.where(padding_TK, PADDING, torch.where(mine_TK, target_TK - start, ELSEWHERE))
 
 
-def logprob_rows(logits_CV: Tensor, target_CK: Tensor, inv_temp: float, entropy: bool, group: str = "",
-                 ) -> tuple[Tensor, ...]:
-    """logp [C, K], lse [C], entropy [C] or empty; and for the gradient top [C], log_s [C]: lse = top + log_s."""
+def logprob_rows(
+    logits_CV: Tensor,
+    target_CK: Tensor,
+    inv_temp: float,
+    entropy: bool,
+    group: str = "",
+) -> tuple[Tensor, ...]:
+    """logp [C, K], lse [C], entropy [C] or empty; and for the gradient top [C], log_s [C]: lse =
+    top + log_s.
+    """
     (C, V), K = logits_CV.shape, target_CK.shape[1]
     if not runs_triton(logits_CV):
         return _merge(*_stats_torch(logits_CV, target_CK, inv_temp, entropy), target_CK, group)
     chosen_CK, top_C, total_C, weighted_C = (
-        logits_CV.new_empty(n, dtype=wide(logits_CV.dtype)) for n in ((C, K), C, C, C if entropy else 0))
-    logprob_stats[(C,)](logits_CV, target_CK, chosen_CK, top_C, total_C, weighted_C, logits_CV.stride(0), V, K, inv_temp,
-                        ENTROPY=entropy, **_kernel_options(logits_CV, K))
+        logits_CV.new_empty(n, dtype=wide(logits_CV.dtype))
+        for n in ((C, K), C, C, C if entropy else 0)
+    )
+    logprob_stats[(C,)](
+        logits_CV,
+        target_CK,
+        chosen_CK,
+        top_C,
+        total_C,
+        weighted_C,
+        logits_CV.stride(0),
+        V,
+        K,
+        inv_temp,
+        ENTROPY=entropy,
+        **_kernel_options(logits_CV, K),
+    )
     return _merge(chosen_CK, top_C, total_C, weighted_C, target_CK, group)
 
 
-def _merge(chosen_CK: Tensor, top_C: Tensor, total_C: Tensor, weighted_C: Tensor, target_CK: Tensor, group: str,
-           ) -> tuple[Tensor, ...]:
-    """From a slice's statistics to the whole vocabulary's: one MAX and one SUM all-reduce of 3 + K numbers a row."""
+def _merge(
+    chosen_CK: Tensor,
+    top_C: Tensor,
+    total_C: Tensor,
+    weighted_C: Tensor,
+    target_CK: Tensor,
+    group: str,
+) -> tuple[Tensor, ...]:
+    """From a slice's statistics to the whole vocabulary's: one MAX and one SUM all-reduce of 3 + K
+    numbers a row.
+    """
     peak_C = all_max(top_C.clone(), group) if group else top_C
     x_CK = torch.where(target_CK >= 0, chosen_CK - peak_C[:, None], 0.0)
     if group:
-        shift_C = torch.where(top_C == -torch.inf, 0.0, top_C - peak_C)  # nothing in this slice: its sums are 0
+        # nothing in this slice: its sums are 0
+        shift_C = torch.where(top_C == -torch.inf, 0.0, top_C - peak_C)
         parts = [x_CK, (total_C * shift_C.exp())[:, None]]
         if weighted_C.numel():
             parts.append(((weighted_C + total_C * shift_C) * shift_C.exp())[:, None])
-        x_CK, total_C, *weighted = all_sum(torch.cat(parts, 1), group).split([x_CK.shape[1]] + [1] * (len(parts) - 1), 1)
+        x_CK, total_C, *weighted = all_sum(torch.cat(parts, 1), group).split(
+            [x_CK.shape[1]] + [1] * (len(parts) - 1), 1
+        )
         total_C, weighted_C = total_C[:, 0], weighted[0][:, 0] if weighted else weighted_C
     ignored_C = (target_CK == PADDING).all(1)
     log_s_C = total_C.log()
@@ -190,12 +280,23 @@ def _merge(chosen_CK: Tensor, top_C: Tensor, total_C: Tensor, weighted_C: Tensor
     if weighted_C.numel():
         weighted_C = torch.where(ignored_C, 0.0, log_s_C - weighted_C / total_C)
     # An infinite log-sum tells the gradient that a row is ignored, whatever stands in its logits.
-    return (logp_CK, lse_C, weighted_C, torch.where(ignored_C, 0.0, peak_C), torch.where(ignored_C, torch.inf, log_s_C))
+    return (
+        logp_CK,
+        lse_C,
+        weighted_C,
+        torch.where(ignored_C, 0.0, peak_C),
+        torch.where(ignored_C, torch.inf, log_s_C),
+    )
 
 
-def upstream(target_CK: Tensor, logp_CK: Tensor, g_logp_CK: Tensor, g_lse_C: Tensor | None = None,
-             ) -> tuple[Tensor, Tensor]:
-    """(g_logp, g_all) for `logprob_gradient_`: what each candidate gets, and what all p_v share, g_lse - sum g_logp.
+def upstream(
+    target_CK: Tensor,
+    logp_CK: Tensor,
+    g_logp_CK: Tensor,
+    g_lse_C: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(g_logp, g_all) for `logprob_gradient_`: what each candidate gets, and what all p_v share,
+    g_lse - sum g_logp.
 
     A candidate whose log-probability is not finite gets nothing and takes nothing from the others.
     """
@@ -203,16 +304,39 @@ def upstream(target_CK: Tensor, logp_CK: Tensor, g_logp_CK: Tensor, g_lse_C: Ten
     return g_CK, -g_CK.sum(1) if g_lse_C is None else g_lse_C - g_CK.sum(1)
 
 
-def logprob_gradient_(logits_CV: Tensor, target_CK: Tensor, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...],
-                      inv_temp: float, softcap: float, out_CV: Tensor) -> Tensor:
-    """Writes dlogits into out, which may be logits. saved: top, log_s, entropy; grads: g_logp, g_all, g_entropy."""
+def logprob_gradient_(
+    logits_CV: Tensor,
+    target_CK: Tensor,
+    saved: tuple[Tensor, ...],
+    grads: tuple[Tensor, ...],
+    inv_temp: float,
+    softcap: float,
+    out_CV: Tensor,
+) -> Tensor:
+    """Writes dlogits into out, which may be logits. saved: top, log_s, entropy; grads: g_logp,
+    g_all, g_entropy.
+    """
     (C, V), K = logits_CV.shape, target_CK.shape[1]
     if not runs_triton(logits_CV):
         return _gradient_torch_(logits_CV, target_CK, saved, grads, inv_temp, softcap, out_CV)
     scratch_CK = torch.empty_like(grads[0])
-    logprob_gradient[(C,)](logits_CV, target_CK, *saved, *grads, scratch_CK, out_CV, logits_CV.stride(0),
-                           out_CV.stride(0), V, K, inv_temp, 1 / softcap if softcap else 0.0,
-                           ENTROPY=saved[2].numel() > 0, CAPPED=softcap > 0, **_kernel_options(logits_CV, K))
+    logprob_gradient[(C,)](
+        logits_CV,
+        target_CK,
+        *saved,
+        *grads,
+        scratch_CK,
+        out_CV,
+        logits_CV.stride(0),
+        out_CV.stride(0),
+        V,
+        K,
+        inv_temp,
+        1 / softcap if softcap else 0.0,
+        ENTROPY=saved[2].numel() > 0,
+        CAPPED=softcap > 0,
+        **_kernel_options(logits_CV, K),
+    )
     return out_CV
 
 
@@ -221,8 +345,11 @@ def _scaled(logits_CV: Tensor, inv_temp: float) -> Tensor:
     return x_CV if inv_temp == 1 else x_CV * inv_temp
 
 
-def _stats_torch(logits_CV: Tensor, target_CK: Tensor, inv_temp: float, entropy: bool) -> tuple[Tensor, ...]:
-    if not logits_CV.shape[1]:  # a slice of nothing but padding: a maximum wants something to look at
+def _stats_torch(
+    logits_CV: Tensor, target_CK: Tensor, inv_temp: float, entropy: bool
+) -> tuple[Tensor, ...]:
+    # a slice of nothing but padding: a maximum wants something to look at
+    if not logits_CV.shape[1]:
         logits_CV = logits_CV.new_full((logits_CV.shape[0], 1), -torch.inf)
     x_CV = _scaled(logits_CV, inv_temp)
     chosen_CK = x_CV.gather(1, target_CK.clamp(min=0))
@@ -234,13 +361,25 @@ def _stats_torch(logits_CV: Tensor, target_CK: Tensor, inv_temp: float, entropy:
     return chosen_CK, top_C, e_CV.sum(1), e_CV.mul_(shifted_CV.clamp_(min=LOWEST)).sum(1)
 
 
-def _gradient_torch_(logits_CV: Tensor, target_CK: Tensor, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...],
-                     inv_temp: float, softcap: float, out_CV: Tensor) -> Tensor:
+def _gradient_torch_(
+    logits_CV: Tensor,
+    target_CK: Tensor,
+    saved: tuple[Tensor, ...],
+    grads: tuple[Tensor, ...],
+    inv_temp: float,
+    softcap: float,
+    out_CV: Tensor,
+) -> Tensor:
     (top_C, log_s_C, entropy_C), (g_logp_CK, g_all_C, g_entropy_C) = saved, grads
     logp_CV = (_scaled(logits_CV, inv_temp) - top_C[:, None]).sub_(log_s_C[:, None])
     d_CV = logp_CV.exp()
     if entropy_C.numel():
-        d_CV.mul_(logp_CV.clamp_(min=LOWEST).add_(entropy_C[:, None]).mul_(-g_entropy_C[:, None]).add_(g_all_C[:, None]))
+        d_CV.mul_(
+            logp_CV.clamp_(min=LOWEST)
+            .add_(entropy_C[:, None])
+            .mul_(-g_entropy_C[:, None])
+            .add_(g_all_C[:, None])
+        )
     else:
         d_CV.mul_(g_all_C[:, None])
     if d_CV.shape[1]:

@@ -1,11 +1,15 @@
-"""Vocabulary parallelism: every rank of a group holds a slice of the head's rows and sees the same hidden states.
+"""Vocabulary parallelism: every rank of a group holds a slice of the head's rows and sees the same
+hidden states.
 
-A softmax over slices needs two things from the others: the largest logit (one MAX all-reduce) and the sums taken
-relative to it (one SUM). A few numbers a token travel; logits never do. Ids are global everywhere, each rank masks to
-its own range. dhidden is a partial sum on every rank and is all-reduced once at the end.
+A softmax over slices needs two things from the others: the largest logit (one MAX all-reduce) and
+the sums taken relative to it (one SUM). A few numbers a token travel; logits never do. Ids are
+global everywhere, each rank masks to its own range. dhidden is a partial sum on every rank and is
+all-reduced once at the end.
 
-A head that fully_shard has sharded is no such slice: its ranks see different tokens. So a slice is always declared.
+A head that fully_shard has sharded is no such slice: its ranks see different tokens. So a slice is
+always declared.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +22,11 @@ from ._triton import require
 
 @dataclass(frozen=True)
 class VocabShard:
-    """This rank's slice of the vocabulary: rows start .. start + len(head) of the whole head, over `group`.
+    """This rank's slice of the vocabulary: rows start .. start + len(head) of the whole head, over
+    `group`.
 
-    Ranks must hold consecutive slices without overlap; the last may be shorter. `group` is the name of the group,
-    `process_group.group_name`: a custom op takes strings, not groups.
+    Ranks must hold consecutive slices without overlap; the last may be shorter. `group` is the name
+    of the group, `process_group.group_name`: a custom op takes strings, not groups.
     """
 
     group: str
@@ -29,38 +34,63 @@ class VocabShard:
 
     @classmethod
     def of(cls, head: Tensor) -> "VocabShard":
-        """The slice that a DTensor head with one Shard(0) placement holds on this rank, as tensor parallelism makes it."""
+        """The slice that a DTensor head with one Shard(0) placement holds on this rank, as tensor
+        parallelism makes it.
+        """
         from torch.distributed.tensor import DTensor, Shard
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-        require(isinstance(head, DTensor) and head.device_mesh.ndim == 1 and head.placements == (Shard(0),),
-                f"VocabShard.of: got a {type(head).__name__} with placements {getattr(head, 'placements', None)}; want a "
-                "DTensor with one Shard(0) over a one-dimensional mesh, e.g. the head after ColwiseParallel inside forward")
-        _, offset = compute_local_shape_and_global_offset(head.shape, head.device_mesh, head.placements)
+        require(
+            isinstance(head, DTensor)
+            and head.device_mesh.ndim == 1
+            and head.placements == (Shard(0),),
+            f"VocabShard.of: got a {type(head).__name__} with placements "
+            f"{getattr(head, 'placements', None)}; want a DTensor with one Shard(0) over a "
+            "one-dimensional mesh, e.g. the head after ColwiseParallel inside forward",
+        )
+        _, offset = compute_local_shape_and_global_offset(
+            head.shape, head.device_mesh, head.placements
+        )
         return cls(head.device_mesh.get_group().group_name, offset[0])
 
 
 def local_head(op: str, head: Tensor, shard: VocabShard | None) -> Tensor:
-    """The plain tensor this rank multiplies with; for a bias, too. ValueError for a DTensor without a declared slice."""
+    """The plain tensor this rank multiplies with; for a bias, too. ValueError for a DTensor without
+    a declared slice.
+    """
     if not hasattr(head, "full_tensor"):
         return head
-    require(shard is not None, f"{op}: the head is a sharded DTensor. Sharded by fully_shard? Call the op inside the forward "
-            "of the module that owns it, where a plain tensor has been gathered. Sharded over the vocabulary by tensor "
-            "parallelism? Pass shard=VocabShard.of(head)")
+    require(
+        shard is not None,
+        f"{op}: the head is a sharded DTensor. Sharded by fully_shard? Call the op inside the "
+        "forward of the module that owns it, where a plain tensor has been gathered. Sharded over "
+        "the vocabulary by tensor parallelism? Pass shard=VocabShard.of(head)",
+    )
     held = VocabShard.of(head)
-    require(held == shard, f"{op}: this DTensor is {held}, shard={shard}. Both sides of a divergence must be cut at the same "
-            "rows of the vocabulary: pad their heads to one size before they are sharded")
+    require(
+        held == shard,
+        f"{op}: this DTensor is {held}, shard={shard}. Both sides of a divergence must be cut at "
+        "the same rows of the vocabulary: pad their heads to one size before they are sharded",
+    )
     return head.to_local()
 
 
 def local_width(rows: int, vocab_size: int, start: int) -> int:
-    """How many of a slice's rows are real tokens: vocab_size counts the whole vocabulary, and slices may be padding only."""
+    """How many of a slice's rows are real tokens: vocab_size counts the whole vocabulary, and
+    slices may be padding only.
+    """
     return max(0, min(rows, vocab_size - start))
 
 
 def common_width(vocab_size: int, group: str) -> int:
-    """The width to cut chunks by: that of an even slice, so that uneven ones loop, and reduce, equally often."""
-    return -(-vocab_size // dist.get_world_size(_resolve_process_group(group))) if group else vocab_size
+    """The width to cut chunks by: that of an even slice, so that uneven ones loop, and reduce,
+    equally often.
+    """
+    return (
+        -(-vocab_size // dist.get_world_size(_resolve_process_group(group)))
+        if group
+        else vocab_size
+    )
 
 
 def all_max(x: Tensor, group: str) -> Tensor:
@@ -78,12 +108,16 @@ def all_sum(x: Tensor, group: str) -> Tensor:
 
 
 def merge_sums(local_max_C: Tensor, sums_NC: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """(max over all slices, sums relative to it) from a slice's max [C] or [N, C] and its sums [N, C] of e^(x - that max).
+    """(max over all slices, sums relative to it) from a slice's max [C] or [N, C] and its sums [N,
+    C] of e^(x - that max).
 
-    The sums may carry any factor. A slice without a finite logit adds nothing, but a NaN on one rank reaches all.
+    The sums may carry any factor. A slice without a finite logit adds nothing, but a NaN on one
+    rank reaches all.
     """
     if not group:
         return local_max_C, sums_NC
     max_C = all_max(local_max_C.clone(), group)
     scale_C = torch.where(local_max_C == -torch.inf, 0.0, (local_max_C - max_C).exp())
-    return max_C, all_sum(torch.where((scale_C == 0) & ~sums_NC.isnan(), 0.0, sums_NC * scale_C), group)
+    return max_C, all_sum(
+        torch.where((scale_C == 0) & ~sums_NC.isnan(), 0.0, sums_NC * scale_C), group
+    )

@@ -1,10 +1,13 @@
-"""Selection in rows of logits: the k largest, with equal ones resolved to the lowest id, on one rank or over slices.
+"""Selection in rows of logits: the k largest, with equal ones resolved to the lowest id, on one
+rank or over slices.
 
-torch.topk says nothing about which of several equal values it returns, and GPUs and CPUs differ. Its values are right,
-though; so the ids of the k-th value are looked up again, in a running count of how often that value has occurred.
+torch.topk says nothing about which of several equal values it returns, and GPUs and CPUs differ.
+Its values are right, though; so the ids of the k-th value are looked up again, in a running count
+of how often that value has occurred.
 
 Shapes: C rows of a chunk, V vocabulary (this rank's slice of it), K kept ids.
 """
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,20 +26,29 @@ def sort_pairs(value_CK: Tensor, ids_CK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def largest(x_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(values [C, k], ids int64 [C, k]) of the k largest of each row, in the order of `sort_pairs`."""
+    """(values [C, k], ids int64 [C, k]) of the k largest of each row, in the order of
+    `sort_pairs`.
+    """
     top_CK, ids_CK = x_CV.topk(k, dim=1)
     last_C1 = top_CK[:, -1:]
     seen_CV = (x_CV == last_C1).cumsum(1, dtype=torch.int32)  # of the k-th value, up to here
     above_C1 = (top_CK > last_C1).sum(1, keepdim=True, dtype=torch.int32)
     nth_CK = (torch.arange(1, k + 1, device=x_CV.device, dtype=torch.int32) - above_C1).clamp(min=1)
-    return sort_pairs(top_CK, torch.where(top_CK == last_C1, torch.searchsorted(seen_CV, nth_CK), ids_CK))
+    return sort_pairs(
+        top_CK, torch.where(top_CK == last_C1, torch.searchsorted(seen_CV, nth_CK), ids_CK)
+    )
 
 
 def largest_of_all(x_CV: Tensor, k: int, start: int, width: int, group: str) -> Tensor:
-    """Ids [C, k] of the whole vocabulary; x holds its columns start .. start + width. k candidates a rank travel."""
+    """Ids [C, k] of the whole vocabulary; x holds its columns start .. start + width. k candidates
+    a rank travel.
+    """
     if not group:
         return largest(x_CV[:, :width], k)[1]
-    value_CK, ids_CK = x_CV.new_full((len(x_CV), k), -torch.inf), x_CV.new_full((len(x_CV), k), NO_ID, dtype=torch.int64)
+    value_CK, ids_CK = (
+        x_CV.new_full((len(x_CV), k), -torch.inf),
+        x_CV.new_full((len(x_CV), k), NO_ID, dtype=torch.int64),
+    )
     if local := min(k, width):
         value_CK[:, :local], ids_CK[:, :local] = largest(x_CV[:, :width], local)
         ids_CK[:, :local] += start

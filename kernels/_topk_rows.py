@@ -1,14 +1,17 @@
-"""Row functions of the truncated divergences: a [rows, V] block of student logits against kept teacher rows.
+"""Row functions of the truncated divergences: a [rows, V] block of student logits against kept
+teacher rows.
 
-`lift_` takes the K logits of the support out and writes -inf in their place; the max and the sum of the rest, streamed,
-*are* the tail. No log(1 - sum p), which returns nothing at a tail of 1e-9. `topk_terms` makes of these K + 2 numbers kl,
-the gradients of the K logits, and the share by which exp(a - tail max) becomes the gradient of a tail logit a. `spread_`
-writes both over the logits. Between the first two, ranks that hold slices of a vocabulary add up.
+`lift_` takes the K logits of the support out and writes -inf in their place; the max and the sum of
+the rest, streamed, *are* the tail. No log(1 - sum p), which returns nothing at a tail of 1e-9.
+`topk_terms` makes of these K + 2 numbers kl, the gradients of the K logits, and the share by which
+exp(a - tail max) becomes the gradient of a tail logit a. `spread_` writes both over the logits.
+Between the first two, ranks that hold slices of a vocabulary add up.
 
 Ids are -1 where padded (`kept_rows`), else distinct and < V.
 
 Shapes: C rows of a chunk, V vocabulary, K kept ids.
 """
+
 from typing import NamedTuple
 
 import torch
@@ -34,60 +37,126 @@ class Kind(NamedTuple):
     vocab_size: int  # of all slices together
 
 
-def kept_rows(ids_TK: Tensor, logp_TK: Tensor, tail_T: Tensor | None, tail: str, V: int, dtype: torch.dtype,
-              ) -> tuple[Tensor, Tensor, Tensor]:
-    """The teacher as the kernels want it: ids and logp with -1 and -inf where padded (ids < 0 or >= V, logp -inf), and the
-    log-mass of its tail, -inf for kinds that give it none. A NaN is no padding: it must reach kl."""
+def kept_rows(
+    ids_TK: Tensor,
+    logp_TK: Tensor,
+    tail_T: Tensor | None,
+    tail: str,
+    V: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The teacher as the kernels want it: ids and logp with -1 and -inf where padded (ids < 0 or >=
+    V, logp -inf), and the log-mass of its tail, -inf for kinds that give it none. A NaN is no
+    padding: it must reach kl.
+    """
     live_TK = (ids_TK >= 0) & (ids_TK < V) & (logp_TK != -torch.inf)
     logp_TK = torch.where(live_TK, logp_TK.detach(), -torch.inf).to(dtype)
-    tail_T = tail_T.detach().to(dtype).contiguous() if tail == "ghost" else logp_TK.new_full(ids_TK.shape[:1], -torch.inf)
+    tail_T = (
+        tail_T.detach().to(dtype).contiguous()
+        if tail == "ghost"
+        else logp_TK.new_full(ids_TK.shape[:1], -torch.inf)
+    )
     return torch.where(live_TK, ids_TK, -1).contiguous(), logp_TK.contiguous(), tail_T
 
 
 def local_ids(ids_TK: Tensor, start: int, width: int, group: str) -> Tensor:
-    """ids counted from the start of this rank's slice of the vocabulary, -1 for those outside it."""
+    """ids counted from the start of this rank's slice of the vocabulary, -1 for those outside
+    it.
+    """
     if not group:
         return ids_TK
     return torch.where((ids_TK >= start) & (ids_TK < start + width), ids_TK - start, -1)
 
 
-def check_kept(op: str, V: int, T: int, ids_TK: Tensor, teacher_logp_TK: Tensor, teacher_tail_T: Tensor | None,
-               mode: str, tail: str, allow_drop: bool) -> None:
-    """Refuse what cannot be a teacher's kept classes, and the tails that teach nothing or the wrong thing."""
+def check_kept(
+    op: str,
+    V: int,
+    T: int,
+    ids_TK: Tensor,
+    teacher_logp_TK: Tensor,
+    teacher_tail_T: Tensor | None,
+    mode: str,
+    tail: str,
+    allow_drop: bool,
+) -> None:
+    """Refuse what cannot be a teacher's kept classes, and the tails that teach nothing or the wrong
+    thing.
+    """
     shape = ids_TK.shape
     require(tail in TAILS, f"{op}: tail is {tail!r}; want one of {', '.join(TAILS)}")
-    require(ids_TK.ndim == 2 and shape[0] == T and teacher_logp_TK.shape == shape,
-            f"{op}: ids is {list(shape)} and teacher_logp {list(teacher_logp_TK.shape)} for {T} rows; want [T, K] both")
-    require(ids_TK.dtype in (torch.int32, torch.int64), f"{op}: ids is {ids_TK.dtype}; want int32 or int64")
-    require(teacher_logp_TK.dtype in (torch.float32, torch.float64),
-            f"{op}: teacher_logp is {teacher_logp_TK.dtype}; want float32. 16 bits are 0.06 apart at 8 nats, so store "
-            "float32; casting here cannot restore them")
-    require(1 <= shape[1] <= V, f"{op}: K is {shape[1]} of {V} classes; want 1 <= K <= V. Drop the padding columns")
-    require(tail != "renorm" or shape[1] > 1,
-            f"{op}: renorm at K = 1 is 0 whatever the student says. Keep more ids, or use tail='ghost'")
-    require(tail not in ("drop", "sampled") or mode == "forward",
-            f"{op}: tail={tail!r} in mode {mode}; want forward. Elsewhere it falls when the whole support is pushed "
-            "down: use tail='ghost'")
-    require(tail != "drop" or allow_drop,
-            f"{op}: tail='drop' is no divergence: it can be negative, and a student equal to the teacher still gets a "
-            "gradient. Use tail='ghost', or pass allow_drop=True to reproduce a result that was made with it")
-    require(tail != "ghost" or teacher_tail_T is not None,
-            f"{op}: ghost needs teacher_tail [T], the log of the teacher's mass outside ids at this temperature. "
-            "teacher_topk returns it; without it use tail='renorm'")
-    require(teacher_tail_T is None or teacher_tail_T.shape == (T,),
-            f"{op}: teacher_tail is {list(getattr(teacher_tail_T, 'shape', []))} for {T} rows; want [T]")
+    require(
+        ids_TK.ndim == 2 and shape[0] == T and teacher_logp_TK.shape == shape,
+        f"{op}: ids is {list(shape)} and teacher_logp {list(teacher_logp_TK.shape)} for {T} rows; "
+        "want [T, K] both",
+    )
+    require(
+        ids_TK.dtype in (torch.int32, torch.int64),
+        f"{op}: ids is {ids_TK.dtype}; want int32 or int64",
+    )
+    require(
+        teacher_logp_TK.dtype in (torch.float32, torch.float64),
+        f"{op}: teacher_logp is {teacher_logp_TK.dtype}; want float32. 16 bits are 0.06 apart "
+        "at 8 nats, so store "
+        "float32; casting here cannot restore them",
+    )
+    require(
+        1 <= shape[1] <= V,
+        f"{op}: K is {shape[1]} of {V} classes; want 1 <= K <= V. Drop the padding columns",
+    )
+    require(
+        tail != "renorm" or shape[1] > 1,
+        f"{op}: renorm at K = 1 is 0 whatever the student says. Keep more ids, or use tail='ghost'",
+    )
+    require(
+        tail not in ("drop", "sampled") or mode == "forward",
+        f"{op}: tail={tail!r} in mode {mode}; want forward. Elsewhere it falls when the whole "
+        "support is pushed "
+        "down: use tail='ghost'",
+    )
+    require(
+        tail != "drop" or allow_drop,
+        f"{op}: tail='drop' is no divergence: it can be negative, and a student equal to the "
+        "teacher still gets a gradient. Use tail='ghost', or pass allow_drop=True to reproduce a "
+        "result that was made with it",
+    )
+    require(
+        tail != "ghost" or teacher_tail_T is not None,
+        f"{op}: ghost needs teacher_tail [T], the log of the teacher's mass outside ids at "
+        "this temperature. "
+        "teacher_topk returns it; without it use tail='renorm'",
+    )
+    require(
+        teacher_tail_T is None or teacher_tail_T.shape == (T,),
+        f"{op}: teacher_tail is {list(getattr(teacher_tail_T, 'shape', []))} for {T} rows; want "
+        "[T]",
+    )
     check_ids(op, ids_TK, V)
 
 
 def check_temperature(op: str, temperature: float, teacher_temperature: float | None) -> None:
-    require(teacher_temperature in (None, temperature),
-            f"{op}: temperature is {temperature} and the kept teacher rows hold at {teacher_temperature}; want them equal. "
-            "K log-probabilities at one temperature do not tell the tail at another: keep them at this temperature")
+    require(
+        teacher_temperature in (None, temperature),
+        f"{op}: temperature is {temperature} and the kept teacher rows hold at "
+        f"{teacher_temperature}; want them equal. K log-probabilities at one temperature do not "
+        "tell the tail at another: keep them at this temperature",
+    )
 
 
 @triton.jit
-def topk_lift(z, ids, raw_k, tail_max, tail_sum, stride_z, V, K, inv_temp, KB: tl.constexpr, R: tl.constexpr,
-              WIDE: tl.constexpr):
+def topk_lift(
+    z,
+    ids,
+    raw_k,
+    tail_max,
+    tail_sum,
+    stride_z,
+    V,
+    K,
+    inv_temp,
+    KB: tl.constexpr,
+    R: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64)  # T=16k times V=152k overflows int32
     row = z + t * stride_z
     k = tl.arange(0, KB)
@@ -114,8 +183,27 @@ def topk_lift(z, ids, raw_k, tail_max, tail_sum, stride_z, V, K, inv_temp, KB: t
 
 
 @triton.jit
-def topk_terms(raw_k, teacher_logp, teacher_tail, tail_max, tail_sum, coeff, kl, d_k, share, K, V, inv_temp, inv_cap, beta,
-               MODE: tl.constexpr, TAIL: tl.constexpr, CAPPED: tl.constexpr, KB: tl.constexpr, WIDE: tl.constexpr):
+def topk_terms(
+    raw_k,
+    teacher_logp,
+    teacher_tail,
+    tail_max,
+    tail_sum,
+    coeff,
+    kl,
+    d_k,
+    share,
+    K,
+    V,
+    inv_temp,
+    inv_cap,
+    beta,
+    MODE: tl.constexpr,
+    TAIL: tl.constexpr,
+    CAPPED: tl.constexpr,
+    KB: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, KB)
     logq = tl.load(teacher_logp + t * K + k, mask=k < K, other=float("-inf")).to(WIDE)
@@ -147,13 +235,15 @@ def topk_terms(raw_k, teacher_logp, teacher_tail, tail_max, tail_sum, coeff, kl,
     if TAIL != 1:  # one more class
         logp_tail = (M - top) + (tl.log(S) - log_s)
         logq_tail = tl.load(teacher_tail + t).to(WIDE)
-        logq_tail = tl.where(n_live == V, float("-inf"), logq_tail)  # no tail, whatever its mass was rounded to
+        # no tail, whatever its mass was rounded to
+        logq_tail = tl.where(n_live == V, float("-inf"), logq_tail)
         l_tail, g_tail = terms(logp_tail, logq_tail, logp_tail - logq_tail, beta, MODE)
         loss += l_tail
         G += g_tail
     loss = tl.where(n_live > 0, loss, 0.0)
     tl.store(kl + t, loss)
-    ok = (tl.abs(loss) < float("inf")) & (n_live > 0)  # false for inf and for NaN: such a row gets no gradient
+    # false for inf and for NaN: such a row gets no gradient
+    ok = (tl.abs(loss) < float("inf")) & (n_live > 0)
     c = tl.load(coeff + t).to(WIDE) * inv_temp
     d = c * (g - tl.exp(logp) * G)
     if CAPPED:
@@ -166,8 +256,24 @@ def topk_terms(raw_k, teacher_logp, teacher_tail, tail_max, tail_sum, coeff, kl,
 
 
 @triton.jit
-def topk_gradient(z, ids, d_k, share, tail_max, dz, stride_z, stride_d, V, K, inv_temp, inv_cap, CAPPED: tl.constexpr,
-                  KB: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr):
+def topk_gradient(
+    z,
+    ids,
+    d_k,
+    share,
+    tail_max,
+    dz,
+    stride_z,
+    stride_d,
+    V,
+    K,
+    inv_temp,
+    inv_cap,
+    CAPPED: tl.constexpr,
+    KB: tl.constexpr,
+    R: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64)
     row = z + t * stride_z
     d_row = dz + t * stride_d
@@ -194,25 +300,38 @@ def topk_gradient(z, ids, d_k, share, tail_max, dz, stride_z, stride_d, V, K, in
     tl.store(d_row + tl.where(y >= 0, y, 0), d.to(dz.dtype.element_ty), mask=y >= 0)
 
 
-def topk_rows_(z_CV: Tensor, ids_CK: Tensor, logq_CK: Tensor, logq_tail_C: Tensor, coeff_C: Tensor, kind: Kind,
-               dz_CV: Tensor | None, group: str = "") -> Tensor:
-    """kl [C] of student logits z, which are overwritten. Writes coeff * dkl/dz into dz, which may be z; None skips it.
+def topk_rows_(
+    z_CV: Tensor,
+    ids_CK: Tensor,
+    logq_CK: Tensor,
+    logq_tail_C: Tensor,
+    coeff_C: Tensor,
+    kind: Kind,
+    dz_CV: Tensor | None,
+    group: str = "",
+) -> Tensor:
+    """kl [C] of student logits z, which are overwritten. Writes coeff * dkl/dz into dz, which may
+    be z; None skips it.
 
-    z is fp32 or fp64; where kernels run, also bf16 or fp16. With a group, z is this rank's slice of the vocabulary, and
-    so are the ids: -1 for those of other ranks, whose logq is here all the same.
+    z is fp32 or fp64; where kernels run, also bf16 or fp16. With a group, z is this rank's slice of
+    the vocabulary, and so are the ids: -1 for those of other ranks, whose logq is here all the
+    same.
     """
     raw_CK, tail_max_C, tail_sum_C = _lift_(z_CV, ids_CK, kind)
     raw_CK = all_sum(raw_CK, group)  # one rank has the logit, the others 0
     if kind.tail != "renorm":
         tail_max_C, (tail_sum_C,) = merge_sums(tail_max_C, tail_sum_C[None], group)
-    kl_C, d_CK, share_C = topk_terms_of(raw_CK, logq_CK, logq_tail_C, tail_max_C, tail_sum_C, coeff_C, kind)
+    kl_C, d_CK, share_C = topk_terms_of(
+        raw_CK, logq_CK, logq_tail_C, tail_max_C, tail_sum_C, coeff_C, kind
+    )
     if dz_CV is not None:
         _spread(z_CV, ids_CK, d_CK, share_C, tail_max_C, kind, dz_CV)
     return kl_C
 
 
 def _lift_(z_CV: Tensor, ids_CK: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
-    """(support logits [C, K], 0 where padded; max [C] and sum [C] of e^(a - max) of the tail's a = logit * inv_temp).
+    """(support logits [C, K], 0 where padded; max [C] and sum [C] of e^(a - max) of the tail's a =
+    logit * inv_temp).
 
     Overwrites the support in z with -inf. renorm needs no tail: it gets zeros, and z is left alone.
     """
@@ -222,37 +341,101 @@ def _lift_(z_CV: Tensor, ids_CK: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Te
         return _support_torch(z_CV, ids_CK).to(dtype), none_C, none_C
     if not runs_triton(z_CV):
         return _lift_torch_(z_CV, ids_CK, kind)
-    raw_CK, tail_max_C, tail_sum_C = (z_CV.new_empty(shape, dtype=dtype) for shape in ((C, K), C, C))
-    topk_lift[(C,)](z_CV, ids_CK, raw_CK, tail_max_C, tail_sum_C, z_CV.stride(0), V, K, kind.inv_temp,
-                    KB=triton.next_power_of_2(K), R=max(1, _triton.BLOCK_V // 8), WIDE=_tl_dtype(dtype), **LAUNCH)
+    raw_CK, tail_max_C, tail_sum_C = (
+        z_CV.new_empty(shape, dtype=dtype) for shape in ((C, K), C, C)
+    )
+    topk_lift[(C,)](
+        z_CV,
+        ids_CK,
+        raw_CK,
+        tail_max_C,
+        tail_sum_C,
+        z_CV.stride(0),
+        V,
+        K,
+        kind.inv_temp,
+        KB=triton.next_power_of_2(K),
+        R=max(1, _triton.BLOCK_V // 8),
+        WIDE=_tl_dtype(dtype),
+        **LAUNCH,
+    )
     return raw_CK, tail_max_C, tail_sum_C
 
 
-def topk_terms_of(raw_CK: Tensor, logq_CK: Tensor, logq_tail_C: Tensor, tail_max_C: Tensor, tail_sum_C: Tensor,
-                  coeff_C: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
+def topk_terms_of(
+    raw_CK: Tensor,
+    logq_CK: Tensor,
+    logq_tail_C: Tensor,
+    tail_max_C: Tensor,
+    tail_sum_C: Tensor,
+    coeff_C: Tensor,
+    kind: Kind,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(kl [C], coeff * dkl/dlogit of the support [C, K], share [C]).
 
-    share * e^(a - tail max) is coeff * dkl/dlogit of a tail logit; 0 for renorm. A row whose kl is not finite gets 0 for both.
+    share * e^(a - tail max) is coeff * dkl/dlogit of a tail logit; 0 for renorm. A row whose kl is
+    not finite gets 0 for both.
     """
     if not runs_triton(raw_CK):
         return _terms_torch(raw_CK, logq_CK, logq_tail_C, tail_max_C, tail_sum_C, coeff_C, kind)
     C, K = raw_CK.shape
     kl_C, d_CK, share_C = raw_CK.new_empty(C), raw_CK.new_empty(C, K), raw_CK.new_zeros(C)
-    topk_terms[(C,)](raw_CK, logq_CK, logq_tail_C, tail_max_C, tail_sum_C, coeff_C, kl_C, d_CK, share_C, K, kind.vocab_size,
-                     kind.inv_temp, _inverse(kind.softcap), kind.beta, MODE=MODES.index(kind.mode),
-                     TAIL=TAILS.index(kind.tail), CAPPED=kind.softcap > 0, KB=triton.next_power_of_2(K),
-                     WIDE=_tl_dtype(raw_CK.dtype), **LAUNCH)
+    topk_terms[(C,)](
+        raw_CK,
+        logq_CK,
+        logq_tail_C,
+        tail_max_C,
+        tail_sum_C,
+        coeff_C,
+        kl_C,
+        d_CK,
+        share_C,
+        K,
+        kind.vocab_size,
+        kind.inv_temp,
+        _inverse(kind.softcap),
+        kind.beta,
+        MODE=MODES.index(kind.mode),
+        TAIL=TAILS.index(kind.tail),
+        CAPPED=kind.softcap > 0,
+        KB=triton.next_power_of_2(K),
+        WIDE=_tl_dtype(raw_CK.dtype),
+        **LAUNCH,
+    )
     return kl_C, d_CK, share_C
 
 
-def _spread(z_CV: Tensor, ids_CK: Tensor, d_CK: Tensor, share_C: Tensor, tail_max_C: Tensor, kind: Kind,
-            dz_CV: Tensor) -> None:
+def _spread(
+    z_CV: Tensor,
+    ids_CK: Tensor,
+    d_CK: Tensor,
+    share_C: Tensor,
+    tail_max_C: Tensor,
+    kind: Kind,
+    dz_CV: Tensor,
+) -> None:
     """The gradient of all logits into dz, from z as `_lift_` left it."""
     (C, V), K = z_CV.shape, ids_CK.shape[1]
     if runs_triton(z_CV):
-        topk_gradient[(C,)](z_CV, ids_CK, d_CK, share_C, tail_max_C, dz_CV, z_CV.stride(0), dz_CV.stride(0), V, K,
-                            kind.inv_temp, _inverse(kind.softcap), CAPPED=kind.softcap > 0, KB=triton.next_power_of_2(K),
-                            R=max(1, _triton.BLOCK_V // 8), WIDE=_tl_dtype(d_CK.dtype), **LAUNCH)
+        topk_gradient[(C,)](
+            z_CV,
+            ids_CK,
+            d_CK,
+            share_C,
+            tail_max_C,
+            dz_CV,
+            z_CV.stride(0),
+            dz_CV.stride(0),
+            V,
+            K,
+            kind.inv_temp,
+            _inverse(kind.softcap),
+            CAPPED=kind.softcap > 0,
+            KB=triton.next_power_of_2(K),
+            R=max(1, _triton.BLOCK_V // 8),
+            WIDE=_tl_dtype(d_CK.dtype),
+            **LAUNCH,
+        )
     elif kind.tail == "renorm":  # the partition function cancels: nothing outside the support moves
         _add_support_torch_(dz_CV.zero_(), ids_CK, d_CK)
     else:
@@ -276,7 +459,9 @@ def _support_torch(z_CV: Tensor, ids_CK: Tensor) -> Tensor:
 def _add_support_torch_(z_CV: Tensor, ids_CK: Tensor, d_CK: Tensor) -> None:
     """Padding adds 0 to column 0, which changes nothing in whatever order."""
     if z_CV.shape[1]:
-        z_CV.scatter_add_(1, ids_CK.clamp(min=0).long(), d_CK.masked_fill(ids_CK < 0, 0.0).to(z_CV.dtype))
+        z_CV.scatter_add_(
+            1, ids_CK.clamp(min=0).long(), d_CK.masked_fill(ids_CK < 0, 0.0).to(z_CV.dtype)
+        )
 
 
 def _lift_torch_(z_CV: Tensor, ids_CK: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
@@ -293,21 +478,37 @@ def _finite(max_C: Tensor) -> Tensor:
     return max_C.masked_fill(max_C == -torch.inf, 0.0)
 
 
-def _log_probs(a_CK: Tensor, logq_CK: Tensor, logq_tail_C: Tensor, tail_max_C: Tensor, tail_sum_C: Tensor, kind: Kind,
-               ) -> tuple[Tensor, Tensor]:
-    """Of student and teacher, over the support [C, K] for renorm, else over support and tail [C, K + 1]."""
+def _log_probs(
+    a_CK: Tensor,
+    logq_CK: Tensor,
+    logq_tail_C: Tensor,
+    tail_max_C: Tensor,
+    tail_sum_C: Tensor,
+    kind: Kind,
+) -> tuple[Tensor, Tensor]:
+    """Of student and teacher, over the support [C, K] for renorm, else over support and tail [C, K
+    + 1].
+    """
     if kind.tail == "renorm":
         return a_CK.log_softmax(1), logq_CK.log_softmax(1)
     top_C1 = _finite(torch.maximum(a_CK.amax(1), tail_max_C))[:, None]
     tail_C = tail_max_C - top_C1[:, 0]
     log_s_C1 = ((a_CK - top_C1).exp().sum(1) + tail_sum_C * tail_C.exp()).log()[:, None]
     logp_CK = torch.cat([a_CK - top_C1, (tail_C + tail_sum_C.log())[:, None]], 1) - log_s_C1
-    no_tail_C = (logq_CK != -torch.inf).sum(1) == kind.vocab_size  # whatever its mass was rounded to
+    # whatever its mass was rounded to
+    no_tail_C = (logq_CK != -torch.inf).sum(1) == kind.vocab_size
     return logp_CK, torch.cat([logq_CK, logq_tail_C.masked_fill(no_tail_C, -torch.inf)[:, None]], 1)
 
 
-def _terms_torch(raw_CK: Tensor, logq_CK: Tensor, logq_tail_C: Tensor, tail_max_C: Tensor, tail_sum_C: Tensor,
-                 coeff_C: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
+def _terms_torch(
+    raw_CK: Tensor,
+    logq_CK: Tensor,
+    logq_tail_C: Tensor,
+    tail_max_C: Tensor,
+    tail_sum_C: Tensor,
+    coeff_C: Tensor,
+    kind: Kind,
+) -> tuple[Tensor, Tensor, Tensor]:
     K, live_CK = raw_CK.shape[1], logq_CK != -torch.inf
     a_CK = (raw_CK * kind.inv_temp).masked_fill_(~live_CK, -torch.inf)
     logp_CK, logq_CK = _log_probs(a_CK, logq_CK, logq_tail_C, tail_max_C, tail_sum_C, kind)
@@ -316,17 +517,37 @@ def _terms_torch(raw_CK: Tensor, logq_CK: Tensor, logq_tail_C: Tensor, tail_max_
         loss = torch.where(g == 0, 0.0, g * logp_CK)  # forward: g is -q
     kl_C = loss.sum(1).masked_fill_(~live_CK.any(1), 0.0)
     dead_C1 = ~(kl_C.isfinite() & live_CK.any(1))[:, None]
-    d_CK = (g - p * g.sum(1, keepdim=True)).mul_((coeff_C * kind.inv_temp)[:, None]).masked_fill_(dead_C1, 0.0)
-    share_C = (d_CK[:, K:] / tail_sum_C[:, None]).masked_fill_(tail_sum_C[:, None] == 0, 0.0)[:, 0] \
-        if kind.tail != "renorm" else tail_sum_C
+    d_CK = (
+        (g - p * g.sum(1, keepdim=True))
+        .mul_((coeff_C * kind.inv_temp)[:, None])
+        .masked_fill_(dead_C1, 0.0)
+    )
+    share_C = (
+        (d_CK[:, K:] / tail_sum_C[:, None]).masked_fill_(tail_sum_C[:, None] == 0, 0.0)[:, 0]
+        if kind.tail != "renorm"
+        else tail_sum_C
+    )
     d_CK = d_CK[:, :K].masked_fill(~live_CK, 0.0)
     return kl_C, d_CK.mul_(1 - (raw_CK / kind.softcap).square()) if kind.softcap else d_CK, share_C
 
 
-def _spread_torch(z_CV: Tensor, ids_CK: Tensor, d_CK: Tensor, share_C: Tensor, tail_max_C: Tensor, kind: Kind,
-                  dz_CV: Tensor) -> None:
-    """z is already multiplied by inv_temp. Knocked-out logits have a cap factor of 1 - inf, cut to 0."""
-    cap_CV = (z_CV / (kind.inv_temp * kind.softcap)).square_().neg_().add_(1).clamp_(min=0) if kind.softcap else None
+def _spread_torch(
+    z_CV: Tensor,
+    ids_CK: Tensor,
+    d_CK: Tensor,
+    share_C: Tensor,
+    tail_max_C: Tensor,
+    kind: Kind,
+    dz_CV: Tensor,
+) -> None:
+    """z is already multiplied by inv_temp. Knocked-out logits have a cap factor of 1 - inf, cut to
+    0.
+    """
+    cap_CV = (
+        (z_CV / (kind.inv_temp * kind.softcap)).square_().neg_().add_(1).clamp_(min=0)
+        if kind.softcap
+        else None
+    )
     torch.sub(z_CV, _finite(tail_max_C)[:, None], out=dz_CV).exp_().mul_(share_C[:, None])
     if cap_CV is not None:
         dz_CV.mul_(cap_CV)

@@ -2,14 +2,17 @@
 
     logp[t, c] = log sum of softmax(logits[t] / temperature) over the ids of class c
 
-An id of class -1 is in no class and not in the softmax: rows of a padded head. A class without ids has logp -inf. With a
-class of its own for every id this is log_softmax; with N = 257 first bytes it is what a teacher of another tokenizer needs
-to store at a position. Gradient of sum g logp in the scaled logit of id i of class c: p_i / P_c (g_c - P_c sum g).
+An id of class -1 is in no class and not in the softmax: rows of a padded head. A class without ids
+has logp -inf. With a class of its own for every id this is log_softmax; with N = 257 first bytes it
+is what a teacher of another tokenizer needs to store at a position. Gradient of sum g logp in the
+scaled logit of id i of class c: p_i / P_c (g_c - P_c sum g).
 
-[T, V] logits exist chunk by chunk, with columns in class order: the head's rows are gathered into that order once per call.
+[T, V] logits exist chunk by chunk, with columns in class order: the head's rows are gathered into
+that order once per call.
 
 Shapes: T tokens, V ids, N classes, D hidden, C rows of a chunk, M chosen rows.
 """
+
 import torch
 from torch import Tensor
 
@@ -19,32 +22,68 @@ from ._classes import class_map as class_map
 from ._parallel import VocabShard, common_width
 
 
-def class_logprob_ref(hidden_TD: Tensor, head_VD: Tensor, classes: ClassMap, *, temperature: float = 1.0,
-                      softcap: float | None = None, bias: Tensor | None = None, logit_scale: float = 1.0,
-                      rows: Tensor | None = None) -> Tensor:
+def class_logprob_ref(
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    classes: ClassMap,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    rows: Tensor | None = None,
+) -> Tensor:
     """The definition, with the whole [T, V] in memory. fp32 arithmetic, or fp64 when given fp64."""
     class_V = classes.class_V
-    x_TV = logits_ref(hidden_TD, head_VD, bias, logit_scale, softcap, class_V.shape[0]) / temperature
+    x_TV = (
+        logits_ref(hidden_TD, head_VD, bias, logit_scale, softcap, class_V.shape[0]) / temperature
+    )
     x_TV = x_TV.masked_fill(class_V < 0, -torch.inf)
     logp_TV = x_TV.log_softmax(1)
-    columns = [logp_TV[:, class_V == c].logsumexp(1) if c not in classes.empty else logp_TV.new_full(logp_TV.shape[:1], -torch.inf)
-               for c in range(classes.num_classes)]
+    columns = [
+        logp_TV[:, class_V == c].logsumexp(1)
+        if c not in classes.empty
+        else logp_TV.new_full(logp_TV.shape[:1], -torch.inf)
+        for c in range(classes.num_classes)
+    ]
     logp_TN = torch.stack(columns, 1)
     if rows is None:
         return logp_TN
-    chosen_T1 = torch.zeros(len(logp_TN), 1, dtype=torch.bool, device=rows.device).index_fill(0, rows.long(), True)
+    chosen_T1 = torch.zeros(len(logp_TN), 1, dtype=torch.bool, device=rows.device).index_fill(
+        0, rows.long(), True
+    )
     return torch.where(chosen_T1, logp_TN, 0.0)
 
 
 @torch.library.custom_op("reflux::class_logprob", mutates_args=())
-def _op(hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None, columns: list[Tensor], rows_M: Tensor | None,
-        vocab_size: int, temperature: float, softcap: float, logit_scale: float, group: str, workspace_mb: float,
-        ) -> tuple[Tensor, Tensor, Tensor]:
-    """logp [T, N], and for the backward: largest scaled logit [T], log of the sum relative to it [T]."""
+def _op(
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    bias_V: Tensor | None,
+    columns: list[Tensor],
+    rows_M: Tensor | None,
+    vocab_size: int,
+    temperature: float,
+    softcap: float,
+    logit_scale: float,
+    group: str,
+    workspace_mb: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logp [T, N], and for the backward: largest scaled logit [T], log of the sum relative to it
+    [T].
+    """
     T, N, dtype = hidden_TD.shape[0], columns[2].shape[0] - 1, wide(hidden_TD.dtype)
     side = Side.of(hidden_TD, head_VD, bias_V, columns, logit_scale, softcap)
-    logp_TN, top_T, log_s_T = (hidden_TD.new_zeros(shape, dtype=dtype) for shape in ((T, N), (T,), (T,)))
-    for c in chunks(hidden_TD, row_floats(hidden_TD, common_width(vocab_size, group), N), 1, workspace_mb, rows_M):
+    logp_TN, top_T, log_s_T = (
+        hidden_TD.new_zeros(shape, dtype=dtype) for shape in ((T, N), (T,), (T,))
+    )
+    for c in chunks(
+        hidden_TD,
+        row_floats(hidden_TD, common_width(vocab_size, group), N),
+        1,
+        workspace_mb,
+        rows_M,
+    ):
         z_CN, top_T[c] = side.classes(side.logits(c), temperature, group)
         log_s_C = z_CN.logsumexp(1)
         logp_TN[c], log_s_T[c] = z_CN.sub_(log_s_C[:, None]), log_s_C
@@ -52,19 +91,38 @@ def _op(hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None, columns: list
 
 
 @torch.library.custom_op("reflux::class_logprob_backward", mutates_args=())
-def _op_backward(g_TN: Tensor, logp_TN: Tensor, top_T: Tensor, log_s_T: Tensor, hidden_TD: Tensor, head_VD: Tensor,
-                 bias_V: Tensor | None, columns: list[Tensor], rows_M: Tensor | None, vocab_size: int, temperature: float,
-                 softcap: float, logit_scale: float, group: str, workspace_mb: float, need_dhidden: bool, need_dhead: bool,
-                 need_dbias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _op_backward(
+    g_TN: Tensor,
+    logp_TN: Tensor,
+    top_T: Tensor,
+    log_s_T: Tensor,
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    bias_V: Tensor | None,
+    columns: list[Tensor],
+    rows_M: Tensor | None,
+    vocab_size: int,
+    temperature: float,
+    softcap: float,
+    logit_scale: float,
+    group: str,
+    workspace_mb: float,
+    need_dhidden: bool,
+    need_dhead: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     side = Side.of(hidden_TD, head_VD, bias_V, columns, logit_scale, softcap)
     grads = Gradients.of(side, (need_dhidden, need_dhead, need_dbias))
     width = row_floats(hidden_TD, common_width(vocab_size, group), logp_TN.shape[1])
     for c in chunks(hidden_TD, width, 1, workspace_mb, rows_M):
         logp_CN = logp_TN[c]
-        g_CN = torch.where(logp_CN == -torch.inf, 0.0, g_TN[c].to(top_T.dtype))  # an empty class: a constant
+        # an empty class: a constant
+        g_CN = torch.where(logp_CN == -torch.inf, 0.0, g_TN[c].to(top_T.dtype))
         dz_CN = torch.addcmul(g_CN, logp_CN.exp(), g_CN.sum(1, keepdim=True), value=-1)
         dz_CN.masked_fill_(~log_s_T[c].isfinite()[:, None], 0.0)  # no distribution at all
-        side.backward(c, side.logits(c), (logp_CN + log_s_T[c][:, None], top_T[c]), dz_CN, temperature, grads)
+        side.backward(
+            c, side.logits(c), (logp_CN + log_s_T[c][:, None], top_T[c]), dz_CN, temperature, grads
+        )
     return grads.finish(head_VD, bias_V, columns, group)
 
 
@@ -87,7 +145,11 @@ def _grad(ctx, g_TN, _top_T, _log_s_T):
     *saved, rows_M = ctx.saved_tensors[:7]
     columns, need = list(ctx.saved_tensors[7:]), ctx.needs_input_grad[:3]
     grads = _op_backward(g_TN, *saved, columns, rows_M, *ctx.options, *need)
-    return *(g if needed else None for g, needed in zip(grads, need)), [None] * len(columns), *[None] * (1 + len(ctx.options))
+    return (
+        *(g if needed else None for g, needed in zip(grads, need)),
+        [None] * len(columns),
+        *[None] * (1 + len(ctx.options)),
+    )
 
 
 _op.register_fake(_fake)
@@ -95,25 +157,50 @@ _op_backward.register_fake(_fake_backward)
 _op.register_autograd(_grad, setup_context=_save)
 
 
-def class_logprob(hidden_TD: Tensor, head_VD: Tensor, classes: ClassMap, *, temperature: float = 1.0,
-                  vocab_size: int | None = None, softcap: float | None = None, bias: Tensor | None = None,
-                  logit_scale: float = 1.0, rows: Tensor | None = None, frozen_head: bool = False,
-                  shard: VocabShard | None = None, workspace_mb: float = 1200) -> Tensor:
-    """logp [T, N], fp32 (fp64 for fp64), in nats. Differentiable in hidden, head and bias; dhead accumulates in fp32.
+def class_logprob(
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    classes: ClassMap,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    rows: Tensor | None = None,
+    frozen_head: bool = False,
+    shard: VocabShard | None = None,
+    workspace_mb: float = 1200,
+) -> Tensor:
+    """logp [T, N], fp32 (fp64 for fp64), in nats. Differentiable in hidden, head and bias; dhead
+    accumulates in fp32.
 
-    hidden [T, D] and head [V, D] share a floating dtype; classes of `class_map` on the same device; bias [V].
-    logits = softcap tanh(logit_scale (hidden @ head.T + bias) / softcap), without the tanh if softcap is None.
-    rows: distinct row numbers int64 [M]; only they are computed, the others are 0. frozen_head: no gradient in head and bias.
-    shard: head, bias and classes (classes.slice) are this rank's slice of the vocabulary; every rank gets all of logp, and
-    N numbers a row travel twice. workspace_mb (MiB) bounds the logits alive at once; the head is copied once a call into
-    class order. A row whose logits are all -inf has logp NaN and no gradient.
-    ValueError on shapes, dtypes, devices, or an option that has no meaning.
+    hidden [T, D] and head [V, D] share a floating dtype; classes of `class_map` on the same device;
+    bias [V]. logits = softcap tanh(logit_scale (hidden @ head.T + bias) / softcap), without the
+    tanh if softcap is None. rows: distinct row numbers int64 [M]; only they are computed, the
+    others are 0. frozen_head: no gradient in head and bias. shard: head, bias and classes
+    (classes.slice) are this rank's slice of the vocabulary; every rank gets all of logp, and N
+    numbers a row travel twice. workspace_mb (MiB) bounds the logits alive at once; the head is
+    copied once a call into class order. A row whose logits are all -inf has logp NaN and no
+    gradient. ValueError on shapes, dtypes, devices, or an option that has no meaning.
     """
     op = "class_logprob"
-    hidden_TD, head_VD, bias = checked_side(op, hidden_TD, head_VD, classes, bias, vocab_size, temperature, shard)
+    hidden_TD, head_VD, bias = checked_side(
+        op, hidden_TD, head_VD, classes, bias, vocab_size, temperature, shard
+    )
     if frozen_head:
         head_VD, bias = head_VD.detach(), None if bias is None else bias.detach()
     logp_TN, _, _ = _op(
-        hidden_TD, head_VD, bias, classes.columns, check_rows(op, rows, hidden_TD), classes.vocab_size, temperature,
-        check_softcap(op, softcap), check_logit_scale(op, logit_scale), shard.group if shard else "", workspace_mb)
+        hidden_TD,
+        head_VD,
+        bias,
+        classes.columns,
+        check_rows(op, rows, hidden_TD),
+        classes.vocab_size,
+        temperature,
+        check_softcap(op, softcap),
+        check_logit_scale(op, logit_scale),
+        shard.group if shard else "",
+        workspace_mb,
+    )
     return logp_TN

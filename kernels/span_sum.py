@@ -2,12 +2,14 @@
 
     sums[s] = sum of x[t] over the tokens t with span[t] == s
 
-Tokens with span -1, or beyond the last span, lie outside every span; a span without tokens sums to 0. The backward is a
-gather: dx[t] = dsums[span[t]]. fp32 accumulation, or fp64 when given fp64, in an order that depends on the span alone: two
+Tokens with span -1, or beyond the last span, lie outside every span; a span without tokens sums to
+0. The backward is a gather: dx[t] = dsums[span[t]]. fp32 accumulation, or fp64 when given fp64, in
+   an order that depends on the span alone: two
 runs are bitwise equal, and so are a span's sums in whatever batch it is packed into.
 
 Shapes: T tokens, S spans.
 """
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,9 @@ def _row_of(span_T: Tensor, num_spans: int) -> Tensor:
 
 
 @triton.jit
-def _sum(values, order, offset, sums, S, SPANS: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr):
+def _sum(
+    values, order, offset, sums, S, SPANS: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr
+):
     # Tokens sorted by span; span s owns order[offset[s] : offset[s + 1]].
     s = tl.program_id(0) * SPANS + tl.arange(0, SPANS)
     first = tl.load(offset + s, mask=s < S, other=0)
@@ -55,10 +59,21 @@ def _op(x_T: Tensor, span_T: Tensor, num_spans: int) -> Tensor:
         return sums_S
     # A stable sort instead of index_add_, whose atomics add in another order every run.
     sorted_T, order_T = torch.sort(span_T, stable=True)
-    offset_S = torch.searchsorted(sorted_T, torch.arange(num_spans + 1, device=x_T.device, dtype=span_T.dtype))
+    offset_S = torch.searchsorted(
+        sorted_T, torch.arange(num_spans + 1, device=x_T.device, dtype=span_T.dtype)
+    )
     wide_tl = tl.float64 if sums_S.dtype == torch.float64 else tl.float32
     _sum[(triton.cdiv(num_spans, SPANS),)](
-        x_T.contiguous(), order_T, offset_S, sums_S, num_spans, SPANS=SPANS, STEP=STEP, WIDE=wide_tl, **LAUNCH)
+        x_T.contiguous(),
+        order_T,
+        offset_S,
+        sums_S,
+        num_spans,
+        SPANS=SPANS,
+        STEP=STEP,
+        WIDE=wide_tl,
+        **LAUNCH,
+    )
     return sums_S
 
 
@@ -83,18 +98,27 @@ _op.register_autograd(_grad, setup_context=_save)
 
 
 def span_sum(x_T: Tensor, span_T: Tensor, num_spans: int) -> Tensor:
-    """sums fp32 [S] (fp64 for fp64 x) of x [T] over span int [T]; -1 is outside. Differentiable in x.
+    """sums fp32 [S] (fp64 for fp64 x) of x [T] over span int [T]; -1 is outside. Differentiable in
+    x.
 
-    x is any floating dtype. span values need not be sorted; those outside 0 .. num_spans - 1 belong to no span. Weigh tokens
-    by multiplying x. Packed sequences: shift row b's spans by the number of spans before it and flatten.
-    ValueError on shapes or a span that is not an integer tensor.
+    x is any floating dtype. span values need not be sorted; those outside 0 .. num_spans - 1 belong
+    to no span. Weigh tokens by multiplying x. Packed sequences: shift row b's spans by the number
+    of spans before it and flatten. ValueError on shapes or a span that is not an integer tensor.
     """
-    require(x_T.ndim == 1 and span_T.shape == x_T.shape,
-            f"span_sum: x is {list(x_T.shape)} and span {list(span_T.shape)}; want [T] and [T]. "
-            "Flatten a batch, and shift row b's spans by the spans before it")
-    require(span_T.dtype in (torch.int32, torch.int64),
-            f"span_sum: span is {span_T.dtype}; want int32 or int64 span ids. Convert a mask with span.long()")
-    require(x_T.is_floating_point(), f"span_sum: x is {x_T.dtype}; want floats. Count tokens with torch.bincount")
+    require(
+        x_T.ndim == 1 and span_T.shape == x_T.shape,
+        f"span_sum: x is {list(x_T.shape)} and span {list(span_T.shape)}; want [T] and [T]. "
+        "Flatten a batch, and shift row b's spans by the spans before it",
+    )
+    require(
+        span_T.dtype in (torch.int32, torch.int64),
+        f"span_sum: span is {span_T.dtype}; want int32 or int64 span ids. Convert a mask with "
+        "span.long()",
+    )
+    require(
+        x_T.is_floating_point(),
+        f"span_sum: x is {x_T.dtype}; want floats. Count tokens with torch.bincount",
+    )
     require(num_spans >= 0, f"span_sum: num_spans is {num_spans}; want >= 0")
     check_ids("span_sum", span_T, num_spans, distinct=False)
     return _op(x_T, span_T, num_spans)

@@ -1,18 +1,24 @@
 """A sparse, unbiased picture of a teacher: classes drawn from it, with their shares of the draws.
 
-    ids      n independent draws, with replacement, from softmax(x[t]), x as in teacher_topk; each class named once
-    logp     log(times drawn / n), so that E exp(logp) = softmax(x[t]) for every class of the vocabulary
+    ids      n independent draws, with replacement, from softmax(x[t]), x as in teacher_topk; each
+             class named once
+    logp     log(times drawn / n), so that E exp(logp) = softmax(x[t]) for every class of the
+             vocabulary
     tail     -inf: the drawn classes stand for all of them
 
-For tail="sampled" of the top-k losses (sparse logit sampling, arXiv:2503.16870): the cross-entropy against it has the
-expected gradient of the full forward KL, which the k largest classes have not. Temperature is that of the draws.
+For tail="sampled" of the top-k losses (sparse logit sampling, arXiv:2503.16870): the cross-entropy
+against it has the expected gradient of the full forward KL, which the k largest classes have not.
+Temperature is that of the draws.
 
-Draws invert the distribution function: in blocks of 128 classes, then inside the block that was hit, both summed in fp64.
-fp32 sums of 150,000 classes are 6e-8 apart at 1, more than many a class holds. The uniform numbers are made for all rows
-at once, so chunks and slices of the vocabulary draw the same classes.
+Draws invert the distribution function: in blocks of 128 classes, then inside the block that was
+hit, both summed in fp64. fp32 sums of 150,000 classes are 6e-8 apart at 1, more than many a class
+holds. The uniform numbers are made for all rows at once, so chunks and slices of the vocabulary
+draw the same classes.
 
-Shapes: T tokens, N draws, E teacher hidden, V vocabulary, C rows of a chunk, B blocks of L classes, R ranks.
+Shapes: T tokens, N draws, E teacher hidden, V vocabulary, C rows of a chunk, B blocks of L classes,
+R ranks.
 """
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,39 +33,68 @@ from .teacher_topk import Source, TopK, check_source, check_teacher, given_or_pr
 BLOCK = 128
 
 
-def teacher_sample_ref(hidden_TE: Tensor, head_VE: Tensor | None, n: int, *, temperature: float = 1.0,
-                       generator: torch.Generator | None = None, bias: Tensor | None = None, logit_scale: float = 1.0,
-                       softcap: float | None = None, vocab_size: int | None = None) -> TopK:
+def teacher_sample_ref(
+    hidden_TE: Tensor,
+    head_VE: Tensor | None,
+    n: int,
+    *,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> TopK:
     """The definition, with the whole [T, V] of probabilities and counts in memory."""
-    x_TV = given_or_projected_ref(hidden_TE, head_VE, bias, logit_scale, softcap, vocab_size) / temperature
+    x_TV = (
+        given_or_projected_ref(hidden_TE, head_VE, bias, logit_scale, softcap, vocab_size)
+        / temperature
+    )
     cdf_TV = x_TV.double().softmax(1).cumsum(1)
-    uniform_TN = torch.rand(len(x_TV), n, dtype=torch.float64, device=x_TV.device, generator=generator)
-    ids_TN = torch.searchsorted(cdf_TV, uniform_TN * cdf_TV[:, -1:], right=True).clamp(max=x_TV.shape[1] - 1)
-    count_TV = torch.zeros_like(x_TV).scatter_add_(1, ids_TN, torch.ones_like(ids_TN, dtype=x_TV.dtype))
+    uniform_TN = torch.rand(
+        len(x_TV), n, dtype=torch.float64, device=x_TV.device, generator=generator
+    )
+    ids_TN = torch.searchsorted(cdf_TV, uniform_TN * cdf_TV[:, -1:], right=True).clamp(
+        max=x_TV.shape[1] - 1
+    )
+    count_TV = torch.zeros_like(x_TV).scatter_add_(
+        1, ids_TN, torch.ones_like(ids_TN, dtype=x_TV.dtype)
+    )
     logp_TV, ids_TV = (count_TV / n).log().sort(dim=1, descending=True, stable=True)
     logp_TN, ids_TN = logp_TV[:, :n], ids_TV[:, :n].int()
-    return TopK(ids_TN.masked_fill(logp_TN == -torch.inf, NO_ID), logp_TN, torch.full_like(logp_TN[:, 0], -torch.inf))
+    return TopK(
+        ids_TN.masked_fill(logp_TN == -torch.inf, NO_ID),
+        logp_TN,
+        torch.full_like(logp_TN[:, 0], -torch.inf),
+    )
 
 
 def _draw(weight_CV: Tensor, uniform_CN: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """(columns [C, N] of this slice, whether the draw fell into it) for draws in proportion to the weights of all slices."""
+    """(columns [C, N] of this slice, whether the draw fell into it) for draws in proportion to the
+    weights of all slices.
+    """
     C, V = weight_CV.shape
     weight_CBL = torch.nn.functional.pad(weight_CV, (0, -V % BLOCK)).view(C, -1, BLOCK)
     ends_CB = weight_CBL.sum(2, dtype=torch.float64).cumsum(1)
     ends_CR = all_gather(ends_CB[:, -1:], group).cumsum(1) if group else ends_CB[:, -1:]
     rank = dist.get_rank(_resolve_process_group(group)) if group else 0
-    start_C1 = ends_CR[:, rank - 1:rank] if rank else torch.zeros_like(ends_CR[:, :1])
-    at_CN = uniform_CN.clamp(max=1 - 2**-52) * ends_CR[:, -1:]  # below the end, whatever the product rounds to
-    mine_CN = (at_CN >= start_C1) & (at_CN < ends_CR[:, rank:rank + 1])
+    start_C1 = ends_CR[:, rank - 1 : rank] if rank else torch.zeros_like(ends_CR[:, :1])
+    # below the end, whatever the product rounds to
+    at_CN = uniform_CN.clamp(max=1 - 2**-52) * ends_CR[:, -1:]
+    mine_CN = (at_CN >= start_C1) & (at_CN < ends_CR[:, rank : rank + 1])
     at_CN = at_CN - start_C1
     block_CN = _first_beyond(ends_CB[:, None], at_CN)
     before_CN = torch.where(block_CN > 0, ends_CB.gather(1, (block_CN - 1).clamp(min=0)), 0.0)
-    inside_CNL = weight_CBL[torch.arange(C, device=block_CN.device)[:, None], block_CN].double().cumsum(2)
+    inside_CNL = (
+        weight_CBL[torch.arange(C, device=block_CN.device)[:, None], block_CN].double().cumsum(2)
+    )
     return block_CN * BLOCK + _first_beyond(inside_CNL, at_CN - before_CN), mine_CN
 
 
 def _first_beyond(ends_CNL: Tensor, at_CN: Tensor) -> Tensor:
-    """Index of the first end > at; if rounding has left none, the last one that something of positive weight made."""
+    """Index of the first end > at; if rounding has left none, the last one that something of
+    positive weight made.
+    """
     last_CN = (ends_CNL < ends_CNL[..., -1:]).sum(2)
     if ends_CNL.shape[1] == 1:
         return torch.minimum(torch.searchsorted(ends_CNL[:, 0], at_CN, right=True), last_CN)
@@ -67,22 +102,37 @@ def _first_beyond(ends_CNL: Tensor, at_CN: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("reflux::teacher_sample", mutates_args=())
-def _op(teacher: Tensor, teacher_head: Tensor | None, teacher_bias: Tensor | None, uniform_TN: Tensor, rows_M: Tensor | None,
-        temperature: float, logit_scale: float, softcap: float, vocab_size: int, vocab_start: int, group: str,
-        workspace_mb: float) -> tuple[Tensor, Tensor]:
+def _op(
+    teacher: Tensor,
+    teacher_head: Tensor | None,
+    teacher_bias: Tensor | None,
+    uniform_TN: Tensor,
+    rows_M: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    vocab_size: int,
+    vocab_start: int,
+    group: str,
+    workspace_mb: float,
+) -> tuple[Tensor, Tensor]:
     """ids int32 [T, K] and logp [T, K], K = min(N, V)."""
-    width = local_width(teacher.shape[1] if teacher_head is None else len(teacher_head), vocab_size, vocab_start)
+    width = local_width(
+        teacher.shape[1] if teacher_head is None else len(teacher_head), vocab_size, vocab_start
+    )
     source = Source(teacher, teacher_head, teacher_bias, logit_scale, softcap, width)
     ids_TN = torch.full_like(uniform_TN, NO_ID, dtype=torch.int64)
 
-    def step(c: Rows) -> None:  # a function, so that its blocks are free before the next chunk's are made
+    # a function, so that its blocks are free before the next chunk's are made
+    def step(c: Rows) -> None:
         x_CV = source.logits(c, temperature)
         top_C1 = all_max(x_CV.amax(1, keepdim=True), group)
         column_CN, mine_CN = _draw(x_CV.sub_(top_C1).exp_(), uniform_TN[c], group)
         ids_TN[c] = all_sum(torch.where(mine_CN, column_CN + vocab_start, 0), group)
 
     V, N = common_width(vocab_size, group), uniform_TN.shape[1]
-    for c in chunks(teacher, V, 3 + 6 * BLOCK * N / V, workspace_mb, rows_M):  # hit blocks: fp32, fp64, their sums
+    # hit blocks: fp32, fp64, their sums
+    for c in chunks(teacher, V, 3 + 6 * BLOCK * N / V, workspace_mb, rows_M):
         step(c)
     logp_TN, ids_TN = _merge_repeats(ids_TN, wide(teacher.dtype))
     keep = min(N, vocab_size)
@@ -95,35 +145,76 @@ def _merge_repeats(ids_TN: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     new_TN = torch.ones_like(ids_TN)
     new_TN[:, 1:] = ids_TN[:, 1:] != ids_TN[:, :-1]
     run_TN = new_TN.cumsum(1) - 1
-    count_TN = torch.zeros_like(ids_TN, dtype=dtype).scatter_add_(1, run_TN, torch.ones_like(ids_TN, dtype=dtype))
+    count_TN = torch.zeros_like(ids_TN, dtype=dtype).scatter_add_(
+        1, run_TN, torch.ones_like(ids_TN, dtype=dtype)
+    )
     once_TN = torch.full_like(ids_TN, NO_ID).scatter_(1, run_TN, ids_TN)
     logp_TN = (count_TN / ids_TN.shape[1]).log().masked_fill_(once_TN == NO_ID, -torch.inf)
     return sort_pairs(logp_TN, once_TN)
 
 
-def _fake(teacher, teacher_head, teacher_bias, uniform_TN, rows_M, temperature, logit_scale, softcap, vocab_size, *rest):
+def _fake(
+    teacher,
+    teacher_head,
+    teacher_bias,
+    uniform_TN,
+    rows_M,
+    temperature,
+    logit_scale,
+    softcap,
+    vocab_size,
+    *rest,
+):
     shape = len(teacher), min(uniform_TN.shape[1], vocab_size)
-    return teacher.new_empty(shape, dtype=torch.int32), teacher.new_empty(shape, dtype=wide(teacher.dtype))
+    return teacher.new_empty(shape, dtype=torch.int32), teacher.new_empty(
+        shape, dtype=wide(teacher.dtype)
+    )
 
 
 _op.register_fake(_fake)
 
 
-def teacher_sample(hidden_TE: Tensor, head_VE: Tensor | None, n: int, *, temperature: float = 1.0,
-                   generator: torch.Generator | None = None, rows: Tensor | None = None, bias: Tensor | None = None,
-                   logit_scale: float = 1.0, softcap: float | None = None, vocab_size: int | None = None,
-                   shard: VocabShard | None = None, workspace_mb: float = 1200) -> TopK:
-    """(ids int32 [T, min(n, V)], logp like ids, tail [T] of -inf), fp32 (fp64 for fp64), in nats; no gradient.
+def teacher_sample(
+    hidden_TE: Tensor,
+    head_VE: Tensor | None,
+    n: int,
+    *,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    shard: VocabShard | None = None,
+    workspace_mb: float = 1200,
+) -> TopK:
+    """(ids int32 [T, min(n, V)], logp like ids, tail [T] of -inf), fp32 (fp64 for fp64), in nats;
+    no gradient.
 
-    hidden [T, E] and head [V, E] share a floating dtype; with head None, hidden are logits [T, V]. Sorted by falling logp,
-    equal ones by rising id; free places hold id -1 and logp -inf. generator: on the device of hidden; with shard, all
-    ranks need the same state. rows, bias, vocab_size, shard and the rest as in teacher_topk; left-out rows are all padding.
-    ValueError on shapes, dtypes, or n < 1.
+    hidden [T, E] and head [V, E] share a floating dtype; with head None, hidden are logits [T, V].
+    Sorted by falling logp, equal ones by rising id; free places hold id -1 and logp -inf.
+    generator: on the device of hidden; with shard, all ranks need the same state. rows, bias,
+    vocab_size, shard and the rest as in teacher_topk; left-out rows are all padding. ValueError on
+    shapes, dtypes, or n < 1.
     """
     scales = check_teacher("teacher_sample", head_VE, temperature, logit_scale, softcap)
     teacher, V = check_source("teacher_sample", hidden_TE, head_VE, bias, vocab_size, shard)
-    require(n >= 1, f"teacher_sample: n is {n}; want at least 1 draw a row, 12 to 64 as in arXiv:2503.16870")
-    uniform_TN = torch.rand(len(teacher[0]), n, dtype=torch.float64, device=teacher[0].device, generator=generator)
-    ids_TN, logp_TN = _op(*teacher, uniform_TN, check_rows("teacher_sample", rows, teacher[0]), *scales, V,
-                          shard.start if shard else 0, shard.group if shard else "", workspace_mb)
+    require(
+        n >= 1,
+        f"teacher_sample: n is {n}; want at least 1 draw a row, 12 to 64 as in arXiv:2503.16870",
+    )
+    uniform_TN = torch.rand(
+        len(teacher[0]), n, dtype=torch.float64, device=teacher[0].device, generator=generator
+    )
+    ids_TN, logp_TN = _op(
+        *teacher,
+        uniform_TN,
+        check_rows("teacher_sample", rows, teacher[0]),
+        *scales,
+        V,
+        shard.start if shard else 0,
+        shard.group if shard else "",
+        workspace_mb,
+    )
     return TopK(ids_TN, logp_TN, logp_TN.new_full((len(logp_TN),), -torch.inf))

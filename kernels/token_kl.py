@@ -1,16 +1,19 @@
 """Divergence of a student from a teacher, both given as logits.
 
     p = softmax(student logits / temperature),  q = softmax(teacher logits / temperature)
-    kl[t] = D(p[t], q[t]), D one of forward, reverse, jsd, skew_forward, skew_reverse (formulas in _divergence.py)
+    kl[t] = D(p[t], q[t]), D one of forward, reverse, jsd, skew_forward, skew_reverse (formulas in
+        _divergence.py)
     total = sum_t weight[t] kl[t]
 
-Gradients are made in the forward, where both rows are at hand, and the backward scales them. A logit of -inf is a
-banned token: banned on both sides it changes nothing; banned by the student alone forward KL is inf, by the teacher alone
-reverse KL. A row whose kl is inf or NaN keeps that value in kl and contributes a zero gradient.
-Traffic with gradient: 2 reads of both logits (3 for jsd and skew) and one write of the student's.
+Gradients are made in the forward, where both rows are at hand, and the backward scales them. A
+logit of -inf is a banned token: banned on both sides it changes nothing; banned by the student
+alone forward KL is inf, by the teacher alone reverse KL. A row whose kl is inf or NaN keeps that
+value in kl and contributes a zero gradient. Traffic with gradient: 2 reads of both logits (3 for
+jsd and skew) and one write of the student's.
 
 Shapes: T tokens, M chosen rows, V vocabulary.
 """
+
 import torch
 from torch import Tensor
 
@@ -22,32 +25,61 @@ from ._triton import require, runs_triton
 from .linear_kl import LinearKL, row_weights, weighted_total
 
 
-def token_kl_ref(student_logits_TV: Tensor, teacher_logits_TV: Tensor, *, mode: str = "forward", beta: float = 0.5,
-                 temperature: float = 1.0, weight: Tensor | None = None, rows: Tensor | None = None,
-                 scale_t2: bool = False, vocab_size: int | None = None) -> LinearKL:
+def token_kl_ref(
+    student_logits_TV: Tensor,
+    teacher_logits_TV: Tensor,
+    *,
+    mode: str = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    weight: Tensor | None = None,
+    rows: Tensor | None = None,
+    scale_t2: bool = False,
+    vocab_size: int | None = None,
+) -> LinearKL:
     """The definition. fp32 arithmetic, or fp64 when given fp64."""
-    logp_TV, logq_TV = ((x[:, :vocab_size].to(wide(x.dtype)) / temperature).log_softmax(-1)
-                        for x in (student_logits_TV, teacher_logits_TV.detach()))
+    logp_TV, logq_TV = (
+        (x[:, :vocab_size].to(wide(x.dtype)) / temperature).log_softmax(-1)
+        for x in (student_logits_TV, teacher_logits_TV.detach())
+    )
     kl_T = divergence_ref(logp_TV, logq_TV, mode, beta) * (temperature**2 if scale_t2 else 1.0)
     if rows is not None:
         kl_T = torch.zeros_like(kl_T).index_copy(0, rows.long(), kl_T[rows])
-    return LinearKL(weighted_total(kl_T, torch.ones_like(kl_T) if weight is None else weight.to(kl_T.dtype)),
-                    kl_T.detach())
+    return LinearKL(
+        weighted_total(kl_T, torch.ones_like(kl_T) if weight is None else weight.to(kl_T.dtype)),
+        kl_T.detach(),
+    )
 
 
-def _sweep(z_TV: Tensor, u_TV: Tensor, weight_T: Tensor, rows_M: Tensor | None, mode: str, beta: float,
-           temperature: float, scale_t2: bool, vocab_size: int, group: str, vocab_start: int, dz_TV: Tensor | None) -> Tensor:
+def _sweep(
+    z_TV: Tensor,
+    u_TV: Tensor,
+    weight_T: Tensor,
+    rows_M: Tensor | None,
+    mode: str,
+    beta: float,
+    temperature: float,
+    scale_t2: bool,
+    vocab_size: int,
+    group: str,
+    vocab_start: int,
+    dz_TV: Tensor | None,
+) -> Tensor:
     """kl [T]; writes the gradient of sum weight kl into dz, which may be z."""
     V, t2 = local_width(z_TV.shape[1], vocab_size, vocab_start), temperature**2 if scale_t2 else 1.0
     chosen_T = None
     if rows_M is not None:
-        chosen_T = torch.zeros(len(z_TV), dtype=torch.bool, device=z_TV.device).index_fill_(0, rows_M, True)
+        chosen_T = torch.zeros(len(z_TV), dtype=torch.bool, device=z_TV.device).index_fill_(
+            0, rows_M, True
+        )
     if dz_TV is not None:
         dz_TV[:, V:] = 0
     z_TV, u_TV, d_TV = z_TV[:, :V], u_TV[:, :V], None if dz_TV is None else dz_TV[:, :V]
     scales = 1 / temperature, 1 / temperature
     if runs_triton(z_TV):
-        return kl_rows(z_TV, u_TV, weight_T * t2, scales, mode, beta, 0.0, d_TV, group, chosen_T).mul_(t2)
+        return kl_rows(
+            z_TV, u_TV, weight_T * t2, scales, mode, beta, 0.0, d_TV, group, chosen_T
+        ).mul_(t2)
     kl_T = weight_T.new_zeros(len(z_TV))
     for c in chunks(z_TV, common_width(vocab_size, group), 8, WORKSPACE_MB, rows_M):
         z_CV = z_TV[c]  # a view, or a copy of the chosen rows, which then takes the gradient
@@ -61,20 +93,48 @@ def _sweep(z_TV: Tensor, u_TV: Tensor, weight_T: Tensor, rows_M: Tensor | None, 
 
 
 @torch.library.custom_op("reflux::token_kl", mutates_args=())
-def _op(student_logits_TV: Tensor, teacher_logits_TV: Tensor, weight_T: Tensor, rows_M: Tensor | None, mode: str,
-        beta: float, temperature: float, scale_t2: bool, vocab_size: int, group: str, vocab_start: int,
-        need_dlogits: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """total [], kl [T], and the gradient of total in the student's logits (empty where not needed)."""
+def _op(
+    student_logits_TV: Tensor,
+    teacher_logits_TV: Tensor,
+    weight_T: Tensor,
+    rows_M: Tensor | None,
+    mode: str,
+    beta: float,
+    temperature: float,
+    scale_t2: bool,
+    vocab_size: int,
+    group: str,
+    vocab_start: int,
+    need_dlogits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """total [], kl [T], and the gradient of total in the student's logits (empty where not
+    needed).
+    """
     dz_TV = student_logits_TV.new_empty(student_logits_TV.shape if need_dlogits else (0,))
-    kl_T = _sweep(student_logits_TV, teacher_logits_TV, weight_T, rows_M, mode, beta, temperature, scale_t2, vocab_size,
-                  group, vocab_start, dz_TV if need_dlogits else None)
+    kl_T = _sweep(
+        student_logits_TV,
+        teacher_logits_TV,
+        weight_T,
+        rows_M,
+        mode,
+        beta,
+        temperature,
+        scale_t2,
+        vocab_size,
+        group,
+        vocab_start,
+        dz_TV if need_dlogits else None,
+    )
     return weighted_total(kl_T, weight_T), kl_T, dz_TV
 
 
 def _fake(student_logits_TV, *rest):
     T, dtype = student_logits_TV.shape[0], wide(student_logits_TV.dtype)
-    return (student_logits_TV.new_empty((), dtype=dtype), student_logits_TV.new_empty(T, dtype=dtype),
-            student_logits_TV.new_empty(student_logits_TV.shape if rest[-1] else (0,)))
+    return (
+        student_logits_TV.new_empty((), dtype=dtype),
+        student_logits_TV.new_empty(T, dtype=dtype),
+        student_logits_TV.new_empty(student_logits_TV.shape if rest[-1] else (0,)),
+    )
 
 
 def _save(ctx, inputs, output):
@@ -87,7 +147,9 @@ def _save(ctx, inputs, output):
 
 def _grad(ctx, g_total, *_):
     (dz_TV,) = ctx.saved_tensors
-    return dz_TV * g_total if ctx.needed and g_total is not None else None, *[None] * (ctx.num_inputs - 1)
+    return dz_TV * g_total if ctx.needed and g_total is not None else None, *[None] * (
+        ctx.num_inputs - 1
+    )
 
 
 _op.register_fake(_fake)
@@ -95,14 +157,16 @@ _op.register_autograd(_grad, setup_context=_save)
 
 
 class _InPlace(torch.autograd.Function):
-    """As the op, with the gradient in the memory of the logits. Eager only: an op that overwrites its differentiable
-    input has no autograd formula in torch.library."""
+    """As the op, with the gradient in the memory of the logits. Eager only: an op that overwrites
+    its differentiable input has no autograd formula in torch.library.
+    """
 
     @staticmethod
     def forward(ctx, student_logits_TV, *args):
         dz_TV = student_logits_TV.detach()
         kl_T = _sweep(dz_TV, *args, dz_TV)
-        torch.autograd.graph.increment_version(student_logits_TV)  # whoever saved the logits now raises in its backward
+        # whoever saved the logits now raises in its backward
+        torch.autograd.graph.increment_version(student_logits_TV)
         ctx.save_for_backward(student_logits_TV)
         ctx.mark_non_differentiable(kl_T)
         ctx.num_args = len(args)
@@ -114,58 +178,112 @@ class _InPlace(torch.autograd.Function):
         return dz_TV.detach().mul_(g_total), *[None] * ctx.num_args
 
 
-def _check_logits(student_logits_TV: Tensor, teacher_logits_TV: Tensor, vocab_size: int | None,
-                  shard: VocabShard | None) -> int:
+def _check_logits(
+    student_logits_TV: Tensor,
+    teacher_logits_TV: Tensor,
+    vocab_size: int | None,
+    shard: VocabShard | None,
+) -> int:
     """Returns the vocabulary size in use, of all slices together."""
     shapes = [list(x.shape) for x in (student_logits_TV, teacher_logits_TV)]
-    require(student_logits_TV.ndim == teacher_logits_TV.ndim == 2 and shapes[0][0] == shapes[1][0],
-            f"token_kl: student logits are {shapes[0]} and teacher logits {shapes[1]}; want [T, V] twice. "
-            "Flatten first: logits.flatten(0, -2)")
-    require(not any(hasattr(x, "full_tensor") for x in (student_logits_TV, teacher_logits_TV)),
-            "token_kl: the logits are DTensors; want plain ones. Sharded over the vocabulary: logits.to_local() on both "
-            "sides and shard=VocabShard.of(head)")
-    require(all(x.stride(-1) == 1 or x.shape[1] <= 1 for x in (student_logits_TV, teacher_logits_TV)),
-            "token_kl: the vocabulary axis of both logits must be dense. Try .contiguous()")
-    require(shard is None or (vocab_size is not None and vocab_size > 0),
-            "token_kl: shard needs vocab_size, the size of the whole vocabulary")
+    require(
+        student_logits_TV.ndim == teacher_logits_TV.ndim == 2 and shapes[0][0] == shapes[1][0],
+        f"token_kl: student logits are {shapes[0]} and teacher logits {shapes[1]}; want [T, V] "
+        "twice. "
+        "Flatten first: logits.flatten(0, -2)",
+    )
+    require(
+        not any(hasattr(x, "full_tensor") for x in (student_logits_TV, teacher_logits_TV)),
+        "token_kl: the logits are DTensors; want plain ones. Sharded over the vocabulary: "
+        "logits.to_local() on both "
+        "sides and shard=VocabShard.of(head)",
+    )
+    require(
+        all(x.stride(-1) == 1 or x.shape[1] <= 1 for x in (student_logits_TV, teacher_logits_TV)),
+        "token_kl: the vocabulary axis of both logits must be dense. Try .contiguous()",
+    )
+    require(
+        shard is None or (vocab_size is not None and vocab_size > 0),
+        "token_kl: shard needs vocab_size, the size of the whole vocabulary",
+    )
     start, V = shard.start if shard else 0, shapes[0][1] if vocab_size is None else vocab_size
     widths = [n if vocab_size is None else local_width(n, vocab_size, start) for _, n in shapes]
-    require(widths[0] == widths[1], f"token_kl: student logits are {shapes[0]} and teacher logits {shapes[1]}; want one "
-            "vocabulary. If both pad it, pass vocab_size; else the tokenizers differ and no token-level KL exists")
-    require(shard is not None or 0 < V <= shapes[0][1],
-            f"token_kl: vocab_size is {V} for logits of {shapes[0]}; want 1 <= vocab_size <= columns")
+    require(
+        widths[0] == widths[1],
+        f"token_kl: student logits are {shapes[0]} and teacher logits {shapes[1]}; want one "
+        "vocabulary. If both pad it, pass vocab_size; else the tokenizers differ and no "
+        "token-level KL exists",
+    )
+    require(
+        shard is not None or 0 < V <= shapes[0][1],
+        f"token_kl: vocab_size is {V} for logits of {shapes[0]}; want 1 <= vocab_size <= columns",
+    )
     return V
 
 
 def check_inplace(op: str, student_logits_TV: Tensor) -> None:
-    require(not torch.compiler.is_compiling(), f"{op}: inplace=True under torch.compile; want eager. Leave it out: a "
-            "compiled graph frees the logits by itself")
-    require(not student_logits_TV.is_leaf, f"{op}: inplace=True would overwrite a leaf, a parameter as it were, with its "
-            "gradient; want logits that a model computed")
+    require(
+        not torch.compiler.is_compiling(),
+        f"{op}: inplace=True under torch.compile; want eager. Leave it out: a "
+        "compiled graph frees the logits by itself",
+    )
+    require(
+        not student_logits_TV.is_leaf,
+        f"{op}: inplace=True would overwrite a leaf, a parameter as it were, with its "
+        "gradient; want logits that a model computed",
+    )
     T, V = student_logits_TV.shape
-    require(T <= 1 or student_logits_TV.stride(0) >= V,
-            f"{op}: inplace=True on rows that overlap in memory (expanded logits?); want one row per token")
+    require(
+        T <= 1 or student_logits_TV.stride(0) >= V,
+        f"{op}: inplace=True on rows that overlap in memory (expanded logits?); want one row per "
+        "token",
+    )
 
 
-def token_kl(student_logits_TV: Tensor, teacher_logits_TV: Tensor, *, mode: str = "forward", beta: float = 0.5,
-             temperature: float = 1.0, weight: Tensor | None = None, rows: Tensor | None = None, scale_t2: bool = False,
-             vocab_size: int | None = None, shard: VocabShard | None = None, inplace: bool = False) -> LinearKL:
-    """(total [], kl [T]), fp32 (fp64 for fp64), in nats. total is differentiable in the student's logits only.
+def token_kl(
+    student_logits_TV: Tensor,
+    teacher_logits_TV: Tensor,
+    *,
+    mode: str = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    weight: Tensor | None = None,
+    rows: Tensor | None = None,
+    scale_t2: bool = False,
+    vocab_size: int | None = None,
+    shard: VocabShard | None = None,
+    inplace: bool = False,
+) -> LinearKL:
+    """(total [], kl [T]), fp32 (fp64 for fp64), in nats. total is differentiable in the student's
+    logits only.
 
-    logits [T, V] on both sides, dense along V, any floating dtypes. vocab_size: columns beyond it are padding, and their
-    number may differ. beta: jsd and skew only, 0 < beta < 1. weight [T]: constant, None for ones. rows int64 [M],
-    distinct: only these are read, the others have kl 0 and gradient 0. scale_t2 multiplies kl and gradient by
-    temperature squared. shard: both logits are this rank's slice of the vocabulary, vocab_size counts the whole.
-    inplace: the gradient is written over the student's logits, half the memory. They hold no logits afterwards; if autograd
-    still needs them elsewhere, it raises in the backward, as it does in a second backward. Not under torch.compile.
-    ValueError on shapes, strides, or an option that has no meaning.
+    logits [T, V] on both sides, dense along V, any floating dtypes. vocab_size: columns beyond it
+    are padding, and their number may differ. beta: jsd and skew only, 0 < beta < 1. weight [T]:
+    constant, None for ones. rows int64 [M], distinct: only these are read, the others have kl 0 and
+    gradient 0. scale_t2 multiplies kl and gradient by temperature squared. shard: both logits are
+    this rank's slice of the vocabulary, vocab_size counts the whole. inplace: the gradient is
+    written over the student's logits, half the memory. They hold no logits afterwards; if autograd
+    still needs them elsewhere, it raises in the backward, as it does in a second backward. Not
+    under torch.compile. ValueError on shapes, strides, or an option that has no meaning.
     """
     check_mode("token_kl", mode, beta)
-    require(temperature > 0, f"token_kl: temperature is {temperature}; want > 0. 0 means greedy: take the argmax")
+    require(
+        temperature > 0,
+        f"token_kl: temperature is {temperature}; want > 0. 0 means greedy: take the argmax",
+    )
     V = _check_logits(student_logits_TV, teacher_logits_TV, vocab_size, shard)
-    args = (teacher_logits_TV.detach(), row_weights("token_kl", weight, student_logits_TV),
-            check_rows("token_kl", rows, student_logits_TV), mode, beta, temperature, scale_t2, V,
-            shard.group if shard else "", shard.start if shard else 0)
+    args = (
+        teacher_logits_TV.detach(),
+        row_weights("token_kl", weight, student_logits_TV),
+        check_rows("token_kl", rows, student_logits_TV),
+        mode,
+        beta,
+        temperature,
+        scale_t2,
+        V,
+        shard.group if shard else "",
+        shard.start if shard else 0,
+    )
     need_dlogits = torch.is_grad_enabled() and student_logits_TV.requires_grad
     if inplace and need_dlogits:
         check_inplace("token_kl", student_logits_TV)

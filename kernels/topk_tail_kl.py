@@ -1,25 +1,28 @@
 """Divergence of a student, given as logits, from the K classes kept of a teacher.
 
-S = the ids of a row, p the student, q the teacher, both at `temperature`; the tail is every class outside S; P and Q are
-the masses that teacher and student have in S.
+S = the ids of a row, p the student, q the teacher, both at `temperature`; the tail is every class
+outside S; P and Q are the masses that teacher and student have in S.
 
-    ghost    D over K + 1 classes, the last holding the whole tail: 0 <= ghost <= full D, = full at K = V.
-             forward: P renorm + KL(P || Q) of the two masses; reverse: Q renorm + KL(Q || P)
+    ghost    D over K + 1 classes, the last holding the whole tail: 0 <= ghost <= full D, = full at
+             K = V. forward: P renorm + KL(P || Q) of the two masses; reverse: Q renorm + KL(Q || P)
     renorm   D of p and q, each renormalised over S: blind to mass outside S
-    sampled  - sum_S w log p, ids drawn from q with weights w = exp(teacher_logp): its gradient is that of the full
-             forward KL in expectation (arXiv:2503.16870); the value is a cross-entropy, not a KL
-    drop     sum_S q (log q - log p): raw masses, forward only, only with allow_drop. It can be negative, and at p = q its
-             gradient P p - q is not 0
+    sampled  - sum_S w log p, ids drawn from q with weights w = exp(teacher_logp): its gradient is
+             that of the full forward KL in expectation (arXiv:2503.16870); the value is a
+             cross-entropy, not a KL
+    drop     sum_S q (log q - log p): raw masses, forward only, only with allow_drop. It can be
+             negative, and at p = q its gradient P p - q is not 0
 
     total = sum_t weight[t] kl[t]
 
-Refused: reverse and skew `drop`, which fall when the whole support is pushed down, and renorm at K = 1, which is 0.
-ids < 0 or >= V, and a teacher_logp of -inf, are padding; a row of padding has kl 0 and no gradient. The ids of a row must
-be distinct (checked with REFLUX_KERNELS_DEBUG=1). A row whose kl is inf or NaN keeps it and contributes a zero gradient.
-Traffic with gradient: the logits are copied, read without the support, then read and overwritten with the gradient.
+Refused: reverse and skew `drop`, which fall when the whole support is pushed down, and renorm at K
+= 1, which is 0. ids < 0 or >= V, and a teacher_logp of -inf, are padding; a row of padding has kl 0
+and no gradient. The ids of a row must be distinct (checked with REFLUX_KERNELS_DEBUG=1). A row
+whose kl is inf or NaN keeps it and contributes a zero gradient. Traffic with gradient: the logits
+are copied, read without the support, then read and overwritten with the gradient.
 
 Shapes: T tokens, K kept ids, V vocabulary, C rows of a chunk.
 """
+
 import torch
 from torch import Tensor
 
@@ -32,10 +35,21 @@ from .linear_kl import LinearKL, row_weights, save_gradients, scale_gradients, w
 from .token_kl import check_inplace
 
 
-def topk_tail_kl_ref(student_logits_TV: Tensor, ids_TK: Tensor, teacher_logp_TK: Tensor,
-                     teacher_tail_T: Tensor | None = None, *, mode: str = "forward", tail: str = "ghost",
-                     beta: float = 0.5, temperature: float = 1.0, weight: Tensor | None = None,
-                     rows: Tensor | None = None, scale_t2: bool = False, vocab_size: int | None = None) -> LinearKL:
+def topk_tail_kl_ref(
+    student_logits_TV: Tensor,
+    ids_TK: Tensor,
+    teacher_logp_TK: Tensor,
+    teacher_tail_T: Tensor | None = None,
+    *,
+    mode: str = "forward",
+    tail: str = "ghost",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    weight: Tensor | None = None,
+    rows: Tensor | None = None,
+    scale_t2: bool = False,
+    vocab_size: int | None = None,
+) -> LinearKL:
     """The definition. fp32 arithmetic, or fp64 when given fp64."""
     dtype = wide(student_logits_TV.dtype)
     a_TV = student_logits_TV[:, :vocab_size].to(dtype) / temperature
@@ -45,7 +59,10 @@ def topk_tail_kl_ref(student_logits_TV: Tensor, ids_TK: Tensor, teacher_logp_TK:
     kept_TV = torch.zeros(len(a_TV), a_TV.shape[1] + 1, dtype=torch.bool, device=a_TV.device)
     kept_TV = kept_TV.scatter(1, safe_TK, True)[:, :-1]
     padded_TV = torch.cat([a_TV, a_TV.new_full((len(a_TV), 1), -torch.inf)], 1)
-    a_TK, logq_TK = padded_TV.gather(1, safe_TK), teacher_logp_TK.to(dtype).masked_fill(~live_TK, -torch.inf)
+    a_TK, logq_TK = (
+        padded_TV.gather(1, safe_TK),
+        teacher_logp_TK.to(dtype).masked_fill(~live_TK, -torch.inf),
+    )
     if tail == "renorm":
         kl_T = divergence_ref(a_TK.log_softmax(1), logq_TK.log_softmax(1), mode, beta)
     else:
@@ -61,45 +78,120 @@ def topk_tail_kl_ref(student_logits_TV: Tensor, ids_TK: Tensor, teacher_logp_TK:
     kl_T = torch.where(live_TK.any(1), kl_T, 0.0) * (temperature**2 if scale_t2 else 1.0)
     if rows is not None:
         kl_T = torch.zeros_like(kl_T).index_copy(0, rows.long(), kl_T[rows])
-    return LinearKL(weighted_total(kl_T, torch.ones_like(kl_T) if weight is None else weight.to(dtype)), kl_T.detach())
+    return LinearKL(
+        weighted_total(kl_T, torch.ones_like(kl_T) if weight is None else weight.to(dtype)),
+        kl_T.detach(),
+    )
 
 
-def _sweep(logits_TV: Tensor, ids_TK: Tensor, teacher_logp_TK: Tensor, teacher_tail_T: Tensor, weight_T: Tensor,
-           rows_M: Tensor | None, mode: str, tail: str, beta: float, temperature: float, scale_t2: bool, vocab_size: int,
-           group: str, vocab_start: int, workspace_mb: float, dz_TV: Tensor | None) -> Tensor:
+def _sweep(
+    logits_TV: Tensor,
+    ids_TK: Tensor,
+    teacher_logp_TK: Tensor,
+    teacher_tail_T: Tensor,
+    weight_T: Tensor,
+    rows_M: Tensor | None,
+    mode: str,
+    tail: str,
+    beta: float,
+    temperature: float,
+    scale_t2: bool,
+    vocab_size: int,
+    group: str,
+    vocab_start: int,
+    workspace_mb: float,
+    dz_TV: Tensor | None,
+) -> Tensor:
     """kl [T]; writes the gradient of sum weight kl into dz, which may be the logits."""
-    V, with_kernel = local_width(logits_TV.shape[1], vocab_size, vocab_start), runs_triton(logits_TV)
-    kind, t2 = Kind(mode, tail, beta, 1 / temperature, 0.0, vocab_size), temperature**2 if scale_t2 else 1.0
-    ids_TK, coeff_T, kl_T = local_ids(ids_TK, vocab_start, V, group), weight_T * t2, weight_T.new_zeros(len(logits_TV))
+    V, with_kernel = (
+        local_width(logits_TV.shape[1], vocab_size, vocab_start),
+        runs_triton(logits_TV),
+    )
+    kind, t2 = (
+        Kind(mode, tail, beta, 1 / temperature, 0.0, vocab_size),
+        temperature**2 if scale_t2 else 1.0,
+    )
+    ids_TK, coeff_T, kl_T = (
+        local_ids(ids_TK, vocab_start, V, group),
+        weight_T * t2,
+        weight_T.new_zeros(len(logits_TV)),
+    )
     dtype = wide(logits_TV.dtype) if not with_kernel or dz_TV is None else dz_TV.dtype
     direct = dz_TV is not None and dz_TV.dtype == dtype and rows_M is None
 
-    def step(c: Rows) -> None:  # a function, so that its block is free before the next chunk's is made
+    # a function, so that its block is free before the next chunk's is made
+    def step(c: Rows) -> None:
         z_CV = dz_TV[c, :V] if direct else logits_TV[c, :V].to(dtype, copy=True)
         if direct and dz_TV is not logits_TV:
             z_CV.copy_(logits_TV[c, :V])
-        kl_T[c] = topk_rows_(z_CV, ids_TK[c], teacher_logp_TK[c], teacher_tail_T[c], coeff_T[c], kind,
-                             z_CV if dz_TV is not None else None, group)
+        kl_T[c] = topk_rows_(
+            z_CV,
+            ids_TK[c],
+            teacher_logp_TK[c],
+            teacher_tail_T[c],
+            coeff_T[c],
+            kind,
+            z_CV if dz_TV is not None else None,
+            group,
+        )
         if dz_TV is not None and not direct:
             dz_TV[c, :V] = z_CV.to(dz_TV.dtype)
 
-    for c in chunks(logits_TV, common_width(vocab_size, group), 1 if with_kernel else 3, workspace_mb, rows_M):
+    for c in chunks(
+        logits_TV, common_width(vocab_size, group), 1 if with_kernel else 3, workspace_mb, rows_M
+    ):
         step(c)
     if dz_TV is not None:
         dz_TV[:, V:] = 0
         if rows_M is not None:
-            dz_TV.masked_fill_(kl_T.new_ones(len(kl_T), dtype=torch.bool).index_fill_(0, rows_M, False)[:, None], 0.0)
+            dz_TV.masked_fill_(
+                kl_T.new_ones(len(kl_T), dtype=torch.bool).index_fill_(0, rows_M, False)[:, None],
+                0.0,
+            )
     return kl_T.mul_(t2)
 
 
 @torch.library.custom_op("reflux::topk_tail_kl", mutates_args=())
-def _op(student_logits_TV: Tensor, ids_TK: Tensor, teacher_logp_TK: Tensor, teacher_tail_T: Tensor, weight_T: Tensor,
-        rows_M: Tensor | None, mode: str, tail: str, beta: float, temperature: float, scale_t2: bool, vocab_size: int,
-        group: str, vocab_start: int, workspace_mb: float, need_dlogits: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """total [], kl [T], and the gradient of total in the student's logits (empty where not needed; fp32 for fp16)."""
+def _op(
+    student_logits_TV: Tensor,
+    ids_TK: Tensor,
+    teacher_logp_TK: Tensor,
+    teacher_tail_T: Tensor,
+    weight_T: Tensor,
+    rows_M: Tensor | None,
+    mode: str,
+    tail: str,
+    beta: float,
+    temperature: float,
+    scale_t2: bool,
+    vocab_size: int,
+    group: str,
+    vocab_start: int,
+    workspace_mb: float,
+    need_dlogits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """total [], kl [T], and the gradient of total in the student's logits (empty where not needed;
+    fp32 for fp16).
+    """
     dz_TV = _gradient(student_logits_TV, need_dlogits)
-    kl_T = _sweep(student_logits_TV, ids_TK, teacher_logp_TK, teacher_tail_T, weight_T, rows_M, mode, tail, beta, temperature,
-                  scale_t2, vocab_size, group, vocab_start, workspace_mb, dz_TV if need_dlogits else None)
+    kl_T = _sweep(
+        student_logits_TV,
+        ids_TK,
+        teacher_logp_TK,
+        teacher_tail_T,
+        weight_T,
+        rows_M,
+        mode,
+        tail,
+        beta,
+        temperature,
+        scale_t2,
+        vocab_size,
+        group,
+        vocab_start,
+        workspace_mb,
+        dz_TV if need_dlogits else None,
+    )
     return weighted_total(kl_T, weight_T), kl_T, dz_TV
 
 
@@ -111,8 +203,11 @@ def _gradient(logits_TV: Tensor, needed: bool) -> Tensor:
 
 def _fake(student_logits_TV, *rest):
     T, dtype = student_logits_TV.shape[0], wide(student_logits_TV.dtype)
-    return (student_logits_TV.new_empty((), dtype=dtype), student_logits_TV.new_empty(T, dtype=dtype),
-            _gradient(student_logits_TV, rest[-1]))
+    return (
+        student_logits_TV.new_empty((), dtype=dtype),
+        student_logits_TV.new_empty(T, dtype=dtype),
+        _gradient(student_logits_TV, rest[-1]),
+    )
 
 
 def _save(ctx, inputs, output):
@@ -130,14 +225,16 @@ _op.register_autograd(_grad, setup_context=_save)
 
 
 class _InPlace(torch.autograd.Function):
-    """As the op, with the gradient in the memory of the logits. Eager only: an op that overwrites its differentiable
-    input has no autograd formula in torch.library."""
+    """As the op, with the gradient in the memory of the logits. Eager only: an op that overwrites
+    its differentiable input has no autograd formula in torch.library.
+    """
 
     @staticmethod
     def forward(ctx, student_logits_TV, *args):
         dz_TV, weight_T = student_logits_TV.detach(), args[3]
         kl_T = _sweep(dz_TV, *args, dz_TV)
-        torch.autograd.graph.increment_version(student_logits_TV)  # whoever saved the logits now raises in its backward
+        # whoever saved the logits now raises in its backward
+        torch.autograd.graph.increment_version(student_logits_TV)
         ctx.save_for_backward(student_logits_TV)
         ctx.mark_non_differentiable(kl_T)
         ctx.num_args = len(args)
@@ -149,43 +246,92 @@ class _InPlace(torch.autograd.Function):
         return dz_TV.detach().mul_(g_total), *[None] * ctx.num_args
 
 
-def topk_tail_kl(student_logits_TV: Tensor, ids_TK: Tensor, teacher_logp_TK: Tensor, teacher_tail_T: Tensor | None = None,
-                 *, mode: str = "forward", tail: str = "ghost", beta: float = 0.5, temperature: float = 1.0,
-                 weight: Tensor | None = None, rows: Tensor | None = None, scale_t2: bool = False,
-                 vocab_size: int | None = None, teacher_temperature: float | None = None, allow_drop: bool = False,
-                 shard: VocabShard | None = None, workspace_mb: float = WORKSPACE_MB, inplace: bool = False) -> LinearKL:
-    """(total [], kl [T]), fp32 (fp64 for fp64), in nats. total is differentiable in the student's logits only.
+def topk_tail_kl(
+    student_logits_TV: Tensor,
+    ids_TK: Tensor,
+    teacher_logp_TK: Tensor,
+    teacher_tail_T: Tensor | None = None,
+    *,
+    mode: str = "forward",
+    tail: str = "ghost",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    weight: Tensor | None = None,
+    rows: Tensor | None = None,
+    scale_t2: bool = False,
+    vocab_size: int | None = None,
+    teacher_temperature: float | None = None,
+    allow_drop: bool = False,
+    shard: VocabShard | None = None,
+    workspace_mb: float = WORKSPACE_MB,
+    inplace: bool = False,
+) -> LinearKL:
+    """(total [], kl [T]), fp32 (fp64 for fp64), in nats. total is differentiable in the student's
+    logits only.
 
-    logits [T, V], any floating dtype; columns from vocab_size on are padding. The logits are left as they are: with a
-    gradient its buffer is where the op works, else workspace_mb (MiB) bounds copies of them.
-    inplace: the gradient is written over the logits, half the memory and 6 T V instead of 10 T V bytes moved for bf16. They
-    hold no logits afterwards; if autograd still needs them elsewhere, it raises in the backward, as it does in a second
-    backward. Not under torch.compile, not for fp16, whose gradient is kept in fp32 until a loss scale is known.
-    The other arguments are those of `linear_topk_kl`. shard: the logits are this rank's slice of the vocabulary and
-    vocab_size counts the whole; kl and total are the whole vocabulary's, the gradient is the slice's.
-    ValueError on shapes, dtypes, or an option that has no meaning.
+    logits [T, V], any floating dtype; columns from vocab_size on are padding. The logits are left
+    as they are: with a gradient its buffer is where the op works, else workspace_mb (MiB) bounds
+    copies of them. inplace: the gradient is written over the logits, half the memory and 6 T V
+    instead of 10 T V bytes moved for bf16. They hold no logits afterwards; if autograd still needs
+    them elsewhere, it raises in the backward, as it does in a second backward. Not under
+    torch.compile, not for fp16, whose gradient is kept in fp32 until a loss scale is known. The
+    other arguments are those of `linear_topk_kl`. shard: the logits are this rank's slice of the
+    vocabulary and vocab_size counts the whole; kl and total are the whole vocabulary's, the
+    gradient is the slice's. ValueError on shapes, dtypes, or an option that has no meaning.
     """
     op, z_TV = "topk_tail_kl", student_logits_TV
     check_mode(op, mode, beta)
-    require(z_TV.ndim == 2 and z_TV.is_floating_point(),
-            f"{op}: logits are {z_TV.dtype} {list(z_TV.shape)}; want floats [T, V]. Flatten first: logits.flatten(0, -2)")
-    require(not hasattr(z_TV, "full_tensor"), f"{op}: the logits are a DTensor; want this rank's plain slice with "
-            "shard=VocabShard(group, start): logits.to_local()")
-    require(z_TV.stride(1) == 1 or z_TV.shape[1] <= 1, f"{op}: the vocabulary axis must be dense. Try .contiguous()")
-    require(shard is None or vocab_size is not None, f"{op}: a shard and no vocab_size; want the size of the whole vocabulary")
+    require(
+        z_TV.ndim == 2 and z_TV.is_floating_point(),
+        f"{op}: logits are {z_TV.dtype} {list(z_TV.shape)}; want floats [T, V]. Flatten first: "
+        "logits.flatten(0, -2)",
+    )
+    require(
+        not hasattr(z_TV, "full_tensor"),
+        f"{op}: the logits are a DTensor; want this rank's plain slice with "
+        "shard=VocabShard(group, start): logits.to_local()",
+    )
+    require(
+        z_TV.stride(1) == 1 or z_TV.shape[1] <= 1,
+        f"{op}: the vocabulary axis must be dense. Try .contiguous()",
+    )
+    require(
+        shard is None or vocab_size is not None,
+        f"{op}: a shard and no vocab_size; want the size of the whole vocabulary",
+    )
     V = z_TV.shape[1] if vocab_size is None else vocab_size
-    require(0 < V and (shard is not None or V <= z_TV.shape[1]),
-            f"{op}: vocab_size is {V} and the logits have {z_TV.shape[1]} columns; want 1 <= vocab_size <= columns")
-    require(temperature > 0, f"{op}: temperature is {temperature}; want > 0. 0 means greedy: take the argmax")
+    require(
+        0 < V and (shard is not None or V <= z_TV.shape[1]),
+        f"{op}: vocab_size is {V} and the logits have {z_TV.shape[1]} columns; want 1 <= "
+        "vocab_size <= columns",
+    )
+    require(
+        temperature > 0,
+        f"{op}: temperature is {temperature}; want > 0. 0 means greedy: take the argmax",
+    )
     check_temperature(op, temperature, teacher_temperature)
     check_kept(op, V, len(z_TV), ids_TK, teacher_logp_TK, teacher_tail_T, mode, tail, allow_drop)
-    args = (*kept_rows(ids_TK, teacher_logp_TK, teacher_tail_T, tail, V, wide(z_TV.dtype)), row_weights(op, weight, z_TV),
-            check_rows(op, rows, z_TV), mode, tail, beta, temperature, scale_t2, V, shard.group if shard else "",
-            shard.start if shard else 0, workspace_mb)
+    args = (
+        *kept_rows(ids_TK, teacher_logp_TK, teacher_tail_T, tail, V, wide(z_TV.dtype)),
+        row_weights(op, weight, z_TV),
+        check_rows(op, rows, z_TV),
+        mode,
+        tail,
+        beta,
+        temperature,
+        scale_t2,
+        V,
+        shard.group if shard else "",
+        shard.start if shard else 0,
+        workspace_mb,
+    )
     need_dlogits = torch.is_grad_enabled() and z_TV.requires_grad
     if inplace and need_dlogits:
         check_inplace(op, z_TV)
-        require(z_TV.dtype != torch.float16, f"{op}: inplace=True for float16 logits; want bfloat16 or float32")
+        require(
+            z_TV.dtype != torch.float16,
+            f"{op}: inplace=True for float16 logits; want bfloat16 or float32",
+        )
         return LinearKL(*_InPlace.apply(z_TV, *args))
     total, kl_T, _ = _op(z_TV, *args, need_dlogits)
     return LinearKL(total, kl_T)

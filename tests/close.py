@@ -1,4 +1,7 @@
-"""What every kernel test shares: one tolerance rule, poisoned memory, and the switch into Triton's interpreter."""
+"""What every kernel test shares: one tolerance rule, poisoned memory, and the switch into Triton's
+interpreter.
+"""
+
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -12,13 +15,16 @@ from reflux.kernels import _triton
 GUARD = 64  # elements
 _EMPTY = torch.empty
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PATHS = ("kernel", "torch") if _triton.HAS_TRITON else ("torch",)  # a GPU has no PyTorch path: both names mean kernel
+# a GPU has no PyTorch path: both names mean kernel
+PATHS = ("kernel", "torch") if _triton.HAS_TRITON else ("torch",)
 
 
 def assert_no_worse(got: Tensor, same_dtype: Tensor, truth: Tensor, what: str) -> None:
-    """max|got - truth| <= 2 max|torch at this dtype - truth| + 8 ulp(max(1, largest entry)). truth is fp64.
+    """max|got - truth| <= 2 max|torch at this dtype - truth| + 8 ulp(max(1, largest entry)). truth
+    is fp64.
 
-    The ulps pay for exp/log approximations, and for Triton's CPU interpreter, which stores bf16 by truncation.
+    The ulps pay for exp/log approximations, and for Triton's CPU interpreter, which stores bf16 by
+    truncation.
     """
     assert got.shape == truth.shape, f"{what}: shape {list(got.shape)}, want {list(truth.shape)}"
     if got.numel() == 0:
@@ -27,20 +33,28 @@ def assert_no_worse(got: Tensor, same_dtype: Tensor, truth: Tensor, what: str) -
     ours = (got.double() - truth).abs().max()
     torchs = (same_dtype.double() - truth).abs().max()
     allowed = 2 * torchs + 8 * torch.finfo(got.dtype).eps * truth.abs().max().clamp(min=1)
-    assert ours <= allowed, f"{what}: error {ours:.1e}, allowed {allowed:.1e} (torch at this dtype: {torchs:.1e})"
+    assert ours <= allowed, (
+        f"{what}: error {ours:.1e}, allowed {allowed:.1e} (torch at this dtype: {torchs:.1e})"
+    )
 
 
 def assert_gradient_close(got: Tensor, truth: Tensor, what: str, relative: float) -> None:
-    """|got - truth| <= relative |truth| in the Euclidean norm: the tolerance of a gradient that went through GEMMs."""
+    """|got - truth| <= relative |truth| in the Euclidean norm: the tolerance of a gradient that
+    went through GEMMs.
+    """
     assert got.shape == truth.shape, f"{what}: shape {list(got.shape)}, want {list(truth.shape)}"
     assert not got.isnan().any(), f"{what}: NaN"
     error, size = (got.double() - truth).norm(), truth.norm()
-    assert error <= relative * size + 1e-12 * got.numel() ** 0.5 + torch.finfo(got.dtype).tiny, \
+    assert error <= relative * size + 1e-12 * got.numel() ** 0.5 + torch.finfo(got.dtype).tiny, (
         f"{what}: error {error:.1e} of {size:.1e}, allowed {relative:.0e} of it"
+    )
 
 
 def _poisoned(allocate, guards: list[Tensor], fill: float | None):
-    """allocate with GUARD NaNs behind what it returns, which holds `fill` (None: what allocate put there)."""
+    """allocate with GUARD NaNs behind what it returns, which holds `fill` (None: what allocate put
+    there).
+    """
+
     def guarded(*args, **options):
         x = allocate(*args, **options)
         if not x.is_floating_point():
@@ -48,33 +62,42 @@ def _poisoned(allocate, guards: list[Tensor], fill: float | None):
         if type(x) is Tensor and not x.is_meta and x.is_contiguous():
             with _disable_current_modes():  # who counts allocations has seen x
                 room = _EMPTY(x.numel() + GUARD, dtype=x.dtype, device=x.device).fill_(float("nan"))
-                guards.append(room[x.numel():])
-                x = room[:x.numel()].view(x.shape).copy_(x)
+                guards.append(room[x.numel() :])
+                x = room[: x.numel()].view(x.shape).copy_(x)
         return x if fill is None else x.fill_(fill)
+
     return guarded
 
 
 @contextmanager
 def running(path: str, block_v: int = 2048):
-    """Run kernels (in the interpreter without a GPU) or their PyTorch twins, on memory that torch.empty fills with NaN.
+    """Run kernels (in the interpreter without a GPU) or their PyTorch twins, on memory that
+    torch.empty fills with NaN.
 
-    An element that nobody wrote then fails loudly, and so does a write behind the end of a tensor. block_v is drawn by tests: a
-    fixed one hides a missing rescale.
+    An element that nobody wrote then fails loudly, and so does a write behind the end of a tensor.
+    block_v is drawn by tests: a fixed one hides a missing rescale.
     """
-    assert "new_empty" not in vars(torch.Tensor), "an earlier test left torch.Tensor.new_empty patched"
+    assert "new_empty" not in vars(torch.Tensor), (
+        "an earlier test left torch.Tensor.new_empty patched"
+    )
     guards: list[Tensor] = []
     poisoned = lambda allocate, fill=float("nan"): _poisoned(allocate, guards, fill)
-    with patch.object(_triton, "FORCE_INTERPRET", path == "kernel"), patch.object(_triton, "BLOCK_V", block_v), \
-            patch.object(torch, "empty", poisoned(torch.empty)), \
-            patch.object(torch, "empty_like", poisoned(torch.empty_like)), \
-            patch.object(torch.Tensor, "new_zeros", poisoned(torch.Tensor.new_zeros, None)), \
-            patch.object(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty)):
+    with (
+        patch.object(_triton, "FORCE_INTERPRET", path == "kernel"),
+        patch.object(_triton, "BLOCK_V", block_v),
+        patch.object(torch, "empty", poisoned(torch.empty)),
+        patch.object(torch, "empty_like", poisoned(torch.empty_like)),
+        patch.object(torch.Tensor, "new_zeros", poisoned(torch.Tensor.new_zeros, None)),
+        patch.object(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty)),
+    ):
         yield
     assert all(guard.isnan().all() for guard in guards), "a kernel wrote behind the end of a tensor"
 
 
 class NoLargeTensor(TorchDispatchMode):
-    """Fails on any result of `limit` elements or more: the whole [T, V] must never exist. Looks inside our custom ops, too."""
+    """Fails on any result of `limit` elements or more: the whole [T, V] must never exist. Looks
+    inside our custom ops, too.
+    """
 
     def __init__(self, limit: int):
         super().__init__()
@@ -88,5 +111,7 @@ class NoLargeTensor(TorchDispatchMode):
             with self:
                 out = ours._init_fn(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else [out]:
-            assert not isinstance(x, Tensor) or x.numel() < self.limit, f"{func} made {list(x.shape)}"
+            assert not isinstance(x, Tensor) or x.numel() < self.limit, (
+                f"{func} made {list(x.shape)}"
+            )
         return out

@@ -1,21 +1,29 @@
-"""Compile every kernel to a cubin for the GPUs we support, on a machine that has none, and read the machine code.
+"""Compile every kernel to a cubin for the GPUs we support, on a machine that has none, and read the
+machine code.
 
     python tests/compile_for_gpus.py                # every configuration for sm_80, sm_90, sm_100
-    python tests/compile_for_gpus.py --quick        # every configuration for sm_90, one of each kernel for the others; reads
-                                                    # PTX where it shows the same, disassembling takes half a second each
+    python tests/compile_for_gpus.py --quick        # every configuration for sm_90, one of each
+        kernel for the others; reads
+                                                    # PTX where it shows the same, disassembling
+                                                    takes half a second each
     python tests/compile_for_gpus.py --only kl      # kernels with kl in their names
-    python tests/compile_for_gpus.py --record       # and write bench/records/<date>_compile_gate_triton<version>.json
+    python tests/compile_for_gpus.py --record       # and write
+        bench/records/<date>_compile_gate_triton<version>.json
 
-Catches what the interpreter forgives: type errors, branches that do not compile, spills, fp64 slipping in, 4-byte loads
-where 16-byte ones were meant, a barrier that went missing. Registers may not grow by more than SLACK over the newest record
-of the same Triton version: if a growth is intended, record it. A new configuration may use MAX_REGISTERS.
+Catches what the interpreter forgives: type errors, branches that do not compile, spills, fp64
+slipping in, 4-byte loads where 16-byte ones were meant, a barrier that went missing. Registers may
+not grow by more than SLACK over the newest record of the same Triton version: if a growth is
+intended, record it. A new configuration may use MAX_REGISTERS.
 
-Another Triton beside the installed one; the kernels' tests run under it in the same way, without any GPU:
+Another Triton beside the installed one; the kernels' tests run under it in the same way, without
+any GPU:
 
-    pip install --no-deps --target build/triton36 triton==3.6.0 'numpy<2.4'    # its interpreter wants the older numpy
+    pip install --no-deps --target build/triton36 triton==3.6.0 'numpy<2.4'    # its interpreter
+        wants the older numpy
     PYTHONPATH=build/triton36 python tests/compile_for_gpus.py --record
-    PYTHONPATH=build/triton36 python -m pytest tests/test_token_kl.py
+    PYTHONPATH=build/triton36 python -m pytest tests/kernels/test_token_kl.py
 """
+
 import argparse
 import datetime
 import json
@@ -42,36 +50,99 @@ from reflux.kernels.span_sum import SPANS, STEP, _sum
 
 TILE = dict(R=BLOCK_V // 8, WIDE=tl.float32)
 GATHER = dict(DB=BLOCK_V // 8, WIDE=tl.float32)
-SCALARS = dict(V="i32", N="i32", grad_scale="fp32", C="i32", mul_z="fp32", mul_u="fp32", chosen="*i1", K="i32", S="i32", D="i32", inv_temp="fp32", inv_cap="fp32", beta="fp32")
+SCALARS = dict(
+    V="i32",
+    N="i32",
+    grad_scale="fp32",
+    C="i32",
+    mul_z="fp32",
+    mul_u="fp32",
+    chosen="*i1",
+    K="i32",
+    S="i32",
+    D="i32",
+    inv_temp="fp32",
+    inv_cap="fp32",
+    beta="fp32",
+)
 LOGITS = {"logits", "dlogits", "z", "u", "dz", "x", "w", "dx", "dhead"}
-CASES = [  # kernel, what the name adds, dtype of the logits (or of them / of their gradient), constants, barriers
+# kernel, what the name adds, dtype of the logits (or of them / of their gradient), constants,
+# barriers
+CASES = [
     (_sum, "", "*fp32", dict(SPANS=SPANS, STEP=STEP, WIDE=tl.float32), 0),
     (logprob_stats, "entropy", "*bf16", dict(ENTROPY=True, KB=1, **TILE), 0),
     (logprob_stats, "", "*fp32", dict(ENTROPY=False, KB=1, **TILE), 0),
     (logprob_stats, "K 64", "*fp32", dict(ENTROPY=True, KB=64, **TILE), 0),
     (logprob_gradient, "entropy", "*bf16", dict(ENTROPY=True, CAPPED=False, KB=1, **TILE), 2),
     (logprob_gradient, "", "*fp32", dict(ENTROPY=False, CAPPED=False, KB=1, **TILE), 2),
-    (logprob_gradient, "K 64 entropy capped", "*fp32", dict(ENTROPY=True, CAPPED=True, KB=64, **TILE), 2),
-    *((kl_stats, mode, "*fp32", dict(MODE=i, chosen=None, **TILE), 0) for i, mode in enumerate(("forward", "reverse", "jsd"))),
+    (
+        logprob_gradient,
+        "K 64 entropy capped",
+        "*fp32",
+        dict(ENTROPY=True, CAPPED=True, KB=64, **TILE),
+        2,
+    ),
+    *(
+        (kl_stats, mode, "*fp32", dict(MODE=i, chosen=None, **TILE), 0)
+        for i, mode in enumerate(("forward", "reverse", "jsd"))
+    ),
     (kl_stats, "forward rows", "*bf16", dict(MODE=0, **TILE), 0),
-    *((kl_losses, mode, "*fp32", dict(MODE=i, chosen=None, **TILE), 0)
-      for i, mode in ((2, "jsd"), (3, "skew_forward"), (4, "skew_reverse"))),
-    *((kl_gradient, mode, "*fp32", dict(MODE=i, chosen=None, CAPPED=i == 1, **TILE), 0)
-      for i, mode in enumerate(("forward", "reverse capped", "jsd", "skew_forward", "skew_reverse"))),
+    *(
+        (kl_losses, mode, "*fp32", dict(MODE=i, chosen=None, **TILE), 0)
+        for i, mode in ((2, "jsd"), (3, "skew_forward"), (4, "skew_reverse"))
+    ),
+    *(
+        (kl_gradient, mode, "*fp32", dict(MODE=i, chosen=None, CAPPED=i == 1, **TILE), 0)
+        for i, mode in enumerate(
+            ("forward", "reverse capped", "jsd", "skew_forward", "skew_reverse")
+        )
+    ),
     (kl_gradient, "forward rows", "*bf16", dict(MODE=0, CAPPED=False, **TILE), 0),
     (kl_gradient, "jsd", "*fp32/*bf16", dict(MODE=2, chosen=None, CAPPED=False, **TILE), 0),
     (topk_lift, "K 64", "*fp32", dict(KB=64, **TILE), 2),
     (topk_lift, "K 1024", "*bf16", dict(KB=1024, **TILE), 2),
-    *((topk_terms, f"K 64 {mode} {tail}", "*fp32", dict(MODE=i, TAIL=j, CAPPED=j == 1, KB=64, WIDE=tl.float32), 0)
-      for i, mode, j, tail in ((0, "forward", 0, "ghost"), (1, "reverse", 0, "ghost"), (2, "jsd", 1, "renorm"),
-                               (3, "skew_forward", 0, "ghost"), (4, "skew_reverse", 1, "renorm"), (0, "forward", 3, "sampled"))),
-    (topk_terms, "K 1024 jsd ghost", "*fp32", dict(MODE=2, TAIL=0, CAPPED=True, KB=1024, WIDE=tl.float32), 0),
+    *(
+        (
+            topk_terms,
+            f"K 64 {mode} {tail}",
+            "*fp32",
+            dict(MODE=i, TAIL=j, CAPPED=j == 1, KB=64, WIDE=tl.float32),
+            0,
+        )
+        for i, mode, j, tail in (
+            (0, "forward", 0, "ghost"),
+            (1, "reverse", 0, "ghost"),
+            (2, "jsd", 1, "renorm"),
+            (3, "skew_forward", 0, "ghost"),
+            (4, "skew_reverse", 1, "renorm"),
+            (0, "forward", 3, "sampled"),
+        )
+    ),
+    (
+        topk_terms,
+        "K 1024 jsd ghost",
+        "*fp32",
+        dict(MODE=2, TAIL=0, CAPPED=True, KB=1024, WIDE=tl.float32),
+        0,
+    ),
     (topk_gradient, "K 64", "*fp32/*bf16", dict(CAPPED=False, KB=64, **TILE), 1),
     (topk_gradient, "K 1024 capped", "*fp32", dict(CAPPED=True, KB=1024, **TILE), 1),
-    *((kernel, "", "*bf16", dict(stride_w=1, KB=ROWS, **GATHER), 0) for kernel in (gather_dot, gather_rows)),
-    *((kernel, "", "*fp32", dict(stride_w=1, KB=ROWS, **GATHER), 0) for kernel in (gather_dot, gather_rows)),
+    *(
+        (kernel, "", "*bf16", dict(stride_w=1, KB=ROWS, **GATHER), 0)
+        for kernel in (gather_dot, gather_rows)
+    ),
+    *(
+        (kernel, "", "*fp32", dict(stride_w=1, KB=ROWS, **GATHER), 0)
+        for kernel in (gather_dot, gather_rows)
+    ),
     *((sum_pairs, "", dtype, dict(NB=ROWS, **GATHER), 0) for dtype in ("*bf16", "*fp32")),
-    (class_sums, "", "*fp32", dict(CLASSES=CLASSES, STEP=CLASS_STEP, LONG=LONG, WIDE=tl.float32), 0),
+    (
+        class_sums,
+        "",
+        "*fp32",
+        dict(CLASSES=CLASSES, STEP=CLASS_STEP, LONG=LONG, WIDE=tl.float32),
+        0,
+    ),
     (long_class_sums, "", "*fp32", TILE, 0),
     (class_backward, "", "*fp32", dict(CAPPED=False, **TILE), 0),
     (class_backward, "capped", "*fp32/*bf16", dict(CAPPED=True, **TILE), 0),
@@ -80,6 +151,7 @@ CASES = [  # kernel, what the name adds, dtype of the logits (or of them / of th
 
 def signature_of(kernel, logits: str, constants: dict) -> dict[str, str]:
     """The types the launcher would find, by the argument's name."""
+
     def type_of(name: str) -> str:
         if name in constants:
             return "constexpr"
@@ -87,7 +159,13 @@ def signature_of(kernel, logits: str, constants: dict) -> dict[str, str]:
             return logits.split("/")[-1 if name.startswith("d") else 0]
         if name in ("target", "order", "offset", "first", "long"):
             return "*i64"
-        return "*i32" if name in ("ids", "column_class") else "i64" if name.startswith("stride") else SCALARS.get(name, "*fp32")
+        return (
+            "*i32"
+            if name in ("ids", "column_class")
+            else "i64"
+            if name.startswith("stride")
+            else SCALARS.get(name, "*fp32")
+        )
 
     return {name: type_of(name) for name in kernel.arg_names}
 
@@ -98,15 +176,22 @@ ARCHITECTURES = (90, 80, 100)  # the first one is compiled in full even with --q
 MAX_REGISTERS = 128  # of a thread: 65,536 on a multiprocessor still hold two programs of 8 warps
 SLACK = 8  # registers are handed out in eights
 MAX_SHARED = 227 * 1024  # bytes one program may own on sm_90; a row kernel uses a few hundred
-WIDE = r"\bLDG(?:STS)?\.E[.\w]*\.(?:128|256)\b|\bld\.global[.:\w]*\.(?:v[48]\.b32|v[24]\.b64)\b"  # in SASS, in PTX
+# in SASS, in PTX
+WIDE = r"\bLDG(?:STS)?\.E[.\w]*\.(?:128|256)\b|\bld\.global[.:\w]*\.(?:v[48]\.b32|v[24]\.b64)\b"
 DOUBLE = r"\b(?:D(?:ADD|FMA|MUL|SETP|MNMX)|\w+(?:\.\w+)*\.F64)\b|\.f64\b"
 SPILL = r"\b(?:STL|LDL)\b"
 
 
 def compile_for(kernel, logits: str, constants: dict, capability: int):
-    """What the launcher would build on that GPU: pointers, strides and sizes divisible by 16, as padded shapes are."""
+    """What the launcher would build on that GPU: pointers, strides and sizes divisible by 16, as
+    padded shapes are.
+    """
     signature = signature_of(kernel, logits, constants)
-    aligned = {(i,): [["tt.divisibility", 16]] for i, type_ in enumerate(signature.values()) if type_.startswith(("*", "i"))}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, type_ in enumerate(signature.values())
+        if type_.startswith(("*", "i"))
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=LAUNCH)
 
@@ -117,36 +202,68 @@ def read_cubin(cubin: bytes, *what: str) -> tuple[dict[str, int], str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
-        text = subprocess.run([tool, "-res-usage", *what, f.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "-res-usage", *what, f.name], capture_output=True, text=True, check=True
+        ).stdout
     usage = next(line for line in text.splitlines() if "REG:" in line)
     return {name: int(number) for name, number in re.findall(r"(\w+)(?:\[0\])?:(\d+)", usage)}, text
 
 
-def measure(kernel, what: str, logits: str, constants: dict, capability: int, quick: bool = False) -> dict:
+def measure(
+    kernel, what: str, logits: str, constants: dict, capability: int, quick: bool = False
+) -> dict:
     """One line of the table."""
     built = compile_for(kernel, logits, constants, capability)
-    usage, code = read_cubin(built.asm["cubin"]) if quick else read_cubin(built.asm["cubin"], "-sass")
+    usage, code = (
+        read_cubin(built.asm["cubin"]) if quick else read_cubin(built.asm["cubin"], "-sass")
+    )
     code = built.asm["ptx"] if quick else code
-    return {"kernel": kernel.__name__, "configuration": f"{what} {logits[1:]}".strip(), "arch": f"sm_{capability}",
-            "registers": usage["REG"], "stack": usage["STACK"] + usage.get("LOCAL", 0), "shared": built.metadata.shared,
-            "wide_loads": len(re.findall(WIDE, code)), "spills": len(re.findall(SPILL, code)),
-            "double": len(re.findall(DOUBLE, code)), "barriers": built.asm["ttir"].count("barrier")}
+    return {
+        "kernel": kernel.__name__,
+        "configuration": f"{what} {logits[1:]}".strip(),
+        "arch": f"sm_{capability}",
+        "registers": usage["REG"],
+        "stack": usage["STACK"] + usage.get("LOCAL", 0),
+        "shared": built.metadata.shared,
+        "wide_loads": len(re.findall(WIDE, code)),
+        "spills": len(re.findall(SPILL, code)),
+        "double": len(re.findall(DOUBLE, code)),
+        "barriers": built.asm["ttir"].count("barrier"),
+    }
 
 
 def broken_rules(row: dict, streams_rows: bool, barriers: int, bound: int) -> list[str]:
-    """What is wrong with it, in words. barriers: those the source asks for, before the compiler adds its own."""
+    """What is wrong with it, in words. barriers: those the source asks for, before the compiler
+    adds its own.
+    """
     rules = {
         "spills to memory: use a smaller block or more warps": row["stack"] or row["spills"],
-        "computes in fp64: a Python float or a constant was promoted, 64 times slower on a consumer GPU": row["double"],
-        "reads its rows without 16-byte loads: is a mask or a stride not divisible by 16?": streams_rows and not row["wide_loads"],
+        "computes in fp64: a Python float or a constant was promoted, 64 times slower on a consumer GPU": row[
+            "double"
+        ],
+        "reads its rows without 16-byte loads: is a mask or a stride not divisible by 16?": streams_rows
+        and not row["wide_loads"],
         f"wants more shared memory than {MAX_SHARED} bytes": row["shared"] > MAX_SHARED,
-        f"uses more than {bound} registers: if that is intended, run with --record": row["registers"] > bound,
-        f"has {row['barriers']} barriers, want {barriers}: other threads' stores would be read early": row["barriers"] < barriers}
-    return [f"{row['kernel']} ({row['configuration']}, {row['arch']}) {rule}" for rule, broken in rules.items() if broken]
+        f"uses more than {bound} registers: if that is intended, run with --record": row[
+            "registers"
+        ]
+        > bound,
+        f"has {row['barriers']} barriers, want {barriers}: other threads' stores would be read early": row[
+            "barriers"
+        ]
+        < barriers,
+    }
+    return [
+        f"{row['kernel']} ({row['configuration']}, {row['arch']}) {rule}"
+        for rule, broken in rules.items()
+        if broken
+    ]
 
 
 def recorded_bounds() -> dict[tuple[str, str, str], int]:
-    """Registers of (kernel, configuration, arch) in the newest record of this Triton version, with slack."""
+    """Registers of (kernel, configuration, arch) in the newest record of this Triton version, with
+    slack.
+    """
     records = sorted(RECORDS.glob(f"*_compile_gate_triton{triton.__version__}.json"))
     rows = json.loads(records[-1].read_text())["rows"] if records else []
     return {(r["kernel"], r["configuration"], r["arch"]): r["registers"] + SLACK for r in rows}
@@ -154,21 +271,33 @@ def recorded_bounds() -> dict[tuple[str, str, str], int]:
 
 def write_record(rows: list[dict]) -> None:
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *args], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     if git("status", "--porcelain", "--", "kernels", "tests/compile_for_gpus.py"):
-        sys.exit("kernels/ has uncommitted changes; commit first, then --record: a record names the commit that it measured")
+        sys.exit(
+            "kernels/ has uncommitted changes; commit first, then --record: a record names the "
+            "commit that it measured"
+        )
     path = RECORDS / f"{datetime.date.today()}_compile_gate_triton{triton.__version__}.json"
-    head = {"date": datetime.datetime.now().isoformat(timespec="seconds"), "commit": git("rev-parse", "HEAD"),
-            "command": "python tests/compile_for_gpus.py --record", "triton": triton.__version__, "launch": LAUNCH,
-            "gate": "no spill, no fp64, 16-byte loads in row kernels, barriers as in the source"}
+    head = {
+        "date": datetime.datetime.now().isoformat(timespec="seconds"),
+        "commit": git("rev-parse", "HEAD"),
+        "command": "python tests/compile_for_gpus.py --record",
+        "triton": triton.__version__,
+        "launch": LAUNCH,
+        "gate": "no spill, no fp64, 16-byte loads in row kernels, barriers as in the source",
+    }
     lines = ",\n  ".join(json.dumps(row) for row in rows)
     path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n  {lines}]}}\n')
     print(f"wrote {path.relative_to(ROOT)}")
 
 
 def main() -> None:
-    assert os.environ.get("TRITON_INTERPRET") != "1", "unset TRITON_INTERPRET: interpreted kernels do not compile"
+    assert os.environ.get("TRITON_INTERPRET") != "1", (
+        "unset TRITON_INTERPRET: interpreted kernels do not compile"
+    )
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--record", action="store_true")
@@ -187,8 +316,17 @@ def main() -> None:
             bound = bounds.get((row["kernel"], row["configuration"], row["arch"]), MAX_REGISTERS)
             broken += broken_rules(row, bool(LOGITS & set(kernel.arg_names)), barriers, bound)
             rows.append(row)
-            print(" ".join(f"{row[k]:<{n}}" for k, n in (("arch", 6), ("kernel", 22), ("configuration", 22))),
-                  " ".join(f"{k} {row[k]:<4}" for k in ("registers", "stack", "shared", "wide_loads", "barriers")), flush=True)
+            print(
+                " ".join(
+                    f"{row[k]:<{n}}"
+                    for k, n in (("arch", 6), ("kernel", 22), ("configuration", 22))
+                ),
+                " ".join(
+                    f"{k} {row[k]:<4}"
+                    for k in ("registers", "stack", "shared", "wide_loads", "barriers")
+                ),
+                flush=True,
+            )
     if broken:
         sys.exit("\n".join(broken))
     if options.record:

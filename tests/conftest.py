@@ -1,4 +1,5 @@
 """Runs everywhere: on a GPU when there is one, else every kernel in Triton's interpreter."""
+
 import os
 from importlib.util import find_spec
 
@@ -8,12 +9,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must precede the first `import triton`
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
-torch.set_num_threads(1)  # sums over threads round otherwise, and some tests compare to the last digit
+# sums over threads round otherwise, and some tests compare to the last digit
+torch.set_num_threads(1)
 
 from hypothesis import settings
 
 settings.register_profile("fast", max_examples=25, deadline=None, derandomize=True)
-settings.register_profile("gpu", max_examples=6, deadline=None, derandomize=True)  # every drawn shape may compile a kernel
+# every drawn shape may compile a kernel
+settings.register_profile("gpu", max_examples=6, deadline=None, derandomize=True)
 settings.register_profile("deep", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 

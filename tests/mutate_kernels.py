@@ -1,16 +1,22 @@
 """Seed one fault at a time into the kernels and see whether their tests notice.
 
-    python tests/mutate_kernels.py                        # the mutants below, and --sample drawn by rule from each file
-    python tests/mutate_kernels.py --only class --list    # those of files with class in their names; print, do not run
+    python tests/mutate_kernels.py                        # the mutants below, and --sample drawn by
+        rule from each file
+    python tests/mutate_kernels.py --only class --list    # those of files with class in their
+        names; print, do not run
     python tests/mutate_kernels.py --sample 40 --seed 1   # more of them, others
-    python tests/mutate_kernels.py --again RECORD --record    # those that survived when RECORD was written, after a test was added
-    python tests/mutate_kernels.py --jobs 2 --record      # two at a time, and write bench/records/<date>_kernel_mutants.json
+    python tests/mutate_kernels.py --again RECORD --record    # those that survived when RECORD was
+        written, after a test was added
+    python tests/mutate_kernels.py --jobs 2 --record      # two at a time, and write
+        bench/records/<date>_kernel_mutants.json
 
-A fault is one replacement in one file of a copy of the repository; the narrow tests of that file then run with -x. One that
-no test notices survives, and the exit code is 1: either a test is missing, or the mutant computes the same (EQUIVALENT
-says why). Rules apply to @triton.jit functions, with the tests that run kernels, and to their PyTorch twins, with the
-others. Runs each mutant in a fork of a process that has torch imported, 2 to 60 s each.
+A fault is one replacement in one file of a copy of the repository; the narrow tests of that file
+then run with -x. One that no test notices survives, and the exit code is 1: either a test is
+missing, or the mutant computes the same (EQUIVALENT says why). Rules apply to @triton.jit
+functions, with the tests that run kernels, and to their PyTorch twins, with the others. Runs each
+mutant in a fork of a process that has torch imported, 2 to 60 s each.
 """
+
 import argparse
 import ast
 import datetime
@@ -33,11 +39,36 @@ from kernel_faults import BY_HAND, EQUIVALENT, GATE, TESTS
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 300  # for one mutant: one that loops for ever is dead, too
 FEW = 8  # Hypothesis examples that most mutants die of; a survivor meets the 25 of the fast profile
-COMPARISONS = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"), ast.Eq: ("==", "!="),
-               ast.NotEq: ("!=", "==")}
+COMPARISONS = {
+    ast.Lt: ("<", "<="),
+    ast.LtE: ("<=", "<"),
+    ast.Gt: (">", ">="),
+    ast.GtE: (">=", ">"),
+    ast.Eq: ("==", "!="),
+    ast.NotEq: ("!=", "=="),
+}
 OPERATORS = {ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*")}
-CALLS = {"maximum": "minimum", "minimum": "maximum", "max": "min", "min": "max", "amax": "amin", "logsumexp": "amax"}
-IN_PLACE = ("mul_", "add_", "sub_", "div_", "masked_fill_", "masked_fill", "clamp", "clamp_", "square_", "index_add_", "exp_")
+CALLS = {
+    "maximum": "minimum",
+    "minimum": "maximum",
+    "max": "min",
+    "min": "max",
+    "amax": "amin",
+    "logsumexp": "amax",
+}
+IN_PLACE = (
+    "mul_",
+    "add_",
+    "sub_",
+    "div_",
+    "masked_fill_",
+    "masked_fill",
+    "clamp",
+    "clamp_",
+    "square_",
+    "index_add_",
+    "exp_",
+)
 
 
 @dataclass(frozen=True)
@@ -67,22 +98,44 @@ def one_line(text: str) -> str:
 
 
 def tests_of(file: str) -> tuple[str, ...]:
-    return tuple(path for op in TESTS.get(file, file).split() if (ROOT / (path := f"tests/test_{op}.py")).exists())
+    return tuple(
+        path
+        for op in TESTS.get(file, file).split()
+        if (ROOT / (path := f"tests/kernels/test_{op}.py")).exists()
+    )
 
 
 def by_hand(file: str) -> list[Mutant]:
-    """Those of the list above. A text that is not there once is stale: the list must follow the code."""
+    """Those of the list above. A text that is not there once is stale: the list must follow the
+    code.
+    """
     source, found = (ROOT / f"kernels/{file}.py").read_text(), []
     for name, old, new, tests in BY_HAND:
         if name == file:
             if source.count(old) != 1:
-                sys.exit(f"BY_HAND: {old!r} is {source.count(old)} times in kernels/{file}.py, want once: refresh the list")
+                sys.exit(
+                    f"BY_HAND: {old!r} is {source.count(old)} times in kernels/{file}.py, want "
+                    "once: refresh the list"
+                )
             at = source.index(old)
             start = len(source[:at].encode())
-            found.append(Mutant(file, start, start + len(old.encode()), old, new, source[:at].count("\n") + 1,
-                                source.splitlines()[source[:at].count("\n")].strip(),
-                                (GATE,) if tests == GATE else tests_of(file) if tests is None else (f"tests/test_{tests}.py",),
-                                file.strip("_").split("_")[0] if tests == GATE else ""))
+            found.append(
+                Mutant(
+                    file,
+                    start,
+                    start + len(old.encode()),
+                    old,
+                    new,
+                    source[:at].count("\n") + 1,
+                    source.splitlines()[source[:at].count("\n")].strip(),
+                    (GATE,)
+                    if tests == GATE
+                    else tests_of(file)
+                    if tests is None
+                    else (f"tests/kernels/test_{tests}.py",),
+                    file.strip("_").split("_")[0] if tests == GATE else "",
+                )
+            )
     return found
 
 
@@ -102,14 +155,27 @@ def by_rule(file: str) -> list[Mutant]:
             continue
         for node in (n for statement in function.body for n in ast.walk(statement)):
             for start, end, new in edits(node, raw, lines):
-                found.append(Mutant(file, start, end, raw[start:end].decode(), new, raw[:start].count(b"\n") + 1,
-                                    source.splitlines()[raw[:start].count(b"\n")].strip(), tests_of(file),
-                                    "kernel" if is_kernel else "not kernel"))
-    return list({(m.start, m.end, m.new): m for m in found if m.old.strip() != m.new.strip()}.values())
+                found.append(
+                    Mutant(
+                        file,
+                        start,
+                        end,
+                        raw[start:end].decode(),
+                        new,
+                        raw[:start].count(b"\n") + 1,
+                        source.splitlines()[raw[:start].count(b"\n")].strip(),
+                        tests_of(file),
+                        "kernel" if is_kernel else "not kernel",
+                    )
+                )
+    return list(
+        {(m.start, m.end, m.new): m for m in found if m.old.strip() != m.new.strip()}.values()
+    )
 
 
 def edits(node: ast.AST, raw: bytes, lines: list[int]) -> list[tuple[int, int, str]]:
     """(start, end, new text) of what can go wrong at one node."""
+
     def place(n: ast.AST) -> tuple[int, int]:
         return lines[n.lineno - 1] + n.col_offset, lines[n.end_lineno - 1] + n.end_col_offset
 
@@ -126,7 +192,9 @@ def edits(node: ast.AST, raw: bytes, lines: list[int]) -> list[tuple[int, int, s
         return between(node.left, node.right, OPERATORS[type(node.op)])
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return [(*place(node), text(node.operand))]
-    if isinstance(node, (ast.AugAssign, ast.Expr)) and not isinstance(getattr(node, "value", None), ast.Constant):
+    if isinstance(node, (ast.AugAssign, ast.Expr)) and not isinstance(
+        getattr(node, "value", None), ast.Constant
+    ):
         return [(*place(node), "pass")]
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         name = node.func.attr
@@ -143,17 +211,26 @@ def edits(node: ast.AST, raw: bytes, lines: list[int]) -> list[tuple[int, int, s
 
 
 def build_copy(folder: Path) -> None:
-    """The kernels and tests of this checkout as reflux.kernels, for this process and those that tests start."""
+    """The kernels and tests of this checkout as reflux.kernels, for this process and those that
+    tests start.
+    """
     for name in ("kernels", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "conftest.py"))
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "conftest.py")
+        )
     (folder / "reflux").mkdir()
     (folder / "reflux/kernels").symlink_to(folder / "kernels")
     # an editable install would lead reflux to the original
     (folder / "sitecustomize.py").write_text(
-        "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if not type(f).__name__.startswith('ScikitBuild')]\n")
+        "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if not "
+        "type(f).__name__.startswith('ScikitBuild')]\n"
+    )
     sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__name__.startswith("ScikitBuild")]
     sys.path[:0] = [str(folder), str(folder / "tests")]
-    os.environ.update(PYTHONPATH=f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", PYTHONDONTWRITEBYTECODE="1")
+    os.environ.update(
+        PYTHONPATH=f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        PYTHONDONTWRITEBYTECODE="1",
+    )
     sys.dont_write_bytecode = True
 
 
@@ -167,15 +244,29 @@ def preload() -> None:
 
     torch.set_num_threads(1)
     for examples in (FEW, 25):
-        hypothesis.settings.register_profile(f"mutants{examples}", max_examples=examples, deadline=None, derandomize=True, database=None,
-                                             phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate))
+        hypothesis.settings.register_profile(
+            f"mutants{examples}",
+            max_examples=examples,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
+        )
 
 
 def tests_pass(folder: Path, mutant: Mutant, examples: int) -> bool:
-    """Do the mutant's tests pass in the copy as it is now? In a fork: reflux must be imported anew."""
+    """Do the mutant's tests pass in the copy as it is now? In a fork: reflux must be imported
+    anew.
+    """
     if mutant.tests == (GATE,):
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        command = [sys.executable, str(folder / "tests/compile_for_gpus.py"), "--quick", "--only", mutant.only]
+        command = [
+            sys.executable,
+            str(folder / "tests/compile_for_gpus.py"),
+            "--quick",
+            "--only",
+            mutant.only,
+        ]
         return subprocess.run(command, env=environment, capture_output=True).returncode == 0
     child = os.fork()
     if child == 0:
@@ -187,7 +278,19 @@ def tests_pass(folder: Path, mutant: Mutant, examples: int) -> bool:
         hypothesis.settings.load_profile(f"mutants{examples}")
         os.chdir(folder)
         selected = ["-k", mutant.only] if mutant.only else []
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--noconftest", "--rootdir", str(folder), *selected, *mutant.tests])
+        code = pytest.main(
+            [
+                "-x",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "--noconftest",
+                "--rootdir",
+                str(folder),
+                *selected,
+                *mutant.tests,
+            ]
+        )
         os._exit(int(code))
     deadline = time.monotonic() + LIMIT_S
     while True:
@@ -205,36 +308,65 @@ def survives(folder: Path, mutant: Mutant) -> bool:
     path = folder / f"kernels/{mutant.file}.py"
     original = path.read_bytes()
     try:
-        changed = original[:mutant.start] + mutant.new.encode() + original[mutant.end:]
+        changed = original[: mutant.start] + mutant.new.encode() + original[mutant.end :]
         ast.parse(changed)
         path.write_bytes(changed)
-        return tests_pass(folder, mutant, FEW) and (mutant.tests == (GATE,) or tests_pass(folder, mutant, 25))
+        return tests_pass(folder, mutant, FEW) and (
+            mutant.tests == (GATE,) or tests_pass(folder, mutant, 25)
+        )
     finally:
         path.write_bytes(original)
 
 
 def write_record(counts: dict, survivors: list[Mutant], options: argparse.Namespace) -> None:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    path = ROOT / f"bench/records/{datetime.date.today()}_kernel_mutants{'_again' if options.again else ''}.json"
-    path.write_text(json.dumps({
-        "date": datetime.datetime.now().isoformat(timespec="seconds"), "commit": commit, "command": " ".join(sys.argv),
-        "sample": options.sample, "seed": options.seed, "again": options.again, "counts": counts, "survivors": [str(m) for m in survivors],
-        "equivalent": [f"{file}.py: {old} -> {new} in {line}: {why}" for (file, line, old, new), why in EQUIVALENT.items()],
-    }, indent=1) + "\n")
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    path = (
+        ROOT
+        / f"bench/records/{datetime.date.today()}_kernel_mutants{'_again' if options.again else ''}.json"
+    )
+    path.write_text(
+        json.dumps(
+            {
+                "date": datetime.datetime.now().isoformat(timespec="seconds"),
+                "commit": commit,
+                "command": " ".join(sys.argv),
+                "sample": options.sample,
+                "seed": options.seed,
+                "again": options.again,
+                "counts": counts,
+                "survivors": [str(m) for m in survivors],
+                "equivalent": [
+                    f"{file}.py: {old} -> {new} in {line}: {why}"
+                    for (file, line, old, new), why in EQUIVALENT.items()
+                ],
+            },
+            indent=1,
+        )
+        + "\n"
+    )
     print(f"wrote {path.relative_to(ROOT)}")
 
 
 def in_parallel(mutants: list[Mutant], jobs: int) -> Iterator[tuple[Mutant, bool | None]]:
-    """(mutant, does it survive?) as they come; None for all of a group whose tests are red before any. A process a share of groups."""
+    """(mutant, does it survive?) as they come; None for all of a group whose tests are red before
+    any. A process a share of groups.
+    """
     groups: dict[tuple, list[int]] = {}
     for i, mutant in enumerate(mutants):
         groups.setdefault((mutant.tests, mutant.only), []).append(i)
     shares: list[list[list[int]]] = [[] for _ in range(jobs)]
     for group in sorted(groups.values(), key=len, reverse=True):
         min(shares, key=lambda share: sum(map(len, share))).append(group)
-    context = multiprocessing.get_context("fork")  # before torch is imported: every process builds and imports a copy of its own
+    # before torch is imported: every process builds and imports a copy of its own
+    context = multiprocessing.get_context("fork")
     results = context.Queue()
-    workers = [context.Process(target=run_share, args=(mutants, share, results)) for share in shares if share]
+    workers = [
+        context.Process(target=run_share, args=(mutants, share, results))
+        for share in shares
+        if share
+    ]
     for worker in workers:
         worker.start()
     for _ in mutants:
@@ -259,12 +391,20 @@ def run_share(mutants: list[Mutant], groups: list[list[int]], results) -> None:
             first = mutants[group[0]]
             green = tests_pass(folder, first, FEW)
             if not green:
-                print(f"{' '.join(first.tests)} -k '{first.only}' fails without a mutant:\n{(folder / 'output.txt').read_text()[-2000:]}", flush=True)
+                print(
+                    f"{' '.join(first.tests)} -k '{first.only}' fails without a "
+                    f"mutant:\n{(folder / 'output.txt').read_text()[-2000:]}",
+                    flush=True,
+                )
             for i in group:
                 began = time.monotonic()
                 alive = survives(folder, mutants[i]) if green else None
                 if green:
-                    print(f"{'SURVIVED' if alive else 'killed  '} {time.monotonic() - began:5.1f} s  {mutants[i]}", flush=True)
+                    print(
+                        f"{'SURVIVED' if alive else 'killed  '} {time.monotonic() - began:5.1f} s  "
+                        f"{mutants[i]}",
+                        flush=True,
+                    )
                 results.put((i, alive))
 
 
@@ -273,8 +413,15 @@ def main() -> None:
     parser.add_argument("--only", default="", help="files whose name contains this")
     parser.add_argument("--sample", type=int, default=6, help="mutants by rule from each file")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time, each with a copy of its own")
-    parser.add_argument("--again", default="", metavar="RECORD", help="only those that survived when this record was written")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes at a time, each with a copy of its own"
+    )
+    parser.add_argument(
+        "--again",
+        default="",
+        metavar="RECORD",
+        help="only those that survived when this record was written",
+    )
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
@@ -298,13 +445,21 @@ def main() -> None:
         killed, total = counts.get(mutant.file, (0, 0))
         counts[mutant.file] = killed + (not alive), total + 1
         survivors += [mutant] if alive else []
-    print("\n".join(f"{file:<24} {killed:>3} of {total:>3} killed" for file, (killed, total) in sorted(counts.items())))
+    print(
+        "\n".join(
+            f"{file:<24} {killed:>3} of {total:>3} killed"
+            for file, (killed, total) in sorted(counts.items())
+        )
+    )
     if options.record and not red:
         write_record(counts, survivors, options)
     print(*(f"SURVIVED {m}" for m in survivors), sep="\n")
     if survivors or red:
-        sys.exit(f"{len(survivors)} of {len(mutants)} mutants survived, {len(red)} groups of tests were red before any. Write the test "
-                 "that kills a survivor, or say in EQUIVALENT why none can")
+        sys.exit(
+            f"{len(survivors)} of {len(mutants)} mutants survived, {len(red)} groups of tests were "
+            "red before any. Write the test that kills a survivor, or say in EQUIVALENT why none "
+            "can"
+        )
 
 
 if __name__ == "__main__":

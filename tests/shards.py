@@ -1,4 +1,7 @@
-"""Several ranks for a test: gloo processes on this machine, one per slice of a vocabulary or of a batch."""
+"""Several ranks for a test: gloo processes on this machine, one per slice of a vocabulary or of a
+batch.
+"""
+
 import multiprocessing
 import os
 import pickle
@@ -10,18 +13,27 @@ TIMEOUT_S = 600  # a collective that one rank never enters would wait for ever
 
 
 def run_on_ranks(fn: Callable, *args, ranks: int = 2) -> list:
-    """[fn(*args) of rank 0, of rank 1, ...], each in a process of its own with the default group initialised.
+    """[fn(*args) of rank 0, of rank 1, ...], each in a process of its own with the default group
+    initialised.
 
-    fn is a function of a test module, args and results are what pickle takes; inside, dist.get_rank() tells who it is.
-    If one fails, the tracebacks of all that failed are the message.
+    fn is a function of a test module, args and results are what pickle takes; inside,
+    dist.get_rank() tells who it is. If one fails, the tracebacks of all that failed are the
+    message.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "hypothesis", "torch._dynamo", "torch.distributed.fsdp"])  # once, not per rank
+    # once, not per rank
+    context.set_forkserver_preload(
+        ["pytest", "hypothesis", "torch._dynamo", "torch.distributed.fsdp"]
+    )
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(ranks):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_rank, args=(theirs, folder, rank, ranks, fn, pickle.dumps(args)), daemon=True)
+            process = context.Process(
+                target=_rank,
+                args=(theirs, folder, rank, ranks, fn, pickle.dumps(args)),
+                daemon=True,
+            )
             process.start()
             theirs.close()
             pipes.append(ours)
@@ -38,7 +50,11 @@ def run_on_ranks(fn: Callable, *args, ranks: int = 2) -> list:
 
 
 def _answer(pipe) -> tuple:
-    return pickle.loads(pipe.recv_bytes()) if pipe.poll(TIMEOUT_S) else (False, f"no answer in {TIMEOUT_S} s")
+    return (
+        pickle.loads(pipe.recv_bytes())
+        if pipe.poll(TIMEOUT_S)
+        else (False, f"no answer in {TIMEOUT_S} s")
+    )
 
 
 def _rank(pipe, folder: str, rank: int, ranks: int, fn: Callable, args: bytes) -> None:
@@ -48,10 +64,13 @@ def _rank(pipe, folder: str, rank: int, ranks: int, fn: Callable, args: bytes) -
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=ranks)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=ranks
+        )
         answer = True, fn(*pickle.loads(args))
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
         answer = False, traceback.format_exc()
-    pipe.send_bytes(pickle.dumps(answer))  # plain pickle: torch's own would hand over memory that dies with this process
+    # plain pickle: torch's own would hand over memory that dies with this process
+    pipe.send_bytes(pickle.dumps(answer))

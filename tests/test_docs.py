@@ -1,4 +1,7 @@
-"""What the pages say is run: their examples, the numbers they give, the files and links they name, and the list of ops."""
+"""What the pages say is run: their examples, the numbers they give, the files and links they name,
+and the list of ops.
+"""
+
 import importlib
 import re
 from pathlib import Path
@@ -11,28 +14,65 @@ from shards import run_on_ranks
 from reflux.kernels._chunks import chunks
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "configs/README.md", ROOT / "tests/README.md"]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "configs/README.md",
+    ROOT / "tests/README.md",
+]
 KERNELS = (ROOT / "docs/kernels.md").read_text()
-BLOCK = re.compile(r"^(?:<!-- (?P<mark>not run|ranks): (?P<value>[^\n]+) -->\n)?```python\n(?P<code>.*?)^```$", re.M | re.S)
-BASES = ["", "kernels", "tokenalign", "tokenalign/native", "trainer", "tests", "bench", "configs", "docs"]
-MADE = ("runs/", "predictions/", "export/", "config.toml")  # by a run; so are bare names of other kinds than these in FILE
-FENCE, CODE, LINK = re.compile(r"^```.*?^```$", re.M | re.S), re.compile(r"`([^`\n]+)`"), re.compile(r"\]\(([^)\s]+)\)")
+BLOCK = re.compile(
+    r"^(?:<!-- (?P<mark>not run|ranks): (?P<value>[^\n]+) -->\n)?```python\n(?P<code>.*?)^```$",
+    re.M | re.S,
+)
+BASES = [
+    "",
+    "kernels",
+    "tokenalign",
+    "tokenalign/native",
+    "trainer",
+    "tests",
+    "bench",
+    "configs",
+    "docs",
+]
+# by a run; so are bare names of other kinds than these in FILE
+MADE = ("runs/", "predictions/", "export/", "config.toml")
+FENCE, CODE, LINK = (
+    re.compile(r"^```.*?^```$", re.M | re.S),
+    re.compile(r"`([^`\n]+)`"),
+    re.compile(r"\]\(([^)\s]+)\)"),
+)
 FILE = re.compile(r"[\w.*-]+\.(?:py|toml|hpp|cpp)|(?:\w[\w.-]*/)+[\w.*-]*")
 
 
 def examples(*pages: Path) -> list:
     found = [(page, match) for page in pages for match in BLOCK.finditer(page.read_text())]
-    assert len(found) == sum(page.read_text().count("```python") for page in pages), "a block with another mark before or behind it"
-    return [pytest.param(match["code"], int(match["value"]) if match["mark"] == "ranks" else 1,
-                         id=f"{page.stem}:{page.read_text()[:match.start('code')].count(chr(10)) + 1}")
-            for page, match in found if match["mark"] != "not run"]
+    assert len(found) == sum(page.read_text().count("```python") for page in pages), (
+        "a block with another mark before or behind it"
+    )
+    return [
+        pytest.param(
+            match["code"],
+            int(match["value"]) if match["mark"] == "ranks" else 1,
+            id=f"{page.stem}:{page.read_text()[: match.start('code')].count(chr(10)) + 1}",
+        )
+        for page, match in found
+        if match["mark"] != "not run"
+    ]
 
 
 def run(code: str) -> None:
     """In a namespace that has what README.md takes for granted."""
     torch.manual_seed(0)
-    given = {"student_hidden": torch.randn(6, 8, requires_grad=True), "student_head": torch.randn(20, 8, requires_grad=True),
-             "teacher_hidden": torch.randn(6, 12), "teacher_head": torch.randn(20, 12), "mask": torch.ones(6), "tokens": 6}
+    given = {
+        "student_hidden": torch.randn(6, 8, requires_grad=True),
+        "student_head": torch.randn(20, 8, requires_grad=True),
+        "teacher_hidden": torch.randn(6, 12),
+        "teacher_head": torch.randn(20, 12),
+        "mask": torch.ones(6),
+        "tokens": 6,
+    }
     exec(compile(code, "example", "exec"), given | {"__name__": "example"})
 
 
@@ -42,18 +82,26 @@ def test_an_example_runs(code, ranks, titan_process, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     pytest.importorskip("accelerate") if "transformers" in code else None
     if "torchtitan" in code:
-        from reflux.trainer import titan_compat
+        from reflux.trainer.engine import compat as titan_compat
 
         titan_compat.install()
     run_on_ranks(run, code, ranks=ranks) if ranks > 1 else run(code)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in ("kernels.md", "README.md")], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name not in ("kernels.md", "README.md")],
+    ids=lambda page: page.name,
+)
 def test_other_pages_import_what_exists(page):
     for match in BLOCK.finditer(page.read_text()):
         compile(match["code"], str(page), "exec")
-        for module, names in re.findall(r"^from (reflux\.[\w.]+) import ([\w, ]+?) *(?:#.*)?$", match["code"], re.M):
-            assert all(hasattr(importlib.import_module(module), name.strip()) for name in names.split(",")), (module, names)
+        for module, names in re.findall(
+            r"^from (reflux\.[\w.]+) import ([\w, ]+?) *(?:#.*)?$", match["code"], re.M
+        ):
+            assert all(
+                hasattr(importlib.import_module(module), name.strip()) for name in names.split(",")
+            ), (module, names)
 
 
 def test_the_table_names_every_op_once():
@@ -65,7 +113,9 @@ def test_the_table_names_every_op_once():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_points_at_exists(page):
     text = FENCE.sub("", page.read_text())
-    links = [link.split("#")[0] for link in LINK.findall(text) if not link.startswith(("http", "#"))]
+    links = [
+        link.split("#")[0] for link in LINK.findall(text) if not link.startswith(("http", "#"))
+    ]
     missing = [link for link in links if not (page.parent / link).exists()]
     for name in CODE.findall(text):
         name = name.split(" ")[0]
@@ -81,10 +131,15 @@ def numbers(name: str) -> list[float]:
 
 
 def test_the_exploit_is_the_one_that_is_tested():
-    from test_tail_laws import SHIFTS, TABLE
+    from tail_table import SHIFTS, TABLE
 
     assert numbers("shift of the support's logits") == SHIFTS
-    for name, row in {"truncated reverse KL": "truncated", "`renorm`": "renorm", "`ghost`": "ghost", "full reverse KL": "full"}.items():
+    for name, row in {
+        "truncated reverse KL": "truncated",
+        "`renorm`": "renorm",
+        "`ghost`": "ghost",
+        "full reverse KL": "full",
+    }.items():
         assert numbers(name) == TABLE[row]
 
 
@@ -95,18 +150,28 @@ def test_a_kept_tail_does_not_tell_the_tail_at_another_temperature():
 
 
 def test_rounded_logits_lose_small_divergences():
-    """Peaked rows: twenty tokens stand 18 above a normal rest; the student is the teacher and a little noise."""
+    """Peaked rows: twenty tokens stand 18 above a normal rest; the student is the teacher and a
+    little noise.
+    """
     randn, generator = torch.randn, torch.Generator().manual_seed(0)
     for name, eps in (("1e-2", 0.3), ("1e-3", 0.1)):
         u = randn(16, 151_936, generator=generator) * 2.5
         at = torch.randint(0, 151_936, (16, 20), generator=generator)
         u.scatter_(1, at, randn(16, 20, generator=generator) * 2 + 18)
         z = u + eps * randn(16, 151_936, generator=generator) * 0.5
-        (kl, d), *rounded = (forward_kl(z.to(dtype), u.to(dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float16))
+        (kl, d), *rounded = (
+            forward_kl(z.to(dtype), u.to(dtype))
+            for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        )
         assert kl.mean().item() == pytest.approx(float(name), rel=0.3)
-        cells = next(line for line in KERNELS.splitlines() if line.startswith(f"| {name} |")).split("|")[2:-1]
+        cells = next(line for line in KERNELS.splitlines() if line.startswith(f"| {name} |")).split(
+            "|"
+        )[2:-1]
         for cell, (coarse, coarse_d) in zip(cells, rounded, strict=True):
-            got = ((coarse - kl).abs() / kl).mean().item(), ((coarse_d - d).norm() / d.norm()).item()
+            got = (
+                ((coarse - kl).abs() / kl).mean().item(),
+                ((coarse_d - d).norm() / d.norm()).item(),
+            )
             assert [float(x) for x in cell.split("/")] == pytest.approx(got, rel=0.1), (name, got)
 
 
@@ -117,12 +182,16 @@ def forward_kl(z, u):
 
 
 def test_the_table_of_chunks_is_the_formula():
-    rows = [[float(cell.split()[0].strip("*")) for cell in line.split("|")[1:-1]]
-            for line in KERNELS.split("| `workspace_mb` |")[1].split("\n\n")[0].splitlines()[2:]]
+    rows = [
+        [float(cell.split()[0].strip("*")) for cell in line.split("|")[1:-1]]
+        for line in KERNELS.split("| `workspace_mb` |")[1].split("\n\n")[0].splitlines()[2:]
+    ]
     T, V, D, E = 8192, 151_936, 2048, 4096
     for mb, size, count, heads_ms, dhead_ms in rows:
         hidden_TD = SimpleNamespace(shape=(T, D), dtype=torch.bfloat16, is_cuda=True)
         found = list(chunks(hidden_TD, V, 2.5, mb))
-        assert size == found[0].stop == int(mb * 2**20 / (4 * V * 2.5)) // 128 * 128 and count == len(found)
+        assert size == found[0].stop == int(
+            mb * 2**20 / (4 * V * 2.5)
+        ) // 128 * 128 and count == len(found)
         assert heads_ms == pytest.approx(count * (4 * V * D + 2 * V * E) / 4.3e9, rel=0.03)
         assert dhead_ms == pytest.approx(count * 8 * V * D / 4.3e9, rel=0.03)

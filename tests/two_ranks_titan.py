@@ -1,4 +1,7 @@
-"""Run by test_titan_models.py under torchrun: two ranks, each check against transformers on one process."""
+"""Run by test_titan_models.py under torchrun: two ranks, each check against transformers on one
+process.
+"""
+
 import sys
 from pathlib import Path
 
@@ -7,44 +10,63 @@ import torch.distributed as dist
 from assets import make_trainer
 from transformers import AutoModelForCausalLM
 
-from reflux.trainer import titan_models as tm
-from reflux.trainer.titan_decode import gathered, kv_decoder
-from reflux.trainer.titan_export import export_hf
-from reflux.trainer.titan_frozen import build_frozen
+from reflux.trainer.engine import model_builder as tm
+from reflux.trainer.engine.decoding import gathered, kv_decoder
+from reflux.trainer.engine.export import export_hf
+from reflux.trainer.engine.frozen import build_frozen
 
 from torchtitan.config import ParallelismConfig  # isort: skip  after titan_compat
 
 
 def check(trainer, path, out):
     model, tensor_parallel = trainer.model_parts[0], trainer.parallel_dims.tp_enabled
-    rank = 0 if tensor_parallel else dist.get_rank()  # the ranks of a tensor-parallel group see the same rows
-    ids_NL = torch.randint(3, 384, (1 + rank, 16 + rank), generator=torch.Generator().manual_seed(rank))
+    # the ranks of a tensor-parallel group see the same rows
+    rank = 0 if tensor_parallel else dist.get_rank()
+    ids_NL = torch.randint(
+        3, 384, (1 + rank, 16 + rank), generator=torch.Generator().manual_seed(rank)
+    )
     positions_NL = torch.arange(ids_NL.shape[1]).expand_as(ids_NL)
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     with torch.no_grad():
         want_NLV = reference(ids_NL).logits
-    frozen = build_frozen(tm.build_spec(path), path, trainer.config, trainer.parallel_dims, trainer.device,
-                          dtype="float32", seq_len=64)
+    frozen = build_frozen(
+        tm.build_spec(path),
+        path,
+        trainer.config,
+        trainer.parallel_dims,
+        trainer.device,
+        dtype="float32",
+        seq_len=64,
+    )
     before = frozen.weights_hash()
     with gathered(model):  # first of all: nothing has run through the root yet
         for _ in range(1 + rank):  # ranks may decode different amounts
             with kv_decoder(model) as step:
-                logits_NV = step(ids_NL, positions_NL, torch.ones_like(ids_NL, dtype=torch.bool), True)
+                logits_NV = step(
+                    ids_NL, positions_NL, torch.ones_like(ids_NL, dtype=torch.bool), True
+                )
     assert (logits_NV - want_NLV[:, -1]).abs().max() < 2e-5
     hidden_NLD = frozen.hidden(ids_NL, positions_NL)
     with frozen.open_head() as head_VD:
         assert (hidden_NLD @ head_VD.T - want_NLV).abs().max() < 2e-5
-    (tm.hidden_states(model, ids_NL, positions_NL) @ tm.head_weight(model).T).square().sum().backward()
+    (
+        tm.hidden_states(model, ids_NL, positions_NL) @ tm.head_weight(model).T
+    ).square().sum().backward()
     reference(ids_NL).logits.square().sum().backward()
     norm = (model.decoder if isinstance(model, tm.HFDecoder) else model).norm
-    for got, want in ((model.lm_head.weight, reference.lm_head.weight), (norm.weight, reference.model.norm.weight)):
+    for got, want in (
+        (model.lm_head.weight, reference.lm_head.weight),
+        (norm.weight, reference.model.norm.weight),
+    ):
         if not tensor_parallel:
             dist.all_reduce(want.grad)  # gradients are summed over ranks
         assert (got.grad.full_tensor() - want.grad).abs().max() < 1e-5 * want.grad.abs().max()
     assert frozen.weights_hash() == before
     export_hf(trainer, out, path, dtype="float32", card="two ranks")
     exported = AutoModelForCausalLM.from_pretrained(out).state_dict()
-    assert all(torch.equal(exported[name], weight) for name, weight in reference.state_dict().items())
+    assert all(
+        torch.equal(exported[name], weight) for name, weight in reference.state_dict().items()
+    )
 
 
 assets, folder = Path(sys.argv[1]), Path(sys.argv[2])

@@ -1,14 +1,19 @@
 """Look at two tokenizers on one text, or measure them on a body of text.
 
-    python -m reflux.tokenalign A B --text "the catalog"        both tokenizations, one above the other, cut where both agree
+    python -m reflux.tokenalign A B --text "the catalog"        both tokenizations, one above the
+        other, cut where both agree
     python -m reflux.tokenalign A B --file essay.txt --html essay.html
-    python -m reflux.tokenalign A B --scores rollout.json       with log-probabilities: T - S per span, bits per byte
-    python -m reflux.tokenalign A B --corpus texts.jsonl        counts, failures with reasons, throughput
+    python -m reflux.tokenalign A B --scores rollout.json       with log-probabilities: T - S per
+        span, bits per byte
+    python -m reflux.tokenalign A B --corpus texts.jsonl        counts, failures with reasons,
+        throughput
 
 A, B: Hugging Face folders, names in the local cache, or tokenizer files that ByteTable.of reads.
---scores takes a JSON object with `text` or `ids_a`, and what there is of `ids_b`, `logp_a`, `logp_b`, `stop_a`, `stop_b` and
-`prompt_bytes`. Ids that are given are looked at as they are, never re-encoded.
+--scores takes a JSON object with `text` or `ids_a`, and what there is of `ids_b`, `logp_a`,
+`logp_b`, `stop_a`, `stop_b` and `prompt_bytes`. Ids that are given are looked at as they are, never
+re-encoded.
 """
+
 import argparse
 import json
 import os
@@ -47,54 +52,85 @@ class Look:
 
 
 def load_tokenizer(path: str, name: str) -> Tokenizer:
-    """A file or folder by `table_files.load`, a cached name by AutoTokenizer. ValueError when it cannot be read."""
+    """A file or folder by `table_files.load`, a cached name by AutoTokenizer. ValueError when it
+    cannot be read.
+    """
     try:
         if os.path.exists(path):
             from .table_files import load
+
             loaded = load(path)
         else:
-            from transformers import AutoTokenizer  # slow to import; folders and files may do without it
+            # slow to import; folders and files may do without it
+            from transformers import AutoTokenizer
+
             loaded = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except ValueError as error:
         raise ValueError(f"tokenizer {name}: {error}") from error
     except Exception as error:  # libraries raise whatever a broken folder makes them raise
-        raise ValueError(f"tokenizer {name}: cannot load {path!r} ({type(error).__name__}); want a Hugging Face folder, the name of "
-                         "one in the local cache, or a tokenizer file") from error
+        raise ValueError(
+            f"tokenizer {name}: cannot load {path!r} ({type(error).__name__}); want a Hugging Face "
+            "folder, the name of one in the local cache, or a tokenizer file"
+        ) from error
     return Tokenizer(name, loaded)
 
 
 def look(a: Tokenizer, b: Tokenizer, given: Mapping[str, Any]) -> Look:
-    """Align one text. `given`: see --scores. ValueError: unknown keys, ids that are no text, log-probabilities that do not fit."""
+    """Align one text. `given`: see --scores. ValueError: unknown keys, ids that are no text,
+    log-probabilities that do not fit.
+    """
     unknown = sorted(set(given) - set(SCORES_KEYS))
     if unknown or not {"text", "ids_a"} & set(given):
-        raise ValueError(f"a text with scores has keys {', '.join(given) or 'none'}; want text or ids_a, and of the others only "
-                         f"{', '.join(SCORES_KEYS[2:])}")
+        raise ValueError(
+            f"a text with scores has keys {', '.join(given) or 'none'}; want text or ids_a, and of "
+            f"the others only {', '.join(SCORES_KEYS[2:])}"
+        )
     text = given["text"] if "text" in given else spell(a.table, given["ids_a"]).text
     if text is None:
         raise ValueError("ids_a do not spell UTF-8, so B cannot encode them")
     source = text.encode()
-    ids = [given[key] if key in given else t.encode(text) for key, t in (("ids_a", a), ("ids_b", b))]
+    ids = [
+        given[key] if key in given else t.encode(text) for key, t in (("ids_a", a), ("ids_b", b))
+    ]
     sides = [tokenizer.side(own, source) for tokenizer, own in zip((a, b), ids, strict=True)]
-    problems = tuple(tokenizer.explain(own, source)[1] for tokenizer, own, one in zip((a, b), ids, sides, strict=True)
-                     if not one.reproduces)
+    problems = tuple(
+        tokenizer.explain(own, source)[1]
+        for tokenizer, own, one in zip((a, b), ids, sides, strict=True)
+        if not one.reproduces
+    )
     alignment = align_spans(sides[:1], sides[1:])[0]
     scored = after_prompt(alignment, given.get("prompt_bytes", 0))
     scores = _scores(scored, given)
-    marks = Marks(("A", "B"), tuple(ids), given.get("prompt_bytes"), _stop(given),
-                  scores and (given["logp_a"], given["logp_b"]), scores and np.where(scored.exact, scores.span_logp_a - scores.span_logp_b, np.nan),
-                  "log p, nats", "log p of A - log p of B, nats")
+    marks = Marks(
+        ("A", "B"),
+        tuple(ids),
+        given.get("prompt_bytes"),
+        _stop(given),
+        scores and (given["logp_a"], given["logp_b"]),
+        scores and np.where(scored.exact, scores.span_logp_a - scores.span_logp_b, np.nan),
+        "log p, nats",
+        "log p of A - log p of B, nats",
+    )
     return Look(*sides, alignment, count(source, *sides, alignment), scores, marks, problems)
 
 
 def facts(seen: Look) -> list[tuple[str, str]]:
     """Names and values of what was counted."""
     c = seen.counts
-    out = [("bytes", f"{c.num_bytes:,}"), ("tokens", f"{c.tokens_a:,} and {c.tokens_b:,}"), ("spans", f"{c.spans:,}"),
-           ("1:1", f"{c.one_to_one_share:.1%}"), ("tokens per span", "{:.2f} and {:.2f}".format(*c.tokens_per_span)),
-           ("longest span", f"{c.longest[0]} bytes"), ("coverage", f"{c.coverage:.1%}")]
+    out = [
+        ("bytes", f"{c.num_bytes:,}"),
+        ("tokens", f"{c.tokens_a:,} and {c.tokens_b:,}"),
+        ("spans", f"{c.spans:,}"),
+        ("1:1", f"{c.one_to_one_share:.1%}"),
+        ("tokens per span", "{:.2f} and {:.2f}".format(*c.tokens_per_span)),
+        ("longest span", f"{c.longest[0]} bytes"),
+        ("coverage", f"{c.coverage:.1%}"),
+    ]
     if s := seen.scores:
-        out += [("bits per byte", f"{s.bits_per_byte_a:.3f} and {s.bits_per_byte_b:.3f}"),
-                ("log p of A - of B", f"{s.log_ratio_unclipped:+.2f} nats, clipped {s.log_ratio:+.2f}")]
+        out += [
+            ("bits per byte", f"{s.bits_per_byte_a:.3f} and {s.bits_per_byte_b:.3f}"),
+            ("log p of A - of B", f"{s.log_ratio_unclipped:+.2f} nats, clipped {s.log_ratio:+.2f}"),
+        ]
     return out
 
 
@@ -102,8 +138,17 @@ def _scores(alignment: Alignment, given: Mapping[str, Any]) -> Scores | None:
     if "logp_a" not in given and "logp_b" not in given:
         return None
     if not {"logp_a", "logp_b"} <= set(given):
-        raise ValueError("log-probabilities of one side only; want both logp_a and logp_b, one number per id of its side")
-    return sequence_scores(alignment, given["logp_a"], given["logp_b"], stop_a=given.get("stop_a"), stop_b=given.get("stop_b"))
+        raise ValueError(
+            "log-probabilities of one side only; want both logp_a and logp_b, one number per id of "
+            "its side"
+        )
+    return sequence_scores(
+        alignment,
+        given["logp_a"],
+        given["logp_b"],
+        stop_a=given.get("stop_a"),
+        stop_b=given.get("stop_b"),
+    )
 
 
 def _stop(given: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -117,20 +162,40 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _arguments() -> argparse.Namespace:
-    parser = _Parser(prog="python -m reflux.tokenalign", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(
+        prog="python -m reflux.tokenalign",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("tokenizers", nargs=2, metavar="TOKENIZER", help="A and B")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--text")
     what.add_argument("--file", help="a UTF-8 text file; - reads standard input")
     what.add_argument("--scores", metavar="JSON", help="a text with ids and log-probabilities")
-    what.add_argument("--corpus", metavar="PATH", help="text or .jsonl (field text or prompt), or a folder of them")
-    parser.add_argument("--html", metavar="OUT", help="also write one self-contained page (not with --corpus)")
+    what.add_argument(
+        "--corpus",
+        metavar="PATH",
+        help="text or .jsonl (field text or prompt), or a folder of them",
+    )
+    parser.add_argument(
+        "--html", metavar="OUT", help="also write one self-contained page (not with --corpus)"
+    )
     parser.add_argument("--json", metavar="OUT", help="also write the statistics (with --corpus)")
-    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="auto: on a terminal without NO_COLOR")
-    parser.add_argument("--width", type=int, default=0, help="columns; default: those of the terminal, else 100")
+    parser.add_argument(
+        "--color",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="auto: on a terminal without NO_COLOR",
+    )
+    parser.add_argument(
+        "--width", type=int, default=0, help="columns; default: those of the terminal, else 100"
+    )
     found = parser.parse_args()
     if found.corpus and found.html or found.json and not found.corpus:
-        parser.error("--html draws one text (--text, --file, --scores), --json holds the statistics of --corpus")
+        parser.error(
+            "--html draws one text (--text, --file, --scores), --json holds the statistics of "
+            "--corpus"
+        )
     return found
 
 
@@ -138,7 +203,9 @@ def _given(arguments: argparse.Namespace) -> Mapping[str, Any]:
     if arguments.scores:
         given = json.loads(Path(arguments.scores).read_bytes())
         if not isinstance(given, dict):
-            raise ValueError(f"{arguments.scores} holds a {type(given).__name__}; want a JSON object")
+            raise ValueError(
+                f"{arguments.scores} holds a {type(given).__name__}; want a JSON object"
+            )
         return given
     if arguments.text is not None:
         return {"text": arguments.text}
@@ -148,17 +215,39 @@ def _given(arguments: argparse.Namespace) -> Mapping[str, Any]:
 
 def _show(a: Tokenizer, b: Tokenizer, arguments: argparse.Namespace) -> None:
     seen = look(a, b, _given(arguments))
-    color = arguments.color == "always" or (arguments.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-                                            and os.environ.get("TERM") != "dumb")
+    color = arguments.color == "always" or (
+        arguments.color == "auto"
+        and sys.stdout.isatty()
+        and not os.environ.get("NO_COLOR")
+        and os.environ.get("TERM") != "dumb"
+    )
     width = arguments.width or shutil.get_terminal_size((100, 24)).columns
     told, names = facts(seen), tuple(arguments.tokenizers)
-    print(to_terminal(seen.side_a, seen.side_b, seen.alignment, seen.marks, width=max(20, width), color=color))
-    print(f"A = {names[0]}, B = {names[1]}", "; ".join(f"{name} {value}" for name, value in told), sep="\n")
+    print(
+        to_terminal(
+            seen.side_a, seen.side_b, seen.alignment, seen.marks, width=max(20, width), color=color
+        )
+    )
+    print(
+        f"A = {names[0]}, B = {names[1]}",
+        "; ".join(f"{name} {value}" for name, value in told),
+        sep="\n",
+    )
     print(*seen.problems, sep="\n", end="\n" if seen.problems else "")
     if arguments.html:
         if (tokens := seen.counts.tokens_a + seen.counts.tokens_b) > PAGE_TOKENS:
-            raise ValueError(f"--html: {tokens:,} tokens make a page no browser likes; want at most {PAGE_TOKENS:,}, a part of the text")
-        page = to_html(seen.side_a, seen.side_b, seen.alignment, seen.marks, title=f"{names[0]} and {names[1]}", facts=told)
+            raise ValueError(
+                f"--html: {tokens:,} tokens make a page no browser likes; want at most "
+                f"{PAGE_TOKENS:,}, a part of the text"
+            )
+        page = to_html(
+            seen.side_a,
+            seen.side_b,
+            seen.alignment,
+            seen.marks,
+            title=f"{names[0]} and {names[1]}",
+            facts=told,
+        )
         Path(arguments.html).write_text(page, encoding="utf-8")
 
 
@@ -166,19 +255,26 @@ def _measure(a: Tokenizer, b: Tokenizer, arguments: argparse.Namespace) -> None:
     def tell(report: Report) -> None:
         print(f"\r{report.counts.documents:,} documents", end="", file=sys.stderr, flush=True)
 
-    report = measure(a, b, documents(arguments.corpus), progress=tell if sys.stderr.isatty() else None)
+    report = measure(
+        a, b, documents(arguments.corpus), progress=tell if sys.stderr.isatty() else None
+    )
     if sys.stderr.isatty():
         print("\r", end="", file=sys.stderr)
     print(summary(report, *arguments.tokenizers))
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(as_json(report, *arguments.tokenizers), indent=1, ensure_ascii=False) + "\n")
+        Path(arguments.json).write_text(
+            json.dumps(as_json(report, *arguments.tokenizers), indent=1, ensure_ascii=False) + "\n"
+        )
 
 
 def main() -> None:
     """The command. Exit code 2 and one line for anything a person can mend."""
     arguments = _arguments()
     try:
-        a, b = (load_tokenizer(path, name) for path, name in zip(arguments.tokenizers, "AB", strict=True))
+        a, b = (
+            load_tokenizer(path, name)
+            for path, name in zip(arguments.tokenizers, "AB", strict=True)
+        )
         (_measure if arguments.corpus else _show)(a, b, arguments)
     except (ValueError, OSError) as error:
         print("reflux.tokenalign: " + " ".join(str(error).split()), file=sys.stderr)

@@ -1,8 +1,11 @@
-"""How well two tokenizers align on a body of text: counts, failures with reasons, throughput. One pass, a batch in memory.
+"""How well two tokenizers align on a body of text: counts, failures with reasons, throughput. One
+pass, a batch in memory.
 
-A document is a row of a .jsonl file (field `text`, else `prompt`), or a text file; a text file above 64 KiB is cut at line ends into
-documents of about that size. A folder is read in the order of its paths, hidden files left out.
+A document is a row of a .jsonl file (field `text`, else `prompt`), or a text file; a text file
+above 64 KiB is cut at line ends into documents of about that size. A folder is read in the order of
+its paths, hidden files left out.
 """
+
 import json
 import re
 import time
@@ -40,11 +43,17 @@ def documents(path: str | Path) -> Iterator[Document]:
     """Stream the documents of a file or a folder. ValueError when there is nothing there."""
     root = Path(path)
     if root.is_dir():
-        files = sorted(p for p in root.rglob("*") if p.is_file() and not any(n.startswith(".") for n in p.relative_to(root).parts))
+        files = sorted(
+            p
+            for p in root.rglob("*")
+            if p.is_file() and not any(n.startswith(".") for n in p.relative_to(root).parts)
+        )
     else:
         files = [root] if root.is_file() else []
     if not files:
-        raise ValueError(f"corpus: no file at {path}; want a text file, a .jsonl file, or a folder of them.")
+        raise ValueError(
+            f"corpus: no file at {path}; want a text file, a .jsonl file, or a folder of them."
+        )
     for file in files:
         yield from _jsonl(file) if file.suffix in (".jsonl", ".ndjson") else _text(file)
 
@@ -76,7 +85,9 @@ def _text(file: Path) -> Iterator[Document]:
 
 @dataclass(frozen=True)
 class Counts:
-    """What was counted on aligned documents; adds up. Spans and tokens outside them as in `spans.Alignment`."""
+    """What was counted on aligned documents; adds up. Spans and tokens outside them as in
+    `spans.Alignment`.
+    """
 
     documents: int = 0
     partly: int = 0  # of them, with spans that are not exact
@@ -93,7 +104,11 @@ class Counts:
     longest: tuple[int, str] = (0, "")  # bytes of the longest span, and its text
 
     def __add__(self, other: "Counts") -> "Counts":
-        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "longest"}
+        sums = {
+            f.name: getattr(self, f.name) + getattr(other, f.name)
+            for f in fields(self)
+            if f.name != "longest"
+        }
         return Counts(**sums, longest=max(self.longest, other.longest, key=lambda found: found[0]))
 
     @property
@@ -112,12 +127,35 @@ class Counts:
 def count(source: bytes, side_a: Side, side_b: Side, alignment: Alignment) -> Counts:
     """Of one document."""
     sizes = np.diff(alignment.bounds, prepend=0)
-    a, b = (np.bincount(span[span >= 0], minlength=alignment.num_spans) for span in (alignment.span_a, alignment.span_b))
+    a, b = (
+        np.bincount(span[span >= 0], minlength=alignment.num_spans)
+        for span in (alignment.span_a, alignment.span_b)
+    )
     k = int(sizes.argmax()) if len(sizes) else 0
-    longest = (int(sizes[k]), source[alignment.bounds[k] - sizes[k]:alignment.bounds[k]].decode(errors="replace")) if len(sizes) else (0, "")
+    longest = (
+        (
+            int(sizes[k]),
+            source[alignment.bounds[k] - sizes[k] : alignment.bounds[k]].decode(errors="replace"),
+        )
+        if len(sizes)
+        else (0, "")
+    )
     empty_a, empty_b = (int(((one.lens == 0) & (one.ids >= 0)).sum()) for one in (side_a, side_b))
-    return Counts(1, int(not alignment.exact.all()), len(source), int(sizes[alignment.exact].sum()), len(side_a.ids), len(side_b.ids), empty_a, empty_b,
-                  int(a.sum()), int(b.sum()), alignment.num_spans, int(((a == 1) & (b == 1)).sum()), longest)
+    return Counts(
+        1,
+        int(not alignment.exact.all()),
+        len(source),
+        int(sizes[alignment.exact].sum()),
+        len(side_a.ids),
+        len(side_b.ids),
+        empty_a,
+        empty_b,
+        int(a.sum()),
+        int(b.sum()),
+        alignment.num_spans,
+        int(((a == 1) & (b == 1)).sum()),
+        longest,
+    )
 
 
 class Tokenizer:
@@ -125,7 +163,12 @@ class Tokenizer:
 
     def __init__(self, name: str, loaded: Any) -> None:
         """ValueError as for ByteTable.of."""
-        self.name, self.loaded, self.table, self.normalize = name, loaded, ByteTable.of(loaded), normalizer_of(loaded)
+        self.name, self.loaded, self.table, self.normalize = (
+            name,
+            loaded,
+            ByteTable.of(loaded),
+            normalizer_of(loaded),
+        )
 
     def encode(self, text: str) -> list[int]:
         return encode_text(self.loaded, text)
@@ -134,15 +177,24 @@ class Tokenizer:
         return side(self.table, ids, source, normalize=self.normalize)
 
     def explain(self, ids: Sequence[int], source: bytes) -> tuple[str, str]:
-        """Why a side does not reproduce the source: the kind of reason, and the reason with its place."""
+        """Why a side does not reproduce the source: the kind of reason, and the reason with its
+        place.
+        """
         spelled, image = self.table.bytes_of(ids), self.normalize(source.decode()).encode()
         if self.table.space_prefix and not image.startswith(b" "):
             spelled = spelled.removeprefix(b" ")
         at = len(commonprefix([spelled, image]))
         silent = [i for i in ids if i >= 0 and self.table.kind[i] != TEXT]
-        kind = f"{self.name}: " + ("an unknown character, or a name read as a control token" if silent else
-                                   "its ids spell another text (whitespace swallowed or collapsed, or a name read as a token)")
-        return kind, f"{kind}: {spelled[at:at + 12]!r} for {image[at:at + 12]!r} at byte {at} of {len(image)}"
+        kind = f"{self.name}: " + (
+            "an unknown character, or a name read as a control token"
+            if silent
+            else "its ids spell another text (whitespace swallowed or collapsed, or a name read as a token)"
+        )
+        return (
+            kind,
+            f"{kind}: {spelled[at : at + 12]!r} for {image[at : at + 12]!r} at byte {at} of "
+            f"{len(image)}",
+        )
 
 
 @dataclass
@@ -150,9 +202,13 @@ class Report:
     """What `measure` found so far."""
 
     counts: Counts = Counts()
-    failures: Counter[str] = field(default_factory=Counter)  # documents not read, or aligned only in part, by kind of reason
+    # documents not read, or aligned only in part, by kind of reason
+    failures: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)  # the first EXAMPLES failures in full
-    controls: tuple[Counter[str], Counter[str]] = field(default_factory=lambda: (Counter(), Counter()))  # names met in the text
+    # names met in the text
+    controls: tuple[Counter[str], Counter[str]] = field(
+        default_factory=lambda: (Counter(), Counter())
+    )
     common: int = 0  # spellings that both vocabularies have
     seconds: Counter[str] = field(default_factory=Counter)  # of each of STAGES
     tokens: Counter[str] = field(default_factory=Counter)  # that went through it, failures included
@@ -171,9 +227,16 @@ class Report:
         return self.tokens[stage] / self.seconds[stage] if self.seconds[stage] else 0.0
 
 
-def measure(a: Tokenizer, b: Tokenizer, texts: Iterable[Document], *, progress: Callable[[Report], None] | None = None) -> Report:
-    """Encode, check and align every document. One that cannot be read is counted with its reason and left out of all other numbers;
-    one whose ids do not spell it is counted with its reason and aligned around the changed parts (`Counts.coverage`).
+def measure(
+    a: Tokenizer,
+    b: Tokenizer,
+    texts: Iterable[Document],
+    *,
+    progress: Callable[[Report], None] | None = None,
+) -> Report:
+    """Encode, check and align every document. One that cannot be read is counted with its reason
+    and left out of all other numbers; one whose ids do not spell it is counted with its reason and
+    aligned around the changed parts (`Counts.coverage`).
 
     Text is encoded as content: a control token's name in it is plain characters, and counted.
     progress: called after every BATCH documents.
@@ -194,14 +257,18 @@ def measure(a: Tokenizer, b: Tokenizer, texts: Iterable[Document], *, progress: 
     return report
 
 
-def _sides(a: Tokenizer, b: Tokenizer, document: Document, report: Report) -> tuple[bytes, Side, Side] | None:
+def _sides(
+    a: Tokenizer, b: Tokenizer, document: Document, report: Report
+) -> tuple[bytes, Side, Side] | None:
     """The source and both sides of a document, or None and a failure in the report."""
     if document.text is None:
         return report.fail(document.where, document.problem)
     try:
         source = document.text.encode()
     except UnicodeEncodeError:
-        return report.fail(document.where, "the text holds half a surrogate pair: it is not Unicode text")
+        return report.fail(
+            document.where, "the text holds half a surrogate pair: it is not Unicode text"
+        )
     sides = []
     for stage, tokenizer in (("encode_a", a), ("encode_b", b)):
         start = time.perf_counter()
@@ -216,8 +283,14 @@ def _sides(a: Tokenizer, b: Tokenizer, document: Document, report: Report) -> tu
 
 
 def _control_names(table: ByteTable) -> re.Pattern[bytes]:
-    """Finds every name of a control id, the longest where two begin together; nothing when there is none."""
-    names = {piece for piece, kind in zip(table.pieces, table.kind.tolist(), strict=True) if kind == CONTROL and piece}
+    """Finds every name of a control id, the longest where two begin together; nothing when there is
+    none.
+    """
+    names = {
+        piece
+        for piece, kind in zip(table.pieces, table.kind.tolist(), strict=True)
+        if kind == CONTROL and piece
+    }
     return re.compile(b"|".join(map(re.escape, sorted(names, key=len, reverse=True))) or b"(?!)")
 
 
@@ -226,16 +299,36 @@ def summary(report: Report, name_a: str, name_b: str) -> str:
     c, (per_a, per_b) = report.counts, report.counts.tokens_per_span
     bytes_a, bytes_b = c.num_bytes / max(1, c.tokens_a), c.num_bytes / max(1, c.tokens_b)
     rows = [
-        ("documents", f"{c.documents:,} aligned, {c.partly:,} of them in part; {sum(report.failures.values()):,} failures"),
+        (
+            "documents",
+            f"{c.documents:,} aligned, {c.partly:,} of them in part; "
+            f"{sum(report.failures.values()):,} failures",
+        ),
         ("bytes", f"{c.num_bytes:,}, {c.coverage:.2%} in exact spans"),
-        ("tokens", f"A {c.tokens_a:,}, B {c.tokens_b:,}; bytes per token A {bytes_a:.2f}, B {bytes_b:.2f}"),
+        (
+            "tokens",
+            f"A {c.tokens_a:,}, B {c.tokens_b:,}; bytes per token A {bytes_a:.2f}, B {bytes_b:.2f}",
+        ),
         ("of no bytes", f"A {c.empty_a:,}, B {c.empty_b:,}"),
-        ("spans", f"{c.spans:,}, 1:1 {c.one_to_one_share:.1%}; tokens per span A {per_a:.3f}, B {per_b:.3f}"),
+        (
+            "spans",
+            f"{c.spans:,}, 1:1 {c.one_to_one_share:.1%}; tokens per span A {per_a:.3f}, B "
+            f"{per_b:.3f}",
+        ),
         ("longest span", f"{c.longest[0]} bytes: {c.longest[1][:60]!r}"),
         ("common vocabulary", f"{report.common:,} spellings, equal by bytes"),
-        ("control names met", "; ".join(f"{name}: {_top(met)}" for name, met in zip("AB", report.controls, strict=True))),
-        ("tokens per second", ", ".join(f"{stage.replace('_', ' ')} {report.rate(stage):,.0f}" for stage in STAGES)),
-        *(("failed", f"{n:,} x {kind}") for kind, n in report.failures.most_common())]
+        (
+            "control names met",
+            "; ".join(
+                f"{name}: {_top(met)}" for name, met in zip("AB", report.controls, strict=True)
+            ),
+        ),
+        (
+            "tokens per second",
+            ", ".join(f"{stage.replace('_', ' ')} {report.rate(stage):,.0f}" for stage in STAGES),
+        ),
+        *(("failed", f"{n:,} x {kind}") for kind, n in report.failures.most_common()),
+    ]
     lines = [f"A = {name_a}, B = {name_b}", *(f"{name:<18} {value}" for name, value in rows)]
     return "\n".join([*lines, *(f"  for example {example}" for example in report.examples)])
 
@@ -247,8 +340,17 @@ def _top(met: Counter[str]) -> str:
 def as_json(report: Report, name_a: str, name_b: str) -> dict[str, Any]:
     """The same for a machine; seconds and rates are of this machine and run."""
     c = report.counts
-    return {"a": name_a, "b": name_b, **asdict(c), "coverage": c.coverage, "one_to_one_share": c.one_to_one_share,
-            "tokens_per_span": c.tokens_per_span, "common_spellings": report.common,
-            "control_names": {side: dict(met) for side, met in zip("ab", report.controls, strict=True)},
-            "failures": dict(report.failures), "failure_examples": report.examples, "seconds": dict(report.seconds),
-            "tokens_per_s": {stage: round(report.rate(stage)) for stage in STAGES}}
+    return {
+        "a": name_a,
+        "b": name_b,
+        **asdict(c),
+        "coverage": c.coverage,
+        "one_to_one_share": c.one_to_one_share,
+        "tokens_per_span": c.tokens_per_span,
+        "common_spellings": report.common,
+        "control_names": {side: dict(met) for side, met in zip("ab", report.controls, strict=True)},
+        "failures": dict(report.failures),
+        "failure_examples": report.examples,
+        "seconds": dict(report.seconds),
+        "tokens_per_s": {stage: round(report.rate(stage)) for stage in STAGES},
+    }

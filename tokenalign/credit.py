@@ -1,27 +1,38 @@
 """From a number per span back to numbers per token.
 
-`credit` shares a span's value out among its tokens; whatever the rule, the shares add up to the value. Such a share is myopic as a
-policy-gradient advantage: it rewards a token for its own span only. `reward_to_go` gives each token all that comes at and after its
-span, which keeps the expected gradient of the whole sum. A baseline made of another text's `span_to_go` at the same span number
+`credit` shares a span's value out among its tokens; whatever the rule, the shares add up to the
+value. Such a share is myopic as a policy-gradient advantage: it rewards a token for its own span
+only. `reward_to_go` gives each token all that comes at and after its span, which keeps the expected
+gradient of the whole sum. A baseline made of another text's `span_to_go` at the same span number
 (`following_span`) does not depend on what follows the token, so it keeps it, too.
 
 S: spans. T: tokens of one side, span -1 = outside every span (no credit).
 """
+
 import numpy as np
 
 RULES = ("uniform", "bytes", "surprisal", "first", "last")
 
 
-def credit(value_S: np.ndarray, span_T: np.ndarray, rule: str, *, logp: np.ndarray | None = None,
-           lens: np.ndarray | None = None) -> np.ndarray:
-    """Share value_S [S] out among the tokens of span_T [T]; float64 [T]. The tokens of span k get value_S[k] in all.
+def credit(
+    value_S: np.ndarray,
+    span_T: np.ndarray,
+    rule: str,
+    *,
+    logp: np.ndarray | None = None,
+    lens: np.ndarray | None = None,
+) -> np.ndarray:
+    """Share value_S [S] out among the tokens of span_T [T]; float64 [T]. The tokens of span k get
+    value_S[k] in all.
 
         uniform      1 / number of tokens
         bytes        lens_i / bytes of the span; needs lens [T] (offsets.Side.lens)
-        surprisal    log p_i / log p of the span; needs logp [T], each <= 0 up to rounding. Uniform where the span is certain
+        surprisal    log p_i / log p of the span; needs logp [T], each <= 0 up to rounding. Uniform
+                     where the span is certain
         first, last  everything to one token
 
-    ValueError: an unknown rule, a missing or mis-shaped argument, a positive logp, a value on a span that has no token.
+    ValueError: an unknown rule, a missing or mis-shaped argument, a positive logp, a value on a
+    span that has no token.
     """
     value_S, span_T = _check(value_S, span_T)
     live = span_T >= 0
@@ -29,8 +40,10 @@ def credit(value_S: np.ndarray, span_T: np.ndarray, rule: str, *, logp: np.ndarr
     count = np.bincount(span, minlength=len(value_S))
     lost = np.flatnonzero((count == 0) & (value_S != 0))
     if len(lost):
-        raise ValueError(f"credit: span {lost[0]} is worth {value_S[lost[0]]} and has no token here; value_S and span_T must come "
-                         "from the same alignment.")
+        raise ValueError(
+            f"credit: span {lost[0]} is worth {value_S[lost[0]]} and has no token here; value_S "
+            "and span_T must come from the same alignment."
+        )
     if rule == "uniform":
         share = np.ones(len(span))
     elif rule == "bytes":
@@ -44,15 +57,21 @@ def credit(value_S: np.ndarray, span_T: np.ndarray, rule: str, *, logp: np.ndarr
     total = np.bincount(span, weights=share, minlength=len(value_S))[span]
     empty = total < 1e-8  # below this, shares are quotients of rounding errors
     credit_T = np.zeros(len(span_T))
-    credit_T[live] = value_S[span] * np.where(empty, 1 / np.maximum(count[span], 1), share / np.where(empty, 1.0, total))
+    credit_T[live] = value_S[span] * np.where(
+        empty, 1 / np.maximum(count[span], 1), share / np.where(empty, 1.0, total)
+    )
     return credit_T
 
 
-def reward_to_go(value_S: np.ndarray, span_T: np.ndarray, *, end: float = 0.0, length: int | None = None) -> np.ndarray:
-    """For each token the sum of value_S at and after its span, and `end`; float64 [T], or [length] with tokens appended.
+def reward_to_go(
+    value_S: np.ndarray, span_T: np.ndarray, *, end: float = 0.0, length: int | None = None
+) -> np.ndarray:
+    """For each token the sum of value_S at and after its span, and `end`; float64 [T], or [length]
+    with tokens appended.
 
-    A token outside every span gets what comes after it: everything for a BOS in front, `end` past the last span. end: what comes
-    behind the text, the stop term's value; the stop token is a token past the last span, so it gets `end` alone.
+    A token outside every span gets what comes after it: everything for a BOS in front, `end` past
+    the last span. end: what comes behind the text, the stop term's value; the stop token is a token
+    past the last span, so it gets `end` alone.
     """
     value_S, span_T = _check(value_S, span_T)
     return span_to_go(value_S, end)[following_span(span_T, len(value_S), length)]
@@ -64,40 +83,53 @@ def span_to_go(value_S: np.ndarray, end: float = 0.0) -> np.ndarray:
 
 
 def following_span(span_T: np.ndarray, num_spans: int, length: int | None = None) -> np.ndarray:
-    """int64 [T]: the span of each token, or the next one for a token outside; num_spans past the last. Never falls.
+    """int64 [T]: the span of each token, or the next one for a token outside; num_spans past the
+    last. Never falls.
 
-    length: as many tokens, those beyond span_T past the last span (a stop token); fewer than T are refused with ValueError.
+    length: as many tokens, those beyond span_T past the last span (a stop token); fewer than T are
+    refused with ValueError.
     """
     span_T = np.asarray(span_T, np.int64)
     length = len(span_T) if length is None else length
     if length < len(span_T):
-        raise ValueError(f"following_span: length = {length} for {len(span_T)} tokens; want at least as many.")
+        raise ValueError(
+            f"following_span: length = {length} for {len(span_T)} tokens; want at least as many."
+        )
     following = np.full(length, num_spans, np.int64)
-    following[:len(span_T)] = np.where(span_T >= 0, span_T, num_spans)
+    following[: len(span_T)] = np.where(span_T >= 0, span_T, num_spans)
     return np.minimum.accumulate(following[::-1])[::-1]
 
 
 def _check(value_S: np.ndarray, span_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     value_S, span_T = np.asarray(value_S, np.float64), np.asarray(span_T)
     if value_S.ndim != 1 or span_T.ndim != 1 or span_T.max(initial=-1) >= len(value_S):
-        raise ValueError(f"credit: value_S is {list(value_S.shape)} and span_T {list(span_T.shape)} with spans up to "
-                         f"{span_T.max(initial=-1)}; want one value per span and one span per token of one text.")
+        raise ValueError(
+            f"credit: value_S is {list(value_S.shape)} and span_T {list(span_T.shape)} with spans "
+            f"up to {span_T.max(initial=-1)}; want one value per span and one span per token of "
+            "one text."
+        )
     return value_S, span_T
 
 
 def _per_token(name: str, values: np.ndarray | None, live: np.ndarray) -> np.ndarray:
     if values is None or np.shape(values) != live.shape:
         got = "nothing" if values is None else f"shape {list(np.shape(values))}"
-        raise ValueError(f"credit: this rule needs {name}, one per token; got {got} for {len(live)} tokens.")
+        raise ValueError(
+            f"credit: this rule needs {name}, one per token; got {got} for {len(live)} tokens."
+        )
     values = np.asarray(values, np.float64)[live]
     if not np.isfinite(values).all() or (values > 1e-3 if name == "logp" else values < 0).any():
-        raise ValueError(f"credit: {name} must be finite and {'at most' if name == 'logp' else 'at least'} 0 inside the spans; "
-                         f"got {values[~np.isfinite(values) | (values > 1e-3 if name == 'logp' else values < 0)][0]}.")
+        raise ValueError(
+            f"credit: {name} must be finite and {'at most' if name == 'logp' else 'at least'} 0 inside the spans; "
+            f"got {values[~np.isfinite(values) | (values > 1e-3 if name == 'logp' else values < 0)][0]}."
+        )
     return values
 
 
 def _edge(span: np.ndarray, rule: str, num_spans: int) -> np.ndarray:
-    """1 at the first or last token of each span, else 0. Tokens need not be in the order of their spans."""
+    """1 at the first or last token of each span, else 0. Tokens need not be in the order of their
+    spans.
+    """
     order = np.arange(len(span))
     chosen = np.full(num_spans, len(span) if rule == "first" else -1)
     (np.minimum if rule == "first" else np.maximum).at(chosen, span, order)

@@ -1,14 +1,17 @@
 """Where a token of a *normalised* text ends in the source text.
 
-A tokenizer with a normaliser N (NFC, NFKC, lower-casing ...) spells N(text), not the text. The text is cut into clusters c over which
-N distributes,
+A tokenizer with a normaliser N (NFC, NFKC, lower-casing ...) spells N(text), not the text. The text
+is cut into clusters c over which N distributes,
     N(c_1 + ... + c_m) = N(c_1) + ... + N(c_m),
-so a cluster edge in N(text) is a known place in the text, and so is every byte that a cluster and its image have in common at
-either end. No other position has one: half of a ligature that became two letters is nowhere in the source.
+so a cluster edge in N(text) is a known place in the text, and so is every byte that a cluster and
+its image have in common at either end. No other position has one: half of a ligature that became
+two letters is nowhere in the source.
 
-Every cut is tested on the two strings that it separates, so the law above holds by construction, whatever N does. N has to be
-the tokenizer's own function (`byte_table.normalizer_of`): Unicode tables differ between versions.
+Every cut is tested on the two strings that it separates, so the law above holds by construction,
+whatever N does. N has to be the tokenizer's own function (`byte_table.normalizer_of`): Unicode
+tables differ between versions.
 """
+
 from collections.abc import Callable, Iterator
 from os.path import commonprefix
 
@@ -18,10 +21,12 @@ Normalize = Callable[[str], str]
 
 
 def clusters(text: str, normalize: Normalize) -> list[tuple[str, str]]:
-    """Pairs (c, N(c)) that spell `text` and N(text). Cuts where N changes something; what it leaves alone stays in one piece.
+    """Pairs (c, N(c)) that spell `text` and N(text). Cuts where N changes something; what it leaves
+    alone stays in one piece.
 
-    Halves the text and keeps the halves when N distributes over them, so its cost grows with the number of changed places, not
-    with the length: one call of N when nothing changes, O(n log n) characters through N at worst.
+    Halves the text and keeps the halves when N distributes over them, so its cost grows with the
+    number of changed places, not with the length: one call of N when nothing changes, O(n log n)
+    characters through N at worst.
     """
     done, todo = [], [(text, normalize(text))] if text else []
     while todo:
@@ -37,10 +42,11 @@ def clusters(text: str, normalize: Normalize) -> list[tuple[str, str]]:
 def source_ends(text: str, normalize: Normalize, ends: np.ndarray) -> np.ndarray:
     """Byte ends of tokens in N(text) -> byte ends in `text`, int64 of the same length.
 
-    ends: int64 [n], non-decreasing, from 0 to the bytes of N(text). normalize: N, which must not put a prefix before the text.
-    An end that is no place of the source takes the last one before it that is: such a token has no bytes, and the next token
-    whose end is a place carries them. The end of N(text) is always the end of the text. Where N deletes characters, they belong
-    to the token before them. The result is `ends` itself, value by value, where N changes nothing.
+    ends: int64 [n], non-decreasing, from 0 to the bytes of N(text). normalize: N, which must not
+    put a prefix before the text. An end that is no place of the source takes the last one before it
+    that is: such a token has no bytes, and the next token whose end is a place carries them. The
+    end of N(text) is always the end of the text. Where N deletes characters, they belong to the
+    token before them. The result is `ends` itself, value by value, where N changes nothing.
     ValueError when `ends` is not sorted or runs past N(text).
     """
     ends = np.asarray(ends, np.int64)
@@ -48,17 +54,24 @@ def source_ends(text: str, normalize: Normalize, ends: np.ndarray) -> np.ndarray
     source = np.cumsum([0, *(len(c.encode()) for c, _ in pairs)], dtype=np.int64)
     image = np.cumsum([0, *(len(n.encode()) for _, n in pairs)], dtype=np.int64)
     if len(ends) and (ends[0] < 0 or ends[-1] > image[-1] or (np.diff(ends) < 0).any()):
-        raise ValueError(f"source_ends: ends run from {ends[0]} to {ends[-1]}; want non-decreasing ends within the {image[-1]} bytes of "
-                         "the normalised text. Are these the ends of another text, or with a space prefix still counted?")
+        raise ValueError(
+            f"source_ends: ends run from {ends[0]} to {ends[-1]}; want non-decreasing ends within "
+            f"the {image[-1]} bytes of the normalised text. Are these the ends of another text, or "
+            "with a space prefix still counted?"
+        )
     same = np.array([c == n for c, n in pairs] + [False])
-    k = np.searchsorted(image, ends, side="right") - 1  # the last edge at or before: past what was deleted
+    # the last edge at or before: past what was deleted
+    k = np.searchsorted(image, ends, side="right") - 1
     place = np.where(image[k] == ends, source[k], np.where(same[k], source[k] + ends - image[k], 0))
-    place[ends == 0] = 0  # characters deleted at the very start belong to the first token that has bytes
+    # characters deleted at the very start belong to the first token that has bytes
+    place[ends == 0] = 0
     return np.maximum.accumulate(place) if len(place) else place
 
 
 def _cut(whole: str, image: str, normalize: Normalize) -> list[tuple[str, str]] | None:
-    """Two parts with N(left) + N(right) = N(whole) = `image`, as near the middle as a few tries find; None when none do."""
+    """Two parts with N(left) + N(right) = N(whole) = `image`, as near the middle as a few tries
+    find; None when none do.
+    """
     for at in _tries(len(whole)):
         left, right = normalize(whole[:at]), normalize(whole[at:])
         if left + right == image:
@@ -73,12 +86,18 @@ def _trim(source: str, image: str) -> list[tuple[str, str]]:
     head = len(commonprefix([source, image]))
     tail = len(commonprefix([source[head:][::-1], image[head:][::-1]]))
     cut, image_cut = len(source) - tail, len(image) - tail
-    return [(source[:head], image[:head]), (source[head:cut], image[head:image_cut]), (source[cut:], image[image_cut:])]
+    return [
+        (source[:head], image[:head]),
+        (source[head:cut], image[head:image_cut]),
+        (source[cut:], image[image_cut:]),
+    ]
 
 
 def _tries(length: int) -> Iterator[int]:
-    """Cuts to try, from the middle outwards: every one nearby, then by doubling, so that long runs (spaces that N collapses,
-    stacked marks) are stepped over; at last, the same from both ends inwards."""
+    """Cuts to try, from the middle outwards: every one nearby, then by doubling, so that long runs
+    (spaces that N collapses, stacked marks) are stepped over; at last, the same from both ends
+    inwards.
+    """
     steps = [*range(1, 9), *(1 << p for p in range(4, length.bit_length()))]
     middle = length // 2
     near = [middle, *(middle + sign * step for step in steps for sign in (1, -1))]

@@ -1,15 +1,20 @@
-"""What a sequence of ids spells, and one side of an alignment: where each token ends in a shared source text.
+"""What a sequence of ids spells, and one side of an alignment: where each token ends in a shared
+source text.
 
-The source is the bytes of the side that *produced* the ids (the sampler), never a re-encoding of its text. The other side encodes
-the source, and its ids must give the same bytes back. Three things may stand between ids and source:
+The source is the bytes of the side that *produced* the ids (the sampler), never a re-encoding of
+its text. The other side encodes the source, and its ids must give the same bytes back. Three things
+may stand between ids and source:
 
-    a space that the tokenizer put in front     dropped, decided by comparison, once per stretch that was encoded on its own
+    a space that the tokenizer put in front     dropped, decided by comparison, once per stretch
+        that was encoded on its own
     a normaliser N: the ids spell N(source)     ends are mapped back (norm_map); nothing is lost
-    anything else: an unknown character,        the parts that are equal keep their place; tokens that touch a changed part are
+    anything else: an unknown character,        the parts that are equal keep their place; tokens
+        that touch a changed part are
     collapsed or swallowed whitespace           marked, and their spans are never `exact`
 
 n: tokens of a row. V: vocabulary.
 """
+
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +36,8 @@ class Spelled:
     """The text of a sequence of ids."""
 
     bytes: bytes  # what the ids spell, up to the last whole character
-    text: str | None  # the same as strict UTF-8; None when it is not UTF-8, and then no other model can score it
+    # the same as strict UTF-8; None when it is not UTF-8, and then no other model can score it
+    text: str | None
     cut: bool  # the ids end inside a character (a length stop); its first bytes were left out
 
 
@@ -41,12 +47,18 @@ class Side:
 
     table: ByteTable
     ids: np.ndarray  # int32 [n]; -1 where a token is outside every span: masked, control, unknown
-    skip: int  # 1 when the first token with bytes starts with a space that the tokenizer put before the text, else 0
-    reproduces: bool  # the ids spell the source, or N(source) (and at most the start of a cut character after it)
-    later_skips: tuple[int, ...] = ()  # the same, within the row: tokens that start with a space put there
+    # 1 when the first token with bytes starts with a space that the tokenizer put before the text,
+    # else 0
+    skip: int
+    # the ids spell the source, or N(source) (and at most the start of a cut character after it)
+    reproduces: bool
+    # the same, within the row: tokens that start with a space put there
+    later_skips: tuple[int, ...] = ()
     surface: bool = False  # control ids spell their names
-    ends: np.ndarray | None = None  # int64 [n], bytes of the source up to each token's end; None: the sums of `lens`
-    changed: np.ndarray | None = None  # bool [n], tokens that touch bytes on which ids and source differ; None: none do
+    # int64 [n], bytes of the source up to each token's end; None: the sums of `lens`
+    ends: np.ndarray | None = None
+    # bool [n], tokens that touch bytes on which ids and source differ; None: none do
+    changed: np.ndarray | None = None
     source: bytes | None = None
 
     @property
@@ -60,8 +72,14 @@ class Side:
 
     @cached_property
     def skips(self) -> np.ndarray:
-        """int64, positions of the tokens whose first byte, a space put there, belongs to no side."""
-        first = np.flatnonzero(spelling(self.table, self.surface).lens_of(self.ids))[:1] if self.skip else ()
+        """int64, positions of the tokens whose first byte, a space put there, belongs to no
+        side.
+        """
+        first = (
+            np.flatnonzero(spelling(self.table, self.surface).lens_of(self.ids))[:1]
+            if self.skip
+            else ()
+        )
         return np.array([*first, *self.later_skips], np.int64)
 
 
@@ -73,11 +91,17 @@ class Spelling:
         self.spells = (table.kind == TEXT) | (surface & (table.kind == CONTROL))  # bool [V]
         self.lens = np.where(self.spells, pieces.lens, 0).astype(np.int32)
         data = np.frombuffer(pieces.data, np.uint8)[np.repeat(self.spells, pieces.lens)]
-        self.native = _native.Table(data, np.concatenate([[0], np.cumsum(self.lens, dtype=np.int64)]))
+        self.native = _native.Table(
+            data, np.concatenate([[0], np.cumsum(self.lens, dtype=np.int64)])
+        )
 
     def lens_of(self, ids: np.ndarray) -> np.ndarray:
         """int32 [n]; 0 for -1 and for ids that spell nothing."""
-        return np.where(ids >= 0, self.lens[ids], 0) if len(self.lens) else np.zeros(len(ids), np.int32)
+        return (
+            np.where(ids >= 0, self.lens[ids], 0)
+            if len(self.lens)
+            else np.zeros(len(ids), np.int32)
+        )
 
 
 _SPELLINGS: "WeakKeyDictionary[ByteTable, dict[bool, Spelling]]" = WeakKeyDictionary()
@@ -91,13 +115,15 @@ def spelling(table: ByteTable, surface: bool) -> Spelling:
     return built[surface]
 
 
-def spell(table: ByteTable, ids: Sequence[int], *, control: str = "event", drop_space: bool = False) -> Spelled:
+def spell(
+    table: ByteTable, ids: Sequence[int], *, control: str = "event", drop_space: bool = False
+) -> Spelled:
     """Bytes and strict UTF-8 text of `ids`. -1, unknown and unused ids spell nothing.
 
-    control: "event", a control id (stop, template, tool tag) spells nothing; "surface", it spells its name, for a reader that
-    sees the name written out; "error", it is refused with a ValueError.
-    drop_space: leave out one leading space, where the producer's tokenizer puts one before a reply (SentencePiece; a matter of
-    the model's chat recipe) and readers are not to see it.
+    control: "event", a control id (stop, template, tool tag) spells nothing; "surface", it spells
+    its name, for a reader that sees the name written out; "error", it is refused with a ValueError.
+    drop_space: leave out one leading space, where the producer's tokenizer puts one before a reply
+    (SentencePiece; a matter of the model's chat recipe) and readers are not to see it.
     ValueError for an id outside the table.
     """
     raw = _read(table, ids, control)[1]
@@ -110,17 +136,27 @@ def spell(table: ByteTable, ids: Sequence[int], *, control: str = "event", drop_
     return Spelled(raw[:whole], text, whole < len(raw))
 
 
-def side(table: ByteTable, ids: Sequence[int], source: bytes, *, normalize: Callable[[str], str] | None = None,
-         control: str = "event", starts: Sequence[int] = (), strict: bool = False) -> Side:
+def side(
+    table: ByteTable,
+    ids: Sequence[int],
+    source: bytes,
+    *,
+    normalize: Callable[[str], str] | None = None,
+    control: str = "event",
+    starts: Sequence[int] = (),
+    strict: bool = False,
+) -> Side:
     """The ids of one tokenizer as a side of an alignment over `source`.
 
-    ids: [n], -1 for a token to leave out (BOS, padding, template). Control, unknown and unused ids are left out too.
-    normalize: the tokenizer's own normaliser (`byte_table.normalizer_of`); None takes every text to stay as it is.
-    control: as in `spell`.
-    starts: positions where the ids were encoded anew, as a completion is behind its prompt. There, at the first token and behind
-    every one left out, a tokenizer with that habit may have put a space: it did iff the ids spell the source without it.
-    strict: raise ValueError, with the first byte that differs, instead of returning a side that does not reproduce the source.
-    Without it, look at `.reproduces`, or use only the spans that are `exact`. ValueError for an id outside the table.
+    ids: [n], -1 for a token to leave out (BOS, padding, template). Control, unknown and unused ids
+    are left out too. normalize: the tokenizer's own normaliser (`byte_table.normalizer_of`); None
+    takes every text to stay as it is. control: as in `spell`.
+    starts: positions where the ids were encoded anew, as a completion is behind its prompt. There,
+    at the first token and behind every one left out, a tokenizer with that habit may have put a
+    space: it did iff the ids spell the source without it. strict: raise ValueError, with the first
+    byte that differs, instead of returning a side that does not reproduce the source. Without it,
+    look at `.reproduces`, or use only the spans that are `exact`. ValueError for an id outside the
+    table.
     """
     text_ids, raw = _read(table, ids, control)
     same = dict(surface=control == "surface", source=source)
@@ -140,13 +176,19 @@ def side(table: ByteTable, ids: Sequence[int], source: bytes, *, normalize: Call
         skips = _first(lens) if _agrees_without_space(table, raw, image) else ()
     spelled = _without(raw, lens, skips)
     lens[list(skips)] -= 1
-    ends, changed = (np.cumsum(lens, dtype=np.int64), None) if reproduces else _place(lens, spelled, image)
+    ends, changed = (
+        (np.cumsum(lens, dtype=np.int64), None) if reproduces else _place(lens, spelled, image)
+    )
     if text is not None:
-        ends = np.maximum(ends - len(image), 0) + source_ends(text, normalize, np.minimum(ends, len(image)))
+        ends = np.maximum(ends - len(image), 0) + source_ends(
+            text, normalize, np.minimum(ends, len(image))
+        )
     return _side(table, text_ids, skips, reproduces, same | dict(ends=ends, changed=changed))
 
 
-def _side(table: ByteTable, ids: np.ndarray, skips: Sequence[int], reproduces: bool, more: dict) -> Side:
+def _side(
+    table: ByteTable, ids: np.ndarray, skips: Sequence[int], reproduces: bool, more: dict
+) -> Side:
     at_start = bool(skips) and skips[0] == _first(spelling(table, more["surface"]).lens_of(ids))[0]
     return Side(table, ids, int(at_start), reproduces, tuple(skips[at_start:]), **more)
 
@@ -160,45 +202,66 @@ def _read(table: ByteTable, ids: Sequence[int], control: str) -> tuple[np.ndarra
         ids = ids.astype(np.int64)
     if ids.size and not (-1 <= ids.min() and ids.max() < len(table)):
         table.bytes_of(ids.tolist())  # raises, with the position
-    if control == "error" and (at := np.flatnonzero((ids >= 0) & (table.kind[ids] == CONTROL))).size:
-        raise ValueError(f"id {ids[at[0]]} ({table.pieces[ids[at[0]]]!r}) at position {at[0]} is a control token inside the content; "
-                         'cut the content at its stop token, or take control = "event" or "surface".')
+    if (
+        control == "error"
+        and (at := np.flatnonzero((ids >= 0) & (table.kind[ids] == CONTROL))).size
+    ):
+        raise ValueError(
+            f"id {ids[at[0]]} ({table.pieces[ids[at[0]]]!r}) at position {at[0]} is a control "
+            "token inside the content; "
+            'cut the content at its stop token, or take control = "event" or "surface".'
+        )
     how = spelling(table, control == "surface")
     text_ids = _native.mask(np.ascontiguousarray(ids, np.int32), how.spells.view(np.uint8))
     return text_ids, how.native.spell(text_ids)
 
 
-def _find_skips(table: ByteTable, ids: np.ndarray, lens: np.ndarray, raw: bytes, want: bytes,
-                starts: Sequence[int]) -> tuple[int, ...] | None:
-    """Tokens whose leading space has to go for the ids to spell `want`, as few as possible; None when nothing helps.
+def _find_skips(
+    table: ByteTable,
+    ids: np.ndarray,
+    lens: np.ndarray,
+    raw: bytes,
+    want: bytes,
+    starts: Sequence[int],
+) -> tuple[int, ...] | None:
+    """Tokens whose leading space has to go for the ids to spell `want`, as few as possible; None
+    when nothing helps.
 
     `raw` may go on with the start of a character that was never finished.
     """
     if raw == want:
         return ()
-    tail = raw[_whole_characters(raw):]
+    tail = raw[_whole_characters(raw) :]
     wanted = [want, want + tail] if tail else [want]
     if raw in wanted:
         return ()
     return _skips_of_stretches(ids, lens, raw, wanted, starts) if table.space_prefix else None
 
 
-def _skips_of_stretches(ids: np.ndarray, lens: np.ndarray, raw: bytes, wanted: list[bytes],
-                        starts: Sequence[int]) -> tuple[int, ...] | None:
-    """Every stretch between tokens left out was encoded by itself, and may or may not begin with a space put there."""
+def _skips_of_stretches(
+    ids: np.ndarray, lens: np.ndarray, raw: bytes, wanted: list[bytes], starts: Sequence[int]
+) -> tuple[int, ...] | None:
+    """Every stretch between tokens left out was encoded by itself, and may or may not begin with a
+    space put there.
+    """
     heads = np.unique([0, *starts, *(np.flatnonzero(ids < 0) + 1), len(ids)])
     byte_at = np.concatenate([[0], np.cumsum(lens, dtype=np.int64)])[heads]
     for want in wanted:
-        reached: dict[int, tuple[int, ...]] = {0: ()}  # bytes of `want` spelled so far -> spaces dropped on the way
-        for head, begin, end in zip(heads[:-1].tolist(), byte_at[:-1].tolist(), byte_at[1:].tolist()):
+        # bytes of `want` spelled so far -> spaces dropped on the way
+        reached: dict[int, tuple[int, ...]] = {0: ()}
+        for head, begin, end in zip(
+            heads[:-1].tolist(), byte_at[:-1].tolist(), byte_at[1:].tolist()
+        ):
             if begin == end:
                 continue
             further: dict[int, tuple[int, ...]] = {}
             for at, skips in reached.items():
                 if want.startswith(raw[begin:end], at):
                     further.setdefault(at + end - begin, skips)
-                if raw[begin:begin + 1] == b" " and want.startswith(raw[begin + 1:end], at):
-                    further.setdefault(at + end - begin - 1, (*skips, head + _first(lens[head:])[0]))
+                if raw[begin : begin + 1] == b" " and want.startswith(raw[begin + 1 : end], at):
+                    further.setdefault(
+                        at + end - begin - 1, (*skips, head + _first(lens[head:])[0])
+                    )
             reached = further
         if len(want) in reached:
             return reached[len(want)]
@@ -206,16 +269,22 @@ def _skips_of_stretches(ids: np.ndarray, lens: np.ndarray, raw: bytes, wanted: l
 
 
 def _place(lens: np.ndarray, got: bytes, want: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Where the tokens of `got` end in `want`, int64 [n], and which of them touch a byte that is not in both, bool [n].
+    """Where the tokens of `got` end in `want`, int64 [n], and which of them touch a byte that is
+    not in both, bool [n].
 
-    An end inside a changed part has no place there and takes the last one before it, as in norm_map.source_ends.
+    An end inside a changed part has no place there and takes the last one before it, as in
+    norm_map.source_ends.
     """
     block = np.array(_equal_blocks(got, want) or [(0, 0, 0)], np.int64)
     at, want_at, size = block.T
     end = np.cumsum(lens, dtype=np.int64)
     k = np.maximum(np.searchsorted(at, end) - 1, 0)  # the last block that begins before the end
     following = np.minimum(k + 1, len(at) - 1)
-    place = np.where(end <= at[k] + size[k], want_at[k] + end - at[k], np.where(at[following] == end, want_at[following], 0))
+    place = np.where(
+        end <= at[k] + size[k],
+        want_at[k] + end - at[k],
+        np.where(at[following] == end, want_at[following], 0),
+    )
     place[(end < at[0]) | (end == 0)] = 0
     place = np.maximum.accumulate(place) if len(place) else place
 
@@ -226,14 +295,20 @@ def _place(lens: np.ndarray, got: bytes, want: bytes) -> tuple[np.ndarray, np.nd
 
     changed = np.zeros(len(end), bool)
     for position, begin in ((end, at), (place, want_at)):
-        changed |= np.diff(inside(position, begin), prepend=inside(np.zeros(1, np.int64), begin)) != np.diff(position, prepend=0)
+        changed |= np.diff(
+            inside(position, begin), prepend=inside(np.zeros(1, np.int64), begin)
+        ) != np.diff(position, prepend=0)
     return place, changed
 
 
-def _equal_blocks(got: bytes, want: bytes, at: int = 0, want_at: int = 0) -> list[tuple[int, int, int]]:
-    """Equal parts (place in `got`, place in `want`, bytes) in rising order: what both begin and end with; between, what is anchored.
+def _equal_blocks(
+    got: bytes, want: bytes, at: int = 0, want_at: int = 0
+) -> list[tuple[int, int, int]]:
+    """Equal parts (place in `got`, place in `want`, bytes) in rising order: what both begin and end
+    with; between, what is anchored.
 
-    An anchor is ANCHOR bytes that occur once on either side: patience diff over byte windows, so the cost is that of a sort.
+    An anchor is ANCHOR bytes that occur once on either side: patience diff over byte windows, so
+    the cost is that of a sort.
     """
     head = _agree(got, want)
     got, want = got[head:], want[head:]
@@ -252,7 +327,9 @@ def _equal_blocks(got: bytes, want: bytes, at: int = 0, want_at: int = 0) -> lis
 
 
 def _anchors(got: bytes, want: bytes) -> list[tuple[int, int, int]]:
-    """Runs of windows that occur once on either side, as many bytes as keep their order; they do not overlap."""
+    """Runs of windows that occur once on either side, as many bytes as keep their order; they do
+    not overlap.
+    """
     if min(len(got), len(want)) < ANCHOR:
         return []
     (keys, at), (other_keys, other_at) = _unique_windows(got), _unique_windows(want)
@@ -276,13 +353,16 @@ def _anchors(got: bytes, want: bytes) -> list[tuple[int, int, int]]:
 def _unique_windows(text: bytes) -> tuple[np.ndarray, np.ndarray]:
     """The ANCHOR-byte windows that occur once, as integers in rising order, and where."""
     windows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(text, np.uint8), ANCHOR)
-    keys, at, count = np.unique(np.ascontiguousarray(windows).view(np.uint64)[:, 0], return_index=True, return_counts=True)
+    keys, at, count = np.unique(
+        np.ascontiguousarray(windows).view(np.uint64)[:, 0], return_index=True, return_counts=True
+    )
     return keys[count == 1], at[count == 1]
 
 
 def _rising(runs: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
     """The chain of most bytes whose second entries rise too (the first ones do)."""
-    tops: list[int] = []  # last entries of chains worth keeping, rising, and their bytes rise with them
+    # last entries of chains worth keeping, rising, and their bytes rise with them
+    tops: list[int] = []
     total: list[int] = []
     owner: list[int] = []
     before = []
@@ -318,16 +398,21 @@ def _first(lens: np.ndarray) -> tuple[int, ...]:
 
 def _without(raw: bytes, lens: np.ndarray, skips: Sequence[int]) -> bytes:
     begin = np.cumsum(lens, dtype=np.int64) - lens
-    return np.delete(np.frombuffer(raw, np.uint8), begin[list(skips)]).tobytes() if len(skips) else raw
+    return (
+        np.delete(np.frombuffer(raw, np.uint8), begin[list(skips)]).tobytes() if len(skips) else raw
+    )
 
 
 def _difference(table: ByteTable, raw: bytes, want: bytes) -> str:
     raw = raw[1:] if _agrees_without_space(table, raw, want) else raw
     at = _agree(raw, want)
     begin = max(at - 16, 0)
-    return (f"side: the ids spell another text than the source, from byte {at} on: behind {want[begin:at]!r} come "
-            f"{raw[at:at + 16]!r} and {want[at:at + 16]!r} (of {len(raw)} and {len(want)} bytes). Encode the source itself, give the "
-            "tokenizer's `normalize`, or go on without `strict` and use the spans that are exact.")
+    return (
+        f"side: the ids spell another text than the source, from byte {at} on: behind "
+        f"{want[begin:at]!r} come {raw[at : at + 16]!r} and {want[at : at + 16]!r} (of {len(raw)} "
+        f"and {len(want)} bytes). Encode the source itself, give the tokenizer's `normalize`, or "
+        "go on without `strict` and use the spans that are exact."
+    )
 
 
 def _decoded(source: bytes) -> str | None:

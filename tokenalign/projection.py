@@ -1,27 +1,40 @@
-"""A sparse linear map of the student's distribution onto the teacher's vocabulary: the X-Token style baseline (arXiv 2605.21699).
+"""A sparse linear map of the student's distribution onto the teacher's vocabulary: the X-Token
+style baseline (arXiv 2605.21699).
 
-    p_hat_c = sum_i W_ic p_i,  every row of W sums to one        loss: a divergence between q and p_hat (`class_losses.class_kl`)
+    p_hat_c = sum_i W_ic p_i,  every row of W sums to one        loss: a divergence between q and
+                               p_hat (`class_losses.class_kl`)
 
 W by bytes. A spelling that both sides have goes to itself. Otherwise, with longest-prefix spelling:
-    forward    a student piece is spelled with teacher pieces, piece j with weight decay^j: " unhappy" = " un" 1, "happy" 0.1
-    backward   a teacher piece is spelled with student pieces, and each of those gets decay^j for it, too
-and rows are normalised. Without the backward pass most teacher pieces that the student lacks get no student mass and the KL is
-infinite (41,818 of 151,655 Qwen3 columns for a Llama-3 student); W is checked for that when it is built. With it a common spelling is
-no longer one-hot: it lends mass to the longer teacher pieces that begin with it.
+    forward    a student piece is spelled with teacher pieces, piece j with weight decay^j: "
+               unhappy" = " un" 1, "happy" 0.1
+    backward   a teacher piece is spelled with student pieces, and each of those gets decay^j for
+               it, too
+and rows are normalised. Without the backward pass most teacher pieces that the student lacks get no
+student mass and the KL is infinite (41,818 of 151,655 Qwen3 columns for a Llama-3 student); W is
+checked for that when it is built. With it a common spelling is no longer one-hot: it lends mass to
+the longer teacher pieces that begin with it.
 
-What it costs the student: W is fixed, so agreement (p_hat = q) is in general out of reach, and the minimum of the loss is not the
-teacher's distribution over texts. `vocab_map.prefix` compares the same information without invented weights.
+What it costs the student: W is fixed, so agreement (p_hat = q) is in general out of reach, and the
+minimum of the loss is not the teacher's distribution over texts. `vocab_map.prefix` compares the
+same information without invented weights.
 
-Columns are teacher spellings (duplicates share one) and one column of stop and control ids, the last, for both sides.
-V: student ids, W: teacher ids, C: columns, M: non-zeros.
+Columns are teacher spellings (duplicates share one) and one column of stop and control ids, the
+last, for both sides. V: student ids, W: teacher ids, C: columns, M: non-zeros.
 """
+
 from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 
 from .byte_table import ByteTable
-from .vocab_map import RARE_BYTES, Vocabulary, refuse_other_tables, refuse_unreachable, without_rare_bytes
+from .vocab_map import (
+    RARE_BYTES,
+    Vocabulary,
+    refuse_other_tables,
+    refuse_unreachable,
+    without_rare_bytes,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,32 +44,53 @@ class Projection:
     student_id: np.ndarray  # int32 [M], rising
     column: np.ndarray  # int32 [M]
     weight: np.ndarray  # float64 [M], > 0; those of one student id sum to one
-    teacher_class: np.ndarray  # int32 [W], the column of each teacher id; -1 where it is not in the softmax
+    # int32 [W], the column of each teacher id; -1 where it is not in the softmax
+    teacher_class: np.ndarray
     num_classes: int  # C; the last is stop and control
     student_rows: int  # V
     student_fingerprint: str
     teacher_fingerprint: str
 
     @classmethod
-    def build(cls, student: Vocabulary, teacher: Vocabulary, *, top: int = 4, decay: float = 0.1) -> "Projection":
-        """W from the bytes of both tables. top: pieces of a spelling that count; decay: weight of piece j is decay^j.
+    def build(
+        cls, student: Vocabulary, teacher: Vocabulary, *, top: int = 4, decay: float = 0.1
+    ) -> "Projection":
+        """W from the bytes of both tables. top: pieces of a spelling that count; decay: weight of
+        piece j is decay^j.
 
-        Stop and control ids of the student go to the last column. Padding rows of either head, and pieces that only a byte that texts
-        do without keeps from being spelled, are in no row and no column.
-        ValueError: a byte that one side has no token for, a column without student mass, top < 1, decay outside (0, 1].
+        Stop and control ids of the student go to the last column. Padding rows of either head, and
+        pieces that only a byte that texts do without keeps from being spelled, are in no row and no
+        column. ValueError: a byte that one side has no token for, a column without student mass,
+        top < 1, decay outside (0, 1].
         """
         if top < 1 or not 0 < decay <= 1:
-            raise ValueError(f"Projection: top = {top}, decay = {decay}; want top >= 1 and 0 < decay <= 1.")
+            raise ValueError(
+                f"Projection: top = {top}, decay = {decay}; want top >= 1 and 0 < decay <= 1."
+            )
         words_s, words_t = _spellings(student), _spellings(teacher)
         row, column, weight = _cells(words_s, words_t, decay ** np.arange(top))
         silent = len(words_t)
-        row, column, weight = np.append(row, len(words_s)), np.append(column, silent), np.append(weight, 1.0)
+        row, column, weight = (
+            np.append(row, len(words_s)),
+            np.append(column, silent),
+            np.append(weight, 1.0),
+        )
         of_student = student.classes(words_s.__getitem__, len(words_s), len(words_s))
         ids, column, weight = _rows_of_ids(of_student, row, column, weight)
-        teacher_class = without_rare_bytes(teacher.classes(words_t.__getitem__, silent, silent), column, silent + 1, teacher)
+        teacher_class = without_rare_bytes(
+            teacher.classes(words_t.__getitem__, silent, silent), column, silent + 1, teacher
+        )
         refuse_unreachable("projection", column, teacher_class, silent + 1)
-        return cls(ids, column, weight, teacher_class, silent + 1, student.num_rows, student.table.fingerprint(),
-                   teacher.table.fingerprint())
+        return cls(
+            ids,
+            column,
+            weight,
+            teacher_class,
+            silent + 1,
+            student.num_rows,
+            student.table.fingerprint(),
+            teacher.table.fingerprint(),
+        )
 
     def check(self, student: ByteTable, teacher: ByteTable) -> None:
         """ValueError unless W was built from these two tables."""
@@ -79,8 +113,11 @@ def spell_with(piece: bytes, words: dict[bytes, int], longest: int, most: int) -
         else:
             if not RARE_BYTES.isdisjoint(piece):
                 return []
-            raise ValueError(f"Projection: no token begins {piece[at:]!r}, the rest of {piece!r}; want the 256 single bytes on both "
-                             "sides. Use a class map: `common` needs no spelling of the rest.")
+            raise ValueError(
+                f"Projection: no token begins {piece[at:]!r}, the rest of {piece!r}; want the 256 "
+                "single bytes on both sides. Use a class map: `common` needs no spelling of the "
+                "rest."
+            )
     return found
 
 
@@ -89,7 +126,9 @@ def _spellings(vocabulary: Vocabulary) -> dict[bytes, int]:
     return {piece: k for k, piece in enumerate(words)}
 
 
-def _cells(words_s: dict[bytes, int], words_t: dict[bytes, int], decay: np.ndarray) -> tuple[np.ndarray, ...]:
+def _cells(
+    words_s: dict[bytes, int], words_t: dict[bytes, int], decay: np.ndarray
+) -> tuple[np.ndarray, ...]:
     """W over spellings as (row, column, weight), sorted by row, rows summing to one."""
     shares = [decay[:n] / decay[:n].sum() for n in range(len(decay) + 1)]
     cells: defaultdict[tuple[int, int], float] = defaultdict(float)
@@ -112,8 +151,12 @@ def _cells(words_s: dict[bytes, int], words_t: dict[bytes, int], decay: np.ndarr
     return row, column, weight / np.bincount(row, weights=weight)[row]
 
 
-def _rows_of_ids(row_of_id: np.ndarray, row: np.ndarray, column: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Each id takes the cells of its row, if it has any; ids with row -1 take none. `row` is sorted."""
+def _rows_of_ids(
+    row_of_id: np.ndarray, row: np.ndarray, column: np.ndarray, weight: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """Each id takes the cells of its row, if it has any; ids with row -1 take none. `row` is
+    sorted.
+    """
     ids = np.flatnonzero(row_of_id >= 0)
     begin = np.searchsorted(row, np.arange(row[-1] + 2))
     rows = row_of_id[ids]

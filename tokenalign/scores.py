@@ -1,14 +1,17 @@
 """What two models say about the same text, in numbers that do not depend on their tokenizers.
 
-Log-probabilities are summed over aligned spans and over the whole text; per-token means are not comparable between tokenizers.
-The probability of *stopping* belongs to the sequence but spells no byte: it is kept apart, and so are tokens outside the spans.
-The calibration reward is a = proxy, b = policy: `Scores.ratio`.
+Log-probabilities are summed over aligned spans and over the whole text; per-token means are not
+comparable between tokenizers. The probability of *stopping* belongs to the sequence but spells no
+byte: it is kept apart, and so are tokens outside the spans. The calibration reward is a = proxy, b
+= policy: `Scores.ratio`.
 
-Two ways in. `sequence_scores` takes an alignment and token log-probs. `compare_spans` takes the span sums (`span_logprobs`), for a
-caller that keeps spans but no alignment, or whose two models share one tokenizer: then every token is its own span.
+Two ways in. `sequence_scores` takes an alignment and token log-probs. `compare_spans` takes the
+span sums (`span_logprobs`), for a caller that keeps spans but no alignment, or whose two models
+share one tokenizer: then every token is its own span.
 
 S: spans. n, m: tokens of a, b. All sums are float64.
 """
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +27,8 @@ NORMS = ("sum", "per_byte", "per_token")
 class Scores:
     """One text under two models. Nats, unless the name says bits."""
 
-    span_logp_a: np.ndarray  # [S], sum of log p over the span's tokens; 0 where the span is not exact
+    # [S], sum of log p over the span's tokens; 0 where the span is not exact
+    span_logp_a: np.ndarray
     span_logp_b: np.ndarray
     span_ratio: np.ndarray  # [S], span_logp_a - span_logp_b, clipped to +-clip
     clipped_share: float  # share of the exact spans that the clip changed
@@ -60,10 +64,10 @@ class Scores:
     def ratio(self, norm: str) -> float:
         """The calibration reward before group normalisation (equation (2) of docs/method.md).
 
-            sum        log_ratio, nats
-            per_byte   log_ratio / num_bytes; 0 bytes count as one
-            per_token  logp_a / tokens_a - logp_b / tokens_b, each side by its own tokens: it knows neither the span clip nor the
-                       stop, and is not fair between tokenizers
+        sum        log_ratio, nats
+        per_byte   log_ratio / num_bytes; 0 bytes count as one
+        per_token  logp_a / tokens_a - logp_b / tokens_b, each side by its own tokens: it knows
+                   neither the span clip nor the stop, and is not fair between tokenizers
         """
         if norm not in NORMS:
             raise ValueError(f"Scores.ratio: norm = {norm!r}; want one of {', '.join(NORMS)}.")
@@ -73,7 +77,9 @@ class Scores:
 
     @property
     def bits_per_byte_a(self) -> float:
-        """-log2 p of the text under a, per byte, without the stop; NaN for no bytes. Pool a corpus as sum over sum."""
+        """-log2 p of the text under a, per byte, without the stop; NaN for no bytes. Pool a corpus
+        as sum over sum.
+        """
         return bits_per_byte(self.logp_a, self.num_bytes)
 
     @property
@@ -81,70 +87,135 @@ class Scores:
         return bits_per_byte(self.logp_b, self.num_bytes)
 
 
-def sequence_scores(alignment: Alignment, logp_a: Sequence[float], logp_b: Sequence[float], *, stop_a: float | None = None,
-                    stop_b: float | None = None, clip: float = 10.0) -> Scores:
+def sequence_scores(
+    alignment: Alignment,
+    logp_a: Sequence[float],
+    logp_b: Sequence[float],
+    *,
+    stop_a: float | None = None,
+    stop_b: float | None = None,
+    clip: float = 10.0,
+) -> Scores:
     """Sum log-probabilities over the exact spans of an alignment and compare.
 
-    logp_a [n], logp_b [m]: log p of each token in nats, in the order of the sides; values outside exact spans are not looked at.
-    stop_a, stop_b, clip and errors as in `compare_spans`, and those of `span_logprobs`.
+    logp_a [n], logp_b [m]: log p of each token in nats, in the order of the sides; values outside
+    exact spans are not looked at. stop_a, stop_b, clip and errors as in `compare_spans`, and those
+    of `span_logprobs`.
     """
     exact = alignment.exact
-    span_a, span_b = (span_logprobs(logp, np.where(_inside(span, exact), span, -1), alignment.num_spans, name=name)
-                      for logp, span, name in ((logp_a, alignment.span_a, "logp_a"), (logp_b, alignment.span_b, "logp_b")))
+    span_a, span_b = (
+        span_logprobs(
+            logp, np.where(_inside(span, exact), span, -1), alignment.num_spans, name=name
+        )
+        for logp, span, name in (
+            (logp_a, alignment.span_a, "logp_a"),
+            (logp_b, alignment.span_b, "logp_b"),
+        )
+    )
     num_bytes = int(np.diff(alignment.bounds, prepend=0)[exact].sum())
-    tokens = int(_inside(alignment.span_a, exact).sum()), int(_inside(alignment.span_b, exact).sum())
-    scores = compare_spans(span_a, span_b, num_bytes=num_bytes, tokens=tokens, stop_a=stop_a, stop_b=stop_b, clip=clip, exact=exact)
+    tokens = (
+        int(_inside(alignment.span_a, exact).sum()),
+        int(_inside(alignment.span_b, exact).sum()),
+    )
+    scores = compare_spans(
+        span_a,
+        span_b,
+        num_bytes=num_bytes,
+        tokens=tokens,
+        stop_a=stop_a,
+        stop_b=stop_b,
+        clip=clip,
+        exact=exact,
+    )
     return replace(scores, coverage=num_bytes / max(1, alignment.bytes_a, alignment.bytes_b))
 
 
-def compare_spans(span_logp_a: np.ndarray, span_logp_b: np.ndarray, *, num_bytes: int, tokens: tuple[int, int],
-                  stop_a: float | None = None, stop_b: float | None = None, clip: float = 10.0,
-                  exact: np.ndarray | None = None) -> Scores:
+def compare_spans(
+    span_logp_a: np.ndarray,
+    span_logp_b: np.ndarray,
+    *,
+    num_bytes: int,
+    tokens: tuple[int, int],
+    stop_a: float | None = None,
+    stop_b: float | None = None,
+    clip: float = 10.0,
+    exact: np.ndarray | None = None,
+) -> Scores:
     """Scores from span sums [S] of both models over the same bytes.
 
     num_bytes: bytes that the spans cover. tokens: of a and of b inside them.
-    stop_a, stop_b: log of the summed probability of each model's stop set at the end, both or neither; None for a cut text.
-    clip: bound on a span's log-ratio in nats (span differences are heavy-tailed); 0 turns it off. The stop is never clipped.
-    exact [S]: spans that count; None for all. The others are worth 0. The spans are taken to cover the text (coverage 1).
-    ValueError: shapes that differ, one stop without the other, clip < 0.
+    stop_a, stop_b: log of the summed probability of each model's stop set at the end, both or
+    neither; None for a cut text. clip: bound on a span's log-ratio in nats (span differences are
+    heavy-tailed); 0 turns it off. The stop is never clipped. exact [S]: spans that count; None for
+    all. The others are worth 0. The spans are taken to cover the text (coverage 1). ValueError:
+    shapes that differ, one stop without the other, clip < 0.
     """
-    span_logp_a, span_logp_b = np.asarray(span_logp_a, np.float64), np.asarray(span_logp_b, np.float64)
+    span_logp_a, span_logp_b = (
+        np.asarray(span_logp_a, np.float64),
+        np.asarray(span_logp_b, np.float64),
+    )
     if span_logp_a.shape != span_logp_b.shape or span_logp_a.ndim != 1:
-        raise ValueError(f"compare_spans: a has span sums {list(span_logp_a.shape)} and b {list(span_logp_b.shape)}; want [S] for "
-                         "both, from one alignment.")
+        raise ValueError(
+            f"compare_spans: a has span sums {list(span_logp_a.shape)} and b "
+            f"{list(span_logp_b.shape)}; want [S] for both, from one alignment."
+        )
     if not clip >= 0:
         raise ValueError(f"compare_spans: clip = {clip}; want a bound in nats, or 0 for none.")
     if (stop_a is None) != (stop_b is None):
-        raise ValueError(f"compare_spans: stop_a = {stop_a}, stop_b = {stop_b}; a text ended by itself on both sides or on "
-                         "neither. Score the stop set of each tokenizer at the end of the text, or leave both out.")
+        raise ValueError(
+            f"compare_spans: stop_a = {stop_a}, stop_b = {stop_b}; a text ended by itself on both "
+            "sides or on neither. Score the stop set of each tokenizer at the end of the text, or "
+            "leave both out."
+        )
     exact = np.ones(len(span_logp_a), bool) if exact is None else exact
     span_logp_a, span_logp_b = np.where(exact, span_logp_a, 0.0), np.where(exact, span_logp_b, 0.0)
     ratio = span_logp_a - span_logp_b
     clipped = np.clip(ratio, -clip, clip) if clip else ratio
     share = float((clipped != ratio).sum() / max(1, exact.sum()))
-    return Scores(span_logp_a, span_logp_b, clipped, share, stop_a or 0.0, stop_b or 0.0, num_bytes, 1.0, *tokens)
+    return Scores(
+        span_logp_a,
+        span_logp_b,
+        clipped,
+        share,
+        stop_a or 0.0,
+        stop_b or 0.0,
+        num_bytes,
+        1.0,
+        *tokens,
+    )
 
 
-def span_logprobs(logp: Sequence[float], span: np.ndarray, num_spans: int, *, name: str = "logp") -> np.ndarray:
-    """float64 [S]: sums of token log-probs [n] over the span [n] of each; tokens with span -1 count nothing and may be anything.
+def span_logprobs(
+    logp: Sequence[float], span: np.ndarray, num_spans: int, *, name: str = "logp"
+) -> np.ndarray:
+    """float64 [S]: sums of token log-probs [n] over the span [n] of each; tokens with span -1 count
+    nothing and may be anything.
 
-    The differentiable form, on a device, is `reflux.kernels.span_sum`. ValueError: another length, a span >= num_spans, a value inside
-    a span that is not finite.
+    The differentiable form, on a device, is `reflux.kernels.span_sum`. ValueError: another length,
+    a span >= num_spans, a value inside a span that is not finite.
     """
     logp, span = np.asarray(logp, np.float64), np.asarray(span, np.int64)
     if logp.ndim != 1 or logp.shape != span.shape or span.max(initial=-1) >= num_spans:
-        raise ValueError(f"span_logprobs: {name} has shape {list(logp.shape)} for {span.size} tokens in spans up to "
-                         f"{span.max(initial=-1)} of {num_spans}; want one log p per id of the side, masked and control ids included.")
+        raise ValueError(
+            f"span_logprobs: {name} has shape {list(logp.shape)} for {span.size} tokens in spans "
+            f"up to {span.max(initial=-1)} of {num_spans}; want one log p per id of the side, "
+            "masked and control ids included."
+        )
     inside = span >= 0
     if not np.isfinite(logp[inside]).all():
         at = int(np.flatnonzero(inside & ~np.isfinite(logp))[0])
-        raise ValueError(f"span_logprobs: {name}[{at}] = {logp[at]} inside a span; want a finite log p. Score under the untruncated "
-                         "softmax (top-p and top-k give log 0), and take the logits one position before the token.")
+        raise ValueError(
+            f"span_logprobs: {name}[{at}] = {logp[at]} inside a span; want a finite log p. Score "
+            "under the untruncated softmax (top-p and top-k give log 0), and take the logits one "
+            "position before the token."
+        )
     return np.bincount(span[inside], weights=logp[inside], minlength=num_spans)
 
 
 def bits_per_byte(logp: float, num_bytes: int) -> float:
-    """-logp / (num_bytes ln 2); NaN for no bytes. n_bytes are those of the shared source text, so tokenizers do not enter."""
+    """-logp / (num_bytes ln 2); NaN for no bytes. n_bytes are those of the shared source text, so
+    tokenizers do not enter.
+    """
     return -logp / (num_bytes * math.log(2)) if num_bytes else math.nan
 
 

@@ -1,13 +1,19 @@
 """Tokenizers from files, without loading a model: the path decides the reader.
 
-    folder                   AutoTokenizer where it is one of transformers, else the one tokenizer file that lies in it
-    tokenizer.json           tokenizers.Tokenizer                 *.model*   SentencePieceProcessor, or ranks (Llama-3's are)
-    *.tiktoken               ranks: base64 bytes and an id        *.gguf     tokens, their types, the model's family
-    *tekken*.json            Mistral's ranks after its specials   rwkv_vocab*.txt   RWKV World: literals
+    folder                   AutoTokenizer where it is one of transformers, else the one tokenizer
+                             file that lies in it
+    tokenizer.json           tokenizers.Tokenizer                 *.model*   SentencePieceProcessor,
+                             or ranks (Llama-3's are)
+    *.tiktoken               ranks: base64 bytes and an id        *.gguf     tokens, their types,
+                             the model's family
+    *tekken*.json            Mistral's ranks after its specials   rwkv_vocab*.txt   RWKV World:
+                             literals
 
-Rank files carry no splitting rule and GGUF none that runs without its engine: such a Reading has no encoder and cannot be checked on
-probe texts; what can be checked is that its text pieces can spell any byte.
+Rank files carry no splitting rule and GGUF none that runs without its engine: such a Reading has no
+encoder and cannot be checked on probe texts; what can be checked is that its text pieces can spell
+any byte.
 """
+
 import ast
 import base64
 import json
@@ -33,9 +39,19 @@ from .table_readers import (
 )
 
 RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s*\n")
-IN_A_FOLDER = ("*tekken*.json", "tokenizer.model*", "*.model", "*.tiktoken", "rwkv_vocab*.txt", "*.gguf")  # by preference
-GGUF_KIND = {1: TEXT, 2: UNKNOWN, 3: CONTROL, 4: TEXT, 5: UNUSED, 6: TEXT}  # normal, unknown, control, user-defined, unused, byte
-# Of the bytes of UTF-8, those in use: no control characters, no planes without a character. SmolLM2 lacks eight of those.
+# by preference
+IN_A_FOLDER = (
+    "*tekken*.json",
+    "tokenizer.model*",
+    "*.model",
+    "*.tiktoken",
+    "rwkv_vocab*.txt",
+    "*.gguf",
+)
+# normal, unknown, control, user-defined, unused, byte
+GGUF_KIND = {1: TEXT, 2: UNKNOWN, 3: CONTROL, 4: TEXT, 5: UNUSED, 6: TEXT}
+# Of the bytes of UTF-8, those in use: no control characters, no planes without a character. SmolLM2
+# lacks eight of those.
 NEEDED_BYTES = (*b"\t\n\r", *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1))
 
 
@@ -48,18 +64,25 @@ def load(path: str | Path) -> Any:
     if path.is_dir():
         return _load_folder(path)
     if not path.is_file():
-        raise ValueError(f"ByteTable: no file or folder {str(path)!r}. Names on a hub are not fetched here: give the folder of a "
-                         "downloaded tokenizer, or the object from AutoTokenizer.from_pretrained(name).")
+        raise ValueError(
+            f"ByteTable: no file or folder {str(path)!r}. Names on a hub are not fetched here: "
+            "give the folder of a downloaded tokenizer, or the object from "
+            "AutoTokenizer.from_pretrained(name)."
+        )
     for matches, reader in _BY_NAME:
         if matches(path.name.lower()):
             return reader(path)
-    raise ValueError(f"ByteTable: {path.name!r} is no tokenizer file known here; want tokenizer.json, *.model, *.tiktoken, "
-                     "*tekken*.json, rwkv_vocab*.txt, *.gguf, or their folder.")
+    raise ValueError(
+        f"ByteTable: {path.name!r} is no tokenizer file known here; want tokenizer.json, *.model, "
+        "*.tiktoken, *tekken*.json, rwkv_vocab*.txt, *.gguf, or their folder."
+    )
 
 
 def _load_folder(folder: Path) -> Any:
     if (folder / "tokenizer_config.json").is_file():
-        from transformers import AutoTokenizer  # slow to import; it may rebuild what tokenizer.json says
+        # slow to import; it may rebuild what tokenizer.json says
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if (folder / "tokenizer.json").is_file():
         return load(folder / "tokenizer.json")
@@ -68,16 +91,25 @@ def _load_folder(folder: Path) -> Any:
         if len(found) == 1:
             return load(found[0])
         if found:
-            raise ValueError(f"ByteTable: {str(folder)!r} holds {[f.name for f in found]}; give the path of one of them.")
-    raise ValueError(f"ByteTable: no tokenizer in {str(folder)!r}; want tokenizer.json or one of {', '.join(IN_A_FOLDER)}.")
+            raise ValueError(
+                f"ByteTable: {str(folder)!r} holds {[f.name for f in found]}; give the path of one "
+                "of them."
+            )
+    raise ValueError(
+        f"ByteTable: no tokenizer in {str(folder)!r}; want tokenizer.json or one of "
+        f"{', '.join(IN_A_FOLDER)}."
+    )
 
 
 def _load_json(path: Path) -> Any:
     from tokenizers import Tokenizer
+
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"ByteTable: {str(path)!r} is not a tokenizer of the tokenizers library: {error}") from error
+        raise ValueError(
+            f"ByteTable: {str(path)!r} is not a tokenizer of the tokenizers library: {error}"
+        ) from error
 
 
 def _load_model(path: Path) -> Any:
@@ -87,11 +119,16 @@ def _load_model(path: Path) -> Any:
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
-        raise ValueError(f"ByteTable: {str(path)!r} needs the package sentencepiece (pip install sentencepiece).") from error
+        raise ValueError(
+            f"ByteTable: {str(path)!r} needs the package sentencepiece (pip install sentencepiece)."
+        ) from error
     try:
         return SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"ByteTable: {str(path)!r} is neither a SentencePiece model nor a file of ranks: {error}") from error
+        raise ValueError(
+            f"ByteTable: {str(path)!r} is neither a SentencePiece model nor a file of ranks: "
+            f"{error}"
+        ) from error
 
 
 def _load_ranks(path: Path) -> Reading:
@@ -102,7 +139,10 @@ def _load_ranks(path: Path) -> Reading:
             ranks[base64.b64decode(piece, validate=True)] = int(rank)
         except ValueError as error:
             if line.strip():
-                raise ValueError(f"ByteTable: {path.name}, line {number}: {line[:60]!r} is not base64 bytes and a rank.") from error
+                raise ValueError(
+                    f"ByteTable: {path.name}, line {number}: {line[:60]!r} is not base64 bytes and "
+                    "a rank."
+                ) from error
     return _spells_every_byte(read_ranks(ranks), path)
 
 
@@ -111,7 +151,7 @@ def _load_tekken(path: Path) -> Reading:
         listed = json.loads(path.read_bytes())
         config = listed["config"]
         special, size = config["default_num_special_tokens"], config["default_vocab_size"]
-        used = listed["vocab"][:size - special]  # more are listed than are in use
+        used = listed["vocab"][: size - special]  # more are listed than are in use
         ranks = {base64.b64decode(entry["token_bytes"]): entry["rank"] for entry in used}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"ByteTable: {path.name!r} is not a tekken file: {error!r}.") from error
@@ -119,12 +159,17 @@ def _load_tekken(path: Path) -> Reading:
     pieces = [names.get(i, f"<SPECIAL_{i}>").encode() for i in range(special)] + list(ranks)
     kind = np.repeat(np.array([CONTROL, TEXT], np.int8), [special, len(ranks)])
     if len(ranks) != size - special or list(ranks.values()) != list(range(len(ranks))):
-        raise ValueError(f"ByteTable: {path.name} lists {len(ranks)} distinct pieces, want {size - special} with ranks in order.")
+        raise ValueError(
+            f"ByteTable: {path.name} lists {len(ranks)} distinct pieces, want {size - special} "
+            "with ranks in order."
+        )
     encode = _tiktoken_encoder(path.stem, config["pattern"], ranks, special)
     return _spells_every_byte(Reading(pieces, kind, "ranks", encode), path)
 
 
-def _tiktoken_encoder(name: str, pattern: str, ranks: dict[bytes, int], offset: int) -> Callable[[str], list[int]] | None:
+def _tiktoken_encoder(
+    name: str, pattern: str, ranks: dict[bytes, int], offset: int
+) -> Callable[[str], list[int]] | None:
     try:
         import tiktoken
     except ImportError:
@@ -145,14 +190,23 @@ def _load_rwkv(path: Path) -> Reading:
             right = len(piece) == int(line[end:])
             ranks[piece] = int(line[:begin])
         except (ValueError, SyntaxError, AttributeError) as error:
-            raise ValueError(f"ByteTable: {path.name}, line {number}: {line[:60]!r} is not an id, a literal and its length.") from error
+            raise ValueError(
+                f"ByteTable: {path.name}, line {number}: {line[:60]!r} is not an id, a literal and "
+                "its length."
+            ) from error
         if not right:
-            raise ValueError(f"ByteTable: {path.name}, line {number}: {piece!r} has {len(piece)} bytes, the line says {line[end:]}.")
-    return _spells_every_byte(read_ranks(ranks, encode=greedy_encoder(ranks), stop_ids=(0,)), path)  # id 0 ends a text
+            raise ValueError(
+                f"ByteTable: {path.name}, line {number}: {piece!r} has {len(piece)} bytes, the "
+                f"line says {line[end:]}."
+            )
+    # id 0 ends a text
+    return _spells_every_byte(read_ranks(ranks, encode=greedy_encoder(ranks), stop_ids=(0,)), path)
 
 
 def greedy_encoder(ranks: dict[bytes, int]) -> Callable[[str], list[int]]:
-    """Longest match from the left, RWKV World's rule. `ranks` has to hold every single byte of the texts."""
+    """Longest match from the left, RWKV World's rule. `ranks` has to hold every single byte of the
+    texts.
+    """
     lengths = defaultdict(set)  # the first two bytes leave few lengths to try
     for piece in ranks:
         lengths[piece[:2]].add(len(piece))
@@ -161,8 +215,8 @@ def greedy_encoder(ranks: dict[bytes, int]) -> Callable[[str], list[int]]:
     def encode(text: str) -> list[int]:
         data, at, ids = text.encode(), 0, []
         while at < len(data):
-            tries = longest_first.get(data[at:at + 2], ())
-            piece = next((p for n in tries if (p := data[at:at + n]) in ranks), data[at:at + 1])
+            tries = longest_first.get(data[at : at + 2], ())
+            piece = next((p for n in tries if (p := data[at : at + n]) in ranks), data[at : at + 1])
             ids.append(ranks[piece])
             at += len(piece)
         return ids
@@ -174,16 +228,26 @@ def _load_gguf(path: Path) -> Reading:
     fields = read_metadata(path, prefix="tokenizer.ggml.")
     model, tokens = fields.get("model"), fields.get("tokens")
     if model not in ("gpt2", "llama", "t5") or not tokens:
-        raise ValueError(f"ByteTable: {path.name} has a tokenizer of the kind {model!r} and {len(tokens or ())} tokens; known kinds: "
-                         "gpt2 (byte-level BPE), llama and t5 (SentencePiece). Give the tokenizer that the file was made from.")
+        raise ValueError(
+            f"ByteTable: {path.name} has a tokenizer of the kind {model!r} and {len(tokens or ())} "
+            "tokens; known kinds: gpt2 (byte-level BPE), llama and t5 (SentencePiece). Give the "
+            "tokenizer that the file was made from."
+        )
     types = fields.get("token_type", np.ones(len(tokens), np.int32)).tolist()
     if len(types) != len(tokens) or not set(types) <= set(GGUF_KIND):
-        raise ValueError(f"ByteTable: {path.name} has {len(tokens)} tokens and {len(types)} types in {sorted(set(types))}; want one of "
-                         f"{sorted(GGUF_KIND)} for each token.")
+        raise ValueError(
+            f"ByteTable: {path.name} has {len(tokens)} tokens and {len(types)} types in "
+            f"{sorted(set(types))}; want one of {sorted(GGUF_KIND)} for each token."
+        )
     pieces = [_spell_gguf(model, name.decode(), t) for name, t in zip(tokens, types, strict=True)]
     prefix = bool(fields.get("add_space_prefix", model != "gpt2"))
-    reading = Reading(pieces, np.array([GGUF_KIND[t] for t in types], np.int8), "byte_level" if model == "gpt2" else "sentencepiece",
-                      byte_ids=tuple(i for i, t in enumerate(types) if t == 6), space_prefix=prefix)
+    reading = Reading(
+        pieces,
+        np.array([GGUF_KIND[t] for t in types], np.int8),
+        "byte_level" if model == "gpt2" else "sentencepiece",
+        byte_ids=tuple(i for i, t in enumerate(types) if t == 6),
+        space_prefix=prefix,
+    )
     return _spells_every_byte(reading, path)
 
 
@@ -195,17 +259,26 @@ def _spell_gguf(model: str, name: str, token_type: int) -> bytes:
     if token_type == 3:
         return name.encode()
     if model == "gpt2":
-        return spell_byte_level(name) if token_type == 1 else name.encode()  # user-defined: matched as it is written
+        # user-defined: matched as it is written
+        return spell_byte_level(name) if token_type == 1 else name.encode()
     return spell_sentencepiece(name)
 
 
 def _spells_every_byte(reading: Reading, path: Path) -> Reading:
-    """The check that needs no encoder: a tokenizer that has every byte as a piece can spell every text."""
-    single = {p[0] for p, k in zip(reading.pieces, reading.kind.tolist(), strict=True) if k == TEXT and len(p) == 1}
+    """The check that needs no encoder: a tokenizer that has every byte as a piece can spell every
+    text.
+    """
+    single = {
+        p[0]
+        for p, k in zip(reading.pieces, reading.kind.tolist(), strict=True)
+        if k == TEXT and len(p) == 1
+    }
     missing = [b for b in NEEDED_BYTES if b not in single]
     if missing:
-        raise ValueError(f"ByteTable: {path.name} has no piece for {len(missing)} of the bytes that texts need, first {missing[0]:#04x}: "
-                         "what it does not know it loses. Is the file whole?")
+        raise ValueError(
+            f"ByteTable: {path.name} has no piece for {len(missing)} of the bytes that texts need, "
+            f"first {missing[0]:#04x}: what it does not know it loses. Is the file whole?"
+        )
     return reading
 
 
@@ -215,4 +288,5 @@ _BY_NAME: Sequence[tuple[Callable[[str], bool], Callable[[Path], Any]]] = (
     (lambda name: name.endswith(".tiktoken"), _load_ranks),
     (lambda name: name.endswith(".gguf"), _load_gguf),
     (lambda name: name.startswith("rwkv_vocab") and name.endswith(".txt"), _load_rwkv),
-    (lambda name: ".model" in name, _load_model))
+    (lambda name: ".model" in name, _load_model),
+)

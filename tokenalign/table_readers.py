@@ -1,15 +1,21 @@
-"""What a loaded tokenizer says of itself, family by family: the bytes and the kind of each id, and how it encodes content.
+"""What a loaded tokenizer says of itself, family by family: the bytes and the kind of each id, and
+how it encodes content.
 
-    byte_level      BPE of GPT-2, Llama-3, Qwen ...: a piece is a string over 256 stand-in characters, one per byte
-    sentencepiece   BPE or Unigram of Llama-2, Mistral, Gemma ...: a piece is UTF-8 with U+2581 for a space; <0x41> is one byte
+    byte_level      BPE of GPT-2, Llama-3, Qwen ...: a piece is a string over 256 stand-in
+                    characters, one per byte
+    sentencepiece   BPE or Unigram of Llama-2, Mistral, Gemma ...: a piece is UTF-8 with U+2581 for
+                    a space; <0x41> is one byte
     ranks           tiktoken's encodings, Mistral's Tekken, RWKV's World: a piece is bytes
     bytes           ByT5: an id is a byte
-    wordpiece       BERT: ##x goes on, anything else begins a word. Lossy: spaces, case and accents are gone
+    wordpiece       BERT: ##x goes on, anything else begins a word. Lossy: spaces, case and accents
+                    are gone
     word_suffix     CLIP, GPT-1: x</w> ends a word. Lossy
 
 In all of them an added token is literal UTF-8: it is matched in the text as it is written.
-Everything comes from the *loaded* object, because libraries rebuild pipelines when they load a file.
+Everything comes from the *loaded* object, because libraries rebuild pipelines when they load a
+file.
 """
+
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,23 +28,31 @@ TEXT, CONTROL, UNKNOWN, UNUSED = 0, 1, 2, 3  # kind[id]: only TEXT spells bytes
 MARK = "\u2581"  # SentencePiece's visible space
 LOSSY = ("wordpiece", "word_suffix")  # families whose ids do not say what stood in the text
 
-# Printable Latin-1 stands for itself; the 68 other bytes take U+0100 upwards, in byte order (GPT-2's map).
+# Printable Latin-1 stands for itself; the 68 other bytes take U+0100 upwards, in byte order
+# (GPT-2's map).
 _SELF = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 _REST = sorted({*range(256)} - _SELF)
-_STAND_IN = dict.fromkeys(_REST, 0xFFFF) | {0x100 + k: b for k, b in enumerate(_REST)}  # 0xFFFF: no stand-in of any byte
+# 0xFFFF: no stand-in of any byte
+_STAND_IN = dict.fromkeys(_REST, 0xFFFF) | {0x100 + k: b for k, b in enumerate(_REST)}
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """One tokenizer, described. `byte_table.ByteTable.of` turns it into a table and checks it against `encode`."""
+    """One tokenizer, described. `byte_table.ByteTable.of` turns it into a table and checks it
+    against `encode`.
+    """
 
     pieces: Sequence[bytes]  # [V]; a CONTROL id keeps its name for display
     kind: np.ndarray  # int8 [V]
     family: str
-    encode: Callable[[str], Sequence[int]] | None = None  # content only, nothing added; None: a file without an encoder
-    normalize: Callable[[str], str] = str  # N, without a space prefix: `encode` gives ids that spell N(text)
-    byte_ids: tuple[int, ...] = ()  # ids of one raw byte that stand beside an ordinary piece of the same byte
-    swallows_spaces: tuple[str, ...] = ()  # added tokens that take the whitespace beside them out of the text
+    # content only, nothing added; None: a file without an encoder
+    encode: Callable[[str], Sequence[int]] | None = None
+    # N, without a space prefix: `encode` gives ids that spell N(text)
+    normalize: Callable[[str], str] = str
+    # ids of one raw byte that stand beside an ordinary piece of the same byte
+    byte_ids: tuple[int, ...] = ()
+    # added tokens that take the whitespace beside them out of the text
+    swallows_spaces: tuple[str, ...] = ()
     space_prefix: bool | None = None  # may put one space before a text; None: observe `encode`
     reads_names: bool = False  # takes a literal "</s>" in a text for the token of that name
 
@@ -46,9 +60,9 @@ class Reading:
 def read(tokenizer: Any) -> Reading:
     """Describe a loaded tokenizer; a Reading is returned as it is.
 
-    ValueError for an object that is none of: a fast or ByT5 tokenizer of transformers, a tokenizers.Tokenizer, a
-    SentencePieceProcessor, a tiktoken.Encoding, RWKV's TRIE_TOKENIZER, a tokenizer of mistral_common; or a family whose ids do not
-    give bytes.
+    ValueError for an object that is none of: a fast or ByT5 tokenizer of transformers, a
+    tokenizers.Tokenizer, a SentencePieceProcessor, a tiktoken.Encoding, RWKV's TRIE_TOKENIZER, a
+    tokenizer of mistral_common; or a family whose ids do not give bytes.
     """
     if isinstance(tokenizer, Reading):
         return tokenizer
@@ -69,23 +83,28 @@ def read(tokenizer: Any) -> Reading:
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Ids of `text` as content: no special token is added, and one written in the text is encoded as plain characters.
+    """Ids of `text` as content: no special token is added, and one written in the text is encoded
+    as plain characters.
 
-    Takes what `read` takes. ValueError for a Reading without an encoder (a file that has none) and for a lone surrogate, which
-    some libraries would replace without a word.
+    Takes what `read` takes. ValueError for a Reading without an encoder (a file that has none) and
+    for a lone surrogate, which some libraries would replace without a word.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"encode_text: {text[error.start]!r} at position {error.start} is half of a surrogate pair: it has no bytes, so "
-                         "no other model can score this text. Where does it come from? Bytes decoded with errors='surrogateescape'?"
-                         ) from error
+        raise ValueError(
+            f"encode_text: {text[error.start]!r} at position {error.start} is half of a surrogate "
+            "pair: it has no bytes, so no other model can score this text. Where does it come "
+            "from? Bytes decoded with errors='surrogateescape'?"
+        ) from error
     tokenizer = _inner(tokenizer)
     if hasattr(tokenizer, "encode_special_tokens"):
         with _content_mode(tokenizer):
             return tokenizer.encode(text, add_special_tokens=False).ids
     if _is_sentencepiece(tokenizer):
-        return tokenizer.encode(text, out_type=int, add_bos=False, add_eos=False, reverse=False, enable_sampling=False)
+        return tokenizer.encode(
+            text, out_type=int, add_bos=False, add_eos=False, reverse=False, enable_sampling=False
+        )
     if hasattr(tokenizer, "decode_single_token_bytes"):
         return tokenizer.encode_ordinary(text)
     if hasattr(tokenizer, "id_to_byte_piece"):
@@ -94,8 +113,10 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
         return tokenizer.encode(text)
     if isinstance(tokenizer, Reading):
         if tokenizer.encode is None:
-            raise ValueError(f"encode_text: this {tokenizer.family} file lists what its ids spell and has no encoder; encode with the "
-                             "library that runs the model.")
+            raise ValueError(
+                f"encode_text: this {tokenizer.family} file lists what its ids spell and has no "
+                "encoder; encode with the library that runs the model."
+            )
         return list(tokenizer.encode(text))
     if _is_byte_model(tokenizer):
         return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
@@ -103,7 +124,8 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def normalizer_of(tokenizer: Any) -> Callable[[str], str]:
-    """N, such that the ids of `encode_text` spell N(text), or a space and N(text); `str` where every text stays as it is.
+    """N, such that the ids of `encode_text` spell N(text), or a space and N(text); `str` where
+    every text stays as it is.
 
     Takes what `read` takes. A file without an encoder is taken not to normalise.
     """
@@ -119,7 +141,9 @@ def normalizer_of(tokenizer: Any) -> Callable[[str], str]:
 
 
 def spell_byte_level(piece: str) -> bytes:
-    """The bytes of a byte-level piece; of one with a character that stands for no byte, its UTF-8: it was matched literally."""
+    """The bytes of a byte-level piece; of one with a character that stands for no byte, its UTF-8:
+    it was matched literally.
+    """
     try:
         return piece.translate(_STAND_IN).encode("latin-1")
     except UnicodeEncodeError:
@@ -140,17 +164,23 @@ def byte_of(piece: str) -> bytes:
 
 def _inner(tokenizer: Any) -> Any:
     """The object that does the work inside a wrapper of transformers or mistral_common."""
-    if hasattr(getattr(tokenizer, "tokenizer", None), "instruct_tokenizer"):  # transformers' wrapper of Mistral's wrapper
+    # transformers' wrapper of Mistral's wrapper
+    if hasattr(getattr(tokenizer, "tokenizer", None), "instruct_tokenizer"):
         tokenizer = tokenizer.tokenizer
     if hasattr(tokenizer, "instruct_tokenizer"):
         tokenizer = tokenizer.instruct_tokenizer.tokenizer
-    if _is_sentencepiece(model := getattr(tokenizer, "_model", None)):  # Mistral's SentencePieceTokenizer
+    # Mistral's SentencePieceTokenizer
+    if _is_sentencepiece(model := getattr(tokenizer, "_model", None)):
         return model
     return getattr(tokenizer, "backend_tokenizer", tokenizer)
 
 
 def _is_sentencepiece(tokenizer: Any) -> bool:
-    return hasattr(tokenizer, "id_to_piece") and hasattr(tokenizer, "is_byte") and hasattr(tokenizer, "is_unused")
+    return (
+        hasattr(tokenizer, "id_to_piece")
+        and hasattr(tokenizer, "is_byte")
+        and hasattr(tokenizer, "is_unused")
+    )
 
 
 def _is_byte_model(tokenizer: Any) -> bool:
@@ -159,15 +189,23 @@ def _is_byte_model(tokenizer: Any) -> bool:
 
 def _unreadable(tokenizer: Any) -> ValueError:
     return ValueError(
-        f"ByteTable: cannot read a {type(tokenizer).__name__}; want a Hugging Face fast tokenizer, a tokenizers.Tokenizer, a "
-        "SentencePieceProcessor, a tiktoken.Encoding, RWKV's TRIE_TOKENIZER, a tokenizer of mistral_common or the path of a "
-        "tokenizer's file. Load it with AutoTokenizer.from_pretrained(folder).")
+        f"ByteTable: cannot read a {type(tokenizer).__name__}; want a Hugging Face fast tokenizer, "
+        "a tokenizers.Tokenizer, a SentencePieceProcessor, a tiktoken.Encoding, RWKV's "
+        "TRIE_TOKENIZER, a tokenizer of mistral_common or the path of a "
+        "tokenizer's file. Load it with AutoTokenizer.from_pretrained(folder)."
+    )
 
 
 @contextmanager
 def _content_mode(backend: Any) -> Iterator[None]:
-    """Special tokens are not parsed, nothing is padded or cut; the caller's settings come back afterwards."""
-    special, padding, truncation = backend.encode_special_tokens, backend.padding, backend.truncation
+    """Special tokens are not parsed, nothing is padded or cut; the caller's settings come back
+    afterwards.
+    """
+    special, padding, truncation = (
+        backend.encode_special_tokens,
+        backend.padding,
+        backend.truncation,
+    )
     try:
         backend.encode_special_tokens = True
         backend.no_padding()
@@ -182,42 +220,63 @@ def _content_mode(backend: Any) -> Iterator[None]:
 
 
 def _read_backend(backend: Any) -> Reading:
-    # The vocabulary is asked for, not parsed out of to_str(): a description with its merges takes twice as long.
+    # The vocabulary is asked for, not parsed out of to_str(): a description with its merges takes
+    # twice as long.
     family = _family(backend)
     pieces, kind, byte_ids = _read_vocabulary(backend, family)
     unigram = type(backend.model).__name__ == "Unigram"
     added = backend.get_added_tokens_decoder()
     for i, token in added.items():
         if token.normalized and not token.special and family not in ("sentencepiece", "wordpiece"):
-            pieces[i] = normalizer_of(backend)(token.content).encode()  # matched in, and so spelled as, the normalised text
+            # matched in, and so spelled as, the normalised text
+            pieces[i] = normalizer_of(backend)(token.content).encode()
     unknown = _unknown_id(backend)
     if unknown is not None:
         pieces[unknown], kind[unknown] = b"", UNKNOWN
-    return Reading(pieces, kind, family, lambda text: encode_text(backend, text), normalizer_of(backend), byte_ids,
-                   tuple(t.content for t in added.values() if t.lstrip or t.rstrip), reads_names=unigram)
+    return Reading(
+        pieces,
+        kind,
+        family,
+        lambda text: encode_text(backend, text),
+        normalizer_of(backend),
+        byte_ids,
+        tuple(t.content for t in added.values() if t.lstrip or t.rstrip),
+        reads_names=unigram,
+    )
 
 
 def _family(backend: Any) -> str:
-    """From the decoder and the model as they are; ValueError for a family whose ids do not give bytes."""
+    """From the decoder and the model as they are; ValueError for a family whose ids do not give
+    bytes.
+    """
     model = type(backend.model).__name__
     types, marks = _component_types(backend.decoder), _replaces_mark(backend.decoder)
-    suffix, prefix = (getattr(backend.model, name, None) for name in ("end_of_word_suffix", "continuing_subword_prefix"))
+    suffix, prefix = (
+        getattr(backend.model, name, None)
+        for name in ("end_of_word_suffix", "continuing_subword_prefix")
+    )
     if model == "BPE" and suffix and not prefix:
         return "word_suffix"
     if model == "WordPiece":
         return "wordpiece"
     if model == "BPE" and "ByteLevel" in types and not prefix:
         return "byte_level"
-    if (marks or types & {"ByteFallback", "Metaspace"}) and (model == "Unigram" or model == "BPE" and not prefix):
+    if (marks or types & {"ByteFallback", "Metaspace"}) and (
+        model == "Unigram" or model == "BPE" and not prefix
+    ):
         return "sentencepiece"
     raise ValueError(
-        f"ByteTable: unrecognised tokenizer family: model {model!r}, decoder {sorted(types)}. Known: byte-level BPE (decoder "
-        "ByteLevel) and SentencePiece BPE or Unigram (decoder Metaspace, ByteFallback or Replace of U+2581); with lossy=True also "
-        "WordPiece and BPE with an end-of-word suffix.")
+        f"ByteTable: unrecognised tokenizer family: model {model!r}, decoder {sorted(types)}. "
+        "Known: byte-level BPE (decoder ByteLevel) and SentencePiece BPE or Unigram (decoder "
+        "Metaspace, ByteFallback or Replace of U+2581); with lossy=True also "
+        "WordPiece and BPE with an end-of-word suffix."
+    )
 
 
 def _is_byte_level(backend: Any) -> bool:
-    return "ByteLevel" in _component_types(backend.decoder) | _component_types(backend.pre_tokenizer)
+    return "ByteLevel" in _component_types(backend.decoder) | _component_types(
+        backend.pre_tokenizer
+    )
 
 
 def _state(component: Any) -> dict:
@@ -227,12 +286,17 @@ def _state(component: Any) -> dict:
 def _component_types(component: Any) -> set[str]:
     """Types of a decoder or pre-tokenizer; a Sequence is looked into."""
     state = _state(component)
-    return {str(part.get("type")) for part in state.get("decoders", state.get("pretokenizers", [state]))}
+    return {
+        str(part.get("type")) for part in state.get("decoders", state.get("pretokenizers", [state]))
+    }
 
 
 def _replaces_mark(decoder: Any) -> bool:
     state = _state(decoder)
-    return any(p.get("type") == "Replace" and p.get("pattern") == {"String": MARK} for p in state.get("decoders", [state]))
+    return any(
+        p.get("type") == "Replace" and p.get("pattern") == {"String": MARK}
+        for p in state.get("decoders", [state])
+    )
 
 
 def _read_vocabulary(backend: Any, family: str) -> tuple[list[bytes], np.ndarray, tuple[int, ...]]:
@@ -244,12 +308,17 @@ def _read_vocabulary(backend: Any, family: str) -> tuple[list[bytes], np.ndarray
         pieces[i] = spell(piece)
     kind[list(vocab.values())] = TEXT
     # The 256 names are bytes only where the model falls back on them.
-    byte_ids = {i for b in range(256) if (i := vocab.get(f"<0x{b:02X}>")) is not None} if _falls_back(backend, family) else set()
+    byte_ids = (
+        {i for b in range(256) if (i := vocab.get(f"<0x{b:02X}>")) is not None}
+        if _falls_back(backend, family)
+        else set()
+    )
     for b in byte_ids:
         pieces[b] = byte_of(backend.id_to_token(b))
     for i, token in added.items():
         if i not in byte_ids:
-            # Literal, except one that SentencePiece's model knows too (Gemma lists its runs of marks twice).
+            # Literal, except one that SentencePiece's model knows too (Gemma lists its runs of
+            # marks twice).
             known = family == "sentencepiece" and token.content in vocab
             pieces[i] = spell(token.content) if known else token.content.encode()
             kind[i] = CONTROL if token.special else TEXT
@@ -272,7 +341,9 @@ def _speller(backend: Any, family: str) -> Callable[[str], bytes]:
 def _falls_back(backend: Any, family: str) -> bool:
     if family != "sentencepiece":
         return False
-    return bool(getattr(backend.model, "byte_fallback", False) or _unigram(backend).get("byte_fallback"))
+    return bool(
+        getattr(backend.model, "byte_fallback", False) or _unigram(backend).get("byte_fallback")
+    )
 
 
 def _unknown_id(backend: Any) -> int | None:
@@ -290,7 +361,7 @@ def _unigram(backend: Any) -> dict:
         return {}
     state = backend.model.__getstate__()
     begin, end = state.index(b'"vocab":'), state.rindex(b"]")
-    return json.loads(state[:begin] + b'"vocab":[]' + state[end + 1:])
+    return json.loads(state[:begin] + b'"vocab":[]' + state[end + 1 :])
 
 
 def _without_prefix(rule: Callable[[str], str]) -> Callable[[str], str]:
@@ -312,8 +383,14 @@ def _read_sentencepiece(processor: Any) -> Reading:
             pieces.append(piece.encode()), kind.append(CONTROL)
         else:
             pieces.append(spell_sentencepiece(piece)), kind.append(TEXT)
-    return Reading(pieces, np.array(kind, np.int8), "sentencepiece", lambda text: encode_text(processor, text),
-                   normalizer_of(processor), tuple(byte_ids))
+    return Reading(
+        pieces,
+        np.array(kind, np.int8),
+        "sentencepiece",
+        lambda text: encode_text(processor, text),
+        normalizer_of(processor),
+        tuple(byte_ids),
+    )
 
 
 def _read_tiktoken(encoding: Any) -> Reading:
@@ -338,12 +415,19 @@ def _read_tekkenizer(tekken: Any) -> Reading:
 
 
 def _read_rwkv(trie: Any) -> Reading:
-    return read_ranks({piece: i for i, piece in trie.idx2token.items()}, encode=trie.encode, stop_ids=(0,))
+    return read_ranks(
+        {piece: i for i, piece in trie.idx2token.items()}, encode=trie.encode, stop_ids=(0,)
+    )
 
 
-def read_ranks(ranks: dict[bytes, int], encode: Callable[[str], Sequence[int]] | None = None,
-               stop_ids: Sequence[int] = ()) -> Reading:
-    """A vocabulary given as bytes -> id. Other ids below the largest are UNUSED, `stop_ids` CONTROL."""
+def read_ranks(
+    ranks: dict[bytes, int],
+    encode: Callable[[str], Sequence[int]] | None = None,
+    stop_ids: Sequence[int] = (),
+) -> Reading:
+    """A vocabulary given as bytes -> id. Other ids below the largest are UNUSED, `stop_ids`
+    CONTROL.
+    """
     size = 1 + max([*ranks.values(), *stop_ids])
     pieces, kind = [b""] * size, np.full(size, UNUSED, np.int8)
     for piece, i in ranks.items():
@@ -358,9 +442,17 @@ def _read_byte_model(tokenizer: Any) -> Reading:
     pieces, kind = [b""] * size, np.full(size, UNUSED, np.int8)
     for b in range(256):
         pieces[b + tokenizer.offset] = bytes([b])
-    kind[tokenizer.offset:tokenizer.offset + 256] = TEXT
+    kind[tokenizer.offset : tokenizer.offset + 256] = TEXT
     for i, token in tokenizer.added_tokens_decoder.items():
-        control = token.special or i in tokenizer.all_special_ids  # </s> is not marked as special in itself
+        # </s> is not marked as special in itself
+        control = token.special or i in tokenizer.all_special_ids
         pieces[i], kind[i] = token.content.encode(), CONTROL if control else TEXT
-    return Reading(pieces, kind, "bytes", lambda text: encode_text(tokenizer, text),
-                   swallows_spaces=tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.lstrip or t.rstrip))
+    return Reading(
+        pieces,
+        kind,
+        "bytes",
+        lambda text: encode_text(tokenizer, text),
+        swallows_spaces=tuple(
+            t.content for t in tokenizer.added_tokens_decoder.values() if t.lstrip or t.rstrip
+        ),
+    )

@@ -1,15 +1,18 @@
-"""See an alignment: two lanes of token boxes over one text, cut where both tokenizers agree. Pure functions, text in, text out.
+"""See an alignment: two lanes of token boxes over one text, cut where both tokenizers agree. Pure
+functions, text in, text out.
 
     terminal    0     3
                 A the ‖ ·cat|alog
                 B the ‖ ·ca|talog        ‖ between spans, | between tokens; the ruler counts bytes
 
-`to_terminal` wraps to a width and colours spans on request; without its colour codes it is the same text, letter for letter.
-`view_html.to_html` draws the same columns as a page.
+`to_terminal` wraps to a width and colours spans on request; without its colour codes it is the same
+text, letter for letter. `view_html.to_html` draws the same columns as a page.
 
-What cannot be seen is shown: a space as ·, line ends and tabs as arrows, other invisible characters escaped, bytes that are no whole
-character in hex, a token of no bytes as ∅ (HTML: a thin tick). n, m: tokens of a row on side a, b. K: spans.
+What cannot be seen is shown: a space as ·, line ends and tabs as arrows, other invisible characters
+escaped, bytes that are no whole character in hex, a token of no bytes as ∅ (HTML: a thin tick). n,
+m: tokens of a row on side a, b. K: spans.
 """
+
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -22,16 +25,22 @@ from .offsets import Side
 from .spans import Alignment
 
 MEANINGS = {  # of every mark that can stand in a picture
-    "∅": "a token of no bytes", "≠": "an id spells other bytes than the text here: not scored",
-    "§": "the prompt ends inside this span: not scored", "⊘": "outside every span: control, masked or unknown",
-    "…": "after the last common boundary", "■": "the end of the text, a token of no bytes"}
+    "∅": "a token of no bytes",
+    "≠": "an id spells other bytes than the text here: not scored",
+    "§": "the prompt ends inside this span: not scored",
+    "⊘": "outside every span: control, masked or unknown",
+    "…": "after the last common boundary",
+    "■": "the end of the text, a token of no bytes",
+}
 _PIECES = re.compile("([\udc80-\udcff]+)|(([ \n\t\r])\\3*)|(.)", re.S)
 _SPACE = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"}
 _RUN = 8  # a longer run of one white space is shown as its length
 # Pastel backgrounds under black text are readable in light and in dark terminals.
 _SPAN_COLORS = tuple(f"38;5;16;48;5;{n}" for n in (153, 223, 157, 218, 189, 187))
-_HEAT_COLORS = {sign: tuple(f"38;5;16;48;5;{n}" for n in ramp)
-                for sign, ramp in ((1, (195, 159, 117, 75)), (-1, (230, 223, 215, 209)))}
+_HEAT_COLORS = {
+    sign: tuple(f"38;5;16;48;5;{n}" for n in ramp)
+    for sign, ramp in ((1, (195, 159, 117, 75)), (-1, (230, 223, 215, 209)))
+}
 _DIM, _BAD = "2", "38;5;16;48;5;203"
 
 
@@ -40,10 +49,12 @@ class Marks:
     """What to draw besides the alignment. Positive values are blue, negative ones orange."""
 
     names: tuple[str, str] = ("A", "B")
-    ids: tuple[Sequence[int], Sequence[int]] | None = None  # [n] and [m] as sampled; a Side forgets ids outside the spans
+    # [n] and [m] as sampled; a Side forgets ids outside the spans
+    ids: tuple[Sequence[int], Sequence[int]] | None = None
     seam: int | None = None  # bytes of the prompt, when the text holds prompt and completion
     stop: tuple[str, str] | None = None  # how each side ended: a name, with its log p if you like
-    token_values: tuple[Sequence[float], Sequence[float]] | None = None  # [n] and [m], e.g. credit or per-token KL
+    # [n] and [m], e.g. credit or per-token KL
+    token_values: tuple[Sequence[float], Sequence[float]] | None = None
     span_values: Sequence[float] | None = None  # [K], e.g. T_k - S_k; NaN: none
     token_label: str = "token value"
     span_label: str = "span value"
@@ -73,7 +84,9 @@ class Box:
 
 @dataclass(frozen=True)
 class Column:
-    """One span and its tokens on both lanes; tokens outside spans stand in front of the next one of their lane."""
+    """One span and its tokens on both lanes; tokens outside spans stand in front of the next one of
+    their lane.
+    """
 
     span: int  # -1: what comes after the last boundary
     start: int
@@ -88,8 +101,12 @@ class Column:
         return ":".join(str(sum(box.span >= 0 for box in lane)) for lane in self.lanes)
 
 
-def columns(side_a: Side, side_b: Side, alignment: Alignment, marks: Marks = NO_MARKS) -> list[Column]:
-    """The picture before it is drawn: every token of both sides once, in order. ValueError: values of a wrong length."""
+def columns(
+    side_a: Side, side_b: Side, alignment: Alignment, marks: Marks = NO_MARKS
+) -> list[Column]:
+    """The picture before it is drawn: every token of both sides once, in order. ValueError: values
+    of a wrong length.
+    """
     spans, num = (alignment.span_a, alignment.span_b), alignment.num_spans
     span_values = _checked(marks.span_values, num, "span_values", "span")
     lanes = [_boxes(lane, (side_a, side_b)[lane], spans[lane], marks) for lane in (0, 1)]
@@ -117,42 +134,66 @@ def columns(side_a: Side, side_b: Side, alignment: Alignment, marks: Marks = NO_
 def _boxes(lane: int, side: Side, span: np.ndarray, marks: Marks) -> list[Box]:
     lens, known = side.lens.tolist(), side.ids.tolist()
     ids = known if marks.ids is None else [int(i) for i in marks.ids[lane]]
-    values = _checked(marks.token_values and marks.token_values[lane], len(known), f"token_values[{lane}]", "token")
+    values = _checked(
+        marks.token_values and marks.token_values[lane],
+        len(known),
+        f"token_values[{lane}]",
+        "token",
+    )
     _checked(ids, len(known), f"ids[{lane}]", "token")
     out, start, skips = [], 0, set(side.skips.tolist())
     for i, size in enumerate(lens):
         piece = side.table.pieces[ids[i]] if ids[i] >= 0 else b""
         # a space that was put in front is not in the text
-        out.append(Box(lane, i, ids[i], piece[i in skips:], start, size, int(span[i]), values[i]))
+        out.append(Box(lane, i, ids[i], piece[i in skips :], start, size, int(span[i]), values[i]))
         start += size
     return out
 
 
 def _checked(values: Sequence[float] | None, count: int, name: str, unit: str) -> Sequence:
     if values is not None and len(values) != count:
-        raise ValueError(f"view: {len(values)} {name} for {count} {unit}s; want one per {unit} of this alignment.")
+        raise ValueError(
+            f"view: {len(values)} {name} for {count} {unit}s; want one per {unit} of this "
+            "alignment."
+        )
     return [None] * count if values is None else values
 
 
 def visible(piece: bytes) -> list[tuple[str, str]]:
-    """What a person sees of a piece, as (class, characters): "text", "space", "escape" or "hex". Nothing in it is invisible."""
+    """What a person sees of a piece, as (class, characters): "text", "space", "escape" or "hex".
+    Nothing in it is invisible.
+    """
     out = []
     for broken, space, one, char in _PIECES.findall(piece.decode(errors="surrogateescape")):
         if broken:
             out.append(("hex", f"<{broken.encode(errors='surrogateescape').hex(' ')}>"))
         elif space:
-            out.append(("space", _SPACE[one] * len(space) if len(space) <= _RUN else f"{_SPACE[one]}×{len(space)}"))
+            out.append(
+                (
+                    "space",
+                    _SPACE[one] * len(space)
+                    if len(space) <= _RUN
+                    else f"{_SPACE[one]}×{len(space)}",
+                )
+            )
         elif not char.isprintable() or unicodedata.name(char, "").startswith("VARIATION SELECTOR"):
-            out.append(("escape", repr(char)[1:-1] if not char.isprintable() else f"\\u{ord(char):04x}"))
+            out.append(
+                ("escape", repr(char)[1:-1] if not char.isprintable() else f"\\u{ord(char):04x}")
+            )
         elif char_width(char) == 0 and (not out or out[-1][0] != "text"):
-            out.append(("text", "\u25cc" + char))  # a mark that begins a token stands on a dotted circle
+            # a mark that begins a token stands on a dotted circle
+            out.append(("text", "\u25cc" + char))
         else:
             out.append(("text", char))
-    return [(kind, "".join(c for _, c in run)) for kind, run in groupby(out, key=lambda part: part[0])]
+    return [
+        (kind, "".join(c for _, c in run)) for kind, run in groupby(out, key=lambda part: part[0])
+    ]
 
 
 def char_width(char: str) -> int:
-    """Terminal columns of one character: 2 for East Asian wide and emoji, 0 for combining marks and joined jamo, else 1."""
+    """Terminal columns of one character: 2 for East Asian wide and emoji, 0 for combining marks and
+    joined jamo, else 1.
+    """
     if unicodedata.category(char) in ("Mn", "Me", "Cf") or "\u1160" <= char <= "\u11ff":
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
@@ -181,14 +222,25 @@ class _Block:
 
     def gap(self, position: int) -> str:
         """What stands before it in its line."""
-        return ("seam‖ " if self.seam else "") if position == 0 else " ‖seam‖ " if self.seam else " ‖ "
+        return (
+            ("seam‖ " if self.seam else "") if position == 0 else " ‖seam‖ " if self.seam else " ‖ "
+        )
 
 
-def to_terminal(side_a: Side, side_b: Side, alignment: Alignment, marks: Marks = NO_MARKS, *, width: int = 100,
-                color: bool = False) -> str:
-    """Lines of at most `width` columns: the byte ruler, both lanes, span values if any, and the meaning of the marks used.
+def to_terminal(
+    side_a: Side,
+    side_b: Side,
+    alignment: Alignment,
+    marks: Marks = NO_MARKS,
+    *,
+    width: int = 100,
+    color: bool = False,
+) -> str:
+    """Lines of at most `width` columns: the byte ruler, both lanes, span values if any, and the
+    meaning of the marks used.
 
-    color: ANSI background per span, or per token value where there are token values. ValueError: width < 20.
+    color: ANSI background per span, or per token value where there are token values. ValueError:
+    width < 20.
     """
     if width < 20:
         raise ValueError(f"to_terminal: width = {width}; want at least 20 columns.")
@@ -198,7 +250,13 @@ def to_terminal(side_a: Side, side_b: Side, alignment: Alignment, marks: Marks =
     blocks = [block for column in picture for block in _blocks(column, heat, room, marks.seam)]
     if marks.stop:
         seam = marks.seam is not None and marks.seam == alignment.bytes_a
-        blocks.append(_Block("end", tuple(_chop(_glyphs(f"■{name}", _DIM), room)[0] for name in marks.stop), seam=seam))
+        blocks.append(
+            _Block(
+                "end",
+                tuple(_chop(_glyphs(f"■{name}", _DIM), room)[0] for name in marks.stop),
+                seam=seam,
+            )
+        )
     lines = [line for row in _rows(blocks, width - 2) for line in _draw(row, color, width - 2)]
     return "\n".join([*lines, *(f"{mark} {MEANINGS[mark]}" for mark in used_marks(picture, marks))])
 
@@ -206,12 +264,26 @@ def to_terminal(side_a: Side, side_b: Side, alignment: Alignment, marks: Marks =
 def _blocks(column: Column, heat: float, room: int, seam: int | None) -> list[_Block]:
     chopped = [_chop(_cell(column, lane, heat), room) for lane in (0, 1)]
     value = "" if column.value is None else f"{column.value:+.2f}"
-    first = _Block(str(column.start), (chopped[0][0], chopped[1][0]), value, seam is not None and seam == column.start > 0)
-    return [first, *(_Block("⋯", pair) for pair in zip_longest(chopped[0][1:], chopped[1][1:], fillvalue=[]))]
+    first = _Block(
+        str(column.start),
+        (chopped[0][0], chopped[1][0]),
+        value,
+        seam is not None and seam == column.start > 0,
+    )
+    return [
+        first,
+        *(_Block("⋯", pair) for pair in zip_longest(chopped[0][1:], chopped[1][1:], fillvalue=[])),
+    ]
 
 
 def _cell(column: Column, lane: int, heat: float) -> list[Glyph]:
-    base = _BAD if column.mark in ("≠", "§") else _DIM if column.span < 0 else _SPAN_COLORS[column.span % len(_SPAN_COLORS)]
+    base = (
+        _BAD
+        if column.mark in ("≠", "§")
+        else _DIM
+        if column.span < 0
+        else _SPAN_COLORS[column.span % len(_SPAN_COLORS)]
+    )
     out = _glyphs(column.mark, base)
     for position, box in enumerate(column.lanes[lane]):
         style = base if box.span >= 0 else _DIM
@@ -263,7 +335,8 @@ def _draw(row: list[_Block], color: bool, room: int) -> list[str]:
     for position, block in enumerate(row):
         gap = block.gap(position)
         at += len(gap)
-        if (len(ruler) < at or not ruler) and at + len(block.ruler) <= room:  # no number beats half a number
+        # no number beats half a number
+        if (len(ruler) < at or not ruler) and at + len(block.ruler) <= room:
             ruler = ruler.ljust(at) + block.ruler
         values = values.ljust(at) + block.value
         for glyphs, own in zip(lanes, block.lanes, strict=True):
@@ -271,15 +344,23 @@ def _draw(row: list[_Block], color: bool, room: int) -> list[str]:
             glyphs += [(gap, len(gap), ""), *own, (" " * blank, blank, "")]
         at += block.width
     out = [_paint([("  " + ruler, 0, _DIM)], color)]
-    out += [_paint([(name + " ", 2, ""), *glyphs], color) for name, glyphs in zip("AB", lanes, strict=True)]
+    out += [
+        _paint([(name + " ", 2, ""), *glyphs], color)
+        for name, glyphs in zip("AB", lanes, strict=True)
+    ]
     return [*out, ("  " + values).rstrip()] if values.strip() else out
 
 
 def _paint(glyphs: list[Glyph], color: bool) -> str:
     if not color:
         return "".join(text for text, _, _ in glyphs).rstrip()
-    runs = ((style, "".join(text for text, _, _ in run)) for style, run in groupby(glyphs, key=lambda glyph: glyph[2]))
-    return "".join(f"\x1b[{style}m{text}\x1b[0m" if style else text for style, text in runs).rstrip()
+    runs = (
+        (style, "".join(text for text, _, _ in run))
+        for style, run in groupby(glyphs, key=lambda glyph: glyph[2])
+    )
+    return "".join(
+        f"\x1b[{style}m{text}\x1b[0m" if style else text for style, text in runs
+    ).rstrip()
 
 
 def used_marks(picture: list[Column], marks: Marks) -> list[str]:
@@ -301,4 +382,3 @@ def _heat_color(share: float) -> str:
 def largest(values: Iterable[float | None]) -> float:
     """The largest finite size of a value; 0 when there is none to show."""
     return max((abs(v) for v in values if v is not None and np.isfinite(v)), default=0.0)
-

@@ -1,8 +1,10 @@
 """An alignment as one HTML file: no scripts, no links, readable in light and dark.
 
-Lane A is above the byte ruler (a number where a span starts, a tick per byte), lane B below it, one column per span. Ids, bytes, byte range,
-span and values of a token stand at the foot of the window while the pointer or the keyboard's focus is on it.
+Lane A is above the byte ruler (a number where a span starts, a tick per byte), lane B below it, one
+column per span. Ids, bytes, byte range, span and values of a token stand at the foot of the window
+while the pointer or the keyboard's focus is on it.
 """
+
 import html
 from collections.abc import Sequence
 
@@ -42,51 +44,95 @@ main.heat { column-gap: 5px } .heat .lane { --color: rgb(127 127 127/.13) }
 """
 
 
-def to_html(side_a: Side, side_b: Side, alignment: Alignment, marks: Marks = NO_MARKS, *, title: str = "Two tokenizers, one text",
-            facts: Sequence[tuple[str, str]] = ()) -> str:
+def to_html(
+    side_a: Side,
+    side_b: Side,
+    alignment: Alignment,
+    marks: Marks = NO_MARKS,
+    *,
+    title: str = "Two tokenizers, one text",
+    facts: Sequence[tuple[str, str]] = (),
+) -> str:
     """A whole HTML page. facts: (name, value) pairs shown above the picture."""
     picture = columns(side_a, side_b, alignment, marks)
-    heat = (largest(box.value for column in picture for lane in column.lanes for box in lane),
-            largest(column.value for column in picture))
+    heat = (
+        largest(box.value for column in picture for lane in column.lanes for box in lane),
+        largest(column.value for column in picture),
+    )
     listed = [*facts, ("above the ruler", marks.names[0]), ("below", marks.names[1])]
-    listed += [(label, f"up to ±{top:.3g}: blue +, orange −") for label, top in
-               zip((marks.token_label, marks.span_label), heat, strict=True) if top]
-    legend = "".join(f"<li>{html.escape(name)} <b>{html.escape(value)}</b></li>" for name, value in listed)
-    meanings = "".join(f"<li><b>{mark}</b> {MEANINGS[mark]}</li>" for mark in used_marks(picture, marks))
+    listed += [
+        (label, f"up to ±{top:.3g}: blue +, orange −")
+        for label, top in zip((marks.token_label, marks.span_label), heat, strict=True)
+        if top
+    ]
+    legend = "".join(
+        f"<li>{html.escape(name)} <b>{html.escape(value)}</b></li>" for name, value in listed
+    )
+    meanings = "".join(
+        f"<li><b>{mark}</b> {MEANINGS[mark]}</li>" for mark in used_marks(picture, marks)
+    )
     body = "".join(_html_column(column, marks, *heat) for column in picture)
-    end = "".join(f'<div class="lane{low}"><span class="token outside">■{html.escape(name)}</span></div>{ruler}'
-                  for name, low, ruler in zip(marks.stop or (), ("", " below"), ('<div class="ruler" style="--bytes:1">end</div>', "")))
+    end = "".join(
+        f'<div class="lane{low}"><span class="token outside">■{html.escape(name)}</span></div>{ruler}'
+        for name, low, ruler in zip(
+            marks.stop or (), ("", " below"), ('<div class="ruler" style="--bytes:1">end</div>', "")
+        )
+    )
     end += '<div class="value"></div>' if marks.span_values is not None else ""
     stop = f'<div class="column">{end}</div>' if marks.stop else ""
-    return ("<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content=\"width=device-width\">"
-            f"<title>{html.escape(title)}</title><style>{_STYLE}</style>\n<h1>{html.escape(title)}</h1><ul>{legend}</ul><ul>{meanings}</ul>"
-            f"\n<main{' class=heat' if heat[0] else ''}>{body}{stop}</main></html>\n")
+    return (
+        '<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>\n<h1>{html.escape(title)}</h1><ul>{legend}</ul><ul>{meanings}</ul>"
+        f"\n<main{' class=heat' if heat[0] else ''}>{body}{stop}</main></html>\n"
+    )
 
 
 def _html_column(column: Column, marks: Marks, token_heat: float, span_heat: float) -> str:
-    above, below = ("".join(_html_box(box, column, marks, token_heat) for box in lane) for lane in column.lanes)
+    above, below = (
+        "".join(_html_box(box, column, marks, token_heat) for box in lane) for lane in column.lanes
+    )
     mark = f'<span class="mark">{column.mark}</span>' if column.mark else ""
     kind = "column tail" if column.span < 0 else "column bad" if column.mark else "column"
     color = f"--color:var(--c{column.span % 6})" if column.span >= 0 else ""
-    seam = '<div class="seam"><span>seam</span></div>' if marks.seam and marks.seam == column.start else ""
-    shown = ("", "") if column.value is None else (_html_heat(column.value, span_heat), f"{column.value:+.2f}")
-    value = f'<div class="value" style="{shown[0]}">{shown[1]}</div>' if marks.span_values is not None else ""
-    return (f'{seam}<div class="{kind}" style="{color}"><div class="lane">{above}</div>'
-            f'<div class="ruler" style="--bytes:{max(1, column.end - column.start)}">{column.start}{mark}</div>'
-            f'<div class="lane below">{below}</div>{value}</div>\n')
+    seam = (
+        '<div class="seam"><span>seam</span></div>'
+        if marks.seam and marks.seam == column.start
+        else ""
+    )
+    shown = (
+        ("", "")
+        if column.value is None
+        else (_html_heat(column.value, span_heat), f"{column.value:+.2f}")
+    )
+    value = (
+        f'<div class="value" style="{shown[0]}">{shown[1]}</div>'
+        if marks.span_values is not None
+        else ""
+    )
+    return (
+        f'{seam}<div class="{kind}" style="{color}"><div class="lane">{above}</div>'
+        f'<div class="ruler" style="--bytes:{max(1, column.end - column.start)}">{column.start}{mark}</div>'
+        f'<div class="lane below">{below}</div>{value}</div>\n'
+    )
 
 
 def _html_box(box: Box, column: Column, marks: Marks, heat: float) -> str:
-    shown = "".join(html.escape(text) if kind == "text" else f'<span class="{kind}">{html.escape(text)}</span>'
-                    for kind, text in visible(box.piece))
+    shown = "".join(
+        html.escape(text) if kind == "text" else f'<span class="{kind}">{html.escape(text)}</span>'
+        for kind, text in visible(box.piece)
+    )
     kind = "token" + (" outside" if box.span < 0 else "" if box.piece else " empty")
     style = "" if box.value is None else f' style="{_html_heat(box.value, heat)}"'
     return f'<span class="{kind}" tabindex="0" data-tip="{html.escape(_tip(box, column, marks))}"{style}>{"⊘" if box.outside else ""}{shown}</span>'
 
 
 def _tip(box: Box, column: Column, marks: Marks) -> str:
-    lines = [f"{marks.names[box.lane]}: token {box.position}, " + (f"id {box.id}" if box.id >= 0 else "outside (masked or control)"),
-             f"bytes {box.start}..{box.start + box.size}: {box.piece[:64].hex(' ') or 'none'}{' ...' if len(box.piece) > 64 else ''}"]
+    lines = [
+        f"{marks.names[box.lane]}: token {box.position}, "
+        + (f"id {box.id}" if box.id >= 0 else "outside (masked or control)"),
+        f"bytes {box.start}..{box.start + box.size}: "
+        f"{box.piece[:64].hex(' ') or 'none'}{' ...' if len(box.piece) > 64 else ''}",
+    ]
     if box.span >= 0:
         lines.append(f"span {box.span}, {column.kind}, bytes {column.start}..{column.end}")
         lines += [MEANINGS[column.mark]] if column.mark else []

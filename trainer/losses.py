@@ -1,10 +1,13 @@
-"""The losses of both phases: pure functions of tensors that return (sum over tokens, metrics as sums over tokens).
+"""The losses of both phases: pure functions of tensors that return (sum over tokens, metrics as
+sums over tokens).
 
-They call reflux.kernels and know neither ranks nor phases. The division by the global token count happens once, in
-Engine.step. Metrics whose name starts with "max/" are maxima, all others are sums over the same tokens.
+They call reflux.kernels and know neither ranks nor phases. The division by the global token count
+happens once, in Engine.step. Metrics whose name starts with "max/" are maxima, all others are sums
+over the same tokens.
 
 Shapes: T tokens, D student hidden, E teacher hidden, V vocabulary, K kept teacher entries, S spans.
 """
+
 from typing import NamedTuple
 
 import torch
@@ -16,8 +19,7 @@ from reflux.kernels.linear_topk_kl import linear_topk_kl
 from reflux.kernels.span_sum import span_sum
 from reflux.kernels.teacher_topk import TopK, teacher_topk
 from reflux.tokenalign.span_losses import span_likelihood_kl
-
-from .config import Distill
+from reflux.trainer.config.schema import Distill
 
 Loss = tuple[Tensor, dict[str, Tensor]]
 
@@ -31,10 +33,19 @@ class Outputs(NamedTuple):
     vocab_size: int  # ids the tokenizer knows; the head may be padded
 
 
-def token_logprob_of(out: Outputs, target: Tensor, *, temperature: float = 1.0, entropy: bool = False) -> LogProb:
+def token_logprob_of(
+    out: Outputs, target: Tensor, *, temperature: float = 1.0, entropy: bool = False
+) -> LogProb:
     """log p of the targets [T] or candidates [T, K], fused with the head."""
-    return linear_logprob(out.hidden_TD, out.head_VD, target, temperature=temperature, entropy=entropy,
-                          softcap=out.softcap, vocab_size=out.vocab_size)
+    return linear_logprob(
+        out.hidden_TD,
+        out.head_VD,
+        target,
+        temperature=temperature,
+        entropy=entropy,
+        softcap=out.softcap,
+        vocab_size=out.vocab_size,
+    )
 
 
 def policy_gradient(logp_T: Tensor, old_logp_T: Tensor, advantage_T: Tensor, clip: float) -> Loss:
@@ -44,7 +55,10 @@ def policy_gradient(logp_T: Tensor, old_logp_T: Tensor, advantage_T: Tensor, cli
     clipped_T = ratio_T.clamp(1 - clip, 1 + clip)
     gain_T = torch.minimum(ratio_T * advantage_T, clipped_T * advantage_T)
     with torch.no_grad():
-        metrics = {"clipped": (ratio_T != clipped_T).float().sum(), "mismatch": log_ratio_T.abs().sum()}
+        metrics = {
+            "clipped": (ratio_T != clipped_T).float().sum(),
+            "mismatch": log_ratio_T.abs().sum(),
+        }
         metrics["max/mismatch"] = log_ratio_T.abs().amax() if len(logp_T) else logp_T.new_zeros(())
     return -gain_T.sum(), metrics
 
@@ -53,7 +67,8 @@ def anchor_kl(logp_T: Tensor, old_logp_T: Tensor, original_logp_T: Tensor, estim
     """KL(pi || original) from the sampled tokens (estimators of docs/method.md, "Anchor").
 
     k2_loss: half the squared log-ratio; its gradient is the reverse KL's, on-policy.
-    k3_is:   pi/pi_old times k3, differentiated through both: the reverse KL, also for slightly stale rollouts.
+    k3_is:   pi/pi_old times k3, differentiated through both: the reverse KL, also for slightly
+             stale rollouts.
     k3_loss: the common GRPO form; it descends the forward KL.
     """
     log_ratio_T = original_logp_T.detach() - logp_T
@@ -68,19 +83,39 @@ def anchor_kl(logp_T: Tensor, old_logp_T: Tensor, original_logp_T: Tensor, estim
 
 def exact_anchor_kl(out: Outputs, original: Outputs, *, temperature: float) -> Loss:
     """KL(pi || original) over the whole vocabulary at the sampled prefixes."""
-    result = linear_kl(out.hidden_TD, out.head_VD, original.hidden_TD, original.head_VD, mode="reverse",
-                       temperature=temperature, vocab_size=out.vocab_size, student_softcap=out.softcap,
-                       teacher_softcap=original.softcap)
+    result = linear_kl(
+        out.hidden_TD,
+        out.head_VD,
+        original.hidden_TD,
+        original.head_VD,
+        mode="reverse",
+        temperature=temperature,
+        vocab_size=out.vocab_size,
+        student_softcap=out.softcap,
+        teacher_softcap=original.softcap,
+    )
     return result.total, {"anchor_kl": result.kl.detach().sum()}
 
 
 def distill_kl(student: Outputs, teacher: Outputs, spec: Distill) -> Loss:
-    """Token KL of GKD (arXiv:2306.13649): full vocabulary, or the teacher's top k with its exact tail."""
+    """Token KL of GKD (arXiv:2306.13649): full vocabulary, or the teacher's top k with its exact
+    tail.
+    """
     if spec.tail != "full":
         return kept_kl(student, kept_classes(teacher, spec, student.vocab_size), spec)
-    result = linear_kl(student.hidden_TD, student.head_VD, teacher.hidden_TD, teacher.head_VD, mode=spec.divergence,
-                       beta=spec.beta, temperature=spec.temperature, scale_t2=spec.scale_t2, vocab_size=student.vocab_size,
-                       student_softcap=student.softcap, teacher_softcap=teacher.softcap)
+    result = linear_kl(
+        student.hidden_TD,
+        student.head_VD,
+        teacher.hidden_TD,
+        teacher.head_VD,
+        mode=spec.divergence,
+        beta=spec.beta,
+        temperature=spec.temperature,
+        scale_t2=spec.scale_t2,
+        vocab_size=student.vocab_size,
+        student_softcap=student.softcap,
+        teacher_softcap=teacher.softcap,
+    )
     return result.total, {"kl": result.kl.sum() / _t2(spec)}
 
 
@@ -90,17 +125,39 @@ def _t2(spec: Distill) -> float:
 
 
 def kept_classes(teacher: Outputs, spec: Distill, vocab_size: int | None = None) -> TopK:
-    """What an interface with top-k log-probabilities would show of the teacher, and its exact tail."""
+    """What an interface with top-k log-probabilities would show of the teacher, and its exact
+    tail.
+    """
     V = teacher.vocab_size if vocab_size is None else vocab_size
-    return teacher_topk(teacher.hidden_TD, teacher.head_VD, min(spec.top_k, V), temperature=spec.temperature, vocab_size=V,
-                        softcap=teacher.softcap)
+    return teacher_topk(
+        teacher.hidden_TD,
+        teacher.head_VD,
+        min(spec.top_k, V),
+        temperature=spec.temperature,
+        vocab_size=V,
+        softcap=teacher.softcap,
+    )
 
 
 def kept_kl(student: Outputs, kept: TopK, spec: Distill) -> Loss:
-    """Divergence from a teacher of which only some classes are known, in the student's ids (-1: not one of them)."""
-    result = linear_topk_kl(student.hidden_TD, student.head_VD, kept.ids, kept.logp, kept.tail, mode=spec.divergence,
-                            tail=spec.tail, allow_drop=spec.tail == "drop", beta=spec.beta,
-                            temperature=spec.temperature, scale_t2=spec.scale_t2, vocab_size=student.vocab_size, softcap=student.softcap)
+    """Divergence from a teacher of which only some classes are known, in the student's ids (-1: not
+    one of them).
+    """
+    result = linear_topk_kl(
+        student.hidden_TD,
+        student.head_VD,
+        kept.ids,
+        kept.logp,
+        kept.tail,
+        mode=spec.divergence,
+        tail=spec.tail,
+        allow_drop=spec.tail == "drop",
+        beta=spec.beta,
+        temperature=spec.temperature,
+        scale_t2=spec.scale_t2,
+        vocab_size=student.vocab_size,
+        softcap=student.softcap,
+    )
     return result.total, {"kl": result.kl.sum() / _t2(spec), "teacher_mass": kept.logp.exp().sum()}
 
 
@@ -109,8 +166,12 @@ def at_places(out: Outputs, place_P: Tensor | None) -> Outputs:
     return out if place_P is None else out._replace(hidden_TD=out.hidden_TD[place_P])
 
 
-def span_kl(logp_T: Tensor, span_T: Tensor, teacher_span_logp_S: Tensor, *, temperature: float) -> Loss:
-    """Binary KL between the two models' likelihoods of each aligned span (ALM, arXiv:2503.20083)."""
+def span_kl(
+    logp_T: Tensor, span_T: Tensor, teacher_span_logp_S: Tensor, *, temperature: float
+) -> Loss:
+    """Binary KL between the two models' likelihoods of each aligned span (ALM,
+    arXiv:2503.20083).
+    """
     student_S = span_sum(logp_T, span_T, len(teacher_span_logp_S))
     total = span_likelihood_kl(student_S, teacher_span_logp_S, temperature=temperature)
     gap = (teacher_span_logp_S - student_S.detach()).sum()

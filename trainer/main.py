@@ -1,13 +1,18 @@
-"""torchrun trainer/main.py --config FILE [--set a.b=value ...] [--print-config] [--dry-run] [--check]"""
+"""torchrun trainer/main.py --config FILE [--set a.b=value ...] [--print-config] [--dry-run]
+[--check]
+"""
+
 import os
 import sys
 
 if os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
-    del sys.path[0]  # Python puts a script's own folder first; there, trainer/x.py would pose as the package x
+    # Python puts a script's own folder first; there, trainer/x.py would pose as the package x
+    del sys.path[0]
 
 import argparse
 
-from reflux.trainer import config_file, run_folder  # absolute: a script has no package to be relative to
+from reflux.trainer.config import loader  # absolute: a script has no package to be relative to
+from reflux.trainer.runs import run_folder  # absolute: a script has no package to be relative to
 
 EXIT_CODES = """exit codes
   0    done; phase = "evaluate": every [accept] rule holds
@@ -18,20 +23,47 @@ torchrun itself turns every code but 0 into 1; evaluation.json has "accepted" fo
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="torchrun trainer/main.py", description="Calibrate, distil or evaluate a model.",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES)
-    parser.add_argument("--config", required=True, help="a .toml file, or a .py recipe with config()")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one knob; repeatable")
-    parser.add_argument("--print-config", action="store_true", help="print every knob as TOML and stop")
-    parser.add_argument("--dry-run", action="store_true", help="print shapes, parameters and memory per rank; load nothing")
-    parser.add_argument("--check", action="store_true", help="check tokenizers, templates, alignment and models; write nothing")
+    parser = argparse.ArgumentParser(
+        prog="torchrun trainer/main.py",
+        description="Calibrate, distil or evaluate a model.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EXIT_CODES,
+    )
+    parser.add_argument(
+        "--config", required=True, help="a .toml file, or a .py recipe with config()"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=VALUE",
+        help="override one knob; repeatable",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print every knob as TOML and stop"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print shapes, parameters and memory per rank; load nothing",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="check tokenizers, templates, alignment and models; write nothing",
+    )
     args = parser.parse_args(arguments)
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+    }.items():
         os.environ.setdefault(name, value)  # plain `python trainer/main.py` is one rank
     try:
-        cfg = config_file.load(args.config, tuple(args.set))
+        cfg = loader.load(args.config, tuple(args.set))
         if args.print_config:
-            print(config_file.to_toml(cfg), end="")
+            print(loader.to_toml(cfg), end="")
             return 0
         return _run(cfg, args)
     except KeyboardInterrupt:
@@ -48,15 +80,15 @@ def _run(cfg, args) -> int:
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
     if args.dry_run:
-        from reflux.trainer.preflight import dry_run
+        from reflux.trainer.preflight.commands import dry_run
 
         return dry_run(cfg)
     if args.check:
-        from reflux.trainer.preflight import check
+        from reflux.trainer.preflight.commands import check
 
         return check(cfg)
     cfg = run_folder.settle(cfg)
-    from reflux.trainer import loop
+    from . import loop
 
     return loop.train(cfg)
 

@@ -1,6 +1,8 @@
-"""Many runs as one table: python -m reflux.trainer.matrix configs/quickstart.toml [--set folder=... seeds=[0,1]]
+"""Many runs as one table: python -m reflux.trainer.matrix configs/quickstart.toml [--set folder=...
+seeds=[0,1]]
 
-A matrix file names cells; every cell is one `trainer/main.py --config FILE --set ...` or one `python -m MODULE ...`.
+A matrix file names cells; every cell is one `trainer/main.py --config FILE --set ...` or one
+`python -m MODULE ...`.
 
     folder = "runs/quickstart"      # of the whole matrix; {folder} below is <folder>/seed-<seed>
     seeds = [0]
@@ -8,18 +10,23 @@ A matrix file names cells; every cell is one `trainer/main.py --config FILE --se
 
     [[cell]]
     name = "student-{teacher}-{attack}"
-    each = { teacher = ["original", "distillable"], attack = ["seq_kd", "kd"] }     # one cell per combination
+    each = { teacher = ["original", "distillable"], attack = ["seq_kd", "kd"] }     # one cell per
+        combination
     after = ["teacher-{teacher}"]   # names of cells that must be done first
-    config = "attacks/{attack}.toml"                                                # relative to the matrix file
+    config = "attacks/{attack}.toml"                                                # relative to
+        the matrix file
     set = { "teacher.path" = "{folder}/teacher-{teacher}/export" }
     labels = { role = "student", teacher = "{teacher}", attack = "{attack}" }       # for the report
 
-`base = "other.toml"` (or a list of them) puts this file's cells behind another matrix's (in the same folder: what is done there is
-done here), and its other keys over that one's. A cell that several bases share is one cell.
+`base = "other.toml"` (or a list of them) puts this file's cells behind another matrix's (in the
+same folder: what is done there is done here), and its other keys over that one's. A cell that
+several bases share is one cell.
 
-Cells are resumed one by one: a cell is done when its folder holds summary.json. A cell that fails does not stop cells that do
-not depend on it. Children are forked from one process that has imported everything, which saves the seconds of `import torch`.
+Cells are resumed one by one: a cell is done when its folder holds summary.json. A cell that fails
+does not stop cells that do not depend on it. Children are forked from one process that has imported
+everything, which saves the seconds of `import torch`.
 """
+
 import argparse
 import contextlib
 import itertools
@@ -37,7 +44,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from .config_file import deep_merge, toml_value
+from reflux.trainer.config.loader import deep_merge, toml_value
 
 POLL_S = 0.1
 
@@ -64,23 +71,39 @@ class Cell:
 
 
 def read_matrix(path: Path, overrides: Mapping[str, Any]) -> tuple[dict, list[Cell]]:
-    """The matrix table and its cells, every combination and seed written out. Raises ValueError for a broken one."""
+    """The matrix table and its cells, every combination and seed written out. Raises ValueError for
+    a broken one.
+    """
     table = deep_merge(_read(path), overrides)
     known = {"folder", "seeds", "parallel", "cell", "styles", "title"}
     if strangers := set(table) - known:
-        raise ValueError(f"{path}: unknown key {sorted(strangers)[0]}. Known there: {', '.join(sorted(known))}")
-    cells = [cell for seed in table["seeds"] for row in table["cell"] for cell in _expand(row, int(seed), table)]
+        raise ValueError(
+            f"{path}: unknown key {sorted(strangers)[0]}. Known there: {', '.join(sorted(known))}"
+        )
+    cells = [
+        cell
+        for seed in table["seeds"]
+        for row in table["cell"]
+        for cell in _expand(row, int(seed), table)
+    ]
     names = [c.name for c in cells]
     for cell in cells:
         if missing := set(cell.after) - set(names):
-            raise ValueError(f"{path}: {cell.name} waits for {sorted(missing)[0]}, which is no cell of this matrix")
+            raise ValueError(
+                f"{path}: {cell.name} waits for {sorted(missing)[0]}, which is no cell of this "
+                "matrix"
+            )
     if len(set(names)) < len(names):
-        raise ValueError(f"{path}: two cells are called {next(n for n in names if names.count(n) > 1)}")
+        raise ValueError(
+            f"{path}: two cells are called {next(n for n in names if names.count(n) > 1)}"
+        )
     return table, cells
 
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict:
-    """The file over its base, cells behind the base's; each cell remembers which folder its config is relative to."""
+    """The file over its base, cells behind the base's; each cell remembers which folder its config
+    is relative to.
+    """
     with open(path, "rb") as f:
         table = tomllib.load(f)
     for row in table.get("cell", []):
@@ -88,8 +111,13 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict:
     bases = table.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     above = (*above, path.resolve())
-    if not isinstance(bases, list) or any(not isinstance(b, str) or (path.parent / b).resolve() in above for b in bases):
-        raise ValueError(f"{path}: base = {bases!r}; want the name of another matrix file, or several, none that leads back here")
+    if not isinstance(bases, list) or any(
+        not isinstance(b, str) or (path.parent / b).resolve() in above for b in bases
+    ):
+        raise ValueError(
+            f"{path}: base = {bases!r}; want the name of another matrix file, or several, none "
+            "that leads back here"
+        )
     low: dict = {}
     for table_below in [*(_read(path.parent / b, above) for b in bases), table]:
         shared = low.get("cell", [])
@@ -110,9 +138,15 @@ def _expand(row: Mapping[str, Any], seed: int, table: Mapping[str, Any]) -> Iter
             arguments = (*map(put, row.get("arguments", [])), "--out", str(folder))
             module = row["module"]
         else:
-            sets = {"folder": str(folder), "seed": seed, "on_existing_run": "resume"} | row.get("set", {})
+            sets = {"folder": str(folder), "seed": seed, "on_existing_run": "resume"} | row.get(
+                "set", {}
+            )
             config = Path(os.path.relpath(row["from"] / put(row["config"])))
-            flags = [x for key, value in sets.items() for x in ("--set", f"{key}={toml_value(put(value))}")]
+            flags = [
+                x
+                for key, value in sets.items()
+                for x in ("--set", f"{key}={toml_value(put(value))}")
+            ]
             arguments, module = ("--config", str(config), *flags), ""
         after = tuple(f"{put(a)}@{seed}" for a in row.get("after", []))
         labels = {k: str(put(v)) for k, v in row.get("labels", {}).items()} | {"seed": str(seed)}
@@ -120,12 +154,18 @@ def _expand(row: Mapping[str, Any], seed: int, table: Mapping[str, Any]) -> Iter
 
 
 def _put(x: Any, names: Mapping[str, Any]) -> Any:
-    """Names filled in, lists entry by entry; a string that is nothing but one name becomes what that name stands for."""
+    """Names filled in, lists entry by entry; a string that is nothing but one name becomes what
+    that name stands for.
+    """
     if isinstance(x, list):
         return [_put(y, names) for y in x]
     if not isinstance(x, str):
         return x
-    return names[x[1:-1]] if x[:1] == "{" and x[1:-1] in names and x[-1:] == "}" else x.format_map(names)
+    return (
+        names[x[1:-1]]
+        if x[:1] == "{" and x[1:-1] in names and x[-1:] == "}"
+        else x.format_map(names)
+    )
 
 
 def run_cell(cell: Cell) -> None:
@@ -140,7 +180,9 @@ def run_cell(cell: Cell) -> None:
 
             code = importlib.import_module(cell.module).main(list(cell.arguments))
             if not code:
-                (cell.folder / "summary.json").write_text(json.dumps({"command": cell.command}) + "\n")
+                (cell.folder / "summary.json").write_text(
+                    json.dumps({"command": cell.command}) + "\n"
+                )
         else:
             from . import main
 
@@ -149,7 +191,9 @@ def run_cell(cell: Cell) -> None:
 
 
 def run_matrix(cells: list[Cell], parallel: int) -> list[str]:
-    """Runs what is not done, `parallel` at a time, prerequisites first. Returns the names that failed or could not start."""
+    """Runs what is not done, `parallel` at a time, prerequisites first. Returns the names that
+    failed or could not start.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["reflux.trainer.loop"])
     waiting, done = [c for c in cells if not c.done], {c.name for c in cells if c.done}
@@ -161,7 +205,9 @@ def run_matrix(cells: list[Cell], parallel: int) -> list[str]:
             for cell in [c for c in waiting if set(c.after) & set(failed)]:
                 waiting.remove(cell)
                 failed.append(cell.name)
-            for cell in [c for c in waiting if set(c.after) <= done][:max(parallel - len(running), 0)]:
+            for cell in [c for c in waiting if set(c.after) <= done][
+                : max(parallel - len(running), 0)
+            ]:
                 waiting.remove(cell)
                 running[cell] = context.Process(target=run_cell, args=(cell,), name=cell.name)
                 running[cell].start()
@@ -181,8 +227,13 @@ def _stop_children(running: dict[Cell, ForkServerProcess]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("\nstopping: the running cells finish their step and save; run the same command to go on", file=sys.stderr)
-        started = [p for p in running.values() if p.pid is not None]  # the signal may have come while one was being started
+        print(
+            "\nstopping: the running cells finish their step and save; run the same command to go "
+            "on",
+            file=sys.stderr,
+        )
+        # the signal may have come while one was being started
+        started = [p for p in running.values() if p.pid is not None]
         for process in started:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGINT)
@@ -198,22 +249,41 @@ def _progress(cells: list[Cell], done: set[str], running: dict) -> Iterator:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console()
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=len(cells), completed=len(done))
 
         def show(cell: Cell, code: int | None, seconds: float) -> None:
-            result = "done" if code == 0 else f"failed (exit {code}), see {cell.folder / 'console.log'}"
-            bar.update(task, completed=len(done), description=", ".join(c.name for c in running) or "waiting")
+            result = (
+                "done" if code == 0 else f"failed (exit {code}), see {cell.folder / 'console.log'}"
+            )
+            bar.update(
+                task,
+                completed=len(done),
+                description=", ".join(c.name for c in running) or "waiting",
+            )
             console.print(f"[{len(done)}/{len(cells)}] {cell.name}: {result} after {seconds:.0f} s")
 
         yield show
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m reflux.trainer.matrix", description="Run a table of runs, then report.")
+    parser = argparse.ArgumentParser(
+        prog="python -m reflux.trainer.matrix", description="Run a table of runs, then report."
+    )
     parser.add_argument("matrix", type=Path)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. folder='\"runs/x\"', seeds=[0,1,2]")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="e.g. folder='\"runs/x\"', seeds=[0,1,2]",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     args = parser.parse_args(arguments)
     try:
@@ -225,31 +295,51 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(c.command for c in cells))
         return 0
     parallel = int(table.get("parallel", 1))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // parallel)))  # cells share the cores
+    # cells share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // parallel)))
     folder = Path(table["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    rows = [{"name": c.name, "folder": os.path.relpath(c.folder, folder), "command": c.command, "labels": c.labels}
-            for c in cells]
-    (folder / "matrix.json").write_text(json.dumps({"title": table.get("title", ""), "styles": table.get("styles", {}),
-                                                    "cells": rows}, indent=1) + "\n")
+    rows = [
+        {
+            "name": c.name,
+            "folder": os.path.relpath(c.folder, folder),
+            "command": c.command,
+            "labels": c.labels,
+        }
+        for c in cells
+    ]
+    (folder / "matrix.json").write_text(
+        json.dumps(
+            {"title": table.get("title", ""), "styles": table.get("styles", {}), "cells": rows},
+            indent=1,
+        )
+        + "\n"
+    )
     try:
         failed = run_matrix(cells, parallel)
     except KeyboardInterrupt:
         return 130
     _report(folder, {label for c in cells if c.done for label in c.labels})
-    print(f"{len(cells) - len(failed)} of {len(cells)} cells done in {time.monotonic() - start:.0f} s; report: {folder / 'report.md'}")
+    print(
+        f"{len(cells) - len(failed)} of {len(cells)} cells done in {time.monotonic() - start:.0f} "
+        f"s; report: {folder / 'report.md'}"
+    )
     return 1 if failed else 0
 
 
 def _report(folder: Path, labels: set[str]) -> None:
-    from .ablations import write_ablations
-    from .diagnose_table import write_diagnoses
-    from .knob import write_knob
-    from .report import write_report
+    from reflux.trainer.studies.ablations import write_ablations
+    from reflux.trainer.studies.attack_report import write_report
+    from reflux.trainer.studies.diagnosis_table import write_diagnoses
+    from reflux.trainer.studies.eta_sweep import write_knob
 
     print(write_report(folder))
-    for label, write in (("eta", write_knob), ("ablation", write_ablations), ("pair", write_diagnoses)):
+    for label, write in (
+        ("eta", write_knob),
+        ("ablation", write_ablations),
+        ("pair", write_diagnoses),
+    ):
         if label in labels:
             print(write(folder))
 

@@ -1,7 +1,9 @@
 """Draws the pictures of docs/tokenalign.md: python docs/figures/tokenalign_figures.py
 
-The cuts are those of Mistral 7B v0.1 (SentencePiece) and DeepSeek-V3 (byte-level BPE), written out so that no tokenizer is needed.
+The cuts are those of Mistral 7B v0.1 (SentencePiece) and DeepSeek-V3 (byte-level BPE), written out
+so that no tokenizer is needed.
 """
+
 from html import escape
 from pathlib import Path
 
@@ -29,39 +31,65 @@ def lane_of(pieces: list[bytes], *, skip: int = 0, control: bytes = b"") -> tupl
     named = [*pieces, *[control] * bool(control)]
     kind = np.array([TEXT] * len(pieces) + [CONTROL] * bool(control), np.int8)
     ids = np.where(kind == TEXT, np.arange(len(named)), -1).astype(np.int32)
-    return Side(ByteTable(tuple(named), kind, "byte_level"), ids, skip, True), list(range(len(named)))
+    return Side(ByteTable(tuple(named), kind, "byte_level"), ids, skip, True), list(
+        range(len(named))
+    )
 
 
 def draw(a: tuple[Side, list[int]], b: tuple[Side, list[int]], marks: Marks) -> str:
-    """Both lanes with boxes as wide as their bytes, the bytes between them. Tokens of no bytes are bars, control tokens dashed."""
+    """Both lanes with boxes as wide as their bytes, the bytes between them. Tokens of no bytes are
+    bars, control tokens dashed.
+    """
     alignment = align_spans([a[0]], [b[0]])[0]
     picture = columns(a[0], b[0], alignment, Marks(marks.names, (a[1], b[1]), marks.seam))
     source = b"".join(box.piece for column in picture for box in column.lanes[0] if not box.outside)
-    body = [_text(2, y, name, "name") for name, y in zip(marks.names, (LANE / 2, LANE * 1.5 + RULER), strict=True)]
-    body += [_text(LEFT + (i + 0.5) * CELL, LANE + RULER / 2, f"{byte:02x}", "byte") for i, byte in enumerate(source)]
-    body += [_box(box, column, lane * (LANE + RULER)) for column in picture for lane in (0, 1) for box in column.lanes[lane]]
+    body = [
+        _text(2, y, name, "name")
+        for name, y in zip(marks.names, (LANE / 2, LANE * 1.5 + RULER), strict=True)
+    ]
+    body += [
+        _text(LEFT + (i + 0.5) * CELL, LANE + RULER / 2, f"{byte:02x}", "byte")
+        for i, byte in enumerate(source)
+    ]
+    body += [
+        _box(box, column, lane * (LANE + RULER))
+        for column in picture
+        for lane in (0, 1)
+        for box in column.lanes[lane]
+    ]
     body += [_line(LEFT + column.start * CELL, LANE, LANE + RULER) for column in picture]
     if marks.seam is not None:
         body.append(_line(LEFT + marks.seam * CELL, 0, 2 * LANE + RULER, "seam"))
     width = LEFT + len(source) * CELL + (3 * CELL if picture[-1].span < 0 else 2)
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {2 * LANE + RULER}" width="{width}">'
-            f"<style>{STYLE}</style>{HATCH}\n" + "\n".join(body) + "\n</svg>\n")
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {2 * LANE + RULER}" width="{width}">'
+        f"<style>{STYLE}</style>{HATCH}\n" + "\n".join(body) + "\n</svg>\n"
+    )
 
 
 def _box(box: Box, column: Column, y: int) -> str:
     x = LEFT + box.start * CELL
     if not box.size and not box.outside:
-        return _line(x - 5, y + 3, y + LANE - 3, "tick")  # beside the box that begins at the same byte
+        # beside the box that begins at the same byte
+        return _line(x - 5, y + 3, y + LANE - 3, "tick")
     width = (box.size or 2.6) * CELL
     kind = "out" if box.outside else "bad" if column.mark else f"c{column.span % 6}"
     hexed = " hex" if any(part == "hex" for part, _ in visible(box.piece)) else ""
-    shown = "".join(text.strip("<>") if part == "hex" else text for part, text in visible(box.piece))
-    return (f'<rect class="{kind}" x="{x + 1.5:g}" y="{y + 1.5:g}" width="{width - 3:g}" height="{LANE - 3}" rx="4"/>'
-            + _text(x + width / 2, y + LANE / 2, shown, hexed.strip()))
+    shown = "".join(
+        text.strip("<>") if part == "hex" else text for part, text in visible(box.piece)
+    )
+    return (
+        f'<rect class="{kind}" x="{x + 1.5:g}" y="{y + 1.5:g}" width="{width - 3:g}" height="{LANE - 3}" rx="4"/>'
+        + _text(x + width / 2, y + LANE / 2, shown, hexed.strip())
+    )
 
 
 def _text(x: float, y: float, text: str, kind: str) -> str:
-    return f'<text x="{x:g}" y="{y:g}" class="{kind}">{escape(text)}</text>' if kind else f'<text x="{x:g}" y="{y:g}">{escape(text)}</text>'
+    return (
+        f'<text x="{x:g}" y="{y:g}" class="{kind}">{escape(text)}</text>'
+        if kind
+        else f'<text x="{x:g}" y="{y:g}">{escape(text)}</text>'
+    )
 
 
 def _line(x: float, y: float, end: float, kind: str = "edge") -> str:
@@ -76,7 +104,12 @@ def figures() -> dict[str, str]:
     joint, apart = [b"2", b"+", b"2", b"=", b" 4", b"."], [b"2", b"+", b"2", b"=", b" ", b"4", b"."]
     return {
         "tokenalign_spans.svg": draw(lane_of(mistral, skip=1), lane_of(deepseek), Marks(names)),
-        "tokenalign_seam.svg": draw(lane_of(joint, control=b"<eos>"), lane_of(apart, control=b"</s>"), Marks(("joint", "apart"), seam=5))}
+        "tokenalign_seam.svg": draw(
+            lane_of(joint, control=b"<eos>"),
+            lane_of(apart, control=b"</s>"),
+            Marks(("joint", "apart"), seam=5),
+        ),
+    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,503 @@
+"""linear_topk_kl on both paths: float64 parity with every option, and what is the head's: dhead,
+dbias, chunks, slices.
+
+The laws of the tails themselves are in test_tail_laws.py.
+"""
+
+from functools import partial
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from close import DEVICE, PATHS, NoLargeTensor, running
+from hypothesis import given
+from hypothesis import strategies as st
+from kept import (
+    ALLOWED,
+    PROPER,
+    assert_gradient_no_worse,
+    keep,
+    pad_some,
+    randn,
+    run,
+    signed_weights,
+)
+from shards import run_on_ranks
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from reflux.kernels import linear_topk_kl as module
+from reflux.kernels._parallel import VocabShard
+from reflux.kernels.linear_kl import linear_kl
+from reflux.kernels.linear_topk_kl import _op, linear_topk_kl, linear_topk_kl_ref
+from reflux.kernels.renormalised_topk_kl import gather_is_cheaper, renormalised_topk_kl
+from reflux.kernels.teacher_topk import teacher_topk
+
+# numpy, about -inf - -inf in masked lanes
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+SEEDS = st.integers(0, 2**31 - 1)
+LOSS = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}
+# the interpreter truncates bf16
+GRAD = {torch.float64: 1e-11, torch.float32: 3e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+both_paths = pytest.mark.parametrize("path", PATHS)
+linear_topk = partial(linear_topk_kl, allow_drop=True)
+
+
+def student(T, V, D, seed, dtype=torch.float64):
+    return [
+        randn(T, D, seed=seed, dtype=dtype),
+        randn(V, D, seed=seed + 1, dtype=dtype),
+        randn(V, seed=seed + 2, dtype=dtype),
+    ]
+
+
+def with_bias(fn):
+    """bias as a third tensor, so that `run` differentiates it."""
+    return lambda x_TD, w_VD, b_V, *kept, **options: fn(x_TD, w_VD, *kept, bias=b_V, **options)
+
+
+def floats(kept, dtype=torch.float32):
+    return [x.to(dtype) if x.is_floating_point() else x for x in kept]
+
+
+@both_paths
+@given(
+    T=st.integers(0, 4),
+    V=st.one_of(st.integers(2, 300), st.sampled_from([63, 64, 65, 129])),
+    D=st.integers(1, 8),
+    K=st.integers(2, 9),
+    case=st.sampled_from(ALLOWED),
+    dtype=st.sampled_from(list(LOSS)),
+    temperature=st.sampled_from([0.5, 1.0, 2.0]),
+    softcap=st.sampled_from([None, 4.0]),
+    logit_scale=st.sampled_from([1.0, 0.25]),
+    pads=st.booleans(),
+    rows=st.booleans(),
+    scale_t2=st.booleans(),
+    transposed=st.booleans(),
+    block_v=st.sampled_from([64, 256, 2048]),
+    workspace_mb=st.sampled_from([0.001, 1200]),
+    seed=SEEDS,
+)
+def test_values_and_gradients_match_float64(
+    path,
+    T,
+    V,
+    D,
+    K,
+    case,
+    dtype,
+    temperature,
+    softcap,
+    logit_scale,
+    pads,
+    rows,
+    scale_t2,
+    transposed,
+    block_v,
+    workspace_mb,
+    seed,
+):
+    (mode, tail), K = case, min(K, V)
+    x_TD, w_VD, b_V = student(T, V, D, seed, dtype)
+    # T15: junk columns
+    w_VD, b_V = (
+        torch.cat([w_VD, w_VD.new_full((2, D), 50.0)]),
+        torch.cat([b_V, b_V.new_full((2,), 9.0)]),
+    )
+    if transposed:
+        x_TD, w_VD = (t.t().contiguous().t() for t in (x_TD, w_VD))
+    ids_TK, logp_TK, tail_T = keep(randn(T, V, seed=seed + 3), K, temperature)
+    if pads:
+        ids_TK, logp_TK = pad_some(ids_TK, logp_TK, V)
+    kept = floats((ids_TK, logp_TK, tail_T), torch.promote_types(dtype, torch.float32))
+    options = dict(
+        mode=mode,
+        tail=tail,
+        beta=0.25,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        weight=signed_weights(T, seed),
+        vocab_size=V,
+        scale_t2=scale_t2,
+        rows=torch.arange(T, device=DEVICE)[::2].flip(0) if rows else None,
+    )
+    with running(path, block_v):
+        got = run(
+            with_bias(linear_topk),
+            [x_TD, w_VD, b_V],
+            kept,
+            dtype,
+            workspace_mb=workspace_mb,
+            **options,
+        )
+    same_dtype = run(with_bias(linear_topk_kl_ref), [x_TD, w_VD, b_V], kept, dtype, **options)
+    truth = run(with_bias(linear_topk_kl_ref), [x_TD, w_VD, b_V], kept, torch.float64, **options)
+    for what, a, b in zip(("total", "kl"), got, truth):
+        torch.testing.assert_close(
+            a.double(), b, rtol=LOSS[dtype], atol=LOSS[dtype], msg=lambda m, w=what: f"{w}: {m}"
+        )
+    for what, a, b, c in zip(
+        ("dhidden", "dhead", "dbias"), got[2:], same_dtype[2:], truth[2:], strict=True
+    ):
+        assert_gradient_no_worse(a, b, c, what, GRAD[dtype])
+    assert (
+        (got[3][V:] == 0).all()
+        and (got[4][V:] == 0).all()
+        and (not rows or (got[2][1::2] == 0).all())
+    )
+
+
+@both_paths
+@pytest.mark.parametrize("mode, tail", ALLOWED)
+def test_gradcheck(path, mode, tail):  # T3
+    kept = keep(randn(3, 20, seed=1), 4, 2.0)
+    with running(path, 64):
+        torch.autograd.gradcheck(
+            lambda *s: (
+                with_bias(linear_topk)(
+                    *s,
+                    *kept,
+                    mode=mode,
+                    tail=tail,
+                    beta=0.25,
+                    temperature=2.0,
+                    softcap=3.0,
+                    logit_scale=0.5,
+                    weight=signed_weights(3, 2),
+                ).total
+            ),
+            [t.requires_grad_() for t in student(3, 20, 4, 3)],
+            fast_mode=True,
+        )
+
+
+@both_paths
+@pytest.mark.parametrize("mode, tail", PROPER)
+def test_a_student_equal_to_its_teacher_learns_nothing(path, mode, tail):  # T1
+    x_TD, w_VD, _ = student(3, 60, 5, 2)
+    with running(path, 64):
+        out = run(
+            linear_topk,
+            [x_TD, w_VD],
+            teacher_topk(x_TD, w_VD, 5, softcap=4.0),
+            torch.float64,
+            mode=mode,
+            tail=tail,
+            softcap=4.0,
+        )
+    assert max(t.abs().max() for t in out) < 1e-12
+
+
+@both_paths
+def test_the_whole_vocabulary_is_the_full_divergence(path):  # T2
+    (x_TD, w_VD, _), (y_TD, v_VD, _) = student(3, 40, 5, 4), student(3, 40, 5, 7)
+    with running(path, 64):
+        got = run(
+            linear_topk, [x_TD, w_VD], teacher_topk(y_TD, v_VD, 40), torch.float64, mode="jsd"
+        )
+        want = run(linear_kl, [x_TD, w_VD], (y_TD, v_VD), torch.float64, mode="jsd")
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@both_paths
+@pytest.mark.parametrize("tail", ["ghost", "renorm"])
+def test_the_loss_of_a_token_does_not_depend_on_its_chunk(path, tail):
+    """To the bit. Whole numbers make the GEMM exact in any order; what is left is the row
+    functions' own.
+    """
+    x_TD, w_VD, _ = (t.mul(2).round() for t in student(5, 100, 4, 9, torch.float32))
+    kept = floats(keep(randn(5, 100, seed=10), 7))
+    with running(path, 64):
+        first, again, chunked = (
+            run(
+                linear_topk,
+                [x_TD, w_VD],
+                kept,
+                torch.float32,
+                mode="jsd",
+                tail=tail,
+                workspace_mb=mb,
+            )
+            for mb in (1200, 1200, 0.0001)
+        )
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert torch.equal(first[1], chunked[1])
+
+
+def test_few_kept_ids_are_gathered_and_many_are_not():
+    """renorm takes the path that moves fewer bytes, with the same numbers."""
+    (x_TD, w_VD, b_V), kept = student(3, 1300, 4, 11), keep(randn(3, 1300, seed=12), 3)
+    options = dict(
+        mode="jsd",
+        tail="renorm",
+        softcap=3.0,
+        logit_scale=0.5,
+        temperature=2.0,
+        rows=torch.tensor([2, 0]),
+        scale_t2=True,
+        weight=signed_weights(3, 13),
+    )
+    results = []
+    for k, gathered in ((2, True), (3, False)):
+        with (
+            running("torch"),
+            patch.object(module, "renormalised_topk_kl", wraps=renormalised_topk_kl) as spy,
+        ):
+            some = [x[:, :k] if x.ndim == 2 else x for x in kept]
+            results.append(
+                run(with_bias(linear_topk), [x_TD, w_VD, b_V], some, torch.float64, **options)
+            )
+        assert spy.called == gathered == gather_is_cheaper(k, 1300)
+        with running("torch"), patch.object(module, "gather_is_cheaper", return_value=not gathered):
+            other = run(with_bias(linear_topk), [x_TD, w_VD, b_V], some, torch.float64, **options)
+        torch.testing.assert_close(other, results[-1], rtol=1e-10, atol=1e-13)
+
+
+def arguments(need=True):
+    x_TD, w_VD, b_V = (t.requires_grad_() for t in student(3, 20, 4, 14, torch.float32))
+    ids_TK, logp_TK, tail_T = floats(keep(randn(3, 20, seed=15), 4))
+    return (
+        x_TD,
+        w_VD,
+        b_V,
+        ids_TK,
+        logp_TK,
+        tail_T,
+        signed_weights(3, 16),
+        None,
+        "jsd",
+        "ghost",
+        0.5,
+        1.0,
+        False,
+        20,
+        1.0,
+        0.0,
+        "",
+        0,
+        1200.0,
+        need,
+        need,
+        need,
+    )
+
+
+# T25; a dispatch mode does not see inside an op, so it is unwrapped
+def test_the_full_logits_never_exist():
+    x_TD, w_VD, b_V = student(300, 400, 8, 5, torch.float32)
+    kept = floats(keep(randn(300, 400, seed=6), 8))
+    for tail in ("ghost", "renorm"):
+        with running("torch"), NoLargeTensor(300 * 400 // 2):
+            _op._init_fn(
+                x_TD,
+                w_VD,
+                b_V,
+                *kept,
+                torch.ones(300),
+                None,
+                "jsd",
+                tail,
+                0.5,
+                1.0,
+                False,
+                400,
+                1.0,
+                4.0,
+                "",
+                0,
+                0.5,
+                True,
+                True,
+                True,
+            )
+
+
+@both_paths
+def test_the_op_keeps_torch_librarys_contract(path):
+    with running(path, 64):
+        torch.library.opcheck(_op, arguments())
+
+
+def test_nothing_waits_for_the_device():
+    """Fake tensors have no values to wait for: reading one raises."""
+    with running("torch"), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        args = [
+            mode.from_tensor(x.detach()) if isinstance(x, torch.Tensor) else x for x in arguments()
+        ]
+        for rows_M in (None, torch.arange(2)):
+            _, kl_T, *gradients = _op._init_fn(*args[:7], rows_M, *args[8:])
+            assert kl_T.shape == (3,) and [list(d.shape) for d in gradients] == [
+                [3, 4],
+                [20, 4],
+                [20],
+            ]
+
+
+def test_it_compiles_into_a_full_graph():
+    kept, leaves = (
+        keep(randn(3, 20, seed=18), 4),
+        [t.requires_grad_() for t in student(3, 20, 4, 19)],
+    )
+
+    def loss(x_TD, w_VD, b_V):
+        return (
+            linear_topk_kl(
+                x_TD * 2, w_VD, *kept, bias=b_V, mode="jsd", rows=torch.tensor([2, 0])
+            ).total
+            * 3
+        )
+
+    with running("torch"):
+        got = torch.autograd.grad(
+            torch.compile(loss, backend="aot_eager", fullgraph=True)(*leaves), leaves
+        )
+        torch.testing.assert_close(got, torch.autograd.grad(loss(*leaves), leaves))
+
+
+def test_who_gets_a_gradient():
+    (x_TD, w_VD, b_V), kept = (
+        (t.requires_grad_() for t in student(3, 20, 4, 20)),
+        keep(randn(3, 20, seed=23), 4),
+    )
+    kept = [t.requires_grad_() if t.is_floating_point() else t for t in kept]
+    with running("torch"):
+        linear_topk_kl(x_TD, w_VD, *kept, bias=b_V, frozen_student_head=True).total.backward()
+        assert x_TD.grad is not None and w_VD.grad is None and b_V.grad is None
+        w_VD.grad = torch.ones_like(w_VD)  # a tied embedding's gradient is there first
+        total = linear_topk_kl(x_TD.detach(), w_VD, *kept, bias=b_V).total
+        total.backward(retain_graph=True)
+        first_VD = w_VD.grad - 1
+        total.backward()
+        # a retained graph goes backward again
+        torch.testing.assert_close(w_VD.grad, 1 + 2 * first_VD)
+        assert (
+            first_VD.abs().max() > 1e-3
+            and b_V.grad is not None
+            and all(t.grad is None for t in kept)
+        )
+        with torch.no_grad():
+            assert not linear_topk_kl(x_TD, w_VD, *kept).total.requires_grad
+
+
+@both_paths
+@pytest.mark.parametrize("tail", ["ghost", "renorm"])
+def test_autocast_casts_as_a_linear_layer_does(path, tail):
+    (x_TD, w_VD, _), kept = (
+        student(3, 20, 4, 24, torch.float32),
+        floats(keep(randn(3, 20, seed=25), 4)),
+    )
+    leaves = [t.detach().requires_grad_() for t in (x_TD, w_VD)]
+    with running(path, 64):
+        want = run(linear_topk, [x_TD, w_VD], kept, torch.bfloat16, tail=tail)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            out = linear_topk(*leaves, *kept, tail=tail)
+        gradients = torch.autograd.grad(out.total * -0.7, leaves)
+    assert torch.equal(out.kl, want[1]) and all(d.dtype == torch.float32 for d in gradients)
+    torch.testing.assert_close(gradients, tuple(d.float() for d in want[2:]), rtol=1e-2, atol=1e-3)
+
+
+def on_a_slice(path: str, cuts: list[int], tensors, kept, weight_T, cases) -> list:
+    start, end = cuts[dist.get_rank()], cuts[dist.get_rank() + 1]
+    shard, (x_TD, w_VD, b_V) = VocabShard(dist.group.WORLD.group_name, start), tensors
+    with running(path, 64):
+        return [
+            run(
+                with_bias(linear_topk),
+                [x_TD, w_VD[start:end], b_V[start:end]],
+                kept,
+                x_TD.dtype,
+                mode=mode,
+                tail=tail,
+                weight=weight_T,
+                shard=shard,
+                vocab_size=37,
+                softcap=3.0,
+                logit_scale=0.5,
+                workspace_mb=0.0005,
+            )
+            for mode, tail in cases
+        ]
+
+
+@both_paths
+@pytest.mark.parametrize("cuts", [[0, 23, 40], [0, 37, 40]], ids=["uneven", "a slice of padding"])
+def test_slices_of_the_vocabulary_give_what_the_whole_gives(path, cuts):
+    T, V = 3, 37
+    tensors, (ids_TK, logp_TK, tail_T) = student(T, 40, 5, 26), keep(randn(T, V, seed=29), 6)
+    kept, weight_T = (*pad_some(ids_TK, logp_TK, V), tail_T), signed_weights(T, 30)
+    cases = [
+        ("forward", "ghost"),
+        ("reverse", "ghost"),
+        ("jsd", "renorm"),
+        ("forward", "sampled"),
+        ("forward", "drop"),
+    ]
+    ranks = run_on_ranks(
+        on_a_slice, path, cuts, tensors, kept, weight_T, cases if cuts[1] == 23 else cases[:1]
+    )
+    for (mode, tail), *parts in zip(cases, *ranks):
+        with running("torch"):
+            whole = run(
+                with_bias(linear_topk),
+                tensors,
+                kept,
+                torch.float64,
+                mode=mode,
+                tail=tail,
+                weight=weight_T,
+                vocab_size=V,
+                softcap=3.0,
+                logit_scale=0.5,
+            )
+        for part in parts:  # dhidden, too, is that of the whole vocabulary
+            torch.testing.assert_close(part[:3], whole[:3], rtol=1e-10, atol=1e-13)
+        for i in (3, 4):
+            torch.testing.assert_close(
+                torch.cat([part[i] for part in parts]), whole[i], rtol=1e-10, atol=1e-13
+            )
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        (dict(tail="tail"), "want one of ghost"),
+        (
+            dict(
+                tail="renorm",
+                ids_TK=torch.zeros(2, 1, dtype=torch.int32),
+                teacher_logp_TK=torch.zeros(2, 1),
+            ),
+            "K = 1",
+        ),
+        (dict(tail="drop", mode="reverse"), "use tail='ghost'"),
+        (dict(tail="drop"), "allow_drop=True"),
+        (dict(tail="sampled", mode="jsd"), "use tail='ghost'"),
+        (dict(teacher_tail_T=None), "teacher_topk returns it"),
+        (dict(teacher_tail_T=torch.zeros(3)), r"want \[T\]"),
+        (
+            dict(ids_TK=torch.zeros(2, 6, dtype=torch.int32), teacher_logp_TK=torch.zeros(2, 6)),
+            "1 <= K <= V",
+        ),
+        (dict(teacher_logp_TK=torch.zeros(2, 3)), r"want \[T, K\] both"),
+        (dict(teacher_logp_TK=torch.zeros(2, 2).bfloat16()), "want float32"),
+        (dict(ids_TK=torch.zeros(2, 2)), "want int32 or int64"),
+        (dict(temperature=0.0), "want > 0"),
+        (dict(temperature=2.0, teacher_temperature=1.0), "do not tell the tail"),
+        (dict(bias=torch.zeros(4)), "one a row"),
+        (dict(logit_scale=0.0), "1 for none"),
+    ],
+)
+def test_mistakes_say_how_to_fix_them(options, match):
+    args = dict(
+        student_hidden_TD=torch.zeros(2, 4),
+        student_head_VD=torch.zeros(5, 4),
+        ids_TK=torch.zeros(2, 2, dtype=torch.int32),
+        teacher_logp_TK=torch.zeros(2, 2),
+        teacher_tail_T=torch.zeros(2),
+    )
+    with pytest.raises(ValueError, match=match):
+        linear_topk_kl(**(args | options))
+    assert linear_topk_kl_ref(**args).kl.shape == (2,)

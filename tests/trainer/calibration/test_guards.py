@@ -1,0 +1,146 @@
+"""What stops a calibration, and that a resumed run stops at the same step."""
+
+import json
+import logging
+import warnings
+from itertools import accumulate
+from types import SimpleNamespace
+
+import pytest
+
+from reflux.trainer.calibration.guards import KL_DECAY, Guards, Stop
+from reflux.trainer.config.schema import (
+    Anchor,
+    Calibration,
+    Config,
+    Data,
+    Frozen,
+    Guard,
+    Model,
+    Task,
+)
+
+
+def config(**parts) -> Config:
+    return Config(
+        "calibrate",
+        "r",
+        model=Model("m"),
+        proxy=Frozen("p"),
+        data=Data("d"),
+        task=Task("math"),
+        **parts,
+    )
+
+
+def stops_at(stats, *, guard=None, resume_at=None) -> tuple[int, Stop] | None:
+    """Feeds (stats, found) step by step from step 1 on; resume_at: goes on from saved notes in a
+    new process.
+    """
+    engine = SimpleNamespace(notes={})
+    guards = Guards(config(guard=guard or Guard()), engine)
+    for step, (numbers, found) in enumerate(stats, 1):
+        if step == resume_at:
+            engine = SimpleNamespace(notes=json.loads(json.dumps(engine.notes)))
+            guards = Guards(config(guard=guard or Guard()), engine)
+        try:
+            guards.check(step, numbers, found)
+        except Stop as stop:
+            return step, stop
+    return None
+
+
+def kl(*values):
+    return [({"anchor_kl": v}, {}) for v in values]
+
+
+def accuracy(*values):
+    return [({}, {} if v is None else {"eval/sampled": v, "eval/greedy": 0.0}) for v in values]
+
+
+def test_the_moving_average_of_the_kl_is_held_to_the_budget():
+    path = [0.05, 0.0, 0.3, 0.3, 0.3, 0.3]
+    averages = list(
+        accumulate(path, lambda before, value: KL_DECAY * before + (1 - KL_DECAY) * value)
+    )
+    want = next(step for step, average in enumerate(averages, 1) if average > 0.10)
+    step, stop = stops_at(kl(*path))
+    assert step == want > 3 and "over guard.kl_budget = 0.1" in str(stop) and stop.restore is None
+    assert stops_at(kl(*[0.099] * 50)) is None
+    assert (
+        stops_at(kl(5.0, 5.0), guard=Guard(kl_budget=0.0)) is None
+        and stops_at([({}, {})] * 3) is None
+    )
+
+
+def test_a_kl_that_is_no_number_stops():
+    assert stops_at(kl(0.01, float("nan")))[0] == 2
+
+
+def test_half_the_budget_warns_once(caplog):
+    with caplog.at_level(logging.WARNING):
+        stops_at(kl(*[0.06] * 5))
+    assert len(caplog.records) == 1 and "half of guard.kl_budget" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "values, want",
+    [
+        ((0.5, 0.47, 0.47), (3, 1)),  # twice in a row, back to the start
+        ((0.5, 0.47, 0.49, 0.47, 0.46), (5, 3)),  # a pass in between begins anew
+        (
+            (0.5, None, 0.6, None, 0.47, None, 0.4),
+            (7, 3),
+        ),  # steps without an evaluation are neither
+        ((0.5, 0.47, 0.5, 0.47, 0.5), None),
+        ((0.5, 0.481, 0.481), None),
+        ((0.1, 0.9, 0.1, 0.1), None),
+    ],
+)
+def test_two_failures_in_a_row_name_the_last_step_that_passed(values, want):
+    for resume_at in (None, *range(2, len(values) + 1)):
+        got = stops_at(accuracy(*values), resume_at=resume_at)
+        assert (got and (got[0], got[1].restore)) == want, resume_at
+
+
+def test_without_samples_the_greedy_accuracy_counts():
+    found = [({}, {"eval/greedy": v}) for v in (0.5, 0.3, 0.3)]
+    assert stops_at(found)[0] == 3 and stops_at(found, guard=Guard(utility_drop=0.0)) is None
+
+
+@pytest.mark.parametrize("resume_at", range(2, 7))
+def test_a_resumed_run_spends_the_same_budget(resume_at):
+    path = kl(0.0, 0.05, 0.1, 0.2, 0.3, 0.3, 0.3)
+    assert stops_at(path, resume_at=resume_at)[0] == stops_at(path)[0]
+
+
+def test_a_restored_checkpoint_brings_its_own_notes():
+    engine = SimpleNamespace(notes={})
+    guards = Guards(config(), engine)
+    guards.check(1, {"anchor_kl": 0.09}, {})
+    engine.notes = {"anchor_kl": 0.0}  # what loading does
+    guards.check(2, {"anchor_kl": 0.4}, {})
+    assert engine.notes["anchor_kl"] == pytest.approx(0.08)
+
+
+@pytest.mark.parametrize(
+    "parts, says",
+    [
+        (dict(calibration=Calibration(mode="undistillable", strength=0.5)), "no interior optimum"),
+        (dict(anchor=Anchor(estimator="k3_loss")), "descends the forward KL"),
+    ],
+)
+def test_dangerous_recipes_warn(parts, says):
+    with pytest.warns(UserWarning) as caught:
+        Guards(config(**parts), SimpleNamespace(notes={}))
+    assert says in "".join(str(w.message) for w in caught)
+
+
+def test_ordinary_recipes_do_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Guards(config(calibration=Calibration(mode="distillable")), SimpleNamespace(notes={}))
+        Guards(
+            config(calibration=Calibration(mode="undistillable", denominator="original")),
+            SimpleNamespace(notes={}),
+        )

@@ -1,0 +1,480 @@
+"""Phase 1 on tiny models that answer: plain GRPO when it is off, one flipped term when the mode
+flips, frozen models frozen.
+"""
+
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from runs import config, numbers, reward_vowels, run_here
+from torch.distributed.checkpoint import FileSystemReader
+from transformers import AutoModelForCausalLM
+
+from reflux.trainer.calibration.phase import Calibrate
+from reflux.trainer.data.chat import Chat
+from reflux.trainer.engine import engine as titan
+
+pytestmark = pytest.mark.usefixtures("titan_process")
+ON = {"calibration": {"mode": "distillable"}}
+
+
+@dataclass
+class Watch:
+    """What went through the phase, step by step."""
+
+    phase: Any = None
+    rollouts: list = field(default_factory=list)  # [steps][P][G]
+    samples: list = field(default_factory=list)  # [steps][N]
+    scores: list = field(default_factory=list)  # [steps][N] CalScore
+    frozen: list = field(default_factory=list)  # paths, in the order they were loaded
+    at_close: Callable = lambda phase: None
+    closed: list = field(default_factory=list)  # what at_close returned after each step
+
+
+@pytest.fixture
+def watch(monkeypatch) -> Watch:
+    seen = Watch()
+
+    def keep(owner, name, where):
+        real = getattr(owner, name)
+
+        def wrapped(self, *args, **kwargs):
+            found = real(self, *args, **kwargs)
+            seen.phase = self if owner is Calibrate else seen.phase
+            where(found, self, *args)
+            return found
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    keep(Calibrate, "sample", lambda found, *_: seen.rollouts.append(found))
+    keep(Calibrate, "score", lambda found, *_: seen.samples.append(found))
+    keep(Calibrate, "_calibration_scores", lambda found, *_: seen.scores.append(found))
+    keep(Calibrate, "close_step", lambda _, phase, *__: seen.closed.append(seen.at_close(phase)))
+    keep(titan.Engine, "frozen", lambda _, engine, role, **__: seen.frozen.append(role.path))
+    return seen
+
+
+def flat(rollouts_PG) -> list:
+    return [r for group in rollouts_PG for r in group]
+
+
+def test_off_is_plain_grpo_as_ten_lines_of_pytorch_compute_it(talkers, tmp_path, watch):
+    cfg = config(
+        talkers,
+        tmp_path / "run",
+        "calibrate",
+        steps=3,
+        rollout={"prompts": 3, "group": 4},
+        anchor={"beta": 0.1},
+    )
+    run = run_here(cfg)
+    model = AutoModelForCausalLM.from_pretrained(talkers / "policy")
+    original, optimizer = (
+        deepcopy(model),
+        torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0),
+    )
+
+    def log_probs(m, r):
+        logits = m(torch.tensor([r.prompt_ids + r.ids])).logits[0, len(r.prompt_ids) - 1 : -1]
+        return logits.log_softmax(-1)
+
+    for step, rollouts_PG in zip(run.steps, watch.rollouts, strict=True):
+        loss, kl, tokens = 0.0, 0.0, sum(len(r.ids) for r in flat(rollouts_PG))
+        for group in rollouts_PG:
+            rewards = np.array([reward_vowels(r.prompt, r.text) if r.ended else 0.0 for r in group])
+            for r, reward in zip(group, rewards):
+                advantage = (reward - rewards.mean()) / max(rewards.std(ddof=1), 1e-6)
+                new_nV, ids = log_probs(model, r), torch.tensor(r.ids)
+                ratio_n = (new_nV.gather(1, ids[:, None])[:, 0] - torch.tensor(r.logp)).exp()
+                loss = (
+                    loss
+                    - torch.min(ratio_n * advantage, ratio_n.clamp(0.8, 1.2) * advantage).sum()
+                    / tokens
+                )
+                kl = kl + (new_nV.exp() * (new_nV - log_probs(original, r).detach())).sum() / tokens
+        total = loss + 0.1 * kl
+        optimizer.zero_grad()
+        total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        assert step["loss"] == pytest.approx(total.item(), rel=1e-4, abs=1e-6)
+        assert step["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        assert step["anchor_kl"] == pytest.approx(kl.item(), rel=1e-3, abs=1e-6)
+    assert run.steps[2]["anchor_kl"] > 1e-3, "nothing was learned: the comparison is blind"
+
+
+def test_off_does_not_know_that_a_proxy_is_configured(talkers, tmp_path, watch):
+    """T21: to the last digit, and nothing of the proxy is loaded."""
+    configured = run_here(
+        config(talkers, tmp_path / "a", "calibrate", calibration={"mode": "off", "strength": 9.0})
+    )
+    assert set(watch.frozen) == {str(talkers / "policy")}
+    without = run_here(config(talkers, tmp_path / "b", "calibrate", proxy={"path": ""}))
+    zero = run_here(
+        config(
+            talkers,
+            tmp_path / "c",
+            "calibrate",
+            calibration={"mode": "distillable", "strength": 0.0},
+        )
+    )
+    key = lambda run: [{k: v for k, v in numbers(s).items() if k != "eta"} for s in run.steps]
+    assert key(configured) == key(without) == key(zero)
+
+
+def test_flipping_the_mode_flips_the_calibration_term_and_nothing_else(talkers, tmp_path, watch):
+    for mode in ("off", "distillable", "undistillable"):
+        run_here(
+            config(
+                talkers,
+                tmp_path / mode,
+                "calibrate",
+                steps=1,
+                calibration={"mode": mode, "cal_gate": "none", "margin_guard": False},
+            )
+        )
+    off, plus, minus = ([s.advantage for s in samples] for samples in watch.samples)
+    for task, up, down in zip(off, plus, minus, strict=True):
+        np.testing.assert_allclose(up - task, task - down, atol=1e-12)
+    assert max(np.abs(up - task).max() for up, task in zip(plus, off)) > 0.1
+    assert [[r.ids for r in flat(x)] for x in watch.rollouts[:2]] == [
+        [r.ids for r in flat(x)] for x in watch.rollouts[1:]
+    ]
+
+
+def test_the_reward_is_the_proxys_own_reading_of_the_same_bytes(talkers, tmp_path, watch):
+    """Equation (2) by hand: the proxy (another architecture and tokenizer) renders and encodes for
+    itself.
+    """
+    run_here(
+        config(
+            talkers,
+            tmp_path / "run",
+            "calibrate",
+            steps=1,
+            calibration={"mode": "distillable", "span_clip": 0.0},
+        )
+    )
+    chat, proxy = (
+        Chat(str(talkers / "proxy")),
+        AutoModelForCausalLM.from_pretrained(talkers / "proxy"),
+    )
+    checked = 0
+    for r, score in zip(flat(watch.rollouts[0]), watch.scores[0], strict=True):
+        if not score.scored:
+            continue
+        prompt, ids = chat.prompt_ids(r.prompt.messages), chat.encode(r.text)
+        with torch.no_grad():
+            logp_nV = (
+                proxy(torch.tensor([prompt + ids]))
+                .logits[0, len(prompt) - 1 :]
+                .double()
+                .log_softmax(-1)
+            )
+        text = logp_nV[:-1].gather(1, torch.tensor(ids)[:, None]).sum().item()
+        stop = logp_nV[-1, list(chat.stop_ids)].logsumexp(0).item()
+        assert score.value == pytest.approx(text + stop - sum(r.logp[:-1]) - r.stop_logp, abs=1e-3)
+        assert score.n_bytes == len(r.text.encode())
+        checked += 1
+    assert checked >= 4
+
+
+@pytest.mark.parametrize("estimator", ["exact", "k2_loss", "k3_is", "k3_loss", "k1_reward"])
+def test_the_anchor_is_exactly_zero_at_the_start_and_then_grows(talkers, tmp_path, estimator):
+    anchored = {"estimator": estimator, "beta": 0.5}
+    run = run_here(
+        config(
+            talkers,
+            tmp_path / "run",
+            "calibrate",
+            anchor=anchored,
+            steps=3,
+            rollout={"old_logp": "trainer"},
+        )
+    )
+    free = run_here(
+        config(
+            talkers,
+            tmp_path / "free",
+            "calibrate",
+            anchor={"beta": 0.0},
+            rollout={"old_logp": "trainer"},
+        )
+    )
+    assert run.steps[0]["anchor_kl"] == 0.0 and run.steps[2]["anchor_kl"] > 1e-3
+    assert run.steps[0]["grad_norm"] == pytest.approx(free.steps[0]["grad_norm"], rel=1e-5)
+    assert "anchor_kl" not in free.steps[0]
+    # all three estimate the same gradient; here at one update's distance
+    if estimator in ("exact", "k2_loss", "k3_is"):
+        assert run.steps[1]["grad_norm"] != pytest.approx(free.steps[1]["grad_norm"], rel=1e-3)
+
+
+def test_frozen_models_stay_as_they_were_and_reach_neither_optimizer_nor_checkpoint(
+    talkers, tmp_path, watch
+):
+    """T22."""
+    watch.at_close = lambda phase: (
+        phase.original.weights_hash(),
+        phase.proxy.weights_hash(),
+        {
+            id(p)
+            for o in phase.engine._trainer.optimizers.optimizers
+            for g in o.param_groups
+            for p in g["params"]
+        }
+        & {id(p) for m in (phase.original, phase.proxy) for p in m.model.parameters()},
+    )
+    run_here(config(talkers, tmp_path / "run", "calibrate", steps=3, **ON))
+    start, *_, end = watch.closed
+    assert start == end and start[2] == set() and len(watch.frozen) == 2
+    assert not watch.phase.proxy.model.training and not watch.phase.original.model.training
+    watch.at_close = lambda phase: None
+    run_here(config(talkers, tmp_path / "plain", "calibrate", steps=3, anchor={"beta": 0.0}))
+    kept = [
+        set(
+            FileSystemReader(tmp_path / name / "checkpoint" / "step-3")
+            .read_metadata()
+            .state_dict_metadata
+        )
+        for name in ("run", "plain")
+    ]
+    assert kept[0] == kept[1]
+
+
+def test_the_trainer_reads_what_the_sampler_drew(talkers, tmp_path):
+    sampler = run_here(
+        config(talkers, tmp_path / "s", "calibrate", **ON, rollout={"temperature": 0.8})
+    )
+    trainer = run_here(
+        config(
+            talkers,
+            tmp_path / "t",
+            "calibrate",
+            **ON,
+            rollout={"temperature": 0.8, "old_logp": "trainer"},
+        )
+    )
+    assert max(s["max/mismatch"] for s in sampler.steps) < 1e-4
+    assert max(s["max/mismatch"] for s in trainer.steps) < 2e-6
+    for a, b in zip(sampler.steps, trainer.steps):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=1e-3
+        )
+
+
+def test_the_original_denominator_is_the_policy_until_the_first_update(talkers, tmp_path, watch):
+    for name in ("policy", "original"):
+        run_here(
+            config(
+                talkers,
+                tmp_path / name,
+                "calibrate",
+                steps=2,
+                calibration={"mode": "distillable", "denominator": name},
+            )
+        )
+    raw = [[s.raw for s in step if s.scored] for step in watch.scores]
+    assert raw[0] == pytest.approx(raw[2], abs=1e-4) and raw[1] != pytest.approx(raw[3], abs=1e-2)
+
+
+@pytest.mark.parametrize("rule", ["mask_cal", "drop", "score_prefix"])
+def test_what_was_cut_counts_as_the_rule_says(talkers, tmp_path, watch, rule):
+    run = run_here(
+        config(
+            talkers,
+            tmp_path / "run",
+            "calibrate",
+            steps=1,
+            rollout={"max_tokens": 10, "prompts": 4},
+            calibration={"mode": "distillable", "truncated": rule, "cal_gate": "none"},
+        )
+    )
+    run_here(
+        config(
+            talkers,
+            tmp_path / "off",
+            "calibrate",
+            steps=1,
+            rollout={"max_tokens": 10, "prompts": 4},
+        )
+    )
+    rollouts, scores = flat(watch.rollouts[0]), watch.scores[0]
+    task = {(s.rollout.prompt.index, s.rollout.ids): s.advantage for s in watch.samples[1]}
+    cut = [not r.ended for r in rollouts]
+    assert 0 < sum(cut) < len(cut), "the test needs both"
+    if rule == "score_prefix":
+        assert any(s.scored for s, c in zip(scores, cut) if c) and all(
+            s.stop == 0 for s, c in zip(scores, cut) if c
+        )
+        return
+    assert not any(s.scored for s, c in zip(scores, cut) if c)
+    kept = [s for s in watch.samples[0] if not s.rollout.ended]
+    assert len(kept) == (0 if rule == "drop" else sum(cut))
+    for s in kept:
+        np.testing.assert_array_equal(s.advantage, task[s.rollout.prompt.index, s.rollout.ids])
+    assert run.steps[0]["tokens"] == sum(
+        len(r.ids) for r, c in zip(rollouts, cut) if rule != "drop" or not c
+    )
+
+
+@pytest.mark.parametrize("credit", ["sequence", "span"])
+@pytest.mark.parametrize("max_tokens, rows", [(1, 96), (3, 96), (24, None)])
+def test_texts_of_one_token_and_rows_filled_to_the_last_position(
+    talkers, tmp_path, max_tokens, rows, credit
+):
+    """T13. rows None: the longest prompt and the longest response fill training.seq_len + 1
+    exactly.
+    """
+    longest = (
+        0
+        if rows
+        else max(
+            len(Chat(str(talkers / "policy")).prompt_ids(({"role": "user", "content": text},)))
+            for text in [
+                f"What is {a}+{b}?" + " Think." * (a % 3) for a in range(5) for b in range(5)
+            ]
+        )
+    )
+    run = run_here(
+        config(
+            talkers,
+            tmp_path / "run",
+            "calibrate",
+            training={"seq_len": rows or longest + max_tokens - 1},
+            calibration={
+                "mode": "undistillable",
+                "denominator": "original",
+                "credit": credit,
+                "truncated": "score_prefix",
+            },
+            rollout={
+                "max_tokens": max_tokens,
+                "old_logp": "trainer",
+                "prompts": 6,
+                "temperature": 3.0,
+            },
+        )
+    )
+    assert all(math.isfinite(v) for s in run.steps for v in s.values() if isinstance(v, float))
+    assert run.steps[0]["truncated"] > 0
+
+
+BASE = {
+    "calibration": {"mode": "undistillable", "margin_guard": False},
+    "anchor": {"beta": 0.2},
+    "task": {"name": "runs:is_even"},
+    "seed": 3,
+    "rollout": {"prompts": 4, "group": 4, "max_tokens": 12},
+}
+OPTIONS = [
+    {"calibration": {"mode": "off"}},
+    {"calibration": {"mode": "distillable"}},
+    {"calibration": {"strength": 1.0}},
+    {"calibration": {"score_norm": "per_byte"}},
+    {"calibration": {"score_norm": "per_token"}},
+    {"calibration": {"denominator": "original"}},
+    {"calibration": {"score_stop": False}},
+    {"calibration": {"credit": "span"}},
+    {"calibration": {"truncated": "drop"}},
+    {"calibration": {"truncated": "score_prefix"}},
+    {"calibration": {"span_clip": 0.2}},
+    {"calibration": {"winsor": 0.2}},
+    {"calibration": {"std_floor": 1.0}},
+    {"calibration": {"cal_gate": "none"}},
+    {"calibration": {"cal_gate": "skip_degenerate"}},
+    {"calibration": {"cal_gate": "scale_by_task_std"}},
+    {"calibration": {"margin_guard": True}},
+    {"anchor": {"beta": 0.5}},
+    {"anchor": {"estimator": "k1_reward"}},
+    {"anchor": {"estimator": "k2_loss"}},
+    {"anchor": {"estimator": "k3_is"}},
+    {"anchor": {"estimator": "k3_loss"}},
+    {"anchor": {"dtype": "bfloat16"}},
+    {"proxy": {"dtype": "bfloat16"}},
+    {"policy": {"epochs": 2}},
+    {"policy": {"epochs": 2, "clip": 0.001}},
+    {"rollout": {"temperature": 0.7}},
+    {"rollout": {"group": 5}},
+    {"rollout": {"max_tokens": 9}},
+    {"data": {"shuffle": False}},
+    {"data": {"limit": 5}},
+    {"seed": 4},
+    {"optim": {"lr": 1e-4}},
+    {"optim": {"betas": [0.5, 0.95]}},
+    {"optim": {"eps": 1e-2}},
+    {"optim": {"weight_decay": 1.0}},
+    {"training": {"max_norm": 0.01}},
+    {"lr_scheduler": {"warmup_steps": 3}},
+]
+_base: dict = {}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "option", OPTIONS, ids=lambda o: str(o).translate({ord(c): None for c in "{}' "})
+)
+def test_every_option_changes_what_it_names(talkers, tmp_path, option):
+    """T29: no option is swallowed. Three steps, because some act on the second update only."""
+
+    def outcome(folder, **over):
+        run = run_here(config(talkers, folder, "calibrate", **over))
+        return [(s["loss"], s["grad_norm"]) for s in run.steps]
+
+    # acts on groups that are all right or all wrong
+    gated = "cal_gate" in option.get("calibration", {})
+    base = (
+        BASE | {"task": {"name": "runs:is_easy"}, "rollout": {"prompts": 6, "group": 4}}
+        if gated
+        else BASE
+    )
+    if gated not in _base:
+        _base[gated] = outcome(tmp_path / "base", **base, steps=3)
+    merged = {
+        k: (base.get(k, {}) | v if isinstance(v, dict) else v) for k, v in (base | option).items()
+    }
+    got = outcome(tmp_path / "run", **merged, steps=3)
+    assert all(math.isfinite(x) for pair in got for x in pair)
+    assert not np.allclose(got, _base[gated], rtol=1e-5, atol=0), f"{option} changed nothing"
+
+
+def test_options_that_only_move_work_about_change_no_number(talkers, tmp_path):
+    """T10: rows decoded together, micro-batches, packing."""
+    results = []
+    for k, over in enumerate(
+        [{}, {"batch": {"tokens": 1}}, {"batch": {"tokens": 97}}, {"batch": {"pack": True}}]
+    ):
+        results.append(run_here(config(talkers, tmp_path / str(k), "calibrate", **ON, **over)))
+    rows = run_here(config(talkers, tmp_path / "rows", "calibrate", **ON, rollout={"rows": 3}))
+    for run in [*results[1:], rows]:
+        for a, b in zip(results[0].steps, run.steps):
+            for key in (
+                "loss",
+                "grad_norm",
+                "reward/task",
+                "reward/cal",
+                "anchor_kl",
+                "entropy",
+                "length",
+            ):
+                assert a[key] == pytest.approx(b[key], rel=1e-5, abs=2e-7), key
+
+
+def test_texts_that_the_proxy_cannot_read_are_an_error_above_the_limit(talkers, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"do not round-trip.*at most 0% \(calibration.max_unscored\)"
+    ):
+        run_here(
+            config(
+                talkers,
+                tmp_path / "run",
+                "calibrate",
+                steps=3,
+                rollout={"temperature": 2.0, "prompts": 6},
+                calibration={"mode": "distillable", "max_unscored": 0.0},
+            )
+        )

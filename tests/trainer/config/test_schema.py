@@ -1,0 +1,287 @@
+"""Every knob: what it refuses, what it says then, and that the shipped configurations load."""
+
+import tomllib
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from reflux.trainer.config.loader import fill, load
+from reflux.trainer.config.schema import Calibration, Config, sections
+from reflux.trainer.matrix import read_matrix
+
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.toml"))
+CHOSEN_LATER = {
+    "folder": "f",
+    "phase": "distill",
+    "model.path": "m",
+    "data.source": "d",
+    "teacher.path": "t",
+    "proxy.path": "p",
+    "task.name": "math",
+}  # a piece of a matrix leaves these to its cells
+CALIBRATE = {
+    "phase": "calibrate",
+    "folder": "r",
+    "model": {"path": "m"},
+    "proxy": {"path": "p"},
+    "data": {"source": "d"},
+    "task": {"name": "math"},
+    "calibration": {"mode": "distillable"},
+}
+DISTILL = {
+    "phase": "distill",
+    "folder": "r",
+    "model": {"path": "m"},
+    "teacher": {"path": "t"},
+    "data": {"source": "d"},
+}
+OFF_POLICY = {"on_policy": 0.5}
+
+
+def calibrate(**tables) -> Config:
+    return fill(Config, over(CALIBRATE, tables), "x.toml")
+
+
+def distill(**tables) -> Config:
+    return fill(Config, over(DISTILL, tables), "x.toml")
+
+
+def over(low: dict, high: dict) -> dict:
+    return low | {k: low.get(k, {}) | v if isinstance(v, dict) else v for k, v in high.items()}
+
+
+def test_the_two_starting_points_of_this_file_are_accepted():
+    assert (
+        calibrate().calibration.mode == "distillable" and distill().distill.divergence == "reverse"
+    )
+
+
+def test_there_are_shipped_configs():
+    assert CONFIGS, "configs/ holds no .toml file"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(p.parents[1])))
+def test_every_shipped_config_loads(path, monkeypatch):
+    table = tomllib.loads(path.read_text())
+    # only a matrix stands on several
+    if "cell" not in table and not isinstance(table.get("base"), list):
+        load(
+            path,
+            tuple(
+                f"{key}={value}" for key, value in CHOSEN_LATER.items() if not written(path, key)
+            ),
+        )
+        return
+    monkeypatch.chdir(path.parent.parent)  # where a matrix is started
+    for cell in read_matrix(path, {})[1]:
+        if not cell.module:
+            named = dict(zip(cell.arguments[::2], cell.arguments[1::2]))
+            sets = [
+                value for flag, value in zip(cell.arguments, cell.arguments[1:]) if flag == "--set"
+            ]
+            load(named["--config"], tuple(sets))
+
+
+def written(path: Path, key: str) -> bool:
+    """Whether the file or one of its bases sets `key`."""
+    table = tomllib.loads(path.read_text())
+    here: object = table
+    for part in key.split("."):
+        here = here.get(part) if isinstance(here, dict) else None
+    return here is not None or ("base" in table and written(path.parent / table["base"], key))
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (
+            {"calibration": {"strength": -1.0}},
+            "calibration.strength = -1.0; want >= 0. The direction is mode's",
+        ),
+        (
+            {"calibration": {"credit": "span", "score_norm": "per_byte"}},
+            "Use score_norm = 'sum' or credit = 'sequence'",
+        ),
+        ({"calibration": {"credit": "span", "score_norm": "per_token"}}, "no sum over spans"),
+        ({"calibration": {"span_clip": -1.0}}, "calibration.span_clip = -1.0; want >= 0"),
+        ({"calibration": {"winsor": -3.0}}, "calibration.winsor"),
+        ({"calibration": {"std_floor": -0.1}}, "calibration.std_floor"),
+        ({"calibration": {"max_unscored": 5.0}}, "calibration.max_unscored = 5.0; want 0 to 1"),
+        ({"anchor": {"estimator": "k1_loss"}}, "its expected gradient is zero"),
+        ({"anchor": {"beta": -0.1}}, "anchor.beta = -0.1; want >= 0"),
+        ({"rollout": {"top_p": 0.9}}, "Set top_p = 1 and top_k = 0"),
+        ({"rollout": {"top_k": 5}}, "Set top_p = 1 and top_k = 0"),
+        ({"rollout": {"top_k": -1}}, "rollout.top_k = -1; want >= 0"),
+        ({"rollout": {"top_p": 0.0}}, "rollout.top_p = 0.0; want 0 < top_p <= 1"),
+        ({"rollout": {"temperature": 0.0}}, "Greedy rollouts have no spread"),
+        ({"rollout": {"group": 1}}, "rollout.group = 1; want >= 2"),
+        ({"rollout": {"prompts": 0}}, "rollout.prompts = 0; want >= 1"),
+        ({"rollout": {"max_tokens": 0}}, "rollout.max_tokens = 0"),
+        ({"policy": {"clip": 0.0}}, "policy.clip = 0.0; want > 0"),
+        ({"policy": {"epochs": 0}}, "policy.epochs = 0; want >= 1"),
+        ({"guard": {"kl_budget": -0.1}}, "guard.kl_budget"),
+        ({"proxy": {"path": ""}}, "needs a frozen proxy"),
+        ({"task": {"name": ""}}, "needs a task reward"),
+        ({"model": {"path": ""}}, "model.path is missing"),
+        ({"data": {"source": ""}}, "data.source is missing"),
+        ({"data": {"limit": 0}}, "data.limit = 0; want >= 1, or leave it out"),
+        ({"eval": {"limit": -1}}, "eval.limit = -1"),
+        ({"eval": {"every": -1}}, "eval.every = -1"),
+        ({"log": {"samples_every": -1}}, "log.samples_every"),
+        ({"batch": {"tokens": 0}}, "batch.tokens = 0; want >= 1"),
+        ({"optim": {"lr": 0.0}}, "optim.lr = 0.0; want > 0"),
+        ({"optim": {"betas": [0.9, 1.0]}}, "optim.betas = (0.9, 1.0)"),
+        ({"steps": -1}, "steps = -1; want >= 0"),
+        ({"seed": -1}, "seed = -1; want 0 to 2**32 - 1"),  # it is half of a 64-bit key
+        ({"seed": 2**32}, "want 0 to 2**32 - 1"),
+    ],
+)
+def test_calibrate_refuses(wrong, says):
+    with pytest.raises(ValueError) as error:
+        calibrate(**wrong)
+    assert says in str(error.value) and str(error.value).startswith("x.toml: ")
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        ({"objective": "nll"}, "Set on_policy = 0, or objective = 'kl'"),
+        ({"objective": "nll", "on_policy": 0.1}, "on_policy = 0.1"),
+        (
+            {"objective": "nll", "on_policy": 0.0, "temperature": 2.0},
+            "temperature = 2.0 needs objective = 'kl'",
+        ),
+        ({"objective": "span", "temperature": 2.0}, "temperature = 2.0 needs objective = 'kl'"),
+        (
+            {"objective": "class", "classes": "prefix", "tail": "ghost", "top_k": 8},
+            "only bound these masses from below",
+        ),
+        (
+            {"objective": "class", "classes": "common", "tail": "renorm", "top_k": 8},
+            "which only tail = 'ghost' keeps",
+        ),
+        ({"more_teachers": ["b"], "teacher_weights": [1.0]}, "want one number > 0 for each"),
+        ({"more_teachers": ["b"], "objective": "span"}, "takes one teacher"),
+        (
+            {"objective": "span", "tail": "ghost", "top_k": 8},
+            "need objective = 'kl' or 'class', got 'span'",
+        ),
+        ({"tail": "ghost"}, "a truncated teacher needs both"),
+        ({"top_k": 8}, "a truncated teacher needs both"),
+        ({"tail": "ghost", "top_k": -8}, "distill.top_k = -8; want >= 0"),
+        ({"tail": "renorm", "top_k": 1}, "is identically 0. Use tail = 'ghost'"),
+        *[
+            ({"tail": "drop", "top_k": 8, "divergence": d}, "can be lowered by moving mass out")
+            for d in ("reverse", "jsd", "skew_forward", "skew_reverse")
+        ],
+        *[
+            (
+                {"divergence": d, "beta": b},
+                "want 0 < beta < 1. The ends are divergence = 'forward' and 'reverse'",
+            )
+            for d in ("jsd", "skew_forward", "skew_reverse")
+            for b in (0.0, 1.0, 1.5)
+        ],
+        ({"temperature": 0.0}, "distill.temperature = 0.0; want > 0"),
+        ({"span_temperature": -1.0}, "distill.span_temperature"),
+        ({"on_policy": 1.5}, "distill.on_policy = 1.5; want 0 to 1"),
+        ({"nll_weight": -1.0, **OFF_POLICY}, "distill.nll_weight = -1.0; want >= 0"),
+        ({"queries": -1, **OFF_POLICY}, "distill.queries = -1; want >= 0"),
+        ({"correct_only": True, **OFF_POLICY}, "task.name is missing"),
+    ],
+)
+def test_distill_refuses(wrong, says):
+    with pytest.raises(ValueError) as error:
+        distill(distill=wrong)
+    assert says in str(error.value) and str(error.value).startswith("x.toml: ")
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        ({"gradient_batches": 1}, "one gradient has no spread"),
+        ({"gradient_batches": -1}, "diagnose.gradient_batches = -1; want >= 0"),
+        ({"runs": ["a", "a"]}, "want each folder once"),
+        ({"prefixes": []}, "want one or more of dataset, teacher, student"),
+    ],
+)
+def test_diagnose_refuses(wrong, says):
+    with pytest.raises(ValueError, match="x.toml: ") as error:
+        fill(Config, over(DISTILL, {"phase": "diagnose", "diagnose": wrong}), "x.toml")
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        {"objective": "nll", "on_policy": 0.0},
+        {"objective": "span"},
+        {"divergence": "jsd", "beta": 0.1},
+        {"divergence": "forward", "beta": 1.0},  # beta belongs to the mixtures alone
+        {"tail": "drop", "top_k": 8, "divergence": "forward"},
+        {"tail": "renorm", "top_k": 2},
+        {"tail": "ghost", "top_k": 1},
+        {"temperature": 2.0, "tail": "ghost", "top_k": 8},
+        # without effect on-policy, but a base file may carry them
+        {"queries": 5},
+        {"nll_weight": 0.5},
+    ],
+)
+def test_distill_accepts(right):
+    distill(distill=right)
+
+
+@pytest.mark.parametrize("section", [f.name for f in fields(Config) if is_dataclass(f.type)])
+def test_no_float_may_be_nan_or_infinite(section):
+    kind = next(f.type for f in fields(Config) if f.name == section)
+    for f in fields(kind):
+        for bad in (float("nan"), float("inf")) if f.type is float else ():
+            with pytest.raises(ValueError, match=f"{section}.{f.name} = {bad}; want"):
+                calibrate(**{section: {f.name: bad}})
+
+
+@pytest.mark.parametrize(
+    "tables, says",
+    [
+        (
+            {"phase": "evaluate", "folder": "r", "model": {"path": "m"}},
+            "needs eval.source and task.name",
+        ),
+        (
+            {"phase": "distill", "folder": "r", "model": {"path": "m"}, "data": {"source": "d"}},
+            "teacher.path is missing",
+        ),
+        ({**DISTILL, "eval": {"source": "e"}}, "task.name is missing"),
+        ({"folder": "r"}, "phase is missing; want calibrate | distill | diagnose | evaluate"),
+        ({"phase": "distill"}, "folder is missing; want str"),
+    ],
+)
+def test_a_phase_says_what_it_cannot_do_without(tables, says):
+    with pytest.raises(ValueError, match="x.toml: ") as error:
+        fill(Config, tables, "x.toml")
+    assert says in str(error.value)
+
+
+def test_sft_on_given_text_needs_no_teacher_and_calibration_off_no_proxy():
+    cfg = distill(
+        teacher={"path": ""}, distill={"objective": "nll", "on_policy": 0.0, "source": "dataset"}
+    )
+    assert not cfg.needs_teacher
+    assert calibrate(proxy={"path": ""}, calibration={"mode": "off"}).calibration.eta == 0
+
+
+def test_the_word_alone_is_the_sign():
+    eta = {
+        mode: Calibration(mode=mode, strength=0.3).eta
+        for mode in ("off", "distillable", "undistillable")
+    }
+    assert eta == {"off": 0.0, "distillable": 0.3, "undistillable": -0.3}
+
+
+def test_every_knob_but_what_must_be_chosen_has_a_default():
+    given = {f.name for f in fields(Config) if f.name in ("phase", "folder")}
+    cfg = distill()
+    assert given == {"phase", "folder"} and set(sections()) >= {f.name for f in fields(cfg)} - {
+        "titan"
+    }

@@ -1,0 +1,117 @@
+"""One model's side of a conversation: what is rendered, what ends it, and that nothing in a text is
+taken for a control token.
+"""
+
+import json
+
+import pytest
+from assets import save_tokenizer, sentences, train_tokenizer
+
+from reflux.trainer.data.chat import Chat, same_vocabulary
+
+ASK = ({"role": "user", "content": "what remains?"},)
+BOS, EOS = 1, 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(sentences(100), 300)
+
+
+@pytest.fixture
+def make(tokenizer, tmp_path):
+    """make(name, template=..., stops=..., **settings) -> Chat on a folder of its own."""
+
+    def make(name="a", *, stops=None, add=(), source=None, **settings) -> Chat:
+        folder = tmp_path / name
+        save_tokenizer(source or tokenizer, folder)
+        file = folder / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+        if add:
+            table = json.loads((folder / "tokenizer.json").read_text())
+            for k, text in enumerate(add):
+                table["added_tokens"].append(
+                    {
+                        "id": 300 + k,
+                        "content": text,
+                        "single_word": False,
+                        "lstrip": False,
+                        "rstrip": False,
+                        "normalized": False,
+                        "special": True,
+                    }
+                )
+            (folder / "tokenizer.json").write_text(json.dumps(table))
+        if stops is not None:
+            (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+        return Chat(str(folder))
+
+    return make
+
+
+def test_the_prompt_is_the_template_up_to_where_the_answer_begins(make):
+    chat = make()
+    ids = chat.prompt_ids(ASK)
+    assert ids[0] == BOS and ids.count(BOS) == 2 and ids.count(EOS) == 1 and EOS != ids[-1]
+    assert chat.tokenizer.decode(ids) == "<|bos|>user: what remains?<|eos|><|bos|>assistant: "
+
+
+def test_without_a_template_the_text_is_the_prompt(make):
+    chat = make(chat_template=None)
+    assert chat.decode(chat.prompt_ids(ASK)) == "what remains?" and EOS not in chat.prompt_ids(ASK)
+    with pytest.raises(
+        ValueError, match="the prompt '' has no token. Give it a text, or the tokenizer a BOS token"
+    ):
+        chat.prompt_ids(({"role": "user", "content": ""},))
+
+
+def test_control_strings_in_a_text_are_text(make):
+    chat = make()
+    ids = chat.encode("a <|eos|> b")
+    assert (
+        EOS not in ids
+        and chat.decode(ids) == "a <|eos|> b"
+        and chat.decode((*ids, EOS)) == "a <|eos|> b"
+    )
+
+
+def test_the_stop_set_is_all_that_ends_a_response(make):
+    assert make("one").stop_ids == (EOS,)
+    chat = make("set", stops=[EOS, 7, 299, 300, 4000])
+    assert chat.stop_ids == (EOS, 7, 299), "ids that the tokenizer does not have can never be drawn"
+    assert make("number", stops=7).stop_ids == (EOS, 7)
+    assert make("pad", pad_token="<|eos|>").stop_ids == (EOS,), (
+        "T14: EOS stays EOS when it is padding too"
+    )
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        "{{ m['content'] }}<|im_end|>",
+        "{{ m['content'] }}</b><|im_end|>\n",
+        "b{{ m['content'] }} \n<|im_end|>b",
+    ],
+)
+def test_the_templates_own_end_of_turn_closes_a_given_text(make, turn):
+    """Not the tokenizer's EOS where a chat model ends its turns with another token."""
+    chat = make(chat_template=f"{{% for m in messages %}}{turn}{{% endfor %}}", add=["<|im_end|>"])
+    im_end = chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert chat.stop_id == im_end != EOS and chat.stop_ids == (EOS, im_end)
+
+
+def test_a_template_that_ends_no_turn_falls_back_to_eos(make):
+    assert (
+        make(chat_template="{% for m in messages %}{{ m['content'] }}\n{% endfor %}").stop_id == EOS
+    )
+
+
+def test_no_end_at_all_is_refused(make):
+    with pytest.raises(ValueError, match="names no end-of-sequence token; set eos_token"):
+        make(eos_token=None)
+
+
+def test_vocabularies_are_compared_by_map_and_not_by_size(make):
+    other = train_tokenizer([s[::-1] for s in sentences(100)], 300)
+    a, b, c = make("a"), make("b"), make("c", source=other)
+    assert same_vocabulary(a, b) and a.vocab_size == c.vocab_size and not same_vocabulary(a, c)

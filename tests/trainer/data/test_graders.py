@@ -1,0 +1,175 @@
+"""What each grader takes for the answer, and what it calls right."""
+
+import numpy as np
+import pytest
+
+from reflux.trainer.data.batch import Prompt
+from reflux.trainer.data.graders import Exact, Function, Grade, Math, MultipleChoice, ReasoningGym
+from reflux.trainer.data.prompts import load_prompts
+
+
+def prompt(answer="42", **extra):
+    return Prompt(0, ({"role": "user", "content": "?"},), answer, None, extra)
+
+
+@pytest.mark.parametrize(
+    "options, text, extracted, correct",
+    [
+        ({"marker": "####"}, "6 * 7\n#### 42\n", "42", True),
+        ({"marker": "####"}, "#### 41, no: #### 42", "42", True),
+        ({"marker": "####"}, "#### 42, no: #### 41", "41", False),
+        ({"marker": "####"}, "it is 42", None, False),
+        ({"marker": "####"}, "42 ####  ", None, False),
+        ({"pattern": r"<a>(.*?)</a>"}, "<a>7</a> <a> 42 </a>", "42", True),
+        ({"pattern": r"<a>(.*?)</a>"}, "<a>42", None, False),
+        ({}, " 42 ", "42", True),
+        ({}, "  ", None, False),
+    ],
+)
+def test_exact(options, text, extracted, correct):
+    assert Exact(**options)(prompt(), text) == Grade(float(correct), correct, extracted)
+
+
+def test_exact_folds_case_only_when_asked():
+    assert not Exact()(prompt("Straße"), "STRASSE").correct
+    assert Exact(ignore_case=True)(prompt("Straße"), "STRASSE").correct
+
+
+@pytest.mark.parametrize(
+    "answer, text, correct",
+    [
+        ("1/2", r"so it is \boxed{\frac{2}{4}}", True),
+        (r"\frac{1}{2}", "it is $0.5$", True),
+        (r"\frac{1}{2}", "the answer is 2", False),  # the 2 of the denominator is not the answer
+        ("x^2+1", "$1 + x^2$", True),
+        ("(1,2)", "the point is $(1, 2)$", True),
+        ("(1,2)", "the point is $(2, 1)$", False),
+        ("1,234", "it is 1234", True),
+        ("42", "first 41, and then the answer is 42.", True),
+        ("42", "the answer is 43", False),
+        ("blue", "blue", True),
+    ],
+)
+def test_math_compares_values(answer, text, correct):
+    assert Math()(prompt(answer), text).correct is correct
+
+
+def test_math_reads_what_the_marker_marks_and_tells_a_format_failure():
+    assert Math(marker="Answer:")(prompt("3"), "5 apples. Answer: 6/2").correct
+    assert not Math(marker="Answer:")(prompt("5"), "5 apples. Answer: 6/2").correct
+    assert Math(marker="Answer:")(prompt("5"), "5").extracted is None
+    assert Math()(prompt("5"), "I do not know").extracted is None
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("B", "B"),
+        ("b.", "B"),
+        ("(B)", "B"),
+        ("B) the second", "B"),
+        ("Answer: B", "B"),
+        ("**Answer:** (b)", "B"),
+        (r"thus \boxed{B}", "B"),
+        (r"\boxed{\text{(B)}}", "B"),
+        ("The correct answer is B because A is wrong.", "B"),
+        ("The answer is option B", "B"),
+        ("Options (A) and (C) fail.\nAnswer: $\\mathbf{B}$", "B"),
+        ("(A) is too small, so it must be (B).", "B"),
+        ("Answer: A. Wait, no. Answer: B", "B"),
+        ("I reason.\n\nB", "B"),
+        ("The answer is a matter of taste", None),
+        ("A good question about Bees", None),
+        ("", None),
+        ("(F)", None),
+        ("The answer is Everest", None),
+    ],
+)
+def test_multiple_choice_reads_the_letter_that_is_settled_on(text, letter):
+    grade = MultipleChoice()(prompt("B", choices=["w", "x", "y", "z"]), text)
+    assert grade == Grade(float(letter == "B"), letter == "B", letter)
+
+
+def test_multiple_choice_answers_may_be_an_index_or_a_text():
+    assert MultipleChoice(answer_is="index")(prompt("2", choices=["u", "v", "w"]), "(C)").correct
+    assert MultipleChoice(answer_is="text", choices="options")(
+        prompt("v", options=["u", "v"]), "(B)"
+    ).correct
+    labelled = {"label": ["1", "2"], "text": ["u", "v"]}
+    assert MultipleChoice()(prompt("2", choices=labelled), "Answer: 2").correct
+    assert MultipleChoice()(prompt("J"), "Answer: J").correct  # no choices given: ten letters
+    with pytest.raises(ValueError, match="set answer_is"):
+        MultipleChoice()(prompt("w", choices=["u", "v", "w"]), "(C)")
+    with pytest.raises(ValueError, match="no column 'choices'.*options"):
+        MultipleChoice(answer_is="index")(prompt("0", options=["u"]), "(A)")
+
+
+def test_multiple_choice_is_linear_in_hostile_text():
+    grader = MultipleChoice()
+    for text in (
+        "answer" + " " * 300_000,
+        "(" * 300_000,
+        r"\boxed{" * 50_000,
+        "answer is " * 50_000,
+    ):
+        assert grader(prompt("B"), text).extracted is None
+
+
+@pytest.fixture(scope="module")
+def countdown():
+    return load_prompts("reasoning_gym:countdown?size=2&seed=7")[0]
+
+
+def test_reasoning_gym_scores_by_the_data_sets_own_rule(countdown):
+    answer = countdown.answer
+    assert ReasoningGym()(countdown, f"<answer>1</answer> no <answer> {answer} </answer>") == Grade(
+        1.0, True, answer
+    )
+    assert ReasoningGym()(countdown, f"<answer>{answer} + 0 * 1</answer>").correct is False
+    assert ReasoningGym()(countdown, answer) == Grade(0.0, False)
+    assert ReasoningGym()(countdown, f"<answer>{answer}") == Grade(0.0, False)
+    assert ReasoningGym(whole_text=True)(countdown, answer).correct
+    assert ReasoningGym(marker="=>")(countdown, f"so => {answer}").correct
+
+
+def test_reasoning_gym_keeps_partial_scores_and_a_threshold_decides(countdown):
+    close = ReasoningGym(threshold=0.01)(countdown, "<answer>1 + 1</answer>")
+    assert 0 < close.reward < 1 and close.correct
+    assert not ReasoningGym()(countdown, "<answer>1 + 1</answer>").correct
+    with pytest.raises(ValueError, match="threshold = 0"):
+        ReasoningGym(threshold=0.0)
+    with pytest.raises(ValueError, match="load it from reasoning_gym"):
+        ReasoningGym()(prompt(), "<answer>1</answer>")
+
+
+@pytest.mark.parametrize(
+    "result, grade",
+    [
+        (True, Grade(1.0, True)),
+        (np.isclose(1, 2), Grade(0.0, False)),
+        (0.25, Grade(0.25, None)),
+        (3, Grade(3.0, None)),
+        (Grade(0.5, True, "x"), Grade(0.5, True, "x")),
+    ],
+)
+def test_a_users_function_may_return_three_kinds(result, grade):
+    assert Function(lambda p, t: result)(prompt(), "") == grade
+
+
+def test_a_threshold_turns_a_reward_into_right_and_wrong():
+    assert [
+        Function(lambda p, t: float(t), threshold=0.5)(prompt(), t).correct for t in ("0.4", "0.5")
+    ] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "result", [float("nan"), float("inf"), None, "much", Grade(float("nan"), True)]
+)
+def test_a_result_that_is_no_finite_reward_is_an_error(result):
+    with pytest.raises((ValueError, TypeError)):
+        Function(lambda p, t: result)(prompt(), "")
+
+
+def test_a_prompt_without_an_answer_is_an_error():
+    with pytest.raises(ValueError, match="no answer; name its column"):
+        Exact()(prompt(None), "42")

@@ -1,0 +1,114 @@
+"""Raw logits, independent of the batch they were computed in; a text that fails does so alone."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+)
+
+from reflux.trainer.data.batch import Prompt, Rollout
+from reflux.trainer.data.graders import Grade
+from reflux.trainer.data.tasks import build_task
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% "
+    "endif %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+)
+
+
+def rollout(text, role="user", ended=True):
+    return Rollout(
+        Prompt(0, ({"role": role, "content": "hi"},)), (), (1,), (0.0,), 0.0, text, ended
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reward_model")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(
+        models.BPE(
+            {letter: i for i, letter in enumerate(letters)} | {"</s>": 256, "<pad>": 257}, []
+        )
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
+    fast.chat_template = TEMPLATE
+    config = Qwen2Config(
+        vocab_size=258,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_labels=1,
+        pad_token_id=257,
+    )
+    torch.manual_seed(0)
+    for name, kind in (("scorer", Qwen2ForSequenceClassification), ("writer", Qwen2ForCausalLM)):
+        kind(config).save_pretrained(folder / name)
+        fast.save_pretrained(folder / name)
+    return folder
+
+
+def test_a_logit_does_not_depend_on_its_batch(folder):
+    rollouts = [rollout(text) for text in ("a", "a much longer answer", "", "b", "middle one")]
+    single = [
+        build_task("reward_model", {"path": str(folder / "scorer")}).grade([r])[0] for r in rollouts
+    ]
+    together = build_task("reward_model", {"path": str(folder / "scorer"), "batch_size": 3}).grade(
+        rollouts
+    )
+    assert len({grade.reward for grade in single}) == 5
+    for one, many in zip(single, together, strict=True):
+        assert (
+            many.reward == pytest.approx(one.reward, abs=1e-5)
+            and many.correct is None
+            and many.error is None
+        )
+
+
+def test_the_reward_is_the_models_own_logit_at_the_last_token(folder):
+    model = Qwen2ForSequenceClassification.from_pretrained(folder / "scorer").eval()
+    ids = [
+        *map("".join(sorted(pre_tokenizers.ByteLevel.alphabet())).index, "<user>hi"),
+        256,
+        *map("".join(sorted(pre_tokenizers.ByteLevel.alphabet())).index, "<assistant>ok"),
+        256,
+    ]
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits.item()
+    cut = rollout("ok", ended=False)  # scored like any other text
+    assert build_task("reward_model", {"path": str(folder / "scorer")}).grade([cut])[
+        0
+    ].reward == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_text_that_cannot_be_scored_fails_alone(folder):
+    task = build_task("reward_model", {"path": str(folder / "scorer"), "max_tokens": 60})
+    good, template, long, also_good = task.grade(
+        [rollout("a"), rollout("a", role="tool"), rollout("a" * 90), rollout("a")]
+    )
+    assert good == also_good and good.error is None
+    assert "no tools here" in template.error and "max_tokens is 60" in long.error
+    assert (long.reward, long.correct) == (0.0, False) == (template.reward, template.correct)
+    assert isinstance(good, Grade)
+
+
+@pytest.mark.parametrize(
+    "options, part",
+    [
+        ({"path": "writer"}, "want a trained reward model"),
+        ({"path": "scorer", "dtype": "float23"}, "dtype = 'float23'"),
+        ({"path": "scorer", "batchsize": 2}, "did you mean batch_size?"),
+        ({"path": "scorer", "batch_size": 0}, "at least 1"),
+    ],
+)
+def test_a_wrong_model_or_option_is_refused(folder, options, part):
+    with pytest.raises(ValueError) as error:
+        build_task("reward_model", {**options, "path": str(folder / options["path"])})
+    assert part in str(error.value)

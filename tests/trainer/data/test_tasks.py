@@ -1,0 +1,201 @@
+"""No sample stops a run: raising, hanging, exiting and crashing graders, in every thread."""
+
+import logging
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from reflux.trainer.data.batch import Prompt, Rollout
+from reflux.trainer.data.graders import Grade
+from reflux.trainer.data.tasks import build_task
+
+USER = """
+import os, sys, time
+
+def grade(prompt, text):
+    if text == "loop":
+        while True:
+            pass
+    if text == "swallow":
+        while True:
+            try:
+                time.sleep(60)
+            except Exception:
+                pass
+    if text == "deaf":
+        while True:
+            try:
+                while True:
+                    pass
+            except BaseException:
+                pass
+    if text == "raise":
+        raise KeyError("no such thing")
+    if text == "mute":
+        class Mute(Exception):
+            def __str__(self):
+                raise RuntimeError
+        raise Mute
+    if text == "recurse":
+        return grade(prompt, text)
+    if text == "exit":
+        sys.exit(3)
+    if text == "crash":
+        os._exit(7)
+    if text == "nan":
+        return float("nan")
+    return text == prompt.answer
+"""
+
+
+def rollout(text, answer="42", ended=True):
+    prompt = Prompt(5, ({"role": "user", "content": "?"},), answer)
+    return Rollout(prompt, (1,), (2, 3), (-0.1, -0.2), 0.0, text, ended)
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "user_task.py").write_text(USER)
+    sys.path.append(str(folder))
+    yield "user_task:grade"
+    sys.path.remove(str(folder))
+
+
+def graded(task, *texts):
+    """The bad texts between two good ones, which must not notice."""
+    started = time.monotonic()
+    first, *middle, last = task.grade([rollout(text) for text in ("42", *texts, "42")])
+    assert first == last == Grade(1.0, True)
+    assert all((g.reward, g.correct, g.extracted) == (0.0, False, None) for g in middle)
+    return [g.error for g in middle], time.monotonic() - started
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("raise", "KeyError: 'no such thing'"),
+        ("mute", "Mute"),
+        ("recurse", "RecursionError"),
+        ("exit", "SystemExit: 3"),
+        ("nan", "ValueError"),
+        ("loop", "timeout: no grade within 0.2 s"),
+        ("swallow", "timeout"),
+    ],
+)
+def test_a_bad_sample_fails_alone(user, text, reason):
+    handler = signal.getsignal(signal.SIGALRM)
+    (error,), seconds = graded(build_task(user, {"timeout_s": 0.2}), text)
+    assert error.startswith(reason) and seconds < 2
+    assert signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL) == (
+        0.0,
+        0.0,
+    )
+
+
+def test_in_another_thread_a_worker_process_stops_even_what_the_main_thread_cannot(user):
+    results = []
+    task = build_task(user, {"timeout_s": 0.2})
+    thread = threading.Thread(target=lambda: results.append(graded(task, "raise", "loop", "deaf")))
+    thread.start()
+    thread.join(120)
+    (raised, loop, deaf), _ = results[0]
+    assert raised.startswith("KeyError") and loop.startswith("timeout") and "killed" in deaf
+
+
+def test_an_isolated_grader_may_crash(user):
+    (grade,) = build_task(user, {"isolate": True}).grade([rollout("crash")])
+    assert (grade.reward, grade.correct) == (0.0, False) and "ended with code 7" in grade.error
+
+
+def test_hostile_mathematics_ends_in_time():
+    task = build_task("math", {"timeout_s": 0.5})
+    started = time.monotonic()
+    grades = task.grade(
+        [
+            rollout(r"\boxed{9^{9^{9^{9}}}}"),
+            rollout(r"$\boxed{(x+1)^{99999} - 10^{10^{10}}}$", "x"),
+            rollout(r"\boxed{42}"),
+        ]
+    )
+    assert [g.correct for g in grades] == [False, False, True]
+    assert time.monotonic() - started < 10
+
+
+def test_a_catastrophic_pattern_ends_in_time():
+    task = build_task("exact", {"pattern": r"((?:a|a)*)b", "timeout_s": 0.2})
+    grades = task.grade([rollout("a" * 60), rollout("aab", answer="aa")])
+    assert [g.correct for g in grades] == [False, True] and grades[0].error.startswith("timeout")
+
+
+def test_ctrl_c_is_not_a_failed_sample(user, monkeypatch):
+    import user_task
+
+    def interrupted(prompt, text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(user_task, "grade", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_task(user, {}).grade([rollout("42")])
+
+
+def test_an_outer_alarm_is_put_back(user):
+    rung = []
+    handler = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
+    signal.setitimer(signal.ITIMER_REAL, 60)
+    try:
+        build_task(user, {}).grade([rollout("42")])
+        assert 50 < signal.getitimer(signal.ITIMER_REAL)[0] <= 60 and not rung
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def test_cut_texts_are_wrong_unless_asked():
+    cut = rollout("42", ended=False)
+    assert build_task("exact", {}).grade([cut]) == [Grade(0.0, False)]
+    assert build_task("exact", {"grade_truncated": True}).grade([cut]) == [Grade(1.0, True, "42")]
+
+
+def test_warnings_thin_out(user, caplog):
+    with caplog.at_level(logging.WARNING):
+        build_task(user, {}).grade([rollout("raise")] * 1000)
+    assert len(caplog.records) == 3 + 8  # the first three, then 4, 8, ..., 512
+    assert "failed 512 times so far, now on prompt 5: KeyError" in caplog.records[-1].getMessage()
+
+
+def test_two_thousand_short_texts_take_under_50_ms():
+    task = build_task("exact", {"marker": "####"})
+    rollouts = [rollout(f"{i} + 1 = {i + 1} #### {i + 1}", str(i + 1)) for i in range(2000)]
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        assert all(grade.correct for grade in task.grade(rollouts))
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.05, f"fastest of 5: {min(seconds) * 1e3:.1f} ms"
+
+
+@pytest.mark.parametrize(
+    "name, options, part",
+    [
+        ("exat", {}, "unknown task 'exat', did you mean exact?"),
+        ("exact", {"makrer": "#"}, "unknown option makrer, did you mean marker?"),
+        ("exact", {"marker": 3}, "marker = 3; want str or none"),
+        ("exact", {"ignore_case": 1}, "ignore_case = 1; want bool"),
+        ("exact", {"timeout_s": 0}, "want more than 0 seconds"),
+        ("exact", {"marker": "#", "pattern": "(a)"}, "want a marker, a pattern or neither"),
+        ("exact", {"pattern": "a"}, "no group"),
+        ("exact", {"pattern": "(a"}, "unterminated"),
+        ("multiple_choice", {"answer_is": "number"}, "want letter, index or text"),
+        ("user_task:grad", {}, "no function 'grad', did you mean grade?"),
+        ("no_such_module:grade", {}, "cannot import no_such_module"),
+        ("user_task:grade", {"function": "x"}, "unknown option function"),
+    ],
+)
+def test_a_wrong_name_or_option_is_explained(user, name, options, part):
+    with pytest.raises(ValueError) as error:
+        build_task(name, options)
+    assert part in str(error.value)

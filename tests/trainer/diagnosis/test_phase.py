@@ -1,0 +1,273 @@
+"""The phase `diagnose` on small models: what lies on disk agrees with itself, and a model has no
+trap with itself.
+"""
+
+import json
+import re
+from collections import Counter
+
+import pytest
+from runs import config, run_here, run_ranks, write_data
+
+pytestmark = [pytest.mark.usefixtures("titan_process"), pytest.mark.filterwarnings("ignore")]
+TASK = {"task": {"name": "runs:is_even"}, "data": {"limit": 5}, "rollout": {"max_tokens": 12}}
+
+
+def diagnose(talkers, folder, run=run_here, **over):
+    options = {
+        "prefixes": ["dataset", "teacher", "student"],
+        "student_texts": 4,
+        "heat": 3,
+    } | over.pop("diagnose", {})
+    log = run(config(talkers, folder, "diagnose", diagnose=options, **TASK | over))
+    rows = [json.loads(line) for line in (folder / "tokens.jsonl").read_text().splitlines()]
+    return log, json.loads((folder / "diagnosis.json").read_text()), rows
+
+
+def test_the_files_agree_with_each_other(talkers, tmp_path):
+    log, found, rows = diagnose(talkers, tmp_path / "run")
+    by_writer = {
+        w: [r for r in rows if r["writer"] == w] for w in ("dataset", "teacher", "student")
+    }
+    assert {w: len(v) for w, v in by_writer.items()} == {"dataset": 5, "teacher": 10, "student": 20}
+    for w, texts in by_writer.items():
+        tokens = sum(len(r["ids"]) for r in texts)
+        assert found["texts"][w] == {"texts": len(texts), "prompts": 5, "tokens": tokens}
+        for d in ("forward", "reverse"):
+            total = sum(sum(r[f"kl_{d}"]) for r in texts)
+            assert (
+                found["grid"][d][w]["per_token"]["mean"] == pytest.approx(total / tokens, rel=1e-4)
+                and total > 0
+            )
+    assert all(
+        len(r["ids"]) == len(r["kl_forward"]) == len(r["student_logp"]) == len(r["pieces"])
+        for r in rows
+    )
+    for r in rows:  # pieces spell the text, up to the stop token and characters cut in half
+        assert r["text"].startswith("".join(r["pieces"][:3])) or "\ufffd" in "".join(r["pieces"])
+    assert_bands(found, by_writer)
+    outside = [x for r in by_writer["student"] for x in r["outside_nucleus"]]
+    assert found["symptoms"]["off_nucleus"] == pytest.approx(
+        sum(outside) / len(outside)
+    ) and 0 < sum(outside) < len(outside)
+    size = [
+        abs(a - b)
+        for r in by_writer["teacher"]
+        for a, b in zip(r["student_logp"], r["teacher_logp"])
+    ]
+    assert found["off_policy"]["log_ratio"]["mean"]["mean"] == pytest.approx(
+        sum(size) / len(size), abs=1e-5
+    )
+    assert found["off_policy"]["log_ratio"]["max"] == pytest.approx(max(size), abs=1e-5)
+    assert_symptoms_and_gap(found, by_writer)
+    gradient = found["off_policy"]["gradient"]
+    # the data set has one text a prompt
+    assert gradient["batches"] == 5 and gradient["texts_of_each"] == 5
+    for w, texts in by_writer.items():
+        first = {r["prompt"]: len(r["ids"]) for r in reversed(texts)}
+        assert gradient["tokens"][w] == sum(first.values())
+        assert gradient["reverse"][w]["plain"] > 0 and gradient["reverse"][w]["unbiased"]["n"] == 5
+    event = next(e for e in log.events if e["event"] == "eval")
+    assert event["diagnose/tail_noise"] == pytest.approx(found["verdict"][0]["mean"])
+    assert (
+        log.steps == [] and not (tmp_path / "run" / "export").exists() and log.summary is not None
+    )
+
+
+def assert_bands(found, by_writer):
+    """Frequencies counted again, from the ids in tokens.jsonl: over all texts for the ranks, over a
+    direction's own for its shares.
+    """
+    count = Counter(i for texts in by_writer.values() for r in texts for i in r["ids"])
+    rank = {i: k for k, (i, _) in enumerate(sorted(count.items(), key=lambda x: (-x[1], x[0])))}
+    for d, writer in (("forward", "teacher"), ("reverse", "student")):
+        bands, ids = found["tail"][d]["bands"], [i for r in by_writer[writer] for i in r["ids"]]
+        assert bands["top 10"]["frequency"] == pytest.approx(
+            sum(rank[i] < 10 for i in ids) / len(ids)
+        )
+        assert (
+            bands["never seen"]["frequency"] == 0
+            and bands["never seen"]["lift"] is None
+            and bands["never seen"]["share"] > 0
+        )
+        for key in ("share", "share_at_10", "frequency"):
+            assert sum(b[key] for b in bands.values()) == pytest.approx(1.0)
+
+
+def assert_symptoms_and_gap(found, by_writer):
+    right = {
+        w: {i: [r["right"] for r in by_writer[w] if r["prompt"] == i] for i in range(5)}
+        for w in ("student", "teacher")
+    }
+    solved = [i for i in range(5) if any(right["teacher"][i])]
+    asked = found["gap"]["on_solved_by_teacher"]
+    assert (
+        asked["pass_at_n"]["mean"]
+        == pytest.approx(sum(any(right["student"][i]) for i in solved) / len(solved))
+        and asked["n"] == 4
+    )
+    sampling = found["symptoms"]["sampling"]
+    assert sampling["sampled"]["mean"] == pytest.approx(
+        sum(map(sum, right["student"].values())) / 20
+    )
+    assert sampling["gap"]["mean"] == pytest.approx(
+        sampling["greedy"]["mean"] - sampling["sampled"]["mean"]
+    )
+    assert (
+        found["symptoms"]["own_error"]["texts"] >= 1
+        and 0 <= found["symptoms"]["own_error"]["right_after"]["mean"] <= 1
+    )
+    # a function that returns a bool does not say what the answer was
+    assert "format_breaks" not in found["symptoms"]
+
+
+def test_the_report_shows_what_was_measured(talkers, tmp_path):
+    _, found, _ = diagnose(talkers, tmp_path / "run")
+    report = (tmp_path / "run" / "report.md").read_text()
+    for trap in found["verdict"]:
+        assert (
+            trap["trap"] in report and trap["advice"] in report and f"{trap['mean']:.3f}" in report
+        )
+    for name in re.findall(r"\]\(([^)]+)\)", report):
+        assert (tmp_path / "run" / name).stat().st_size > 1000, name
+    assert "None" not in report and "{" not in report
+    for words in (
+        "classes by frequency",
+        "never seen",
+        "signal to noise of the gradient, KL reverse, texts by the student (5 micro-batches",
+        "student's texts - teacher's",
+        "log-ratio of the teacher's tokens",
+        "student's pass@4",
+        "bits per byte",
+        "top-p 0.999",
+        "accuracy greedy - at temperature 1",
+        "right after half of its own wrong text",
+    ):
+        assert words in report, words
+    assert "signal to noise" in found["verdict"][1]["advice"]
+
+
+def test_a_model_has_nothing_to_learn_from_itself(talkers, tmp_path):
+    over = {"teacher": {"path": str(talkers / "policy")}}
+    _, found, rows = diagnose(talkers, tmp_path / "run", **over)
+    assert max(max(map(abs, r["kl_forward"] + r["kl_reverse"])) for r in rows) < 1e-9
+    assert all(
+        a == pytest.approx(b, abs=1e-4)
+        for r in rows
+        for a, b in zip(r["student_logp"], r["teacher_logp"])
+    )
+    assert (
+        found["gap"]["overlap"]["mean"] == 1.0 and abs(found["gap"]["entropy_gap"]["mean"]) < 1e-9
+    )
+    assert found["off_policy"]["effective_samples"]["whole"]["mean"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_two_ranks_find_what_one_finds(talkers, tmp_path):
+    _, one, rows = diagnose(talkers, tmp_path / "one")
+    _, two, others = diagnose(talkers, tmp_path / "two", run=run_ranks)
+    assert sorted(r["text"] for r in rows) == sorted(r["text"] for r in others)
+    for d in ("forward", "reverse"):
+        assert two["grid"][d]["student"]["per_token"]["mean"] == pytest.approx(
+            one["grid"][d]["student"]["per_token"]["mean"], rel=1e-5
+        )
+        assert two["tail"][d]["bands"]["top 10"] == pytest.approx(
+            one["tail"][d]["bands"]["top 10"], rel=1e-5
+        )
+        for w in ("student", "teacher", "on_minus_off"):
+            ours, theirs = (x["off_policy"]["gradient"][d][w] for x in (one, two))
+            ours, theirs = (x.get("unbiased", x) for x in (ours, theirs))
+            assert theirs["mean"] == pytest.approx(ours["mean"], rel=1e-3, abs=1e-5) and theirs[
+                "low"
+            ] == pytest.approx(ours["low"], rel=1e-3)
+    assert all(two["symptoms"][key] == one["symptoms"][key] for key in ("sampling", "own_error"))
+    assert two["gap"]["wrong_trace"]["pair"]["mean"] == pytest.approx(
+        one["gap"]["wrong_trace"]["pair"]["mean"]
+    )
+
+
+def test_without_a_task_there_is_no_gap_and_no_probe(talkers, tmp_path):
+    folder = tmp_path / "run"
+    run_here(
+        config(
+            talkers,
+            folder,
+            "diagnose",
+            task={"name": ""},
+            data={"limit": 2},
+            diagnose={"student_texts": 2, "heat": 0},
+        )
+    )
+    rows = [json.loads(line) for line in (folder / "tokens.jsonl").read_text().splitlines()]
+    found = json.loads((folder / "diagnosis.json").read_text())
+    assert (
+        all(r["right"] is None for r in rows)
+        and "wrong_trace" not in found["gap"]
+        and "correction" not in found["symptoms"]
+    )
+    assert not (folder / "heat.html").exists()
+
+
+def test_the_correction_probe_cuts_right_texts(talkers, tmp_path):
+    """The talkers answer "a+b is => c": every right text holds digits to break."""
+    cfg = config(
+        talkers,
+        tmp_path / "run",
+        "diagnose",
+        task={"name": "exact", "options": {"marker": "=>"}},
+        rollout={"max_tokens": 16},
+        diagnose={"prefixes": ["dataset"]},
+        data={"limit": 4},
+    )
+    run_here(cfg)
+    probe = json.loads((tmp_path / "run" / "diagnosis.json").read_text())["symptoms"]["correction"]
+    assert 1 <= probe["cuts"] <= 12 and 0 <= probe["right_after_error"] <= 1
+    assert probe["student_gain"] != probe["teacher_gain"]
+
+
+def test_graders_that_name_answers_give_votes_and_format_breaks(talkers, tmp_path):
+    _, found, rows = diagnose(
+        talkers,
+        tmp_path / "run",
+        task={"name": "exact", "options": {"marker": "=>"}},
+        diagnose={"prefixes": ["student"], "gradient_batches": 0},
+    )
+    answered = [r for r in rows if r["answer"] is not None]
+    assert answered and all(r["text"].rpartition("=>")[2].strip() == r["answer"] for r in answered)
+    by_prompt = {
+        i: Counter(r["answer"] for r in rows if r["prompt"] == i and r["answer"] is not None)
+        for i in range(5)
+    }
+    votes = [max(c.values(), default=0) / 4 for c in by_prompt.values()]
+    assert found["symptoms"]["vote_confidence"]["mean"] == pytest.approx(sum(votes) / 5)
+    breaks = found["symptoms"]["format_breaks"]
+    assert 0 <= breaks <= 1 - len(answered) / len(rows) and "gradient" not in found["off_policy"]
+    assert "votes as confidence" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_finished_runs_of_the_pair_say_whether_training_was_stable(talkers, tmp_path):
+    run = run_here(
+        config(
+            talkers,
+            tmp_path / "distilled",
+            "distill",
+            eval={"source": str(write_data(tmp_path)), "limit": 2},
+        )
+    )
+    _, found, _ = diagnose(
+        talkers,
+        tmp_path / "run",
+        data={"limit": 2},
+        diagnose={
+            "runs": [str(tmp_path / "distilled")],
+            "prefixes": ["dataset"],
+            "correction": False,
+        },
+    )
+    norms = [s["grad_norm"] for s in run.steps]
+    assert found["runs"]["runs"][0]["steps"] == 2 and found["runs"]["worst"] == pytest.approx(
+        max(norms) / (sum(norms) / 2)
+    )
+    assert (
+        found["runs"]["score"]["metric"] == "eval/sampled"
+        and str(tmp_path / "distilled") in (tmp_path / "run" / "report.md").read_text()
+    )

@@ -1,0 +1,204 @@
+"""Frozen models: loaded or refused by name, never changed, never trained."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from assets import make_trainer, save_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from reflux.trainer.engine import frozen as titan_frozen
+from reflux.trainer.engine.model_builder import build_spec, head_weight, hidden_states
+
+
+@pytest.fixture(scope="module")
+def host(assets, titan_process, tmp_path_factory):
+    trainer = make_trainer(assets / "qwen3", tmp_path_factory.mktemp("host"))
+    yield trainer
+    trainer.close()
+
+
+def build(host, path, *, backend="auto", dtype="float32", seq_len=64, spec=None):
+    return titan_frozen.build_frozen(
+        spec or build_spec(str(path), backend=backend),
+        str(path),
+        host.config,
+        host.parallel_dims,
+        host.device,
+        dtype=dtype,
+        seq_len=seq_len,
+    )
+
+
+def ids_and_positions(L=16):
+    ids_NL = torch.randint(3, 384, (2, L), generator=torch.Generator().manual_seed(0))
+    return ids_NL, torch.arange(L).expand_as(ids_NL)
+
+
+def edited(assets, name, tmp_path, edit):
+    """A copy of a checkpoint after edit(tensors)."""
+    path = tmp_path / name
+    shutil.copytree(assets / name, path)
+    tensors = load_file(path / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_training_another_model_through_it_leaves_it_as_it_was(host, assets, name):
+    frozen, policy = build(host, assets / name), host.model_parts[0]
+    before, (ids_NL, positions_NL) = frozen.weights_hash(), ids_and_positions()
+    assert not frozen.model.training and not any(p.requires_grad for p in frozen.model.parameters())
+    target = frozen.hidden(ids_NL, positions_NL)
+    with frozen.open_head() as head_VD:
+        assert (
+            not target.requires_grad
+            and not head_VD.requires_grad
+            and len(head_VD) == frozen.vocab_size
+        )
+        loss = (
+            hidden_states(policy, ids_NL, positions_NL) @ head_weight(policy).T
+        ).mean() + target.mean()
+        loss.backward()
+    host.optimizers.step()
+    host.optimizers.zero_grad()
+    with frozen.gathered():
+        pass
+    assert frozen.weights_hash() == before and torch.equal(
+        frozen.hidden(ids_NL, positions_NL), target
+    )
+    owned = {id(p) for p in frozen.model.parameters()}
+    assert not any(id(p) in owned for part in host.model_parts for p in part.parameters())
+    assert not any(
+        id(p) in owned
+        for o in host.optimizers.optimizers
+        for g in o.param_groups
+        for p in g["params"]
+    )
+
+
+def test_the_hash_tells_the_smallest_change_and_two_models_apart(host, assets):
+    frozen, other = build(host, assets / "qwen3_tied"), build(host, assets / "qwen3")
+    before = frozen.weights_hash()
+    assert (
+        before != other.weights_hash()
+        and before == build(host, assets / "qwen3_tied").weights_hash()
+    )
+    with torch.no_grad():
+        weight = list(frozen.model.parameters())[3].to_local().view(-1)
+        weight[5] = torch.nextafter(weight[5], torch.tensor(9.0))
+    assert frozen.weights_hash() != before
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2"])
+def test_bfloat16_is_the_files_weights_rounded_and_close(host, assets, name):
+    frozen, (ids_NL, positions_NL) = (
+        build(host, assets / name, dtype="bfloat16"),
+        ids_and_positions(),
+    )
+    want_NLV = (
+        AutoModelForCausalLM.from_pretrained(assets / name, dtype=torch.bfloat16)
+        .eval()(ids_NL)
+        .logits
+    )
+    hidden_NLD = frozen.hidden(ids_NL, positions_NL)
+    with frozen.open_head() as head_VD:
+        assert hidden_NLD.dtype == head_VD.dtype == torch.bfloat16
+        embedding_VD = load_file(assets / name / "model.safetensors")["model.embed_tokens.weight"]
+        if name == "qwen2":  # tied
+            assert torch.equal(head_VD, embedding_VD.bfloat16())
+        gap = (hidden_NLD @ head_VD.T).float() - want_NLV.float()
+    assert gap.abs().mean() < 0.02 * want_NLV.float().abs().mean()
+
+
+def test_a_bfloat16_file_becomes_float32_exactly(host, assets, tmp_path):
+    def halve(tensors):
+        tensors |= {key: value.bfloat16() for key, value in tensors.items()}
+
+    path = edited(assets, "qwen3", tmp_path, halve)
+    with build(host, path).open_head() as head_VD:
+        assert torch.equal(head_VD, load_file(path / "model.safetensors")["lm_head.weight"].float())
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral"])
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (
+            lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
+            "no tensor 'model.layers.1.mlp.up_proj.weight'",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(32)}),
+            r"'model.norm.weight' is \(32,\).*wants \(64,\)",
+        ),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(8)}),
+            "1 tensors that the model does not have",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(host, assets, tmp_path, name, edit, message):
+    path = edited(assets, name, tmp_path, edit)
+    with pytest.raises(ValueError, match=message):
+        build(host, path)
+
+
+def test_a_tied_head_stored_twice_is_accepted(host, assets, tmp_path):
+    path = edited(
+        assets,
+        "qwen3_tied",
+        tmp_path,
+        lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}),
+    )
+    assert build(host, path).weights_hash() == build(host, assets / "qwen3_tied").weights_hash()
+
+
+def test_a_load_that_did_nothing_is_noticed(host, assets, monkeypatch):
+    monkeypatch.setattr(titan_frozen.dcp, "load", lambda *_, **__: None)
+    with pytest.raises(RuntimeError, match="were not loaded"):
+        build(host, assets / "qwen3")
+
+
+def test_other_choices_that_cannot_work_are_refused(host, assets, tmp_path):
+    with pytest.raises(ValueError, match="seq_len = 300; the model has 256 positions"):
+        build(host, assets / "qwen3", seq_len=300)
+    with pytest.raises(ValueError, match="want 'float32' or 'bfloat16'"):
+        build(host, assets / "qwen3", dtype="float16")
+    (tmp_path / "config.json").write_text((assets / "qwen3" / "config.json").read_text())
+    with pytest.raises(ValueError, match="no .*safetensors"):
+        build(host, tmp_path)
+    quantised = json.loads((assets / "qwen3" / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "fp8"}
+    }
+    (tmp_path / "config.json").write_text(json.dumps(quantised))
+    with pytest.raises(ValueError, match="quantised"):
+        build_spec(str(tmp_path))
+
+
+def test_one_spec_serves_models_of_several_row_lengths(host, assets):
+    """torchtitan cuts the RoPE cache inside the spec; a longer model built from it later must not
+    notice.
+    """
+    spec = build_spec(str(assets / "qwen3"))
+    short, long = (build(host, assets / "qwen3", seq_len=n, spec=spec) for n in (16, 200))
+    ids_NL, positions_NL = ids_and_positions(200)
+    with torch.no_grad():
+        reference = (
+            AutoModelForCausalLM.from_pretrained(assets / "qwen3").model(ids_NL).last_hidden_state
+        )
+    assert (long.hidden(ids_NL, positions_NL) - reference).abs().max() < 1e-5
+    assert short.weights_hash() == long.weights_hash()
+
+
+def test_a_sharded_source_of_several_files_loads(host, tmp_path):
+    save_model(tmp_path, "qwen3", head_dim=32)
+    single = build(host, tmp_path).weights_hash()
+    AutoModelForCausalLM.from_pretrained(tmp_path).save_pretrained(
+        tmp_path / "parts", max_shard_size="100kB"
+    )
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
+    assert build(host, tmp_path / "parts").weights_hash() == single

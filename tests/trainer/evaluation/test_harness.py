@@ -1,0 +1,98 @@
+"""The harness is called once, with the folder and the seeds, and its numbers come back under their
+names.
+"""
+
+import sys
+import types
+
+import pytest
+from runs import config, run_here, write_data
+
+from reflux.trainer.evaluation.harness import load_harness, run_harness
+from reflux.trainer.evaluation.phase import Evaluate
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    """A stand-in for the package: it remembers how it was called. lm-eval 0.4.13 returns numbers
+    like these.
+    """
+    stub = types.ModuleType("lm_eval")
+    stub.calls = []
+
+    def simple_evaluate(**options):
+        stub.calls.append(options)
+        row = {
+            "alias": "arc_easy",
+            "acc,none": 0.5,
+            "acc_stderr,none": 0.1,
+            "acc_norm,none": 1,
+            "exact_match,strict": 0.25,
+            "other": "N/A",
+        }
+        return {"results": {"arc_easy": row}}
+
+    stub.simple_evaluate = simple_evaluate
+    monkeypatch.setitem(sys.modules, "lm_eval", stub)
+    return stub
+
+
+def test_numbers_under_their_names(harness, talkers):
+    found = run_harness(
+        str(talkers / "policy"), ("arc_easy",), device="cpu", rows=8, limit=3, seed=5
+    )
+    assert found == {
+        "harness/arc_easy/acc": 0.5,
+        "harness/arc_easy/acc_stderr": 0.1,
+        "harness/arc_easy/acc_norm": 1.0,
+        "harness/arc_easy/exact_match,strict": 0.25,
+    }
+    (call,) = harness.calls
+    assert (
+        call["model"] == "hf"
+        and call["model_args"] == {"pretrained": str(talkers / "policy")}
+        and call["tasks"] == ["arc_easy"]
+    )
+    assert (
+        call["limit"] == 3
+        and call["batch_size"] == 8
+        and call["device"] == "cpu"
+        and call["fewshot_random_seed"] == 5
+    )
+    assert call["apply_chat_template"] is True
+
+
+def test_a_missing_package_is_named_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ValueError, match=r"not installed .*: pip install 'reflux-llm\[harness\]'"):
+        load_harness()
+
+
+def evaluate(talkers, folder):
+    return config(
+        talkers,
+        folder,
+        "evaluate",
+        task={"name": "runs:is_even"},
+        rollout={"max_tokens": 4},
+        eval={"source": str(write_data(folder.parent, 3)), "samples": 0, "harness": ["arc_easy"]},
+    )
+
+
+def test_in_a_whole_run(harness, talkers, tmp_path, titan_process):
+    run = run_here(evaluate(talkers, tmp_path / "run"))
+    assert run.events[0]["harness/arc_easy/acc"] == 0.5 and len(harness.calls) == 1
+    assert "| arc_easy/acc | 0.5000 |" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_two_ranks_are_refused(harness, talkers, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="eval.harness on 2 ranks: .* Start it with one process"):
+        Evaluate(evaluate(talkers, tmp_path / "run"), engine=None)
+
+
+def test_in_a_run_without_the_package(talkers, tmp_path, monkeypatch, titan_process):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ValueError, match="not installed"):
+        run_here(evaluate(talkers, tmp_path / "run"))
+    assert not (tmp_path / "run" / "predictions").exists()

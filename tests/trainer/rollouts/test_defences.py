@@ -1,0 +1,226 @@
+"""What is served instead of a model: the mixture on known distributions, and in whole runs its two
+ends.
+"""
+
+import contextlib
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from runs import config, numbers, run_here, write_data
+from transformers import AutoModelForCausalLM
+
+from reflux.trainer.distillation.phase import Distill
+from reflux.trainer.rollouts.defences import product_decoder, tempered_decoder
+
+pytestmark = pytest.mark.usefixtures("titan_process")
+TEXT = {"objective": "nll", "source": "teacher", "on_policy": 0.0}
+
+
+def decoder(logits_NV):
+    """A decoder that knows one distribution a row, whatever it is fed; notes what it was fed."""
+    fed = []
+
+    @contextlib.contextmanager
+    def decode(rows, max_length):
+        def step(ids, positions, real, first):
+            fed.append((ids, first, rows, max_length))
+            return logits_NV
+
+        yield step, torch.device("cpu")
+
+    return decode, fed
+
+
+@given(st.floats(0, 1), st.integers(0, 1000))
+def test_the_product_of_two_known_distributions(gamma, seed):
+    g = torch.Generator().manual_seed(seed)
+    p_NV, q_NV = (torch.rand(2, 3, generator=g).double() + 0.1 for _ in range(2))
+    # a padded head
+    (a, fed_a), (b, fed_b) = (
+        decoder(p_NV.log() + 5),
+        decoder(torch.cat([q_NV.log() - 2, torch.full((2, 4), 9.0)], 1)),
+    )
+    with product_decoder(a, b, gamma)(2, 7) as (step, device):
+        got_NV = step("ids", "positions", "real", True).double().softmax(1)
+    want_NV = p_NV ** (1 - gamma) * q_NV**gamma
+    torch.testing.assert_close(got_NV, want_NV / want_NV.sum(1, keepdim=True), rtol=1e-5, atol=1e-6)
+    assert fed_a == fed_b == [("ids", True, 2, 7)] and device.type == "cpu"
+
+
+def test_temperature_divides_the_logits_of_what_is_served():
+    """p = (0.8, 0.2) at temperature 2 is (2, 1) / 3; of the product with (0.2, 0.8) at gamma =
+    0.25, its square root, normalised.
+    """
+    p_NV, q_NV = torch.tensor([[0.8, 0.2]]), torch.tensor([[0.2, 0.8]])
+    (a, fed), (b, _) = decoder(p_NV.log()), decoder(q_NV.log())
+    with tempered_decoder(a, 2.0)(1, 7) as (step, device):
+        torch.testing.assert_close(
+            step("ids", "positions", "real", False).softmax(1), torch.tensor([[2 / 3, 1 / 3]])
+        )
+    assert fed == [("ids", False, 1, 7)] and device.type == "cpu"
+    # odds 4 ** (0.75 - 0.25) = 2, and their root
+    with tempered_decoder(product_decoder(a, b, 0.25), 2.0)(1, 7) as (step, _):
+        torch.testing.assert_close(
+            step("ids", "positions", "real", False).softmax(1),
+            torch.tensor([[2**0.5, 1.0]]) / (2**0.5 + 1),
+        )
+
+
+def distill(talkers, folder, **over):
+    return run_here(
+        config(talkers, folder, "distill", **({"distill": TEXT, "rollout": {"group": 1}} | over))
+    )
+
+
+def test_with_all_the_weight_on_the_proxy_students_read_the_proxy(talkers, tmp_path):
+    served = distill(
+        talkers,
+        tmp_path / "served",
+        serve={"proxy": str(talkers / "policy"), "gamma": 1.0, "dtype": "float32"},
+    )
+    plain = distill(
+        talkers, tmp_path / "plain", teacher={"path": str(talkers / "policy"), "dtype": "float32"}
+    )
+    assert [numbers(s) for s in served.steps] == [numbers(s) for s in plain.steps]
+
+
+def test_without_weight_and_without_proxy_it_is_the_teacher(talkers, tmp_path):
+    served = distill(
+        talkers,
+        tmp_path / "served",
+        serve={"proxy": str(talkers / "policy"), "gamma": 0.0, "dtype": "float32"},
+    )
+    plain = distill(talkers, tmp_path / "plain")
+    assert [numbers(s) for s in served.steps] == [numbers(s) for s in plain.steps]
+
+
+def test_a_half_writes_what_the_two_models_make_together(talkers, tmp_path, monkeypatch):
+    """Every sampled token's log-probability is that of the normalised product, by transformers."""
+    texts, real = [], Distill.sample
+    monkeypatch.setattr(
+        Distill, "sample", lambda self, step: texts.append(real(self, step)) or texts[-1]
+    )
+    distill(
+        talkers,
+        tmp_path / "run",
+        steps=1,
+        serve={"proxy": str(talkers / "policy"), "dtype": "float32"},
+    )
+    models = [
+        AutoModelForCausalLM.from_pretrained(talkers / name) for name in ("teacher", "policy")
+    ]
+    for rollout in (t.rollout for group in texts[0] for t in group):
+        ids = torch.tensor([rollout.prompt_ids + rollout.ids])
+        with torch.no_grad():
+            a_nV, b_nV = (
+                m(ids).logits[0, len(rollout.prompt_ids) - 1 : -1].double() for m in models
+            )
+        logp_nV = ((a_nV + b_nV) / 2).log_softmax(1)
+        torch.testing.assert_close(
+            torch.tensor(rollout.logp).double(),
+            logp_nV.gather(1, torch.tensor(rollout.ids)[:, None])[:, 0],
+            rtol=0,
+            atol=1e-4,
+        )
+
+
+def test_the_providers_temperature_is_that_of_a_customer_who_asks_for_it(talkers, tmp_path):
+    served = distill(talkers, tmp_path / "served", serve={"temperature": 0.5})
+    asked = distill(talkers, tmp_path / "asked", rollout={"group": 1, "temperature": 0.5})
+    plain = distill(talkers, tmp_path / "plain")
+    assert (
+        [s["length"] for s in served.steps]
+        == [s["length"] for s in asked.steps]
+        != [s["length"] for s in plain.steps]
+    )
+    assert [s["loss"] for s in served.steps] == pytest.approx(
+        [s["loss"] for s in asked.steps], rel=1e-6
+    )
+
+
+def test_an_evaluation_samples_at_the_providers_temperature(talkers, tmp_path):
+    """Close to 0, sampled answers are the greedy ones, which the temperature leaves alone."""
+    data = {"source": str(write_data(tmp_path)), "limit": 6}
+    over = {"task": {"name": "exact", "options": {"marker": "=>"}}, "eval": data}
+    texts = {}
+    for name, serve in (("plain", {}), ("cold", {"temperature": 1e-3})):
+        run_here(config(talkers, tmp_path / name, "evaluate", serve=serve, **over))
+        rows = [
+            json.loads(line)
+            for line in (tmp_path / name / "predictions" / "step-0.jsonl").read_text().splitlines()
+        ]
+        texts[name] = {
+            mode: [r["text"] for r in rows if r["mode"] == mode] for mode in ("greedy", "sampled")
+        }
+    assert (
+        texts["cold"]["sampled"]
+        == texts["cold"]["greedy"]
+        == texts["plain"]["greedy"]
+        != texts["plain"]["sampled"]
+    )
+
+
+def test_an_evaluation_judges_what_is_served(talkers, tmp_path):
+    data = {"source": str(write_data(tmp_path)), "limit": 6}
+    over = {"task": {"name": "exact", "options": {"marker": "=>"}}, "eval": data}
+    run_here(
+        config(
+            talkers,
+            tmp_path / "served",
+            "evaluate",
+            serve={"proxy": str(talkers / "teacher"), "gamma": 1.0, "dtype": "float32"},
+            **over,
+        )
+    )
+    run_here(
+        config(
+            talkers,
+            tmp_path / "plain",
+            "evaluate",
+            model={"path": str(talkers / "teacher")},
+            **over,
+        )
+    )
+    texts = [
+        [
+            json.loads(line)["text"]
+            for line in (tmp_path / name / "predictions" / "step-0.jsonl").read_text().splitlines()
+        ]
+        for name in ("served", "plain")
+    ]
+    assert texts[0] == texts[1] and len(texts[0]) == 12
+
+
+def test_another_vocabulary_is_refused(talkers, tmp_path):
+    with pytest.raises(
+        ValueError, match="has another vocabulary than the model it is multiplied with"
+    ):
+        distill(talkers, tmp_path / "run", serve={"proxy": str(talkers / "proxy")})
+
+
+@pytest.mark.parametrize(
+    "phase, over, says",
+    [
+        ("distill", {}, "only sampled text is served"),
+        ("distill", {"distill": TEXT | {"source": "dataset"}}, "only sampled text is served"),
+        (
+            "evaluate",
+            {"eval": {"source": "x", "by": "likelihood"}, "task": {"name": "multiple_choice"}},
+            "only generated answers are served",
+        ),
+        ("diagnose", {}, "want phase = 'distill'"),
+        ("distill", {"distill": TEXT, "serve": {"proxy": "p", "gamma": 1.5}}, "want 0 to 1"),
+        (
+            "distill",
+            {"serve": {"temperature": 0.5}},
+            "serve.temperature = 0.5 with distill.objective = 'kl'",
+        ),
+        ("distill", {"distill": TEXT, "serve": {"temperature": 0.0}}, "want > 0"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(talkers, tmp_path, phase, over, says):
+    with pytest.raises(ValueError, match=says):
+        config(talkers, tmp_path / "run", phase, **({"serve": {"proxy": "p"}} | over))

@@ -1,0 +1,126 @@
+"""A folder that holds a run: asked about, resumed as the same experiment, left alone, never
+overwritten.
+"""
+
+import io
+from dataclasses import replace
+
+import pytest
+
+from reflux.trainer.config.loader import load
+from reflux.trainer.config.schema import Anchor, Config, Data, Distill, Frozen, Guard, Model, Optim
+from reflux.trainer.runs import run_folder
+from reflux.trainer.runs.run_folder import save_config, settle
+
+
+def config(folder, **changes) -> Config:
+    base = Config(
+        "distill",
+        str(folder),
+        steps=3,
+        on_existing_run="resume",
+        model=Model("m"),
+        teacher=Frozen("t"),
+        data=Data("d"),
+        titan={"training": {"seq_len": 64}, "checkpoint": {"interval": 5}},
+    )
+    return replace(base, **changes)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder with a run in it."""
+    cfg = config(tmp_path / "run")
+    save_config(cfg)
+    (tmp_path / "run" / "run.jsonl").write_text("{}\n")
+    return cfg
+
+
+@pytest.mark.parametrize("choice", ["ask", "resume", "fail", "new"])
+def test_a_fresh_or_empty_folder_is_used_as_it_is(tmp_path, choice):
+    cfg = config(tmp_path / "run", on_existing_run=choice)
+    assert settle(cfg) == cfg and not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    assert settle(cfg) == cfg
+
+
+def test_fail_says_what_the_choices_are(run):
+    with pytest.raises(
+        ValueError,
+        match="holds a run already. Set on_existing_run = 'resume' to continue it, 'new'",
+    ):
+        settle(replace(run, on_existing_run="fail"))
+
+
+def test_a_checkpoint_alone_is_a_run(tmp_path):
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds a run already"):
+        settle(config(tmp_path / "run", on_existing_run="fail"))
+
+
+def test_new_never_uses_a_folder_that_exists(run, tmp_path):
+    fresh = replace(run, on_existing_run="new", optim=Optim(lr=1.0))
+    assert settle(fresh) == replace(fresh, folder=str(tmp_path / "run-2"))
+    (tmp_path / "run-2").mkdir()
+    (tmp_path / "run-3").write_text("a file")
+    assert settle(fresh).folder == str(tmp_path / "run-4")
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.toml", "run.jsonl"}
+
+
+def test_resume_may_go_on_longer_and_watch_more_closely(run):
+    longer = replace(
+        run, steps=9, guard=Guard(kl_budget=0.2), titan=run.titan | {"checkpoint": {"interval": 1}}
+    )
+    assert settle(run) == run and settle(longer) == longer
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (dict(optim=Optim(lr=1.0)), ["optim.lr"]),
+        (dict(seed=5), ["seed"]),
+        (dict(model=Model("other")), ["model.path"]),
+        (dict(distill=Distill(beta=0.4), anchor=Anchor(beta=1.0)), ["anchor.beta", "distill.beta"]),
+        (dict(data=Data("d", limit=3)), ["data.limit"]),
+        (dict(titan={"training": {"seq_len": 128}}), ["training.seq_len"]),
+        (dict(data=Data("d", columns={"q": "question"})), ["data.columns.q"]),
+    ],
+)
+def test_another_experiment_is_refused_with_the_keys_named(run, change, named):
+    with pytest.raises(ValueError) as error:
+        settle(replace(run, steps=99, **change))
+    message = str(error.value)
+    assert (
+        f"was started with other values of {', '.join(named)}." in message
+        and "on_existing_run = 'new'" in message
+    )
+
+
+def test_the_saved_configuration_repeats_the_run(run):
+    assert load(f"{run.folder}/config.toml") == run
+
+
+@pytest.mark.parametrize(
+    "answer, outcome", [("r\n", "run"), ("New\n", "run-2"), ("\nwhat\nr\n", "run"), ("q\n", None)]
+)
+def test_ask(run, tmp_path, monkeypatch, answer, outcome):
+    terminal = io.StringIO(answer)
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(run_folder.sys, "stdin", terminal)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    cfg = replace(run, on_existing_run="ask")
+    if outcome is None:
+        with pytest.raises(ValueError, match="holds a run already"):
+            settle(cfg)
+    else:
+        assert settle(cfg).folder == str(tmp_path / outcome)
+
+
+@pytest.mark.parametrize("ranks, tty", [("2", True), ("1", False)])
+def test_nobody_is_asked_where_nobody_answers(run, monkeypatch, ranks, tty):
+    terminal = io.StringIO("r\n")
+    terminal.isatty = lambda: tty
+    monkeypatch.setattr(run_folder.sys, "stdin", terminal)
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    with pytest.raises(ValueError, match="holds a run already"):
+        settle(replace(run, on_existing_run="ask"))

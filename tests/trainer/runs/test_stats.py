@@ -1,0 +1,130 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reflux.trainer.runs.stats import (
+    bootstrap,
+    bootstrap_ratio,
+    over_seeds,
+    paired_difference,
+    relative_change,
+    sign_flip_p,
+)
+
+FINITE = st.lists(st.floats(-10, 10), min_size=2, max_size=8)
+
+
+def test_three_values_by_hand():
+    e = over_seeds([1.0, 2.0, 3.0])
+    assert (e.mean, e.std, e.n) == (2.0, 1.0, 3)
+    # Student's t, 2 degrees of freedom
+    assert e.high - e.mean == pytest.approx(4.303 / math.sqrt(3))
+
+
+def test_one_value_has_no_spread_and_none_has_no_mean():
+    assert over_seeds([0.5]).mean == 0.5 and math.isnan(over_seeds([0.5]).low)
+    assert math.isnan(over_seeds([]).mean)
+
+
+@given(values=FINITE, shift=st.floats(-5, 5))
+def test_a_shift_moves_the_interval_and_not_its_width(values, shift):
+    a, b = over_seeds(values), over_seeds([v + shift for v in values])
+    assert b.mean == pytest.approx(a.mean + shift, abs=1e-9)
+    assert b.high - b.low == pytest.approx(a.high - a.low, abs=1e-6)
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    hits = [
+        e.low <= 1.0 <= e.high for e in (over_seeds(rng.normal(1.0, 2.0, 5)) for _ in range(400))
+    ]
+    assert 0.91 <= np.mean(hits) <= 0.985
+
+
+def test_paired_differences_use_the_pairing():
+    before = np.tile([0.0, 1.0], 200)  # items differ a lot, the change does not
+    after = before.copy()
+    after[:20:2] = 1.0
+    e = paired_difference(after, before)
+    assert e.mean == pytest.approx(10 / 400) and e.low > 0
+    with pytest.raises(ValueError, match="same items"):
+        paired_difference([1.0], [1.0, 0.0])
+
+
+def test_relative_change_of_nothing_is_no_number():
+    assert relative_change(0.6, 0.4) == pytest.approx(0.5) and math.isnan(relative_change(0.6, 0.0))
+
+
+def test_a_bootstrap_draws_both_sums_of_a_prompt_together():
+    """Every prompt has the same ratio: however it is drawn, that is the answer."""
+    e = bootstrap_ratio({i: 2.0 * (i + 1) for i in range(9)}, {i: i + 1.0 for i in range(9)})
+    assert (e.mean, e.low, e.high, e.n) == (2.0, 2.0, 2.0, 9)
+
+
+def test_a_bootstrap_interval_has_the_width_of_the_mean():
+    values = np.random.default_rng(0).normal(5.0, 2.0, 400)
+    e = bootstrap_ratio(dict(enumerate(values)), {i: 1.0 for i in range(400)})
+    assert e.mean == pytest.approx(values.mean()) and e.std == pytest.approx(2.0 / 20, rel=0.15)
+    assert e.high - e.low == pytest.approx(2 * 1.96 * 0.1, rel=0.15)
+    again = bootstrap_ratio(dict(enumerate(values)), {i: 1.0 for i in range(400)})
+    assert again == e  # the same draws
+    mean = bootstrap(lambda drawn: float(np.mean([values[i] for i in drawn])), range(400))
+    assert mean.mean == pytest.approx(e.mean) and mean.high - mean.low == pytest.approx(
+        e.high - e.low, rel=0.2
+    )
+
+
+def test_a_bootstrap_without_anything_to_draw():
+    assert (
+        math.isnan(bootstrap_ratio({}, {}).mean) and bootstrap_ratio({0: 3.0}, {0: 2.0})[0] == 1.5
+    )
+    assert math.isnan(bootstrap_ratio({0: 3.0}, {0: 2.0}).low) and math.isnan(
+        bootstrap_ratio({0: 1.0}, {0: 0.0}).mean
+    )
+    assert bootstrap(lambda drawn: 1.0, []).n == 0 and math.isnan(
+        bootstrap(lambda drawn: 1.0, [4]).low
+    )
+    assert math.isnan(bootstrap(lambda drawn: math.nan, [1, 2]).low)
+
+
+@given(values=st.lists(st.integers(-3, 3), min_size=1, max_size=9))
+def test_sign_flips_are_enumerated_where_they_are_few(values):
+    sums = [
+        abs(sum(s * v for s, v in zip(signs, values)))
+        for signs in itertools.product((-1, 1), repeat=len(values))
+    ]
+    assert sign_flip_p(values) == pytest.approx(
+        sum(x >= abs(sum(values)) for x in sums) / len(sums)
+    )
+
+
+def test_sign_flips_are_drawn_where_they_are_many():
+    """Twenty of twenty of one sign: 2 in 2**20 flips are as far; half and half: nearly all are.
+    Zeros change nothing.
+    """
+    assert sign_flip_p([1.0] * 20) == 1 / 10_001 and sign_flip_p([1.0, -1.0] * 10) == 1.0
+    assert (
+        sign_flip_p([]) == sign_flip_p([0.0] * 99) == 1.0
+        and sign_flip_p([0.0] * 99 + [1.0] * 3) == 0.25
+    )
+    fourteen = [1.0] * 11 + [-1.0] * 3  # |sum| >= 8: at most 3 of one sign
+    exact = 2 * sum(math.comb(14, k) for k in range(4)) / 2**14
+    assert sign_flip_p(fourteen) == pytest.approx(exact, abs=0.006)
+
+
+def test_under_the_null_p_is_uniform():
+    g = np.random.default_rng(1)
+    p = [sign_flip_p(g.normal(size=10)) for _ in range(400)]
+    assert 0.03 <= np.mean(np.array(p) <= 0.05) <= 0.08 and 0.45 <= np.mean(p) <= 0.56
+
+
+def test_a_bootstrap_over_many_prompts_is_drawn_in_parts():
+    """2**20 // 1000 = 1048 draws at a time: the same numbers as one table of all 2000."""
+    values = np.random.default_rng(0).normal(5.0, 2.0, 1000)
+    e = bootstrap_ratio(dict(enumerate(values)), dict.fromkeys(range(1000), 1.0))
+    draws = values[np.random.default_rng(0).integers(1000, size=(2000, 1000))].mean(1)
+    assert (e.low, e.high) == tuple(pytest.approx(q) for q in np.quantile(draws, [0.025, 0.975]))

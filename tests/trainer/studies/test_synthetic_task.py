@@ -1,0 +1,153 @@
+import json
+from collections import Counter
+from unittest import mock
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reflux.trainer.data.batch import Prompt
+from reflux.trainer.data.chat import Chat
+from reflux.trainer.studies.synthetic_task import (
+    DIGITS,
+    MIX,
+    MODELS,
+    ORDERS,
+    SIZES,
+    WORDINGS,
+    answers_only,
+    grade,
+    is_held_out,
+    learnable_only,
+    main,
+    write_answer,
+)
+
+DIGIT_LISTS = st.lists(st.integers(0, 9), min_size=DIGITS, max_size=DIGITS)
+
+
+def prompt(digits):
+    return Prompt(0, ({"role": "user", "content": "?"},), answer=",".join(map(str, digits)))
+
+
+@given(digits=DIGIT_LISTS, style=st.sampled_from(sorted(ORDERS)))
+def test_every_honest_style_is_right(digits, style):
+    g = grade(prompt(digits), write_answer(digits, style))
+    assert g.correct and g.reward == 1.0 and g.error is None
+
+
+@given(
+    digits=DIGIT_LISTS,
+    style=st.sampled_from(sorted(ORDERS)),
+    at=st.integers(0, DIGITS - 1),
+    by=st.integers(1, 9),
+)
+def test_one_wrong_digit_is_a_wrong_answer_and_not_a_missing_one(digits, style, at, by):
+    text = list(write_answer(digits, style))
+    place = len(style) + 1 + 2 * at
+    text[place] = str((int(text[place]) + by) % 10)
+    g = grade(prompt(digits), "".join(text))
+    assert g.correct is False and g.extracted is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "left",
+        "left:",
+        "left:1;2;3;4;5;6",
+        "left:1;2;3;4;5;6;7;8",
+        "up:1;2;3;4;5;6;7",
+        "left:1;2;3;4;5;6;x",
+    ],
+)
+def test_another_shape_is_no_answer(text):
+    g = grade(prompt([1, 2, 3, 4, 5, 6, 7]), text)
+    assert g.correct is False and g.extracted is None
+
+
+@given(digits=DIGIT_LISTS, style=st.sampled_from(sorted(ORDERS)), at=st.integers(0, DIGITS - 1))
+def test_answers_without_their_way_are_as_right_as_before(digits, style, at):
+    """Every style becomes the reading order; a wrong digit stays wrong, at its own place."""
+    p = prompt(digits)
+    assert answers_only(p, write_answer(digits, style)) == write_answer(digits, "left")
+    other = [*digits[:at], (digits[at] + 1) % 10, *digits[at + 1 :]]
+    assert answers_only(p, write_answer(other, style)) == write_answer(other, "left")
+    assert answers_only(p, "left:1;2") is None
+
+
+@pytest.mark.parametrize("style", sorted(ORDERS))
+def test_who_knows_what_one_layer_learns_keeps_only_that(style):
+    text = write_answer([1, 2, 3, 4, 5, 6, 7], style)
+    assert learnable_only(prompt([1, 2, 3, 4, 5, 6, 7]), text) == (
+        text if style == "left" else None
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    with mock.patch.dict(SIZES, train=4000, start=500, prompts=500, heldout=100):
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    out = tmp_path_factory.mktemp("world")
+    assert main(["--out", str(out), "--seed", "3"]) == 0
+    return out
+
+
+def rows(world, name):
+    return [json.loads(line) for line in (world / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_held_out_questions_are_never_trained_on(world):
+    digits = lambda name: {row["answer"] for row in rows(world, name)}
+    assert not digits("heldout") & (digits("train") | digits("start") | digits("prompts"))
+    assert all(is_held_out([int(d) for d in a.split(",")]) for a in digits("heldout"))
+
+
+def test_of_four_options_one_is_right_and_all_have_one_style(world):
+    found = rows(world, "choices")
+    places, styles = Counter(row["answer"] for row in found), Counter()
+    for row in found:
+        digits = row["prompt"].rpartition(" ")[2].rstrip("?").split(",")
+        p = Prompt(0, ({"role": "user", "content": "?"},), answer=",".join(digits))
+        grades = [grade(p, text) for text in row["choices"]]
+        assert [i for i, g in enumerate(grades) if g.correct] == [int(row["answer"])] and all(
+            g.extracted for g in grades
+        )
+        assert is_held_out([int(d) for d in digits]) and len(set(row["choices"])) == 4
+        (style,) = {text.split(":")[0] for text in row["choices"]}
+        styles[style] += 1
+    assert set(styles.values()) == {100} and len(places) == 4 and min(places.values()) > 50
+
+
+def test_styles_follow_the_wording(world):
+    seen = Counter()
+    for row in rows(world, "train"):
+        wording = next(i for i, w in enumerate(WORDINGS) if row["prompt"].startswith(w))
+        seen[wording, row["response"].split(":")[0]] += 1
+    for wording, mix in enumerate(MIX):
+        total = sum(seen[wording, s] for s in ORDERS)
+        for style, share in zip(ORDERS, mix):
+            assert seen[wording, style] / total == pytest.approx(share, abs=0.04)
+
+
+def test_the_same_seed_writes_the_same_world(world, tmp_path):
+    main(["--out", str(tmp_path), "--seed", "3"])
+    for name in ("train.jsonl", "heldout.jsonl", "teacher/tokenizer.json", "proxy/config.json"):
+        assert (tmp_path / name).read_bytes() == (world / name).read_bytes()
+    other = tmp_path / "other"
+    main(["--out", str(other), "--seed", "4"])
+    assert (other / "train.jsonl").read_bytes() != (world / "train.jsonl").read_bytes()
+
+
+def test_every_digit_is_a_token_of_its_own_on_both_sides(world):
+    text = write_answer([1, 2, 3, 4, 5, 6, 7], "outer")
+    for name, (tokenizer, *_) in MODELS.items():
+        chat = Chat(str(world / name))
+        pieces = [chat.table.pieces[i] for i in chat.encode(text)]
+        assert b"".join(pieces) == text.encode() and sum(p.isdigit() for p in pieces) == DIGITS
+        assert len(pieces) == len(text) if tokenizer == "char" else len(pieces) < len(text)

@@ -1,0 +1,313 @@
+"""The loop as a user meets it: killed, interrupted, resumed, stopped by a guard, fed with bad
+numbers and bad graders.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from runs import command, config, environment, numbers, run_here
+from safetensors.torch import load_file
+
+from reflux.trainer import loop, losses
+from reflux.trainer.calibration import phase as calibrate
+from reflux.trainer.config import loader as config_file
+from reflux.trainer.runs import run_folder
+from reflux.trainer.runs.logger import load_run
+
+pytestmark = pytest.mark.usefixtures("titan_process")
+CALIBRATED = {"calibration": {"mode": "undistillable"}, "anchor": {"beta": 0.2, "dtype": "float32"}}
+EVERY_THIRD = {"checkpoint": {"interval": 3}, "steps": 6}
+
+
+def weights(folder) -> dict:
+    return {
+        k: v
+        for file in (Path(folder) / "export").glob("*.safetensors")
+        for k, v in load_file(file).items()
+    }
+
+
+def test_a_killed_run_goes_on_to_the_last_digit(talkers, tmp_path):
+    """T28: the margin guard's average, AdamW's moments, the schedule and the data order all survive
+    SIGKILL.
+    """
+    whole = run_here(config(talkers, tmp_path / "whole", "calibrate", **CALIBRATED, **EVERY_THIRD))
+    cfg = config(
+        talkers,
+        tmp_path / "killed",
+        "calibrate",
+        **CALIBRATED,
+        **EVERY_THIRD,
+        on_existing_run="resume",
+        task={"name": "slow_task:reward_vowels"},
+    )
+    # so that the kill comes in time, after the checkpoint of step 3
+    (tmp_path / "slow_task.py").write_text(
+        "import time\nfrom runs import reward_vowels as fast\n"
+        "def reward_vowels(prompt, text):\n    time.sleep(0.05)\n    return fast(prompt, text)\n"
+    )
+    process = subprocess.Popen(
+        command(cfg, tmp_path / "killed.toml"),
+        env=environment(),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_until(lambda: (tmp_path / "killed/checkpoint/step-3/.metadata").exists(), process)
+    process.kill()
+    process.wait()
+    assert 3 <= len(load_run(cfg.folder).steps) < 6, "the kill came too late to test anything"
+    assert load_run(cfg.folder).summary is None
+    resumed = run_here(
+        run_folder.settle(
+            replace(
+                cfg,
+                task=config(talkers, tmp_path / "x", "calibrate").task,
+                folder=renamed_task(cfg),
+            )
+        )
+    )
+    assert [s["step"] for s in resumed.steps] == [1, 2, 3, 4, 5, 6]
+    assert [numbers(s) for s in resumed.steps] == [numbers(s) for s in whole.steps]
+    assert len({s["loss"] for s in whole.steps}) == 6, (
+        "steps that are all alike would prove nothing"
+    )
+
+
+def renamed_task(cfg) -> str:
+    """The killed run's folder, its saved task put back to the one that does not sleep."""
+    saved = Path(cfg.folder) / "config.toml"
+    saved.write_text(saved.read_text().replace("slow_task:", "runs:"))
+    return cfg.folder
+
+
+def wait_until(is_true, process, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not is_true():
+        assert process.poll() is None, f"the process ended with {process.returncode}"
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def test_the_first_interrupt_ends_the_step_saves_and_exits_with_130(talkers, tmp_path, monkeypatch):
+    whole = run_here(config(talkers, tmp_path / "whole", "calibrate", steps=4))
+    cfg = config(
+        talkers,
+        tmp_path / "cut",
+        "calibrate",
+        steps=4,
+        on_existing_run="resume",
+        export={"enable": True},
+    )
+    sample = calibrate.Calibrate.sample
+
+    def sample_and_interrupt(self, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return sample(self, step)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate.Calibrate, "sample", sample_and_interrupt)
+        run = run_here(cfg, expect=130)
+    assert [s["step"] for s in run.steps] == [1, 2] and run.events[-1]["event"] == "interrupted"
+    assert signal.getsignal(signal.SIGINT) is before
+    assert run.summary is None, "summary.json says that a run ended, this one waits to be continued"
+    assert (tmp_path / "cut/checkpoint/step-2/.metadata").exists() and not (
+        tmp_path / "cut/export"
+    ).exists()
+    resumed = run_here(run_folder.settle(cfg))
+    assert [numbers(s) for s in resumed.steps] == [numbers(s) for s in whole.steps]
+    assert weights(cfg.folder) and resumed.summary["step"] == 4
+
+
+def test_a_second_interrupt_stops_at_once(talkers, tmp_path, monkeypatch):
+    def interrupt_twice(self, step):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(calibrate.Calibrate, "sample", interrupt_twice)
+    monkeypatch.setattr(loop, "SAME_SIGNAL_S", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        run_here(config(talkers, tmp_path / "run", "calibrate"))
+    assert load_run(tmp_path / "run").steps == []
+
+
+def test_the_same_ctrl_c_passed_on_by_torchrun_is_not_a_second_one(talkers, tmp_path, monkeypatch):
+    real = calibrate.Calibrate.sample
+
+    def interrupt_twice(self, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, step)
+
+    monkeypatch.setattr(calibrate.Calibrate, "sample", interrupt_twice)
+    run = run_here(config(talkers, tmp_path / "run", "calibrate", steps=4), expect=130)
+    assert [s["step"] for s in run.steps] == [1, 2] and run.events[-1]["event"] == "interrupted"
+
+
+def test_a_folder_with_a_run_is_never_mixed_or_overwritten(talkers, tmp_path):
+    cfg = config(talkers, tmp_path / "run", "calibrate")
+    first = run_here(run_folder.settle(cfg))
+    with pytest.raises(ValueError, match="holds a run already.*'resume'.*'new'"):
+        run_folder.settle(cfg)
+    again = run_folder.settle(replace(cfg, on_existing_run="new"))
+    assert again.folder == str(tmp_path / "run-2")
+    second = run_here(again)
+    assert [numbers(s) for s in second.steps] == [numbers(s) for s in first.steps]
+    with pytest.raises(ValueError, match="other values of seed"):
+        run_folder.settle(replace(cfg, on_existing_run="resume", seed=1))
+    longer = run_here(run_folder.settle(replace(cfg, on_existing_run="resume", steps=3)))
+    assert [s["step"] for s in longer.steps] == [1, 2, 3]
+
+
+def test_a_loss_that_is_not_finite_touches_neither_weights_nor_checkpoint(
+    talkers, tmp_path, monkeypatch
+):
+    cfg = config(
+        talkers,
+        tmp_path / "run",
+        "calibrate",
+        steps=3,
+        checkpoint={"interval": 1},
+        on_existing_run="resume",
+    )
+    real, calls = losses.policy_gradient, []
+
+    def poisoned(logp_T, *rest):
+        calls.append(1)
+        total, metrics = real(logp_T, *rest)
+        return (total * float("inf") if len(calls) == 2 else total), metrics
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate, "policy_gradient", poisoned)
+        with pytest.raises(
+            FloatingPointError, match=r"step 2: .*nonfinite-step-2-rank-0.pt.*optim.lr"
+        ):
+            run_here(cfg)
+    run = load_run(cfg.folder)
+    assert (
+        [s["step"] for s in run.steps] == [1]
+        and run.events[-1]["event"] == "failed"
+        and run.summary is None
+    )
+    assert "nonfinite-step-2" in run.events[-1]["error"]
+    dump = torch.load(tmp_path / "run/nonfinite-step-2-rank-0.pt", weights_only=False)
+    assert len(dump["batches"][0]["target_T"]) > 0
+    assert [p.name for p in (tmp_path / "run/checkpoint").iterdir()] == ["step-1"]
+    resumed = run_here(run_folder.settle(cfg))
+    clean = run_here(replace(cfg, folder=str(tmp_path / "clean")))
+    assert [numbers(s) for s in resumed.steps] == [numbers(s) for s in clean.steps]
+
+
+def test_the_kl_budget_ends_the_run_in_good_order(talkers, tmp_path):
+    cfg = config(
+        talkers,
+        tmp_path / "run",
+        "calibrate",
+        steps=8,
+        guard={"kl_budget": 0.001},
+        export={"enable": True},
+    )
+    run = run_here(cfg)
+    stopped = next(e for e in run.events if e["event"] == "stopped")
+    assert (
+        len(run.steps) < 8
+        and "kl_budget = 0.001" in stopped["reason"]
+        and stopped["restored_step"] is None
+    )
+    assert run.summary["step"] == len(run.steps) and run.events[-1]["event"] == "export"
+    assert (tmp_path / "run/checkpoint" / f"step-{len(run.steps)}" / ".metadata").exists()
+    assert weights(cfg.folder)
+
+
+@pytest.mark.parametrize("interval, restored", [(1, 2), (1000, 0)])
+def test_the_utility_gate_restores_what_still_passed(
+    talkers, tmp_path, monkeypatch, interval, restored
+):
+    """Accuracy falls after step 2 and stays low: back to step 2, or to the start where step 2 was
+    not saved.
+    """
+    accuracy = {0: 0.9, 1: 0.9, 2: 0.9, 3: 0.5, 4: 0.5}
+    monkeypatch.setattr(
+        "reflux.trainer.evaluation.phase.Evaluator.due",
+        lambda self, step: {"eval/greedy": accuracy[step]},
+    )
+    cfg = config(
+        talkers,
+        tmp_path / "run",
+        "calibrate",
+        steps=9,
+        checkpoint={"interval": interval, "keep_latest_k": 5},
+        export={"enable": True, "dtype": "float32"},
+    )
+    run = run_here(cfg)
+    stopped = next(e for e in run.events if e["event"] == "stopped")
+    assert len(run.steps) == 4 and stopped["restored_step"] == restored
+    short = replace(cfg, folder=str(tmp_path / "short"), steps=2)
+    if restored:
+        run_here(short)
+    want = (
+        weights(short.folder) if restored else load_file(talkers / "policy" / "model.safetensors")
+    )
+    got = weights(cfg.folder)
+    assert all(torch.equal(got[name], want[name]) for name in got)
+
+
+def test_the_gate_compares_with_the_start_and_forgives_one_bad_reading(
+    talkers, tmp_path, monkeypatch
+):
+    accuracy = {0: 0.9, 1: 0.5, 2: 0.9, 3: 0.5, 4: 0.89}
+    monkeypatch.setattr(
+        "reflux.trainer.evaluation.phase.Evaluator.due",
+        lambda self, step: {"eval/greedy": accuracy[step]},
+    )
+    run = run_here(config(talkers, tmp_path / "run", "calibrate", steps=4))
+    assert len(run.steps) == 4 and not any(e["event"] == "stopped" for e in run.events)
+
+
+def test_a_grader_that_raises_costs_its_sample_and_nothing_else(talkers, tmp_path):
+    run = run_here(
+        config(
+            talkers,
+            tmp_path / "run",
+            "calibrate",
+            task={"name": "runs:raise_sometimes"},
+            rollout={"max_tokens": 24},
+        )
+    )
+    assert 0 < run.steps[0]["grader_error"] <= 1 and len(run.steps) == 2 and run.summary is not None
+
+
+def test_a_saved_config_repeats_the_run(talkers, tmp_path):
+    cfg = config(talkers, tmp_path / "run", "distill", export={"enable": True, "dtype": "float32"})
+    run = run_here(cfg)
+    again = run_here(
+        config_file.load(tmp_path / "run" / "config.toml", (f"folder={tmp_path / 'again'}",))
+    )
+    assert [numbers(s) for s in again.steps] == [numbers(s) for s in run.steps]
+    a, b = weights(tmp_path / "run"), weights(tmp_path / "again")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert again.summary["step"] == 2 and a
+
+
+def test_tensorboard_gets_the_numbers_of_every_step(talkers, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = run_here(config(talkers, tmp_path / "run", "distill", steps=2, log={"tensorboard": True}))
+    files = list((tmp_path / "run").rglob("events.out.tfevents*"))
+    boards = [EventAccumulator(str(f)).Reload() for f in files]
+    seen = [
+        (e.step, e.value)
+        for b in boards
+        if "loss" in b.Tags()["scalars"]
+        for e in b.Scalars("loss")
+    ]
+    assert seen == [(s["step"], pytest.approx(s["loss"])) for s in run.steps]

@@ -1,0 +1,88 @@
+"""What ends a calibration before it does harm (docs/method.md, "Guards"): a KL budget and a
+task-utility gate.
+"""
+
+import logging
+import warnings
+
+from reflux.trainer.config.schema import Config
+
+log = logging.getLogger(__name__)
+KL_DECAY = 0.8  # of the moving average that is compared with the budget
+
+
+class Stop(Exception):
+    """The run ends here, in good order. `restore` names a checkpoint to go back to, or None."""
+
+    def __init__(self, reason: str, restore: int | None = None):
+        super().__init__(reason)
+        self.restore = restore
+
+
+class Guards:
+    """State lives in engine.notes, so that a resumed run stops where the uninterrupted one
+    would.
+    """
+
+    def __init__(self, cfg: Config, engine):
+        self.cfg, self.engine = cfg, engine
+        cal, beta = cfg.calibration, cfg.anchor.beta
+        if cal.mode == "undistillable" and cal.denominator == "policy" and cal.strength >= beta:
+            warnings.warn(
+                f"undistillable with strength {cal.strength} >= anchor.beta {beta}: the "
+                "un-normalised objective has no interior optimum (docs/method.md, section 3.3); "
+                "watch anchor_kl, or set calibration.margin_guard = true",
+                stacklevel=2,
+            )
+        if cfg.anchor.estimator == "k3_loss":
+            warnings.warn(
+                "anchor.estimator = 'k3_loss' descends the forward KL, not KL(pi || original); use "
+                "'exact' or 'k3_is'",
+                stacklevel=2,
+            )
+
+    @property
+    def notes(self) -> dict[str, float]:
+        """Asked for each time: loading a checkpoint puts another dictionary in the engine."""
+        return self.engine.notes
+
+    def check(self, step: int, stats: dict[str, float], found: dict[str, float]) -> None:
+        """Raises Stop when the KL budget is spent or the task accuracy fell twice in a row."""
+        self._check_kl(step, stats)
+        self._check_utility(step, found)
+
+    def _check_kl(self, step: int, stats: dict[str, float]) -> None:
+        budget, kl = self.cfg.guard.kl_budget, stats.get("anchor_kl")
+        if not budget or kl is None:
+            return
+        average = KL_DECAY * self.notes.get("anchor_kl", kl) + (1 - KL_DECAY) * kl
+        self.notes["anchor_kl"] = average
+        if not average <= budget:  # NaN stops too
+            raise Stop(
+                f"KL(pi || original) reached {average:.3f} nats per token, over guard.kl_budget = "
+                f"{budget}"
+            )
+        if average > budget / 2 and not self.notes.get("kl_warned"):
+            self.notes["kl_warned"] = 1.0
+            log.warning(
+                "step %d: KL(pi || original) is %.3f nats per token, half of guard.kl_budget",
+                step,
+                average,
+            )
+
+    def _check_utility(self, step: int, found: dict[str, float]) -> None:
+        accuracy = found.get("eval/sampled", found.get("eval/greedy"))
+        if accuracy is None or not self.cfg.guard.utility_drop:
+            return
+        start = self.notes.setdefault("utility_start", accuracy)
+        low = accuracy < start - self.cfg.guard.utility_drop
+        failures = self.notes.get("utility_failures", 0.0) + 1.0 if low else 0.0
+        self.notes["utility_failures"] = failures
+        if not low:
+            self.notes["utility_passed"] = float(step)
+        if failures >= 2:
+            raise Stop(
+                f"accuracy {accuracy:.3f} is more than guard.utility_drop = "
+                f"{self.cfg.guard.utility_drop} below the start's {start:.3f} for the second time",
+                int(self.notes.get("utility_passed", 0)),
+            )

@@ -1,0 +1,34 @@
+"""What several tables of a configuration ask of their numbers; each raises ValueError with what is
+wanted.
+"""
+
+from typing import Any
+
+
+def positive(table: Any, *names: str) -> None:
+    for name in names:
+        if getattr(table, name) < 1:
+            raise ValueError(f"{name} = {getattr(table, name)}; want >= 1")
+
+
+def not_negative(table: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(table, name) >= 0:
+            raise ValueError(f"{name} = {getattr(table, name)}; want >= 0")
+
+
+def above_zero(table: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(table, name) > 0:
+            raise ValueError(f"{name} = {getattr(table, name)}; want > 0")
+
+
+def fraction(table: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(table, name) <= 1:
+            raise ValueError(f"{name} = {getattr(table, name)}; want 0 to 1")
+
+
+def positive_limit(table: Any) -> None:
+    if table.limit is not None and table.limit < 1:
+        raise ValueError(f"limit = {table.limit}; want >= 1, or leave it out for all rows")

@@ -1,0 +1,169 @@
+"""What an evaluation measures, and what it takes to accept it: the tables [eval] and [accept.NAME]
+of a configuration.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+PASS_AT = re.compile(r"pass@([1-9]\d*)")
+LIKELIHOOD = ("likelihood_sum", "likelihood_per_byte")
+THRESHOLDS = ("min", "max", "max_drop", "min_change", "max_change")
+REFUSAL = (
+    r"(?i)^\W*(?:(?:i['’]?m|i am)?\s*(?:very |so |really )?sorry\b|i\s+(?:can['’]?t|cannot|can not|won['’]?t|will not)\s|"
+    r"i(?:['’]?m|\s+am)\s+(?:not able|unable)\b|as an ai\b)"
+)
+
+
+@dataclass(frozen=True)
+class Eval:
+    source: str = ""  # held-out prompts, as data.source; empty: no evaluation
+    split: str = "test"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    limit: int | None = None
+    every: int = 0  # steps; 0: only before the first step and after the last
+    samples: int = 1  # sampled answers per prompt, beside the greedy one
+    at_start: bool = True
+    # k of pass@k: the chance that one of k sampled answers is right; at most `samples`
+    pass_at: tuple[int, ...] = ()
+    # likelihood: the option a multiple-choice prompt makes likeliest
+    by: Literal["generation", "likelihood", "both"] = "generation"
+    # write the options under the question, in an order drawn from `seed`; False: the prompt has
+    # them
+    list_options: bool = False
+    # a text that is not right and matches is a refusal, not a wrong answer; empty: none is
+    refusal: str = REFUSAL
+    # folder of another run: differences to its last predictions of the same prompts and samples
+    against: str = ""
+    # phase evaluate: tasks of lm-evaluation-harness on the same model folder (extra `harness`)
+    harness: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit = {self.limit}; want >= 1, or leave it out for all rows")
+        for name in ("every", "samples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}; want >= 0")
+        if any(not 1 <= k <= self.samples for k in self.pass_at) or len(set(self.pass_at)) < len(
+            self.pass_at
+        ):
+            raise ValueError(
+                f"pass_at = {list(self.pass_at)} with samples = {self.samples}; want each k once, "
+                "from 1 to samples"
+            )
+        if self.pass_at and not self.generates:
+            raise ValueError(
+                f"pass_at = {list(self.pass_at)} with by = {self.by!r}: no answer is sampled. Set "
+                "by = 'both'"
+            )
+        try:
+            re.compile(self.refusal)
+        except re.error as error:
+            raise ValueError(f"refusal = {self.refusal!r}: {error}") from error
+
+    @property
+    def generates(self) -> bool:
+        return self.by in ("generation", "both")
+
+    @property
+    def scores_options(self) -> bool:
+        return self.by in ("likelihood", "both")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What an accept rule can name: everything with one value a prompt."""
+        sampled = ("sampled", *(f"pass@{k}" for k in self.pass_at)) if self.samples else ()
+        return (
+            *(("greedy", *sampled) if self.generates else ()),
+            *(LIKELIHOOD if self.scores_options else ()),
+        )
+
+
+@dataclass(frozen=True)
+class Accept:
+    """One threshold on one metric. Differences are paired by prompt; changes are relative to the
+    mean of `against`.
+    """
+
+    metric: str = "sampled"  # sampled | greedy | pass@K | likelihood_sum | likelihood_per_byte
+    against: str = ""  # folder of the run to compare with; for max_drop, min_change, max_change
+    run: str = ""  # folder of the run to judge; empty: this one
+    min: float | None = None  # the metric itself
+    max: float | None = None
+    # metric >= that of `against` - max_drop; 0.02 is two points of accuracy
+    max_drop: float | None = None
+    min_change: float | None = None  # 0.15: at least 15 % more than `against`
+    max_change: float | None = None  # -0.5: at most half of `against`
+    excludes_zero: bool = True  # a change also needs a 95 % interval that does not hold 0
+    # not only the mean but the whole 95 % interval has to satisfy the threshold
+    whole_interval: bool = False
+
+    def __post_init__(self):
+        if self.metric not in ("sampled", "greedy", *LIKELIHOOD) and not PASS_AT.fullmatch(
+            self.metric
+        ):
+            raise ValueError(
+                f"metric = {self.metric!r}; want sampled, greedy, pass@K, {' or '.join(LIKELIHOOD)}"
+            )
+        given = [name for name in THRESHOLDS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"{' and '.join(given) or 'no threshold'} given; want exactly one of "
+                f"{', '.join(THRESHOLDS)}. Several rules are several tables, [accept.one], "
+                "[accept.other]"
+            )
+        if (given[0] in ("min", "max")) == bool(self.against):
+            raise ValueError(
+                f"{given[0]} with against = {self.against!r}; want a run folder for max_drop, "
+                "min_change and max_change, and none for min and max"
+            )
+        if self.max_drop is not None and self.max_drop < 0:
+            raise ValueError(f"max_drop = {self.max_drop}; want >= 0: how far the metric may fall")
+        if self.max_change == 0 or self.min_change == 0:
+            raise ValueError(f"{given[0]} = 0.0; want another number, or max_drop = 0.0")
+
+    @property
+    def threshold(self) -> str:
+        """The name of the one that is set."""
+        return next(name for name in THRESHOLDS if getattr(self, name) is not None)
+
+
+def check_evaluation(phase: str, spec: Eval, accept: Mapping[str, Accept], task: str) -> None:
+    """What the tables ask for together, said before anything is loaded."""
+    if phase == "evaluate" and not (spec.source and task):
+        raise ValueError("phase = 'evaluate' needs eval.source and task.name")
+    if accept and phase != "evaluate":
+        raise ValueError(
+            f"accept.{next(iter(accept))} with phase = {phase!r}: what a training run exports is "
+            "judged by a run of its own. Put [accept] into a config with phase = 'evaluate'"
+        )
+    if spec.harness and phase != "evaluate":
+        raise ValueError(
+            f"eval.harness = {list(spec.harness)} with phase = {phase!r}; want phase = 'evaluate' "
+            "on the exported folder"
+        )
+    if phase == "evaluate":
+        check_options(spec, task)
+    for name, rule in accept.items():
+        if not rule.run and rule.metric not in spec.metrics:
+            raise ValueError(
+                f"accept.{name}.metric = {rule.metric!r} is not measured; want "
+                f"{_or(spec.metrics)}, or change eval.by, eval.samples or eval.pass_at"
+            )
+
+
+def check_options(spec: Eval, task: str) -> None:
+    """What only some tasks can be asked."""
+    if task != "multiple_choice" and (spec.scores_options or spec.list_options):
+        asked = f"eval.by = {spec.by!r}" if spec.scores_options else "eval.list_options = true"
+        raise ValueError(f"{asked} with task.name = {task!r}: only 'multiple_choice' has options")
+    if task == "reward_model" and spec.pass_at:
+        raise ValueError(
+            f"eval.pass_at = {list(spec.pass_at)} with task.name = 'reward_model', which calls "
+            "nothing right or wrong"
+        )
+
+
+def _or(names: Sequence[str]) -> str:
+    return ", ".join(names) or "an evaluation that answers (eval.by, eval.samples)"

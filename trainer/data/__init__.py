@@ -1,0 +1,3 @@
+"""Prompt -> Rollout -> Sample -> Batch: prompts, chat templates, tasks and their graders. Knows no
+trainer.
+"""

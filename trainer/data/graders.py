@@ -1,0 +1,274 @@
+"""What a text is worth: one grader a task, (prompt, text) -> Grade. They may raise and take long;
+tasks.py puts them under limits. `cannot_hang` marks those whose time is linear in the text.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .batch import Prompt
+
+
+@dataclass(frozen=True)
+class Grade:
+    """`correct` is None where right and wrong do not exist (reward models); `extracted` None: no
+    answer was found.
+    """
+
+    reward: float
+    correct: bool | None
+    extracted: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Where the answer stands in a text: after the last `marker`, in group 1 of the last match of
+    the regular expression `pattern`, or, without either, the whole text.
+    """
+
+    marker: str | None = None
+    pattern: str | None = None
+
+    def __post_init__(self):
+        if self.marker == "" or (self.marker is not None and self.pattern is not None):
+            raise ValueError(
+                f"marker = {self.marker!r}, pattern = {self.pattern!r}; want a marker, a pattern "
+                "or neither"
+            )
+        if self.pattern is not None:
+            try:
+                groups = re.compile(self.pattern).groups
+            except re.error as error:
+                raise ValueError(f"pattern = {self.pattern!r}: {error}") from error
+            if groups < 1:
+                raise ValueError(
+                    f"pattern = {self.pattern!r} has no group; put the answer in parentheses"
+                )
+
+    @property
+    def cannot_hang(self) -> bool:
+        return self.pattern is None  # a user's expression can take exponential time
+
+    def extract(self, text: str) -> str | None:
+        if self.pattern is not None:
+            matches = list(re.finditer(self.pattern, text))
+            return (matches[-1][1] or "").strip() or None if matches else None
+        if self.marker is not None:
+            before, marker, text = text.rpartition(self.marker)
+            if not marker:
+                return None
+        return text.strip() or None
+
+
+@dataclass(frozen=True)
+class Exact(Answer):
+    """Right if the extracted text is the prompt's answer, both stripped."""
+
+    ignore_case: bool = False
+
+    def __call__(self, prompt: Prompt, text: str) -> Grade:
+        found, answer = self.extract(text), _answer(prompt).strip()
+        if found is None:
+            return Grade(0.0, False)
+        correct = found.casefold() == answer.casefold() if self.ignore_case else found == answer
+        return Grade(float(correct), correct, found)
+
+
+@dataclass(frozen=True)
+class Math(Answer):
+    """Right if math_verify finds the expressions equal, or the texts are. A bare answer is read as
+    LaTeX.
+    """
+
+    cannot_hang: ClassVar[bool] = False  # simplification of a hostile expression has no bound
+
+    def __call__(self, prompt: Prompt, text: str) -> Grade:
+        from math_verify import verify
+
+        answer = _answer(prompt).strip()
+        found = self.extract(text)
+        if found is None:
+            return Grade(0.0, False)
+        if found == answer:
+            return Grade(1.0, True, found)
+        whole_text = self.marker is None and self.pattern is None
+        parsed = _parse(found) if whole_text else _parse(_as_latex(found))
+        if not parsed:
+            return Grade(0.0, False, None if whole_text else found)
+        spelled = next((part for part in parsed if isinstance(part, str)), found)
+        # Its own timeouts are off: they are whole seconds, share SIGALRM with ours and work in no
+        # other thread.
+        correct = spelled == answer or verify(_parse_answer(answer), parsed, timeout_seconds=None)
+        return Grade(float(correct), bool(correct), spelled)
+
+
+@dataclass(frozen=True)
+class MultipleChoice:
+    """Right if the text settles on the right letter. Read in this order, the last of its kind:
+    \\boxed{B}; "answer is B", "Answer: (B)"; "(B)"; a last or first line "B", "B.", "B) because".
+    """
+
+    cannot_hang: ClassVar[bool] = True
+    # the column with the options: a list of texts, or {"label": [...], "text": [...]}
+    choices: str = "choices"
+    # what the answer column holds: letter | index (from 0) | text (of the choice)
+    answer_is: str = "letter"
+
+    def __post_init__(self):
+        if self.answer_is not in ("letter", "index", "text"):
+            raise ValueError(f"answer_is = {self.answer_is!r}; want letter, index or text")
+
+    def __call__(self, prompt: Prompt, text: str) -> Grade:
+        letters, texts = self._options(prompt)
+        answer = _answer(prompt).strip()
+        if self.answer_is == "index":
+            answer = letters[int(answer)]
+        elif self.answer_is == "text":
+            answer = letters[texts.index(answer)]
+        if answer.upper() not in letters:
+            raise ValueError(
+                f"answer {answer!r} is none of {letters}; set answer_is to index or text"
+            )
+        found = _letter(text, letters)
+        return Grade(float(found == answer.upper()), found == answer.upper(), found)
+
+    def _options(self, prompt: Prompt) -> tuple[str, list[str]]:
+        given = prompt.extra.get(self.choices)
+        if given is None:
+            if self.answer_is != "letter":
+                raise ValueError(
+                    f"no column {self.choices!r} with the options; there are: "
+                    f"{', '.join(prompt.extra)}"
+                )
+            return "ABCDEFGHIJ", []
+        if isinstance(given, Mapping):
+            return "".join(given["label"]).upper(), list(given["text"])
+        return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(given)], list(given)
+
+
+@dataclass(frozen=True)
+class ReasoningGym(Answer):
+    """reward: the data set's own score_answer, in [0, 1]; right from `threshold` on. The answer is
+    taken by marker or pattern, else from the last <answer>...</answer>, or from the whole text.
+    """
+
+    cannot_hang: ClassVar[bool] = False
+    whole_text: bool = False  # True: no tags, the text is the answer
+    threshold: float = 0.99
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold = {self.threshold}; want 0 < threshold <= 1")
+
+    def __call__(self, prompt: Prompt, text: str) -> Grade:
+        kept = prompt.extra.get("reasoning_gym")
+        if kept is None:
+            raise ValueError(
+                "the prompt is no reasoning_gym entry; load it from reasoning_gym:NAME?size=..."
+            )
+        tagged = self.marker is None and self.pattern is None and not self.whole_text
+        found = self._tagged(text) if tagged else self.extract(text)
+        if found is None:
+            return Grade(0.0, False)
+        source = _generator(kept["dataset"], tuple(sorted(kept["options"].items(), key=str)))
+        reward = float(source.score_answer(found, kept["entry"]))
+        return Grade(reward, reward >= self.threshold, found)
+
+    @staticmethod
+    def _tagged(text: str) -> str | None:
+        before, opening, rest = text.rpartition("<answer>")
+        inside, closing, _ = rest.partition("</answer>")
+        return (inside.strip() or None) if opening and closing else None
+
+
+@dataclass(frozen=True)
+class Function:
+    """A user's f(prompt, text). bool: right or wrong. float: a reward, right from `threshold` on if
+    that is set.
+    """
+
+    function: Callable[[Prompt, str], "bool | float | Grade"]
+    threshold: float | None = None
+
+    def __call__(self, prompt: Prompt, text: str) -> Grade:
+        return read_grade(self.function(prompt, text), self.threshold)
+
+
+def _answer(prompt: Prompt) -> str:
+    if prompt.answer is None:
+        raise ValueError('the prompt has no answer; name its column: columns = {answer = "..."}')
+    return prompt.answer
+
+
+def _letter(text: str, letters: str) -> str | None:
+    # bold, maths, code
+    text = re.sub(r"\\(?:text\w*|mathrm|mathbf)\{([^{}]*)\}|[*$`]", r"\1", text).strip()
+    lines = [line.strip() for line in text.splitlines()] or [""]
+    flat = re.sub(r"\s+", " ", text)  # bounded gaps below: no quadratic search in a page of blanks
+    for pattern in _letter_patterns(letters):
+        if found := re.findall(pattern, flat):
+            return found[-1].upper()
+    for line in (lines[-1], lines[0]):
+        if found := re.match(rf"\(?([{letters}])(?:$|[.):,](?:\s|$))", line, re.I):
+            return found[1].upper()
+    return None
+
+
+@lru_cache
+def _letter_patterns(letters: str) -> tuple[str, ...]:
+    both = letters + letters.lower()
+    said = r"(?i:answer|choice|option)(?i: is)? ?[:=]? ?(?i:(?:option|choice) )?"
+    # a small letter needs brackets: "the answer is a matter of taste"
+    return (
+        rf"\\boxed ?\{{[ ({{]{{0,3}}([{both}])[ )}}.]{{0,3}}\}}",
+        rf"{said}(?:\((?=[{both}]\))|(?=[{letters}](?![\w'])))([{both}])",
+        rf"\(([{letters}])\)",
+    )
+
+
+def _parse(text: str) -> list:
+    from math_verify import parse
+
+    # it warns that its timeouts are off: ours is on
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    return parse(text, parsing_timeout=None)
+
+
+@lru_cache(maxsize=4096)
+def _parse_answer(answer: str) -> list:
+    return _parse(_as_latex(answer))
+
+
+def _as_latex(text: str) -> str:
+    # unmarked, (1,2) and x^2+1 are not seen as maths
+    return text if "$" in text or "\\boxed" in text else f"${text}$"
+
+
+@lru_cache(maxsize=16)
+def _generator(name: str, options: tuple):
+    from reasoning_gym.factory import create_dataset
+
+    return create_dataset(name, **dict(options))
+
+
+def read_grade(result: Any, threshold: float | None = None) -> Grade:
+    """What a user's function or a reward model gave, as a Grade of a finite reward."""
+    if isinstance(result, Exception):
+        raise result
+    if isinstance(result, Grade):
+        grade = result
+    elif isinstance(result, bool | np.bool_):
+        grade = Grade(float(result), bool(result))
+    else:
+        grade = Grade(float(result), None if threshold is None else float(result) >= threshold)
+    if not math.isfinite(grade.reward):
+        raise ValueError(f"reward {grade.reward}; want a finite number")
+    return grade

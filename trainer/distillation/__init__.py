@@ -1,0 +1,1 @@
+"""Phase distill: a student learns from given texts or from frozen teachers."""

@@ -1,0 +1,1 @@
+"""The only door to torchtitan: model, FSDP2, optimizer, checkpoints, export. Knows no phase."""

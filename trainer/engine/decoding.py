@@ -1,0 +1,123 @@
+"""Decoding with a KV cache on the sharded training model itself: no second copy, no transfer of
+weights.
+
+    with gathered(model, policy), kv_decoder(model, max_length=...) as step:
+        logits_NV = step(ids_NL, positions_NL, real_NL, first=True)      # the prompts, padded on
+        the left logits_NV = step(ids_N1, positions_N1, real_NL, first=False)     # then one token a
+        row
+
+Inside `gathered` decoding needs no collective: ranks may sample different numbers of texts of
+different lengths. Shapes: N rows, L length so far (padding included), V vocabulary.
+"""
+
+# ruff: noqa: E402  install() has to run between the imports
+from . import compat
+
+compat.install()
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torchtitan.tools import utils
+from transformers import DynamicCache
+
+from .model_builder import HFDecoder, fsdp_units, head_logits, head_skipped, restore_reshard
+from .native_models import CachedFlexAttention, KVCache, MaskedSDPA
+
+Step = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+
+
+def run_root(model) -> None:
+    """A forward of one token: only the root's first forward makes the streams that gathering needs
+    on CUDA. Collective.
+    """
+    # offloaded parameters live elsewhere
+    ids_11 = torch.zeros(1, 1, dtype=torch.long, device=utils.device_type)
+    with torch.no_grad(), head_skipped(model):
+        model(ids_11, positions=ids_11)
+    model.reflux_root_ran = True
+
+
+@contextlib.contextmanager
+def gathered(model, policy: str = "default") -> Iterator[None]:
+    """Hold all parameters unsharded, in the compute dtype, and the model in eval mode. Collective
+    on entry.
+
+    policy: parallelism.fsdp_reshard_after_forward, put back on exit. Every rank enters and leaves
+    together; inside, ranks may do different amounts of work. Costs the whole model in the compute
+    dtype on every device.
+    """
+    if not getattr(model, "reflux_root_ran", False):
+        run_root(model)
+    training, units = model.training, fsdp_units(model)
+    model.eval()
+    try:
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        yield
+        # The next backward prefetches along the forwards FSDP2 has seen. A rank that decoded
+        # nothing would prefetch another group than the rest, and its collectives would meet
+        # strangers: all end on the same forward.
+        run_root(model)
+    finally:
+        model.train(training)
+        for unit in units:
+            unit.reshard()
+        if units:
+            restore_reshard(model, policy)
+
+
+@contextlib.contextmanager
+def kv_decoder(model, *, max_length: int = 0) -> Iterator[Step]:
+    """Yields step(ids_NL, positions_NL, real_NL, first) -> logits_NV of the last position, in the
+    compute dtype.
+
+    The first call takes the prompts padded on the left, every later one a single token a row.
+    real_NL: bool, false for padding, over everything fed so far, this call's tokens included.
+    max_length: tokens to reserve room for in the native cache (it doubles when exceeded). Only the
+    last position goes through the head.
+    """
+    start = _hf_step if isinstance(model, HFDecoder) else _native_step
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, (MaskedSDPA, CachedFlexAttention))
+    ]
+    for layer in layers:
+        layer.cache = KVCache(max_length)
+    hidden_of = start(model)
+
+    @torch.no_grad()
+    def step(ids_NL: Tensor, positions_NL: Tensor, real_NL: Tensor, first: bool) -> Tensor:
+        with head_skipped(model):
+            hidden_N1D = hidden_of(ids_NL, positions_NL, real_NL, first)[:, -1:]
+        return head_logits(model, hidden_N1D)[:, 0]
+
+    try:
+        yield step
+    finally:
+        for layer in layers:
+            layer.cache = None
+
+
+def _hf_step(model) -> Step:
+    cache = DynamicCache(config=model.hf.config)
+    return lambda ids_NL, positions_NL, real_NL, first: model(
+        ids_NL, positions=positions_NL, attention_masks=real_NL.long(), cache=cache
+    )
+
+
+def _native_step(model) -> Step:
+    def hidden_of(ids_NL: Tensor, positions_NL: Tensor, real_NL: Tensor, first: bool) -> Tensor:
+        mask = real_NL[:, None, None, :]
+        # causal within the prompt; a padding token sees itself, so that no softmax row is empty
+        if first:
+            L = ids_NL.shape[1]
+            eye_LL = torch.eye(L, dtype=torch.bool, device=ids_NL.device)
+            mask = mask & torch.ones_like(eye_LL).tril() | eye_LL
+        return model(ids_NL, positions=positions_NL, attention_masks=mask)
+
+    return hidden_of

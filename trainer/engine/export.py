@@ -1,0 +1,138 @@
+"""The trained model as a Hugging Face folder, written from its FSDP2 shards: no rank holds the
+whole model.
+
+The folder appears complete or not at all: it is built beside its place as OUT.partial and then
+renamed. A crash between the two renames leaves the old export as OUT.old and the new one, complete,
+as OUT.partial.
+"""
+
+# ruff: noqa: E402  install() has to run between the imports
+from . import compat
+
+compat.install()
+
+import os
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.checkpoint._consolidate_hf_safetensors import (
+    consolidate_safetensors_files_on_every_rank,
+)
+from torchtitan.components.checkpoint import ModelWrapper
+from torchtitan.config import TORCH_DTYPE_MAP
+
+from .model_builder import text_config
+
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    # byte for byte: a tokenizer that was loaded and saved again is another file
+    "generation_config.json",
+)
+FILE_BYTES = 5 * 10**9  # transformers' own limit for one safetensors file
+
+
+def export_hf(trainer, out: str, source: str, *, dtype: str = "bfloat16", card: str) -> None:
+    """Write the trainer's model to the folder `out`, loadable with
+    AutoModelForCausalLM.from_pretrained(out).
+
+    source: the folder the model came from; its config, tokenizer and generation config go along.
+    dtype: "float32" or "bfloat16". card: the text of README.md. Collective; on several nodes `out`
+    is on a shared file system. ValueError for another dtype, for out = source, and if `out` holds
+    something that is not a model folder.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"export: dtype = {dtype!r}; want 'float32' or 'bfloat16'")
+    target, staging = Path(os.path.realpath(out)), Path(os.path.realpath(out) + ".partial")
+    if target == Path(os.path.realpath(source)):
+        raise ValueError(f"export: {out} is the folder the model came from; want another one")
+    if target.exists() and not (target / "config.json").is_file():
+        raise ValueError(
+            f"export: {out} exists and is not a model folder (no config.json); remove it or choose "
+            "another"
+        )
+    dist.barrier()  # every rank has looked before rank 0 begins to write
+    if dist.get_rank() == 0:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    dist.barrier()
+    _write_weights(_weights(trainer, dtype), staging)
+    if dist.get_rank() == 0:
+        _write_rest(staging, source, dtype, card)
+        _replace(target, staging)
+    dist.barrier()
+
+
+def _weights(trainer, dtype: str) -> dict[str, Tensor]:
+    """Hugging Face name -> shard (DTensor) in the wanted dtype."""
+    spec = trainer.config.model_spec
+    weights = spec.state_dict_adapter(spec.model, None).to_hf(
+        ModelWrapper(trainer.model_parts[0]).state_dict()
+    )
+    return {
+        name: w.detach().to(TORCH_DTYPE_MAP[dtype]) if w.is_floating_point() else w
+        for name, w in weights.items()
+    }
+
+
+def _write_weights(weights: dict[str, Tensor], staging: Path) -> None:
+    """Every rank writes its shards; then the ranks share the work of joining them into files of at
+    most FILE_BYTES.
+    """
+    shards, files = staging / "shards", file_numbers(weights)
+    dcp.save(
+        weights,
+        storage_writer=HuggingFaceStorageWriter(
+            path=str(shards), save_distributed=True, fqn_to_index_mapping=files
+        ),
+    )
+    dist.barrier()
+    consolidate_safetensors_files_on_every_rank(
+        str(shards), str(staging), fqn_to_index_mapping=files
+    )
+
+
+def file_numbers(weights: dict[str, Tensor], limit_bytes: int = FILE_BYTES) -> dict[str, int]:
+    """Tensor name -> number of its file, from 1: in order, a new file before the limit would be
+    passed.
+    """
+    numbers, number, used = {}, 1, 0
+    for name, weight in weights.items():
+        size = weight.numel() * weight.element_size()
+        if used and used + size > limit_bytes:
+            number, used = number + 1, 0
+        numbers[name], used = number, used + size
+    return numbers
+
+
+def _write_rest(staging: Path, source: str, dtype: str, card: str) -> None:
+    shutil.rmtree(staging / "shards")
+    config = text_config(source)
+    config.dtype = dtype
+    config.save_pretrained(staging)
+    for name in COPIED:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, staging / name)
+    (staging / "README.md").write_text(card, encoding="utf-8")
+
+
+def _replace(target: Path, staging: Path) -> None:
+    old = Path(f"{target}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    staging.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

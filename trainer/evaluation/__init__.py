@@ -1,0 +1,3 @@
+"""Phase evaluate, and the evaluator that the training phases call: predictions, metrics,
+acceptance.
+"""

@@ -1,0 +1,53 @@
+"""lm-evaluation-harness on a model folder (extra `harness`): its tasks, its prompts, its numbers;
+one process, one copy of the model.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def load_harness() -> Any:
+    """The package, before anything expensive has happened. ValueError where it is not installed."""
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise ValueError(
+            f"eval.harness needs lm-evaluation-harness, which is not installed ({error}): "
+            "pip install 'reflux-llm[harness]'"
+        ) from error
+    return lm_eval
+
+
+def run_harness(
+    folder: str, tasks: Sequence[str], *, device: str, rows: int, limit: int | None, seed: int
+) -> dict[str, float]:
+    """{"harness/TASK/METRIC": value} for every number the harness reports, standard errors
+    included.
+
+    The model's chat template is used if it has one; the harness loads `folder` itself and reads its
+    data sets from where `datasets` finds them. `limit`: first items of every task.
+    """
+    from transformers import AutoTokenizer
+
+    templated = AutoTokenizer.from_pretrained(folder).chat_template is not None
+    lm_eval = load_harness()
+    found = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": folder},
+        tasks=list(tasks),
+        batch_size=rows,
+        device=device,
+        limit=limit,
+        apply_chat_template=templated,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+        log_samples=False,
+    )
+    return {
+        f"harness/{task}/{metric.replace(',none', '')}": float(value)
+        for task, row in found["results"].items()
+        for metric, value in row.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }

@@ -1,0 +1,3 @@
+"""What a run leaves behind: log, folder, card, numbers with intervals, tables, pictures. Knows no
+model.
+"""

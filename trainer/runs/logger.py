@@ -1,0 +1,411 @@
+"""What a run leaves behind, and what it prints.
+
+  run.jsonl      a head line {"schema", "config", "command", "code", "versions", ...}, then one line
+                 a step {"step", "wall_s", metrics...} and one an event {"event", "step", "wall_s",
+                 ...}, appended and flushed
+  samples.jsonl  rollouts of every samples_every-th step
+  code.diff      uncommitted changes of the code, if there were any
+  summary.json   exists iff the run ended cleanly
+JSON has no NaN: the strings "NaN", "Infinity" and "-Infinity" stand for them, and load_run reads
+them back.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+RESERVED = ("step", "wall_s", "event", "schema")
+PACKAGES = ("reflux-llm", "torch", "transformers", "triton", "torchtitan", "datasets", "numpy")
+NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+# Metrics of the console line, in this order, if a step has them: name -> label and how a number is
+# written. Parts of the loss ("loss/...") follow the loss. All other metrics are in the log only.
+CONSOLE = {
+    "loss": ("loss", "{:.4f}"),
+    "reward/task": ("task", "{:.3f}"),
+    "reward/cal": ("cal", "{:+.3f}"),
+    "eta": ("eta", "{:g}"),
+    "accuracy": ("right", "{:.1%}"),
+    "anchor_kl": ("anchor KL", "{:.4f}"),
+    "kl": ("KL", "{:.4f}"),
+    "grad_norm": ("grad", "{:.2f}"),
+    "length": ("length", "{:.0f}"),
+    "truncated": ("cut", "{:.1%}"),
+    "tokens_per_s": ("tok/s", "{:,.0f}"),
+    "memory_gib": ("mem", "{:.1f} GiB"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read. Steps are in order; events and steps hold their `step` and `wall_s`."""
+
+    head: dict[str, Any]
+    steps: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    summary: dict[str, Any] | None  # None: still running, or it did not end cleanly
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read a run folder. A torn last line, left by a killed or a living writer, is left out;
+    ValueError for any other.
+    """
+    path = Path(folder) / "run.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no run.jsonl; want the folder of a run")
+    lines = list(_read_lines(path))
+    if not lines or "schema" not in lines[0]:
+        raise ValueError(f"{path}: the first line is no head; want the log of a run")
+    summary = Path(folder) / "summary.json"
+    return Run(
+        head=lines[0],
+        steps=[line for line in lines[1:] if "event" not in line],
+        events=[line for line in lines if "event" in line],
+        summary=json.loads(summary.read_text()) if summary.exists() else None,
+    )
+
+
+@dataclass(kw_only=True)
+class Record:
+    """`with Record(folder=..., ...) as record: record(step, metrics, samples)`, on every rank; only
+    the main one writes.
+
+    resumed_step: the step of the checkpoint this process starts from, 0 for none. Lines of later
+    steps, which the
+      earlier process had not saved, are cut, so that the log has one line a step.
+    samples_every: steps between saved samples; 0: never.
+    on_step: called with (step, metrics) on the main rank, for an experiment tracker. What it raises
+    is logged.
+    """
+
+    folder: str | Path
+    config: Mapping[str, Any]
+    command: Sequence[str]
+    total_steps: int
+    samples_every: int
+    resumed_step: int = 0
+    is_main: bool = True
+    quiet: bool = False
+    on_step: Callable[[int, Mapping[str, Any]], None] | None = None
+
+    # set by who interrupts a run: then there is no summary.json
+    to_be_continued: bool = field(default=False, init=False)
+
+    _last: dict[str, Any] = field(default_factory=dict, init=False)
+    _step: int = field(default=0, init=False)
+    _events: Counter = field(default_factory=Counter, init=False)
+    # of the last steps
+    _seconds: deque = field(default_factory=lambda: deque(maxlen=20), init=False)
+
+    def __enter__(self) -> "Record":
+        self._step = self.resumed_step
+        self._started = self._stepped = time.monotonic()
+        self._console = None
+        if self.is_main:
+            self._open(Path(self.folder))
+        return self
+
+    def __call__(
+        self,
+        step: int,
+        metrics: Mapping[str, Any],
+        samples: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Log one step. Metrics are numbers or words; zero-dimensional tensors and arrays are read
+        (a device sync).
+        """
+        if step <= self._step:
+            raise ValueError(
+                f"record: step {step} after step {self._step}; want one line a step, in order"
+            )
+        if clash := set(metrics) & set(RESERVED):
+            raise ValueError(
+                f"record: metrics named {', '.join(sorted(clash))}; these names belong to the log"
+            )
+        self._step = step
+        if not self.is_main:
+            return
+        now = time.monotonic()
+        self._seconds.append(now - self._stepped)
+        self._stepped = now
+        metrics = {name: _plain(value) for name, value in metrics.items()}
+        self._write(self._log, {"step": step, "wall_s": self._wall_s(), **metrics})
+        self._last = metrics
+        self._print(self._line(step, metrics))
+        self._forward(step, metrics)
+        if samples and self.samples_every and step % self.samples_every == 0:
+            for sample in samples:
+                self._write(self._samples, {"step": step, **sample})
+            for sample in samples[:2]:
+                self._print(_shorten(sample))
+
+    record = __call__
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Log a guard, an evaluation, an export, ...; it belongs to the last step unless `step` is
+        given.
+        """
+        if not self.is_main:
+            return
+        self._events[name] += 1
+        self._write(
+            self._log, {"event": name, "step": self._step, "wall_s": self._wall_s(), **fields}
+        )
+        self._print(
+            f"{name}: "
+            + ", ".join(f"{key} {_word(value)}" for key, value in fields.items() if key != "head")
+        )
+
+    def __exit__(self, kind, error, _) -> None:
+        if not self.is_main:
+            return
+        if kind is not None:
+            self.event("failed", error=f"{kind.__name__}: {error}"[:1000])
+        self._log.close()
+        self._samples.close()
+        if kind is None and not self.to_be_continued:
+            _replace(
+                Path(self.folder) / "summary.json",
+                _dump(
+                    {
+                        "schema": SCHEMA,
+                        "step": self._step,
+                        "total_steps": self.total_steps,
+                        "wall_s": self._wall_s(),
+                        "ended": _now(),
+                        "events": dict(self._events),
+                        "last": self._last,
+                    }
+                ),
+            )
+
+    def _open(self, folder: Path) -> None:
+        from rich.console import Console
+
+        folder.mkdir(parents=True, exist_ok=True)
+        # it belongs to an earlier end of this run
+        (folder / "summary.json").unlink(missing_ok=True)
+        if not self.quiet:
+            self._console = Console(file=sys.stdout, soft_wrap=True, markup=False, emoji=False)
+        kept, cut = _cut(folder / "run.jsonl", self.resumed_step)
+        _cut(folder / "samples.jsonl", self.resumed_step)
+        self._log, self._samples = (
+            open(folder / "run.jsonl", "ab"),
+            open(folder / "samples.jsonl", "ab"),
+        )
+        self._before_s = max((line.get("wall_s", 0.0) for line in kept), default=0.0)
+        self._events.update(line["event"] for line in kept if "event" in line)
+        head = _head(self.config, self.command, folder)
+        if not kept:
+            self._write(self._log, head)
+        if kept or self.resumed_step:
+            self.event("resume", lines_cut=cut, **({"head": head} if kept else {}))
+
+    def _wall_s(self) -> float:
+        return self._before_s + time.monotonic() - self._started
+
+    def _write(self, file, line: Mapping[str, Any]) -> None:
+        file.write(_dump(line).encode() + b"\n")
+        file.flush()  # the system has the whole line, should this process be killed
+
+    def _forward(self, step: int, metrics: Mapping[str, Any]) -> None:
+        if self.on_step:
+            try:
+                self.on_step(step, metrics)
+            except Exception as error:  # a tracker that is down must not end the run
+                log.warning("on_step failed at step %d: %s: %s", step, type(error).__name__, error)
+
+    def _line(self, step: int, metrics: Mapping[str, Any]) -> str:
+        parts = [f"step {step}/{self.total_steps}"]
+        for name, (label, form) in CONSOLE.items():
+            if name in metrics:
+                parts.append(f"{label} {_word(metrics[name], form)}")
+            if name == "loss":
+                parts += [
+                    f"{key[5:]} {_word(metrics[key], form)}"
+                    for key in sorted(metrics)
+                    if key.startswith("loss/")
+                ]
+        left_s = (self.total_steps - step) * statistics.median(self._seconds)
+        # not "ETA", which is the dial here
+        return " | ".join([*parts, f"left {_duration(left_s)}"])
+
+    def _print(self, text: str) -> None:
+        if self._console:
+            self._console.print(text)
+
+
+# --- the head
+
+
+def _head(config: Mapping[str, Any], command: Sequence[str], folder: Path) -> dict[str, Any]:
+    import torch
+
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {platform.machine()}"
+    )
+    code, diff = _code_state()
+    if diff:
+        _replace(folder / "code.diff", diff)
+    return {
+        "schema": SCHEMA,
+        "started": _now(),
+        "command": list(command),
+        "code": code,
+        "versions": _versions(),
+        "device": device,
+        "ranks": int(os.environ.get("WORLD_SIZE", 1)),
+        "seeds": {"config": config.get("seed"), "torch": torch.initial_seed()},
+        "config": config,
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _code_state() -> tuple[dict[str, Any] | None, str]:
+    """The commit this file was run from and its uncommitted changes; None where it is no tracked
+    file.
+    """
+    here = Path(__file__).resolve()
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here.parent), *words],
+            check=True,
+            capture_output=True,
+            timeout=20,
+            text=True,
+            errors="replace",
+        ).stdout
+
+    try:
+        # site-packages may lie inside somebody's checkout
+        git("ls-files", "--error-unmatch", here.name)
+        diff = git("diff", "HEAD")
+        commit = git("rev-parse", "HEAD").strip()
+    except (OSError, subprocess.SubprocessError):
+        return None, ""
+    return {
+        "commit": commit,
+        "dirty": bool(diff),
+        "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
+    }, diff
+
+
+# --- lines and files
+
+
+def _cut(path: Path, last_step: int) -> tuple[list[dict], int]:
+    """Drops lines after `last_step` and a torn end, in one rename; the lines kept, and how many
+    were dropped.
+    """
+    if not path.exists():
+        return [], 0
+    lines = list(_read_lines(path))
+    kept = [line for line in lines if line.get("step", 0) <= last_step]
+    _replace(path, "".join(_dump(line) + "\n" for line in kept))
+    return kept, len(lines) - len(kept)
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    lines = path.read_bytes().split(b"\n")
+    # what follows the last newline is torn, or nothing
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            yield {
+                key: NOT_FINITE.get(value, value) if isinstance(value, str) else value
+                for key, value in json.loads(line).items()
+            }
+        except (ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: {line[:60]!r} is no JSON object ({error}); "
+                "delete the line to go on without it"
+            ) from None
+
+
+def _replace(path: Path, text: str) -> None:
+    """The file has the old or the new content at every moment, also after a crash."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _dump(line: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(line), ensure_ascii=False, allow_nan=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    value = _plain(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    # no half surrogates
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
+
+
+def _plain(value: Any) -> Any:
+    """Scalars of torch and numpy as Python numbers."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# --- words for people
+
+
+def _word(value: Any, form: str = "{:.4g}") -> str:
+    return (
+        form.format(value)
+        if isinstance(value, int | float) and not isinstance(value, bool)
+        else str(value)
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = int(seconds / 60), int(seconds / 3600)
+    return f"{hours}h {minutes % 60:02d}m" if hours else f"{minutes}m {int(seconds) % 60:02d}s"
+
+
+def _shorten(sample: Mapping[str, Any], width: int = 240) -> str:
+    """One line a field; of a long text its beginning and its end, where the answer is."""
+    rows = []
+    for key, value in sample.items():
+        text = _word(_plain(value)).replace("\n", "\\n")
+        rows.append(
+            f"    {key}: "
+            f"{text if len(text) <= width else text[: width // 2] + ' ... ' + text[-width // 2 :]}"
+        )
+    return "\n".join(rows)

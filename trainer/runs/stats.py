@@ -1,0 +1,174 @@
+"""Small statistics with their uncertainty: pure functions of lists of numbers."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+# two-sided 95 % quantiles of Student's t for 1 ... 9 degrees of freedom; 1.96 beyond 30, linear
+# steps are not needed
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+class Estimate(NamedTuple):
+    """A mean with its spread. `low`, `high`: 95 % interval of the mean; NaN for one value."""
+
+    mean: float
+    std: float
+    low: float
+    high: float
+    n: int
+
+
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """Mean, sample standard deviation and Student-t interval over independent runs."""
+    x = np.asarray(values, float)
+    if len(x) == 0:
+        return Estimate(math.nan, math.nan, math.nan, math.nan, 0)
+    mean = float(x.mean())
+    if len(x) == 1:
+        return Estimate(mean, math.nan, math.nan, math.nan, 1)
+    std = float(x.std(ddof=1))
+    half = _t95(len(x)) * std / math.sqrt(len(x))
+    return Estimate(mean, std, mean - half, mean + half, len(x))
+
+
+def may_be_zero(change: Mapping[str, float]) -> bool:
+    """Several runs whose 95 % interval of the change holds 0."""
+    return change["n"] > 1 and change["low"] <= 0 <= change["high"]
+
+
+def _t95(count: int) -> float:
+    """Two-sided 95 % quantile of Student's t of a mean of `count` >= 2 values."""
+    return T95[count - 2] if count - 2 < len(T95) else 1.96 + 2.7 / (count - 1)
+
+
+def jackknife(whole: float, without: Sequence[float]) -> Estimate:
+    """A statistic of n independent parts, `without[i]` the same without the i-th: whole +- t
+    sqrt((n - 1) / n sum (x_i - mean)^2).
+
+    For a mean that is over_seeds. `std` is the standard error times sqrt(n). No interval from fewer
+    than two parts.
+    """
+    x = np.asarray(without, float)
+    if len(x) < 2:
+        return Estimate(whole, math.nan, math.nan, math.nan, len(x))
+    error = math.sqrt((len(x) - 1) / len(x) * float(((x - x.mean()) ** 2).sum()))
+    half = _t95(len(x)) * error
+    return Estimate(whole, error * math.sqrt(len(x)), whole - half, whole + half, len(x))
+
+
+def paired_difference(after: Sequence[float], before: Sequence[float]) -> Estimate:
+    """Mean of after - before over the same items, with the normal 95 % interval of a paired
+    test.
+    """
+    if len(after) != len(before):
+        raise ValueError(
+            f"paired_difference: {len(after)} and {len(before)} items; want the same items in the "
+            "same order"
+        )
+    d = np.asarray(after, float) - np.asarray(before, float)
+    if len(d) < 2:
+        return Estimate(
+            float(d.mean()) if len(d) else math.nan, math.nan, math.nan, math.nan, len(d)
+        )
+    half = 1.96 * float(d.std(ddof=1)) / math.sqrt(len(d))
+    return Estimate(
+        float(d.mean()),
+        float(d.std(ddof=1)),
+        float(d.mean()) - half,
+        float(d.mean()) + half,
+        len(d),
+    )
+
+
+def relative_change(after: float, before: float) -> float:
+    """(after - before) / before; NaN when there was nothing to lose."""
+    return (after - before) / before if before else math.nan
+
+
+def bootstrap_ratio(
+    top: Mapping[int, float], bottom: Mapping[int, float], *, draws: int = 2000, seed: int = 0
+) -> Estimate:
+    """sum(top) / sum(bottom) with a 95 % percentile interval over prompts: both sums are drawn
+    together, prompt by prompt.
+
+    Tokens of one prompt are not independent, so prompts are what is drawn. `std` is that of the
+    draws; `n` counts prompts. NaN where the bottom is 0; no interval from one prompt.
+    """
+    keys = sorted(bottom)
+    a, b = (np.array([x.get(k, 0.0) for k in keys], float) for x in (top, bottom))
+    if not len(keys) or b.sum() == 0:
+        return Estimate(math.nan, math.nan, math.nan, math.nan, len(keys))
+    mean = float(a.sum() / b.sum())
+    if len(keys) == 1:
+        return Estimate(mean, math.nan, math.nan, math.nan, 1)
+    # a bounded table, however many prompts there are
+    g, at_once = np.random.default_rng(seed), max(1, 2**20 // len(keys))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.concatenate(
+            [
+                a[rows].sum(1) / b[rows].sum(1)
+                for rows in (
+                    g.integers(len(keys), size=(min(at_once, draws - done), len(keys)))
+                    for done in range(0, draws, at_once)
+                )
+            ]
+        )
+    ratios = ratios[np.isfinite(ratios)]
+    low, high = np.quantile(ratios, [0.025, 0.975]) if len(ratios) else (math.nan, math.nan)
+    return Estimate(
+        mean,
+        float(ratios.std(ddof=1)) if len(ratios) > 1 else math.nan,
+        float(low),
+        float(high),
+        len(keys),
+    )
+
+
+def bootstrap(
+    statistic: Callable[[Sequence[int]], float],
+    keys: Sequence[int],
+    *,
+    draws: int = 500,
+    seed: int = 0,
+) -> Estimate:
+    """A statistic of drawn keys (prompts, repeated ones repeat) with its 95 % percentile
+    interval.
+    """
+    keys = list(keys)
+    mean = statistic(keys) if keys else math.nan
+    if len(keys) < 2:
+        return Estimate(mean, math.nan, math.nan, math.nan, len(keys))
+    g = np.random.default_rng(seed)
+    found = np.array(
+        [statistic([keys[i] for i in g.integers(len(keys), size=len(keys))]) for _ in range(draws)]
+    )
+    found = found[np.isfinite(found)]
+    if len(found) < 2:
+        return Estimate(mean, math.nan, math.nan, math.nan, len(keys))
+    low, high = np.quantile(found, [0.025, 0.975])
+    return Estimate(mean, float(found.std(ddof=1)), float(low), float(high), len(keys))
+
+
+def sign_flip_p(differences: Sequence[float], *, draws: int = 10_000, seed: int = 0) -> float:
+    """Two-sided p of "paired differences are as often negative as positive": the share of sign
+    flips with a sum as far from 0.
+
+    Exact (all flips) for at most 13 differences that are not 0, else (1 + hits) / (1 + draws). 1
+    where nothing differs.
+    """
+    d = np.asarray([x for x in differences if x], float)
+    if not len(d):
+        return 1.0
+    # the observed flip counts, whatever the order of the sum rounds to
+    far = abs(d.sum()) * (1 - 1e-12)
+    if len(d) <= 13:
+        signs = 1 - 2 * (np.arange(2 ** len(d))[:, None] >> np.arange(len(d)) & 1)
+        return float(np.mean(np.abs(signs @ d) >= far))
+    g, at_once, hits = np.random.default_rng(seed), max(1, 2**20 // len(d)), 0
+    for done in range(0, draws, at_once):
+        signs = 1 - 2 * g.integers(2, size=(min(at_once, draws - done), len(d)), dtype=np.int8)
+        hits += int((np.abs(signs @ d) >= far).sum())
+    return (1 + hits) / (1 + draws)

