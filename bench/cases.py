@@ -129,13 +129,13 @@ def _optional(found: dict[str, Loss | None]) -> dict[str, Loss]:
     return {name: fn for name, fn in found.items() if fn is not None}
 
 
-def _linear_kl(s: Shape, device: str, mode: str = "forward") -> Case:
-    options, beta = ({"mode": mode}, 0.5 if mode == "jsd" else None)
+def _linear_kl(s: Shape, device: str, divergence: str = "forward") -> Case:
+    options, beta = ({"divergence": divergence}, 0.5 if divergence == "jsd" else None)
     found = _with_compile(lambda *args: linear_kl_ref(*args, **options).total)
     found["chunked"] = lambda *args: peers.chunked_kl(*args, beta=beta)
     if trl := peers.trl().get("linear_kl"):
         found["trl"] = lambda *args: trl(*args, beta or 0.0)
-    if mode == "jsd":
+    if divergence == "jsd":
         found |= _optional(
             {
                 "liger": peers.liger().get("linear_kl jsd"),
@@ -147,7 +147,7 @@ def _linear_kl(s: Shape, device: str, mode: str = "forward") -> Case:
         (*_student(s, device), *_teacher(s, device)),
         lambda *args: linear_kl(*args, **options).total,
         found,
-        bytes=(10 if mode == "forward" else 14) * s.T * s.V,
+        bytes=(10 if divergence == "forward" else 14) * s.T * s.V,
         flop=2 * s.T * s.V * (3 * s.D + s.E),
         goal_ms=43,
         goal_mib=2560,
@@ -362,9 +362,9 @@ def _align_spans(s: Shape, device: str) -> Case:
 
 OPS: dict[str, dict[str, Callable[[Shape, str], Case]]] = {  # op -> variant -> case
     "linear_kl": {"forward": _linear_kl, "jsd": lambda s, d: _linear_kl(s, d, "jsd")},
-    "linear_topk_kl": {"ghost": _linear_topk_kl},
+    "linear_topk_kl": {"bucket": _linear_topk_kl},
     "renormalised_topk_kl": {"": _renormalised_topk_kl},
-    "topk_tail_kl": {"ghost": _topk_tail_kl},
+    "topk_tail_kl": {"bucket": _topk_tail_kl},
     "token_kl": {"forward": _token_kl},
     "linear_logprob": {
         "": _linear_logprob,

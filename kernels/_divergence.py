@@ -22,17 +22,20 @@ from torch import Tensor
 
 from ._triton import require, tl, triton
 
-# their index is MODE in the kernels
-MODES = ("forward", "reverse", "jsd", "skew_forward", "skew_reverse")
+# their index is DIVERGENCE in the kernels
+DIVERGENCES = ("forward", "reverse", "jsd", "skew_forward", "skew_reverse")
 
 
-def check_mode(op: str, mode: str, beta: float) -> None:
-    require(mode in MODES, f"{op}: mode is {mode!r}; want one of {', '.join(MODES)}")
-    plain = mode in ("forward", "reverse")
+def check_divergence(op: str, divergence: str, beta: float) -> None:
+    require(
+        divergence in DIVERGENCES,
+        f"{op}: divergence is {divergence!r}; want one of {', '.join(DIVERGENCES)}",
+    )
+    plain = divergence in ("forward", "reverse")
     require(
         plain or 0 < beta < 1,
-        f"{op}: beta is {beta} in mode {mode}; want 0 < beta < 1. "
-        "At 0 and 1 jsd is 0, not a KL: use mode='forward' or 'reverse'",
+        f"{op}: beta is {beta} in divergence {divergence}; want 0 < beta < 1. "
+        "At 0 and 1 jsd is 0, not a KL: use divergence='forward' or 'reverse'",
     )
 
 
@@ -49,38 +52,38 @@ def _log_mix(log_a: Tensor, log_b: Tensor, weight_a: float) -> Tensor:
     return top + torch.where(mix == 0, 1.0, mix).log() + torch.where(mix == 0, -torch.inf, 0.0)
 
 
-def divergence_ref(logp: Tensor, logq: Tensor, mode: str, beta: float) -> Tensor:
+def divergence_ref(logp: Tensor, logq: Tensor, divergence: str, beta: float) -> Tensor:
     """The definition, summed over the last axis. logp: student, logq: teacher log-probabilities.
     Differentiable.
     """
     p, q = logp.exp(), logq.exp()
-    if mode == "forward":
+    if divergence == "forward":
         return _masked(q, logq - logp).sum(-1)
-    if mode == "reverse":
+    if divergence == "reverse":
         return _masked(p, logp - logq).sum(-1)
-    if mode == "jsd":
+    if divergence == "jsd":
         logm = _log_mix(logq, logp, beta)
         return beta * _masked(q, logq - logm).sum(-1) + (1 - beta) * _masked(p, logp - logm).sum(-1)
-    if mode == "skew_forward":
+    if divergence == "skew_forward":
         return _masked(q, logq - _log_mix(logq, logp, beta)).sum(-1)
     return _masked(p, logp - _log_mix(logp, logq, beta)).sum(-1)
 
 
 def divergence_terms(
-    logp: Tensor, logq: Tensor, mode: str, beta: float
+    logp: Tensor, logq: Tensor, divergence: str, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(l, g, p) of every class, g shifted as the module says. The CPU twin of `terms`."""
     p, q = logp.exp(), logq.exp()
-    if mode == "forward":
+    if divergence == "forward":
         return torch.where(q == 0, 0.0, q * (logq - logp)), -q, p
-    if mode == "reverse":
+    if divergence == "reverse":
         loss = torch.where(p == 0, 0.0, p * (logp - logq))
         return loss, loss, p
-    if mode == "jsd":
+    if divergence == "jsd":
         logm = _log_mix(logq, logp, beta)
         student = torch.where(p == 0, 0.0, (1 - beta) * p * (logp - logm))
         return student + torch.where(q == 0, 0.0, beta * q * (logq - logm)), student, p
-    if mode == "skew_forward":
+    if divergence == "skew_forward":
         logm = _log_mix(logq, logp, beta)
         loss = torch.where(q == 0, 0.0, q * (logq - logm))
         return loss, torch.where(p == 0, 0.0, (beta - 1) * p * torch.expm1(logq - logm)), p
@@ -103,21 +106,21 @@ def log_mix(log_a, log_b, weight_a):
 
 
 @triton.jit
-def terms(logp, logq, diff, beta, MODE: tl.constexpr):
+def terms(logp, logq, diff, beta, DIVERGENCE: tl.constexpr):
     # diff = logp - logq comes from the caller, who can form it without cancelling two logsumexps
     p = tl.exp(logp)
     q = tl.exp(logq)
-    if MODE == 0:
+    if DIVERGENCE == 0:
         loss = tl.where(q == 0, 0.0, -q * diff)
         g = -q
-    elif MODE == 1:
+    elif DIVERGENCE == 1:
         loss = tl.where(p == 0, 0.0, p * diff)
         g = loss
-    elif MODE == 2:
+    elif DIVERGENCE == 2:
         logm = log_mix(logq, logp, beta)
         g = tl.where(p == 0, 0.0, (1.0 - beta) * p * (logp - logm))
         loss = g + tl.where(q == 0, 0.0, beta * q * (logq - logm))
-    elif MODE == 3:
+    elif DIVERGENCE == 3:
         logm = log_mix(logq, logp, beta)
         loss = tl.where(q == 0, 0.0, q * (logq - logm))
         g = tl.where(p == 0, 0.0, (1.0 - beta) * p * (1.0 - tl.exp(logq - logm)))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import _triton
 from ._chunks import wide
-from ._divergence import MODES, divergence_terms, exp_diff, terms
+from ._divergence import DIVERGENCES, divergence_terms, exp_diff, terms
 from ._parallel import all_sum, merge_sums
 from ._triton import LAUNCH, runs_triton, tl, triton
 
@@ -46,7 +46,7 @@ def kl_stats(
     V,
     mul_z,
     mul_u,
-    MODE: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
     R: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -73,9 +73,9 @@ def kl_stats(
         e_u = exp_diff(b, new_u[:, None])
         s_z = s_z * scale_z + tl.sum(e_z, 1)
         s_u = s_u * scale_u + tl.sum(e_u, 1)
-        if MODE == 0:
+        if DIVERGENCE == 0:
             w = w * scale_u + tl.sum(tl.where(e_u > 0, e_u * (b - a), 0.0), 1)
-        if MODE == 1:
+        if DIVERGENCE == 1:
             w = w * scale_z + tl.sum(tl.where(e_z > 0, e_z * (a - b), 0.0), 1)
         m_z = new_z
         m_u = new_u
@@ -83,7 +83,7 @@ def kl_stats(
     M_u = tl.max(m_u, 0)
     scale_z = exp_diff(m_z, M_z)
     scale_u = exp_diff(m_u, M_u)
-    if MODE == 0:
+    if DIVERGENCE == 0:
         w = tl.where(scale_u > 0, w * scale_u, 0.0)
     else:
         w = tl.where(scale_z > 0, w * scale_z, 0.0)
@@ -109,7 +109,7 @@ def kl_losses(
     mul_z,
     mul_u,
     beta,
-    MODE: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
     R: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -128,7 +128,7 @@ def kl_losses(
     for start in range(0, V, R * 8):
         a = logits_at(z + t * stride_z, start + lanes, V, mul_z, WIDE)
         b = logits_at(u + t * stride_u, start + lanes, V, mul_u, WIDE)
-        loss, g = terms((a - M_z) - log_S_z, (b - M_u) - log_S_u, (a - b) - apart, beta, MODE)
+        loss, g = terms((a - M_z) - log_S_z, (b - M_u) - log_S_u, (a - b) - apart, beta, DIVERGENCE)
         sum_l += tl.sum(loss, 1)
         sum_g += tl.sum(g, 1)
     tl.store(sums + t, tl.sum(sum_l, 0))
@@ -154,7 +154,7 @@ def kl_gradient(
     mul_u,
     inv_cap,
     beta,
-    MODE: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
     CAPPED: tl.constexpr,
     R: tl.constexpr,
     WIDE: tl.constexpr,
@@ -184,7 +184,7 @@ def kl_gradient(
         a = raw * mul_z
         b = logits_at(u + t * stride_u, v, V, mul_u, WIDE)
         logp = (a - M_z) - log_S_z
-        _, g = terms(logp, (b - M_u) - log_S_u, (a - b) - apart, beta, MODE)
+        _, g = terms(logp, (b - M_u) - log_S_u, (a - b) - apart, beta, DIVERGENCE)
         p = tl.exp(logp)
         d = c * (g - p * sum_g)
         if CAPPED:
@@ -197,7 +197,7 @@ def kl_rows(
     u_CV: Tensor,
     coeff_C: Tensor,
     scales: tuple[float, float],
-    mode: str,
+    divergence: str,
     beta: float,
     softcap: float,
     dz_CV: Tensor | None,
@@ -212,19 +212,19 @@ def kl_rows(
     gradient are 0.
     """
     if not runs_triton(z_CV):
-        return _kl_rows_torch(z_CV, u_CV, coeff_C, scales, mode, beta, softcap, dz_CV, group)
+        return _kl_rows_torch(z_CV, u_CV, coeff_C, scales, divergence, beta, softcap, dz_CV, group)
     (C, V), dtype = z_CV.shape, wide(z_CV.dtype)
     options = {
-        "MODE": MODES.index(mode),
+        "DIVERGENCE": DIVERGENCES.index(divergence),
         "R": max(1, _triton.BLOCK_V // 8),
         "WIDE": tl.float64 if dtype == torch.float64 else tl.float32,
         **LAUNCH,
     }
     strides, stats_5C = (z_CV.stride(0), u_CV.stride(0)), z_CV.new_empty(5, C, dtype=dtype)
     kl_stats[(C,)](z_CV, u_CV, stats_5C, chosen_C, *strides, C, V, *scales, **options)
-    stats_5C = _merge(stats_5C, mode, group)
-    if mode in ("forward", "reverse"):
-        kl_C, G_C = _loss_and_G(stats_5C, mode)
+    stats_5C = _merge(stats_5C, divergence, group)
+    if divergence in ("forward", "reverse"):
+        kl_C, G_C = _loss_and_G(stats_5C, divergence)
     else:
         sums_2C = z_CV.new_empty(2, C, dtype=dtype)
         kl_losses[(C,)](
@@ -254,25 +254,25 @@ def kl_rows(
     return kl_C if chosen_C is None else torch.where(chosen_C, kl_C, 0.0)
 
 
-def _merge(stats_5C: Tensor, mode: str, group: str) -> Tensor:
+def _merge(stats_5C: Tensor, divergence: str, group: str) -> Tensor:
     """The statistics of the whole vocabulary from those of its slices: one MAX and one SUM over the
     group.
     """
     if not group:
         return stats_5C
-    side = 1 if mode == "forward" else 0  # whose max w is relative to
+    side = 1 if divergence == "forward" else 0  # whose max w is relative to
     top_3C = torch.stack((stats_5C[0], stats_5C[1], stats_5C[side]))
     top_3C, sums_3C = merge_sums(top_3C, stats_5C[2:], group)
     return torch.cat((top_3C[:2], sums_3C))
 
 
-def _loss_and_G(stats_5C: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+def _loss_and_G(stats_5C: Tensor, divergence: str) -> tuple[Tensor, Tensor]:
     """Forward and reverse need no sweep of their own: KL(q || p) = w / sum u + (lse_z - lse_u), and
     likewise reversed.
     """
     top_z_C, top_u_C, sum_z_C, sum_u_C, w_C = stats_5C
     apart_C = (top_z_C - top_u_C) + (sum_z_C.log() - sum_u_C.log())
-    if mode == "forward":
+    if divergence == "forward":
         return w_C / sum_u_C + apart_C, torch.full_like(w_C, -1.0)
     kl_C = w_C / sum_z_C - apart_C
     return kl_C, kl_C
@@ -283,7 +283,7 @@ def _kl_rows_torch(
     u_CV: Tensor,
     coeff_C: Tensor,
     scales: tuple[float, float],
-    mode: str,
+    divergence: str,
     beta: float,
     softcap: float,
     dz_CV: Tensor | None,
@@ -293,7 +293,7 @@ def _kl_rows_torch(
         x if by == 1 else x * by
         for x, by in zip((x.to(wide(z_CV.dtype)) for x in (z_CV, u_CV)), scales)
     )
-    loss_CV, g_CV, p_CV = divergence_terms(*_log_softmax(x_CV, y_CV, group), mode, beta)
+    loss_CV, g_CV, p_CV = divergence_terms(*_log_softmax(x_CV, y_CV, group), divergence, beta)
     if group:
         kl_C, G_C = all_sum(torch.stack((loss_CV.sum(1), g_CV.sum(1))), group)
     else:

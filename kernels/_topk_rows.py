@@ -19,17 +19,17 @@ from torch import Tensor
 
 from . import _triton
 from ._chunks import wide
-from ._divergence import MODES, divergence_terms, exp_diff, terms
+from ._divergence import DIVERGENCES, divergence_terms, exp_diff, terms
 from ._parallel import all_sum, merge_sums
 from ._triton import LAUNCH, check_ids, require, runs_triton, tl, triton
 
-TAILS = ("ghost", "renorm", "drop", "sampled")  # their index is TAIL in the kernels
+TAILS = ("bucket", "renorm", "drop", "sampled")  # their index is TAIL in the kernels
 
 
 class Kind(NamedTuple):
     """Which truncated divergence of which logits."""
 
-    mode: str
+    divergence: str
     tail: str
     beta: float
     inv_temp: float  # logits are multiplied by this, logit_scale included where there is no cap
@@ -53,7 +53,7 @@ def kept_rows(
     logp_TK = torch.where(live_TK, logp_TK.detach(), -torch.inf).to(dtype)
     tail_T = (
         tail_T.detach().to(dtype).contiguous()
-        if tail == "ghost"
+        if tail == "bucket"
         else logp_TK.new_full(ids_TK.shape[:1], -torch.inf)
     )
     return torch.where(live_TK, ids_TK, -1).contiguous(), logp_TK.contiguous(), tail_T
@@ -75,7 +75,7 @@ def check_kept(
     ids_TK: Tensor,
     teacher_logp_TK: Tensor,
     teacher_tail_T: Tensor | None,
-    mode: str,
+    divergence: str,
     tail: str,
     allow_drop: bool,
 ) -> None:
@@ -105,23 +105,23 @@ def check_kept(
     )
     require(
         tail != "renorm" or shape[1] > 1,
-        f"{op}: renorm at K = 1 is 0 whatever the student says. Keep more ids, or use tail='ghost'",
+        f"{op}: renorm at K = 1 is 0 whatever the student says. Keep more ids, or use tail='bucket'",
     )
     require(
-        tail not in ("drop", "sampled") or mode == "forward",
-        f"{op}: tail={tail!r} in mode {mode}; want forward. Elsewhere it falls when the whole "
+        tail not in ("drop", "sampled") or divergence == "forward",
+        f"{op}: tail={tail!r} in divergence {divergence}; want forward. Elsewhere it falls when the whole "
         "support is pushed "
-        "down: use tail='ghost'",
+        "down: use tail='bucket'",
     )
     require(
         tail != "drop" or allow_drop,
         f"{op}: tail='drop' is no divergence: it can be negative, and a student equal to the "
-        "teacher still gets a gradient. Use tail='ghost', or pass allow_drop=True to reproduce a "
+        "teacher still gets a gradient. Use tail='bucket', or pass allow_drop=True to reproduce a "
         "result that was made with it",
     )
     require(
-        tail != "ghost" or teacher_tail_T is not None,
-        f"{op}: ghost needs teacher_tail [T], the log of the teacher's mass outside ids at "
+        tail != "bucket" or teacher_tail_T is not None,
+        f"{op}: bucket needs teacher_tail [T], the log of the teacher's mass outside ids at "
         "this temperature. "
         "teacher_topk returns it; without it use tail='renorm'",
     )
@@ -198,7 +198,7 @@ def topk_terms(
     inv_temp,
     inv_cap,
     beta,
-    MODE: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
     TAIL: tl.constexpr,
     CAPPED: tl.constexpr,
     KB: tl.constexpr,
@@ -227,7 +227,7 @@ def topk_terms(
         m_q = tl.max(logq, 0)
         m_q = tl.where(m_q == float("-inf"), 0.0, m_q)
         logq = tl.where(live, (logq - m_q) - tl.log(tl.sum(tl.exp(logq - m_q), 0)), float("-inf"))
-    one, g = terms(logp, logq, logp - logq, beta, MODE)
+    one, g = terms(logp, logq, logp - logq, beta, DIVERGENCE)
     if TAIL == 3:
         one = tl.where(live, -tl.exp(logq) * logp, 0.0)
     loss = tl.sum(one, 0)
@@ -237,7 +237,7 @@ def topk_terms(
         logq_tail = tl.load(teacher_tail + t).to(WIDE)
         # no tail, whatever its mass was rounded to
         logq_tail = tl.where(n_live == V, float("-inf"), logq_tail)
-        l_tail, g_tail = terms(logp_tail, logq_tail, logp_tail - logq_tail, beta, MODE)
+        l_tail, g_tail = terms(logp_tail, logq_tail, logp_tail - logq_tail, beta, DIVERGENCE)
         loss += l_tail
         G += g_tail
     loss = tl.where(n_live > 0, loss, 0.0)
@@ -395,7 +395,7 @@ def topk_terms_of(
         kind.inv_temp,
         _inverse(kind.softcap),
         kind.beta,
-        MODE=MODES.index(kind.mode),
+        DIVERGENCE=DIVERGENCES.index(kind.divergence),
         TAIL=TAILS.index(kind.tail),
         CAPPED=kind.softcap > 0,
         KB=triton.next_power_of_2(K),
@@ -512,7 +512,7 @@ def _terms_torch(
     K, live_CK = raw_CK.shape[1], logq_CK != -torch.inf
     a_CK = (raw_CK * kind.inv_temp).masked_fill_(~live_CK, -torch.inf)
     logp_CK, logq_CK = _log_probs(a_CK, logq_CK, logq_tail_C, tail_max_C, tail_sum_C, kind)
-    loss, g, p = divergence_terms(logp_CK, logq_CK, kind.mode, kind.beta)
+    loss, g, p = divergence_terms(logp_CK, logq_CK, kind.divergence, kind.beta)
     if kind.tail == "sampled":
         loss = torch.where(g == 0, 0.0, g * logp_CK)  # forward: g is -q
     kl_C = loss.sum(1).masked_fill_(~live_CK.any(1), 0.0)

@@ -38,7 +38,7 @@ from ._chunks import (
 )
 from ._classes import ClassMap, Gradients, Side, checked_side, fake_gradients, row_floats
 from ._classes import class_map as class_map
-from ._divergence import check_mode, divergence_ref
+from ._divergence import check_divergence, divergence_ref
 from ._kl_rows import kl_rows
 from ._parallel import VocabShard, common_width
 from ._triton import require
@@ -54,7 +54,7 @@ def bucket_kl_ref(
     teacher_head_WE: Tensor,
     teacher_classes: ClassMap,
     *,
-    mode: str = "forward",
+    divergence: str = "forward",
     beta: float = 0.5,
     temperature: float = 1.0,
     weight: Tensor | None = None,
@@ -88,7 +88,9 @@ def bucket_kl_ref(
         bias=teacher_bias,
         logit_scale=teacher_logit_scale,
     ).detach()
-    kl_T = divergence_ref(logp_TN, logq_TN, mode, beta) * (temperature**2 if scale_t2 else 1.0)
+    kl_T = divergence_ref(logp_TN, logq_TN, divergence, beta) * (
+        temperature**2 if scale_t2 else 1.0
+    )
     if rows is not None:
         kl_T = torch.zeros_like(kl_T).index_copy(0, rows.long(), kl_T[rows])
     return LinearKL(
@@ -109,7 +111,7 @@ def _op(
     teacher_columns: list[Tensor],
     weight_T: Tensor,
     rows_M: Tensor | None,
-    mode: str,
+    divergence: str,
     beta: float,
     temperature: float,
     scale_t2: bool,
@@ -152,7 +154,7 @@ def _op(
         logits_CL = student.logits(c)
         z_CN, top_C = student.classes(logits_CL, temperature, student_group)
         dz_CN = torch.empty_like(z_CN) if any(grads.need) else None
-        kl_T[c] = kl_rows(z_CN, u_CN, coeff_T[c], (1.0, 1.0), mode, beta, 0.0, dz_CN)
+        kl_T[c] = kl_rows(z_CN, u_CN, coeff_T[c], (1.0, 1.0), divergence, beta, 0.0, dz_CN)
         if dz_CN is not None:
             student.backward(c, logits_CL, (z_CN, top_C), dz_CN, temperature, grads)
 
@@ -189,7 +191,7 @@ _op.register_autograd(_grad, setup_context=save_gradients)
 
 
 def _check_sides(
-    student: ClassMap, teacher: ClassMap, mode: str, student_rows: int, teacher_rows: int
+    student: ClassMap, teacher: ClassMap, divergence: str, student_rows: int, teacher_rows: int
 ) -> None:
     require(
         student.num_classes == teacher.num_classes,
@@ -205,11 +207,11 @@ def _check_sides(
     alone = {
         "forward": student.empty - teacher.empty,
         "reverse": teacher.empty - student.empty,
-    }.get(mode, ())
+    }.get(divergence, ())
     require(
         not alone,
-        f"bucket_kl: {mode} KL is infinite: {len(alone)} classes, such as {min(alone, default=0)}, "
-        f"have ids of the {'teacher' if mode == 'forward' else 'student'} only. Give them one on "
+        f"bucket_kl: {divergence} KL is infinite: {len(alone)} classes, such as {min(alone, default=0)}, "
+        f"have ids of the {'teacher' if divergence == 'forward' else 'student'} only. Give them one on "
         "the other side, merge them into a class that has some, or set their ids to -1",
     )
 
@@ -222,7 +224,7 @@ def bucket_kl(
     teacher_head_WE: Tensor,
     teacher_classes: ClassMap,
     *,
-    mode: str = "forward",
+    divergence: str = "forward",
     beta: float = 0.5,
     temperature: float = 1.0,
     weight: Tensor | None = None,
@@ -257,7 +259,7 @@ def bucket_kl(
     order. ValueError on shapes, dtypes, a class that makes every row infinite, or an option that
     has no meaning.
     """
-    check_mode("bucket_kl", mode, beta)
+    check_divergence("bucket_kl", divergence, beta)
     x_TD, head_VD, bias_V = checked_side(
         "bucket_kl (student)",
         student_hidden_TD,
@@ -278,7 +280,7 @@ def bucket_kl(
         temperature,
         teacher_shard,
     )
-    _check_sides(student_classes, teacher_classes, mode, len(x_TD), len(y_TE))
+    _check_sides(student_classes, teacher_classes, divergence, len(x_TD), len(y_TE))
     total, kl_T, *_ = _op(
         x_TD,
         head_VD,
@@ -290,7 +292,7 @@ def bucket_kl(
         teacher_classes.columns,
         row_weights("bucket_kl", weight, x_TD),
         check_rows("bucket_kl", rows, x_TD),
-        mode,
+        divergence,
         beta,
         temperature,
         scale_t2,

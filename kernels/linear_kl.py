@@ -45,7 +45,7 @@ from ._chunks import (
     wide,
     workspace_buffers,
 )
-from ._divergence import check_mode, divergence_ref
+from ._divergence import check_divergence, divergence_ref
 from ._kl_rows import kl_rows
 from ._parallel import VocabShard, all_sum, common_width, local_head, local_width
 from ._triton import require
@@ -62,7 +62,7 @@ def linear_kl_ref(
     teacher_hidden_TE: Tensor,
     teacher_head_VE: Tensor,
     *,
-    mode: str = "forward",
+    divergence: str = "forward",
     beta: float = 0.5,
     temperature: float = 1.0,
     weight: Tensor | None = None,
@@ -94,7 +94,9 @@ def linear_kl_ref(
         vocab_size,
     )
     logp_TV, logq_TV = ((x_TV / temperature).log_softmax(-1) for x_TV in (z_TV, u_TV.detach()))
-    kl_T = divergence_ref(logp_TV, logq_TV, mode, beta) * (temperature**2 if scale_t2 else 1.0)
+    kl_T = divergence_ref(logp_TV, logq_TV, divergence, beta) * (
+        temperature**2 if scale_t2 else 1.0
+    )
     if rows is not None:
         kl_T = torch.zeros_like(kl_T).index_copy(0, rows.long(), kl_T[rows])
     return LinearKL(
@@ -131,7 +133,7 @@ def _op(
     teacher_bias_V: Tensor | None,
     weight_T: Tensor,
     rows_M: Tensor | None,
-    mode: str,
+    divergence: str,
     beta: float,
     temperature: float,
     scale_t2: bool,
@@ -179,7 +181,7 @@ def _op(
             padded(u_CV),
             coeff_T[c],
             scales,
-            mode,
+            divergence,
             beta,
             student_softcap,
             padded(dz_CV) if needed else None,
@@ -322,7 +324,7 @@ def linear_kl(
     teacher_hidden_TE: Tensor,
     teacher_head_VE: Tensor,
     *,
-    mode: str = "forward",
+    divergence: str = "forward",
     beta: float = 0.5,
     temperature: float = 1.0,
     weight: Tensor | None = None,
@@ -354,7 +356,7 @@ def linear_kl(
     workspace_mb (MiB) bounds the logits alive at once. Under autocast operands are cast as
     nn.Linear would. ValueError on shapes, dtypes, or an option that has no meaning.
     """
-    check_mode("linear_kl", mode, beta)
+    check_divergence("linear_kl", divergence, beta)
     student_head_VD, teacher_head_VE = (
         local_head("linear_kl", head, shard) for head in (student_head_VD, teacher_head_VE)
     )
@@ -380,7 +382,7 @@ def linear_kl(
         None if teacher_bias_V is None else teacher_bias_V.detach(),
         row_weights("linear_kl", weight, x_TD),
         check_rows("linear_kl", rows, x_TD),
-        mode,
+        divergence,
         beta,
         temperature,
         scale_t2,

@@ -1,7 +1,7 @@
 """Divergence of a student, given as hidden states and head, from the K classes kept of a teacher.
 
     logits = softcap tanh(logit_scale (hidden @ head.T + bias) / softcap), no tanh without a softcap
-    kl, total: those of topk_tail_kl for these logits, with the same four tails (ghost, renorm,
+    kl, total: those of topk_tail_kl for these logits, with the same four tails (bucket, renorm,
         sampled, drop)
 
 [T, V] logits exist chunk by chunk: 3 head GEMMs with gradients, which are made in the forward, as
@@ -36,7 +36,7 @@ from ._chunks import (
     wide,
     workspace_buffers,
 )
-from ._divergence import check_mode
+from ._divergence import check_divergence
 from ._parallel import VocabShard, all_sum, common_width, local_head, local_width
 from ._topk_rows import Kind, check_kept, check_temperature, kept_rows, local_ids, topk_rows_
 from .linear_kl import (
@@ -81,7 +81,7 @@ def _op(
     teacher_tail_T: Tensor,
     weight_T: Tensor,
     rows_M: Tensor | None,
-    mode: str,
+    divergence: str,
     tail: str,
     beta: float,
     temperature: float,
@@ -103,7 +103,7 @@ def _op(
     head, bias = student_head_VD[:V], None if bias_V is None else bias_V[:V]
     scale, gradient_scale = fold_scale(temperature, logit_scale, softcap)
     kind, t2 = (
-        Kind(mode, tail, beta, scale, softcap, vocab_size),
+        Kind(divergence, tail, beta, scale, softcap, vocab_size),
         temperature**2 if scale_t2 else 1.0,
     )
     ids_TK, coeff_T = local_ids(ids_TK, vocab_start, V, group), weight_T * (t2 * gradient_scale)
@@ -177,8 +177,8 @@ def linear_topk_kl(
     teacher_logp_TK: Tensor,
     teacher_tail_T: Tensor | None = None,
     *,
-    mode: str = "forward",
-    tail: str = "ghost",
+    divergence: str = "forward",
+    tail: str = "bucket",
     beta: float = 0.5,
     temperature: float = 1.0,
     weight: Tensor | None = None,
@@ -199,7 +199,7 @@ def linear_topk_kl(
 
     hidden [T, D], head [V, D] and bias [V] of the student. ids int [T, K], distinct within a row,
     -1 for padding, from whichever of the two models chose the support; teacher_logp fp32 [T, K] and
-    teacher_tail [T], read by ghost only, are natural logs of the teacher's masses *at this
+    teacher_tail [T], read by bucket only, are natural logs of the teacher's masses *at this
     temperature*: a tail at temperature 1 does not give the tail at another. Pass
     teacher_temperature, that of the kept rows, to have it compared. beta: jsd and skew only. weight
     [T]: constant, None for ones. rows int64 [M], distinct: only these are computed, the others have
@@ -211,7 +211,7 @@ def linear_topk_kl(
     nn.Linear would. ValueError on shapes, dtypes, or an option that has no meaning.
     """
     op = "linear_topk_kl"
-    check_mode(op, mode, beta)
+    check_divergence(op, divergence, beta)
     head_VD, bias_V = (
         local_head(op, student_head_VD, shard),
         None if bias is None else local_head(f"{op} (bias)", bias, shard),
@@ -220,14 +220,16 @@ def linear_topk_kl(
     V = check_linear(op, x_TD, head_VD, vocab_size, temperature, shard)
     check_bias(op, bias_V, head_VD)
     check_temperature(op, temperature, teacher_temperature)
-    check_kept(op, V, len(x_TD), ids_TK, teacher_logp_TK, teacher_tail_T, mode, tail, allow_drop)
+    check_kept(
+        op, V, len(x_TD), ids_TK, teacher_logp_TK, teacher_tail_T, divergence, tail, allow_drop
+    )
     if tail == "renorm" and gather_is_cheaper(ids_TK.shape[1], V):
         return renormalised_topk_kl(
             x_TD,
             head_VD,
             ids_TK,
             teacher_logp_TK,
-            mode=mode,
+            divergence=divergence,
             beta=beta,
             temperature=temperature,
             weight=weight,
@@ -247,7 +249,7 @@ def linear_topk_kl(
         *kept_rows(ids_TK, teacher_logp_TK, teacher_tail_T, tail, V, wide(x_TD.dtype)),
         row_weights(op, weight, x_TD),
         check_rows(op, rows, x_TD),
-        mode,
+        divergence,
         tail,
         beta,
         temperature,

@@ -44,7 +44,7 @@ from ._chunks import (
     needs_gradient,
     wide,
 )
-from ._divergence import check_mode, divergence_ref
+from ._divergence import check_divergence, divergence_ref
 from ._parallel import VocabShard, all_sum, local_head, local_width
 from ._topk_rows import Kind, check_kept, check_temperature, kept_rows, local_ids, topk_terms_of
 from ._triton import LAUNCH, runs_triton, tl, triton
@@ -74,7 +74,7 @@ def renormalised_topk_kl_ref(
     ids_TK: Tensor,
     teacher_logp_TK: Tensor,
     *,
-    mode: str = "forward",
+    divergence: str = "forward",
     beta: float = 0.5,
     temperature: float = 1.0,
     weight: Tensor | None = None,
@@ -96,7 +96,7 @@ def renormalised_topk_kl_ref(
         x.to(dtype).masked_fill(~live_TK, -torch.inf).log_softmax(1)
         for x in (a_TK, teacher_logp_TK)
     )
-    kl_T = torch.where(live_TK.any(1), divergence_ref(logp_TK, logq_TK, mode, beta), 0.0)
+    kl_T = torch.where(live_TK.any(1), divergence_ref(logp_TK, logq_TK, divergence, beta), 0.0)
     kl_T = kl_T * (temperature**2 if scale_t2 else 1.0)
     if rows is not None:
         kl_T = torch.zeros_like(kl_T).index_copy(0, rows.long(), kl_T[rows])
@@ -297,7 +297,7 @@ def _op(
     teacher_logp_TK: Tensor,
     weight_T: Tensor,
     rows_M: Tensor | None,
-    mode: str,
+    divergence: str,
     beta: float,
     temperature: float,
     scale_t2: bool,
@@ -324,7 +324,7 @@ def _op(
     )
     scale, gradient_scale = fold_scale(temperature, logit_scale, softcap)
     kind, t2 = (
-        Kind(mode, "renorm", beta, scale, softcap, vocab_size),
+        Kind(divergence, "renorm", beta, scale, softcap, vocab_size),
         temperature**2 if scale_t2 else 1.0,
     )
     z_MK = _dots(x_MD, head_VD, ids_MK)
@@ -379,7 +379,7 @@ def renormalised_topk_kl(
     ids_TK: Tensor,
     teacher_logp_TK: Tensor,
     *,
-    mode: str = "forward",
+    divergence: str = "forward",
     beta: float = 0.5,
     temperature: float = 1.0,
     weight: Tensor | None = None,
@@ -403,7 +403,7 @@ def renormalised_topk_kl(
     ValueError on shapes, dtypes, or an option that has no meaning.
     """
     op = "renormalised_topk_kl"
-    check_mode(op, mode, beta)
+    check_divergence(op, divergence, beta)
     head_VD, bias_V = (
         local_head(op, head_VD, shard),
         None if bias is None else local_head(f"{op} (bias)", bias, shard),
@@ -412,7 +412,7 @@ def renormalised_topk_kl(
     V = check_linear(op, x_TD, head_VD, vocab_size, temperature, shard)
     check_bias(op, bias_V, head_VD)
     check_temperature(op, temperature, teacher_temperature)
-    check_kept(op, V, len(x_TD), ids_TK, teacher_logp_TK, None, mode, "renorm", False)
+    check_kept(op, V, len(x_TD), ids_TK, teacher_logp_TK, None, divergence, "renorm", False)
     ids_TK, logq_TK, _ = kept_rows(ids_TK, teacher_logp_TK, None, "renorm", V, wide(x_TD.dtype))
     total, kl_T, *_ = _op(
         x_TD,
@@ -422,7 +422,7 @@ def renormalised_topk_kl(
         logq_TK,
         row_weights(op, weight, x_TD),
         check_rows(op, rows, x_TD),
-        mode,
+        divergence,
         beta,
         temperature,
         scale_t2,

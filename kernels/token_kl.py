@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._chunks import WORKSPACE_MB, check_rows, chunks, wide
-from ._divergence import check_mode, divergence_ref
+from ._divergence import check_divergence, divergence_ref
 from ._kl_rows import kl_rows
 from ._parallel import VocabShard, common_width, local_width
 from ._triton import require, runs_triton
@@ -29,7 +29,7 @@ def token_kl_ref(
     student_logits_TV: Tensor,
     teacher_logits_TV: Tensor,
     *,
-    mode: str = "forward",
+    divergence: str = "forward",
     beta: float = 0.5,
     temperature: float = 1.0,
     weight: Tensor | None = None,
@@ -42,7 +42,9 @@ def token_kl_ref(
         (x[:, :vocab_size].to(wide(x.dtype)) / temperature).log_softmax(-1)
         for x in (student_logits_TV, teacher_logits_TV.detach())
     )
-    kl_T = divergence_ref(logp_TV, logq_TV, mode, beta) * (temperature**2 if scale_t2 else 1.0)
+    kl_T = divergence_ref(logp_TV, logq_TV, divergence, beta) * (
+        temperature**2 if scale_t2 else 1.0
+    )
     if rows is not None:
         kl_T = torch.zeros_like(kl_T).index_copy(0, rows.long(), kl_T[rows])
     return LinearKL(
@@ -56,7 +58,7 @@ def _sweep(
     u_TV: Tensor,
     weight_T: Tensor,
     rows_M: Tensor | None,
-    mode: str,
+    divergence: str,
     beta: float,
     temperature: float,
     scale_t2: bool,
@@ -78,13 +80,15 @@ def _sweep(
     scales = 1 / temperature, 1 / temperature
     if runs_triton(z_TV):
         return kl_rows(
-            z_TV, u_TV, weight_T * t2, scales, mode, beta, 0.0, d_TV, group, chosen_T
+            z_TV, u_TV, weight_T * t2, scales, divergence, beta, 0.0, d_TV, group, chosen_T
         ).mul_(t2)
     kl_T = weight_T.new_zeros(len(z_TV))
     for c in chunks(z_TV, common_width(vocab_size, group), 8, WORKSPACE_MB, rows_M):
         z_CV = z_TV[c]  # a view, or a copy of the chosen rows, which then takes the gradient
         d_CV = None if d_TV is None else d_TV[c] if rows_M is None else z_CV
-        kl_T[c] = kl_rows(z_CV, u_TV[c], weight_T[c] * t2, scales, mode, beta, 0.0, d_CV, group)
+        kl_T[c] = kl_rows(
+            z_CV, u_TV[c], weight_T[c] * t2, scales, divergence, beta, 0.0, d_CV, group
+        )
         if d_CV is z_CV and d_CV is not None:
             d_TV[c] = d_CV
     if rows_M is not None and d_TV is not None:
@@ -98,7 +102,7 @@ def _op(
     teacher_logits_TV: Tensor,
     weight_T: Tensor,
     rows_M: Tensor | None,
-    mode: str,
+    divergence: str,
     beta: float,
     temperature: float,
     scale_t2: bool,
@@ -116,7 +120,7 @@ def _op(
         teacher_logits_TV,
         weight_T,
         rows_M,
-        mode,
+        divergence,
         beta,
         temperature,
         scale_t2,
@@ -244,7 +248,7 @@ def token_kl(
     student_logits_TV: Tensor,
     teacher_logits_TV: Tensor,
     *,
-    mode: str = "forward",
+    divergence: str = "forward",
     beta: float = 0.5,
     temperature: float = 1.0,
     weight: Tensor | None = None,
@@ -266,7 +270,7 @@ def token_kl(
     still needs them elsewhere, it raises in the backward, as it does in a second backward. Not
     under torch.compile. ValueError on shapes, strides, or an option that has no meaning.
     """
-    check_mode("token_kl", mode, beta)
+    check_divergence("token_kl", divergence, beta)
     require(
         temperature > 0,
         f"token_kl: temperature is {temperature}; want > 0. 0 means greedy: take the argmax",
@@ -276,7 +280,7 @@ def token_kl(
         teacher_logits_TV.detach(),
         row_weights("token_kl", weight, student_logits_TV),
         check_rows("token_kl", rows, student_logits_TV),
-        mode,
+        divergence,
         beta,
         temperature,
         scale_t2,

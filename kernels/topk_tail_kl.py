@@ -3,7 +3,7 @@
 S = the ids of a row, p the student, q the teacher, both at `temperature`; the tail is every class
 outside S; P and Q are the masses that teacher and student have in S.
 
-    ghost    D over K + 1 classes, the last holding the whole tail: 0 <= ghost <= full D, = full at
+    bucket    D over K + 1 classes, the last holding the whole tail: 0 <= bucket <= full D, = full at
              K = V. forward: P renorm + KL(P || Q) of the two masses; reverse: Q renorm + KL(Q || P)
     renorm   D of p and q, each renormalised over S: blind to mass outside S
     sampled  - sum_S w log p, ids drawn from q with weights w = exp(teacher_logp): its gradient is
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ._chunks import WORKSPACE_MB, Rows, check_rows, chunks, wide
-from ._divergence import check_mode, divergence_ref
+from ._divergence import check_divergence, divergence_ref
 from ._parallel import VocabShard, common_width, local_width
 from ._topk_rows import Kind, check_kept, check_temperature, kept_rows, local_ids, topk_rows_
 from ._triton import require, runs_triton
@@ -41,8 +41,8 @@ def topk_tail_kl_ref(
     teacher_logp_TK: Tensor,
     teacher_tail_T: Tensor | None = None,
     *,
-    mode: str = "forward",
-    tail: str = "ghost",
+    divergence: str = "forward",
+    tail: str = "bucket",
     beta: float = 0.5,
     temperature: float = 1.0,
     weight: Tensor | None = None,
@@ -64,15 +64,15 @@ def topk_tail_kl_ref(
         teacher_logp_TK.to(dtype).masked_fill(~live_TK, -torch.inf),
     )
     if tail == "renorm":
-        kl_T = divergence_ref(a_TK.log_softmax(1), logq_TK.log_softmax(1), mode, beta)
+        kl_T = divergence_ref(a_TK.log_softmax(1), logq_TK.log_softmax(1), divergence, beta)
     else:
         logp_TK = a_TK - a_TV.logsumexp(1, keepdim=True)
-        if tail == "ghost":
+        if tail == "bucket":
             rest_T1 = a_TV.masked_fill(kept_TV, -torch.inf).logsumexp(1, keepdim=True)
             logq_tail_T = teacher_tail_T.to(dtype).masked_fill(kept_TV.all(1), -torch.inf)
             logp_TK = torch.cat([logp_TK, rest_T1 - a_TV.logsumexp(1, keepdim=True)], 1)
             logq_TK = torch.cat([logq_TK, logq_tail_T[:, None]], 1)
-        kl_T = divergence_ref(logp_TK, logq_TK, mode, beta)
+        kl_T = divergence_ref(logp_TK, logq_TK, divergence, beta)
         if tail == "sampled":
             kl_T = -torch.where(logq_TK > -torch.inf, logq_TK.exp() * logp_TK, 0.0).sum(1)
     kl_T = torch.where(live_TK.any(1), kl_T, 0.0) * (temperature**2 if scale_t2 else 1.0)
@@ -91,7 +91,7 @@ def _sweep(
     teacher_tail_T: Tensor,
     weight_T: Tensor,
     rows_M: Tensor | None,
-    mode: str,
+    divergence: str,
     tail: str,
     beta: float,
     temperature: float,
@@ -108,7 +108,7 @@ def _sweep(
         runs_triton(logits_TV),
     )
     kind, t2 = (
-        Kind(mode, tail, beta, 1 / temperature, 0.0, vocab_size),
+        Kind(divergence, tail, beta, 1 / temperature, 0.0, vocab_size),
         temperature**2 if scale_t2 else 1.0,
     )
     ids_TK, coeff_T, kl_T = (
@@ -159,7 +159,7 @@ def _op(
     teacher_tail_T: Tensor,
     weight_T: Tensor,
     rows_M: Tensor | None,
-    mode: str,
+    divergence: str,
     tail: str,
     beta: float,
     temperature: float,
@@ -181,7 +181,7 @@ def _op(
         teacher_tail_T,
         weight_T,
         rows_M,
-        mode,
+        divergence,
         tail,
         beta,
         temperature,
@@ -252,8 +252,8 @@ def topk_tail_kl(
     teacher_logp_TK: Tensor,
     teacher_tail_T: Tensor | None = None,
     *,
-    mode: str = "forward",
-    tail: str = "ghost",
+    divergence: str = "forward",
+    tail: str = "bucket",
     beta: float = 0.5,
     temperature: float = 1.0,
     weight: Tensor | None = None,
@@ -280,7 +280,7 @@ def topk_tail_kl(
     gradient is the slice's. ValueError on shapes, dtypes, or an option that has no meaning.
     """
     op, z_TV = "topk_tail_kl", student_logits_TV
-    check_mode(op, mode, beta)
+    check_divergence(op, divergence, beta)
     require(
         z_TV.ndim == 2 and z_TV.is_floating_point(),
         f"{op}: logits are {z_TV.dtype} {list(z_TV.shape)}; want floats [T, V]. Flatten first: "
@@ -310,12 +310,14 @@ def topk_tail_kl(
         f"{op}: temperature is {temperature}; want > 0. 0 means greedy: take the argmax",
     )
     check_temperature(op, temperature, teacher_temperature)
-    check_kept(op, V, len(z_TV), ids_TK, teacher_logp_TK, teacher_tail_T, mode, tail, allow_drop)
+    check_kept(
+        op, V, len(z_TV), ids_TK, teacher_logp_TK, teacher_tail_T, divergence, tail, allow_drop
+    )
     args = (
         *kept_rows(ids_TK, teacher_logp_TK, teacher_tail_T, tail, V, wide(z_TV.dtype)),
         row_weights(op, weight, z_TV),
         check_rows(op, rows, z_TV),
-        mode,
+        divergence,
         tail,
         beta,
         temperature,

@@ -83,46 +83,52 @@ CASES = [
         2,
     ),
     *(
-        (kl_stats, mode, "*fp32", dict(MODE=i, chosen=None, **TILE), 0)
-        for i, mode in enumerate(("forward", "reverse", "jsd"))
+        (kl_stats, divergence, "*fp32", dict(DIVERGENCE=i, chosen=None, **TILE), 0)
+        for i, divergence in enumerate(("forward", "reverse", "jsd"))
     ),
-    (kl_stats, "forward rows", "*bf16", dict(MODE=0, **TILE), 0),
+    (kl_stats, "forward rows", "*bf16", dict(DIVERGENCE=0, **TILE), 0),
     *(
-        (kl_losses, mode, "*fp32", dict(MODE=i, chosen=None, **TILE), 0)
-        for i, mode in ((2, "jsd"), (3, "skew_forward"), (4, "skew_reverse"))
+        (kl_losses, divergence, "*fp32", dict(DIVERGENCE=i, chosen=None, **TILE), 0)
+        for i, divergence in ((2, "jsd"), (3, "skew_forward"), (4, "skew_reverse"))
     ),
     *(
-        (kl_gradient, mode, "*fp32", dict(MODE=i, chosen=None, CAPPED=i == 1, **TILE), 0)
-        for i, mode in enumerate(
+        (
+            kl_gradient,
+            divergence,
+            "*fp32",
+            dict(DIVERGENCE=i, chosen=None, CAPPED=i == 1, **TILE),
+            0,
+        )
+        for i, divergence in enumerate(
             ("forward", "reverse capped", "jsd", "skew_forward", "skew_reverse")
         )
     ),
-    (kl_gradient, "forward rows", "*bf16", dict(MODE=0, CAPPED=False, **TILE), 0),
-    (kl_gradient, "jsd", "*fp32/*bf16", dict(MODE=2, chosen=None, CAPPED=False, **TILE), 0),
+    (kl_gradient, "forward rows", "*bf16", dict(DIVERGENCE=0, CAPPED=False, **TILE), 0),
+    (kl_gradient, "jsd", "*fp32/*bf16", dict(DIVERGENCE=2, chosen=None, CAPPED=False, **TILE), 0),
     (topk_lift, "K 64", "*fp32", dict(KB=64, **TILE), 2),
     (topk_lift, "K 1024", "*bf16", dict(KB=1024, **TILE), 2),
     *(
         (
             topk_terms,
-            f"K 64 {mode} {tail}",
+            f"K 64 {divergence} {tail}",
             "*fp32",
-            dict(MODE=i, TAIL=j, CAPPED=j == 1, KB=64, WIDE=tl.float32),
+            dict(DIVERGENCE=i, TAIL=j, CAPPED=j == 1, KB=64, WIDE=tl.float32),
             0,
         )
-        for i, mode, j, tail in (
-            (0, "forward", 0, "ghost"),
-            (1, "reverse", 0, "ghost"),
+        for i, divergence, j, tail in (
+            (0, "forward", 0, "bucket"),
+            (1, "reverse", 0, "bucket"),
             (2, "jsd", 1, "renorm"),
-            (3, "skew_forward", 0, "ghost"),
+            (3, "skew_forward", 0, "bucket"),
             (4, "skew_reverse", 1, "renorm"),
             (0, "forward", 3, "sampled"),
         )
     ),
     (
         topk_terms,
-        "K 1024 jsd ghost",
+        "K 1024 jsd bucket",
         "*fp32",
-        dict(MODE=2, TAIL=0, CAPPED=True, KB=1024, WIDE=tl.float32),
+        dict(DIVERGENCE=2, TAIL=0, CAPPED=True, KB=1024, WIDE=tl.float32),
         0,
     ),
     (topk_gradient, "K 64", "*fp32/*bf16", dict(CAPPED=False, KB=64, **TILE), 1),

@@ -9,9 +9,9 @@ from torch import Tensor
 from reflux.kernels._divergence import MODES
 from reflux.kernels._topk_rows import TAILS
 
-ALLOWED = [(m, t) for m in MODES for t in TAILS if m == "forward" or t in ("ghost", "renorm")]
+ALLOWED = [(m, t) for m in MODES for t in TAILS if m == "forward" or t in ("bucket", "renorm")]
 # 0 at p = q, and nowhere negative
-PROPER = [(m, t) for m, t in ALLOWED if t in ("ghost", "renorm")]
+PROPER = [(m, t) for m, t in ALLOWED if t in ("bucket", "renorm")]
 
 
 def keep(

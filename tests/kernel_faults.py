@@ -164,7 +164,7 @@ BY_HAND = [  # file, old text (found once), new text, tests or None for the file
     ("_kl_rows", "d * (1.0 - (raw * inv_cap) * (raw * inv_cap))", "d", None),  # softcap factor
     ("_kl_rows", "if ok == 0:\n", "if False:\n", None),
     ("_kl_rows", "ok = ok & (tl.load(chosen + t) != 0)", "pass", "kl_rows"),
-    ("_kl_rows", 'side = 1 if mode == "forward" else 0', "side = 0", "parallel"),
+    ("_kl_rows", 'side = 1 if divergence == "forward" else 0', "side = 0", "parallel"),
     (
         "linear_kl",
         "coeff_T = weight_T * (t2 * gradient_scale)",

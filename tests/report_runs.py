@@ -23,7 +23,7 @@ def write_run(folder, labels, sampled, greedy, answered=1.0, seed="0", steps=3, 
             "step": s,
             "wall_s": s,
             "loss": 1.0 / s,
-            "anchor_kl": 0.01 * s,
+            "reference_kl": 0.01 * s,
             "reward/task": 0.5,
             "length": 9,
         }

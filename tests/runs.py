@@ -139,9 +139,9 @@ def table(talkers: Path, folder: Path, phase: str, **over) -> dict:
     roles = {
         "calibrate": {
             "proxy": {"path": str(talkers / "proxy"), "dtype": "float32"},
-            "anchor": {"dtype": "float32"},
+            "reference": {"dtype": "float32"},
             # barely trained models also write bytes that are no text
-            "calibration": {"max_unscored": 1.0},
+            "calibration": {"max_unaligned": 1.0},
         },
         "distill": {"teacher": {"path": str(talkers / "teacher"), "dtype": "float32"}},
         "diagnose": {"teacher": {"path": str(talkers / "teacher"), "dtype": "float32"}},

@@ -137,7 +137,7 @@ def test_the_exploit_is_the_one_that_is_tested():
     for name, row in {
         "truncated reverse KL": "truncated",
         "`renorm`": "renorm",
-        "`ghost`": "ghost",
+        "`bucket`": "bucket",
         "full reverse KL": "full",
     }.items():
         assert numbers(name) == TABLE[row]

@@ -17,7 +17,7 @@ OVERSIZE: dict[str, str] = {}  # "floor/file.py": why splitting it would make it
 # module -> the tests that exercise it, where one file of its own would repeat them
 TESTED_ELSEWHERE = {
     "tokenalign/__main__.py": "test_tokenalign_main.py",
-    "trainer/tally.py": "test_ranks.py",
+    "trainer/metric_sums.py": "test_ranks.py",
     "trainer/titan_decode.py": "test_titan_models.py",
     "trainer/titan_native.py": "test_titan_models.py",
     "trainer/run_folder.py": "test_loop.py",

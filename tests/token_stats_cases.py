@@ -3,7 +3,7 @@
 import numpy as np
 
 from reflux.trainer.data.batch import Prompt, Rollout
-from reflux.trainer.diagnosis.measure import Curves, Reading
+from reflux.trainer.diagnosis.measure import Curves, TokenStats
 from reflux.trainer.diagnosis.token_classes import TYPES
 
 FUNCTION, CONTENT = TYPES.index("function"), TYPES.index("content")
@@ -17,7 +17,7 @@ def reading(
     teacher=(-2.0, -1.0),
     forward=(0.2, 0.4),
     reverse=(0.1, 0.3),
-    ghost=(0.5, 0.6),
+    bucket=(0.5, 0.6),
     types=(FUNCTION, CONTENT),
     type_sums=(0.3, 0.3),
     first_sums=(0.1, 0.5),
@@ -32,7 +32,7 @@ def reading(
     curve = Curves(
         (1, 10),
         np.array([0.9, 0.6]),
-        np.array(ghost),
+        np.array(bucket),
         np.array([0.4 * n, 0.0]),
         whole,
         first,
@@ -40,7 +40,7 @@ def reading(
         np.array([0.1, 0, 0, 0, 0.3]),
     )
     rollout = Rollout(Prompt(prompt, ()), (1,), ids, (0.0,) * len(ids), 0.0, "ab", ended)
-    return Reading(
+    return TokenStats(
         rollout,
         writer,
         right,

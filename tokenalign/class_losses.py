@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from reflux.kernels._divergence import check_mode, divergence_ref
+from reflux.kernels._divergence import check_divergence, divergence_ref
 from reflux.kernels.teacher_topk import TopK
 
 from .projection import Projection
@@ -129,11 +129,11 @@ def class_kl(
     teacher: Tensor | TopK | ClassLogProb,
     pools: Pools,
     *,
-    mode: str = "forward",
+    divergence: str = "forward",
     beta: float = 0.5,
     temperature: float = 1.0,
 ) -> Tensor:
-    """D(Q, P) [S] of the class masses; D is one of the modes of `kernels._divergence` (forward:
+    """D(Q, P) [S] of the class masses; D is one of the divergences of `kernels._divergence` (forward:
     KL(Q || P)).
 
     teacher: logits [S, W]; or class masses [S, N], stored; or its top-k ids with logp and tail, all
@@ -144,10 +144,10 @@ def class_kl(
     ValueError, store ClassLogProb instead. inf where a class has mass on the wrong side alone, as
     in the KL itself.
     """
-    check_mode("class_kl", mode, beta)
+    check_divergence("class_kl", divergence, beta)
     logp_SN = pool_logprob(student_logits_SV, pools.student, temperature=temperature)
     if isinstance(teacher, TopK):
-        return divergence_ref(*_kept_and_rest(logp_SN, teacher, pools), mode, beta)
+        return divergence_ref(*_kept_and_rest(logp_SN, teacher, pools), divergence, beta)
     with torch.no_grad():
         logq_SN = (
             teacher.logp_SN
@@ -159,7 +159,7 @@ def class_kl(
             f"class_kl: the teacher's class masses are {list(logq_SN.shape)} and the student's "
             f"{list(logp_SN.shape)}; want the same rows and the same map on both sides."
         )
-    return divergence_ref(logp_SN, logq_SN.to(logp_SN.dtype), mode, beta)
+    return divergence_ref(logp_SN, logq_SN.to(logp_SN.dtype), divergence, beta)
 
 
 def map_topk(teacher: TopK, student_id_W: Tensor) -> TopK:
@@ -167,7 +167,7 @@ def map_topk(teacher: TopK, student_id_W: Tensor) -> TopK:
     tail with what is not common added.
 
     student_id_W: `vocab_map.student_id_of`, int [W]. What comes out is exact for common pairs +
-    REST, and it is what `kernels.linear_topk_kl(..., tail="ghost")` takes: one student GEMM
+    REST, and it is what `kernels.linear_topk_kl(..., tail="bucket")` takes: one student GEMM
     forward, no [S, N]. A second id of one spelling (a byte token beside its piece) and every stop
     id but the first belong to REST on both sides.
     """
@@ -208,7 +208,7 @@ def hybrid(
     teacher_logits_SW: Tensor,
     pools: Pools,
     *,
-    mode: str = "forward",
+    divergence: str = "forward",
     beta: float = 0.5,
     temperature: float = 1.0,
 ) -> Tensor:
@@ -231,7 +231,7 @@ def hybrid(
         student_logits_SV,
         ClassLogProb(logq_SN),
         pools,
-        mode=mode,
+        divergence=divergence,
         beta=beta,
         temperature=temperature,
     )

@@ -64,7 +64,7 @@ def _run_steps(cfg: Config, engine, phase, record: Record) -> dict[str, float]:
             samples_N, tokens=cfg.batch.tokens, seq_len=engine.seq_len, joined=cfg.batch.pack
         )
         stats = engine.step(batches, phase.loss)  # forward, loss, backward, clip, AdamW
-        stats |= engine.mean(phase.tally) | _timing(stats, start, sampled, scored, engine)
+        stats |= engine.mean(phase.metric_sums) | _timing(stats, start, sampled, scored, engine)
         record(step, _words(cfg, stats), _examples(texts_PG) if cfg.log.samples_every else None)
         try:
             _note(record, phase.close_step(step, stats))  # evaluation and guards

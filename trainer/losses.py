@@ -24,7 +24,7 @@ from reflux.trainer.config.schema import Distill
 Loss = tuple[Tensor, dict[str, Tensor]]
 
 
-class Outputs(NamedTuple):
+class HeadInputs(NamedTuple):
     """What a decoder leaves behind at the T predictor positions; logits are never formed here."""
 
     hidden_TD: Tensor
@@ -34,7 +34,7 @@ class Outputs(NamedTuple):
 
 
 def token_logprob_of(
-    out: Outputs, target: Tensor, *, temperature: float = 1.0, entropy: bool = False
+    out: HeadInputs, target: Tensor, *, temperature: float = 1.0, entropy: bool = False
 ) -> LogProb:
     """log p of the targets [T] or candidates [T, K], fused with the head."""
     return linear_logprob(
@@ -63,8 +63,10 @@ def policy_gradient(logp_T: Tensor, old_logp_T: Tensor, advantage_T: Tensor, cli
     return -gain_T.sum(), metrics
 
 
-def anchor_kl(logp_T: Tensor, old_logp_T: Tensor, original_logp_T: Tensor, estimator: str) -> Loss:
-    """KL(pi || original) from the sampled tokens (estimators of docs/method.md, "Anchor").
+def reference_kl(
+    logp_T: Tensor, old_logp_T: Tensor, original_logp_T: Tensor, estimator: str
+) -> Loss:
+    """KL(pi || original) from the sampled tokens (estimators of docs/method.md, "Reference").
 
     k2_loss: half the squared log-ratio; its gradient is the reverse KL's, on-policy.
     k3_is:   pi/pi_old times k3, differentiated through both: the reverse KL, also for slightly
@@ -78,26 +80,26 @@ def anchor_kl(logp_T: Tensor, old_logp_T: Tensor, original_logp_T: Tensor, estim
         "k3_is": lambda: (logp_T - old_logp_T).exp() * k3_T,
         "k3_loss": lambda: k3_T,
     }[estimator]()
-    return value_T.sum(), {"anchor_kl": k3_T.detach().sum()}
+    return value_T.sum(), {"reference_kl": k3_T.detach().sum()}
 
 
-def exact_anchor_kl(out: Outputs, original: Outputs, *, temperature: float) -> Loss:
+def exact_reference_kl(out: HeadInputs, original: HeadInputs, *, temperature: float) -> Loss:
     """KL(pi || original) over the whole vocabulary at the sampled prefixes."""
     result = linear_kl(
         out.hidden_TD,
         out.head_VD,
         original.hidden_TD,
         original.head_VD,
-        mode="reverse",
+        divergence="reverse",
         temperature=temperature,
         vocab_size=out.vocab_size,
         student_softcap=out.softcap,
         teacher_softcap=original.softcap,
     )
-    return result.total, {"anchor_kl": result.kl.detach().sum()}
+    return result.total, {"reference_kl": result.kl.detach().sum()}
 
 
-def distill_kl(student: Outputs, teacher: Outputs, spec: Distill) -> Loss:
+def distill_kl(student: HeadInputs, teacher: HeadInputs, spec: Distill) -> Loss:
     """Token KL of GKD (arXiv:2306.13649): full vocabulary, or the teacher's top k with its exact
     tail.
     """
@@ -108,7 +110,7 @@ def distill_kl(student: Outputs, teacher: Outputs, spec: Distill) -> Loss:
         student.head_VD,
         teacher.hidden_TD,
         teacher.head_VD,
-        mode=spec.divergence,
+        divergence=spec.divergence,
         beta=spec.beta,
         temperature=spec.temperature,
         scale_t2=spec.scale_t2,
@@ -124,7 +126,7 @@ def _t2(spec: Distill) -> float:
     return spec.temperature**2 if spec.scale_t2 else 1.0
 
 
-def kept_classes(teacher: Outputs, spec: Distill, vocab_size: int | None = None) -> TopK:
+def kept_classes(teacher: HeadInputs, spec: Distill, vocab_size: int | None = None) -> TopK:
     """What an interface with top-k log-probabilities would show of the teacher, and its exact
     tail.
     """
@@ -139,7 +141,7 @@ def kept_classes(teacher: Outputs, spec: Distill, vocab_size: int | None = None)
     )
 
 
-def kept_kl(student: Outputs, kept: TopK, spec: Distill) -> Loss:
+def kept_kl(student: HeadInputs, kept: TopK, spec: Distill) -> Loss:
     """Divergence from a teacher of which only some classes are known, in the student's ids (-1: not
     one of them).
     """
@@ -149,7 +151,7 @@ def kept_kl(student: Outputs, kept: TopK, spec: Distill) -> Loss:
         kept.ids,
         kept.logp,
         kept.tail,
-        mode=spec.divergence,
+        divergence=spec.divergence,
         tail=spec.tail,
         allow_drop=spec.tail == "drop",
         beta=spec.beta,
@@ -161,7 +163,7 @@ def kept_kl(student: Outputs, kept: TopK, spec: Distill) -> Loss:
     return result.total, {"kl": result.kl.sum() / _t2(spec), "teacher_mass": kept.logp.exp().sum()}
 
 
-def at_places(out: Outputs, place_P: Tensor | None) -> Outputs:
+def at_places(out: HeadInputs, place_P: Tensor | None) -> HeadInputs:
     """The outputs at some of the T predictors."""
     return out if place_P is None else out._replace(hidden_TD=out.hidden_TD[place_P])
 

@@ -13,7 +13,7 @@ from shards import run_on_ranks
 from torch._subclasses import FakeTensorMode
 
 from reflux.kernels import _class_rows
-from reflux.kernels._divergence import MODES
+from reflux.kernels._divergence import DIVERGENCES
 from reflux.kernels._parallel import VocabShard
 from reflux.kernels.bucket_kl import _op, bucket_kl, bucket_kl_ref
 from reflux.kernels.class_logprob import class_logprob, class_map
@@ -69,7 +69,7 @@ def run(fn, args, bias_V, dtype, **options):
     W=st.sampled_from([3, 16, 150]),
     N=st.integers(1, 9),
     dtype=st.sampled_from(list(LOSS)),
-    mode=st.sampled_from(MODES),
+    divergence=st.sampled_from(DIVERGENCES),
     beta=st.sampled_from([0.25, 0.5, 0.9]),
     temperature=st.sampled_from([0.5, 1.0, 2.0]),
     softcap=st.sampled_from([None, 4.0]),
@@ -88,7 +88,7 @@ def test_values_and_gradients_match_float64(
     W,
     N,
     dtype,
-    mode,
+    divergence,
     beta,
     temperature,
     softcap,
@@ -108,7 +108,7 @@ def test_values_and_gradients_match_float64(
     bias_V = torch.cat([bias_V, bias_V.new_zeros(padded)])
     rows = torch.arange(T, device=DEVICE)[1:].flip(0) if chosen else None
     options = dict(
-        mode=mode,
+        divergence=divergence,
         beta=beta,
         temperature=temperature,
         weight=weight_T,
@@ -140,8 +140,8 @@ def test_values_and_gradients_match_float64(
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", MODES)
-def test_equal_class_masses_have_no_loss_and_no_gradient(path, mode):  # T1
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_equal_class_masses_have_no_loss_and_no_gradient(path, divergence):  # T1
     """Not equal models: the teacher's ids are the student's, each split into two of half the
     mass.
     """
@@ -154,19 +154,19 @@ def test_equal_class_masses_have_no_loss_and_no_gradient(path, mode):  # T1
             [x_TD, head_VD, classes, x_TD, head_VD.repeat(2, 1), twice],
             bias_V * 0,
             torch.float64,
-            mode=mode,
+            divergence=divergence,
         )
     assert max(t.abs().max() for t in (total, kl_T, *grads)) < 1e-12
 
 
-@given(mode=st.sampled_from(MODES), beta=st.sampled_from([0.25, 0.75]), seed=SEEDS)
-def test_never_negative_and_finer_maps_tell_more(mode, beta, seed):  # T1, T2
+@given(divergence=st.sampled_from(DIVERGENCES), beta=st.sampled_from([0.25, 0.75]), seed=SEEDS)
+def test_never_negative_and_finer_maps_tell_more(divergence, beta, seed):  # T1, T2
     (x_TD, w_VD, fine, y_TE, v_WE, fine_W), _, _ = inputs(2, 50, 40, 8, torch.float64, seed)
     coarse, coarse_W = (
         class_map(torch.where(m.class_V < 0, -1, m.class_V // 3), 3) for m in (fine, fine_W)
     )
     with running("torch"):
-        options = dict(mode=mode, beta=beta)
+        options = dict(divergence=divergence, beta=beta)
         finer_T = bucket_kl(x_TD, w_VD, fine, y_TE, v_WE, fine_W, **options).kl
         coarser_T = bucket_kl(x_TD, w_VD, coarse, y_TE, v_WE, coarse_W, **options).kl
         # one tokenizer: a map both sides share loses information
@@ -181,8 +181,8 @@ def test_never_negative_and_finer_maps_tell_more(mode, beta, seed):  # T1, T2
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", MODES)
-def test_a_class_for_every_id_is_linear_kl_and_one_class_is_nothing(path, mode):
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_class_for_every_id_is_linear_kl_and_one_class_is_nothing(path, divergence):
     args, bias_V, weight_T = inputs(3, 60, 60, 2, torch.float64, seed=2)
     own, one = (
         class_map(torch.arange(60, device=DEVICE), 60),
@@ -195,16 +195,16 @@ def test_a_class_for_every_id_is_linear_kl_and_one_class_is_nothing(path, mode):
             [*pairs[:2], own, *pairs[2:], own],
             bias_V,
             torch.float64,
-            mode=mode,
+            divergence=divergence,
             weight=weight_T,
         )
-        want = run(linear_kl, pairs, bias_V, torch.float64, mode=mode, weight=weight_T)
+        want = run(linear_kl, pairs, bias_V, torch.float64, divergence=divergence, weight=weight_T)
         none = run(
             bucket_kl,
             [*pairs[:2], one, *pairs[2:], one],
             bias_V,
             torch.float64,
-            mode=mode,
+            divergence=divergence,
             weight=weight_T,
         )
     for a, b in zip(got, want, strict=True):
@@ -240,19 +240,22 @@ def test_the_forward_gradient_is_the_closed_form(path):  # T3
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", MODES)
-def test_a_stored_teacher_of_class_probabilities_gives_the_same(path, mode):
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_stored_teacher_of_class_probabilities_gives_the_same(path, divergence):
     """Offline: keep class_logprob's N floats a position, and compare with token_kl."""
     args, bias_V, weight_T = inputs(3, 70, 60, 6, torch.float64, seed=4)
     x_TD, w_VD = (t.detach().requires_grad_() for t in args[:2])
     with running(path, 64):
         stored_TN = class_logprob(*args[3:])
         kept = token_kl(
-            class_logprob(x_TD, w_VD, args[2], bias=bias_V), stored_TN, mode=mode, weight=weight_T
+            class_logprob(x_TD, w_VD, args[2], bias=bias_V),
+            stored_TN,
+            divergence=divergence,
+            weight=weight_T,
         )
         grads = torch.autograd.grad(kept.total * -0.7, (x_TD, w_VD))
         total, kl_T, *fused = run(
-            bucket_kl, args, bias_V, torch.float64, mode=mode, weight=weight_T
+            bucket_kl, args, bias_V, torch.float64, divergence=divergence, weight=weight_T
         )
     torch.testing.assert_close(kept.kl, kl_T)
     for a, b in zip(grads, fused):
@@ -260,8 +263,8 @@ def test_a_stored_teacher_of_class_probabilities_gives_the_same(path, mode):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", MODES)
-def test_a_class_that_one_side_lacks(path, mode):
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_class_that_one_side_lacks(path, divergence):
     """Refused where every row would be infinite; else its probability is 0 and everything stays
     finite.
     """
@@ -273,14 +276,14 @@ def test_a_class_that_one_side_lacks(path, mode):
     for side, infinite in ((2, "forward"), (5, "reverse")):
         case = [lacking[side] if i == side else a for i, a in enumerate(args)]
         with running(path, 64):
-            if mode == infinite:
+            if divergence == infinite:
                 with pytest.raises(
                     ValueError, match="such as 2, have ids of the (teacher|student) only"
                 ):
-                    run(bucket_kl, case, bias_V, torch.float64, mode=mode)
+                    run(bucket_kl, case, bias_V, torch.float64, divergence=divergence)
                 continue
-            got = run(bucket_kl, case, bias_V, torch.float64, mode=mode)
-            truth = run(bucket_kl_ref, case, bias_V, torch.float64, mode=mode)
+            got = run(bucket_kl, case, bias_V, torch.float64, divergence=divergence)
+            truth = run(bucket_kl_ref, case, bias_V, torch.float64, divergence=divergence)
         assert got[1].isfinite().all()
         for a, b in zip(got[:2], truth[:2]):
             torch.testing.assert_close(a, b)
@@ -290,31 +293,33 @@ def test_a_class_that_one_side_lacks(path, mode):
             assert a.isfinite().all()
     both = [lacking.get(i, a) for i, a in enumerate(args)]
     with running(path, 64):
-        assert run(bucket_kl, both, bias_V, torch.float64, mode=mode)[1].isfinite().all()
+        assert (
+            run(bucket_kl, both, bias_V, torch.float64, divergence=divergence)[1].isfinite().all()
+        )
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", MODES)
-def test_a_row_that_is_not_finite_is_reported_and_left_out(path, mode):
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_row_that_is_not_finite_is_reported_and_left_out(path, divergence):
     args, bias_V, _ = inputs(4, 40, 30, 5, torch.float32, seed=6)
     args[3][1] = float("nan")
     rows = torch.tensor([0, 2, 3], device=DEVICE)
     with running(path, 64):
-        _, kl_T, dx_TD, *grads = run(bucket_kl, args, bias_V, torch.float32, mode=mode)
+        _, kl_T, dx_TD, *grads = run(bucket_kl, args, bias_V, torch.float32, divergence=divergence)
         _, kept_T, dkept_TD, *kept = run(
             bucket_kl,
             [args[0][rows], *args[1:3], args[3][rows], *args[4:]],
             bias_V,
             torch.float32,
-            mode=mode,
+            divergence=divergence,
         )
         without = bucket_kl(
             *args,
-            mode=mode,
+            divergence=divergence,
             weight=torch.tensor([1.0, 0, 1, 1], device=DEVICE),
             student_bias=bias_V,
         )
-        chosen = bucket_kl(*args, mode=mode, rows=rows, student_bias=bias_V)
+        chosen = bucket_kl(*args, divergence=divergence, rows=rows, student_bias=bias_V)
     assert kl_T[1].isnan() and (dx_TD[1] == 0).all() and chosen.kl[1] == 0
     for a, b in zip(
         (kl_T[rows], dx_TD[rows], *grads, without.total, chosen.total),
@@ -329,10 +334,10 @@ def test_the_same_bits_twice_and_shuffled_ids_change_nothing(path):
     order_V = torch.randperm(90, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     shuffled = [args[0], args[1][order_V], class_map(args[2].class_V[order_V], 7), *args[3:]]
     with running(path, 64):
-        want = run(bucket_kl, args, bias_V, torch.float32, mode="jsd", weight=weight_T)
-        again = run(bucket_kl, args, bias_V, torch.float32, mode="jsd", weight=weight_T)
+        want = run(bucket_kl, args, bias_V, torch.float32, divergence="jsd", weight=weight_T)
+        again = run(bucket_kl, args, bias_V, torch.float32, divergence="jsd", weight=weight_T)
         other = run(
-            bucket_kl, shuffled, bias_V[order_V], torch.float32, mode="jsd", weight=weight_T
+            bucket_kl, shuffled, bias_V[order_V], torch.float32, divergence="jsd", weight=weight_T
         )
     assert all(torch.equal(a, b) for a, b in zip(want, again))
     for a, b in zip((*want[:3], want[3][order_V], want[4][order_V]), other):
@@ -419,7 +424,7 @@ def test_it_compiles_into_a_full_graph_and_never_waits_for_the_device():
     x_TD, w_VD = (t.requires_grad_() for t in args[:2])
 
     def loss(x_TD, w_VD):
-        return bucket_kl(x_TD * 2, w_VD, *args[2:], mode="jsd", weight=weight_T).total * 3
+        return bucket_kl(x_TD * 2, w_VD, *args[2:], divergence="jsd", weight=weight_T).total * 3
 
     with running("torch"):
         got = torch.autograd.grad(
@@ -471,7 +476,7 @@ def all_slices(*cases):
 
 def test_slices_of_both_vocabularies_equal_the_whole():
     cases = []
-    for seed, cuts, mode in (
+    for seed, cuts, divergence in (
         (0, (20, 10), "jsd"),
         (1, (1, 29), "forward"),
         (2, (30, 0), "reverse"),
@@ -484,7 +489,9 @@ def test_slices_of_both_vocabularies_equal_the_whole():
                 bias_V,
                 weight_T,
                 cuts,
-                dict(mode=mode, temperature=2.0, student_softcap=4.0, workspace_mb=0.001),
+                dict(
+                    divergence=divergence, temperature=2.0, student_softcap=4.0, workspace_mb=0.001
+                ),
             )
         )
     both = run_on_ranks(all_slices, *cases)
@@ -505,8 +512,8 @@ MAPS = class_map(torch.tensor([0, 1, 1, -1]), 3), class_map(torch.tensor([0, 1, 
 @pytest.mark.parametrize(
     "change, match",
     [
-        (dict(mode="kl"), "want one of forward"),
-        (dict(mode="jsd", beta=1.0), "use mode='forward'"),
+        (dict(divergence="kl"), "want one of forward"),
+        (dict(divergence="jsd", beta=1.0), "use divergence='forward'"),
         (dict(weight=torch.ones(2, 1)), r"want \[T\]"),
         (dict(teacher_head_WE=torch.zeros(6, 3)), r"\(teacher\): the class map has 3 ids"),
         (dict(teacher_hidden_TE=torch.zeros(3, 3)), "3 teacher rows"),

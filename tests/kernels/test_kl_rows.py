@@ -10,7 +10,7 @@ from close import DEVICE, PATHS, running
 
 from reflux.kernels import _triton
 from reflux.kernels._chunks import padded, project
-from reflux.kernels._divergence import MODES
+from reflux.kernels._divergence import DIVERGENCES
 from reflux.kernels._kl_rows import kl_rows
 
 # numpy, about -inf - -inf in masked lanes
@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.skipif(not _triton.HAS_TRITON, reason="rows of kernels"),
 ]
-each_mode = pytest.mark.parametrize("mode", MODES)
+each_mode = pytest.mark.parametrize("divergence", DIVERGENCES)
 
 
 def block(C, V, seed=0):
@@ -31,13 +31,13 @@ def block(C, V, seed=0):
     )
 
 
-def rows_of(z_CV, u_CV, mode, dz_CV, softcap=0.0):
+def rows_of(z_CV, u_CV, divergence, dz_CV, softcap=0.0):
     coeff_C = torch.linspace(-1, 2, len(z_CV), device=DEVICE)
-    return kl_rows(z_CV, u_CV, coeff_C, (0.5, 0.5), mode, 0.25, softcap, dz_CV)
+    return kl_rows(z_CV, u_CV, coeff_C, (0.5, 0.5), divergence, 0.25, softcap, dz_CV)
 
 
 @each_mode
-def test_pads_change_nothing_to_the_bit(mode):
+def test_pads_change_nothing_to_the_bit(divergence):
     with running("kernel", 64):
         z_CV, u_CV = block(3, 70), block(3, 70, seed=1)
         assert (
@@ -46,24 +46,24 @@ def test_pads_change_nothing_to_the_bit(mode):
             and (padded(z_CV)[:, 70:] == -torch.inf).all()
         )
         dz_CV, wide_CV = torch.empty(3, 70, device=DEVICE), torch.empty(3, 128, device=DEVICE)
-        kl_C = rows_of(z_CV, u_CV, mode, dz_CV, softcap=30.0)
-        same_C = rows_of(padded(z_CV), padded(u_CV), mode, wide_CV, softcap=30.0)
+        kl_C = rows_of(z_CV, u_CV, divergence, dz_CV, softcap=30.0)
+        same_C = rows_of(padded(z_CV), padded(u_CV), divergence, wide_CV, softcap=30.0)
     assert kl_C.equal(same_C) and dz_CV.equal(wide_CV[:, :70])
     assert (wide_CV[:, 70:] == 0).all()  # finite: a GEMM over pads would not meet NaN
 
 
 @pytest.mark.parametrize("path", PATHS)
 @each_mode
-def test_a_row_knows_nothing_of_its_neighbours_or_of_where_its_gradient_goes(path, mode):
+def test_a_row_knows_nothing_of_its_neighbours_or_of_where_its_gradient_goes(path, divergence):
     """In a chunk or alone, in place or beside, with a gradient or without: the same bits."""
     with running(path, 128):
         z_CV, u_CV = padded(block(3, 180)), padded(block(3, 180, seed=1))
         dz_CV, alone_CV = torch.empty_like(z_CV), z_CV[1:2].clone()
-        kl_C = rows_of(z_CV, u_CV, mode, dz_CV)
+        kl_C = rows_of(z_CV, u_CV, divergence, dz_CV)
         coeff_C = torch.linspace(-1, 2, 3, device=DEVICE)[1:2]
-        alone_C = kl_rows(alone_CV, u_CV[1:2], coeff_C, (0.5, 0.5), mode, 0.25, 0.0, alone_CV)
+        alone_C = kl_rows(alone_CV, u_CV[1:2], coeff_C, (0.5, 0.5), divergence, 0.25, 0.0, alone_CV)
         assert alone_C.equal(kl_C[1:2]) and alone_CV.equal(dz_CV[1:2])
-        assert rows_of(z_CV[:1], u_CV[:1], mode, None).equal(kl_C[:1])
+        assert rows_of(z_CV[:1], u_CV[:1], divergence, None).equal(kl_C[:1])
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -82,7 +82,7 @@ def test_a_bf16_gradient_of_fp32_logits_is_the_rounded_one(path):
 
 
 @each_mode
-def test_a_row_that_was_not_chosen_has_no_gradient_whatever_lay_in_memory(mode):
+def test_a_row_that_was_not_chosen_has_no_gradient_whatever_lay_in_memory(divergence):
     """Its statistics are never written. NaN there would hide a missing test of the choice, so ones
     lie there.
     """
@@ -100,7 +100,7 @@ def test_a_row_that_was_not_chosen_has_no_gradient_whatever_lay_in_memory(mode):
             u_CV,
             torch.ones(2, device=DEVICE),
             (1.0, 1.0),
-            mode,
+            divergence,
             0.25,
             0.0,
             dz_CV,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reflux.kernels import _triton
-from reflux.kernels._divergence import MODES
+from reflux.kernels._divergence import DIVERGENCES
 from reflux.kernels.linear_kl import _op, linear_kl, linear_kl_ref
 
 # numpy, about -inf - -inf in masked lanes
@@ -56,7 +56,7 @@ def run(fn, tensors, dtype, biases=None, **options):
     V=SIZES,
     dims=st.tuples(st.integers(1, 8), st.integers(1, 8)),
     dtype=st.sampled_from(list(LOSS)),
-    mode=st.sampled_from(MODES),
+    divergence=st.sampled_from(DIVERGENCES),
     beta=st.sampled_from([0.25, 0.5, 0.9]),
     temperature=st.sampled_from([0.5, 1.0, 2.0]),
     softcap=st.sampled_from([None, 4.0]),
@@ -76,7 +76,7 @@ def test_values_and_gradients_match_float64(
     V,
     dims,
     dtype,
-    mode,
+    divergence,
     beta,
     temperature,
     softcap,
@@ -111,7 +111,7 @@ def test_values_and_gradients_match_float64(
         else torch.tensor([t for t in chosen if t < T], dtype=torch.long, device=DEVICE)
     )
     options = dict(
-        mode=mode,
+        divergence=divergence,
         beta=beta,
         temperature=temperature,
         weight=weight_T,
@@ -139,8 +139,8 @@ def test_values_and_gradients_match_float64(
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", MODES)
-def test_the_gradient_is_the_slope(path, mode):
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_gradient_is_the_slope(path, divergence):
     (x_TD, w_VD, y_TE, v_VE), weight_T = inputs(2, 11, 3, 2, torch.float64, seed=9)
     leaves = [
         t.requires_grad_()
@@ -154,7 +154,7 @@ def test_the_gradient_is_the_slope(path, mode):
             y_TE,
             v_VE,
             student_bias=b_V,
-            mode=mode,
+            divergence=divergence,
             beta=0.25,
             temperature=2.0,
             scale_t2=True,
@@ -167,15 +167,18 @@ def test_the_gradient_is_the_slope(path, mode):
         assert torch.autograd.gradcheck(total, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("path, mode", [(PATHS[0], "jsd"), *((PATHS[-1], mode) for mode in MODES)])
-def test_laws_of_the_softmax(path, mode):
+@pytest.mark.parametrize(
+    "path, divergence",
+    [(PATHS[0], "jsd"), *((PATHS[-1], divergence) for divergence in DIVERGENCES)],
+)
+def test_laws_of_the_softmax(path, divergence):
     """A constant on all logits changes nothing, a permuted vocabulary permutes the gradient, and
     gradients sum to 0.
     """
     tensors, weight_T = inputs(3, 70, 5, 4, torch.float64, seed=10)
     order_V = torch.randperm(70, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     bias_V = torch.linspace(-2, 2, 70, device=DEVICE, dtype=torch.float64)
-    options = dict(mode=mode, weight=weight_T)
+    options = dict(divergence=divergence, weight=weight_T)
     with running(path, 64):
         plain = run(linear_kl, tensors, torch.float64, (bias_V, -bias_V), **options)
         shifted = run(linear_kl, tensors, torch.float64, (bias_V + 50, -bias_V - 20), **options)
@@ -220,40 +223,42 @@ def test_rows_that_were_not_chosen_are_not_computed(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", ["forward", "jsd"])
-def test_the_loss_of_a_token_does_not_depend_on_its_chunk(path, mode):
+@pytest.mark.parametrize("divergence", ["forward", "jsd"])
+def test_the_loss_of_a_token_does_not_depend_on_its_chunk(path, divergence):
     """To the bit. Whole numbers make the GEMM exact in any order; what is left is the row
     function's own.
     """
     tensors, weight_T = inputs(3, 100, 4, 4, torch.float32, seed=12)
     tensors = [(t * 2).round() for t in tensors]
     with running(path, 64):
-        whole, again = (linear_kl(*tensors, mode=mode, weight=weight_T) for _ in range(2))
-        cut = linear_kl(*tensors, mode=mode, weight=weight_T, workspace_mb=0.001)
+        whole, again = (
+            linear_kl(*tensors, divergence=divergence, weight=weight_T) for _ in range(2)
+        )
+        cut = linear_kl(*tensors, divergence=divergence, weight=weight_T, workspace_mb=0.001)
     assert whole.kl.equal(cut.kl) and whole.kl.equal(again.kl) and whole.total.equal(again.total)
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", MODES)
-def test_equal_distributions_have_no_loss_and_no_gradient(path, mode):  # T1
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_equal_distributions_have_no_loss_and_no_gradient(path, divergence):  # T1
     (x_TD, w_VD, _, _), _ = inputs(4, 70, 6, 6, torch.float32, seed=1)
     with running(path, 64):
         total, kl_T, dx_TD, dw_VD = run(
-            linear_kl, (x_TD, w_VD, x_TD, w_VD), torch.float32, mode=mode
+            linear_kl, (x_TD, w_VD, x_TD, w_VD), torch.float32, divergence=divergence
         )
     assert max(t.abs().max() for t in (total, kl_T, dx_TD, dw_VD)) < 1e-5
 
 
 @given(
-    mode=st.sampled_from(MODES),
+    divergence=st.sampled_from(DIVERGENCES),
     beta=st.sampled_from([0.25, 0.75]),
     scale=st.sampled_from([0.1, 1.0, 20.0]),
     seed=SEEDS,
 )
-def test_a_divergence_is_never_negative(mode, beta, scale, seed):  # T1
+def test_a_divergence_is_never_negative(divergence, beta, scale, seed):  # T1
     (x_TD, *rest), _ = inputs(3, 60, 5, 4, torch.float32, seed)
     with running("torch"):
-        kl_T = linear_kl(x_TD * scale, *rest, mode=mode, beta=beta).kl
+        kl_T = linear_kl(x_TD * scale, *rest, divergence=divergence, beta=beta).kl
     assert (kl_T > -1e-5 * max(1.0, scale)).all()
 
 
@@ -268,29 +273,36 @@ def test_beta_weighs_the_teacher(path):  # T29: conventions differ between libra
     skew_T = (logq_TV.exp() * (logq_TV - m_TV.log())).sum(1)
     with running(path, 64):
         torch.testing.assert_close(
-            linear_kl(x_TD, w_VD, xt_TE, wt_VE, mode="jsd", beta=0.2).kl, jsd_T
+            linear_kl(x_TD, w_VD, xt_TE, wt_VE, divergence="jsd", beta=0.2).kl, jsd_T
         )
         torch.testing.assert_close(
-            linear_kl(xt_TE, wt_VE, x_TD, w_VD, mode="jsd", beta=0.8).kl, jsd_T
+            linear_kl(xt_TE, wt_VE, x_TD, w_VD, divergence="jsd", beta=0.8).kl, jsd_T
         )
         torch.testing.assert_close(
-            linear_kl(x_TD, w_VD, xt_TE, wt_VE, mode="skew_forward", beta=0.2).kl, skew_T
+            linear_kl(x_TD, w_VD, xt_TE, wt_VE, divergence="skew_forward", beta=0.2).kl, skew_T
         )
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", MODES)
-def test_a_row_that_is_not_finite_is_reported_and_left_out(path, mode):
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_row_that_is_not_finite_is_reported_and_left_out(path, divergence):
     (x_TD, w_VD, xt_TE, wt_VE), _ = inputs(4, 30, 3, 3, torch.float32, seed=3)
     xt_TE[1] = float("nan")
     rows = torch.tensor([0, 2, 3], device=DEVICE)
     with running(path, 64):
-        _, kl_T, dx_TD, dw_VD = run(linear_kl, (x_TD, w_VD, xt_TE, wt_VE), torch.float32, mode=mode)
+        _, kl_T, dx_TD, dw_VD = run(
+            linear_kl, (x_TD, w_VD, xt_TE, wt_VE), torch.float32, divergence=divergence
+        )
         _, kept_T, dkept_TD, dw_kept_VD = run(
-            linear_kl, (x_TD[rows], w_VD, xt_TE[rows], wt_VE), torch.float32, mode=mode
+            linear_kl, (x_TD[rows], w_VD, xt_TE[rows], wt_VE), torch.float32, divergence=divergence
         )
         without = linear_kl(
-            x_TD, w_VD, xt_TE, wt_VE, mode=mode, weight=torch.tensor([1.0, 0, 1, 1], device=DEVICE)
+            x_TD,
+            w_VD,
+            xt_TE,
+            wt_VE,
+            divergence=divergence,
+            weight=torch.tensor([1.0, 0, 1, 1], device=DEVICE),
         )
     assert kl_T[1].isnan() and (dx_TD[1] == 0).all()
     torch.testing.assert_close(kl_T[rows], kept_T)
@@ -300,9 +312,9 @@ def test_a_row_that_is_not_finite_is_reported_and_left_out(path, mode):
     torch.testing.assert_close(without.total, kept_T.sum())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("rows_M", [None, torch.arange(0, 300, 2)], ids=["all", "rows"])
-def test_the_full_logits_never_exist(mode, rows_M):  # T25
+def test_the_full_logits_never_exist(divergence, rows_M):  # T25
     tensors, weight_T = inputs(300, 400, 8, 8, torch.float32, seed=4)
     bias_V = torch.zeros(400, device=DEVICE, requires_grad=True)
     tensors[0].requires_grad_(), tensors[1].requires_grad_()
@@ -310,7 +322,7 @@ def test_the_full_logits_never_exist(mode, rows_M):  # T25
     with running("torch"), NoLargeTensor(300 * 400 // 2):
         linear_kl(
             *tensors,
-            mode=mode,
+            divergence=divergence,
             weight=weight_T,
             workspace_mb=0.5,
             rows=rows_M,
@@ -325,7 +337,9 @@ def test_the_full_logits_never_exist(mode, rows_M):  # T25
         NoLargeTensor(300 * 400 // 2),
         running("torch"),
     ):
-        linear_kl(*tensors, mode=mode)  # a workspace that holds all rows is seen inside the op
+        linear_kl(
+            *tensors, divergence=divergence
+        )  # a workspace that holds all rows is seen inside the op
 
 
 def test_nothing_waits_for_the_gpu():
@@ -334,11 +348,11 @@ def test_nothing_waits_for_the_gpu():
     """
     tensors, weight_T = inputs(3, 20, 4, 5, torch.float32, seed=13)
     bias_V, rows_M = torch.zeros(20, device=DEVICE), torch.tensor([2, 0], device=DEVICE)
-    with running("torch"), FakeTensorMode() as mode:
+    with running("torch"), FakeTensorMode() as divergence:
         x_TD, w_VD, y_TE, v_VE, b_V, weight_T, rows_M = (
-            mode.from_tensor(t) for t in (*tensors, bias_V, weight_T, rows_M)
+            divergence.from_tensor(t) for t in (*tensors, bias_V, weight_T, rows_M)
         )
-        for name in MODES:
+        for name in DIVERGENCES:
             _op._init_fn(
                 x_TD,
                 w_VD,
@@ -378,9 +392,9 @@ def test_autocast_is_what_a_linear_layer_would_do():
     tensors, weight_T = inputs(3, 40, 8, 6, torch.float32, seed=15)
     bias_V = torch.linspace(-1, 1, 40, device=DEVICE)
     with running("torch"):
-        want = run(linear_kl, tensors, torch.bfloat16, (bias_V, bias_V), mode="jsd")
+        want = run(linear_kl, tensors, torch.bfloat16, (bias_V, bias_V), divergence="jsd")
         with torch.autocast(DEVICE, torch.bfloat16):
-            got = run(linear_kl, tensors, torch.float32, (bias_V, bias_V), mode="jsd")
+            got = run(linear_kl, tensors, torch.float32, (bias_V, bias_V), divergence="jsd")
     for a, b in zip(got, want, strict=True):
         # and the gradient of logits has not been rounded to 16 bits on its way back
         assert a.dtype == torch.float32
@@ -452,7 +466,7 @@ def test_it_compiles_into_a_full_graph():
     tensors, weight_T = inputs(3, 20, 4, 5, torch.float32, seed=8)
 
     def loss(x_TD, w_VD):
-        return linear_kl(x_TD * 2, w_VD, *tensors[2:], mode="jsd", weight=weight_T).total * 3
+        return linear_kl(x_TD * 2, w_VD, *tensors[2:], divergence="jsd", weight=weight_T).total * 3
 
     x_TD, w_VD = (t.requires_grad_() for t in tensors[:2])
     with running("torch"):
@@ -467,8 +481,8 @@ def test_it_compiles_into_a_full_graph():
 @pytest.mark.parametrize(
     "options, match",
     [
-        (dict(mode="kl"), "want one of forward"),
-        (dict(mode="jsd", beta=1.0), "use mode='forward'"),
+        (dict(divergence="kl"), "want one of forward"),
+        (dict(divergence="jsd", beta=1.0), "use divergence='forward'"),
         (dict(weight=torch.ones(2, 1)), r"want \[T\]"),
         (dict(teacher_head_VE=torch.zeros(6, 3)), "pass vocab_size"),
         (dict(teacher_hidden_TE=torch.zeros(3, 3)), "3 teacher rows"),

@@ -31,7 +31,7 @@ def inputs(T, V, D, K, dtype, seed):
 
 
 def run(fn, tensors, target, dtype, **options):
-    """Outputs and gradients in hidden, head and bias under an upstream gradient of mixed signs."""
+    """HeadInputs and gradients in hidden, head and bias under an upstream gradient of mixed signs."""
     x_TD, w_VD, b_V = (t.detach().to(dtype).requires_grad_() for t in tensors)
     out = fn(x_TD, w_VD, target, bias=b_V, **options)
     parts = [o for o in out if o is not None]

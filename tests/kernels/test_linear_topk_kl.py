@@ -98,7 +98,7 @@ def test_values_and_gradients_match_float64(
     workspace_mb,
     seed,
 ):
-    (mode, tail), K = case, min(K, V)
+    (divergence, tail), K = case, min(K, V)
     x_TD, w_VD, b_V = student(T, V, D, seed, dtype)
     # T15: junk columns
     w_VD, b_V = (
@@ -112,7 +112,7 @@ def test_values_and_gradients_match_float64(
         ids_TK, logp_TK = pad_some(ids_TK, logp_TK, V)
     kept = floats((ids_TK, logp_TK, tail_T), torch.promote_types(dtype, torch.float32))
     options = dict(
-        mode=mode,
+        divergence=divergence,
         tail=tail,
         beta=0.25,
         temperature=temperature,
@@ -150,8 +150,8 @@ def test_values_and_gradients_match_float64(
 
 
 @both_paths
-@pytest.mark.parametrize("mode, tail", ALLOWED)
-def test_gradcheck(path, mode, tail):  # T3
+@pytest.mark.parametrize("divergence, tail", ALLOWED)
+def test_gradcheck(path, divergence, tail):  # T3
     kept = keep(randn(3, 20, seed=1), 4, 2.0)
     with running(path, 64):
         torch.autograd.gradcheck(
@@ -159,7 +159,7 @@ def test_gradcheck(path, mode, tail):  # T3
                 with_bias(linear_topk)(
                     *s,
                     *kept,
-                    mode=mode,
+                    divergence=divergence,
                     tail=tail,
                     beta=0.25,
                     temperature=2.0,
@@ -174,8 +174,8 @@ def test_gradcheck(path, mode, tail):  # T3
 
 
 @both_paths
-@pytest.mark.parametrize("mode, tail", PROPER)
-def test_a_student_equal_to_its_teacher_learns_nothing(path, mode, tail):  # T1
+@pytest.mark.parametrize("divergence, tail", PROPER)
+def test_a_student_equal_to_its_teacher_learns_nothing(path, divergence, tail):  # T1
     x_TD, w_VD, _ = student(3, 60, 5, 2)
     with running(path, 64):
         out = run(
@@ -183,7 +183,7 @@ def test_a_student_equal_to_its_teacher_learns_nothing(path, mode, tail):  # T1
             [x_TD, w_VD],
             teacher_topk(x_TD, w_VD, 5, softcap=4.0),
             torch.float64,
-            mode=mode,
+            divergence=divergence,
             tail=tail,
             softcap=4.0,
         )
@@ -195,15 +195,15 @@ def test_the_whole_vocabulary_is_the_full_divergence(path):  # T2
     (x_TD, w_VD, _), (y_TD, v_VD, _) = student(3, 40, 5, 4), student(3, 40, 5, 7)
     with running(path, 64):
         got = run(
-            linear_topk, [x_TD, w_VD], teacher_topk(y_TD, v_VD, 40), torch.float64, mode="jsd"
+            linear_topk, [x_TD, w_VD], teacher_topk(y_TD, v_VD, 40), torch.float64, divergence="jsd"
         )
-        want = run(linear_kl, [x_TD, w_VD], (y_TD, v_VD), torch.float64, mode="jsd")
+        want = run(linear_kl, [x_TD, w_VD], (y_TD, v_VD), torch.float64, divergence="jsd")
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 @both_paths
-@pytest.mark.parametrize("tail", ["ghost", "renorm"])
+@pytest.mark.parametrize("tail", ["bucket", "renorm"])
 def test_the_loss_of_a_token_does_not_depend_on_its_chunk(path, tail):
     """To the bit. Whole numbers make the GEMM exact in any order; what is left is the row
     functions' own.
@@ -217,7 +217,7 @@ def test_the_loss_of_a_token_does_not_depend_on_its_chunk(path, tail):
                 [x_TD, w_VD],
                 kept,
                 torch.float32,
-                mode="jsd",
+                divergence="jsd",
                 tail=tail,
                 workspace_mb=mb,
             )
@@ -231,7 +231,7 @@ def test_few_kept_ids_are_gathered_and_many_are_not():
     """renorm takes the path that moves fewer bytes, with the same numbers."""
     (x_TD, w_VD, b_V), kept = student(3, 1300, 4, 11), keep(randn(3, 1300, seed=12), 3)
     options = dict(
-        mode="jsd",
+        divergence="jsd",
         tail="renorm",
         softcap=3.0,
         logit_scale=0.5,
@@ -269,7 +269,7 @@ def arguments(need=True):
         signed_weights(3, 16),
         None,
         "jsd",
-        "ghost",
+        "bucket",
         0.5,
         1.0,
         False,
@@ -285,11 +285,11 @@ def arguments(need=True):
     )
 
 
-# T25; a dispatch mode does not see inside an op, so it is unwrapped
+# T25; a dispatch divergence does not see inside an op, so it is unwrapped
 def test_the_full_logits_never_exist():
     x_TD, w_VD, b_V = student(300, 400, 8, 5, torch.float32)
     kept = floats(keep(randn(300, 400, seed=6), 8))
-    for tail in ("ghost", "renorm"):
+    for tail in ("bucket", "renorm"):
         with running("torch"), NoLargeTensor(300 * 400 // 2):
             _op._init_fn(
                 x_TD,
@@ -323,9 +323,10 @@ def test_the_op_keeps_torch_librarys_contract(path):
 
 def test_nothing_waits_for_the_device():
     """Fake tensors have no values to wait for: reading one raises."""
-    with running("torch"), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with running("torch"), FakeTensorMode(allow_non_fake_inputs=True) as divergence:
         args = [
-            mode.from_tensor(x.detach()) if isinstance(x, torch.Tensor) else x for x in arguments()
+            divergence.from_tensor(x.detach()) if isinstance(x, torch.Tensor) else x
+            for x in arguments()
         ]
         for rows_M in (None, torch.arange(2)):
             _, kl_T, *gradients = _op._init_fn(*args[:7], rows_M, *args[8:])
@@ -345,7 +346,7 @@ def test_it_compiles_into_a_full_graph():
     def loss(x_TD, w_VD, b_V):
         return (
             linear_topk_kl(
-                x_TD * 2, w_VD, *kept, bias=b_V, mode="jsd", rows=torch.tensor([2, 0])
+                x_TD * 2, w_VD, *kept, bias=b_V, divergence="jsd", rows=torch.tensor([2, 0])
             ).total
             * 3
         )
@@ -383,7 +384,7 @@ def test_who_gets_a_gradient():
 
 
 @both_paths
-@pytest.mark.parametrize("tail", ["ghost", "renorm"])
+@pytest.mark.parametrize("tail", ["bucket", "renorm"])
 def test_autocast_casts_as_a_linear_layer_does(path, tail):
     (x_TD, w_VD, _), kept = (
         student(3, 20, 4, 24, torch.float32),
@@ -409,7 +410,7 @@ def on_a_slice(path: str, cuts: list[int], tensors, kept, weight_T, cases) -> li
                 [x_TD, w_VD[start:end], b_V[start:end]],
                 kept,
                 x_TD.dtype,
-                mode=mode,
+                divergence=divergence,
                 tail=tail,
                 weight=weight_T,
                 shard=shard,
@@ -418,7 +419,7 @@ def on_a_slice(path: str, cuts: list[int], tensors, kept, weight_T, cases) -> li
                 logit_scale=0.5,
                 workspace_mb=0.0005,
             )
-            for mode, tail in cases
+            for divergence, tail in cases
         ]
 
 
@@ -429,8 +430,8 @@ def test_slices_of_the_vocabulary_give_what_the_whole_gives(path, cuts):
     tensors, (ids_TK, logp_TK, tail_T) = student(T, 40, 5, 26), keep(randn(T, V, seed=29), 6)
     kept, weight_T = (*pad_some(ids_TK, logp_TK, V), tail_T), signed_weights(T, 30)
     cases = [
-        ("forward", "ghost"),
-        ("reverse", "ghost"),
+        ("forward", "bucket"),
+        ("reverse", "bucket"),
         ("jsd", "renorm"),
         ("forward", "sampled"),
         ("forward", "drop"),
@@ -438,14 +439,14 @@ def test_slices_of_the_vocabulary_give_what_the_whole_gives(path, cuts):
     ranks = run_on_ranks(
         on_a_slice, path, cuts, tensors, kept, weight_T, cases if cuts[1] == 23 else cases[:1]
     )
-    for (mode, tail), *parts in zip(cases, *ranks):
+    for (divergence, tail), *parts in zip(cases, *ranks):
         with running("torch"):
             whole = run(
                 with_bias(linear_topk),
                 tensors,
                 kept,
                 torch.float64,
-                mode=mode,
+                divergence=divergence,
                 tail=tail,
                 weight=weight_T,
                 vocab_size=V,
@@ -463,7 +464,7 @@ def test_slices_of_the_vocabulary_give_what_the_whole_gives(path, cuts):
 @pytest.mark.parametrize(
     "options, match",
     [
-        (dict(tail="tail"), "want one of ghost"),
+        (dict(tail="tail"), "want one of bucket"),
         (
             dict(
                 tail="renorm",
@@ -472,9 +473,9 @@ def test_slices_of_the_vocabulary_give_what_the_whole_gives(path, cuts):
             ),
             "K = 1",
         ),
-        (dict(tail="drop", mode="reverse"), "use tail='ghost'"),
+        (dict(tail="drop", divergence="reverse"), "use tail='bucket'"),
         (dict(tail="drop"), "allow_drop=True"),
-        (dict(tail="sampled", mode="jsd"), "use tail='ghost'"),
+        (dict(tail="sampled", divergence="jsd"), "use tail='bucket'"),
         (dict(teacher_tail_T=None), "teacher_topk returns it"),
         (dict(teacher_tail_T=torch.zeros(3)), r"want \[T\]"),
         (

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from reflux.kernels._divergence import MODES
+from reflux.kernels._divergence import DIVERGENCES
 from reflux.kernels._parallel import VocabShard, common_width, local_head, local_width, merge_sums
 from reflux.kernels.linear_kl import linear_kl
 from reflux.kernels.token_kl import token_kl
@@ -64,8 +64,10 @@ def slices_are_the_whole(path: str) -> None:
     logits = [tensors[i] @ tensors[i + 1].t() * 3 for i in (0, 3)]
     logits[0][1, 3] = -torch.inf  # forward is inf there, whichever rank holds it
     logits[1][2, V - 1] = -torch.inf  # and reverse here
-    for i, mode in enumerate(MODES):
-        options = dict(mode=mode, beta=0.25, rows=rows_M if i % 2 else None, weight=weight_T)
+    for i, divergence in enumerate(DIVERGENCES):
+        options = dict(
+            divergence=divergence, beta=0.25, rows=rows_M if i % 2 else None, weight=weight_T
+        )
         more = dict(
             temperature=2.0,
             scale_t2=True,
@@ -88,7 +90,7 @@ def slices_are_the_whole(path: str) -> None:
                 b[cut] if what in ("dhead", "dbias") else b,
                 rtol=1e-9,
                 atol=1e-12,
-                msg=mode + what,
+                msg=divergence + what,
             )
 
 
@@ -103,7 +105,7 @@ def a_rank_with_nan(path: str) -> list[bool]:
     logits[0][2, :] = -torch.inf if dist.get_rank() else 0.0
     shard = VocabShard(dist.group.WORLD.group_name, 30 * dist.get_rank())
     with running(path, 64):
-        out = token_kl(*logits, mode="reverse", vocab_size=60, shard=shard)
+        out = token_kl(*logits, divergence="reverse", vocab_size=60, shard=shard)
     return out.kl.isfinite().tolist()
 
 
@@ -138,7 +140,7 @@ class Head(nn.Module):
         self.weight = nn.Parameter(head_VD)
 
     def forward(self, x_TD, y_TE, teacher_VE):
-        return linear_kl(x_TD, self.weight, y_TE, teacher_VE, mode="jsd", vocab_size=V).total
+        return linear_kl(x_TD, self.weight, y_TE, teacher_VE, divergence="jsd", vocab_size=V).total
 
 
 def fsdp_head():
@@ -237,7 +239,7 @@ def memory_of_a_slice() -> None:
             head_VD,
             x_TD,
             head_VD * 2,
-            mode="jsd",
+            divergence="jsd",
             vocab_size=400,
             workspace_mb=0.5,
             shard=VocabShard(dist.group.WORLD.group_name, 200 * dist.get_rank()),

@@ -12,7 +12,7 @@ from kept import assert_gradient_no_worse, keep, pad_some, randn, run, signed_we
 from shards import run_on_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from reflux.kernels._divergence import MODES
+from reflux.kernels._divergence import DIVERGENCES
 from reflux.kernels._parallel import VocabShard
 from reflux.kernels.linear_topk_kl import linear_topk_kl
 from reflux.kernels.renormalised_topk_kl import (
@@ -55,7 +55,7 @@ def kept_of(T, V, K, seed, dtype=torch.float64, temperature=1.0):
     D=st.sampled_from([1, 7, 16, 33]),
     K=st.integers(2, 40),
     dtype=st.sampled_from(list(LOSS)),
-    mode=st.sampled_from(MODES),
+    divergence=st.sampled_from(DIVERGENCES),
     temperature=st.sampled_from([0.5, 1.0, 2.0]),
     softcap=st.sampled_from([None, 4.0]),
     logit_scale=st.sampled_from([1.0, 0.25]),
@@ -73,7 +73,7 @@ def test_values_and_gradients_match_float64(
     D,
     K,
     dtype,
-    mode,
+    divergence,
     temperature,
     softcap,
     logit_scale,
@@ -95,7 +95,7 @@ def test_values_and_gradients_match_float64(
     kept = kept_of(T, V, K, seed + 3, torch.promote_types(dtype, torch.float32), temperature)
     kept = pad_some(*kept, V) if pads else kept
     options = dict(
-        mode=mode,
+        divergence=divergence,
         beta=0.25,
         temperature=temperature,
         softcap=softcap,
@@ -127,8 +127,8 @@ def test_values_and_gradients_match_float64(
 
 
 @both_paths
-@pytest.mark.parametrize("mode", MODES)
-def test_gradcheck(path, mode):  # T3
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradcheck(path, divergence):  # T3
     kept = kept_of(3, 20, 5, 1, temperature=2.0)
     with running(path, 256):
         torch.autograd.gradcheck(
@@ -136,7 +136,7 @@ def test_gradcheck(path, mode):  # T3
                 with_bias(renormalised_topk_kl)(
                     *s,
                     *kept,
-                    mode=mode,
+                    divergence=divergence,
                     beta=0.25,
                     temperature=2.0,
                     softcap=3.0,
@@ -149,11 +149,11 @@ def test_gradcheck(path, mode):  # T3
 
 
 @both_paths
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("K", [3, 20], ids=["some", "the whole vocabulary"])
-def test_it_equals_the_chunked_path(path, mode, K):
+def test_it_equals_the_chunked_path(path, divergence, K):
     tensors, (ids_TK, logp_TK) = student(4, 20, 6, 4), kept_of(4, 20, K, 7)
-    options = dict(mode=mode, weight=signed_weights(4, 8), softcap=3.0)
+    options = dict(divergence=divergence, weight=signed_weights(4, 8), softcap=3.0)
     with running(path, 256):
         got = run(
             with_bias(renormalised_topk_kl), tensors, (ids_TK, logp_TK), torch.float64, **options
@@ -178,22 +178,28 @@ def test_a_head_row_sums_over_every_token_that_kept_it(path):
     ids_TK = torch.tensor([[0, 1], [0, 2], [3, 0], [0, 4]], device=DEVICE).repeat(10, 1)
     kept = ids_TK, randn(40, 2, seed=10)
     with running(path, 128):
-        got = run(renormalised_topk_kl, [x_TD, w_VD], kept, torch.float64, mode="reverse")
-    truth = run(renormalised_topk_kl_ref, [x_TD, w_VD], kept, torch.float64, mode="reverse")
+        got = run(renormalised_topk_kl, [x_TD, w_VD], kept, torch.float64, divergence="reverse")
+    truth = run(renormalised_topk_kl_ref, [x_TD, w_VD], kept, torch.float64, divergence="reverse")
     torch.testing.assert_close(got[3], truth[3], rtol=1e-11, atol=1e-13)
     assert (got[3][5] == 0).all() and got[3][0].abs().max() > 1e-2
 
 
 @both_paths
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 # one live id, none, a student equal to its teacher
-def test_what_has_no_choice_has_no_loss(path, mode):
+def test_what_has_no_choice_has_no_loss(path, divergence):
     x_TD, w_VD, _ = student(3, 12, 4, 11)
     ids_TK, logp_TK = kept_of(3, 12, 3, 12)
     ids_TK[0, 1:], ids_TK[1] = -1, 12
     logp_TK[2] = (x_TD[2] @ w_VD[ids_TK[2].long()].t()) + 5  # up to a constant of the row
     with running(path, 128):
-        out = run(renormalised_topk_kl, [x_TD, w_VD], (ids_TK, logp_TK), torch.float64, mode=mode)
+        out = run(
+            renormalised_topk_kl,
+            [x_TD, w_VD],
+            (ids_TK, logp_TK),
+            torch.float64,
+            divergence=divergence,
+        )
     assert max(t.abs().max() for t in out) < 1e-13
 
 
@@ -227,12 +233,14 @@ def test_the_same_bits_every_time_and_for_any_other_rows(path, monkeypatch):
     rows = torch.tensor([4, 1], device=DEVICE)
     with running(path, 128):
         first, again = (
-            run(renormalised_topk_kl, [x_TD, w_VD], kept, torch.float32, mode="jsd")
+            run(renormalised_topk_kl, [x_TD, w_VD], kept, torch.float32, divergence="jsd")
             for _ in range(2)
         )
-        some = run(renormalised_topk_kl, [x_TD, w_VD], kept, torch.float32, mode="jsd", rows=rows)
+        some = run(
+            renormalised_topk_kl, [x_TD, w_VD], kept, torch.float32, divergence="jsd", rows=rows
+        )
         monkeypatch.setattr("reflux.kernels.renormalised_topk_kl.CPU_CHUNK_BYTES", 1)
-        pieces = run(renormalised_topk_kl, [x_TD, w_VD], kept, torch.float32, mode="jsd")
+        pieces = run(renormalised_topk_kl, [x_TD, w_VD], kept, torch.float32, divergence="jsd")
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert torch.equal(first[1], pieces[1]) and torch.equal(first[1][rows], some[1][rows])
 
@@ -261,7 +269,7 @@ def arguments(T=3, V=20, D=4, K=4):
     )
 
 
-# T25; a dispatch mode does not see inside an op
+# T25; a dispatch divergence does not see inside an op
 def test_neither_logits_nor_gathered_rows_exist_as_a_whole():
     # T K D = 2.6 M, T V = 4 M, V D = 1.3 M elements; a piece is 1 M
     T, V, D, K = 400, 10_000, 128, 50
@@ -289,9 +297,10 @@ def test_the_op_keeps_torch_librarys_contract(path):
 
 def test_nothing_waits_for_the_device():
     """Fake tensors have no values to wait for: reading one raises."""
-    with running("torch"), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with running("torch"), FakeTensorMode(allow_non_fake_inputs=True) as divergence:
         args = [
-            mode.from_tensor(x.detach()) if isinstance(x, torch.Tensor) else x for x in arguments()
+            divergence.from_tensor(x.detach()) if isinstance(x, torch.Tensor) else x
+            for x in arguments()
         ]
         for rows_M in (None, torch.arange(2)):
             _, kl_T, *gradients = _op._init_fn(*args[:6], rows_M, *args[7:])
@@ -308,7 +317,7 @@ def test_it_compiles_into_a_full_graph():
     def loss(x_TD, w_VD, b_V):
         return (
             renormalised_topk_kl(
-                x_TD * 2, w_VD, *kept, bias=b_V, mode="jsd", rows=torch.tensor([2, 0])
+                x_TD * 2, w_VD, *kept, bias=b_V, divergence="jsd", rows=torch.tensor([2, 0])
             ).total
             * 3
         )
@@ -364,14 +373,14 @@ def on_a_slice(path: str, cuts: list[int], tensors, kept, weight_T) -> list:
                 [x_TD, w_VD[start:end], b_V[start:end]],
                 kept,
                 x_TD.dtype,
-                mode=mode,
+                divergence=divergence,
                 weight=weight_T,
                 shard=shard,
                 vocab_size=17,
                 softcap=3.0,
                 logit_scale=0.5,
             )
-            for mode in ("forward", "jsd")
+            for divergence in ("forward", "jsd")
         ]
 
 
@@ -384,14 +393,14 @@ def test_slices_of_the_vocabulary_give_what_the_whole_gives(path, cuts):
         signed_weights(3, 32),
     )
     ranks = run_on_ranks(on_a_slice, path, cuts, tensors, kept, weight_T)
-    for mode, *parts in zip(("forward", "jsd"), *ranks, strict=True):
+    for divergence, *parts in zip(("forward", "jsd"), *ranks, strict=True):
         with running("torch"):
             whole = run(
                 with_bias(renormalised_topk_kl),
                 tensors,
                 kept,
                 torch.float64,
-                mode=mode,
+                divergence=divergence,
                 weight=weight_T,
                 vocab_size=17,
                 softcap=3.0,
@@ -417,7 +426,7 @@ def test_slices_of_the_vocabulary_give_what_the_whole_gives(path, cuts):
             "1 <= K <= V",
         ),
         (dict(teacher_logp_TK=torch.zeros(2, 2).bfloat16()), "want float32"),
-        (dict(mode="jsd", beta=1.0), "use mode='forward'"),
+        (dict(divergence="jsd", beta=1.0), "use divergence='forward'"),
         (dict(temperature=2.0, teacher_temperature=1.0), "do not tell the tail"),
         (dict(bias=torch.zeros(4)), "one a row"),
     ],

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kept import ALLOWED, PROPER, keep, randn, run
 from tail_table import SHIFTS, TABLE
 
-from reflux.kernels._divergence import MODES
+from reflux.kernels._divergence import DIVERGENCES
 from reflux.kernels.token_kl import token_kl
 from reflux.kernels.topk_tail_kl import topk_tail_kl
 
@@ -22,23 +22,25 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 SEEDS = st.integers(0, 2**31 - 1)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 both_paths = pytest.mark.parametrize("path", PATHS)
-each_proper = pytest.mark.parametrize("mode, tail", PROPER)
+each_proper = pytest.mark.parametrize("divergence, tail", PROPER)
 topk_tail = partial(topk_tail_kl, allow_drop=True)
 
 
 # T1, T2: what kind of number each tail is
 @both_paths
 @each_proper
-def test_equal_distributions_have_no_loss_and_no_gradient(path, mode, tail):  # T1
+def test_equal_distributions_have_no_loss_and_no_gradient(path, divergence, tail):  # T1
     z_TV = randn(3, 60, seed=2)
     with running(path, 64):
-        _, kl_T, dz_TV = run(topk_tail, [z_TV], keep(z_TV, 5), torch.float64, mode=mode, tail=tail)
+        _, kl_T, dz_TV = run(
+            topk_tail, [z_TV], keep(z_TV, 5), torch.float64, divergence=divergence, tail=tail
+        )
     assert max(kl_T.abs().max(), dz_TV.abs().max()) < 1e-12
 
 
 @given(case=st.sampled_from(PROPER), scale=st.sampled_from([0.1, 1.0, 20.0]), seed=SEEDS)
 def test_a_proper_tail_is_never_negative(case, scale, seed):  # T1
-    (mode, tail), z_TV = case, randn(3, 50, seed=seed, dtype=torch.float32) * scale
+    (divergence, tail), z_TV = case, randn(3, 50, seed=seed, dtype=torch.float32) * scale
     with running("torch"):
         kl_T = topk_tail(
             z_TV,
@@ -46,50 +48,51 @@ def test_a_proper_tail_is_never_negative(case, scale, seed):  # T1
                 x.to(torch.promote_types(x.dtype, torch.int32))
                 for x in keep(randn(3, 50, seed=seed + 1), 6)
             ),
-            mode=mode,
+            divergence=divergence,
             tail=tail,
         ).kl
     assert (kl_T > -2e-6 * max(1, scale)).all()
 
 
-@given(mode=st.sampled_from(MODES), V=st.integers(3, 80), seed=SEEDS)
-def test_ghost_grows_with_the_support_up_to_the_full_divergence(mode, V, seed):  # T2
+@given(divergence=st.sampled_from(DIVERGENCES), V=st.integers(3, 80), seed=SEEDS)
+def test_ghost_grows_with_the_support_up_to_the_full_divergence(divergence, V, seed):  # T2
     z_TV, u_TV = randn(3, V, seed=seed), 2 * randn(3, V, seed=seed + 1)
     with running("torch"):
-        full_T = token_kl(z_TV, u_TV, mode=mode).kl
-        ghosts = [
-            topk_tail(z_TV, *keep(u_TV, k), mode=mode).kl for k in (1, 2, 1 + V // 2, V - 1, V)
+        full_T = token_kl(z_TV, u_TV, divergence=divergence).kl
+        buckets = [
+            topk_tail(z_TV, *keep(u_TV, k), divergence=divergence).kl
+            for k in (1, 2, 1 + V // 2, V - 1, V)
         ]
-    bounds = [torch.zeros_like(full_T), *ghosts, full_T]
+    bounds = [torch.zeros_like(full_T), *buckets, full_T]
     for smaller, larger in zip(bounds, bounds[1:]):
         assert (smaller <= larger + 1e-12).all()
-    torch.testing.assert_close(ghosts[-1], full_T, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(buckets[-1], full_T, rtol=1e-10, atol=1e-12)
 
 
 @both_paths
-@pytest.mark.parametrize("mode", ["forward", "reverse"])
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
 # T2: D = P C + KL_bern, D_r = Q C_r + ...
-def test_ghost_is_renorm_times_the_mass_plus_the_kl_of_the_masses(path, mode):
+def test_ghost_is_renorm_times_the_mass_plus_the_kl_of_the_masses(path, divergence):
     z_TV, kept = randn(4, 50, seed=1), keep(randn(4, 50, seed=2), 6)
     with running(path, 64):
-        ghost_T, renorm_T = (
-            topk_tail(z_TV, *kept, mode=mode, tail=t).kl for t in ("ghost", "renorm")
+        bucket_T, renorm_T = (
+            topk_tail(z_TV, *kept, divergence=divergence, tail=t).kl for t in ("bucket", "renorm")
         )
     P_T, Q_T = kept[1].exp().sum(1), z_TV.softmax(1).gather(1, kept[0].long()).sum(1)
-    a_T, b_T = (P_T, Q_T) if mode == "forward" else (Q_T, P_T)
+    a_T, b_T = (P_T, Q_T) if divergence == "forward" else (Q_T, P_T)
     masses_T = a_T * (a_T / b_T).log() + (1 - a_T) * ((1 - a_T) / (1 - b_T)).log()
-    torch.testing.assert_close(ghost_T, a_T * renorm_T + masses_T, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(bucket_T, a_T * renorm_T + masses_T, rtol=1e-10, atol=1e-12)
 
 
 # T3: gradients inside and outside the support, written by hand: teacher p with mass P, student q
 # with mass Q in S
-def closed_form(q_TV, p_TV, kept_TV, mode: str, tail: str):
+def closed_form(q_TV, p_TV, kept_TV, divergence: str, tail: str):
     P_T1, Q_T1 = (torch.where(kept_TV, x, 0.0).sum(1, keepdim=True) for x in (p_TV, q_TV))
-    if (mode, tail) in (("forward", "drop"), ("forward", "sampled")):
+    if (divergence, tail) in (("forward", "drop"), ("forward", "sampled")):
         return torch.where(kept_TV, P_T1 * q_TV - p_TV, P_T1 * q_TV)
-    if mode == "forward" and tail == "renorm":
+    if divergence == "forward" and tail == "renorm":
         return torch.where(kept_TV, q_TV / Q_T1 - p_TV / P_T1, 0.0)
-    if mode == "forward":
+    if divergence == "forward":
         return torch.where(kept_TV, q_TV - p_TV, q_TV * (P_T1 - Q_T1) / (1 - Q_T1))
     if tail == "renorm":
         r_TV, s_TV = (torch.where(kept_TV, x, 0.0) / m for x, m in ((p_TV, P_T1), (q_TV, Q_T1)))
@@ -101,18 +104,24 @@ def closed_form(q_TV, p_TV, kept_TV, mode: str, tail: str):
 
 
 @both_paths
-@pytest.mark.parametrize("mode, tail", [c for c in ALLOWED if c[0] in ("forward", "reverse")])
-def test_gradients_are_the_closed_forms(path, mode, tail):  # T3
+@pytest.mark.parametrize("divergence, tail", [c for c in ALLOWED if c[0] in ("forward", "reverse")])
+def test_gradients_are_the_closed_forms(path, divergence, tail):  # T3
     z_TV, u_TV = randn(3, 40, seed=3), randn(3, 40, seed=4)
     kept = keep(u_TV, 5, 2.0)
     q_TV, p_TV = (z_TV / 2).softmax(1), (u_TV / 2).softmax(1)
     kept_TV = torch.zeros_like(z_TV, dtype=torch.bool).scatter(1, kept[0].long(), True)
     with running(path, 64):
         _, _, dz_TV = run(
-            topk_tail, [z_TV], kept, torch.float64, mode=mode, tail=tail, temperature=2.0
+            topk_tail,
+            [z_TV],
+            kept,
+            torch.float64,
+            divergence=divergence,
+            tail=tail,
+            temperature=2.0,
         )
     torch.testing.assert_close(
-        dz_TV, -0.7 / 2 * closed_form(q_TV, p_TV, kept_TV, mode, tail), rtol=1e-9, atol=1e-13
+        dz_TV, -0.7 / 2 * closed_form(q_TV, p_TV, kept_TV, divergence, tail), rtol=1e-9, atol=1e-13
     )
     torch.testing.assert_close(
         dz_TV.sum(1), torch.zeros(3, dtype=torch.float64, device=DEVICE), rtol=0, atol=1e-13
@@ -174,15 +183,15 @@ def test_the_table_of_the_exploit():  # T4
     with running("torch"):
         values = {
             "truncated": (logq_SK.exp() * (logq_SK - kept[1])).sum(1),
-            "full": token_kl(student_SV, teacher_SV, mode="reverse").kl,
+            "full": token_kl(student_SV, teacher_SV, divergence="reverse").kl,
             **{
-                tail: topk_tail(student_SV, *kept, mode="reverse", tail=tail).kl
-                for tail in ("ghost", "renorm")
+                tail: topk_tail(student_SV, *kept, divergence="reverse", tail=tail).kl
+                for tail in ("bucket", "renorm")
             },
         }
     for name, row in TABLE.items():
         assert values[name].tolist() == pytest.approx(row, abs=1.6e-3), name
-    assert ((values["ghost"] >= 0) & (values["ghost"] <= values["full"])).all()
+    assert ((values["bucket"] >= 0) & (values["bucket"] <= values["full"])).all()
 
 
 # T4: least at logit Q = logit P - C_r, and rising ever after
@@ -190,19 +199,21 @@ def test_the_bucket_turns_where_the_mass_is_right():
     shifts = torch.linspace(2, -12, 561, dtype=torch.float64)
     student_SV, _, kept = on_the_ray(shifts.tolist())
     with running("torch"):
-        ghost_S = topk_tail(student_SV, *kept, mode="reverse").kl
+        bucket_S = topk_tail(student_SV, *kept, divergence="reverse").kl
     logit_S = torch.log(0.349 / torch.tensor(1 - 0.349)) + shifts
     turn = math.log(0.228 / (1 - 0.228)) - 0.227
-    assert abs(logit_S[ghost_S.argmin()] - turn) < 0.03
-    beyond_S = ghost_S[logit_S < turn - 0.03]
+    assert abs(logit_S[bucket_S.argmin()] - turn) < 0.03
+    beyond_S = bucket_S[logit_S < turn - 0.03]
     assert (beyond_S.diff() > 0).all() and len(beyond_S) > 300
 
 
-@pytest.mark.parametrize("mode", [m for m in MODES if m != "forward"])
+@pytest.mark.parametrize("divergence", [m for m in DIVERGENCES if m != "forward"])
 @pytest.mark.parametrize("tail", ["drop", "sampled"])
-def test_what_pays_for_leaving_the_support_is_refused(mode, tail):  # T4
-    with pytest.raises(ValueError, match="use tail='ghost'"):
-        topk_tail(randn(2, 9, seed=1), *keep(randn(2, 9, seed=2), 3), mode=mode, tail=tail)
+def test_what_pays_for_leaving_the_support_is_refused(divergence, tail):  # T4
+    with pytest.raises(ValueError, match="use tail='bucket'"):
+        topk_tail(
+            randn(2, 9, seed=1), *keep(randn(2, 9, seed=2), 3), divergence=divergence, tail=tail
+        )
 
 
 # sampled: unbiased, over every outcome of drawing two ids with replacement

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reflux.kernels import _chunks
-from reflux.kernels._divergence import MODES
+from reflux.kernels._divergence import DIVERGENCES
 from reflux.kernels._parallel import VocabShard
 from reflux.kernels.token_kl import _op, token_kl, token_kl_ref
 
@@ -38,7 +38,7 @@ def run(fn, logits, dtype, **options):
     T=st.integers(0, 3),
     V=st.sampled_from([1, 2, 15, 16, 17, 127, 128, 129]) | st.integers(1, 300),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    mode=st.sampled_from(MODES),
+    divergence=st.sampled_from(DIVERGENCES),
     temperature=st.sampled_from([0.5, 1.0, 2.0]),
     scale_t2=st.booleans(),
     chosen=st.sampled_from([None, [], [2, 0]]),
@@ -48,7 +48,7 @@ def run(fn, logits, dtype, **options):
     seed=st.integers(0, 2**31 - 1),
 )
 def test_values_and_gradient_match_the_definition(
-    path, T, V, dtype, mode, temperature, scale_t2, chosen, padded, size, block_v, seed
+    path, T, V, dtype, divergence, temperature, scale_t2, chosen, padded, size, block_v, seed
 ):
     logits, weight_T = inputs(T, V, dtype, seed, size)
     # junk behind the vocabulary (T15)
@@ -59,7 +59,7 @@ def test_values_and_gradient_match_the_definition(
         else torch.tensor([t for t in chosen if t < T], dtype=torch.long, device=DEVICE)
     )
     options = dict(
-        mode=mode,
+        divergence=divergence,
         temperature=temperature,
         weight=weight_T,
         scale_t2=scale_t2,
@@ -75,24 +75,30 @@ def test_values_and_gradient_match_the_definition(
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", MODES)
-def test_equal_logits_have_no_loss_and_no_gradient(path, mode):  # T1
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_equal_logits_have_no_loss_and_no_gradient(path, divergence):  # T1
     logits, _ = inputs(3, 90, torch.float32, 5)
     logits[1] = logits[0] + 7  # equal up to a constant, which changes nothing
     with running(path, 64):
-        kl_T, dz_TV = run(token_kl, logits, torch.float32, mode=mode)
+        kl_T, dz_TV = run(token_kl, logits, torch.float32, divergence=divergence)
     assert kl_T.abs().max() < 2e-5 and dz_TV.abs().max() < 2e-5
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", MODES)
-def test_the_gradient_is_the_slope(path, mode):
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_gradient_is_the_slope(path, divergence):
     (z_TV, u_TV), weight_T = inputs(2, 9, torch.float64, 6, size=1.0)
     with running(path, 64):
         assert torch.autograd.gradcheck(
             lambda z: (
                 token_kl(
-                    z, u_TV, mode=mode, beta=0.25, temperature=0.5, scale_t2=True, weight=weight_T
+                    z,
+                    u_TV,
+                    divergence=divergence,
+                    beta=0.25,
+                    temperature=0.5,
+                    scale_t2=True,
+                    weight=weight_T,
                 ).total
             ),
             z_TV.requires_grad_(),
@@ -101,21 +107,23 @@ def test_the_gradient_is_the_slope(path, mode):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", MODES)
-def test_tokens_banned_on_both_sides_change_nothing(path, mode):  # T16
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_tokens_banned_on_both_sides_change_nothing(path, divergence):  # T16
     logits, weight_T = inputs(3, 60, torch.float32, 1)
     wider = [torch.cat([x.new_full((3, 70), -torch.inf), x], 1) for x in logits]
     with running(path, 64):
-        kl_T, dz_TV = run(token_kl, logits, torch.float32, mode=mode, weight=weight_T)
-        same_T, dwider_TV = run(token_kl, wider, torch.float32, mode=mode, weight=weight_T)
+        kl_T, dz_TV = run(token_kl, logits, torch.float32, divergence=divergence, weight=weight_T)
+        same_T, dwider_TV = run(
+            token_kl, wider, torch.float32, divergence=divergence, weight=weight_T
+        )
     torch.testing.assert_close(same_T, kl_T)
     torch.testing.assert_close(dwider_TV[:, 70:], dz_TV, atol=1e-6, rtol=1e-5)
     assert (dwider_TV[:, :70] == 0).all() and dz_TV.sum(1).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", MODES)
-def test_a_token_banned_on_one_side(path, mode):
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_token_banned_on_one_side(path, divergence):
     """forward is inf where the student bans, reverse where the teacher does; mixtures stay
     finite.
     """
@@ -123,9 +131,9 @@ def test_a_token_banned_on_one_side(path, mode):
         logits, _ = inputs(2, 40, torch.float32, 2)
         logits[side][0, 7] = -torch.inf
         with running(path, 64):
-            kl_T, dz_TV = run(token_kl, logits, torch.float32, mode=mode)
-        assert kl_T[0].isinf() == (mode == infinite) and kl_T[1].isfinite()
-        assert dz_TV.isfinite().all() and (dz_TV[0] == 0).all() == (mode == infinite)
+            kl_T, dz_TV = run(token_kl, logits, torch.float32, divergence=divergence)
+        assert kl_T[0].isinf() == (divergence == infinite) and kl_T[1].isfinite()
+        assert dz_TV.isfinite().all() and (dz_TV[0] == 0).all() == (divergence == infinite)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -185,7 +193,7 @@ class OnlyIn(TorchDispatchMode):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
-    "options", [{}, {"rows": [3, 1], "vocab_size": 290, "mode": "jsd"}], ids=["all", "rows"]
+    "options", [{}, {"rows": [3, 1], "vocab_size": 290, "divergence": "jsd"}], ids=["all", "rows"]
 )
 def test_inplace_is_the_same_in_the_memory_of_the_logits(path, options, monkeypatch):
     monkeypatch.setattr(_chunks, "CPU_CHUNK_BYTES", 0)  # chunks of 128 rows at most
@@ -234,9 +242,11 @@ def test_rows_may_lie_anywhere(path):
     wide_TV, one_TV = torch.full((6, 200), torch.nan, device=DEVICE), u_TV[:1].expand(3, 130)
     wide_TV[::2, 5:135] = z_TV
     with running(path, 64):
-        kl_T, dz_TV = run(token_kl, (z_TV, u_TV[:1].repeat(3, 1)), torch.float32, mode="reverse")
+        kl_T, dz_TV = run(
+            token_kl, (z_TV, u_TV[:1].repeat(3, 1)), torch.float32, divergence="reverse"
+        )
         view_TV = wide_TV[::2, 5:135].requires_grad_()
-        out = token_kl(view_TV, one_TV, mode="reverse")
+        out = token_kl(view_TV, one_TV, divergence="reverse")
         torch.testing.assert_close(out.kl, kl_T, rtol=0, atol=0)
         torch.testing.assert_close(
             torch.autograd.grad(out.total * -0.7, view_TV)[0], dz_TV, rtol=0, atol=0
@@ -247,7 +257,7 @@ def test_it_compiles_into_a_full_graph():
     (x_TV, u_TV), weight_T = inputs(3, 20, torch.float32, 10)
 
     def loss(x_TV):
-        return token_kl(x_TV * 2, u_TV, mode="skew_reverse", weight=weight_T).total * 3
+        return token_kl(x_TV * 2, u_TV, divergence="skew_reverse", weight=weight_T).total * 3
 
     x_TV.requires_grad_()
     with running("torch"):

@@ -16,7 +16,7 @@ from shards import run_on_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reflux.kernels import _triton
-from reflux.kernels._divergence import MODES
+from reflux.kernels._divergence import DIVERGENCES
 from reflux.kernels._parallel import VocabShard
 from reflux.kernels.token_kl import token_kl
 from reflux.kernels.topk_tail_kl import _op, topk_tail_kl, topk_tail_kl_ref
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 SEEDS = st.integers(0, 2**31 - 1)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 both_paths = pytest.mark.parametrize("path", PATHS)
-each_proper = pytest.mark.parametrize("mode, tail", PROPER)
+each_proper = pytest.mark.parametrize("divergence, tail", PROPER)
 topk_tail = partial(topk_tail_kl, allow_drop=True)
 
 
@@ -66,7 +66,7 @@ def test_values_and_gradients_match_the_definition(
     workspace_mb,
     seed,
 ):
-    (mode, tail), K = case, min(K, V)
+    (divergence, tail), K = case, min(K, V)
     ids_TK, logp_TK, tail_T = keep(randn(T, V, seed=seed), K, temperature)
     if pads:
         ids_TK, logp_TK = pad_some(ids_TK, logp_TK, V)
@@ -76,7 +76,7 @@ def test_values_and_gradients_match_the_definition(
         dtype
     )
     options = dict(
-        mode=mode,
+        divergence=divergence,
         tail=tail,
         beta=beta,
         temperature=temperature,
@@ -95,13 +95,15 @@ def test_values_and_gradients_match_the_definition(
 
 
 @both_paths
-@pytest.mark.parametrize("mode, tail", ALLOWED)
-def test_gradcheck(path, mode, tail):  # T3
+@pytest.mark.parametrize("divergence, tail", ALLOWED)
+def test_gradcheck(path, divergence, tail):  # T3
     kept = keep(randn(3, 20, seed=1), 4, 2.0)
     with running(path, 64):
         torch.autograd.gradcheck(
             lambda z_TV: (
-                topk_tail(z_TV, *kept, mode=mode, tail=tail, beta=0.25, temperature=2.0).total
+                topk_tail(
+                    z_TV, *kept, divergence=divergence, tail=tail, beta=0.25, temperature=2.0
+                ).total
             ),
             randn(3, 20, seed=2).requires_grad_(),
             fast_mode=True,
@@ -130,9 +132,9 @@ def test_a_tiny_tail_keeps_its_gradient(path):
 
 @both_paths
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mode, tail", ALLOWED)
+@pytest.mark.parametrize("divergence, tail", ALLOWED)
 # T5: P or Q -> 0 and 1, logits of 1e4, ties, all padded
-def test_extreme_masses_stay_finite(path, mode, tail, dtype):
+def test_extreme_masses_stay_finite(path, divergence, tail, dtype):
     V, K = 40, 4
     z_TV, u_TV = torch.zeros(6, V), torch.zeros(6, V)
     z_TV[0, :K], u_TV[1, :K] = 80, 80  # all of Q, of P in the support
@@ -149,14 +151,14 @@ def test_extreme_masses_stay_finite(path, mode, tail, dtype):
     kept = [x.float() if x.is_floating_point() else x for x in kept]
     with running(path, 64):
         _, kl_T, dz_TV = run(
-            topk_tail, [z_TV.to(DEVICE)], kept, dtype, mode=mode, tail=tail, beta=0.25
+            topk_tail, [z_TV.to(DEVICE)], kept, dtype, divergence=divergence, tail=tail, beta=0.25
         )
     truth = run(
         topk_tail_kl_ref,
         [z_TV.to(DEVICE).to(dtype)],
         kept,
         torch.float64,
-        mode=mode,
+        divergence=divergence,
         tail=tail,
         beta=0.25,
     )
@@ -170,8 +172,8 @@ def test_extreme_masses_stay_finite(path, mode, tail, dtype):
 
 
 @both_paths
-@given(mode=st.sampled_from(MODES), seed=SEEDS)
-def test_close_distributions_keep_their_gradient(path, mode, seed):
+@given(divergence=st.sampled_from(DIVERGENCES), seed=SEEDS)
+def test_close_distributions_keep_their_gradient(path, divergence, seed):
     """The maximum and the log-sum stay apart: near p = q and far from 0 their sum would cost most
     digits.
     """
@@ -181,8 +183,8 @@ def test_close_distributions_keep_their_gradient(path, mode, seed):
         for x in keep(z_TV + 1e-2 * randn(2, 60, seed=seed + 1), 6)
     ]
     with running(path, 64):
-        _, _, dz_TV = run(topk_tail, [z_TV], kept, torch.float32, mode=mode)
-    truth = run(topk_tail_kl_ref, [z_TV], kept, torch.float64, mode=mode)[2]
+        _, _, dz_TV = run(topk_tail, [z_TV], kept, torch.float32, divergence=divergence)
+    truth = run(topk_tail_kl_ref, [z_TV], kept, torch.float64, divergence=divergence)[2]
     assert (dz_TV - truth).norm() < 1e-4 * truth.norm()
 
 
@@ -197,8 +199,8 @@ def test_a_rounded_tail_at_the_whole_vocabulary_is_no_tail(path):
 
 
 @both_paths
-@pytest.mark.parametrize("mode, tail", ALLOWED)
-def test_banned_tokens_leave_everything_finite(path, mode, tail):  # T16
+@pytest.mark.parametrize("divergence, tail", ALLOWED)
+def test_banned_tokens_leave_everything_finite(path, divergence, tail):  # T16
     z_TV, u_TV = (
         randn(2, 50, seed=4, dtype=torch.float32),
         randn(2, 50, seed=5, dtype=torch.float32),
@@ -206,13 +208,15 @@ def test_banned_tokens_leave_everything_finite(path, mode, tail):  # T16
     z_TV[:, 10:40] = u_TV[:, 10:40] = -torch.inf
     kept = [x.float() if x.is_floating_point() else x for x in keep(u_TV, 3)]
     with running(path, 32):
-        _, kl_T, dz_TV = run(topk_tail, [z_TV], kept, torch.float32, mode=mode, tail=tail)
+        _, kl_T, dz_TV = run(
+            topk_tail, [z_TV], kept, torch.float32, divergence=divergence, tail=tail
+        )
     assert kl_T.isfinite().all() and dz_TV.isfinite().all() and dz_TV.abs().max() > 1e-3
     assert (dz_TV[:, 10:40] == 0).all() and (dz_TV.sum(1).abs() < 1e-6).all()
 
 
 @both_paths
-@pytest.mark.parametrize("tail", ["ghost", "renorm", "sampled"])
+@pytest.mark.parametrize("tail", ["bucket", "renorm", "sampled"])
 def test_a_banned_kept_token_is_reported_and_left_out(path, tail):
     """Forward divergence is inf where the student bans what the teacher keeps; NaN is reported,
     too. Row 2 is untouched.
@@ -242,13 +246,15 @@ def test_duplicate_and_foreign_ids_are_refused_in_debug_mode():  # T5
 
 # how it runs
 @both_paths
-@pytest.mark.parametrize("tail", ["ghost", "renorm"])
+@pytest.mark.parametrize("tail", ["bucket", "renorm"])
 def test_the_same_bits_every_time_in_every_chunk_and_block(path, tail):
     z_TV, kept = randn(5, 150, seed=9, dtype=torch.float32), keep(randn(5, 150, seed=10), 7)
     kept = [x.float() if x.is_floating_point() else x for x in kept]
     with running(path, 64):
         first, again, chunked = (
-            run(topk_tail, [z_TV], kept, torch.float32, mode="jsd", tail=tail, workspace_mb=mb)
+            run(
+                topk_tail, [z_TV], kept, torch.float32, divergence="jsd", tail=tail, workspace_mb=mb
+            )
             for mb in (1200, 1200, 0.0001)
         )
     for a, b, c in zip(first[1:], again[1:], chunked[1:], strict=True):
@@ -276,7 +282,7 @@ def test_the_logits_are_left_alone(path):
 def test_in_place_the_gradient_takes_the_memory_of_the_logits(path, dtype, rows):
     z_TV, kept = randn(4, 30, seed=11, dtype=dtype).requires_grad_(), keep(randn(4, 28, seed=12), 3)
     options = dict(
-        mode="jsd",
+        divergence="jsd",
         vocab_size=28,
         weight=signed_weights(4, 13),
         rows=rows if rows is None else rows.to(DEVICE),
@@ -326,7 +332,7 @@ def test_only_the_gradient_is_as_large_as_the_logits():
             torch.ones(300),
             None,
             "jsd",
-            "ghost",
+            "bucket",
             0.5,
             1.0,
             False,
@@ -359,7 +365,7 @@ class LargeTensors(NoLargeTensor):
             return func(*args, **(kwargs or {}))
 
 
-def arguments(mode="forward", tail="ghost"):
+def arguments(divergence="forward", tail="bucket"):
     ids_TK, logp_TK, tail_T = keep(randn(3, 20, seed=15), 4)
     z_TV = randn(3, 20, seed=16, dtype=torch.float32).requires_grad_()
     return (
@@ -369,7 +375,7 @@ def arguments(mode="forward", tail="ghost"):
         tail_T.float(),
         signed_weights(3, 17),
         None,
-        mode,
+        divergence,
         tail,
         0.5,
         1.0,
@@ -390,9 +396,10 @@ def test_the_op_keeps_torch_librarys_contract(path):
 
 def test_nothing_waits_for_the_device():
     """Fake tensors have no values to wait for: reading one raises."""
-    with running("torch"), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with running("torch"), FakeTensorMode(allow_non_fake_inputs=True) as divergence:
         args = [
-            mode.from_tensor(x.detach()) if isinstance(x, torch.Tensor) else x for x in arguments()
+            divergence.from_tensor(x.detach()) if isinstance(x, torch.Tensor) else x
+            for x in arguments()
         ]
         for rows_M in (None, torch.arange(2)):
             _, kl_T, dz_TV = _op._init_fn(*args[:5], rows_M, *args[6:])
@@ -407,7 +414,7 @@ def test_it_compiles_into_a_full_graph():
             topk_tail_kl(
                 z_TV * 2,
                 *kept,
-                mode="jsd",
+                divergence="jsd",
                 rows=torch.tensor([2, 0]),
                 scale_t2=True,
                 temperature=2.0,
@@ -432,14 +439,14 @@ def on_a_slice(path: str, cuts: list[int], z_TV, kept, weight_T, cases) -> list:
                 [z_TV[:, start:end]],
                 kept,
                 z_TV.dtype,
-                mode=mode,
+                divergence=divergence,
                 tail=tail,
                 weight=weight_T,
                 shard=shard,
                 vocab_size=37,
                 workspace_mb=0.0005,
             )
-            for mode, tail in cases
+            for divergence, tail in cases
         ]
 
 
@@ -452,17 +459,17 @@ def test_slices_of_the_vocabulary_give_what_the_whole_gives(path, cuts):
     cases = (
         [*PROPER, ("forward", "sampled")]
         if cuts[1] == 23
-        else [("jsd", "ghost"), ("reverse", "renorm")]
+        else [("jsd", "bucket"), ("reverse", "renorm")]
     )
     ranks = run_on_ranks(on_a_slice, path, cuts, z_TV, kept, weight_T, cases)
-    for (mode, tail), *parts in zip(cases, *ranks, strict=True):
+    for (divergence, tail), *parts in zip(cases, *ranks, strict=True):
         with running("torch"):
             whole = run(
                 topk_tail,
                 [z_TV],
                 kept,
                 torch.float64,
-                mode=mode,
+                divergence=divergence,
                 tail=tail,
                 weight=weight_T,
                 vocab_size=V,
@@ -477,7 +484,7 @@ def test_slices_of_the_vocabulary_give_what_the_whole_gives(path, cuts):
 @pytest.mark.parametrize(
     "options, match",
     [
-        (dict(tail="tail"), "want one of ghost"),
+        (dict(tail="tail"), "want one of bucket"),
         (
             dict(
                 tail="renorm",

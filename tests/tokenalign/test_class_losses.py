@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vocab_pairs import table_of, vocabularies
 
-from reflux.kernels._divergence import MODES, divergence_ref
+from reflux.kernels._divergence import DIVERGENCES, divergence_ref
 from reflux.kernels.bucket_kl import bucket_kl, class_map
 from reflux.kernels.linear_topk_kl import linear_topk_kl
 from reflux.kernels.teacher_topk import TopK, teacher_topk
@@ -38,7 +38,7 @@ MAPS = {
 }
 SEEDS = st.integers(0, 2**32 - 1)
 KIND = st.sampled_from(list(MAPS))
-MODE = st.sampled_from(MODES)
+DIVERGENCE = st.sampled_from(DIVERGENCES)
 TEMPERATURE = st.sampled_from([0.5, 1.0, 1.7])
 TOL = dict(rtol=0, atol=1e-10)
 pairs = st.tuples(vocabularies(), vocabularies())
@@ -49,13 +49,13 @@ pairs = st.tuples(vocabularies(), vocabularies())
 @given(
     pair=pairs,
     kind=KIND,
-    mode=MODE,
+    divergence=DIVERGENCE,
     temperature=TEMPERATURE,
     beta=st.sampled_from([0.2, 0.7]),
     seed=SEEDS,
 )
 def test_value_and_gradient_are_those_of_the_dense_definition(
-    pair, kind, mode, temperature, beta, seed
+    pair, kind, divergence, temperature, beta, seed
 ):
     built = MAPS[kind](*pair)
     W_s, W_t = dense(built)
@@ -64,16 +64,25 @@ def test_value_and_gradient_are_those_of_the_dense_definition(
 
     def definition(z, u):
         logp, logq = log(probs(z, W_s, temperature) @ W_s), log(probs(u, W_t, temperature) @ W_t)
-        if mode in ("reverse", "skew_reverse") and (torch.isinf(logq) & ~torch.isinf(logp)).any():
+        if (
+            divergence in ("reverse", "skew_reverse")
+            and (torch.isinf(logq) & ~torch.isinf(logp)).any()
+        ):
             return None
-        return divergence_ref(logp, logq, mode, beta)
+        return divergence_ref(logp, logq, divergence, beta)
 
     got = gradient(
-        partial(class_kl, pools=pools_of(built), mode=mode, beta=beta, temperature=temperature),
+        partial(
+            class_kl,
+            pools=pools_of(built),
+            divergence=divergence,
+            beta=beta,
+            temperature=temperature,
+        ),
         z,
         u,
     )
-    if definition(z, u) is None and mode == "reverse":
+    if definition(z, u) is None and divergence == "reverse":
         assert torch.isinf(got[0]).all(), "the student has classes that the teacher lacks"
         return
     if definition(z, u) is None:
@@ -100,20 +109,27 @@ def test_the_closed_form_gradient_of_the_forward_kl(pair, kind, temperature, see
     torch.testing.assert_close(got.sum(1), torch.zeros(len(z), dtype=f64), **TOL)
 
 
-@given(pair=pairs, kind=st.sampled_from(["first_byte", "common", "prefix"]), mode=MODE, seed=SEEDS)
-def test_at_rest_when_masses_agree(pair, kind, mode, seed):
-    """Equal class masses: value 0 and gradient 0 in every mode, however the student shares a class
+@given(
+    pair=pairs,
+    kind=st.sampled_from(["first_byte", "common", "prefix"]),
+    divergence=DIVERGENCE,
+    seed=SEEDS,
+)
+def test_at_rest_when_masses_agree(pair, kind, divergence, seed):
+    """Equal class masses: value 0 and gradient 0 in every divergence, however the student shares a class
     out inside.
     """
     built = MAPS[kind](*pair)
     z = logits_of(pair[0], seed)
     P = pool_logprob(z, pools_of(built).student)
-    value, grad = gradient(partial(class_kl, pools=pools_of(built), mode=mode), z, ClassLogProb(P))
+    value, grad = gradient(
+        partial(class_kl, pools=pools_of(built), divergence=divergence), z, ClassLogProb(P)
+    )
     assert value.abs().max() < 1e-12 and grad.abs().max() < 1e-12
 
 
-@given(pair=pairs, mode=MODE, seed=SEEDS)
-def test_a_finer_map_never_says_less(pair, mode, seed):
+@given(pair=pairs, divergence=DIVERGENCE, seed=SEEDS)
+def test_a_finer_map_never_says_less(pair, divergence, seed):
     """One tokenizer on both sides: first byte <= prefix <= the full KL, data processing."""
     z, u = logits_of(pair[0], seed), logits_of(pair[0], seed + 1)
     values = []
@@ -121,10 +137,10 @@ def test_a_finer_map_never_says_less(pair, mode, seed):
         # the map was made against another vocabulary, so it is coarse
         pool = pools_of(MAPS[kind](*pair)).student
         logp, logq = (pool_logprob(x, pool) for x in (z, u))
-        values.append(divergence_ref(logp, logq, mode, 0.3))
+        values.append(divergence_ref(logp, logq, divergence, 0.3))
     inside = torch.from_numpy(np.arange(pair[0].num_rows) < len(pair[0].table))
     logp, logq = (x[:, inside].log_softmax(1) for x in (z, u))
-    values.append(divergence_ref(logp, logq, mode, 0.3))
+    values.append(divergence_ref(logp, logq, divergence, 0.3))
     assert (values[0] <= values[1] + 1e-12).all() and (values[1] <= values[2] + 1e-12).all()
 
 
@@ -235,18 +251,18 @@ def test_a_first_piece_projection_is_infinite_and_the_real_one_is_not():
 @given(
     pair=pairs,
     kind=st.sampled_from(["common", "projection"]),
-    mode=MODE,
+    divergence=DIVERGENCE,
     temperature=TEMPERATURE,
     seed=SEEDS,
 )
-def test_a_kept_teacher_grows_to_the_whole_one(pair, kind, mode, temperature, seed):
+def test_a_kept_teacher_grows_to_the_whole_one(pair, kind, divergence, temperature, seed):
     """D over {kept classes, REST} rises with k up to the loss of the whole teacher: refinement, in
-    every mode.
+    every divergence.
     """
     built = MAPS[kind](*pair)
     z, u = logits_of(pair[0], seed), logits_of(pair[1], seed + 1)[:, : len(pair[1].table)]
     u = torch.nn.functional.pad(u, (0, pair[1].num_rows - u.shape[1]), value=-math.inf)
-    loss = partial(class_kl, pools=pools_of(built), mode=mode, temperature=temperature)
+    loss = partial(class_kl, pools=pools_of(built), divergence=divergence, temperature=temperature)
     several = (
         np.bincount(built.teacher_class[built.teacher_class != OUT], minlength=built.num_classes)
         > 1
@@ -294,8 +310,8 @@ def test_the_projection_of_a_kept_teacher_in_closed_form(pair, k, seed):
         torch.testing.assert_close(grad[s], p[s] - y, **TOL)
 
 
-@given(pair=pairs, k=st.integers(1, 6), mode=MODE, seed=SEEDS)
-def test_mapped_ids_give_the_row_form(pair, k, mode, seed):
+@given(pair=pairs, k=st.integers(1, 6), divergence=DIVERGENCE, seed=SEEDS)
+def test_mapped_ids_give_the_row_form(pair, k, divergence, seed):
     """map_topk + linear_topk_kl = class_kl with a top-k teacher, where no spelling is double."""
     v_s, v_t = pair
     z, u = logits_of(v_s, seed)[:, : len(v_s.table)], logits_of(v_t, seed + 1)[:, : len(v_t.table)]
@@ -311,11 +327,11 @@ def test_mapped_ids_give_the_row_form(pair, k, mode, seed):
     if (mapped.ids >= 0).sum(1).max() != (ids >= 0).sum(1).max():
         return
     fused = linear_topk_kl(
-        hidden, head, ids, logp, mapped.tail, mode=mode, frozen_student_head=True
+        hidden, head, ids, logp, mapped.tail, divergence=divergence, frozen_student_head=True
     )
     fused.total.backward()
     want, grad = gradient(
-        partial(class_kl, pools=pools_of(vocab_map.common(v_s, v_t)), mode=mode), z, top
+        partial(class_kl, pools=pools_of(vocab_map.common(v_s, v_t)), divergence=divergence), z, top
     )
     torch.testing.assert_close(fused.kl, want, **TOL)
     torch.testing.assert_close(hidden.grad, grad, **TOL)
@@ -384,8 +400,8 @@ def test_what_people_get_wrong():
         class_kl(torch.nn.functional.pad(z, (0, 1)), z, pools)
     with pytest.raises(ValueError, match="temperature = 0"):
         class_kl(z, z, pools, temperature=0)
-    with pytest.raises(ValueError, match="mode is 'fkl'"):
-        class_kl(z, z, pools, mode="fkl")
+    with pytest.raises(ValueError, match="divergence is 'fkl'"):
+        class_kl(z, z, pools, divergence="fkl")
     with pytest.raises(ValueError, match=r"class masses are \[2, 257\]"):
         class_kl(z, ClassLogProb(torch.zeros(2, 257)), pools)
     with pytest.raises(ValueError, match="want those of vocab_map.common"):
@@ -397,13 +413,13 @@ def test_what_people_get_wrong():
 @given(
     pair=pairs,
     kind=st.sampled_from(["first_byte", "common", "prefix"]),
-    mode=MODE,
+    divergence=DIVERGENCE,
     temperature=TEMPERATURE,
     seed=SEEDS,
 )
-def test_bucket_kl_is_the_same_loss(pair, kind, mode, temperature, seed):
+def test_bucket_kl_is_the_same_loss(pair, kind, divergence, temperature, seed):
     built = MAPS[kind](*pair)
-    if mode == "reverse" and built.student_only:
+    if divergence == "reverse" and built.student_only:
         return
     z, u = logits_of(pair[0], seed), logits_of(pair[1], seed + 1)
     hidden = z.clone().requires_grad_()
@@ -414,13 +430,15 @@ def test_bucket_kl_is_the_same_loss(pair, kind, mode, temperature, seed):
         u,
         torch.eye(u.shape[1], dtype=f64),
         class_map(torch.from_numpy(built.teacher_class), built.num_classes),
-        mode=mode,
+        divergence=divergence,
         temperature=temperature,
         frozen_student_head=True,
     )
     fused.total.backward()
     want, grad = gradient(
-        partial(class_kl, pools=pools_of(built), mode=mode, temperature=temperature), z, u
+        partial(class_kl, pools=pools_of(built), divergence=divergence, temperature=temperature),
+        z,
+        u,
     )
     torch.testing.assert_close(fused.kl, want, **TOL)
     torch.testing.assert_close(hidden.grad, grad, **TOL)

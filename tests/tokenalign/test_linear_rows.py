@@ -34,9 +34,9 @@ TEACHER = Vocabulary(table_of([b"b", b"a", b" ", b"ab", b"bb"]), (5,))
 COMMON, PREFIX = (pools_of(f(STUDENT, TEACHER)) for f in (vocab_map.common, vocab_map.prefix))
 LOSSES = {
     "common": partial(class_kl, pools=COMMON),
-    "prefix": partial(class_kl, pools=PREFIX, mode="jsd", temperature=1.7),
+    "prefix": partial(class_kl, pools=PREFIX, divergence="jsd", temperature=1.7),
     "projection": partial(
-        class_kl, pools=pools_of(Projection.build(STUDENT, TEACHER)), mode="skew_forward"
+        class_kl, pools=pools_of(Projection.build(STUDENT, TEACHER)), divergence="skew_forward"
     ),
     "uld": partial(uld, temperature=0.8),
     "hybrid": partial(hybrid, pools=COMMON),
@@ -95,7 +95,7 @@ def test_kept_and_stored_teachers_are_cut_with_the_rows():
 def test_agrees_with_linear_kl_on_one_vocabulary():
     student, _, weight = case(5)
     other, _, _ = case(5, seed=1)
-    want = linear_kl(*student[:2], *other[:2], mode="reverse", weight=weight)
+    want = linear_kl(*student[:2], *other[:2], divergence="reverse", weight=weight)
     token_kl = lambda z, u: divergence_ref(z.log_softmax(1), u.log_softmax(1), "reverse", 0.5)
     got = linear_rows(token_kl, student, Linear(other.hidden_TD, other.head_VD), weight=weight)
     torch.testing.assert_close(got.total, want.total)

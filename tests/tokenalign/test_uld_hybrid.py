@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vocab_pairs import table_of, vocabularies
 
-from reflux.kernels._divergence import MODES
+from reflux.kernels._divergence import DIVERGENCES
 from reflux.tokenalign import vocab_map
 from reflux.tokenalign.class_losses import class_kl, hybrid, pools_of, uld
 from reflux.tokenalign.projection import Projection
@@ -26,7 +26,7 @@ MAPS = {
 }
 SEEDS = st.integers(0, 2**32 - 1)
 KIND = st.sampled_from(list(MAPS))
-MODE = st.sampled_from(MODES)
+DIVERGENCE = st.sampled_from(DIVERGENCES)
 TEMPERATURE = st.sampled_from([0.5, 1.0, 1.7])
 TOL = dict(rtol=0, atol=1e-10)
 f64 = torch.float64

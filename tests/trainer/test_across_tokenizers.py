@@ -135,9 +135,9 @@ def test_calibration_scores_the_same_bytes_under_both_models(pair, tmp_path, mon
     [
         ({"objective": "span"}, 0.0),
         ({"objective": "span"}, 1.0),
-        ({"objective": "class", "classes": "first_byte", "divergence": "forward"}, 0.0),
-        ({"objective": "class", "classes": "common", "divergence": "reverse"}, 1.0),
-        ({"objective": "class", "classes": "prefix", "divergence": "jsd"}, 0.0),
+        ({"objective": "class", "partition": "first_byte", "divergence": "forward"}, 0.0),
+        ({"objective": "class", "partition": "common", "divergence": "reverse"}, 1.0),
+        ({"objective": "class", "partition": "prefix", "divergence": "jsd"}, 0.0),
     ],
     ids=str,
 )
@@ -157,7 +157,7 @@ def test_a_student_learns_from_a_teacher_of_another_family_on_both_kinds_of_text
             optim={"lr": 1e-2},
             lr_scheduler={"warmup_steps": 0},
             rollout={"prompts": 2, "group": 2, "max_tokens": 10},
-            distill={"on_policy": on_policy, "queries": 0 if on_policy else 2} | options,
+            distill={"on_policy": on_policy, "query_budget": 0 if on_policy else 2} | options,
         )
     )
     losses = [s["loss"] for s in run.steps]

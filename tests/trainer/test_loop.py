@@ -21,7 +21,10 @@ from reflux.trainer.runs import run_folder
 from reflux.trainer.runs.logger import load_run
 
 pytestmark = pytest.mark.usefixtures("titan_process")
-CALIBRATED = {"calibration": {"mode": "undistillable"}, "anchor": {"beta": 0.2, "dtype": "float32"}}
+CALIBRATED = {
+    "calibration": {"mode": "undistillable"},
+    "reference": {"beta": 0.2, "dtype": "float32"},
+}
 EVERY_THIRD = {"checkpoint": {"interval": 3}, "steps": 6}
 
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from reflux.trainer.config.schema import Distill
 from reflux.trainer.losses import (
-    Outputs,
-    anchor_kl,
+    HeadInputs,
+    reference_kl,
     distill_kl,
-    exact_anchor_kl,
+    exact_reference_kl,
     nll,
     policy_gradient,
     span_kl,
@@ -30,29 +30,29 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 def outputs(
     seed: int, scale: float = 1.0, rows: int = T, vocab: int = V, softcap: float | None = None
-) -> Outputs:
+) -> HeadInputs:
     """A head with PAD junk rows behind the vocabulary: padded columns must never count."""
     g = torch.Generator().manual_seed(seed)
     hidden = scale * torch.randn(rows, D, generator=g, dtype=torch.float64)
     head = torch.randn(vocab + PAD, D, generator=g, dtype=torch.float64)
     head[vocab:] = 50.0
-    return Outputs(hidden, head, softcap, vocab)
+    return HeadInputs(hidden, head, softcap, vocab)
 
 
-def logp_of(out: Outputs, temperature: float = 1.0) -> torch.Tensor:
+def logp_of(out: HeadInputs, temperature: float = 1.0) -> torch.Tensor:
     logits = out.hidden_TD @ out.head_VD[: out.vocab_size].t()
     logits = out.softcap * torch.tanh(logits / out.softcap) if out.softcap else logits
     return (logits / temperature).log_softmax(-1)
 
 
-def trainable(seed: int, **options) -> Outputs:
+def trainable(seed: int, **options) -> HeadInputs:
     out = outputs(seed, **options)
     return out._replace(
         hidden_TD=out.hidden_TD.requires_grad_(), head_VD=out.head_VD.requires_grad_()
     )
 
 
-def gradients(total, out: Outputs):
+def gradients(total, out: HeadInputs):
     return torch.autograd.grad(total, (out.hidden_TD, out.head_VD), retain_graph=True)
 
 
@@ -61,14 +61,14 @@ def same(got, want, atol=1e-9):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=atol)
 
 
-def every_token(out: Outputs) -> tuple[Outputs, torch.Tensor]:
+def every_token(out: HeadInputs) -> tuple[HeadInputs, torch.Tensor]:
     """Each prefix once per token of the vocabulary, and those tokens: [T * V]."""
     return out._replace(hidden_TD=out.hidden_TD.repeat_interleave(V, 0)), torch.arange(V).repeat(
         len(out.hidden_TD)
     )
 
 
-def expected(loss_of_token: torch.Tensor, behaviour: Outputs) -> torch.Tensor:
+def expected(loss_of_token: torch.Tensor, behaviour: HeadInputs) -> torch.Tensor:
     """E over tokens of the behaviour policy, summed over prefixes. The weights are no part of the
     graph.
     """
@@ -175,7 +175,7 @@ def test_what_each_estimator_descends(estimator, direction, stale, seed):
     logp = token_logprob_of(rows, target).logp
     old = logp_of(behaviour).detach().flatten()
     per_token = one_by_one(
-        lambda *c: anchor_kl(*c, estimator), logp, old, logp_of(original).flatten()
+        lambda *c: reference_kl(*c, estimator), logp, old, logp_of(original).flatten()
     )
     p, q = logp_of(policy), logp_of(original)
     truth = reverse_kl(p, q) if direction == "reverse" else reverse_kl(q, p)
@@ -193,15 +193,15 @@ def test_k1_as_a_loss_has_no_gradient_which_is_why_it_is_refused(seed):
     k1 = token_logprob_of(rows, target).logp - logp_of(outputs(seed + 1)).flatten()
     same(gradients(expected(k1, policy), policy), [torch.zeros_like(x) for x in policy[:2]])
     with pytest.raises(KeyError):
-        anchor_kl(k1, k1, k1, "k1_loss")
+        reference_kl(k1, k1, k1, "k1_loss")
 
 
 @pytest.mark.parametrize("estimator", ["k2_loss", "k3_is", "k3_loss"])
 def test_estimators_are_zero_at_the_start_and_never_touch_the_original(estimator):
     logp = torch.tensor([-1.0, -2.0], requires_grad=True)
     original = logp.detach().clone().requires_grad_()
-    total, metrics = anchor_kl(logp, logp.detach(), original, estimator)
-    assert total == 0 and metrics["anchor_kl"] == 0
+    total, metrics = reference_kl(logp, logp.detach(), original, estimator)
+    assert total == 0 and metrics["reference_kl"] == 0
     slope, to_original = torch.autograd.grad(total, (logp, original), allow_unused=True)
     assert (slope == 0).all() and to_original is None
 
@@ -210,10 +210,10 @@ def test_estimators_are_zero_at_the_start_and_never_touch_the_original(estimator
 @given(seed=SEEDS)
 def test_the_exact_anchor_is_the_reverse_kl(temperature, seed):
     policy, original = trainable(seed, softcap=4.0), outputs(seed + 1, softcap=3.0)
-    total, metrics = exact_anchor_kl(policy, original, temperature=temperature)
+    total, metrics = exact_reference_kl(policy, original, temperature=temperature)
     truth = reverse_kl(logp_of(policy, temperature), logp_of(original, temperature))
     assert total.item() == pytest.approx(truth.item(), rel=1e-9) and metrics[
-        "anchor_kl"
+        "reference_kl"
     ].item() == pytest.approx(truth.item())
     same(gradients(total, policy), gradients(truth, policy))
 
@@ -228,7 +228,7 @@ def test_the_exact_anchor_is_exactly_zero_before_the_first_step(dtype):
     copy = start._replace(
         hidden_TD=start.hidden_TD.detach().clone(), head_VD=start.head_VD.detach().clone()
     )
-    total, _ = exact_anchor_kl(start, copy, temperature=1.0)
+    total, _ = exact_reference_kl(start, copy, temperature=1.0)
     assert total == 0 and all((g == 0).all() for g in gradients(total, start))
 
 
@@ -276,7 +276,7 @@ def test_full_vocabulary_distillation_is_the_definition(name, temperature, scale
 
 
 TAILS = (
-    [("ghost", d) for d in ("forward", "reverse", "jsd")]
+    [("bucket", d) for d in ("forward", "reverse", "jsd")]
     + [("renorm", d) for d in ("forward", "reverse")]
     + [("drop", "forward")]
 )
@@ -306,7 +306,7 @@ def test_keeping_everything_or_more_is_the_full_divergence(seed, name):
     wanted = gradients(full, student)
     for k in (V, V + 3):
         total, metrics = distill_kl(
-            student, teacher, Distill(divergence=name, tail="ghost", top_k=k)
+            student, teacher, Distill(divergence=name, tail="bucket", top_k=k)
         )
         assert total.item() == pytest.approx(full.item(), rel=1e-6, abs=1e-9)
         assert metrics["teacher_mass"].item() == pytest.approx(T)
@@ -314,7 +314,7 @@ def test_keeping_everything_or_more_is_the_full_divergence(seed, name):
 
 
 @pytest.mark.parametrize("name", ["forward", "reverse", "jsd", "skew_forward", "skew_reverse"])
-@pytest.mark.parametrize("tail, k", [("full", 0), ("ghost", 2), ("renorm", 2)])
+@pytest.mark.parametrize("tail, k", [("full", 0), ("bucket", 2), ("renorm", 2)])
 def test_a_student_that_is_the_teacher_is_left_alone(name, tail, k):
     student, teacher = trainable(3), outputs(3)
     total, _ = distill_kl(student, teacher, Distill(divergence=name, tail=tail, top_k=k))
@@ -345,18 +345,25 @@ def test_beta_is_the_teachers_weight():
         lambda out, ref, t: policy_gradient(
             token_logprob_of(out, t).logp, -torch.ones(len(t)), torch.ones(len(t)), 0.2
         ),
-        lambda out, ref, t: anchor_kl(
+        lambda out, ref, t: reference_kl(
             token_logprob_of(out, t).logp,
             -torch.ones(len(t)),
             token_logprob_of(ref, t).logp,
             "k3_is",
         ),
-        lambda out, ref, t: exact_anchor_kl(out, ref, temperature=1.0),
+        lambda out, ref, t: exact_reference_kl(out, ref, temperature=1.0),
         lambda out, ref, t: distill_kl(out, ref, Distill()),
-        lambda out, ref, t: distill_kl(out, ref, Distill(tail="ghost", top_k=2)),
+        lambda out, ref, t: distill_kl(out, ref, Distill(tail="bucket", top_k=2)),
         lambda out, ref, t: nll(token_logprob_of(out, t).logp, torch.ones(len(t))),
     ],
-    ids=["policy_gradient", "anchor_kl", "exact_anchor_kl", "distill_kl", "distill_topk", "nll"],
+    ids=[
+        "policy_gradient",
+        "reference_kl",
+        "exact_reference_kl",
+        "distill_kl",
+        "distill_topk",
+        "nll",
+    ],
 )
 def test_losses_are_sums_so_a_split_changes_nothing(loss):
     """T10, and T11/T13: a rank with no token adds nothing and does not fail."""

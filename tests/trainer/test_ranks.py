@@ -9,7 +9,7 @@ from runs import command, config, environment, run_here, run_ranks
 pytestmark = pytest.mark.usefixtures("titan_process")
 CALIBRATE = {
     "calibration": {"mode": "undistillable", "credit": "span"},
-    "anchor": {"beta": 0.2},
+    "reference": {"beta": 0.2},
     "log": {"samples_every": 1},
     "rollout": {"prompts": 4, "old_logp": "trainer"},
     "steps": 3,
@@ -31,7 +31,7 @@ SAME = (
     "grad_norm",
     "reward/task",
     "reward/cal",
-    "anchor_kl",
+    "reference_kl",
     "length",
     "kl",
     "nll",

@@ -26,17 +26,17 @@ class Guards:
 
     def __init__(self, cfg: Config, engine):
         self.cfg, self.engine = cfg, engine
-        cal, beta = cfg.calibration, cfg.anchor.beta
+        cal, beta = cfg.calibration, cfg.reference.beta
         if cal.mode == "undistillable" and cal.denominator == "policy" and cal.strength >= beta:
             warnings.warn(
-                f"undistillable with strength {cal.strength} >= anchor.beta {beta}: the "
+                f"undistillable with strength {cal.strength} >= reference.beta {beta}: the "
                 "un-normalised objective has no interior optimum (docs/method.md, section 3.3); "
-                "watch anchor_kl, or set calibration.margin_guard = true",
+                "watch reference_kl, or set calibration.margin_guard = true",
                 stacklevel=2,
             )
-        if cfg.anchor.estimator == "k3_loss":
+        if cfg.reference.estimator == "k3_loss":
             warnings.warn(
-                "anchor.estimator = 'k3_loss' descends the forward KL, not KL(pi || original); use "
+                "reference.estimator = 'k3_loss' descends the forward KL, not KL(pi || original); use "
                 "'exact' or 'k3_is'",
                 stacklevel=2,
             )
@@ -52,11 +52,11 @@ class Guards:
         self._check_utility(step, found)
 
     def _check_kl(self, step: int, stats: dict[str, float]) -> None:
-        budget, kl = self.cfg.guard.kl_budget, stats.get("anchor_kl")
+        budget, kl = self.cfg.guard.kl_budget, stats.get("reference_kl")
         if not budget or kl is None:
             return
-        average = KL_DECAY * self.notes.get("anchor_kl", kl) + (1 - KL_DECAY) * kl
-        self.notes["anchor_kl"] = average
+        average = KL_DECAY * self.notes.get("reference_kl", kl) + (1 - KL_DECAY) * kl
+        self.notes["reference_kl"] = average
         if not average <= budget:  # NaN stops too
             raise Stop(
                 f"KL(pi || original) reached {average:.3f} nats per token, over guard.kl_budget = "

@@ -22,13 +22,13 @@ from reflux.trainer.data.batch import Batch, Rollout, Sample
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.prompts import load_prompts, shard
 from reflux.trainer.data.tasks import build_task
-from reflux.trainer.engine.metrics import Tally
+from reflux.trainer.engine.metrics import MetricSums
 from reflux.trainer.evaluation.phase import Evaluator
 from reflux.trainer.losses import (
     Loss,
-    Outputs,
-    anchor_kl,
-    exact_anchor_kl,
+    HeadInputs,
+    reference_kl,
+    exact_reference_kl,
     policy_gradient,
     token_logprob_of,
 )
@@ -36,7 +36,7 @@ from reflux.trainer.rollouts.generate import Sampling, generate
 from reflux.trainer.rollouts.scoring import Scored, align_texts, score_ids
 
 from .guards import Guards
-from .rewards import UNSCORED, CalScore, advantages, calibration_score, margin_strength
+from .rewards import UNALIGNED, CalScore, advantages, calibration_score, margin_strength
 
 STD_CAL_DECAY = 0.9  # of the moving average behind the margin guard
 
@@ -55,8 +55,10 @@ class Calibrate:
         self.evaluator = Evaluator(cfg, engine, self.chat, self.task)
         self.guards = Guards(cfg, engine)
         self.original = self.proxy = None
-        if cfg.anchor.beta or (cfg.calibration.eta and cfg.calibration.denominator == "original"):
-            m, a = cfg.model, cfg.anchor
+        if cfg.reference.beta or (
+            cfg.calibration.eta and cfg.calibration.denominator == "reference"
+        ):
+            m, a = cfg.model, cfg.reference
             self.original = engine.frozen(
                 Frozen(m.path, m.backend, m.attention, a.dtype, a.offload), longest=engine.seq_len
             )
@@ -64,7 +66,7 @@ class Calibrate:
             self.proxy, self.proxy_chat = engine.frozen(cfg.proxy), Chat(cfg.proxy.path)
             self.same = self.chat.table.fingerprint() == self.proxy_chat.table.fingerprint()
             self._check_proxy()
-        self.tally = Tally()
+        self.metric_sums = MetricSums()
 
     def sample(self, step: int) -> list[list[Rollout]]:
         """[P][G] rollouts of this rank's part of the step's prompts."""
@@ -73,7 +75,7 @@ class Calibrate:
             step - 1, r.prompts, seed=self.cfg.seed, shuffle=self.cfg.data.shuffle
         )
         sampling = Sampling(r.max_tokens, self.cfg.seed, step, r.temperature, rows=r.rows)
-        with self.engine.publish() as decode:
+        with self.engine.gathered_weights() as decode:
             return generate(
                 decode,
                 self.chat,
@@ -86,7 +88,7 @@ class Calibrate:
         """Grades, calibration scores and advantages; one sample per rollout that may teach
         something.
         """
-        self.tally = Tally()
+        self.metric_sums = MetricSums()
         flat = list(chain.from_iterable(rollouts_PG))
         grades = self.task.grade(flat)
         old = self._old_logp(flat)
@@ -116,13 +118,13 @@ class Calibrate:
         ):
             if cal.truncated == "drop" and not rollout.ended:
                 continue
-            if self.cfg.anchor.estimator == "k1_reward" and base is not None:
+            if self.cfg.reference.estimator == "k1_reward" and base is not None:
                 # reward-to-go of the log-ratio
-                a = a - self.cfg.anchor.beta * np.cumsum((logp - base)[::-1])[::-1]
+                a = a - self.cfg.reference.beta * np.cumsum((logp - base)[::-1])[::-1]
             samples.append(Sample(rollout, a, logp))
         return samples
 
-    def loss(self, out: Outputs, batch: Batch) -> Loss:
+    def loss(self, out: HeadInputs, batch: Batch) -> Loss:
         """Equation (5), summed over the batch's tokens."""
         temperature = self.cfg.rollout.temperature
         lp = token_logprob_of(out, batch.target_T, temperature=temperature, entropy=True)
@@ -130,20 +132,20 @@ class Calibrate:
             lp.logp, batch.old_logp_T, batch.advantage_T, self.cfg.policy.clip
         )
         metrics["entropy"] = lp.entropy.detach().sum()
-        anchor = self.cfg.anchor
+        reference = self.cfg.reference
         if self.original is None:
             return total, metrics
-        with self.engine.read(self.original, batch, out.vocab_size) as original:
-            if anchor.estimator in ("exact", "k1_reward"):
-                with torch.no_grad() if anchor.estimator == "k1_reward" else nullcontext():
-                    extra, more = exact_anchor_kl(out, original, temperature=temperature)
+        with self.engine.forward_no_grad(self.original, batch, out.vocab_size) as original:
+            if reference.estimator in ("exact", "k1_reward"):
+                with torch.no_grad() if reference.estimator == "k1_reward" else nullcontext():
+                    extra, more = exact_reference_kl(out, original, temperature=temperature)
             else:
                 with torch.no_grad():
                     base_T = token_logprob_of(
                         original, batch.target_T, temperature=temperature
                     ).logp
-                extra, more = anchor_kl(lp.logp, batch.old_logp_T, base_T, anchor.estimator)
-        total = total if anchor.estimator == "k1_reward" else total + anchor.beta * extra
+                extra, more = reference_kl(lp.logp, batch.old_logp_T, base_T, reference.estimator)
+        total = total if reference.estimator == "k1_reward" else total + reference.beta * extra
         return total, metrics | more
 
     def close_step(self, step: int, stats: dict[str, float]) -> dict[str, float]:
@@ -170,13 +172,13 @@ class Calibrate:
         read = score_ids(
             self.proxy, self.engine, jobs, self.proxy_chat, tokens=self.cfg.batch.tokens
         )
-        own = original if cal.denominator == "original" else old
+        own = original if cal.denominator == "reference" else old
         found = dict(zip(usable, read))
         failed = sum(a.spans is None for a in aligned)
-        self.tally.add("cal/unscored", [float(a.spans is None) for a in aligned])
+        self.metric_sums.add("cal/unaligned", [float(a.spans is None) for a in aligned])
         self._refuse_unscored(failed, len(flat))
         return [
-            self._score_one(flat[k], aligned[k], found[k], own[k]) if k in found else UNSCORED
+            self._score_one(flat[k], aligned[k], found[k], own[k]) if k in found else UNALIGNED
             for k in range(len(flat))
         ]
 
@@ -198,10 +200,10 @@ class Calibrate:
 
     def _refuse_unscored(self, failed: int, total: int) -> None:
         share = self.engine.sum(float(failed)) / max(self.engine.sum(float(total)), 1.0)
-        if share > self.cfg.calibration.max_unscored:
+        if share > self.cfg.calibration.max_unaligned:
             raise ValueError(
                 f"{share:.0%} of the rollouts do not round-trip through the proxy's tokenizer; "
-                f"want at most {self.cfg.calibration.max_unscored:.0%} (calibration.max_unscored). "
+                f"want at most {self.cfg.calibration.max_unaligned:.0%} (calibration.max_unaligned). "
                 "Run --check for examples"
             )
 
@@ -216,7 +218,7 @@ class Calibrate:
             or spread is None
         ):
             return cal.eta
-        return -margin_strength(cal.strength, self.cfg.anchor.beta, spread)
+        return -margin_strength(cal.strength, self.cfg.reference.beta, spread)
 
     def _note_spread(self, std_cal_nats: float, share: float) -> None:
         """Mean over all ranks' groups: a rank counts by how many of its groups had a calibration
@@ -237,8 +239,8 @@ class Calibrate:
 
     def _original_logp(self, flat: list[Rollout]) -> list[np.ndarray] | None:
         cal = self.cfg.calibration
-        wanted = self.cfg.anchor.estimator == "k1_reward" or (
-            cal.eta and cal.denominator == "original"
+        wanted = self.cfg.reference.estimator == "k1_reward" or (
+            cal.eta and cal.denominator == "reference"
         )
         return self._read_own(self.original, flat) if wanted and self.original is not None else None
 
@@ -257,7 +259,7 @@ class Calibrate:
         return [s.logp for s in read]
 
     def _report(self, flat, grades, correct_PG, scores, adv, eta) -> None:
-        t = self.tally
+        t = self.metric_sums
         t.add("reward/task", [g.reward for g in grades])
         t.add("accuracy", [float(_is_right(g)) for g in grades])
         t.add("no_answer", [float(g.extracted is None and g.correct is not None) for g in grades])

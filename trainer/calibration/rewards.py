@@ -38,7 +38,7 @@ class CalScore:
     scored: bool  # False: the text does not round-trip, or the rollout is masked by rule
 
 
-UNSCORED = CalScore(0.0, 0.0, np.zeros(0), np.zeros(0, np.int64), 0.0, 0, 0.0, False)
+UNALIGNED = CalScore(0.0, 0.0, np.zeros(0), np.zeros(0, np.int64), 0.0, 0, 0.0, False)
 
 
 def calibration_score(scores: Scores, span: np.ndarray, cal: Calibration) -> CalScore:

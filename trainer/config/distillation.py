@@ -13,7 +13,7 @@ class Distill:
     divergence: Literal["forward", "reverse", "jsd", "skew_forward", "skew_reverse"] = "reverse"
     beta: float = 0.5  # jsd, skew: weight of the teacher in the mixture
     # what becomes of the teacher outside its top k
-    tail: Literal["full", "ghost", "renorm", "drop"] = "full"
+    tail: Literal["full", "bucket", "renorm", "drop"] = "full"
     top_k: int = 0  # kept teacher entries per token; 0 with tail = full
     temperature: float = 1.0  # both softmaxes
     scale_t2: bool = False  # multiply the loss by temperature squared
@@ -24,7 +24,7 @@ class Distill:
     # objective = "class": the same for their tokens at which no distributions can be compared
     inner_weight: float = 1.0
     # texts bought from the teacher before the first step and then reused; 0: fresh ones every step
-    queries: int = 0
+    query_budget: int = 0
     span_temperature: float = 100.0  # of the binarised span likelihoods (arXiv:2503.20083)
     # package.module:function(prompt, text) -> text or None, over what teachers write: an attacker's
     # clean-up
@@ -39,7 +39,7 @@ class Distill:
 
     def __post_init__(self):
         fraction(self, "on_policy")
-        not_negative(self, "queries", "top_k", "nll_weight", "inner_weight")
+        not_negative(self, "query_budget", "top_k", "nll_weight", "inner_weight")
         above_zero(self, "temperature", "span_temperature")
         _refuse_meaningless(self)
 
@@ -84,14 +84,14 @@ def _refuse_meaningless(d: Distill) -> None:
     if (d.tail == "full") != (d.top_k == 0):
         raise ValueError(
             f"tail = {d.tail!r} with top_k = {d.top_k}: a truncated teacher needs both, e.g. "
-            "tail = 'ghost' and top_k = 64; the whole vocabulary neither"
+            "tail = 'bucket' and top_k = 64; the whole vocabulary neither"
         )
     if d.tail == "renorm" and d.top_k == 1:
-        raise ValueError("tail = 'renorm' with top_k = 1 is identically 0. Use tail = 'ghost'")
+        raise ValueError("tail = 'renorm' with top_k = 1 is identically 0. Use tail = 'bucket'")
     if d.tail == "drop" and d.divergence != "forward":
         raise ValueError(
             f"tail = 'drop' with divergence = {d.divergence!r} can be lowered by moving mass out "
-            "of the top k. Use tail = 'ghost'"
+            "of the top k. Use tail = 'bucket'"
         )
     if d.divergence in ("jsd", "skew_forward", "skew_reverse") and not 0 < d.beta < 1:
         raise ValueError(
@@ -105,8 +105,8 @@ def _refuse_meaningless_classes(d: Distill) -> None:
             f"classes = {d.classes!r} with top_k = {d.top_k}: kept classes only bound these masses "
             "from below. Use classes = 'common', or top_k = 0"
         )
-    if d.top_k and d.tail != "ghost":
+    if d.top_k and d.tail != "bucket":
         raise ValueError(
             f"tail = {d.tail!r} with objective = 'class': what is not common belongs to the rest, "
-            "which only tail = 'ghost' keeps"
+            "which only tail = 'bucket' keeps"
         )

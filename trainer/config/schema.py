@@ -108,7 +108,7 @@ class Calibration:
     # divides a score; per_token has no span_clip, no stop
     score_norm: Literal["sum", "per_token", "per_byte"] = "sum"
     # whose log-probability is subtracted from the proxy's
-    denominator: Literal["policy", "original"] = "policy"
+    denominator: Literal["policy", "reference"] = "policy"
     score_stop: bool = True  # count the stop set's log-probability where a rollout ended by itself
     # joint: one z-score of r_task + eta r_cal; either term can swallow the other
     normalise: Literal["separate", "joint"] = "separate"
@@ -124,7 +124,9 @@ class Calibration:
         "skip_all_wrong"
     )
     margin_guard: bool = True  # undistillable + policy: keep beta + eta_eff >= beta / 4
-    max_unscored: float = 0.05  # share of rollouts whose text does not round-trip; more is an error
+    max_unaligned: float = (
+        0.05  # share of rollouts whose text does not round-trip; more is an error
+    )
 
     def __post_init__(self):
         if not self.strength >= 0:
@@ -132,7 +134,7 @@ class Calibration:
                 f"strength = {self.strength}; want >= 0. The direction is mode's, not a sign's"
             )
         not_negative(self, "span_clip", "winsor", "std_floor")
-        fraction(self, "max_unscored")
+        fraction(self, "max_unaligned")
         if self.credit == "span" and self.score_norm != "sum":
             raise ValueError(
                 f"credit = 'span' with score_norm = {self.score_norm!r}: a score divided by the "
@@ -154,7 +156,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Anchor:
+class Reference:
     # raise to >= 0.2 for responses under 64 tokens: eta per nat grows as 1 / std_cal
     beta: float = 0.04
     estimator: Literal["exact", "k1_reward", "k2_loss", "k3_is", "k3_loss", "k1_loss"] = "exact"
@@ -232,7 +234,7 @@ class Diagnose:
 
 
 @dataclass(frozen=True)
-class Serve:
+class Defence:
     """What is served instead of the model itself: the teacher of a `distill`, the model of an
     `evaluate` (docs/method.md, "Defences").
     """
@@ -308,12 +310,12 @@ class Config:
     task: Task = Task()
     rollout: Rollout = Rollout()
     calibration: Calibration = Calibration()
-    anchor: Anchor = Anchor()
+    reference: Reference = Reference()
     policy: Policy = Policy()
     guard: Guard = Guard()
     distill: Distill = Distill()
     diagnose: Diagnose = Diagnose()
-    serve: Serve = Serve()
+    defence: Defence = Defence()
     optim: Optim = Optim()
     batch: Batching = Batching()
     eval: Eval = Eval()
@@ -351,7 +353,7 @@ def _require_parts(cfg: Config) -> None:
     if cfg.phase != "evaluate" and not cfg.data.source:
         raise ValueError("data.source is missing; want prompts, e.g. 'train.jsonl'")
     check_evaluation(cfg.phase, cfg.eval, cfg.accept, cfg.task.name)
-    if cfg.serve.changes_text:
+    if cfg.defence.changes_text:
         _require_served_text(cfg)
     if cfg.phase == "calibrate":
         _require_calibrate(cfg)
@@ -370,7 +372,7 @@ def _require_served_text(cfg: Config) -> None:
     """What is served exists in decoding only."""
     d, asked = (
         cfg.distill,
-        f"serve.proxy = {cfg.serve.proxy!r}, serve.temperature = {cfg.serve.temperature}",
+        f"defence.proxy = {cfg.defence.proxy!r}, defence.temperature = {cfg.defence.temperature}",
     )
     if cfg.phase == "distill" and (d.objective != "nll" or d.source != "teacher"):
         raise ValueError(

@@ -15,7 +15,7 @@ import numpy as np
 
 from reflux.trainer.runs.stats import Estimate, bootstrap_ratio
 
-from .measure import Reading
+from .measure import TokenStats
 from .symptoms import confidence_report
 
 
@@ -52,12 +52,12 @@ def sampling_gap(
 
 
 def answer_symptoms(
-    students: Sequence[Reading], greedy: Mapping[int, bool], *, names_answers: bool
+    students: Sequence[TokenStats], greedy: Mapping[int, bool], *, names_answers: bool
 ) -> dict[str, Any]:
     """Of graded texts of the student. names_answers: does the grader say what it took for the
     answer?
     """
-    of_prompt: dict[int, list[Reading]] = {}
+    of_prompt: dict[int, list[TokenStats]] = {}
     for r in students:
         if r.right is not None:
             of_prompt.setdefault(r.rollout.prompt.index, []).append(r)
@@ -82,7 +82,7 @@ def answer_symptoms(
     return found
 
 
-def own_errors(continued: Mapping[int, bool], students: Sequence[Reading]) -> dict[str, Any]:
+def own_errors(continued: Mapping[int, bool], students: Sequence[TokenStats]) -> dict[str, Any]:
     """Right after half of the student's own wrong text, and what the student gets on the same
     prompts from the start.
     """

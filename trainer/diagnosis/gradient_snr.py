@@ -35,11 +35,11 @@ from torch.distributed.tensor import DTensor
 from reflux.trainer.config.schema import Distill
 from reflux.trainer.data.batch import Batch, Sample, TeacherView, pack
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.losses import Loss, Outputs, distill_kl
+from reflux.trainer.losses import Loss, HeadInputs, distill_kl
 from reflux.trainer.runs.progress import Advance, ignore
 from reflux.trainer.runs.stats import jackknife
 
-from .measure import DIRECTIONS, Reading
+from .measure import DIRECTIONS, TokenStats
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,11 +103,11 @@ def compare_writers(moments: Mapping[str, Moments]) -> dict[str, Any]:
     return found
 
 
-def deal(readings: Sequence[Reading], batches: int) -> dict[str, list[list[Reading]]]:
+def deal(readings: Sequence[TokenStats], batches: int) -> dict[str, list[list[TokenStats]]]:
     """Writer -> at most `batches` groups of texts: whole prompts, the same prompts and as many
     texts of each for every writer.
     """
-    texts: dict[str, dict[int, list[Reading]]] = {}
+    texts: dict[str, dict[int, list[TokenStats]]] = {}
     for r in readings:
         texts.setdefault(r.writer, {}).setdefault(r.rollout.prompt.index, []).append(r)
     shared = (
@@ -129,7 +129,7 @@ def gradients_of(groups: Mapping[str, Sequence]) -> int:
 def gradient_noise(
     engine: Any,
     teacher: Any,
-    groups: Mapping[str, Sequence[Sequence[Reading]]],
+    groups: Mapping[str, Sequence[Sequence[TokenStats]]],
     chats: tuple[Chat, Chat],
     *,
     tokens: int,
@@ -166,18 +166,18 @@ def gradient_noise(
     return found | {"batches": count, "texts_of_each": texts, "tokens": total}
 
 
-def _token_kl(engine: Any, teacher: Any, direction: str) -> Callable[[Outputs, Batch], Loss]:
+def _token_kl(engine: Any, teacher: Any, direction: str) -> Callable[[HeadInputs, Batch], Loss]:
     spec = Distill(divergence=direction)
 
-    def loss(out: Outputs, batch: Batch) -> Loss:
-        with engine.read(teacher, batch.for_teacher(), out.vocab_size) as theirs:
+    def loss(out: HeadInputs, batch: Batch) -> Loss:
+        with engine.forward_no_grad(teacher, batch.for_teacher(), out.vocab_size) as theirs:
             return distill_kl(out, theirs, spec)
 
     return loss
 
 
 def _packed(
-    engine: Any, texts: Sequence[Reading], teacher_chat: Chat, tokens: int, joined: bool
+    engine: Any, texts: Sequence[TokenStats], teacher_chat: Chat, tokens: int, joined: bool
 ) -> list[Batch]:
     """This rank's part of a group."""
     mine = texts[engine.rank :: engine.world]

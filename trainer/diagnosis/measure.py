@@ -19,7 +19,7 @@ from torch import Tensor
 from reflux.trainer.data.batch import Rollout, Sample, TeacherView, pack
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.graders import Grade
-from reflux.trainer.losses import Outputs, token_logprob_of
+from reflux.trainer.losses import HeadInputs, token_logprob_of
 from reflux.trainer.runs.progress import Advance, ignore
 
 from .frequency_bands import BANDS
@@ -35,7 +35,7 @@ class Curves:
 
     k: tuple[int, ...]
     raw_K: np.ndarray
-    ghost_K: np.ndarray
+    bucket_K: np.ndarray
     gradient_tail_K: np.ndarray  # divide by the number of tokens
     type_N: np.ndarray
     type_at_10_N: np.ndarray
@@ -58,7 +58,7 @@ class Across:
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class TokenStats:
     """One text. Per-token arrays are [n], nats. Of two tokenizers (`across`) log-probabilities are
     per span, and what compares distributions is per place.
     """
@@ -121,7 +121,7 @@ def read_texts(
     asked: Asked,
     joined: bool = False,
     advance: Advance = ignore,
-) -> list[Reading]:
+) -> list[TokenStats]:
     """Readings of (rollout in the student's ids, writer, its grade), in their order. chats:
     student's and teacher's. Collective.
 
@@ -132,13 +132,15 @@ def read_texts(
         Sample(r, teacher_views=(TeacherView(teacher_chat.prompt_ids(r.prompt.messages)),))
         for r, _, _ in texts
     ]
-    found: list[Reading | None] = [None] * len(samples)
+    found: list[TokenStats | None] = [None] * len(samples)
     V = min(student_chat.vocab_size, teacher_chat.vocab_size)
-    for batch in engine.even(pack(samples, tokens=tokens, seq_len=engine.seq_len, joined=joined)):
+    for batch in engine.pad_across_ranks(
+        pack(samples, tokens=tokens, seq_len=engine.seq_len, joined=joined)
+    ):
         batch = batch.to(engine.device)
         with (
-            engine.read(engine, batch, V) as student,
-            engine.read(teacher, batch.for_teacher(), V) as other,
+            engine.forward_no_grad(engine, batch, V) as student,
+            engine.forward_no_grad(teacher, batch.for_teacher(), V) as other,
         ):
             measured = _measure(student, other, batch.target_T, asked.to(engine.device))
         which = batch.sample_T.cpu().numpy()
@@ -161,7 +163,7 @@ class _Measured:
     outside_T: np.ndarray
 
 
-def _measure(student: Outputs, teacher: Outputs, target_T: Tensor, asked: Asked) -> _Measured:
+def _measure(student: HeadInputs, teacher: HeadInputs, target_T: Tensor, asked: Asked) -> _Measured:
     with torch.no_grad():
         profiles = {
             d: on_host(
@@ -194,7 +196,7 @@ def curves_of(profile: KLProfile) -> Curves:
             getattr(profile, name).sum(0).numpy()
             for name in (
                 "raw_TK",
-                "ghost_TK",
+                "bucket_TK",
                 "gradient_tail_TK",
                 "type_TN",
                 "type_at_10_TN",
@@ -207,14 +209,14 @@ def curves_of(profile: KLProfile) -> Curves:
 
 def _reading(
     text: tuple[Rollout, str, Grade], chat: Chat, asked: Asked, m: _Measured, rows: np.ndarray
-) -> Reading:
+) -> TokenStats:
     rollout, writer, grade = text
     ids = list(rollout.ids)
     length_n = chat.table.lens[ids]
     kl = {d: p.kl_T[rows].numpy() for d, p in m.profiles.items()}
     curves = {d: curves_of(p.rows(rows)) for d, p in m.profiles.items()}
     type_n, band_n = (x.cpu().numpy()[ids] for x in (asked.type_V, asked.band_V))
-    return Reading(
+    return TokenStats(
         rollout,
         writer,
         grade.correct,
@@ -234,7 +236,9 @@ def _reading(
     )
 
 
-def per_prompt(readings: Sequence[Reading], value: Callable[[Reading], float]) -> dict[int, float]:
+def per_prompt(
+    readings: Sequence[TokenStats], value: Callable[[TokenStats], float]
+) -> dict[int, float]:
     """Sums of a text's value over the texts of each prompt: what a bootstrap over prompts draws
     from.
     """

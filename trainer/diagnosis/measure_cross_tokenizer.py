@@ -26,11 +26,11 @@ from reflux.tokenalign.vocab_map import Vocabulary, common, prefix
 from reflux.trainer.data.batch import Rollout, Sample, TeacherView, pack
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.graders import Grade
-from reflux.trainer.losses import Outputs, at_places
+from reflux.trainer.losses import HeadInputs, at_places
 from reflux.trainer.rollouts.scoring import Aligned, Scored, align_texts, score_ids
 from reflux.trainer.runs.progress import Advance, ignore
 
-from .measure import DIRECTIONS, Across, Reading, curves_of, on_host
+from .measure import DIRECTIONS, Across, TokenStats, curves_of, on_host
 from .metrics import KLProfile, chunked_logits, kl_profile, top_overlap
 from .token_classes import TYPES, token_types
 
@@ -103,7 +103,7 @@ def read_across(
     top: int,
     joined: bool = False,
     advance: Advance = ignore,
-) -> tuple[list[Reading], list[Reading]]:
+) -> tuple[list[TokenStats], list[TokenStats]]:
     """Readings of (rollout in its writer's ids, writer, its grade) in their order, and those of
     texts that could not be aligned: without a number, but with the text and its grade, which the
     symptoms need. Collective.
@@ -164,11 +164,11 @@ def _text(text: tuple[Rollout, str, Grade], a: Aligned, pair: Pair, by_teacher: 
     )
 
 
-def _unread(text: tuple[Rollout, str, Grade]) -> Reading:
+def _unread(text: tuple[Rollout, str, Grade]) -> TokenStats:
     rollout, writer, grade = text
     none, nowhere = np.zeros(0), np.zeros(0, np.int64)
     across = Across((), nowhere, nowhere, nowhere, np.zeros((0, 2)))
-    return Reading(
+    return TokenStats(
         rollout,
         writer,
         grade.correct,
@@ -211,12 +211,16 @@ def _measure_places(
 ) -> list[_Places]:
     samples = [Sample(t.rollout, teacher_views=(_view(t, pair.teacher),)) for t in texts]
     found: list[Any] = [None] * len(texts)
-    for batch in engine.even(pack(samples, tokens=tokens, seq_len=engine.seq_len, joined=joined)):
+    for batch in engine.pad_across_ranks(
+        pack(samples, tokens=tokens, seq_len=engine.seq_len, joined=joined)
+    ):
         batch = batch.to(engine.device)
         place_P = batch.places()
         with (
-            engine.read(engine, batch, pair.pools.student.num_ids) as student,
-            engine.read(teacher, batch.for_teacher(), pair.pools.teacher.num_ids) as other,
+            engine.forward_no_grad(engine, batch, pair.pools.student.num_ids) as student,
+            engine.forward_no_grad(
+                teacher, batch.for_teacher(), pair.pools.teacher.num_ids
+            ) as other,
             torch.no_grad(),
         ):
             outputs = at_places(student, place_P), other
@@ -249,7 +253,9 @@ def _view(t: _Text, teacher: Chat) -> TeacherView:
     return TeacherView(teacher.prompt_ids(t.rollout.prompt.messages), ids, *t.places)
 
 
-def _common_mass(outputs: tuple[Outputs, Outputs], shared: tuple[Tensor, Tensor]) -> np.ndarray:
+def _common_mass(
+    outputs: tuple[HeadInputs, HeadInputs], shared: tuple[Tensor, Tensor]
+) -> np.ndarray:
     """[P, 2] mass of the ids that both spell in one token, under student and teacher."""
     columns = [
         [(logits.softmax(1) * mask_V).sum(1) for logits in chunked_logits(out, len(mask_V))]
@@ -260,7 +266,7 @@ def _common_mass(outputs: tuple[Outputs, Outputs], shared: tuple[Tensor, Tensor]
     ).numpy()
 
 
-def _reading(t: _Text, student: Scored, teacher: Scored, m: _Places, pair: Pair) -> Reading:
+def _reading(t: _Text, student: Scored, teacher: Scored, m: _Places, pair: Pair) -> TokenStats:
     spans = len(t.bounds)
     sums = [
         span_logprobs(s.logp, span, spans)
@@ -273,7 +279,7 @@ def _reading(t: _Text, student: Scored, teacher: Scored, m: _Places, pair: Pair)
         start_S = np.append(start_S, n_bytes)
     first = np.array(t.rollout.ids, np.int64)[t.places[0]]
     across = Across(t.teacher_ids, t.student_span, t.teacher_span, t.place_span, m.common_P2)
-    return Reading(
+    return TokenStats(
         t.rollout,
         t.writer,
         t.grade.correct,

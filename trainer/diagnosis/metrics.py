@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from reflux.tokenalign.class_losses import Pools, pool_logprob
-from reflux.trainer.losses import Outputs
+from reflux.trainer.losses import HeadInputs
 
 K_GRID = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 CHUNK_MIB = 256.0  # of one [C, V] block in float64; a dozen of them are alive
@@ -36,7 +36,7 @@ class KLProfile:
     kl_T: Tensor  # full KL, nats
     raw_TK: Tensor  # A_k: the first k terms of the sum; not a divergence, may be negative
     # D_k: the first k terms and one bucket for the rest; 0 <= D_k <= kl, non-decreasing in k
-    ghost_TK: Tensor
+    bucket_TK: Tensor
     gradient_tail_TK: Tensor  # sum of |dKL/dz| outside the first k / sum over all; 0 / 0 is 0
     type_TN: Tensor  # full KL by token type
     type_at_10_TN: Tensor  # A_10 by token type
@@ -53,8 +53,8 @@ def k_grid(vocab_size: int) -> tuple[int, ...]:
 
 
 def kl_profile(
-    student: Outputs,
-    teacher: Outputs,
+    student: HeadInputs,
+    teacher: HeadInputs,
     mode: str,
     type_V: Tensor,
     num_types: int,
@@ -91,12 +91,12 @@ def kl_profile(
     return KLProfile(ks, *curves, all_TN[:, :n], first_TN[:, :n], all_TN[:, n:], first_TN[:, n:])
 
 
-def _classes(student: Outputs, teacher: Outputs, pools: Pools | None) -> int:
+def _classes(student: HeadInputs, teacher: HeadInputs, pools: Pools | None) -> int:
     return pools.student.num_classes if pools else min(student.vocab_size, teacher.vocab_size)
 
 
 def _logprobs(
-    student: Outputs, teacher: Outputs, pools: Pools | None
+    student: HeadInputs, teacher: HeadInputs, pools: Pools | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Log-probabilities of the classes, student's and teacher's, chunk by chunk."""
     if pools is None:
@@ -111,7 +111,7 @@ def _logprobs(
         yield pool_logprob(z_CV, pools.student), pool_logprob(u_CW, pools.teacher)
 
 
-def chunked_logits(out: Outputs, V: int, widest: int = 0) -> Iterator[Tensor]:
+def chunked_logits(out: HeadInputs, V: int, widest: int = 0) -> Iterator[Tensor]:
     """Logits [C, V] of the first V ids in float64; chunks hold as many rows as blocks of `widest`
     columns may.
     """
@@ -136,13 +136,13 @@ def _profile_chunk(
     order_CV = weight_CV.argsort(dim=1, descending=True, stable=True)
     at = torch.tensor(ks, device=logp_CV.device) - 1
     raw_CK = term_CV.gather(1, order_CV).cumsum(1)[:, at]
-    ghost_CK = raw_CK + _bucket(weight_CV.gather(1, order_CV), other_CV.gather(1, order_CV), at)
-    ghost_CK[:, -1] = kl_C
+    bucket_CK = raw_CK + _bucket(weight_CV.gather(1, order_CV), other_CV.gather(1, order_CV), at)
+    bucket_CK[:, -1] = kl_C
     size_CK = d_CV.abs().gather(1, order_CV).cumsum(1)[:, at]
     whole_C1 = size_CK[:, -1:]
     tail_CK = torch.where(whole_C1 > 0, 1 - size_CK / whole_C1.clamp(min=1e-300), 0.0).clamp(min=0)
     first_CV = torch.zeros_like(term_CV).scatter(1, order_CV[:, :10], 1.0)
-    return kl_C, raw_CK, ghost_CK, tail_CK, term_CV @ one_hot_VN, (term_CV * first_CV) @ one_hot_VN
+    return kl_C, raw_CK, bucket_CK, tail_CK, term_CV @ one_hot_VN, (term_CV * first_CV) @ one_hot_VN
 
 
 def _bucket(weight_CV: Tensor, other_CV: Tensor, at: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def _bucket(weight_CV: Tensor, other_CV: Tensor, at: Tensor) -> Tensor:
 
 
 def keeps(curve_K: Sequence[float], k: Sequence[int], share: float) -> int:
-    """The smallest k whose ghost curve holds `share` of the full KL (its last entry)."""
+    """The smallest k whose bucket curve holds `share` of the full KL (its last entry)."""
     return next(kept for kept, value in zip(k, curve_K) if value >= share * curve_K[-1] - 1e-12)
 
 
@@ -299,7 +299,9 @@ class Overlap:
     entropy_gap_T: Tensor  # H(teacher) - H(student), nats
 
 
-def top_overlap(student: Outputs, teacher: Outputs, k: int, pools: Pools | None = None) -> Overlap:
+def top_overlap(
+    student: HeadInputs, teacher: HeadInputs, k: int, pools: Pools | None = None
+) -> Overlap:
     k, rows = min(k, _classes(student, teacher, pools)), []
     for logp_CV, logq_CV in _logprobs(student, teacher, pools):
         own_CK, theirs_CK = logp_CV.topk(k, 1).indices, logq_CV.topk(k, 1).indices
@@ -317,7 +319,7 @@ def top_overlap(student: Outputs, teacher: Outputs, k: int, pools: Pools | None 
     return Overlap(*(torch.cat(c) for c in zip(*rows)))
 
 
-def off_nucleus(out: Outputs, target_T: Tensor, top_p: float = 0.999) -> Tensor:
+def off_nucleus(out: HeadInputs, target_T: Tensor, top_p: float = 0.999) -> Tensor:
     """bool [T]: does a sampler with top-p never draw the target? True if the classes before it hold
     top_p already.
 

@@ -27,7 +27,7 @@ from reflux.trainer.runs.progress import progress
 from .answers import answer_symptoms, own_errors
 from .frequency_bands import count_ids, frequency_bands
 from .gradient_snr import deal, gradient_noise, gradients_of
-from .measure import Asked, Reading, read_texts
+from .measure import Asked, TokenStats, read_texts
 from .measure_cross_tokenizer import pair_of, read_across
 from .report import write_diagnosis
 from .summary import diagnose_readings, flatten, verdict
@@ -57,7 +57,7 @@ class Diagnose:
         engine.vocab_size = min(engine.vocab_size, self.chat.vocab_size)
         self.teacher = engine.frozen(cfg.teacher)
         # texts of this rank that the two tokenizers do not spell alike
-        self.unaligned: list[Reading] = []
+        self.unaligned: list[TokenStats] = []
         rows = engine.vocab_size, min(self.teacher.vocab_size, self.teacher_chat.vocab_size)
         self.pair = (
             None if self.same else pair_of(self.chat, self.teacher_chat, rows, engine.device)
@@ -82,7 +82,7 @@ class Diagnose:
             )
         return flatten(found)
 
-    def _measure(self) -> tuple[dict[str, Any], list[Reading]]:
+    def _measure(self) -> tuple[dict[str, Any], list[TokenStats]]:
         gather, students = (
             self.engine.gather,
             lambda rows: [r for r in rows if r.writer == "student"],
@@ -117,7 +117,7 @@ class Diagnose:
             found["runs"] = self.runs
         return found, readings
 
-    def _gradient(self, readings: Sequence[Reading]) -> dict[str, Any]:
+    def _gradient(self, readings: Sequence[TokenStats]) -> dict[str, Any]:
         """Of the token KL, which two vocabularies do not have."""
         groups = (
             deal(readings, self.spec.gradient_batches)
@@ -135,7 +135,7 @@ class Diagnose:
                 advance=advance,
             )
 
-    def _names_answers(self, readings: Sequence[Reading]) -> bool:
+    def _names_answers(self, readings: Sequence[TokenStats]) -> bool:
         return self.task is not None and (
             ":" not in self.cfg.task.name or any(r.answer is not None for r in readings)
         )
@@ -152,7 +152,9 @@ class Diagnose:
             torch.from_numpy(frequency_bands(sum(counts))),
         )
 
-    def _read(self, writer: str, rollouts: Sequence[Rollout], asked: Asked | None) -> list[Reading]:
+    def _read(
+        self, writer: str, rollouts: Sequence[Rollout], asked: Asked | None
+    ) -> list[TokenStats]:
         """asked: None where the two vocabularies differ."""
         grades = self.task.grade(rollouts) if self.task else [Grade(0.0, None)] * len(rollouts)
         texts = [(x, writer, g) for x, g in zip(rollouts, grades)]
@@ -186,12 +188,12 @@ class Diagnose:
         count = self.spec.student_texts if writer == "student" else self.spec.teacher_texts
         with self._stage(f"texts by the {writer}", count * len(self.prompts)) as advance:
             if writer == "student":
-                with self.engine.publish() as decode:
+                with self.engine.gathered_weights() as decode:
                     groups = generate(
                         decode, self.chat, self.prompts, count, self._draw(writer), advance
                     )
                 return list(chain.from_iterable(groups))
-            with self.engine.publish_frozen(self.teacher) as decode:
+            with self.engine.gathered_frozen_weights(self.teacher) as decode:
                 groups = generate(
                     decode, self.teacher_chat, self.prompts, count, self._draw(writer), advance
                 )
@@ -202,7 +204,7 @@ class Diagnose:
             for x in chain.from_iterable(groups)
         ]
 
-    def _greedy(self, students: Sequence[Reading]) -> list[tuple[int, bool]]:
+    def _greedy(self, students: Sequence[TokenStats]) -> list[tuple[int, bool]]:
         """(prompt, is the student's likeliest text right?), where its sampled texts have grades to
         compare with.
         """
@@ -213,7 +215,7 @@ class Diagnose:
         sampling = replace(self._draw("student"), greedy=True)
         with (
             self._stage("greedy texts by the student", len(prompts)) as advance,
-            self.engine.publish() as decode,
+            self.engine.gathered_weights() as decode,
         ):
             texts = list(
                 chain.from_iterable(generate(decode, self.chat, prompts, 1, sampling, advance))
@@ -225,7 +227,7 @@ class Diagnose:
         return Sampling(r.max_tokens, self.cfg.seed, STREAM[stream], rows=r.rows)
 
     # self-correction
-    def _correction(self, right: Sequence[Reading]) -> list[dict]:
+    def _correction(self, right: Sequence[TokenStats]) -> list[dict]:
         """Right texts cut short, with and without an error at the cut: does the student still
         arrive?
         """
@@ -252,7 +254,7 @@ class Diagnose:
                 row[f"{who}_gain"] = gain
         return rows
 
-    def _own_errors(self, wrong: Sequence[Reading]) -> list[tuple[int, bool]]:
+    def _own_errors(self, wrong: Sequence[TokenStats]) -> list[tuple[int, bool]]:
         """(prompt, right after all?) of the student's own wrong texts, one a prompt, cut in the
         middle and continued.
         """
@@ -275,7 +277,7 @@ class Diagnose:
         ]
         with (
             self._stage(f"continued texts, {stream}", len(asked)) as advance,
-            self.engine.publish() as decode,
+            self.engine.gathered_weights() as decode,
         ):
             groups = generate(decode, _Continued(self.chat), asked, 1, self._draw(stream), advance)
         whole = [

@@ -39,10 +39,10 @@ def _tail(found: Mapping[str, Any]):
     figure, axes = _axes(2)
     for d in DIRECTIONS:
         t = found["tail"][d]
-        whole = t["ghost"][-1] or 1.0
+        whole = t["bucket"][-1] or 1.0
         axes[0, 0].plot(
             t["k"],
-            [x / whole for x in t["ghost"]],
+            [x / whole for x in t["bucket"]],
             marker="o",
             ms=3,
             color=COLOURS[d],

@@ -13,7 +13,7 @@ from reflux.trainer.data.chat import Chat
 from reflux.trainer.runs.markdown_table import table, write_json, write_whole
 
 from .heatmap import heat_page
-from .measure import DIRECTIONS, Reading
+from .measure import DIRECTIONS, TokenStats
 from .plots import plot_diagnosis
 from .summary import estimate_text
 
@@ -24,7 +24,7 @@ def write_diagnosis(
     folder: Path,
     cfg: Config,
     found: dict[str, Any],
-    readings: Sequence[Reading],
+    readings: Sequence[TokenStats],
     chats: tuple[Chat, Chat],
 ) -> None:
     """Everything a person or a program wants to know later. chats: student's and teacher's. Files
@@ -42,7 +42,7 @@ def write_diagnosis(
         for writer in ("student", "teacher", "dataset")
         for row in rows
         if row["writer"] == writer
-    ][: cfg.diagnose.heat]
+    ][: cfg.diagnose.heatmap_texts]
     if shown:
         write_whole(
             folder / "heat.html",
@@ -51,7 +51,7 @@ def write_diagnosis(
     write_whole(folder / "report.md", render(cfg, found, plots, bool(shown)))
 
 
-def token_rows(readings: Sequence[Reading], chat: Chat, teacher_chat: Chat) -> list[dict]:
+def token_rows(readings: Sequence[TokenStats], chat: Chat, teacher_chat: Chat) -> list[dict]:
     """One row a text for tokens.jsonl: every per-token number, rounded to six digits. Of two
     tokenizers the unit is a span: `pieces` are the spans' texts, and KLs are null where the two
     cannot be compared.
@@ -69,7 +69,7 @@ def token_rows(readings: Sequence[Reading], chat: Chat, teacher_chat: Chat) -> l
     ]
 
 
-def _row(r: Reading) -> dict:
+def _row(r: TokenStats) -> dict:
     return {
         "prompt": r.rollout.prompt.index,
         "writer": r.writer,
@@ -83,7 +83,7 @@ def _row(r: Reading) -> dict:
     }
 
 
-def _span_row(r: Reading, chat: Chat, teacher_chat: Chat) -> dict:
+def _span_row(r: TokenStats, chat: Chat, teacher_chat: Chat) -> dict:
     a, spans = r.across, len(r.student_n)
     sides = []
     for c, ids, span in (

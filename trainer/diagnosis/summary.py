@@ -16,7 +16,7 @@ import numpy as np
 from reflux.trainer.runs.stats import Estimate, bootstrap, bootstrap_ratio
 
 from .frequency_bands import BANDS
-from .measure import DIRECTIONS, Reading, per_prompt
+from .measure import DIRECTIONS, TokenStats, per_prompt
 from .metrics import (
     Graded,
     by_decile,
@@ -40,7 +40,7 @@ OWN_WRITER = {"forward": "teacher", "reverse": "student"}
 
 
 def diagnose_readings(
-    readings: Sequence[Reading], *, share: float = 0.95, unread: Sequence[Reading] = ()
+    readings: Sequence[TokenStats], *, share: float = 0.95, unread: Sequence[TokenStats] = ()
 ) -> dict[str, Any]:
     """All numbers that follow from readings alone. share: of the KL that the kept classes should
     hold.
@@ -81,12 +81,14 @@ def diagnose_readings(
 
 
 def _ratio(
-    rows: Sequence[Reading], top: Callable[[Reading], float], bottom: Callable[[Reading], float]
+    rows: Sequence[TokenStats],
+    top: Callable[[TokenStats], float],
+    bottom: Callable[[TokenStats], float],
 ) -> dict:
     return bootstrap_ratio(per_prompt(rows, top), per_prompt(rows, bottom))._asdict()
 
 
-def _kl(rows: Sequence[Reading], direction: str) -> dict[str, dict]:
+def _kl(rows: Sequence[TokenStats], direction: str) -> dict[str, dict]:
     total = lambda r: float(r.kl[direction].sum())
     return {
         "per_token": _ratio(rows, total, lambda r: r.states),
@@ -95,7 +97,7 @@ def _kl(rows: Sequence[Reading], direction: str) -> dict[str, dict]:
     }
 
 
-def _sequence_kl(rows: Sequence[Reading], direction: str) -> dict[str, dict]:
+def _sequence_kl(rows: Sequence[TokenStats], direction: str) -> dict[str, dict]:
     """Both estimators of the KL between whole texts: log-ratio of the sampled tokens, and exact
     token KLs along the texts.
     """
@@ -106,7 +108,7 @@ def _sequence_kl(rows: Sequence[Reading], direction: str) -> dict[str, dict]:
     return {"sampled_tokens": sampled, **exact}
 
 
-def _across(rows: Sequence[Reading], unread: Sequence[Reading]) -> dict[str, Any] | None:
+def _across(rows: Sequence[TokenStats], unread: Sequence[TokenStats]) -> dict[str, Any] | None:
     """Of two tokenizers: how much of the texts and of the distributions was compared. None where
     they share one.
     """
@@ -155,15 +157,15 @@ def _across(rows: Sequence[Reading], unread: Sequence[Reading]) -> dict[str, Any
 
 
 # trap 1
-def _tail(rows: Sequence[Reading], direction: str, share: float) -> dict[str, Any]:
+def _tail(rows: Sequence[TokenStats], direction: str, share: float) -> dict[str, Any]:
     curves = [r.curves[direction] for r in rows]
     tokens = max(sum(r.states for r in rows), 1)
     k = curves[0].k
-    ghost_K, raw_K, gradient_K = (
+    bucket_K, raw_K, gradient_K = (
         sum(getattr(c, name) for c in curves) / tokens
-        for name in ("ghost_K", "raw_K", "gradient_tail_K")
+        for name in ("bucket_K", "raw_K", "gradient_tail_K")
     )
-    kept = keeps(ghost_K, k, share)
+    kept = keeps(bucket_K, k, share)
     keys = sorted({r.rollout.prompt.index for r in rows})
     all_N, first_N, count_N = (
         _by_prompt(rows, value)
@@ -187,7 +189,7 @@ def _tail(rows: Sequence[Reading], direction: str, share: float) -> dict[str, An
     frequency_N = frequency_N / max(frequency_N.sum(), 1.0)
     return {
         "k": list(k),
-        "ghost": ghost_K.tolist(),
+        "bucket": bucket_K.tolist(),
         "raw": raw_K.tolist(),
         "gradient_tail": gradient_K.tolist(),
         "k_share": kept,
@@ -207,7 +209,7 @@ def _tail(rows: Sequence[Reading], direction: str, share: float) -> dict[str, An
     }
 
 
-def _bands(rows: Sequence[Reading], direction: str) -> dict[str, dict[str, float]]:
+def _bands(rows: Sequence[TokenStats], direction: str) -> dict[str, dict[str, float]]:
     """Share of the KL against share of the tokens by how frequent a class is; lift = the one / the
     other.
     """
@@ -235,7 +237,7 @@ def _bands(rows: Sequence[Reading], direction: str) -> dict[str, dict[str, float
 
 
 def _by_prompt(
-    rows: Sequence[Reading], value: Callable[[Reading], np.ndarray]
+    rows: Sequence[TokenStats], value: Callable[[TokenStats], np.ndarray]
 ) -> dict[int, np.ndarray]:
     sums: dict[int, np.ndarray] = {}
     for r in rows:
@@ -244,7 +246,7 @@ def _by_prompt(
 
 
 # trap 2
-def _off_policy(by_writer: Mapping[str, Sequence[Reading]]) -> dict[str, Any]:
+def _off_policy(by_writer: Mapping[str, Sequence[TokenStats]]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "decile": {
             d: {w: _deciles(rows, lambda r, d=d: r.kl[d]) for w, rows in by_writer.items()}
@@ -266,7 +268,7 @@ def _off_policy(by_writer: Mapping[str, Sequence[Reading]]) -> dict[str, Any]:
     return found
 
 
-def _deciles(rows: Sequence[Reading], value: Callable[[Reading], np.ndarray]) -> list[float]:
+def _deciles(rows: Sequence[TokenStats], value: Callable[[TokenStats], np.ndarray]) -> list[float]:
     """Mean over texts of a value by tenths of the text's bytes."""
     table = np.array([by_decile(value(r), r.state_start_n, r.n_bytes) for r in rows])
     known = np.isfinite(table)
@@ -275,11 +277,11 @@ def _deciles(rows: Sequence[Reading], value: Callable[[Reading], np.ndarray]) ->
     ).tolist()
 
 
-def _effective(rows: Sequence[Reading]) -> dict[str, dict]:
+def _effective(rows: Sequence[TokenStats]) -> dict[str, dict]:
     """ESS / n of w = p_student(y) / p_teacher(y) on the teacher's texts: whole, and their first
     tokens.
     """
-    of_prompt: dict[int, list[Reading]] = {}
+    of_prompt: dict[int, list[TokenStats]] = {}
     for r in rows:
         of_prompt.setdefault(r.rollout.prompt.index, []).append(r)
 
@@ -295,7 +297,7 @@ def _effective(rows: Sequence[Reading]) -> dict[str, dict]:
     }
 
 
-def _log_ratio(rows: Sequence[Reading]) -> dict[str, Any]:
+def _log_ratio(rows: Sequence[TokenStats]) -> dict[str, Any]:
     """|log p_student - log p_teacher| of the teacher's tokens, nats: what the importance weights
     are made of.
     """
@@ -308,7 +310,7 @@ def _log_ratio(rows: Sequence[Reading]) -> dict[str, Any]:
     }
 
 
-def _prefix_ratio(by_writer: Mapping[str, Sequence[Reading]], direction: str) -> dict:
+def _prefix_ratio(by_writer: Mapping[str, Sequence[TokenStats]], direction: str) -> dict:
     """KL per token on the student's prefixes / on the teacher's, over the prompts that both
     answered.
     """
@@ -332,7 +334,7 @@ def _prefix_ratio(by_writer: Mapping[str, Sequence[Reading]], direction: str) ->
 
 
 # trap 3
-def _gap(students: Sequence[Reading], everything: Sequence[Reading]) -> dict[str, Any]:
+def _gap(students: Sequence[TokenStats], everything: Sequence[TokenStats]) -> dict[str, Any]:
     tokens = lambda r: r.states
     found: dict[str, Any] = {
         "overlap": _ratio(everything, lambda r: float(r.overlap_n.sum()), tokens),
@@ -375,7 +377,9 @@ def _gap(students: Sequence[Reading], everything: Sequence[Reading]) -> dict[str
     return found
 
 
-def _solved_by_teacher(students: Sequence[Reading], solved: Sequence[Reading]) -> dict[str, Any]:
+def _solved_by_teacher(
+    students: Sequence[TokenStats], solved: Sequence[TokenStats]
+) -> dict[str, Any]:
     """Right teacher texts in bits per byte (the stop token left out), and does the student solve
     those prompts in any of its texts?
     """
@@ -400,7 +404,7 @@ def _solved_by_teacher(students: Sequence[Reading], solved: Sequence[Reading]) -
     return found
 
 
-def _bits(logp_n: np.ndarray, r: Reading) -> float:
+def _bits(logp_n: np.ndarray, r: TokenStats) -> float:
     """Without the stop token."""
     return -float(logp_n[: len(logp_n) - r.rollout.ended].sum()) / math.log(2)
 
@@ -412,7 +416,7 @@ def _over_prompts(values: Mapping[int, float]) -> dict:
 
 
 # symptoms
-def _symptoms(students: Sequence[Reading]) -> dict[str, Any]:
+def _symptoms(students: Sequence[TokenStats]) -> dict[str, Any]:
     if not students:
         return {}
     ids = [r.rollout.content_ids for r in students]
@@ -452,14 +456,14 @@ def _tail_verdict(found: Mapping[str, Any]) -> dict[str, Any]:
     )
     tail = found["tail"][direction]
     k = tail["k_share"]
-    how, all_of_it = "distill.tail = 'ghost'", "the full vocabulary"
+    how, all_of_it = "distill.tail = 'bucket'", "the full vocabulary"
     # token KL needs one vocabulary, and kept classes are exact for `common` alone
     if found.get("across"):
-        how = "distill.objective = 'class', classes = 'common', tail = 'ghost'"
+        how = "distill.objective = 'class', classes = 'common', tail = 'bucket'"
         all_of_it = "all classes (distill.objective = 'class', classes = 'prefix')"
     advice = (
         f"{how} and top_k = {k}: the first {k} classes hold {tail['share']:.0%} of the {direction} "
-        f"KL, the ghost bucket keeps the rest honest; {tail['gradient_outside']:.0%} of the "
+        f"KL, the bucket bucket keeps the rest honest; {tail['gradient_outside']:.0%} of the "
         "gradient comes from outside them"
     )
     shared = found["across"]["common_mass"]["teacher"] if found.get("across") else 1.0

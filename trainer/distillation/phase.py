@@ -27,18 +27,18 @@ from reflux.trainer.data.batch import Batch, Prompt, Rollout, Sample, TeacherVie
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.prompts import load_function, load_prompts, places, shard
 from reflux.trainer.data.tasks import build_task
-from reflux.trainer.engine.metrics import Tally
+from reflux.trainer.engine.metrics import MetricSums
 from reflux.trainer.evaluation.phase import Evaluator
 from reflux.trainer.losses import (
     Loss,
-    Outputs,
+    HeadInputs,
     at_places,
     distill_kl,
     nll,
     span_kl,
     token_logprob_of,
 )
-from reflux.trainer.rollouts.defences import Served
+from reflux.trainer.rollouts.defences import DefendedDecoding
 from reflux.trainer.rollouts.generate import Sampling, generate, given
 from reflux.trainer.rollouts.scoring import Aligned, align_texts, score_ids
 
@@ -72,12 +72,12 @@ class Distill:
         self.task = build_task(cfg.task.name, cfg.task.options) if cfg.task.name else None
         self.evaluator = Evaluator(cfg, engine, self.chat, self.task)
         self.teachers = load_teachers(cfg, engine, self.chat) if cfg.needs_teacher else []
-        self.served = Served(cfg, engine, [t.chat for t in self.teachers])
+        self.defence = DefendedDecoding(cfg, engine, [t.chat for t in self.teachers])
         self.rewrite = load_function(self.spec.rewrite) if self.spec.rewrite else None
-        self.tally = Tally()
+        self.metric_sums = MetricSums()
         self.pool = (
-            self._buy(self.spec.queries)
-            if self.spec.queries and self.spec.source == "teacher"
+            self._buy(self.spec.query_budget)
+            if self.spec.query_budget and self.spec.source == "teacher"
             else []
         )
 
@@ -91,7 +91,7 @@ class Distill:
         others = [(slot, p) for slot, p in slots if slot not in on_policy]
         groups: list[list[Text]] = []
         if self.spec.on_policy > 0:
-            with self.engine.publish() as decode:
+            with self.engine.gathered_weights() as decode:
                 groups += [
                     [Text(x, "student") for x in g]
                     for g in generate(decode, self.chat, mine, r.group, self._draw(step))
@@ -102,7 +102,7 @@ class Distill:
 
     def score(self, texts_PG: list[list[Text]]) -> list[Sample]:
         """Targets of every text; one sample per text that can be learned from."""
-        self.tally = Tally()
+        self.metric_sums = MetricSums()
         texts = list(chain.from_iterable(texts_PG))
         self._report(texts)
         if self.spec.correct_only:
@@ -119,7 +119,7 @@ class Distill:
             for s in samples
         ]
 
-    def loss(self, out: Outputs, batch: Batch) -> Loss:
+    def loss(self, out: HeadInputs, batch: Batch) -> Loss:
         """The objective plus nll_weight times the likelihood of off-policy texts, summed over the
         batch's tokens.
 
@@ -157,13 +157,13 @@ class Distill:
             for i, t in enumerate(self.teachers)
         )
 
-    def _divergence(self, out: Outputs, batch: Batch) -> Loss:
+    def _divergence(self, out: HeadInputs, batch: Batch) -> Loss:
         """The teachers' weighted sum of token KLs, or of class divergences at the places both
         models share.
         """
         total, sums = 0.0, {}
         for i, teacher in enumerate(self.teachers):
-            with self.engine.read(
+            with self.engine.forward_no_grad(
                 teacher.model, batch.for_teacher(i), teacher.vocab_size(out)
             ) as theirs:
                 if self.spec.objective == "kl":
@@ -180,7 +180,7 @@ class Distill:
         r = self.cfg.rollout
         if self.spec.source == "dataset":
             return [[Text(given(self.chat, p, r.max_tokens), "dataset")] for _, p in slots]
-        if self.spec.queries:
+        if self.spec.query_budget:
             rows = places(len(self.pool), step - 1, r.prompts, seed=self.cfg.seed)
             return [self.pool[rows[slot]] for slot, _ in slots]
         return self._written_by_teachers(
@@ -196,7 +196,7 @@ class Distill:
         groups: list[list[Text]] = [[] for _ in prompts]
         for i, teacher in enumerate(self.teachers):
             mine = [k for k, t in enumerate(teacher_of) if t == i]
-            with self.served.publish(self.engine.publish_frozen(teacher.model)) as decode:
+            with self.defence.apply(self.engine.gathered_frozen_weights(teacher.model)) as decode:
                 found = generate(
                     decode,
                     teacher.chat,
@@ -252,7 +252,7 @@ class Distill:
         if not bought:
             raise ValueError(
                 f"distill.rewrite = {self.spec.rewrite!r} dropped all of the teacher's {count} "
-                "answers; want a function that keeps some of them, or raise distill.queries"
+                "answers; want a function that keeps some of them, or raise distill.query_budget"
             )
         pool = sorted(bought, key=lambda group: group[0].rollout.prompt.index)
         if self.spec.correct_only:
@@ -265,7 +265,7 @@ class Distill:
                 raise ValueError(
                     f"distill.correct_only: none of the teacher's {count} answers is right; check "
                     f"task.name = {self.cfg.task.name!r} and task.options against the texts, or "
-                    "raise distill.queries"
+                    "raise distill.query_budget"
                 )
         return pool
 
@@ -305,7 +305,7 @@ class Distill:
     def _keep_right(self, texts: list[Text]) -> list[Text]:
         grades = self.task.grade([t.rollout for t in texts])
         kept = [t for t, g in zip(texts, grades) if t.writer == "student" or g.correct]
-        self.tally.add("kept", [float(t in kept) for t in texts])
+        self.metric_sums.add("kept", [float(t in kept) for t in texts])
         return kept
 
     # across tokenizers
@@ -316,11 +316,11 @@ class Distill:
         own = [self._own(t) for t in texts]
         aligned = [align_texts(self.chat, t.chat, own, same=t.same) for t in self.teachers]
         usable = [all(column[k].spans is not None for column in aligned) for k in range(len(own))]
-        self.tally.add("unaligned", [float(not u) for u in usable])
+        self.metric_sums.add("unaligned", [float(not u) for u in usable])
         compared = [
             len(column[k].starts.a) for column in aligned for k in range(len(own)) if usable[k]
         ]
-        self.tally.add("compared", compared)
+        self.metric_sums.add("compared", compared)
         return [
             Sample(
                 own[k],
@@ -340,7 +340,7 @@ class Distill:
         by_teacher = [t.rollout for t in texts if t.writer == "teacher"]
         others = [t for t in texts if t.writer != "teacher"]
         samples = self._from_teacher(by_teacher) + self._from_student(others)
-        self.tally.add("unaligned", [float(s is None) for s in samples])
+        self.metric_sums.add("unaligned", [float(s is None) for s in samples])
         return [s for s in samples if s is not None]
 
     def _from_teacher(self, rollouts: list[Rollout]) -> list[Sample | None]:
@@ -399,7 +399,7 @@ class Distill:
         return out
 
     def _report(self, texts: list[Text]) -> None:
-        t, own = self.tally, [x.rollout for x in texts if x.writer == "student"]
+        t, own = self.metric_sums, [x.rollout for x in texts if x.writer == "student"]
         t.add("length", [len(x.rollout.ids) for x in texts])
         t.add("truncated", [float(not x.rollout.ended) for x in texts])
         t.add("on_policy", [float(x.writer == "student") for x in texts])

@@ -15,7 +15,7 @@ from reflux.tokenalign.projection import Projection
 from reflux.tokenalign.vocab_map import Vocabulary
 from reflux.trainer.config.schema import Config, Distill
 from reflux.trainer.data.chat import Chat, same_vocabulary
-from reflux.trainer.losses import Loss, Outputs, kept_classes, kept_kl
+from reflux.trainer.losses import Loss, HeadInputs, kept_classes, kept_kl
 
 MAPS = {
     "first_byte": vocab_map.first_byte,
@@ -35,9 +35,9 @@ class ClassLoss:
     pools: Pools | None  # None: uld needs no map
     student_id_W: torch.Tensor | None  # of a top-k teacher: its ids in the student's
 
-    def __call__(self, student: Outputs, teacher: Outputs) -> Loss:
+    def __call__(self, student: HeadInputs, teacher: HeadInputs) -> Loss:
         spec = self.spec
-        if spec.top_k and spec.classes == "common":
+        if spec.top_k and spec.partition == "common":
             kept = map_topk(kept_classes(teacher, spec), self.student_id_W)
             total, metrics = kept_kl(student, kept, spec)
         else:
@@ -50,13 +50,13 @@ class ClassLoss:
 
     def _rows(self):
         spec = self.spec
-        if spec.classes == "uld":
+        if spec.partition == "uld":
             return partial(uld, temperature=spec.temperature)
-        kind = hybrid if spec.classes == "hybrid" else class_kl
+        kind = hybrid if spec.partition == "hybrid" else class_kl
         return partial(
             kind,
             pools=self.pools,
-            mode=spec.divergence,
+            divergence=spec.divergence,
             beta=spec.beta,
             temperature=spec.temperature,
         )
@@ -72,7 +72,7 @@ class Teacher:
     same: bool  # its ids mean what the student's mean
     classes: ClassLoss | None = None
 
-    def vocab_size(self, student: Outputs) -> int:
+    def vocab_size(self, student: HeadInputs) -> int:
         """Ids of its head that take part: the student's where they are shared."""
         return student.vocab_size if self.same else self.chat.vocab_size
 
@@ -111,15 +111,17 @@ def load_teachers(cfg: Config, engine: Any, chat: Chat) -> list[Teacher]:
 
 
 def _class_loss(spec: Distill, student: Chat, teacher: Chat, engine: Any) -> ClassLoss:
-    if spec.classes == "uld":
+    if spec.partition == "uld":
         return ClassLoss(spec, None, None)
     # heads are read up to what the tokenizers know: rows beyond it are padding
     sides = [
         Vocabulary(c.table, c.stop_ids, rows)
         for c, rows in ((student, engine.vocab_size), (teacher, teacher.vocab_size))
     ]
-    built = Projection.build(*sides) if spec.classes == "projection" else MAPS[spec.classes](*sides)
-    if spec.classes in ("common", "hybrid"):
+    built = (
+        Projection.build(*sides) if spec.partition == "projection" else MAPS[spec.partition](*sides)
+    )
+    if spec.partition in ("common", "hybrid"):
         _refuse_a_rest_of_control_ids(spec, built, *sides)
     ids = (
         torch.from_numpy(vocab_map.student_id_of(*sides)).to(engine.device) if spec.top_k else None
@@ -140,7 +142,7 @@ def _refuse_a_rest_of_control_ids(
     mine, theirs = (sum(map(bool, rest)) for rest in rests)
     if theirs and not mine:
         raise ValueError(
-            f"distill.classes = {spec.classes!r}: the teacher writes {theirs} tokens that the "
+            f"distill.partition = {spec.partition!r}: the teacher writes {theirs} tokens that the "
             f"student lacks, such as {next(x for x in rests[1] if x)!r}, and the only ids of the "
             f"student that are not common are {len(rests[0])} control ids: it would learn to emit "
             "those. Use classes = 'prefix' with top_k = 0, or objective = 'span'"

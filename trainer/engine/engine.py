@@ -4,7 +4,7 @@ step reads and loses.
     engine = Engine(cfg)                      # meshes, FSDP2 model, AdamW, schedule, checkpointer;
         resumes by itself
     for step in engine.steps():               # saves where the checkpoint section says
-        with engine.publish() as decode: ...  # sample from the training weights
+        with engine.gathered_weights() as decode: ...  # sample from the training weights
         engine.step(batches, loss)            # loss sums divided once by the global token count
 
 World-size rules (docs/method.md, "Ranks"): every rank calls each sharded model equally often,
@@ -40,12 +40,12 @@ from torchtitan.trainer import Trainer
 
 from reflux.trainer.config.schema import Config, Frozen
 from reflux.trainer.data.batch import Batch, empty_batch
-from reflux.trainer.losses import Loss, Outputs
+from reflux.trainer.losses import Loss, HeadInputs
 
 from .decoding import gathered, kv_decoder
 from .export import export_hf
 from .frozen import FrozenModel, build_frozen, verify_loaded
-from .metrics import Tally
+from .metrics import MetricSums
 from .model_builder import (
     build_spec,
     head_weight,
@@ -229,12 +229,12 @@ class Engine:
                 profiler.step()
 
     def step(
-        self, batches: Sequence[Batch], loss: Callable[[Outputs, Batch], Loss]
+        self, batches: Sequence[Batch], loss: Callable[[HeadInputs, Batch], Loss]
     ) -> dict[str, float]:
         """Forward, loss, backward, one division by the global token count, clip, AdamW. Returns
         means over tokens.
         """
-        trainer, batches = self._trainer, self.even(batches)
+        trainer, batches = self._trainer, self.pad_across_ranks(batches)
         tokens = self.sum(float(sum(b.tokens for b in batches)))
         for epoch in range(self.cfg.policy.epochs):
             trainer.optimizers.zero_grad()
@@ -256,12 +256,12 @@ class Engine:
         trainer.lr_schedulers.step()
         return stats
 
-    def backward(self, batches: Sequence[Batch], loss: Callable[[Outputs, Batch], Loss]) -> None:
+    def backward(self, batches: Sequence[Batch], loss: Callable[[HeadInputs, Batch], Loss]) -> None:
         """The gradient of the loss's plain sum over all ranks, left in `.grad`; no weight moves.
         Collective.
         """
         self.clear_gradients()
-        self._accumulate(self.even(batches), loss, 1.0)
+        self._accumulate(self.pad_across_ranks(batches), loss, 1.0)
 
     def clear_gradients(self) -> None:
         self._trainer.optimizers.zero_grad()
@@ -275,7 +275,7 @@ class Engine:
                 hidden_NLD = hidden_states(
                     self.model, batch.input_NL, batch.position_NL, packed=batch.packed
                 )
-                out = Outputs(
+                out = HeadInputs(
                     _select(hidden_NLD, batch, logit_scale(self.model)),
                     head_weight(self.model),
                     self.softcap,
@@ -321,7 +321,7 @@ class Engine:
 
     # reading the trained model
     @contextlib.contextmanager
-    def publish(self) -> Iterator[Callable]:
+    def gathered_weights(self) -> Iterator[Callable]:
         """The training weights, gathered for decoding: yields decode(rows, max_length) -> context
         of (step, device).
         """
@@ -329,7 +329,7 @@ class Engine:
             yield self._decoder_of(self.model)
 
     @contextlib.contextmanager
-    def publish_frozen(self, frozen: FrozenModel) -> Iterator[Callable]:
+    def gathered_frozen_weights(self, frozen: FrozenModel) -> Iterator[Callable]:
         """The same for a frozen model."""
         with frozen.gathered():
             yield self._decoder_of(frozen.model)
@@ -354,16 +354,16 @@ class Engine:
         with open_head(self.model) as weight_VD:
             yield weight_VD
 
-    def read(
+    def forward_no_grad(
         self, reader: "Engine | FrozenModel", batch: Batch, vocab_size: int
-    ) -> contextlib.AbstractContextManager[Outputs]:
+    ) -> contextlib.AbstractContextManager[HeadInputs]:
         """What `reader` (a frozen model, or this engine without a graph) leaves at the batch's
         predictor positions.
         """
         return _read(reader, batch, vocab_size)
 
     # ranks
-    def even(self, batches: Sequence[Batch]) -> list[Batch]:
+    def pad_across_ranks(self, batches: Sequence[Batch]) -> list[Batch]:
         """The same number of micro-batches on every rank: ranks that have fewer get empty ones."""
         most = int(
             self._reduce(
@@ -384,13 +384,13 @@ class Engine:
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return bool(value)
 
-    def mean(self, tally: Tally) -> dict[str, float]:
-        """Means of a tally over all ranks' entries; every rank must have tallied the same names."""
-        names = sorted(tally.sums)
+    def mean(self, metric_sums: MetricSums) -> dict[str, float]:
+        """Means of a metric_sums over all ranks' entries; every rank must have tallied the same names."""
+        names = sorted(metric_sums.sums)
         flat = [
             torch.tensor(v, dtype=torch.float64, device=self.device)
             for n in names
-            for v in tally.sums[n]
+            for v in metric_sums.sums[n]
         ]
         values = self._reduce(flat, dist.ReduceOp.SUM)
         return {
@@ -476,11 +476,11 @@ class Engine:
 
 
 @contextlib.contextmanager
-def _read(reader: Any, batch: Batch, vocab_size: int) -> Iterator[Outputs]:
+def _read(reader: Any, batch: Batch, vocab_size: int) -> Iterator[HeadInputs]:
     with torch.no_grad():
         hidden_NLD = reader.hidden(batch.input_NL, batch.position_NL, batch.packed)
     with reader.open_head() as weight_VD:
-        yield Outputs(
+        yield HeadInputs(
             _select(hidden_NLD, batch, logit_scale(reader.model)),
             weight_VD,
             reader.softcap,

@@ -5,7 +5,7 @@ the division.
 from collections.abc import Iterable
 
 
-class Tally:
+class MetricSums:
     """`add` entries under a name; the mean is taken over all ranks' entries (Engine.mean)."""
 
     def __init__(self):

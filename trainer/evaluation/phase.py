@@ -14,7 +14,7 @@ from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.prompts import load_prompts
-from reflux.trainer.rollouts.defences import Served
+from reflux.trainer.rollouts.defences import DefendedDecoding
 from reflux.trainer.rollouts.generate import Sampling, generate
 from reflux.trainer.runs.stats import Estimate
 
@@ -45,7 +45,7 @@ class Evaluator:
     def __init__(self, cfg: Config, engine, chat: Chat, task):
         self.cfg, self.engine, self.chat, self.task = cfg, engine, chat, task
         # a student is never served
-        self._served = Served(cfg, engine, [chat]) if cfg.phase == "evaluate" else None
+        self._defence = DefendedDecoding(cfg, engine, [chat]) if cfg.phase == "evaluate" else None
         e = cfg.eval
         self.prompts = (
             load_prompts(e.source, split=e.split, columns=e.columns, limit=e.limit)
@@ -146,7 +146,7 @@ class Evaluator:
         e, c = asdict(self.cfg.eval), self.cfg
         return {
             "model": asdict(c.model),
-            "serve": asdict(c.serve),
+            "defence": asdict(c.defence),
             "task": asdict(c.task),
             "rollout": asdict(c.rollout),
             "seed": c.seed,
@@ -176,8 +176,8 @@ class Evaluator:
         sampling = Sampling(
             r.max_tokens, self.cfg.seed, SAMPLE_STREAM, rows=r.rows, greedy=mode == "greedy"
         )
-        published = self.engine.publish()
-        with self._served.publish(published) if self._served else published as decode:
+        weights = self.engine.gathered_weights()
+        with self._defence.apply(weights) if self._defence else weights as decode:
             texts = [
                 x
                 for group in generate(

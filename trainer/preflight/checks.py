@@ -50,7 +50,7 @@ class Role:
 
 def roles(cfg: Config) -> list[Role]:
     """The models that this configuration will load, the trained one first."""
-    m, a = cfg.model, cfg.anchor
+    m, a = cfg.model, cfg.reference
     name = {
         "calibrate": "policy",
         "distill": "student",
@@ -60,9 +60,9 @@ def roles(cfg: Config) -> list[Role]:
     own = Frozen(m.path, m.backend, m.attention)
     found = [Role(name, own, "model", trained=cfg.trains)]
     if cfg.phase == "calibrate" and (
-        a.beta or cfg.calibration.eta and cfg.calibration.denominator == "original"
+        a.beta or cfg.calibration.eta and cfg.calibration.denominator == "reference"
     ):
-        found.append(Role("anchor", replace(own, dtype=a.dtype, offload=a.offload), "model"))
+        found.append(Role("reference", replace(own, dtype=a.dtype, offload=a.offload), "model"))
     if cfg.phase == "calibrate" and cfg.calibration.eta:
         found.append(Role("proxy", cfg.proxy, "proxy"))
     if cfg.needs_teacher:
@@ -72,9 +72,11 @@ def roles(cfg: Config) -> list[Role]:
             Role(f"teacher {i}", replace(cfg.teacher, path=path), "distill.more_teachers")
             for i, path in enumerate(cfg.distill.more_teachers, 2)
         ]
-    if cfg.serve.proxy:
+    if cfg.defence.proxy:
         found.append(
-            Role("serving proxy", Frozen(cfg.serve.proxy, dtype=cfg.serve.dtype), "serve.proxy")
+            Role(
+                "serving proxy", Frozen(cfg.defence.proxy, dtype=cfg.defence.dtype), "defence.proxy"
+            )
         )
     return found
 
@@ -338,7 +340,7 @@ def length_findings(
     for name, chat in chats.items():
         own = name in ("policy", "student", "model")
         room = seq_len + 1 if own else limits[name]
-        if name == "anchor" or not prompts:
+        if name == "reference" or not prompts:
             continue
         lengths = [len(chat.prompt_ids(p.messages)) for p in prompts]
         longest, most = max(lengths), cfg.rollout.max_tokens
@@ -486,7 +488,7 @@ def _round_trip(
     )
     if not failed:
         return Finding("ok", what)
-    allowed = cfg.calibration.max_unscored if cfg.phase == "calibrate" else 0.5
+    allowed = cfg.calibration.max_unaligned if cfg.phase == "calibrate" else 0.5
     return Finding(
         "error" if share > allowed else "warning",
         f"{what}, the first: {_short(example)}",

@@ -26,7 +26,7 @@ from reflux.trainer.data.batch import Rollout, Sample, TeacherView, pack
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.engine.engine import NATIVE_CACHE_LIMIT, Engine, RefluxTrainer
 from reflux.trainer.engine.trainer_config import titan_config
-from reflux.trainer.losses import exact_anchor_kl
+from reflux.trainer.losses import exact_reference_kl
 from reflux.trainer.rollouts.generate import Sampling, generate
 from reflux.trainer.rollouts.scoring import score_ids
 
@@ -82,7 +82,7 @@ def plan(cfg: Config) -> tuple[list[Table], list[Finding]]:
     chats, more = open_chats([s.role for s in shapes])
     findings += [replace(f, level="warning") for f in more]  # a plan needs no tokenizer
     tables = [_role_table(shapes, chats)] if shapes else []
-    trained = [s for s in shapes if s.role.table == "model" and s.role.name != "anchor"]
+    trained = [s for s in shapes if s.role.table == "model" and s.role.name != "reference"]
     if trained and not any(f.level == "error" for f in findings):
         try:
             config = _titan(cfg, trained[0])
@@ -97,7 +97,7 @@ def plan(cfg: Config) -> tuple[list[Table], list[Finding]]:
     findings += [
         f
         for s in shapes
-        if s.role.name in chats and s.role.name != "anchor"
+        if s.role.name in chats and s.role.name != "reference"
         for f in tokenizer_findings(s.role, chats[s.role.name], s.config.vocab_size)
     ]
     return tables, findings
@@ -214,7 +214,7 @@ def examine(cfg: Config) -> tuple[list[Table], list[Finding], list[tuple[str, Ch
     findings += [
         f
         for s in shapes
-        if s.role.name in chats and s.role.name != "anchor"
+        if s.role.name in chats and s.role.name != "reference"
         for f in tokenizer_findings(s.role, chats[s.role.name], rows[s.role.name])
     ]
     findings += pair_findings(cfg, chats)
@@ -239,7 +239,7 @@ def examine(cfg: Config) -> tuple[list[Table], list[Finding], list[tuple[str, Ch
     examples = [
         (name, chat, texts[0].prompt, texts[0].text)
         for name, chat in chats.items()
-        if texts and name != "anchor"
+        if texts and name != "reference"
     ]
     return tables, findings, examples
 
@@ -292,13 +292,13 @@ def _model_findings(
             findings += alignment_findings(cfg, chats, texts)
             models = {
                 r.name: engine.frozen(
-                    r.model, **({"longest": engine.seq_len} if r.name == "anchor" else {})
+                    r.model, **({"longest": engine.seq_len} if r.name == "reference" else {})
                 )
                 for r in roles(cfg)
-                if r.name in ("anchor", "proxy", "teacher")
+                if r.name in ("reference", "proxy", "teacher")
             }
             if cfg.phase == "calibrate":
-                findings.append(_anchor(cfg, engine, models.get("anchor"), rollouts))
+                findings.append(_anchor(cfg, engine, models.get("reference"), rollouts))
             if "proxy" in models:
                 findings.append(_order(cfg, engine, models["proxy"], chats["proxy"], texts))
             if "teacher" in models:
@@ -323,7 +323,7 @@ def _sample(cfg: Config, engine: Any, chat: Chat, prompts: Sequence) -> list[Rol
     sampling = Sampling(
         min(r.max_tokens, SAMPLE_TOKENS, room), cfg.seed, 0, r.temperature, rows=r.rows
     )
-    with engine.publish() as decode:
+    with engine.gathered_weights() as decode:
         return [x for group in generate(decode, chat, shortest, 1, sampling) for x in group]
 
 
@@ -369,10 +369,10 @@ def _kl(
     ):
         with (
             torch.no_grad(),
-            engine.read(engine, batch, engine.vocab_size) as own,
-            engine.read(frozen, batch.for_teacher(), engine.vocab_size) as other,
+            engine.forward_no_grad(engine, batch, engine.vocab_size) as own,
+            engine.forward_no_grad(frozen, batch.for_teacher(), engine.vocab_size) as other,
         ):
-            total += float(exact_anchor_kl(own, other, temperature=temperature)[0])
+            total += float(exact_reference_kl(own, other, temperature=temperature)[0])
         tokens += batch.tokens
     return total / max(tokens, 1)
 
@@ -381,11 +381,11 @@ def _anchor(cfg: Config, engine: Any, original: Any, rollouts: Sequence[Rollout]
     if original is None:
         return Finding(
             "warning",
-            "anchor.beta = 0: nothing holds the policy near the original",
-            "the KL budget of [guard] is not watched either; set anchor.beta > 0",
+            "reference.beta = 0: nothing holds the policy near the original",
+            "the KL budget of [guard] is not watched either; set reference.beta > 0",
         )
     kl = _kl(cfg, engine, original, [Sample(r) for r in rollouts], cfg.rollout.temperature)
-    dtype = _precision(cfg, cfg.anchor.dtype)
+    dtype = _precision(cfg, cfg.reference.dtype)
     what = f"KL(policy || original) at the start is {kl:.2g} nats per token"
     if abs(kl) < SELF_KL[dtype]:
         return Finding("ok", f"{what} (limit {SELF_KL[dtype]:g} for {dtype})")

@@ -199,7 +199,7 @@ def _trained(cfg: Config, training: Any, ranks: Ranks, shape: Shape) -> list[Par
 def _frozen(ranks: Ranks, shape: Shape) -> list[Part]:
     dtype = (
         shape.role.model.dtype
-        if shape.role.table != "model" or shape.role.name == "anchor"
+        if shape.role.table != "model" or shape.role.name == "reference"
         else "float32"
     )
     return [

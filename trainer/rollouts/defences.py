@@ -53,8 +53,8 @@ def tempered_decoder(decode: Callable, temperature: float) -> Callable:
     return tempered
 
 
-class Served:
-    """Decoders as `[serve]` says: multiplied with its proxy, at its temperature; bit for bit as
+class DefendedDecoding:
+    """Decoders as `[defence]` says: multiplied with its proxy, at its temperature; bit for bit as
     they are where it says nothing.
     """
 
@@ -62,27 +62,27 @@ class Served:
         """chats: of the models that are served. ValueError where the proxy's vocabulary is another
         one. Collective.
         """
-        self._engine, self._spec, self._proxy, s = engine, cfg.serve, None, cfg.serve
+        self._engine, self._spec, self._proxy, s = engine, cfg.defence, None, cfg.defence
         if not s.proxy:
             return
         if not all(same_vocabulary(chat, Chat(s.proxy)) for chat in chats):
             raise ValueError(
-                f"serve.proxy = {s.proxy!r} has another vocabulary than the model it is multiplied "
+                f"defence.proxy = {s.proxy!r} has another vocabulary than the model it is multiplied "
                 "with: their next tokens are not the same events. Want a proxy with the model's "
                 "tokenizer"
             )
         self._proxy = engine.frozen(Frozen(s.proxy, dtype=s.dtype))
 
     @contextlib.contextmanager
-    def publish(self, published: contextlib.AbstractContextManager[Callable]) -> Iterator[Callable]:
-        """published: engine.publish() or engine.publish_frozen(model); yields the decoder to
+    def apply(self, weights: contextlib.AbstractContextManager[Callable]) -> Iterator[Callable]:
+        """weights: engine.gathered_weights() or engine.gathered_frozen_weights(model); yields the decoder to
         generate with. Collective.
         """
-        with published as decode, contextlib.ExitStack() as stack:
+        with weights as decode, contextlib.ExitStack() as stack:
             if self._proxy is not None:
                 decode = product_decoder(
                     decode,
-                    stack.enter_context(self._engine.publish_frozen(self._proxy)),
+                    stack.enter_context(self._engine.gathered_frozen_weights(self._proxy)),
                     self._spec.gamma,
                 )
             yield (

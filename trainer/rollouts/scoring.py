@@ -84,14 +84,14 @@ def score_ids(
     stops = np.zeros(len(samples))
     longest = max((len(p) + len(ids) for p, ids in jobs), default=1)
     stop_ids = torch.tensor(chat.stop_ids)
-    for batch in engine.even(pack(samples, tokens=tokens, seq_len=longest)):
+    for batch in engine.pad_across_ranks(pack(samples, tokens=tokens, seq_len=longest)):
         batch = batch.to(engine.device)
         last_T = (
             batch.sample_T
             != torch.cat([batch.sample_T[1:], batch.sample_T.new_full((1,), -1)])[: batch.tokens]
         )
         stop_TK = torch.where(last_T[:, None], stop_ids.to(engine.device)[None], -1)
-        with engine.read(reader, batch, chat.vocab_size) as out, torch.no_grad():
+        with engine.forward_no_grad(reader, batch, chat.vocab_size) as out, torch.no_grad():
             scores_TK = token_logprob_of(
                 out, torch.cat([batch.target_T[:, None], stop_TK], 1), temperature=temperature
             ).logp

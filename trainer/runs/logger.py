@@ -43,7 +43,7 @@ CONSOLE = {
     "reward/cal": ("cal", "{:+.3f}"),
     "eta": ("eta", "{:g}"),
     "accuracy": ("right", "{:.1%}"),
-    "anchor_kl": ("anchor KL", "{:.4f}"),
+    "reference_kl": ("anchor KL", "{:.4f}"),
     "kl": ("KL", "{:.4f}"),
     "grad_norm": ("grad", "{:.2f}"),
     "length": ("length", "{:.0f}"),

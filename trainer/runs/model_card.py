@@ -15,7 +15,7 @@ def model_card(cfg: Config, stats: dict) -> str:
     title, story = {"calibrate": _calibrated, "distill": _distilled}[cfg.phase](cfg)
     measured = {
         k: stats[k]
-        for k in ("loss", "anchor_kl", "accuracy", "reward/cal", "kl", "nll")
+        for k in ("loss", "reference_kl", "accuracy", "reward/cal", "kl", "nll")
         if k in stats
     }
     numbers = "\n".join(f"| {k} | {v:.5g} |" for k, v in measured.items())
@@ -39,7 +39,7 @@ def _calibrated(cfg: Config) -> tuple[str, str]:
     proxy = f", against the frozen proxy `{cfg.proxy.path}`" if cal.mode != "off" else ""
     return f"Calibrated teacher: {dial}", (
         f"Reinforcement fine-tuned from `{cfg.model.path}`{proxy}, on the task "
-        f"`{cfg.task.name}`, anchored to the original with beta {cfg.anchor.beta:g}."
+        f"`{cfg.task.name}`, anchored to the original with beta {cfg.reference.beta:g}."
     )
 
 

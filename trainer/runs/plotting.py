@@ -88,14 +88,14 @@ def _calibration(entries: list, found: Mapping[str, Any]):
     runs = [
         e
         for e in entries
-        if e.labels["role"] == "teacher" and any("anchor_kl" in s for s in e.run.steps)
+        if e.labels["role"] == "teacher" and any("reference_kl" in s for s in e.run.steps)
     ]
     if not runs:
         return None
     panels = {
         "reward/task": "task reward",
         "reward/cal": "calibration reward, nats",
-        "anchor_kl": "KL to original, nats/token",
+        "reference_kl": "KL to original, nats/token",
         "length": "response length, tokens",
     }
     figure, axes = _axes(len(panels), width=3.6)

@@ -17,7 +17,7 @@ from reflux.trainer.runs.stats import over_seeds
 
 from .attack_report import KEPT_POINTS
 from .eta_sweep import last_steps
-from .finished_runs import Entry, finished_entries, gain_ratio, items, labelled
+from .finished_runs import FinishedRun, load_finished_runs, gain_ratio, items, labelled
 
 MODES = ("distillable", "undistillable")
 ATTACK = "seq_kd"
@@ -33,7 +33,7 @@ HEAD = (
 )
 
 
-def ablation_rows(entries: Sequence[Entry]) -> dict[str, dict[str, dict[str, Any]]]:
+def ablation_rows(entries: Sequence[FinishedRun]) -> dict[str, dict[str, dict[str, Any]]]:
     """mode -> ablation -> estimates over seeds, `default` first."""
     originals = _by_seed(
         e
@@ -48,7 +48,7 @@ def ablation_rows(entries: Sequence[Entry]) -> dict[str, dict[str, dict[str, Any
 
 
 def _row(
-    entries: Sequence[Entry], mode: str, name: str, originals: Mapping[str, Entry]
+    entries: Sequence[FinishedRun], mode: str, name: str, originals: Mapping[str, FinishedRun]
 ) -> dict[str, Any]:
     teachers, students = (
         _by_seed(_of(entries, role, mode, name)) for role in ("teacher", "student")
@@ -58,7 +58,7 @@ def _row(
     return {
         "teacher_gap": over_seeds(gaps)._asdict(),
         "kept": bool(gaps) and all(abs(g) <= KEPT_POINTS + 1e-9 for g in gaps),
-        "anchor_kl": over_seeds(last_steps(teachers.values(), "anchor_kl"))._asdict(),
+        "reference_kl": over_seeds(last_steps(teachers.values(), "reference_kl"))._asdict(),
         "reward": over_seeds(last_steps(teachers.values(), "reward/cal"))._asdict(),
         "student": over_seeds([e.score("sampled") for e in students.values()])._asdict(),
         "student_gap": over_seeds(_differences(students, defaults))._asdict(),
@@ -70,7 +70,7 @@ def _row(
     }
 
 
-def _of(entries: Sequence[Entry], role: str, mode: str, name: str) -> list[Entry]:
+def _of(entries: Sequence[FinishedRun], role: str, mode: str, name: str) -> list[FinishedRun]:
     return [
         e
         for e in entries
@@ -83,11 +83,13 @@ def _of(entries: Sequence[Entry], role: str, mode: str, name: str) -> list[Entry
     ]
 
 
-def _by_seed(entries) -> dict[str, Entry]:
+def _by_seed(entries) -> dict[str, FinishedRun]:
     return {e.labels["seed"]: e for e in entries}
 
 
-def _differences(after: Mapping[str, Entry], before: Mapping[str, Entry]) -> list[float]:
+def _differences(
+    after: Mapping[str, FinishedRun], before: Mapping[str, FinishedRun]
+) -> list[float]:
     return [
         after[s].score("sampled") - before[s].score("sampled")
         for s in sorted(after.keys() & before.keys())
@@ -105,7 +107,7 @@ def render(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
             (
                 name,
                 points(r["teacher_gap"]),
-                *(mean_and_spread(r[k]) for k in ("anchor_kl", "reward", "student")),
+                *(mean_and_spread(r[k]) for k in ("reference_kl", "reward", "student")),
                 "" if name == "default" else points(r["student_gap"]),
                 score(r["score"]),
                 "yes" if r["kept"] else "no",
@@ -121,7 +123,7 @@ def write_ablations(folder: Path) -> str:
     label ablation.
     """
     folder = Path(folder)
-    entries = finished_entries(folder)
+    entries = load_finished_runs(folder)
     if not any("ablation" in e.labels for e in entries):
         raise ValueError(
             f"{folder}: no finished run carries a label ablation; want the folder of a matrix like "

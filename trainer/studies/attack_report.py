@@ -23,10 +23,10 @@ from reflux.trainer.runs.stats import may_be_zero, over_seeds, relative_change
 from .defence_report import ATTACKS_AS_DEFENCE, check_lines, defence_rows, proxy_lines, proxy_rows
 from .finished_runs import (
     MODES,
-    Entry,
+    FinishedRun,
     change,
     cost,
-    finished_entries,
+    load_finished_runs,
     grouped,
     labelled,
     late_spike,
@@ -48,7 +48,7 @@ def write_report(folder: Path) -> str:
     """Writes report.md, report.json and plots into `folder`; returns the summary lines."""
     folder = Path(folder)
     matrix = json.loads((folder / "matrix.json").read_text())
-    everything = finished_entries(folder)
+    everything = load_finished_runs(folder)
     entries = [e for e in everything if not SWEEPS & set(e.labels)]
     plain = [e for e in entries if "defence" not in e.labels]
     found = summarise(plain, matrix["styles"])
@@ -67,7 +67,7 @@ def write_report(folder: Path) -> str:
     return "\n".join(found["verdict"])
 
 
-def summarise(entries: list[Entry], styles: Mapping[str, str]) -> dict[str, Any]:
+def summarise(entries: list[FinishedRun], styles: Mapping[str, str]) -> dict[str, Any]:
     """All numbers of the report as one nested table."""
     by_teacher = grouped(with_role(entries, "teacher"), "teacher")
     teachers = {
@@ -101,17 +101,21 @@ def summarise(entries: list[Entry], styles: Mapping[str, str]) -> dict[str, Any]
     return found | {"verdict": verdict(found)}
 
 
-def _teacher(rows: list[Entry], originals: list[Entry], styles: Mapping[str, str]) -> dict:
+def _teacher(
+    rows: list[FinishedRun], originals: list[FinishedRun], styles: Mapping[str, str]
+) -> dict:
     out = _student(rows, styles)
     last = [e.run.steps[-1] for e in rows if e.run.steps]
-    out["anchor_kl"] = over_seeds([s["anchor_kl"] for s in last if "anchor_kl" in s])._asdict()
+    out["reference_kl"] = over_seeds(
+        [s["reference_kl"] for s in last if "reference_kl" in s]
+    )._asdict()
     base = {e.labels["seed"]: e for e in originals}
     pairs = [(e, base[e.labels["seed"]]) for e in rows if e.labels["seed"] in base]
     out["difference"] = {mode: paired(pairs, mode)._asdict() for mode in MODES}
     return out
 
 
-def _student(rows: list[Entry], styles: Mapping[str, str]) -> dict:
+def _student(rows: list[FinishedRun], styles: Mapping[str, str]) -> dict:
     out: dict[str, Any] = {
         mode: over_seeds([e.score(mode) for e in rows])._asdict() for mode in MODES
     }
@@ -382,7 +386,7 @@ def _defence_words(name: str, row: Mapping[str, Any], none: Mapping[str, Any]) -
     return f'Serving "{name}"{kind} {effect} what students take ({none["student"]["mean"]:.3f} to {s:.3f}), {price}.'
 
 
-def _head(entries: list[Entry], matrix: Mapping) -> dict:
+def _head(entries: list[FinishedRun], matrix: Mapping) -> dict:
     head = dict(entries[0].run.head) if entries else {}
     seconds = sum(e.run.summary["wall_s"] for e in entries)
     return {
@@ -395,12 +399,12 @@ def _head(entries: list[Entry], matrix: Mapping) -> dict:
     }
 
 
-def _run_row(entry: Entry) -> dict:
+def _run_row(entry: FinishedRun) -> dict:
     """One run of the matrix in one line: what a record needs to be checked by."""
     last = entry.evals()[-1]
-    kl = entry.run.steps[-1].get("anchor_kl") if entry.run.steps else None
+    kl = entry.run.steps[-1].get("reference_kl") if entry.run.steps else None
     measured = {m: last[f"eval/{m}"] for m in (*MODES, *LIKELIHOOD) if f"eval/{m}" in last}
-    return {**entry.labels, **measured, "anchor_kl": kl, "seconds": entry.run.summary["wall_s"]}
+    return {**entry.labels, **measured, "reference_kl": kl, "seconds": entry.run.summary["wall_s"]}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,15 @@ from typing import Any
 
 from reflux.trainer.runs.stats import may_be_zero, over_seeds
 
-from .finished_runs import Entry, before_attack, change, gain_ratio, items, labelled, with_role
+from .finished_runs import (
+    FinishedRun,
+    before_attack,
+    change,
+    gain_ratio,
+    items,
+    labelled,
+    with_role,
+)
 
 ATTACK = "seq_kd"  # every defence is judged by students of sampled text
 ATTACKS_AS_DEFENCE = {
@@ -26,7 +34,7 @@ OPEN = " in the mean; the spread over seeds allows no difference"
 SIDES = ("distillable", "undistillable")
 
 
-def defence_rows(entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
+def defence_rows(entries: Sequence[FinishedRun]) -> dict[str, dict[str, Any]]:
     """defence -> accuracy of what is served, accuracy of its students, their change against the
     undefended original's, and score.
     """
@@ -65,11 +73,11 @@ def defence_rows(entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _students(entries: Sequence[Entry], teacher: str, attack: str) -> list[Entry]:
+def _students(entries: Sequence[FinishedRun], teacher: str, attack: str) -> list[FinishedRun]:
     return labelled(entries, role="student", teacher=teacher, attack=attack)
 
 
-def check_lines(entries: Sequence[Entry]) -> list[str]:
+def check_lines(entries: Sequence[FinishedRun]) -> list[str]:
     """A5 beyond the shares of found answers: a repair of the form, and the likelihood of
     options.
     """
@@ -114,7 +122,9 @@ def check_lines(entries: Sequence[Entry]) -> list[str]:
     return lines
 
 
-def _gap(after: Sequence[Entry], before: Sequence[Entry], reading: str) -> dict[str, float]:
+def _gap(
+    after: Sequence[FinishedRun], before: Sequence[FinishedRun], reading: str
+) -> dict[str, float]:
     """Difference by seed."""
     base = {e.labels["seed"]: e.score(reading) for e in before}
     return over_seeds(
@@ -122,17 +132,17 @@ def _gap(after: Sequence[Entry], before: Sequence[Entry], reading: str) -> dict[
     )._asdict()
 
 
-def _examples(entry: Entry) -> int:
+def _examples(entry: FinishedRun) -> int:
     return entry.run.head["config"]["data"]["limit"]
 
 
-def _chance(entry: Entry) -> str:
+def _chance(entry: FinishedRun) -> str:
     """Accuracy of a blind choice among a prompt's options."""
     shares = [1 / len(p["logp"]) for p in entry.predictions() if "logp" in p]
     return f"{sum(shares) / len(shares):.2f}" if shares else "unknown"
 
 
-def proxy_rows(entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
+def proxy_rows(entries: Sequence[FinishedRun]) -> dict[str, dict[str, Any]]:
     """proxy -> its own accuracy, and for each direction the teachers calibrated against it and
     their distillability by attack.
 
@@ -164,7 +174,7 @@ def proxy_rows(entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def _proxy_cell(entries: Sequence[Entry], name: str, mode: str) -> dict[str, Any]:
+def _proxy_cell(entries: Sequence[FinishedRun], name: str, mode: str) -> dict[str, Any]:
     originals = [e for e in entries if "ablation" not in e.labels]
     scores = {}
     for attack in PROXY_ATTACKS:
@@ -183,7 +193,7 @@ def _proxy_cell(entries: Sequence[Entry], name: str, mode: str) -> dict[str, Any
     }
 
 
-def _calibrated(entries: Sequence[Entry], proxy: str, **labels: str) -> list[Entry]:
+def _calibrated(entries: Sequence[FinishedRun], proxy: str, **labels: str) -> list[FinishedRun]:
     return [e for e in labelled(entries, **labels) if e.labels.get("ablation", "default") == proxy]
 
 

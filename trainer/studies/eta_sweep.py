@@ -18,17 +18,17 @@ from reflux.trainer.runs.markdown_table import mean_and_spread, table, write_jso
 from reflux.trainer.runs.stats import Estimate, over_seeds
 
 from .attack_report import KEPT_POINTS
-from .finished_runs import Entry, finished_entries
+from .finished_runs import FinishedRun, load_finished_runs
 
 COLUMNS = {
     "teacher": "teacher accuracy",
-    "anchor_kl": "KL to original, nats/token",
+    "reference_kl": "KL to original, nats/token",
     "reward": "calibration reward, nats",
     "student": "student accuracy",
 }
 
 
-def knob_points(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+def knob_points(entries: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     """One row per eta, rising: estimates over seeds of every column, and whether every seed's
     teacher was kept.
     """
@@ -46,7 +46,7 @@ def knob_points(entries: Sequence[Entry]) -> list[dict[str, Any]]:
         values = {
             "teacher": [e.score("sampled") for e in teachers],
             "student": [e.score("sampled") for e in students],
-            "anchor_kl": last_steps(teachers, "anchor_kl"),
+            "reference_kl": last_steps(teachers, "reference_kl"),
             "reward": last_steps(teachers, "reward/cal"),
         }
         kept = [
@@ -64,7 +64,7 @@ def knob_points(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     return points
 
 
-def last_steps(entries: Iterable[Entry], key: str) -> list[float]:
+def last_steps(entries: Iterable[FinishedRun], key: str) -> list[float]:
     """Mean of the last five logged steps of each run."""
     rows = [[s[key] for s in e.run.steps if key in s][-5:] for e in entries]
     return [sum(r) / len(r) for r in rows if r]
@@ -151,7 +151,7 @@ def write_knob(folder: Path) -> str:
     label eta.
     """
     folder = Path(folder)
-    points = knob_points(finished_entries(folder))
+    points = knob_points(load_finished_runs(folder))
     if not points:
         raise ValueError(
             f"{folder}: no finished run carries a label eta; want the folder of a matrix like "

@@ -15,7 +15,7 @@ MODES = ("sampled", "greedy")
 
 
 @dataclass(frozen=True)
-class Entry:
+class FinishedRun:
     """One finished run of the matrix: its labels, log, and last predictions."""
 
     labels: Mapping[str, str]
@@ -55,15 +55,15 @@ class Entry:
 READINGS = {
     "sampled": lambda e: e.score("sampled"),
     "greedy": lambda e: e.score("greedy"),
-    "best": Entry.best,
+    "best": FinishedRun.best,
 }
 
 
-def finished_entries(folder: Path) -> list[Entry]:
+def load_finished_runs(folder: Path) -> list[FinishedRun]:
     """The runs of a matrix folder that have ended, were evaluated, and have a role."""
     cells = json.loads((folder / "matrix.json").read_text())["cells"]
     entries = [
-        Entry(c["labels"], load_run(folder / c["folder"]), folder / c["folder"])
+        FinishedRun(c["labels"], load_run(folder / c["folder"]), folder / c["folder"])
         for c in cells
         if (folder / c["folder"] / "run.jsonl").exists()
         and (folder / c["folder"] / "summary.json").exists()
@@ -71,22 +71,22 @@ def finished_entries(folder: Path) -> list[Entry]:
     return [e for e in entries if e.evals() and "role" in e.labels]
 
 
-def with_role(entries: Iterable[Entry], role: str) -> list[Entry]:
+def with_role(entries: Iterable[FinishedRun], role: str) -> list[FinishedRun]:
     return [e for e in entries if e.labels["role"] == role]
 
 
-def labelled(entries: Iterable[Entry], **labels: str) -> list[Entry]:
+def labelled(entries: Iterable[FinishedRun], **labels: str) -> list[FinishedRun]:
     return [e for e in entries if all(e.labels.get(k) == v for k, v in labels.items())]
 
 
-def grouped(entries: Iterable[Entry], label: str) -> dict[str, list[Entry]]:
+def grouped(entries: Iterable[FinishedRun], label: str) -> dict[str, list[FinishedRun]]:
     groups = defaultdict(list)
     for e in entries:
         groups[e.labels[label]].append(e)
     return dict(groups)
 
 
-def paired(pairs: list[tuple[Entry, Entry]], mode: str) -> Estimate:
+def paired(pairs: list[tuple[FinishedRun, FinishedRun]], mode: str) -> Estimate:
     """Accuracy difference to the original on the same prompts, items of all seeds pooled."""
     after, before = [], []
     for entry, base in pairs:
@@ -105,7 +105,7 @@ def paired(pairs: list[tuple[Entry, Entry]], mode: str) -> Estimate:
     return paired_difference(after, before)
 
 
-def change(after: list[Entry], before: list[Entry]) -> dict:
+def change(after: list[FinishedRun], before: list[FinishedRun]) -> dict:
     """Relative change against the same attack on the original teacher: the mean difference over
     seeds, pairwise, divided by the original's mean (a mean of per-seed ratios would be ruled by
     whichever seed's baseline is lowest). `best`: of each run's best checkpoint, sampled.
@@ -125,7 +125,7 @@ def _relative(pairs: Sequence[tuple[float, float]]) -> dict:
     )._asdict()
 
 
-def score(entries: list[Entry], attack: str, teacher: str) -> dict | None:
+def score(entries: list[FinishedRun], attack: str, teacher: str) -> dict | None:
     """Distillability of a teacher under an attack; see gain_ratio."""
     rows, originals = (
         labelled(entries, role="student", attack=attack, teacher=name)
@@ -134,7 +134,9 @@ def score(entries: list[Entry], attack: str, teacher: str) -> dict | None:
     return gain_ratio(rows, originals, before_attack(rows, entries))
 
 
-def before_attack(rows: Sequence[Entry], entries: Sequence[Entry]) -> dict[tuple[str, int], float]:
+def before_attack(
+    rows: Sequence[FinishedRun], entries: Sequence[FinishedRun]
+) -> dict[tuple[str, int], float]:
     """items() of the students before the attack: of the run that the label `start` names, else 0
     for random weights (which answer nothing), else of their own evaluation at step 0. Empty where
     none of these is there.
@@ -147,7 +149,7 @@ def before_attack(rows: Sequence[Entry], entries: Sequence[Entry]) -> dict[tuple
 
 
 def gain_ratio(
-    rows: list[Entry], originals: list[Entry], before: Mapping[tuple[str, int], float]
+    rows: list[FinishedRun], originals: list[FinishedRun], before: Mapping[tuple[str, int], float]
 ) -> dict | None:
     """What students gained from a teacher / what they gained from the original by the same attack
     at the same budget, sampled answers, 95 % interval over (seed, prompt) pairs. `before`: items()
@@ -166,7 +168,7 @@ def gain_ratio(
     )._asdict()
 
 
-def cost(entry: Entry) -> dict[str, float]:
+def cost(entry: FinishedRun) -> dict[str, float]:
     """What a student's run asked of its teacher: texts written by it, texts it read to give
     log-probabilities, about how many tokens all of them have (by the mean length of the run's
     texts); and seconds.
@@ -178,8 +180,8 @@ def cost(entry: Entry) -> dict[str, float]:
     written = (
         0
         if d.get("source") != "teacher"
-        else d["queries"] * r["group"]
-        if d.get("queries")
+        else d["query_budget"] * r["group"]
+        if d.get("query_budget")
         else texts - own
     )
     read = {
@@ -196,7 +198,7 @@ def cost(entry: Entry) -> dict[str, float]:
     }
 
 
-def late_spike(entry: Entry) -> float:
+def late_spike(entry: FinishedRun) -> float:
     """Largest gradient norm of the second half of a run / their median there (the first half holds
     the warm-up); inf where a loss or norm of the run is not finite, NaN without steps.
     """
@@ -208,7 +210,7 @@ def late_spike(entry: Entry) -> float:
     return max(norms) / middle if middle else math.nan
 
 
-def items(rows: Sequence[Entry], step: int | None = None) -> dict[tuple[str, int], float]:
+def items(rows: Sequence[FinishedRun], step: int | None = None) -> dict[tuple[str, int], float]:
     """(seed, prompt) -> share of its sampled answers that are right, at the last evaluation or that
     of a step.
     """

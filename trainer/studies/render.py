@@ -77,7 +77,7 @@ def teacher_table(teachers: Mapping[str, dict]) -> str:
             if name == "original"
             else f"{d['mean'] * 100:+.1f} [{d['low'] * 100:+.1f}, {d['high'] * 100:+.1f}] n {d['n']}"
         )
-        kl = f"{t['anchor_kl']['mean']:.4f}" if t["anchor_kl"]["n"] else ""
+        kl = f"{t['reference_kl']['mean']:.4f}" if t["reference_kl"]["n"] else ""
         rows.append(
             [
                 name,

@@ -10,7 +10,7 @@ import pytest
 
 from reflux.trainer.calibration.guards import KL_DECAY, Guards, Stop
 from reflux.trainer.config.schema import (
-    Anchor,
+    Reference,
     Calibration,
     Config,
     Data,
@@ -51,7 +51,7 @@ def stops_at(stats, *, guard=None, resume_at=None) -> tuple[int, Stop] | None:
 
 
 def kl(*values):
-    return [({"anchor_kl": v}, {}) for v in values]
+    return [({"reference_kl": v}, {}) for v in values]
 
 
 def accuracy(*values):
@@ -117,17 +117,17 @@ def test_a_resumed_run_spends_the_same_budget(resume_at):
 def test_a_restored_checkpoint_brings_its_own_notes():
     engine = SimpleNamespace(notes={})
     guards = Guards(config(), engine)
-    guards.check(1, {"anchor_kl": 0.09}, {})
-    engine.notes = {"anchor_kl": 0.0}  # what loading does
-    guards.check(2, {"anchor_kl": 0.4}, {})
-    assert engine.notes["anchor_kl"] == pytest.approx(0.08)
+    guards.check(1, {"reference_kl": 0.09}, {})
+    engine.notes = {"reference_kl": 0.0}  # what loading does
+    guards.check(2, {"reference_kl": 0.4}, {})
+    assert engine.notes["reference_kl"] == pytest.approx(0.08)
 
 
 @pytest.mark.parametrize(
     "parts, says",
     [
         (dict(calibration=Calibration(mode="undistillable", strength=0.5)), "no interior optimum"),
-        (dict(anchor=Anchor(estimator="k3_loss")), "descends the forward KL"),
+        (dict(reference=Reference(estimator="k3_loss")), "descends the forward KL"),
     ],
 )
 def test_dangerous_recipes_warn(parts, says):
@@ -141,6 +141,6 @@ def test_ordinary_recipes_do_not_warn():
         warnings.simplefilter("error")
         Guards(config(calibration=Calibration(mode="distillable")), SimpleNamespace(notes={}))
         Guards(
-            config(calibration=Calibration(mode="undistillable", denominator="original")),
+            config(calibration=Calibration(mode="undistillable", denominator="reference")),
             SimpleNamespace(notes={}),
         )

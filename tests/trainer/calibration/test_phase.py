@@ -70,7 +70,7 @@ def test_off_is_plain_grpo_as_ten_lines_of_pytorch_compute_it(talkers, tmp_path,
         "calibrate",
         steps=3,
         rollout={"prompts": 3, "group": 4},
-        anchor={"beta": 0.1},
+        reference={"beta": 0.1},
     )
     run = run_here(cfg)
     model = AutoModelForCausalLM.from_pretrained(talkers / "policy")
@@ -104,8 +104,8 @@ def test_off_is_plain_grpo_as_ten_lines_of_pytorch_compute_it(talkers, tmp_path,
         optimizer.step()
         assert step["loss"] == pytest.approx(total.item(), rel=1e-4, abs=1e-6)
         assert step["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
-        assert step["anchor_kl"] == pytest.approx(kl.item(), rel=1e-3, abs=1e-6)
-    assert run.steps[2]["anchor_kl"] > 1e-3, "nothing was learned: the comparison is blind"
+        assert step["reference_kl"] == pytest.approx(kl.item(), rel=1e-3, abs=1e-6)
+    assert run.steps[2]["reference_kl"] > 1e-3, "nothing was learned: the comparison is blind"
 
 
 def test_off_does_not_know_that_a_proxy_is_configured(talkers, tmp_path, watch):
@@ -192,7 +192,7 @@ def test_the_anchor_is_exactly_zero_at_the_start_and_then_grows(talkers, tmp_pat
             talkers,
             tmp_path / "run",
             "calibrate",
-            anchor=anchored,
+            reference=anchored,
             steps=3,
             rollout={"old_logp": "trainer"},
         )
@@ -202,13 +202,13 @@ def test_the_anchor_is_exactly_zero_at_the_start_and_then_grows(talkers, tmp_pat
             talkers,
             tmp_path / "free",
             "calibrate",
-            anchor={"beta": 0.0},
+            reference={"beta": 0.0},
             rollout={"old_logp": "trainer"},
         )
     )
-    assert run.steps[0]["anchor_kl"] == 0.0 and run.steps[2]["anchor_kl"] > 1e-3
+    assert run.steps[0]["reference_kl"] == 0.0 and run.steps[2]["reference_kl"] > 1e-3
     assert run.steps[0]["grad_norm"] == pytest.approx(free.steps[0]["grad_norm"], rel=1e-5)
-    assert "anchor_kl" not in free.steps[0]
+    assert "reference_kl" not in free.steps[0]
     # all three estimate the same gradient; here at one update's distance
     if estimator in ("exact", "k2_loss", "k3_is"):
         assert run.steps[1]["grad_norm"] != pytest.approx(free.steps[1]["grad_norm"], rel=1e-3)
@@ -234,7 +234,7 @@ def test_frozen_models_stay_as_they_were_and_reach_neither_optimizer_nor_checkpo
     assert start == end and start[2] == set() and len(watch.frozen) == 2
     assert not watch.phase.proxy.model.training and not watch.phase.original.model.training
     watch.at_close = lambda phase: None
-    run_here(config(talkers, tmp_path / "plain", "calibrate", steps=3, anchor={"beta": 0.0}))
+    run_here(config(talkers, tmp_path / "plain", "calibrate", steps=3, reference={"beta": 0.0}))
     kept = [
         set(
             FileSystemReader(tmp_path / name / "checkpoint" / "step-3")
@@ -348,7 +348,7 @@ def test_texts_of_one_token_and_rows_filled_to_the_last_position(
             training={"seq_len": rows or longest + max_tokens - 1},
             calibration={
                 "mode": "undistillable",
-                "denominator": "original",
+                "denominator": "reference",
                 "credit": credit,
                 "truncated": "score_prefix",
             },
@@ -366,7 +366,7 @@ def test_texts_of_one_token_and_rows_filled_to_the_last_position(
 
 BASE = {
     "calibration": {"mode": "undistillable", "margin_guard": False},
-    "anchor": {"beta": 0.2},
+    "reference": {"beta": 0.2},
     "task": {"name": "runs:is_even"},
     "seed": 3,
     "rollout": {"prompts": 4, "group": 4, "max_tokens": 12},
@@ -377,7 +377,7 @@ OPTIONS = [
     {"calibration": {"strength": 1.0}},
     {"calibration": {"score_norm": "per_byte"}},
     {"calibration": {"score_norm": "per_token"}},
-    {"calibration": {"denominator": "original"}},
+    {"calibration": {"denominator": "reference"}},
     {"calibration": {"score_stop": False}},
     {"calibration": {"credit": "span"}},
     {"calibration": {"truncated": "drop"}},
@@ -389,12 +389,12 @@ OPTIONS = [
     {"calibration": {"cal_gate": "skip_degenerate"}},
     {"calibration": {"cal_gate": "scale_by_task_std"}},
     {"calibration": {"margin_guard": True}},
-    {"anchor": {"beta": 0.5}},
-    {"anchor": {"estimator": "k1_reward"}},
-    {"anchor": {"estimator": "k2_loss"}},
-    {"anchor": {"estimator": "k3_is"}},
-    {"anchor": {"estimator": "k3_loss"}},
-    {"anchor": {"dtype": "bfloat16"}},
+    {"reference": {"beta": 0.5}},
+    {"reference": {"estimator": "k1_reward"}},
+    {"reference": {"estimator": "k2_loss"}},
+    {"reference": {"estimator": "k3_is"}},
+    {"reference": {"estimator": "k3_loss"}},
+    {"reference": {"dtype": "bfloat16"}},
     {"proxy": {"dtype": "bfloat16"}},
     {"policy": {"epochs": 2}},
     {"policy": {"epochs": 2, "clip": 0.001}},
@@ -457,7 +457,7 @@ def test_options_that_only_move_work_about_change_no_number(talkers, tmp_path):
                 "grad_norm",
                 "reward/task",
                 "reward/cal",
-                "anchor_kl",
+                "reference_kl",
                 "entropy",
                 "length",
             ):
@@ -466,7 +466,7 @@ def test_options_that_only_move_work_about_change_no_number(talkers, tmp_path):
 
 def test_texts_that_the_proxy_cannot_read_are_an_error_above_the_limit(talkers, tmp_path):
     with pytest.raises(
-        ValueError, match=r"do not round-trip.*at most 0% \(calibration.max_unscored\)"
+        ValueError, match=r"do not round-trip.*at most 0% \(calibration.max_unaligned\)"
     ):
         run_here(
             config(
@@ -475,6 +475,6 @@ def test_texts_that_the_proxy_cannot_read_are_an_error_above_the_limit(talkers, 
                 "calibrate",
                 steps=3,
                 rollout={"temperature": 2.0, "prompts": 6},
-                calibration={"mode": "distillable", "max_unscored": 0.0},
+                calibration={"mode": "distillable", "max_unaligned": 0.0},
             )
         )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from reflux.tokenalign.scores import compare_spans
 from reflux.trainer.calibration.rewards import (
-    UNSCORED,
+    UNALIGNED,
     CalScore,
     _span_advantage,
     advantages,
@@ -54,14 +54,14 @@ def score(value: float, n_bytes: int = 10, span=None, stop: float = 0.0) -> CalS
 
 
 def group(seed: int, P: int = 3, G: int = 6, cal: Calibration = RAW):
-    """Random rewards, spans and lengths; about one rollout in eight unscored."""
+    """Random rewards, spans and lengths; about one rollout in eight unaligned."""
     rng = np.random.default_rng(seed)
     task = rng.integers(0, 2, (P, G)).astype(float)
     lengths = rng.integers(1, 9, (P, G))
 
     def one(n):
         if rng.random() < 0.12:
-            return UNSCORED
+            return UNALIGNED
         span = np.repeat(np.arange(n), 1)[: max(n - 1, 0)]
         proxy, own = -rng.exponential(3.0, len(span)), -rng.exponential(2.0, len(span))
         return scored(
@@ -236,7 +236,7 @@ def test_joint_normalisation_lets_one_reward_swallow_the_other():
 
 
 def test_joint_normalisation_leaves_masked_rollouts_with_their_task_reward():
-    cal, scores = replace(RAW, normalise="joint"), [[score(4.0), UNSCORED, score(-4.0)]]
+    cal, scores = replace(RAW, normalise="joint"), [[score(4.0), UNALIGNED, score(-4.0)]]
     got = flat(
         advantages(
             np.array([[1.0, 0.5, 0.0]]),
@@ -266,7 +266,7 @@ def test_unscored_rollouts_get_the_task_and_give_nothing(seed):
     task, correct, lengths, scores = group(seed)
     for cal in (RAW, Calibration(), Calibration(credit="span"), Calibration(normalise="joint")):
         a = advantages(task, correct, lengths, scores, cal, 0.5)
-        junk = replace(UNSCORED, value=1e9, raw=1e9, n_bytes=10**6, span_value=np.array([1e9]))
+        junk = replace(UNALIGNED, value=1e9, raw=1e9, n_bytes=10**6, span_value=np.array([1e9]))
         b = advantages(
             task,
             correct,
@@ -398,8 +398,8 @@ def test_reward_to_go_drops_by_the_span_that_is_left(seed):
 
 
 def test_spans_alone_in_the_group_earn_nothing():
-    assert (_span_advantage([score(3.0), UNSCORED], 0, 3) == 0).all() and (
-        _span_advantage([score(3.0), UNSCORED], 1, 3) == 0
+    assert (_span_advantage([score(3.0), UNALIGNED], 0, 3) == 0).all() and (
+        _span_advantage([score(3.0), UNALIGNED], 1, 3) == 0
     ).all()
 
 

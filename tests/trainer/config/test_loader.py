@@ -216,9 +216,9 @@ def test_every_knob_survives_the_round_trip():
         return {"int | None": 3}.get(str(hint), value)
 
     kept = {
-        ("serve", "proxy"): "",
-        ("serve", "temperature"): 1.0,
-        ("distill", "queries"): 0,
+        ("defence", "proxy"): "",
+        ("defence", "temperature"): 1.0,
+        ("distill", "query_budget"): 0,
         ("distill", "nll_weight"): 0.0,
         ("distill", "correct_only"): False,
         ("distill", "top_k"): 0,
@@ -372,5 +372,5 @@ def test_torchtitans_sections_are_kept_unread():
 
 
 def test_a_dataclass_alone_can_be_filled():
-    assert fill(Distill, {"top_k": 4, "tail": "ghost"}, "x", "distill.").top_k == 4
+    assert fill(Distill, {"top_k": 4, "tail": "bucket"}, "x", "distill.").top_k == 4
     assert fill(Task("math"), {"options": {"a": 1}}, "x", "task.") == Task("math", {"a": 1})

@@ -107,9 +107,9 @@ def written(path: Path, key: str) -> bool:
         ({"calibration": {"span_clip": -1.0}}, "calibration.span_clip = -1.0; want >= 0"),
         ({"calibration": {"winsor": -3.0}}, "calibration.winsor"),
         ({"calibration": {"std_floor": -0.1}}, "calibration.std_floor"),
-        ({"calibration": {"max_unscored": 5.0}}, "calibration.max_unscored = 5.0; want 0 to 1"),
-        ({"anchor": {"estimator": "k1_loss"}}, "its expected gradient is zero"),
-        ({"anchor": {"beta": -0.1}}, "anchor.beta = -0.1; want >= 0"),
+        ({"calibration": {"max_unaligned": 5.0}}, "calibration.max_unaligned = 5.0; want 0 to 1"),
+        ({"reference": {"estimator": "k1_loss"}}, "its expected gradient is zero"),
+        ({"reference": {"beta": -0.1}}, "reference.beta = -0.1; want >= 0"),
         ({"rollout": {"top_p": 0.9}}, "Set top_p = 1 and top_k = 0"),
         ({"rollout": {"top_k": 5}}, "Set top_p = 1 and top_k = 0"),
         ({"rollout": {"top_k": -1}}, "rollout.top_k = -1; want >= 0"),
@@ -154,23 +154,23 @@ def test_calibrate_refuses(wrong, says):
         ),
         ({"objective": "span", "temperature": 2.0}, "temperature = 2.0 needs objective = 'kl'"),
         (
-            {"objective": "class", "classes": "prefix", "tail": "ghost", "top_k": 8},
+            {"objective": "class", "partition": "prefix", "tail": "bucket", "top_k": 8},
             "only bound these masses from below",
         ),
         (
-            {"objective": "class", "classes": "common", "tail": "renorm", "top_k": 8},
-            "which only tail = 'ghost' keeps",
+            {"objective": "class", "partition": "common", "tail": "renorm", "top_k": 8},
+            "which only tail = 'bucket' keeps",
         ),
         ({"more_teachers": ["b"], "teacher_weights": [1.0]}, "want one number > 0 for each"),
         ({"more_teachers": ["b"], "objective": "span"}, "takes one teacher"),
         (
-            {"objective": "span", "tail": "ghost", "top_k": 8},
+            {"objective": "span", "tail": "bucket", "top_k": 8},
             "need objective = 'kl' or 'class', got 'span'",
         ),
-        ({"tail": "ghost"}, "a truncated teacher needs both"),
+        ({"tail": "bucket"}, "a truncated teacher needs both"),
         ({"top_k": 8}, "a truncated teacher needs both"),
-        ({"tail": "ghost", "top_k": -8}, "distill.top_k = -8; want >= 0"),
-        ({"tail": "renorm", "top_k": 1}, "is identically 0. Use tail = 'ghost'"),
+        ({"tail": "bucket", "top_k": -8}, "distill.top_k = -8; want >= 0"),
+        ({"tail": "renorm", "top_k": 1}, "is identically 0. Use tail = 'bucket'"),
         *[
             ({"tail": "drop", "top_k": 8, "divergence": d}, "can be lowered by moving mass out")
             for d in ("reverse", "jsd", "skew_forward", "skew_reverse")
@@ -187,7 +187,7 @@ def test_calibrate_refuses(wrong, says):
         ({"span_temperature": -1.0}, "distill.span_temperature"),
         ({"on_policy": 1.5}, "distill.on_policy = 1.5; want 0 to 1"),
         ({"nll_weight": -1.0, **OFF_POLICY}, "distill.nll_weight = -1.0; want >= 0"),
-        ({"queries": -1, **OFF_POLICY}, "distill.queries = -1; want >= 0"),
+        ({"query_budget": -1, **OFF_POLICY}, "distill.query_budget = -1; want >= 0"),
         ({"correct_only": True, **OFF_POLICY}, "task.name is missing"),
     ],
 )
@@ -221,10 +221,10 @@ def test_diagnose_refuses(wrong, says):
         {"divergence": "forward", "beta": 1.0},  # beta belongs to the mixtures alone
         {"tail": "drop", "top_k": 8, "divergence": "forward"},
         {"tail": "renorm", "top_k": 2},
-        {"tail": "ghost", "top_k": 1},
-        {"temperature": 2.0, "tail": "ghost", "top_k": 8},
+        {"tail": "bucket", "top_k": 1},
+        {"temperature": 2.0, "tail": "bucket", "top_k": 8},
         # without effect on-policy, but a base file may carry them
-        {"queries": 5},
+        {"query_budget": 5},
         {"nll_weight": 0.5},
     ],
 )

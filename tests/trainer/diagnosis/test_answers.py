@@ -7,12 +7,12 @@ import pytest
 
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.diagnosis.answers import answer_symptoms, own_errors, sampling_gap, vote
-from reflux.trainer.diagnosis.measure import Reading
+from reflux.trainer.diagnosis.measure import TokenStats
 
 
-def student(prompt, right, answer=None, ended=True) -> Reading:
+def student(prompt, right, answer=None, ended=True) -> TokenStats:
     rollout = Rollout(Prompt(prompt, ()), (1,), (5, 9), (0.0,) * 2, 0.0, "a", ended)
-    return Reading(
+    return TokenStats(
         rollout,
         "student",
         right,

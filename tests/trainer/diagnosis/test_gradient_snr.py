@@ -22,7 +22,7 @@ from reflux.trainer.diagnosis.gradient_snr import (
     last_block_only,
     signal_to_noise,
 )
-from reflux.trainer.diagnosis.measure import Reading
+from reflux.trainer.diagnosis.measure import TokenStats
 from reflux.trainer.engine.engine import Engine
 from reflux.trainer.runs.stats import jackknife, over_seeds
 
@@ -34,7 +34,7 @@ def moments(vectors_BD) -> Moments:
     return Moments((g**2).sum(1), g @ g.sum(0))
 
 
-def reading(prompt=0, writer="student", ids=(5, 6), prompt_ids=(1, 4)) -> Reading:
+def reading(prompt=0, writer="student", ids=(5, 6), prompt_ids=(1, 4)) -> TokenStats:
     rollout = Rollout(
         Prompt(prompt, ({"role": "user", "content": f"Ask {prompt}"},)),
         prompt_ids,
@@ -44,7 +44,7 @@ def reading(prompt=0, writer="student", ids=(5, 6), prompt_ids=(1, 4)) -> Readin
         "ab",
         True,
     )
-    return Reading(rollout, writer, None, *[None] * 10)
+    return TokenStats(rollout, writer, None, *[None] * 10)
 
 
 def test_two_gradients_by_hand():

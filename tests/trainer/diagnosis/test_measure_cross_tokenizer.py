@@ -27,7 +27,7 @@ from reflux.trainer.diagnosis.measure_cross_tokenizer import _unread, pair_of
 from reflux.trainer.diagnosis.metrics import kl_profile, top_overlap
 from reflux.trainer.diagnosis.summary import diagnose_readings, verdict
 from reflux.trainer.diagnosis.token_classes import TYPES
-from reflux.trainer.losses import Outputs
+from reflux.trainer.losses import HeadInputs
 
 pytestmark = [pytest.mark.usefixtures("titan_process"), pytest.mark.filterwarnings("ignore")]
 OVER = {
@@ -62,7 +62,7 @@ def across(talkers, tmp_path_factory, titan_process):
 
 
 def outputs(g, T, V, D=5):
-    return Outputs(
+    return HeadInputs(
         torch.randn(T, D, generator=g, dtype=torch.float64),
         torch.randn(V, D, generator=g, dtype=torch.float64),
         None,
@@ -315,7 +315,7 @@ def test_where_every_class_is_one_id_the_two_ways_agree_to_the_last_digit(plain,
         assert r.state_start_n.tolist() == x.start_n.tolist() and r.n_bytes == x.n_bytes
         for d in ("forward", "reverse"):
             assert r.kl[d] == pytest.approx(x.kl[d], abs=1e-9)
-            for name in ("raw_K", "ghost_K", "gradient_tail_K"):
+            for name in ("raw_K", "bucket_K", "gradient_tail_K"):
                 assert getattr(r.curves[d], name) == pytest.approx(
                     getattr(x.curves[d], name), abs=1e-8
                 ), name
@@ -375,7 +375,7 @@ def test_what_two_tokenizers_are_told_to_do_is_a_config_that_exists(across):
     found["across"] = found["across"] | {"common_mass": {"student": 1.0, "teacher": 0.99}}
     advice = verdict(found)[0]["advice"]
     options = dict(re.findall(r"(\w+) = '(\w+)'", advice))
-    assert options == {"objective": "class", "classes": "common", "tail": "ghost"}
+    assert options == {"objective": "class", "partition": "common", "tail": "bucket"}
     assert (
         Distill(**options, top_k=int(re.search(r"top_k = (\d+)", advice)[1])).objective == "class"
     )

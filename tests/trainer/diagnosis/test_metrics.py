@@ -22,14 +22,14 @@ from reflux.trainer.diagnosis.metrics import (
     top_overlap,
     wrong_trace_preference,
 )
-from reflux.trainer.losses import Outputs
+from reflux.trainer.losses import HeadInputs
 from reflux.trainer.rollouts.generate import Sampling, _truncate
 
 
 def outputs(logits_TV, softcap=None):
-    """Outputs whose logits are given: the head is the identity."""
+    """HeadInputs whose logits are given: the head is the identity."""
     logits_TV = torch.as_tensor(logits_TV, dtype=torch.float64)
-    return Outputs(
+    return HeadInputs(
         logits_TV, torch.eye(logits_TV.shape[1], dtype=torch.float64), softcap, logits_TV.shape[1]
     )
 
@@ -76,7 +76,7 @@ def test_the_profile_is_the_definition(T, V, mode, seed):
                     weight_V[tail].sum() * (weight_V[tail].sum() / o_V[tail].sum()).log()
                 )
             assert got.raw_TK[t, i] == pytest.approx(float(term_V[head].sum()), abs=1e-12)
-            assert got.ghost_TK[t, i] == pytest.approx(
+            assert got.bucket_TK[t, i] == pytest.approx(
                 float(term_V[head].sum()) + bucket, abs=1e-12
             )
             size_V = logits_V.grad.abs()
@@ -96,9 +96,9 @@ def test_the_profile_is_the_definition(T, V, mode, seed):
 @given(mode=st.sampled_from(["forward", "reverse"]), seed=st.integers(0, 9999))
 def test_the_ghost_curve_rises_to_the_full_kl(mode, seed):
     got = kl_profile(*random_pair(3, 300, seed), mode, torch.zeros(300), 1)
-    steps = got.ghost_TK.diff(dim=1)
-    assert (got.ghost_TK >= -1e-12).all() and (steps >= -1e-12).all()
-    torch.testing.assert_close(got.ghost_TK[:, -1], got.kl_T)
+    steps = got.bucket_TK.diff(dim=1)
+    assert (got.bucket_TK >= -1e-12).all() and (steps >= -1e-12).all()
+    torch.testing.assert_close(got.bucket_TK[:, -1], got.kl_T)
     torch.testing.assert_close(got.raw_TK[:, -1], got.kl_T)
     assert (got.gradient_tail_TK[:, -1].abs() < 1e-12).all()
 
@@ -108,7 +108,7 @@ def test_chunks_change_nothing(monkeypatch):
     whole = kl_profile(*pair, "reverse", torch.zeros(50), 1)
     monkeypatch.setattr(traps, "CHUNK_MIB", 2 * 50 * 8 / 2**20)  # two rows
     parts = kl_profile(*pair, "reverse", torch.zeros(50), 1)
-    for name in ("kl_T", "raw_TK", "ghost_TK", "gradient_tail_TK", "type_TN"):
+    for name in ("kl_T", "raw_TK", "bucket_TK", "gradient_tail_TK", "type_TN"):
         torch.testing.assert_close(
             getattr(parts, name), getattr(whole, name), rtol=1e-12, atol=1e-12
         )
@@ -148,7 +148,7 @@ def test_two_tokens_by_hand():
     assert got.kl_T[0] == pytest.approx(first + second) and got.k == (1, 2)
     assert got.raw_TK[0].tolist() == pytest.approx([first, first + second])
     # a bucket of one class is that class
-    assert got.ghost_TK[0].tolist() == pytest.approx([first + second] * 2)
+    assert got.bucket_TK[0].tolist() == pytest.approx([first + second] * 2)
     assert got.gradient_tail_TK[0].tolist() == pytest.approx([0.5, 0.0])  # both gradients are 0.4
     assert got.type_TN[0].tolist() == pytest.approx([first, second])
 

@@ -63,7 +63,7 @@ def test_intervals_are_over_prompts_not_tokens():
 def test_the_tail_on_numbers_by_hand():
     tail = diagnose_readings([reading(0, "teacher")], share=0.8)["tail"]["forward"]
     # 0.5 / 0.6 is over 80 %
-    assert tail["ghost"] == pytest.approx([0.25, 0.3]) and tail["k_share"] == 1
+    assert tail["bucket"] == pytest.approx([0.25, 0.3]) and tail["k_share"] == 1
     assert tail["gradient_outside"] == pytest.approx(0.4)
     assert diagnose_readings([reading(0, "teacher")], share=0.9)["tail"]["forward"]["k_share"] == 10
     # function words: half the KL over half the tokens, a sixth of the first ten's: lift 1 / lift
@@ -244,7 +244,7 @@ def test_verdicts_go_both_ways():
     )
     assert all(t["present"] for t in sick) and not any(t["present"] for t in healthy)
     assert (
-        "ghost" in sick[0]["advice"]
+        "bucket" in sick[0]["advice"]
         and "on_policy" in sick[1]["advice"]
         and "distillable" in sick[2]["advice"]
     )

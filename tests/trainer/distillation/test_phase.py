@@ -82,7 +82,7 @@ def jsd(s, t, _, beta=0.3):
     return beta * kl(t, m) + (1 - beta) * kl(s, m)
 
 
-def ghost(s, t, _, k=5):
+def bucket(s, t, _, k=5):
     """Forward KL on the teacher's top k and one bucket for the rest."""
     top, ids = t.topk(k, -1)
     mine = s.gather(1, ids)
@@ -107,7 +107,7 @@ DEFINITIONS = {
         lambda s, t, _: kl(t, mixture(t, s, 0.9)),
     ),
     "gkd_mixed": ({"divergence": "forward", "on_policy": 0.5}, lambda s, t, _: kl(t, s)),
-    "ghost": ({"divergence": "forward", "tail": "ghost", "top_k": 5}, ghost),
+    "bucket": ({"divergence": "forward", "tail": "bucket", "top_k": 5}, bucket),
     "renorm": ({"divergence": "forward", "tail": "renorm", "top_k": 5}, renorm),
     "kd_plus_nll": (
         GIVEN | {"divergence": "forward", "nll_weight": 0.7},
@@ -151,7 +151,7 @@ def test_the_first_loss_is_its_definition_over_the_global_token_count(
         for d in ("forward", "reverse", "jsd", "skew_forward", "skew_reverse")
     ]
     + [
-        {"tail": "ghost", "top_k": 7},
+        {"tail": "bucket", "top_k": 7},
         {"tail": "renorm", "top_k": 7, "divergence": "forward"},
         {"temperature": 2.0},
     ],
@@ -175,7 +175,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(talkers, tmp_path, o
 
 def test_keeping_the_whole_vocabulary_is_the_full_divergence(talkers, tmp_path):
     for divergence in ("forward", "reverse"):
-        full, ghost = (
+        full, bucket = (
             run_here(
                 config(
                     talkers,
@@ -184,13 +184,13 @@ def test_keeping_the_whole_vocabulary_is_the_full_divergence(talkers, tmp_path):
                     distill={"divergence": divergence, "tail": tail, "top_k": k},
                 )
             )
-            for tail, k in (("full", 0), ("ghost", 512))
+            for tail, k in (("full", 0), ("bucket", 512))
         )
-        for a, b in zip(full.steps, ghost.steps):
+        for a, b in zip(full.steps, bucket.steps):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a[
                 "grad_norm"
             ] == pytest.approx(b["grad_norm"], rel=1e-3)
-        assert ghost.steps[0]["teacher_mass"] == pytest.approx(1, abs=1e-5)
+        assert bucket.steps[0]["teacher_mass"] == pytest.approx(1, abs=1e-5)
 
 
 def test_bought_answers_are_the_same_texts_again_and_again(talkers, tmp_path, seen):
@@ -201,7 +201,7 @@ def test_bought_answers_are_the_same_texts_again_and_again(talkers, tmp_path, se
             "distill",
             steps=3,
             rollout={"prompts": 3, "group": 2},
-            distill={"objective": "nll", "on_policy": 0.0, "queries": 3},
+            distill={"objective": "nll", "on_policy": 0.0, "query_budget": 3},
         )
     )
     steps = [{t.rollout.ids for group in step for t in group} for step in seen["sample"]]
@@ -216,7 +216,12 @@ def test_only_right_answers_are_bought(talkers, tmp_path, seen):
             "distill",
             task={"name": "exact", "options": {"marker": "=>"}},
             rollout={"prompts": 3, "group": 4, "max_tokens": 14},
-            distill={"objective": "nll", "on_policy": 0.0, "queries": 24, "correct_only": True},
+            distill={
+                "objective": "nll",
+                "on_policy": 0.0,
+                "query_budget": 24,
+                "correct_only": True,
+            },
         )
     )
     texts = [t.rollout for step in seen["sample"] for group in step for t in group]
@@ -231,7 +236,12 @@ def test_no_right_answer_at_all_says_what_to_do(talkers, tmp_path):
                 tmp_path / "run",
                 "distill",
                 task={"name": "exact", "options": {"marker": "never"}},
-                distill={"objective": "nll", "on_policy": 0.0, "queries": 2, "correct_only": True},
+                distill={
+                    "objective": "nll",
+                    "on_policy": 0.0,
+                    "query_budget": 2,
+                    "correct_only": True,
+                },
             )
         )
 
@@ -305,7 +315,7 @@ CLASS_LOSSES = {
     "projection": {"divergence": "forward"},
     "uld": {},
     "hybrid": {"divergence": "forward", "temperature": 2.0, "scale_t2": True},
-    "kept": {"divergence": "forward", "tail": "ghost", "top_k": 6},
+    "kept": {"divergence": "forward", "tail": "bucket", "top_k": 6},
 }
 
 
@@ -343,7 +353,7 @@ def class_loss_of(student: Chat, teacher: Chat, kind: str, z_SV, u_SW, options) 
 def test_class_losses_compare_both_models_where_both_have_read_the_same_bytes(
     talkers, tmp_path, seen, kind, texts
 ):
-    options = {"classes": "common" if kind == "kept" else kind} | CLASS_LOSSES[kind]
+    options = {"partition": "common" if kind == "kept" else kind} | CLASS_LOSSES[kind]
     run = run_here(
         config(
             talkers,
@@ -384,7 +394,7 @@ def test_classes_of_one_vocabulary_are_its_tokens_the_stop_included(talkers, tmp
     """Every id a class of its own, every token a place: the class loss is the KL, step after
     step.
     """
-    options = {"divergence": "forward", "on_policy": 0.0, "classes": "common"}
+    options = {"divergence": "forward", "on_policy": 0.0, "partition": "common"}
     runs = [
         run_here(
             config(
@@ -410,7 +420,9 @@ def test_several_teachers_are_their_weighted_mean(talkers, tmp_path):
 
     def first(folder, path, **more):
         options = (
-            {"objective": "class", "classes": "first_byte", "divergence": "forward"} | GIVEN | more
+            {"objective": "class", "partition": "first_byte", "divergence": "forward"}
+            | GIVEN
+            | more
         )
         return run_here(
             config(
@@ -507,7 +519,7 @@ def nothing(prompt, text: str) -> None:
 
 
 def test_of_bought_texts_too_a_rewrite_may_drop_all_of_a_prompts(talkers, tmp_path, seen):
-    options = {"objective": "nll", "on_policy": 0.0, "queries": 8}
+    options = {"objective": "nll", "on_policy": 0.0, "query_budget": 8}
     run_here(
         config(
             talkers,
@@ -591,7 +603,7 @@ BASE = {
     "distill": {"divergence": "forward", "on_policy": 0.5},
     "rollout": {"prompts": 4, "group": 2, "max_tokens": 12},
 }
-TOP = {"tail": "ghost", "top_k": 8}
+TOP = {"tail": "bucket", "top_k": 8}
 _base: dict = {}  # outcomes of what an option is compared with
 OPTIONS = [
     ({}, o)
@@ -607,7 +619,7 @@ OPTIONS = [
         {"source": "dataset"},
         {"on_policy": 1.0},
         {"nll_weight": 0.5},
-        {"queries": 4},
+        {"query_budget": 4},
     )
 ] + [
     (TOP, {"top_k": 9}),
@@ -616,8 +628,8 @@ OPTIONS = [
     ({"temperature": 2.0}, {"scale_t2": True}),
     ({"objective": "span"}, {"span_temperature": 10.0}),
     ({"objective": "span"}, {"nll_weight": 0.5}),
-    ({"objective": "class"}, {"classes": "first_byte"}),
-    ({"objective": "class", "classes": "common"}, TOP),
+    ({"objective": "class"}, {"partition": "first_byte"}),
+    ({"objective": "class", "partition": "common"}, TOP),
     ({"objective": "class"}, {"divergence": "reverse"}),
     ({}, {"more_teachers": ["PROXY"], "objective": "class"}),
     ({"objective": "class", "more_teachers": ["PROXY"]}, {"teacher_weights": [3.0, 1.0]}),
@@ -659,7 +671,7 @@ def test_options_of_other_tables_change_what_they_name(talkers, tmp_path, over):
         {},
         {"on_policy": 0.5, "nll_weight": 0.5},
         {"objective": "span", "on_policy": 0.5},
-        {"objective": "class", "classes": "prefix", "on_policy": 0.5},
+        {"objective": "class", "partition": "prefix", "on_policy": 0.5},
     ],
     ids=str,
 )

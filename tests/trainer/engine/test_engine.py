@@ -13,7 +13,7 @@ from runs import config
 
 from reflux.trainer.data.batch import Prompt, Rollout, Sample, pack
 from reflux.trainer.engine.engine import Engine
-from reflux.trainer.engine.metrics import Tally
+from reflux.trainer.engine.metrics import MetricSums
 from reflux.trainer.losses import nll, token_logprob_of
 
 pytestmark = pytest.mark.usefixtures("titan_process")
@@ -57,7 +57,7 @@ def test_sums_are_divided_once_however_the_work_is_cut(engine):
     for tokens in (1, 12, 999):
         engine._trainer.optimizers.zero_grad()
         sums = engine._accumulate(
-            engine.even(pack(samples(), tokens=tokens, seq_len=64)), loss, 15.0
+            engine.pad_across_ranks(pack(samples(), tokens=tokens, seq_len=64)), loss, 15.0
         )
         gradients.append(
             (
@@ -100,12 +100,12 @@ def test_every_update_is_saved_and_each_can_be_restored(engine, talkers):
 
 
 def test_means_are_over_entries_and_missing_ones_are_zero(engine):
-    tally = Tally()
-    tally.add("a", [1.0, 2.0, 6.0])
-    tally.add("a", 3)
-    tally.add("none", [])
+    metric_sums = MetricSums()
+    metric_sums.add("a", [1.0, 2.0, 6.0])
+    metric_sums.add("a", 3)
+    metric_sums.add("none", [])
     assert (
-        engine.mean(tally) == {"a": 3.0, "none": 0.0}
+        engine.mean(metric_sums) == {"a": 3.0, "none": 0.0}
         and engine.gather([1, 2]) == [1, 2]
         and engine.sum(2.5) == 2.5
     )
@@ -114,12 +114,12 @@ def test_means_are_over_entries_and_missing_ones_are_zero(engine):
 def test_reading_the_model_leaves_it_as_it_was(engine):
     before = weights(engine)
     batch = pack(samples(), tokens=99, seq_len=64)[0]
-    with engine.read(engine, batch, 400) as out:
+    with engine.forward_no_grad(engine, batch, 400) as out:
         assert out.vocab_size == 400 and not out.hidden_TD.requires_grad
         first = token_logprob_of(out, batch.target_T.clamp(max=399)).logp
-    with engine.publish():
+    with engine.gathered_weights():
         pass
-    with engine.read(engine, batch, 400) as out:
+    with engine.forward_no_grad(engine, batch, 400) as out:
         assert torch.equal(first, token_logprob_of(out, batch.target_T.clamp(max=399)).logp)
     assert all(torch.equal(w, before[n]) for n, w in weights(engine).items())
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from reflux.trainer.engine.metrics import Tally
+from reflux.trainer.engine.metrics import MetricSums
 
 
 def test_sums_and_counts():
-    t = Tally()
+    t = MetricSums()
     t.add("a", [1, 2.0, True])
     t.add("a", 4)
     t.add("b", np.array([1.0, 3.0], np.float32))

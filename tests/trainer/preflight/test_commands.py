@@ -42,7 +42,7 @@ def calibrate(talkers, tmp_path):
         talkers,
         tmp_path / "run",
         "calibrate",
-        **{"task": MARKER, "calibration": {"mode": "distillable", "max_unscored": 0.05}} | over,
+        **{"task": MARKER, "calibration": {"mode": "distillable", "max_unaligned": 0.05}} | over,
     )
 
 
@@ -125,7 +125,7 @@ def test_memory_of_a_rank_is_what_a_pencil_says(calibrate):
     assert parts["policy", "master weights, float32"] == policy  # 4 bytes, 4 ranks
     assert parts["policy", "AdamW moments"] == 2 * policy
     assert parts["policy", "gradients"] == policy
-    assert parts["anchor", "weights, float32"] == policy
+    assert parts["reference", "weights, float32"] == policy
     assert parts["policy", "gathered copy"] == 4 * policy
     assert parts["policy", "KV cache, 4 rows"] == 4 * 96 * (2 * 2 * kv) * 4
     assert parts["policy", "head gradient of the fused loss, fp32"] == 4 * V * D

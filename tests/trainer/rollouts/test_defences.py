@@ -79,7 +79,7 @@ def test_with_all_the_weight_on_the_proxy_students_read_the_proxy(talkers, tmp_p
     served = distill(
         talkers,
         tmp_path / "served",
-        serve={"proxy": str(talkers / "policy"), "gamma": 1.0, "dtype": "float32"},
+        defence={"proxy": str(talkers / "policy"), "gamma": 1.0, "dtype": "float32"},
     )
     plain = distill(
         talkers, tmp_path / "plain", teacher={"path": str(talkers / "policy"), "dtype": "float32"}
@@ -91,7 +91,7 @@ def test_without_weight_and_without_proxy_it_is_the_teacher(talkers, tmp_path):
     served = distill(
         talkers,
         tmp_path / "served",
-        serve={"proxy": str(talkers / "policy"), "gamma": 0.0, "dtype": "float32"},
+        defence={"proxy": str(talkers / "policy"), "gamma": 0.0, "dtype": "float32"},
     )
     plain = distill(talkers, tmp_path / "plain")
     assert [numbers(s) for s in served.steps] == [numbers(s) for s in plain.steps]
@@ -107,7 +107,7 @@ def test_a_half_writes_what_the_two_models_make_together(talkers, tmp_path, monk
         talkers,
         tmp_path / "run",
         steps=1,
-        serve={"proxy": str(talkers / "policy"), "dtype": "float32"},
+        defence={"proxy": str(talkers / "policy"), "dtype": "float32"},
     )
     models = [
         AutoModelForCausalLM.from_pretrained(talkers / name) for name in ("teacher", "policy")
@@ -128,7 +128,7 @@ def test_a_half_writes_what_the_two_models_make_together(talkers, tmp_path, monk
 
 
 def test_the_providers_temperature_is_that_of_a_customer_who_asks_for_it(talkers, tmp_path):
-    served = distill(talkers, tmp_path / "served", serve={"temperature": 0.5})
+    served = distill(talkers, tmp_path / "served", defence={"temperature": 0.5})
     asked = distill(talkers, tmp_path / "asked", rollout={"group": 1, "temperature": 0.5})
     plain = distill(talkers, tmp_path / "plain")
     assert (
@@ -147,7 +147,7 @@ def test_an_evaluation_samples_at_the_providers_temperature(talkers, tmp_path):
     over = {"task": {"name": "exact", "options": {"marker": "=>"}}, "eval": data}
     texts = {}
     for name, serve in (("plain", {}), ("cold", {"temperature": 1e-3})):
-        run_here(config(talkers, tmp_path / name, "evaluate", serve=serve, **over))
+        run_here(config(talkers, tmp_path / name, "evaluate", defence=serve, **over))
         rows = [
             json.loads(line)
             for line in (tmp_path / name / "predictions" / "step-0.jsonl").read_text().splitlines()
@@ -171,7 +171,7 @@ def test_an_evaluation_judges_what_is_served(talkers, tmp_path):
             talkers,
             tmp_path / "served",
             "evaluate",
-            serve={"proxy": str(talkers / "teacher"), "gamma": 1.0, "dtype": "float32"},
+            defence={"proxy": str(talkers / "teacher"), "gamma": 1.0, "dtype": "float32"},
             **over,
         )
     )
@@ -198,7 +198,7 @@ def test_another_vocabulary_is_refused(talkers, tmp_path):
     with pytest.raises(
         ValueError, match="has another vocabulary than the model it is multiplied with"
     ):
-        distill(talkers, tmp_path / "run", serve={"proxy": str(talkers / "proxy")})
+        distill(talkers, tmp_path / "run", defence={"proxy": str(talkers / "proxy")})
 
 
 @pytest.mark.parametrize(
@@ -212,15 +212,15 @@ def test_another_vocabulary_is_refused(talkers, tmp_path):
             "only generated answers are served",
         ),
         ("diagnose", {}, "want phase = 'distill'"),
-        ("distill", {"distill": TEXT, "serve": {"proxy": "p", "gamma": 1.5}}, "want 0 to 1"),
+        ("distill", {"distill": TEXT, "defence": {"proxy": "p", "gamma": 1.5}}, "want 0 to 1"),
         (
             "distill",
-            {"serve": {"temperature": 0.5}},
-            "serve.temperature = 0.5 with distill.objective = 'kl'",
+            {"defence": {"temperature": 0.5}},
+            "defence.temperature = 0.5 with distill.objective = 'kl'",
         ),
-        ("distill", {"distill": TEXT, "serve": {"temperature": 0.0}}, "want > 0"),
+        ("distill", {"distill": TEXT, "defence": {"temperature": 0.0}}, "want > 0"),
     ],
 )
 def test_what_cannot_be_served_is_refused(talkers, tmp_path, phase, over, says):
     with pytest.raises(ValueError, match=says):
-        config(talkers, tmp_path / "run", phase, **({"serve": {"proxy": "p"}} | over))
+        config(talkers, tmp_path / "run", phase, **({"defence": {"proxy": "p"}} | over))

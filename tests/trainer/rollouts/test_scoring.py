@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from reflux.tokenalign.scores import span_logprobs
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.losses import Outputs
+from reflux.trainer.losses import HeadInputs
 from reflux.trainer.rollouts.scoring import align_texts, score_ids
 
 D, PROMPT = 6, ({"role": "user", "content": "what remains?"},)
@@ -62,15 +62,15 @@ class Toy:
 class Engine:
     device = torch.device("cpu")
 
-    def even(self, batches):
+    def pad_across_ranks(self, batches):
         return batches
 
     @contextmanager
-    def read(self, reader, batch, vocab_size):
+    def forward_no_grad(self, reader, batch, vocab_size):
         rows = [
             reader.walk(i, p) for i, p in zip(batch.input_NL.tolist(), batch.position_NL.tolist())
         ]
-        yield Outputs(torch.cat(rows)[batch.row_T], reader.head, None, vocab_size)
+        yield HeadInputs(torch.cat(rows)[batch.row_T], reader.head, None, vocab_size)
 
 
 def written(chat: Chat, text: str, ended: bool = True, ids=None) -> Rollout:

@@ -258,7 +258,7 @@ def test_the_console_line_is_for_people(tmp_path, capsys):
         "reward/task": 0.5,
         "reward/cal": -0.25,
         "eta": "distillable 0.5",
-        "anchor_kl": 0.0123,
+        "reference_kl": 0.0123,
         "length": 101.4,
         "truncated": 0.031,
         "tokens_per_s": 12345.6,

@@ -53,11 +53,15 @@ def config(phase="calibrate", model="models/a: b #1", **parts) -> Config:
     ],
 )
 def test_what_a_card_says(cfg, says):
-    card = model_card(cfg, {"loss": 0.123456789, "anchor_kl": 0.01, "eta": "words", "step_s": 3.0})
+    card = model_card(
+        cfg, {"loss": 0.123456789, "reference_kl": 0.01, "eta": "words", "step_s": 3.0}
+    )
     assert (
         all(text in card for text in says) and "no\nclaim that the model cannot be copied" in card
     )
-    assert "| loss | 0.12346 |" in card and "| anchor_kl | 0.01 |" in card and "step_s" not in card
+    assert (
+        "| loss | 0.12346 |" in card and "| reference_kl | 0.01 |" in card and "step_s" not in card
+    )
     _, head, body = card.split("---\n", 2)
     assert yaml.safe_load(head) == {
         "library_name": "transformers",

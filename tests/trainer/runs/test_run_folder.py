@@ -8,7 +8,16 @@ from dataclasses import replace
 import pytest
 
 from reflux.trainer.config.loader import load
-from reflux.trainer.config.schema import Anchor, Config, Data, Distill, Frozen, Guard, Model, Optim
+from reflux.trainer.config.schema import (
+    Reference,
+    Config,
+    Data,
+    Distill,
+    Frozen,
+    Guard,
+    Model,
+    Optim,
+)
 from reflux.trainer.runs import run_folder
 from reflux.trainer.runs.run_folder import save_config, settle
 
@@ -80,7 +89,10 @@ def test_resume_may_go_on_longer_and_watch_more_closely(run):
         (dict(optim=Optim(lr=1.0)), ["optim.lr"]),
         (dict(seed=5), ["seed"]),
         (dict(model=Model("other")), ["model.path"]),
-        (dict(distill=Distill(beta=0.4), anchor=Anchor(beta=1.0)), ["anchor.beta", "distill.beta"]),
+        (
+            dict(distill=Distill(beta=0.4), reference=Reference(beta=1.0)),
+            ["reference.beta", "distill.beta"],
+        ),
         (dict(data=Data("d", limit=3)), ["data.limit"]),
         (dict(titan={"training": {"seq_len": 128}}), ["training.seq_len"]),
         (dict(data=Data("d", columns={"q": "question"})), ["data.columns.q"]),

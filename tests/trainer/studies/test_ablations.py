@@ -7,7 +7,7 @@ from report_runs import write_run
 
 from reflux.trainer.studies.ablations import ablation_rows, write_ablations
 from reflux.trainer.studies.attack_report import write_report
-from reflux.trainer.studies.finished_runs import finished_entries
+from reflux.trainer.studies.finished_runs import load_finished_runs
 
 TEACHERS = {"default": 0.9, "joint": 0.91, "gate_none": 0.85}
 STUDENTS = {"default": 0.5, "joint": 0.7, "gate_none": 0.4}
@@ -73,7 +73,7 @@ def write(folder, names=("joint", "gate_none")):
 
 
 def test_rows_are_paired_by_seed(tmp_path):
-    rows = ablation_rows(finished_entries(write(tmp_path)))
+    rows = ablation_rows(load_finished_runs(write(tmp_path)))
     assert list(rows["distillable"]) == ["default", "joint", "gate_none"]
     joint = rows["distillable"]["joint"]
     assert joint["student"]["mean"] == pytest.approx(0.7) and joint["student"]["n"] == 3
@@ -85,7 +85,7 @@ def test_rows_are_paired_by_seed(tmp_path):
         and joint["kept"]
         and not rows["distillable"]["gate_none"]["kept"]
     )
-    assert joint["anchor_kl"]["mean"] == pytest.approx(0.02)  # steps 1 to 3 log 0.01, 0.02, 0.03
+    assert joint["reference_kl"]["mean"] == pytest.approx(0.02)  # steps 1 to 3 log 0.01, 0.02, 0.03
     # not the sweep's teacher
     assert rows["distillable"]["default"]["teacher_gap"]["mean"] == pytest.approx(0)
     assert (

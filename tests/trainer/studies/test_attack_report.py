@@ -41,7 +41,7 @@ def test_the_claims_hold_when_the_numbers_say_so(tmp_path):
         "seed": "1",
         "sampled": 0.6,
         "greedy": 0.6,
-        "anchor_kl": 0.03,
+        "reference_kl": 0.03,
         "seconds": 10.0,
     } in report["runs"]
     markdown = (tmp_path / "report.md").read_text()

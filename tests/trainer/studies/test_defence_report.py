@@ -7,7 +7,7 @@ from report_runs import write_matrix, write_run
 
 from reflux.trainer.studies.attack_report import write_report
 from reflux.trainer.studies.defence_report import check_lines, defence_rows, proxy_lines, proxy_rows
-from reflux.trainer.studies.finished_runs import cost, finished_entries
+from reflux.trainer.studies.finished_runs import cost, load_finished_runs
 
 
 def add(folder, cells, head=None, seeds="01"):
@@ -52,7 +52,7 @@ def test_defences_stand_beside_the_undefended_original(folder):
             ({"role": "student", "teacher": "original", "attack": "answers_only"}, 0.9),
         ],
     )
-    rows = defence_rows(finished_entries(folder))
+    rows = defence_rows(load_finished_runs(folder))
     assert list(rows) == ["none", "undistillable", "answers only, reasoning withheld", "poe"]
     # rewritten, as right as before
     assert rows["answers only, reasoning withheld"]["served"]["mean"] == pytest.approx(0.9)
@@ -94,7 +94,7 @@ def test_a_drop_that_a_repair_brings_back_does_not_survive(folder, repaired, wor
         ],
         {"data": {"limit": 50}},
     )
-    (line,) = check_lines(finished_entries(folder))
+    (line,) = check_lines(load_finished_runs(folder))
     assert (
         line.startswith("after 50 worked examples")
         and line.endswith(word)
@@ -111,14 +111,14 @@ def test_likelihood_agrees_or_does_not(folder, other, word):
             ({"role": "choices", "teacher": "undistillable"}, other),
         ],
     )
-    (line,) = check_lines(finished_entries(folder))
+    (line,) = check_lines(load_finished_runs(folder))
     assert word in line and f"student of undistillable {other:.3f}" in line
 
 
 def test_likelihoods_of_different_seeds_are_not_compared(folder):
     for seed, teacher in (("0", "original"), ("1", "undistillable")):
         add(folder, [({"role": "choices", "teacher": teacher}, 0.5)], seeds=seed)
-    (line,) = check_lines(finished_entries(folder))
+    (line,) = check_lines(load_finished_runs(folder))
     assert line.endswith("is not compared: no seed has both")
 
 
@@ -141,7 +141,7 @@ def test_a_difference_within_the_spread_over_seeds_is_called_open(folder):
             {"data": {"limit": 50}},
             seeds=seed,
         )
-    repair, choices = check_lines(finished_entries(folder))
+    repair, choices = check_lines(load_finished_runs(folder))
     assert repair.endswith(
         "the drop survives in the mean; the spread over seeds allows no difference"
     ), repair
@@ -153,11 +153,11 @@ def test_a_difference_within_the_spread_over_seeds_is_called_open(folder):
 @pytest.mark.parametrize(
     "distill, written, read",
     [
-        ({"objective": "nll", "source": "teacher", "on_policy": 0.0, "queries": 30}, 60, 0),
-        ({"objective": "nll", "source": "teacher", "on_policy": 0.0, "queries": 0}, 80, 0),
-        ({"objective": "kl", "source": "teacher", "on_policy": 0.25, "queries": 0}, 60, 80),
-        ({"objective": "kl", "source": "dataset", "on_policy": 0.0, "queries": 0}, 0, 80),
-        ({"objective": "span", "source": "teacher", "on_policy": 0.0, "queries": 0}, 80, 0),
+        ({"objective": "nll", "source": "teacher", "on_policy": 0.0, "query_budget": 30}, 60, 0),
+        ({"objective": "nll", "source": "teacher", "on_policy": 0.0, "query_budget": 0}, 80, 0),
+        ({"objective": "kl", "source": "teacher", "on_policy": 0.25, "query_budget": 0}, 60, 80),
+        ({"objective": "kl", "source": "dataset", "on_policy": 0.0, "query_budget": 0}, 0, 80),
+        ({"objective": "span", "source": "teacher", "on_policy": 0.0, "query_budget": 0}, 80, 0),
     ],
 )
 def test_what_an_attack_asks_of_its_teacher(folder, distill, written, read):
@@ -166,7 +166,7 @@ def test_what_an_attack_asks_of_its_teacher(folder, distill, written, read):
         [({"role": "student", "teacher": "original", "attack": "x"}, 0.5)],
         {"steps": 10, "rollout": {"prompts": 4, "group": 2}, "distill": distill},
     )
-    (entry, _) = [e for e in finished_entries(folder) if e.labels.get("attack") == "x"]
+    (entry, _) = [e for e in load_finished_runs(folder) if e.labels.get("attack") == "x"]
     # texts of 9 tokens
     assert cost(entry) == {
         "written": written,
@@ -180,9 +180,9 @@ def test_what_an_attack_asks_of_its_teacher(folder, distill, written, read):
     "distill, written, read",
     [
         # bought is bought, also what is never read
-        ({"objective": "kl", "source": "teacher", "on_policy": 0.5, "queries": 300}, 600, 80),
-        ({"objective": "span", "source": "teacher", "on_policy": 0.25, "queries": 0}, 60, 20),
-        ({"objective": "span", "source": "dataset", "on_policy": 0.0, "queries": 0}, 0, 80),
+        ({"objective": "kl", "source": "teacher", "on_policy": 0.5, "query_budget": 300}, 600, 80),
+        ({"objective": "span", "source": "teacher", "on_policy": 0.25, "query_budget": 0}, 60, 20),
+        ({"objective": "span", "source": "dataset", "on_policy": 0.0, "query_budget": 0}, 0, 80),
     ],
 )
 def test_what_a_mixed_attack_asks_of_its_teacher(folder, distill, written, read):
@@ -240,14 +240,14 @@ def test_text_at_another_temperature_is_served_at_its_own_accuracy(folder):
     unknown, not the model's.
     """
     add(folder, [({"role": "student", "teacher": "original", "attack": "seq_kd_cold"}, 0.2)])
-    assert defence_rows(finished_entries(folder))["temperature 0.5"]["served"]["n"] == 0
+    assert defence_rows(load_finished_runs(folder))["temperature 0.5"]["served"]["n"] == 0
     write_report(folder)
     assert (
         'Serving "temperature 0.5" (an attacker\'s own move, too) halves (or more) what students take (0.500 to 0.200), at a price not measured.'
         in (folder / "report.md").read_text()
     )
     add(folder, [({"role": "defence", "defence": "temperature 0.5"}, 0.7)])
-    row = defence_rows(finished_entries(folder))["temperature 0.5"]
+    row = defence_rows(load_finished_runs(folder))["temperature 0.5"]
     assert row["served"]["mean"] == pytest.approx(0.7) and row["student"]["mean"] == pytest.approx(
         0.2
     )
@@ -331,7 +331,7 @@ def write_proxies(folder):
 
 def test_what_the_score_owes_to_the_proxy(folder):
     write_proxies(folder)
-    rows = proxy_rows(finished_entries(folder))
+    rows = proxy_rows(load_finished_runs(folder))
     assert list(rows) == ["default", "deep"] and rows["deep"]["accuracy"]["mean"] == pytest.approx(
         0.8
     )
@@ -362,7 +362,7 @@ def test_what_the_score_owes_to_the_proxy(folder):
 
 def test_one_proxy_has_nothing_to_be_compared_with(folder):
     add(folder, [({"role": "proxy"}, 0.3)])
-    rows = proxy_rows(finished_entries(folder))
+    rows = proxy_rows(load_finished_runs(folder))
     assert list(rows) == ["default"] and proxy_lines(rows) == []
     write_report(folder)
     assert "Sensitivity" not in (folder / "report.md").read_text()

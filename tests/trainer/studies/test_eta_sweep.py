@@ -6,7 +6,7 @@ import pytest
 from report_runs import write_run
 
 from reflux.trainer.studies.eta_sweep import knob_points, recommended, render, write_knob
-from reflux.trainer.studies.finished_runs import finished_entries
+from reflux.trainer.studies.finished_runs import load_finished_runs
 
 # eta -> teacher, student
 CURVE = {-1.0: (0.88, 0.1), -0.1: (0.9, 0.48), 0.0: (0.9, 0.5), 0.3: (0.89, 0.7), 3.0: (0.6, 0.9)}
@@ -45,7 +45,7 @@ def write(folder, curve=CURVE):
 
 
 def test_points_are_in_order_with_their_estimates(tmp_path):
-    points = knob_points(finished_entries(write(tmp_path)))
+    points = knob_points(load_finished_runs(write(tmp_path)))
     assert [p["eta"] for p in points] == sorted(CURVE)
     assert [p["student"]["mean"] for p in points] == pytest.approx(
         [CURVE[e][1] for e in sorted(CURVE)]
@@ -54,13 +54,13 @@ def test_points_are_in_order_with_their_estimates(tmp_path):
         p["student"]["n"] == 3 and p["student"]["std"] == pytest.approx(0.01) for p in points
     )
     # steps 1 to 3 log 0.01, 0.02, 0.03
-    assert points[0]["anchor_kl"]["mean"] == pytest.approx(0.02)
+    assert points[0]["reference_kl"]["mean"] == pytest.approx(0.02)
     # 0.6 is far from the original's 0.9
     assert [p["kept"] for p in points] == [True, True, True, True, False]
 
 
 def test_the_range_needs_a_kept_teacher_and_a_moved_student(tmp_path):
-    points = knob_points(finished_entries(write(tmp_path)))
+    points = knob_points(load_finished_runs(write(tmp_path)))
     # -0.1: inside its interval; 3: teacher lost
     assert recommended(points) == {"distillable": [0.3], "undistillable": [-1.0]}
     assert recommended([p for p in points if p["eta"]]) == {"distillable": [], "undistillable": []}
@@ -79,7 +79,9 @@ def test_the_files_are_written(tmp_path):
 
 
 def test_one_seed_has_no_range(tmp_path):
-    points = knob_points([e for e in finished_entries(write(tmp_path)) if e.labels["seed"] == "1"])
+    points = knob_points(
+        [e for e in load_finished_runs(write(tmp_path)) if e.labels["seed"] == "1"]
+    )
     assert render(points).count(
         "no range can be said from one seed"
     ) == 2 and "| +0.3 | 0.890 |" in render(points)
