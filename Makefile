@@ -25,6 +25,10 @@ test: $(VENV)/ready lint
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	mkdir -p build/types/reflux
+	for floor in kernels tokenalign trainer; do ln -sfn ../../../$$floor build/types/reflux/$$floor; done
+	$(BIN)/mypy -p reflux
 
 bench: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench

@@ -19,7 +19,7 @@ from reflux.kernels.linear_topk_kl import linear_topk_kl
 from reflux.kernels.span_sum import span_sum
 from reflux.kernels.teacher_topk import TopK, teacher_topk
 from reflux.tokenalign.span_losses import span_likelihood_kl
-from reflux.trainer.config.schema import Distill
+from reflux.trainer.config.distillation import Distill
 
 Loss = tuple[Tensor, dict[str, Tensor]]
 

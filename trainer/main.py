@@ -88,7 +88,7 @@ def _run(cfg, args) -> int:
 
         return check(cfg)
     cfg = run_folder.settle(cfg)
-    from . import loop
+    from reflux.trainer import loop
 
     return loop.train(cfg)
 

@@ -12,14 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reflux.trainer.config.schema import Distill
+from reflux.trainer.config.distillation import Distill
 from reflux.trainer.losses import (
     HeadInputs,
-    reference_kl,
     distill_kl,
     exact_reference_kl,
     nll,
     policy_gradient,
+    reference_kl,
     span_kl,
     token_logprob_of,
 )

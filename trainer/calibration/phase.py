@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from reflux.tokenalign.scores import compare_spans, span_logprobs
-from reflux.trainer.config.schema import Config, Frozen
+from reflux.trainer.config.schema import Config
+from reflux.trainer.config.sections import Frozen
 from reflux.trainer.data.batch import Batch, Rollout, Sample
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.prompts import load_prompts, shard
@@ -25,11 +26,11 @@ from reflux.trainer.data.tasks import build_task
 from reflux.trainer.engine.metrics import MetricSums
 from reflux.trainer.evaluation.phase import Evaluator
 from reflux.trainer.losses import (
-    Loss,
     HeadInputs,
-    reference_kl,
+    Loss,
     exact_reference_kl,
     policy_gradient,
+    reference_kl,
     token_logprob_of,
 )
 from reflux.trainer.rollouts.generate import Sampling, generate

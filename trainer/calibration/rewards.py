@@ -16,7 +16,7 @@ import numpy as np
 
 from reflux.tokenalign.credit import following_span, span_to_go
 from reflux.tokenalign.scores import Scores
-from reflux.trainer.config.schema import Calibration
+from reflux.trainer.config.sections import Calibration
 
 MAD_TO_STD = 1.4826  # of a normal distribution
 MEAN_DEVIATION_TO_STD = 1.2533

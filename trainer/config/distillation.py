@@ -32,7 +32,7 @@ class Distill:
     dedup: bool = False  # of a prompt's teacher texts only those that differ
     # what objective = "class" compares where both have read the same bytes (docs/tokenalign.md,
     # "Losses"); uld has no divergence
-    classes: Literal["first_byte", "common", "prefix", "projection", "uld", "hybrid"] = "prefix"
+    partition: Literal["first_byte", "common", "prefix", "projection", "uld", "hybrid"] = "prefix"
     # folders beside teacher.path, with its dtype; losses are averaged, texts are drawn
     more_teachers: tuple[str, ...] = ()
     teacher_weights: tuple[float, ...] = ()  # one per teacher, teacher.path first; empty: equal
@@ -64,7 +64,7 @@ def _refuse_meaningless(d: Distill) -> None:
             "none"
         )
     if d.objective == "class":
-        _refuse_meaningless_classes(d)
+        _refuse_meaningless_partition(d)
     if d.rewrite and d.objective == "span":
         raise ValueError(
             "objective = 'span' reads the teacher's own log-probabilities of its texts; a "
@@ -99,11 +99,11 @@ def _refuse_meaningless(d: Distill) -> None:
         )
 
 
-def _refuse_meaningless_classes(d: Distill) -> None:
-    if d.top_k and d.classes not in ("common", "projection", "uld"):
+def _refuse_meaningless_partition(d: Distill) -> None:
+    if d.top_k and d.partition not in ("common", "projection", "uld"):
         raise ValueError(
-            f"classes = {d.classes!r} with top_k = {d.top_k}: kept classes only bound these masses "
-            "from below. Use classes = 'common', or top_k = 0"
+            f"partition = {d.partition!r} with top_k = {d.top_k}: the top-k only bounds these masses "
+            "from below. Use partition = 'common', or top_k = 0"
         )
     if d.top_k and d.tail != "bucket":
         raise ValueError(

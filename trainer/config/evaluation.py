@@ -3,7 +3,7 @@ of a configuration.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -129,30 +129,6 @@ class Accept:
         return next(name for name in THRESHOLDS if getattr(self, name) is not None)
 
 
-def check_evaluation(phase: str, spec: Eval, accept: Mapping[str, Accept], task: str) -> None:
-    """What the tables ask for together, said before anything is loaded."""
-    if phase == "evaluate" and not (spec.source and task):
-        raise ValueError("phase = 'evaluate' needs eval.source and task.name")
-    if accept and phase != "evaluate":
-        raise ValueError(
-            f"accept.{next(iter(accept))} with phase = {phase!r}: what a training run exports is "
-            "judged by a run of its own. Put [accept] into a config with phase = 'evaluate'"
-        )
-    if spec.harness and phase != "evaluate":
-        raise ValueError(
-            f"eval.harness = {list(spec.harness)} with phase = {phase!r}; want phase = 'evaluate' "
-            "on the exported folder"
-        )
-    if phase == "evaluate":
-        check_options(spec, task)
-    for name, rule in accept.items():
-        if not rule.run and rule.metric not in spec.metrics:
-            raise ValueError(
-                f"accept.{name}.metric = {rule.metric!r} is not measured; want "
-                f"{_or(spec.metrics)}, or change eval.by, eval.samples or eval.pass_at"
-            )
-
-
 def check_options(spec: Eval, task: str) -> None:
     """What only some tasks can be asked."""
     if task != "multiple_choice" and (spec.scores_options or spec.list_options):
@@ -163,7 +139,3 @@ def check_options(spec: Eval, task: str) -> None:
             f"eval.pass_at = {list(spec.pass_at)} with task.name = 'reward_model', which calls "
             "nothing right or wrong"
         )
-
-
-def _or(names: Sequence[str]) -> str:
-    return ", ".join(names) or "an evaluation that answers (eval.by, eval.samples)"

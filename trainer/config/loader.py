@@ -115,11 +115,25 @@ def fill(target: Any, table: Mapping, source: str, prefix: str = "") -> Any:
         raise ValueError(f"{source}: {prefix}{error}") from None
 
 
+RENAMED = {  # the old name of a key, or of a section -> the new one
+    "anchor": "reference",
+    "serve": "defence",
+    "calibration.max_unscored": "calibration.max_unaligned",
+    "distill.queries": "distill.query_budget",
+    "distill.classes": "distill.partition",
+    "diagnose.heat": "diagnose.heatmap_texts",
+    "diagnose.share": "diagnose.kl_fraction",
+    "diagnose.top": "diagnose.overlap_k",
+}
+
+
 def _check_keys(target: type, table: Mapping, source: str, prefix: str = "") -> None:
     hints = _hints(target)
     known = sections() if target is Config else tuple(hints)
     for key, value in table.items():
         name = prefix + key
+        if new := RENAMED.get(name):
+            raise ValueError(f"{source}: {name} is called {new} now")
         if key not in known and not (target is Config and key == "titan"):
             near = get_close_matches(key, known, n=1, cutoff=0.5)  # half of `lr` is one letter
             guess = f", did you mean {prefix}{near[0]}?" if near else "."

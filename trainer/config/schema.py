@@ -1,18 +1,35 @@
-"""Every knob of a run, with its unit and its reason. A TOML file, or a .py recipe, fills these
-dataclasses.
+"""The configuration of a run: one frozen dataclass of tables. A TOML file, or a .py recipe, fills it.
 
 Tables named like a section of torchtitan's `Trainer.Config` (TITAN_SECTIONS) are kept unread in
-`Config.titan`; `titan.py` lays them over torchtitan's own dataclasses by the same strict rule. All
-other tables are ours. Where a default comes from: docs/method.md, section "Hyper-parameters".
+`Config.titan`; `engine/trainer_config.py` lays them over torchtitan's own dataclasses by the same
+strict rule. All other tables are ours: sections.py, distillation.py, evaluation.py.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from .checks import above_zero, fraction, not_negative, positive, positive_limit
+from .checks import not_negative
 from .distillation import Distill
-from .evaluation import Accept, Eval, check_evaluation
+from .evaluation import Accept, Eval
+from .phases import check_phase, spec_of
+from .sections import (
+    Batching,
+    Calibration,
+    Data,
+    Defence,
+    Diagnose,
+    Export,
+    Frozen,
+    Guard,
+    Log,
+    Model,
+    Optim,
+    Policy,
+    Reference,
+    Rollout,
+    Task,
+)
 
 TITAN_SECTIONS = (
     "training",
@@ -26,278 +43,10 @@ TITAN_SECTIONS = (
     "lr_scheduler",
 )
 
-Backend = Literal["auto", "native", "hf"]
-Attention = Literal["auto", "sdpa", "flash_attention_2", "flex"]
-
-
-@dataclass(frozen=True)
-class Model:
-    """The trained model: a Hugging Face folder."""
-
-    path: str = ""
-    # native: torchtitan's qwen3/llama3 (tensor parallel); hf: every dense causal LM
-    backend: Backend = "auto"
-    attention: Attention = "auto"
-    # random weights on purpose: only config.json and the tokenizer are read from `path`
-    from_scratch: bool = False
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """A model that is only read: distillation teacher, proxy. Never in the optimizer or a
-    checkpoint.
-    """
-
-    path: str = ""
-    backend: Backend = "auto"
-    attention: Attention = "auto"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    offload: bool = False  # CUDA: weights wait in host memory between uses
-
-
-@dataclass(frozen=True)
-class Data:
-    # JSONL, Parquet, a `datasets` folder, reasoning_gym:NAME?size=..&seed=..,
-    # package.module:function
-    source: str = ""
-    split: str = "train"
-    columns: Mapping[str, str] = field(default_factory=dict)  # our name -> the file's column
-    limit: int | None = None  # first rows only
-    shuffle: bool = True  # a new order each epoch, from `seed`
-
-    def __post_init__(self):
-        positive_limit(self)
-
-
-@dataclass(frozen=True)
-class Task:
-    # exact | math | multiple_choice | reasoning_gym | reward_model | package.module:function
-    name: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Rollout:
-    prompts: int = 32  # P, per optimizer step, over all ranks
-    group: int = 8  # G, rollouts per prompt; fewest that give a usable group std
-    max_tokens: int = 1024  # response length; truncation should stay below 5 %
-    temperature: float = 1.0  # the trainer divides its logits by the same number
-    top_p: float = 1.0
-    top_k: int = 0  # 0: off
-    rows: int = 256  # sequences decoded together on one rank
-    # trainer: one more forward; bf16 samplers are off by 0.05 nats
-    old_logp: Literal["sampler", "trainer"] = "sampler"
-
-    def __post_init__(self):
-        positive(self, "prompts", "group", "max_tokens", "rows")
-        not_negative(self, "top_k")
-        if not self.temperature > 0:
-            raise ValueError(
-                f"temperature = {self.temperature}; want > 0. Greedy rollouts have no spread to "
-                "learn from"
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p = {self.top_p}; want 0 < top_p <= 1")
-
-
-@dataclass(frozen=True)
-class Calibration:
-    # the sign of eta, as a word; off is plain GRPO
-    mode: Literal["off", "distillable", "undistillable"] = "off"
-    strength: float = 0.5  # |eta|: weight of the calibration reward, both rewards at unit spread
-    # divides a score; per_token has no span_clip, no stop
-    score_norm: Literal["sum", "per_token", "per_byte"] = "sum"
-    # whose log-probability is subtracted from the proxy's
-    denominator: Literal["policy", "reference"] = "policy"
-    score_stop: bool = True  # count the stop set's log-probability where a rollout ended by itself
-    # joint: one z-score of r_task + eta r_cal; either term can swallow the other
-    normalise: Literal["separate", "joint"] = "separate"
-    # span: reward-to-go of the span values, not winsorised
-    credit: Literal["sequence", "span"] = "sequence"
-    # rollouts cut at max_tokens
-    truncated: Literal["mask_cal", "drop", "score_prefix"] = "mask_cal"
-    span_clip: float = 10.0  # nats; 0: off. Span differences are heavy-tailed
-    winsor: float = 3.0  # scaled MADs inside the group; 0: off
-    # nats per byte: a group without real spread is not blown up to unit noise
-    std_floor: float = 0.01
-    cal_gate: Literal["none", "skip_all_wrong", "skip_degenerate", "scale_by_task_std"] = (
-        "skip_all_wrong"
-    )
-    margin_guard: bool = True  # undistillable + policy: keep beta + eta_eff >= beta / 4
-    max_unaligned: float = (
-        0.05  # share of rollouts whose text does not round-trip; more is an error
-    )
-
-    def __post_init__(self):
-        if not self.strength >= 0:
-            raise ValueError(
-                f"strength = {self.strength}; want >= 0. The direction is mode's, not a sign's"
-            )
-        not_negative(self, "span_clip", "winsor", "std_floor")
-        fraction(self, "max_unaligned")
-        if self.credit == "span" and self.score_norm != "sum":
-            raise ValueError(
-                f"credit = 'span' with score_norm = {self.score_norm!r}: a score divided by the "
-                "length of the whole text is no sum over spans, so no reward-to-go. Use "
-                "score_norm = 'sum' or credit = 'sequence'"
-            )
-        if self.credit == "span" and self.normalise == "joint":
-            raise ValueError(
-                "credit = 'span' with normalise = 'joint': the sum of the rewards belongs to the "
-                "whole text. Use credit = 'sequence' or normalise = 'separate'"
-            )
-
-    @property
-    def eta(self) -> float:
-        """The signed coefficient; the only place where the word becomes a sign."""
-        return {"off": 0.0, "distillable": self.strength, "undistillable": -self.strength}[
-            self.mode
-        ]
-
-
-@dataclass(frozen=True)
-class Reference:
-    # raise to >= 0.2 for responses under 64 tokens: eta per nat grows as 1 / std_cal
-    beta: float = 0.04
-    estimator: Literal["exact", "k1_reward", "k2_loss", "k3_is", "k3_loss", "k1_loss"] = "exact"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    offload: bool = False
-
-    def __post_init__(self):
-        not_negative(self, "beta")
-        if self.estimator == "k1_loss":
-            raise ValueError(
-                "estimator = 'k1_loss'; its expected gradient is zero, it anchors nothing. "
-                "Use exact, k2_loss or k3_is, or k1_reward inside the advantage"
-            )
-
-
-@dataclass(frozen=True)
-class Policy:
-    """The clipped policy gradient of equation (5)."""
-
-    clip: float = 0.2  # the ratio to the behaviour policy stays inside 1 +- clip
-    epochs: int = 1  # optimizer updates per batch of rollouts
-
-    def __post_init__(self):
-        positive(self, "epochs")
-        above_zero(self, "clip")
-
-
-@dataclass(frozen=True)
-class Guard:
-    kl_budget: float = 0.10  # nats per token of KL(pi || original); the run stops above it. 0: off
-    # accuracy; two evaluations in a row below the start by more than this stop the run. 0: off
-    utility_drop: float = 0.02
-
-    def __post_init__(self):
-        not_negative(self, "kl_budget", "utility_drop")
-
-
-@dataclass(frozen=True)
-class Diagnose:
-    """What is measured on the prompts of `data`; the student is `model`."""
-
-    # who writes the texts
-    prefixes: tuple[Literal["dataset", "teacher", "student"], ...] = ("teacher", "student")
-    student_texts: int = 16  # per prompt; the gap needs right and wrong ones of the same prompt
-    teacher_texts: int = 2  # per prompt
-    top: int = 20  # K of the overlap of most likely classes
-    share: float = 0.95  # of the KL that the recommended top_k has to hold
-    # cut right texts, insert an error, see whether the student still arrives
-    correction: bool = True
-    correction_marker: str = " Wait, no: "  # how a correction would begin
-    heat: int = 12  # texts in heat.html
-    # micro-batches of the gradient's signal to noise, at most one a prompt; 0: not measured
-    gradient_batches: int = 16
-    # folders of finished distillations of this pair, any seeds: was training stable?
-    runs: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        positive(self, "student_texts", "teacher_texts", "top")
-        not_negative(self, "heat", "gradient_batches")
-        fraction(self, "share")
-        if self.gradient_batches == 1:
-            raise ValueError(
-                "gradient_batches = 1: one gradient has no spread to compare it with; want 16 or "
-                "more, or 0 to leave it out"
-            )
-        if len(set(self.runs)) < len(self.runs):
-            raise ValueError(
-                f"runs = {list(self.runs)}; want each folder once, or its run counts twice"
-            )
-        if not self.prefixes or len(set(self.prefixes)) < len(self.prefixes):
-            raise ValueError(
-                f"prefixes = {list(self.prefixes)}; want one or more of dataset, teacher, student, "
-                "each once"
-            )
-
-
-@dataclass(frozen=True)
-class Defence:
-    """What is served instead of the model itself: the teacher of a `distill`, the model of an
-    `evaluate` (docs/method.md, "Defences").
-    """
-
-    proxy: str = ""  # folder of a model with the same vocabulary; empty: nothing but the model
-    # its share in the product of experts: (1 - gamma) log p_model + gamma log p_proxy
-    gamma: float = 0.5
-    temperature: float = 1.0  # the provider's own, under whatever temperature its customer asks for
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the proxy
-
-    def __post_init__(self):
-        fraction(self, "gamma")
-        above_zero(self, "temperature")
-
-    @property
-    def changes_text(self) -> bool:
-        return bool(self.proxy) or self.temperature != 1
-
-
-@dataclass(frozen=True)
-class Optim:
-    lr: float = 1e-6  # 1e-5 for students and for adapters
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-
-    def __post_init__(self):
-        above_zero(self, "lr", "eps")
-        not_negative(self, "weight_decay")
-        if not all(0 <= b < 1 for b in self.betas):
-            raise ValueError(f"betas = {self.betas}; want 0 <= beta < 1 for both")
-
-
-@dataclass(frozen=True)
-class Batching:
-    tokens: int = 16384  # of a micro-batch on one rank, padding included
-    # join short sequences into rows of training.seq_len, kept apart by the attention mask
-    pack: bool = False
-
-    def __post_init__(self):
-        positive(self, "tokens")
-
-
-@dataclass(frozen=True)
-class Log:
-    samples_every: int = 10  # steps between printed rollouts; 0: never
-    tensorboard: bool = False
-    wandb: bool = False
-    quiet: bool = False
-
-    def __post_init__(self):
-        not_negative(self, "samples_every")
-
-
-@dataclass(frozen=True)
-class Export:
-    enable: bool = True  # a Hugging Face folder of the result, in <folder>/export
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-
 
 @dataclass(frozen=True)
 class Config:
-    phase: Literal["calibrate", "distill", "diagnose", "evaluate"]  # no default: it must be chosen
+    phase: str  # calibrate | distill | diagnose | evaluate (config/phases.py); must be chosen
     folder: str  # of the run: log, checkpoints, export
     steps: int = 100  # optimizer updates
     seed: int = 0
@@ -330,96 +79,17 @@ class Config:
         not_negative(self, "steps")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed = {self.seed}; want 0 to 2**32 - 1")
-        _require_parts(self)
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether a distillation run reads a teacher at all; plain SFT on given text does not."""
-        return self.phase == "diagnose" or (
-            self.phase == "distill"
-            and (self.distill.objective != "nll" or self.distill.source == "teacher")
-        )
+        check_phase(self)
 
     @property
     def trains(self) -> bool:
-        """Whether weights move: the other phases look once and write down what they saw."""
-        return self.phase in ("calibrate", "distill")
+        """Whether weights move: the other phases measure once and write a report."""
+        return spec_of(self.phase).trains
 
-
-def _require_parts(cfg: Config) -> None:
-    """What a phase cannot do without, said before anything is loaded."""
-    if not cfg.model.path:
-        raise ValueError("model.path is missing; want a Hugging Face folder")
-    if cfg.phase != "evaluate" and not cfg.data.source:
-        raise ValueError("data.source is missing; want prompts, e.g. 'train.jsonl'")
-    check_evaluation(cfg.phase, cfg.eval, cfg.accept, cfg.task.name)
-    if cfg.defence.changes_text:
-        _require_served_text(cfg)
-    if cfg.phase == "calibrate":
-        _require_calibrate(cfg)
-    if cfg.needs_teacher and not cfg.teacher.path:
-        raise ValueError(
-            "teacher.path is missing; only distill.objective = 'nll' with distill.source = "
-            "'dataset' (plain SFT) runs without a teacher"
-        )
-    if (cfg.distill.correct_only or cfg.eval.source) and not cfg.task.name:
-        raise ValueError(
-            "task.name is missing; eval.source and distill.correct_only need a verifier"
-        )
-
-
-def _require_served_text(cfg: Config) -> None:
-    """What is served exists in decoding only."""
-    d, asked = (
-        cfg.distill,
-        f"defence.proxy = {cfg.defence.proxy!r}, defence.temperature = {cfg.defence.temperature}",
-    )
-    if cfg.phase == "distill" and (d.objective != "nll" or d.source != "teacher"):
-        raise ValueError(
-            f"{asked} with distill.objective = {d.objective!r}, source = {d.source!r}: only "
-            "sampled text is served; whoever reads the teacher's logits gets the teacher's own. "
-            "Use objective = 'nll' and source = 'teacher'"
-        )
-    if cfg.phase == "evaluate" and (cfg.eval.scores_options or cfg.eval.harness):
-        raise ValueError(
-            f"{asked} with eval.by = {cfg.eval.by!r}, eval.harness = {list(cfg.eval.harness)}: "
-            "only generated answers are served. Use eval.by = 'generation' and no harness"
-        )
-    if cfg.phase not in ("distill", "evaluate"):
-        raise ValueError(
-            f"{asked} with phase = {cfg.phase!r}; want phase = 'distill' (its teacher is served) "
-            "or 'evaluate'"
-        )
-
-
-def _require_calibrate(cfg: Config) -> None:
-    if not cfg.task.name:
-        raise ValueError(
-            "task.name is missing; calibration needs a task reward to protect the teacher's "
-            "accuracy"
-        )
-    if cfg.calibration.mode != "off" and not cfg.proxy.path:
-        raise ValueError(
-            f"proxy.path is missing; calibration.mode = {cfg.calibration.mode!r} needs a frozen "
-            "proxy"
-        )
-    if cfg.task.name == "reward_model" and cfg.calibration.cal_gate == "skip_degenerate":
-        raise ValueError(
-            "calibration.cal_gate = 'skip_degenerate' with task.name = 'reward_model': a reward "
-            "model calls nothing wrong, so every group would be skipped. Use 'scale_by_task_std' "
-            "or 'none'"
-        )
-    if cfg.rollout.group < 2:
-        raise ValueError(
-            f"rollout.group = {cfg.rollout.group}; want >= 2, rewards are normalised inside the "
-            "group"
-        )
-    if cfg.rollout.top_p < 1 or cfg.rollout.top_k:
-        raise ValueError(
-            f"rollout.top_p = {cfg.rollout.top_p}, top_k = {cfg.rollout.top_k}: the policy ratio "
-            "is taken against the full softmax, which is not what would be sampled. Set top_p = 1 "
-            "and top_k = 0"
-        )
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the run loads a teacher at all; plain SFT on given texts does not."""
+        return any(role.section == "teacher" for role in spec_of(self.phase).frozen_roles(self))
 
 
 def sections() -> tuple[str, ...]:

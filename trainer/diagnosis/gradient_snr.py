@@ -32,10 +32,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from reflux.trainer.config.schema import Distill
+from reflux.trainer.config.distillation import Distill
 from reflux.trainer.data.batch import Batch, Sample, TeacherView, pack
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.losses import Loss, HeadInputs, distill_kl
+from reflux.trainer.losses import HeadInputs, Loss, distill_kl
 from reflux.trainer.runs.progress import Advance, ignore
 from reflux.trainer.runs.stats import jackknife
 

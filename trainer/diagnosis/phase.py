@@ -106,7 +106,7 @@ class Diagnose:
         # stable inside a prompt
         readings = sorted(gather(mine), key=lambda r: (r.writer, r.rollout.prompt.index))
         unread = gather(self.unaligned)
-        found = diagnose_readings(readings, share=self.spec.share, unread=unread)
+        found = diagnose_readings(readings, share=self.spec.kl_fraction, unread=unread)
         # a text need not align to have an answer
         written = sorted(students(readings + unread), key=lambda r: r.rollout.prompt.index)
         answers = answer_symptoms(written, greedy, names_answers=self._names_answers(written))
@@ -147,7 +147,7 @@ class Diagnose:
         """
         counts = self.engine.gather([count_ids((r.ids for r in rollouts), len(self.chat.table))])
         return Asked(
-            self.spec.top,
+            self.spec.overlap_k,
             torch.from_numpy(token_types(self.chat.table, self.chat.stop_ids)),
             torch.from_numpy(frequency_bands(sum(counts))),
         )
@@ -166,7 +166,7 @@ class Diagnose:
             }
             if asked is None:
                 readings, lost = read_across(
-                    self.engine, self.teacher, texts, self.pair, top=self.spec.top, **options
+                    self.engine, self.teacher, texts, self.pair, top=self.spec.overlap_k, **options
                 )
                 self.unaligned += lost  # a list: they keep their text and grade
                 return readings

@@ -30,8 +30,8 @@ from reflux.trainer.data.tasks import build_task
 from reflux.trainer.engine.metrics import MetricSums
 from reflux.trainer.evaluation.phase import Evaluator
 from reflux.trainer.losses import (
-    Loss,
     HeadInputs,
+    Loss,
     at_places,
     distill_kl,
     nll,

@@ -13,9 +13,10 @@ from reflux.tokenalign.class_losses import Pools, class_kl, hybrid, map_topk, po
 from reflux.tokenalign.linear_rows import linear_rows
 from reflux.tokenalign.projection import Projection
 from reflux.tokenalign.vocab_map import Vocabulary
-from reflux.trainer.config.schema import Config, Distill
+from reflux.trainer.config.distillation import Distill
+from reflux.trainer.config.schema import Config
 from reflux.trainer.data.chat import Chat, same_vocabulary
-from reflux.trainer.losses import Loss, HeadInputs, kept_classes, kept_kl
+from reflux.trainer.losses import HeadInputs, Loss, kept_classes, kept_kl
 
 MAPS = {
     "first_byte": vocab_map.first_byte,

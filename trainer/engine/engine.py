@@ -38,9 +38,10 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
-from reflux.trainer.config.schema import Config, Frozen
+from reflux.trainer.config.schema import Config
+from reflux.trainer.config.sections import Frozen
 from reflux.trainer.data.batch import Batch, empty_batch
-from reflux.trainer.losses import Loss, HeadInputs
+from reflux.trainer.losses import HeadInputs, Loss
 
 from .decoding import gathered, kv_decoder
 from .export import export_hf

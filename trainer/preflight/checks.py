@@ -14,7 +14,8 @@ from typing import Literal
 from rich.text import Text
 
 from reflux.tokenalign.offsets import side
-from reflux.trainer.config.schema import Config, Frozen
+from reflux.trainer.config.schema import Config
+from reflux.trainer.config.sections import Frozen
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat, same_vocabulary
 from reflux.trainer.data.prompts import load_prompts

@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from reflux.trainer.config.schema import Config, Frozen
+from reflux.trainer.config.schema import Config
+from reflux.trainer.config.sections import Frozen
 from reflux.trainer.data.chat import Chat, same_vocabulary
 
 

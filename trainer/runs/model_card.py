@@ -54,7 +54,7 @@ def _distilled(cfg: Config) -> tuple[str, str]:
         "nll": "likelihood of the teacher's texts",
         "span": "likelihoods of aligned byte spans",
         "kl": f"{d.divergence} KL, tail {d.tail}",
-        "class": f"{d.divergence} KL over classes of both vocabularies ({d.classes})",
+        "class": f"{d.divergence} KL over classes of both vocabularies ({d.partition})",
     }[d.objective]
     return "Distilled student", (
         f"Distilled from `{cfg.teacher.path}` into `{cfg.model.path}`: {how}, "

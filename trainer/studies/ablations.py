@@ -17,7 +17,7 @@ from reflux.trainer.runs.stats import over_seeds
 
 from .attack_report import KEPT_POINTS
 from .eta_sweep import last_steps
-from .finished_runs import FinishedRun, load_finished_runs, gain_ratio, items, labelled
+from .finished_runs import FinishedRun, gain_ratio, items, labelled, load_finished_runs
 
 MODES = ("distillable", "undistillable")
 ATTACK = "seq_kd"

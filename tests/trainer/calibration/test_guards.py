@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import pytest
 
 from reflux.trainer.calibration.guards import KL_DECAY, Guards, Stop
-from reflux.trainer.config.schema import (
-    Reference,
+from reflux.trainer.config.schema import Config
+from reflux.trainer.config.sections import (
     Calibration,
-    Config,
     Data,
     Frozen,
     Guard,
     Model,
+    Reference,
     Task,
 )
 

@@ -25,7 +25,7 @@ from reflux.trainer.calibration.rewards import (
     task_advantage,
     winsorise,
 )
-from reflux.trainer.config.schema import Calibration
+from reflux.trainer.config.sections import Calibration
 
 SEEDS = st.integers(0, 2**32 - 1)
 RAW = Calibration(mode="distillable", winsor=0.0, span_clip=0.0, std_floor=0.0, cal_gate="none")

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reflux.trainer.config.distillation import Distill
 from reflux.trainer.config.loader import as_table, deep_merge, fill, load, to_toml
-from reflux.trainer.config.schema import TITAN_SECTIONS, Config, Distill, Task, sections
+from reflux.trainer.config.schema import TITAN_SECTIONS, Config, sections
+from reflux.trainer.config.sections import Task
 
 MINIMAL = (
     'phase = "distill"\nfolder = "r"\nmodel.path = "m"\nteacher.path = "t"\ndata.source = "d"\n'
@@ -329,7 +331,8 @@ def test_a_byte_order_mark_is_no_key(tmp_path):
 
 
 RECIPE = """
-from reflux.trainer.config.schema import Config, Data, Frozen, Model
+from reflux.trainer.config.schema import Config
+from reflux.trainer.config.sections import Data, Frozen, Model
 def config():
     return Config("distill", "r", model=Model("m"), teacher=Frozen("t"), data=Data("d"), titan={"training": {"seq_len": 8}})
 """

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from reflux.trainer.config.loader import fill, load
-from reflux.trainer.config.schema import Calibration, Config, sections
+from reflux.trainer.config.schema import Config, sections
+from reflux.trainer.config.sections import Calibration
 from reflux.trainer.matrix import read_matrix
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.toml"))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from reflux.tokenalign.class_losses import pools_of
 from reflux.tokenalign.vocab_map import ClassMap
-from reflux.trainer.config.schema import Distill
+from reflux.trainer.config.distillation import Distill
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.graders import Grade

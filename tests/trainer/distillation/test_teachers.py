@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from vocab_pairs import table_of
 
-from reflux.trainer.config.schema import Distill
+from reflux.trainer.config.distillation import Distill
 from reflux.trainer.distillation.teachers import _class_loss
 
 

@@ -5,8 +5,10 @@ import tomllib
 import pytest
 import yaml
 
+from reflux.trainer.config.distillation import Distill
 from reflux.trainer.config.loader import fill
-from reflux.trainer.config.schema import Calibration, Config, Data, Distill, Frozen, Model, Task
+from reflux.trainer.config.schema import Config
+from reflux.trainer.config.sections import Calibration, Data, Frozen, Model, Task
 from reflux.trainer.runs.model_card import model_card
 
 

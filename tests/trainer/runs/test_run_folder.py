@@ -8,16 +8,9 @@ from dataclasses import replace
 import pytest
 
 from reflux.trainer.config.loader import load
-from reflux.trainer.config.schema import (
-    Reference,
-    Config,
-    Data,
-    Distill,
-    Frozen,
-    Guard,
-    Model,
-    Optim,
-)
+from reflux.trainer.config.distillation import Distill
+from reflux.trainer.config.schema import Config
+from reflux.trainer.config.sections import Data, Frozen, Guard, Model, Optim, Reference
 from reflux.trainer.runs import run_folder
 from reflux.trainer.runs.run_folder import save_config, settle
 

@@ -1,0 +1,128 @@
+"""What each phase asks of a configuration before anything is loaded; ValueError with the fix."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .evaluation import check_options
+
+if TYPE_CHECKING:
+    from .schema import Config
+
+
+def check_common(cfg: Config) -> None:
+    """The model, and a verifier for whatever is graded."""
+    if not cfg.model.path:
+        raise ValueError("model.path is missing; want a Hugging Face folder")
+    if cfg.needs_teacher and not cfg.teacher.path:
+        raise ValueError(
+            "teacher.path is missing; only distill.objective = 'nll' with distill.source = "
+            "'dataset' (plain SFT) runs without a teacher"
+        )
+    if (cfg.distill.correct_only or cfg.eval.source) and not cfg.task.name:
+        raise ValueError(
+            "task.name is missing; eval.source and distill.correct_only need a verifier"
+        )
+
+
+def check_prompts(cfg: Config) -> None:
+    if not cfg.data.source:
+        raise ValueError("data.source is missing; want prompts, e.g. 'train.jsonl'")
+
+
+def check_no_gates(cfg: Config) -> None:
+    """[accept] and eval.harness belong to a run that only evaluates."""
+    if cfg.accept:
+        raise ValueError(
+            f"accept.{next(iter(cfg.accept))} with phase = {cfg.phase!r}: what a training run "
+            "exports is judged by a run of its own. Put [accept] into a config with phase = "
+            "'evaluate'"
+        )
+    if cfg.eval.harness:
+        raise ValueError(
+            f"eval.harness = {list(cfg.eval.harness)} with phase = {cfg.phase!r}; want phase = "
+            "'evaluate' on the exported folder"
+        )
+
+
+def check_no_defence(cfg: Config) -> None:
+    if cfg.defence.changes_text:
+        raise ValueError(
+            f"{_defence(cfg)} with phase = {cfg.phase!r}; want phase = 'distill' (its teacher is "
+            "served) or 'evaluate'"
+        )
+
+
+def check_calibrate(cfg: Config) -> None:
+    check_prompts(cfg)
+    check_no_gates(cfg)
+    check_no_defence(cfg)
+    if not cfg.task.name:
+        raise ValueError(
+            "task.name is missing; calibration needs a task reward to protect the teacher's "
+            "accuracy"
+        )
+    if cfg.calibration.mode != "off" and not cfg.proxy.path:
+        raise ValueError(
+            f"proxy.path is missing; calibration.mode = {cfg.calibration.mode!r} needs a frozen "
+            "proxy"
+        )
+    if cfg.task.name == "reward_model" and cfg.calibration.cal_gate == "skip_degenerate":
+        raise ValueError(
+            "calibration.cal_gate = 'skip_degenerate' with task.name = 'reward_model': a reward "
+            "model calls nothing wrong, so every group would be skipped. Use 'scale_by_task_std' "
+            "or 'none'"
+        )
+    if cfg.rollout.group < 2:
+        raise ValueError(
+            f"rollout.group = {cfg.rollout.group}; want >= 2, rewards are normalised inside the "
+            "group"
+        )
+    if cfg.rollout.top_p < 1 or cfg.rollout.top_k:
+        raise ValueError(
+            f"rollout.top_p = {cfg.rollout.top_p}, top_k = {cfg.rollout.top_k}: the policy ratio "
+            "is taken against the full softmax, which is not what would be sampled. Set top_p = 1 "
+            "and top_k = 0"
+        )
+
+
+def check_distill(cfg: Config) -> None:
+    check_prompts(cfg)
+    check_no_gates(cfg)
+    d = cfg.distill
+    if cfg.defence.changes_text and (d.objective != "nll" or d.source != "teacher"):
+        raise ValueError(
+            f"{_defence(cfg)} with distill.objective = {d.objective!r}, source = {d.source!r}: "
+            "only sampled text is served; a reader of the teacher's logits gets the teacher's own. "
+            "Use objective = 'nll' and source = 'teacher'"
+        )
+
+
+def check_diagnose(cfg: Config) -> None:
+    check_prompts(cfg)
+    check_no_gates(cfg)
+    check_no_defence(cfg)
+
+
+def check_evaluate(cfg: Config) -> None:
+    e = cfg.eval
+    if not (e.source and cfg.task.name):
+        raise ValueError("phase = 'evaluate' needs eval.source and task.name")
+    check_options(e, cfg.task.name)
+    for name, rule in cfg.accept.items():
+        if not rule.run and rule.metric not in e.metrics:
+            measured = ", ".join(e.metrics) or "an evaluation that answers (eval.by, eval.samples)"
+            raise ValueError(
+                f"accept.{name}.metric = {rule.metric!r} is not measured; want {measured}, or "
+                "change eval.by, eval.samples or eval.pass_at"
+            )
+    if cfg.defence.changes_text and (e.scores_options or e.harness):
+        raise ValueError(
+            f"{_defence(cfg)} with eval.by = {e.by!r}, eval.harness = {list(e.harness)}: only "
+            "generated answers are served. Use eval.by = 'generation' and no harness"
+        )
+
+
+def _defence(cfg: Config) -> str:
+    d = cfg.defence
+    return f"defence.proxy = {d.proxy!r}, defence.temperature = {d.temperature}"

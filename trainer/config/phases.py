@@ -1,0 +1,129 @@
+"""The phases of a run in one table: what the rest of the program may know of a phase without
+loading it.
+
+A new phase is one file that implements `reflux.trainer.phase.Phase`, and one line in PHASES. The
+line names the implementation as text, so that reading a configuration imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Literal
+
+from .phase_checks import (
+    check_calibrate,
+    check_common,
+    check_diagnose,
+    check_distill,
+    check_evaluate,
+    check_prompts,
+)
+from .roles import (
+    Advice,
+    Pair,
+    Role,
+    calibrate_advice,
+    calibrate_pair,
+    calibrate_roles,
+    defence_roles,
+    diagnose_pair,
+    diagnose_roles,
+    distill_advice,
+    distill_pair,
+    distill_roles,
+    own_model,
+)
+
+if TYPE_CHECKING:
+    from .schema import Config
+
+
+def no_roles(cfg: Config) -> list[Role]:
+    return []
+
+
+def no_pair(cfg: Config) -> Pair | None:
+    return None
+
+
+def no_advice(cfg: Config, same_ids: bool) -> Advice | None:
+    return None
+
+
+@dataclass(frozen=True)
+class PhaseSpec:
+    """One phase. Only `implementation` has no default."""
+
+    implementation: str  # "package.module:Class" of a reflux.trainer.phase.Phase
+    model_role: str = "model"  # what the model of [model] is in this phase
+    trains: bool = False  # weights move; otherwise the phase does its work once, in close_step
+    data_section: Literal["data", "eval"] = "data"  # where its prompts come from
+    has_reference: bool = False  # [reference] holds the policy to a frozen copy of its start
+    check: Callable[[Config], None] = check_prompts  # raises ValueError for what cannot work
+    frozen_roles: Callable[[Config], list[Role]] = no_roles
+    pair: Callable[[Config], Pair | None] = no_pair  # whose tokenizers have to be compared
+    pair_advice: Callable[[Config, bool], Advice | None] = no_advice
+
+    def load(self) -> type[Any]:
+        """The class behind `implementation`; imports what it needs."""
+        module, _, name = self.implementation.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+PHASES: dict[str, PhaseSpec] = {
+    "calibrate": PhaseSpec(
+        "reflux.trainer.calibration.phase:Calibrate",
+        model_role="policy",
+        trains=True,
+        has_reference=True,
+        check=check_calibrate,
+        frozen_roles=calibrate_roles,
+        pair=calibrate_pair,
+        pair_advice=calibrate_advice,
+    ),
+    "distill": PhaseSpec(
+        "reflux.trainer.distillation.phase:Distill",
+        model_role="student",
+        trains=True,
+        check=check_distill,
+        frozen_roles=distill_roles,
+        pair=distill_pair,
+        pair_advice=distill_advice,
+    ),
+    "diagnose": PhaseSpec(
+        "reflux.trainer.diagnosis.phase:Diagnose",
+        model_role="student",
+        check=check_diagnose,
+        frozen_roles=diagnose_roles,
+        pair=diagnose_pair,
+    ),
+    "evaluate": PhaseSpec(
+        "reflux.trainer.evaluation.phase:Evaluate", data_section="eval", check=check_evaluate
+    ),
+}
+
+
+def spec_of(name: str) -> PhaseSpec:
+    """ValueError with the nearest name for a phase that is not in the table."""
+    if name not in PHASES:
+        near = get_close_matches(name, PHASES, n=1)
+        guess = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"phase = {name!r}{guess} want {' | '.join(PHASES)}")
+    return PHASES[name]
+
+
+def check_phase(cfg: Config) -> None:
+    """Everything a configuration can be refused for as a whole."""
+    spec = spec_of(cfg.phase)
+    check_common(cfg)
+    spec.check(cfg)
+
+
+def roles(cfg: Config) -> list[Role]:
+    """The models that this configuration will load, the one of [model] first."""
+    spec = spec_of(cfg.phase)
+    own = Role(spec.model_role, own_model(cfg), "model", trained=spec.trains)
+    return [own, *spec.frozen_roles(cfg), *defence_roles(cfg)]

@@ -1,0 +1,124 @@
+"""Which models a run loads, by role, and which two of them score the same texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from .sections import Frozen
+
+if TYPE_CHECKING:
+    from .schema import Config
+
+MAX_UNALIGNED = 0.5  # of a pair's texts, where the phase sets no limit of its own
+
+
+@dataclass(frozen=True)
+class Role:
+    """A model of the run and what it is for. `section` is the part of the config that names it."""
+
+    name: str
+    model: Frozen
+    section: str
+    trained: bool = False
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two roles that score the same texts, and what their tokenizers have to have in common."""
+
+    sampled_by: str  # role that the texts come from
+    scored_by: str
+    # what counts as the same token ids: the whole vocabulary, or only what every id spells
+    same_ids: Literal["vocabulary", "bytes"] = "bytes"
+    aligned: bool = True  # compared by aligned byte spans where the ids differ
+    max_unaligned: float = MAX_UNALIGNED  # fraction of texts
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What a configuration makes of a pair of tokenizers, where that deserves a line."""
+
+    level: Literal["warning", "error"]
+    text: str
+
+
+def own_model(cfg: Config) -> Frozen:
+    """The model of [model], as a role describes it."""
+    return Frozen(cfg.model.path, cfg.model.backend, cfg.model.attention)
+
+
+def defence_roles(cfg: Config) -> list[Role]:
+    d = cfg.defence
+    return (
+        [Role("defence proxy", Frozen(d.proxy, dtype=d.dtype), "defence.proxy")] if d.proxy else []
+    )
+
+
+def calibrate_roles(cfg: Config) -> list[Role]:
+    """The reference model where a KL or a reward needs it, and the proxy unless eta is 0."""
+    r, roles = cfg.reference, []
+    if r.beta or (cfg.calibration.eta and cfg.calibration.denominator == "reference"):
+        reference = replace(own_model(cfg), dtype=r.dtype, offload=r.offload)
+        roles.append(Role("reference", reference, "model"))
+    if cfg.calibration.eta:
+        roles.append(Role("proxy", cfg.proxy, "proxy"))
+    return roles
+
+
+def calibrate_pair(cfg: Config) -> Pair | None:
+    limit = cfg.calibration.max_unaligned
+    return Pair("policy", "proxy", max_unaligned=limit) if cfg.calibration.eta else None
+
+
+def calibrate_advice(cfg: Config, same_ids: bool) -> Advice | None:
+    if same_ids or cfg.calibration.score_norm != "per_token":
+        return None
+    return Advice(
+        "warning",
+        "calibration.score_norm = 'per_token' counts different tokens on the two sides; use 'sum' "
+        "or 'per_byte'",
+    )
+
+
+def distill_roles(cfg: Config) -> list[Role]:
+    """Every teacher; none for plain SFT on given texts."""
+    d = cfg.distill
+    if d.objective == "nll" and d.source != "teacher":
+        return []
+    more = (replace(cfg.teacher, path=path) for path in d.more_teachers)
+    return [
+        Role("teacher", cfg.teacher, "teacher"),
+        *(Role(f"teacher {i}", model, "distill.more_teachers") for i, model in enumerate(more, 2)),
+    ]
+
+
+def distill_pair(cfg: Config) -> Pair | None:
+    if not cfg.needs_teacher:
+        return None
+    aligned = cfg.distill.objective in ("span", "class")
+    return Pair("student", "teacher", same_ids="vocabulary", aligned=aligned)
+
+
+def distill_advice(cfg: Config, same_ids: bool) -> Advice | None:
+    objective = cfg.distill.objective
+    if objective == "kl" and not same_ids:
+        return Advice(
+            "error",
+            "distill.objective = 'kl' compares token by token; use 'class' or 'span', or a teacher "
+            "of the student's family",
+        )
+    if objective in ("span", "class") and same_ids:
+        return Advice(
+            "warning",
+            f"distill.objective = 'kl' is exact here; {objective!r} is for different tokenizers",
+        )
+    return None
+
+
+def diagnose_roles(cfg: Config) -> list[Role]:
+    return [Role("teacher", cfg.teacher, "teacher")]
+
+
+def diagnose_pair(cfg: Config) -> Pair | None:
+    return Pair("student", "teacher")

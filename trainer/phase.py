@@ -1,0 +1,284 @@
+"""The contracts of the trainer: what each part may expect of the others.
+
+    Phase              close_step; TrainingPhase adds sample, score, loss. Registered in
+                       config/phases.py; implemented by the file phase.py of each phase's room
+    Engine             the trained model and everything that knows about ranks (engine/engine.py)
+    FrozenModel        a model that is only read: reference, proxy, teacher (engine/frozen.py)
+    Sampler            samples responses (rollouts/generate.py)
+    Teacher            what a student learns from (distillation/teachers.py)
+    CalibrationReward  scores rollouts (calibration/rewards.py)
+    Grader             grades rollouts for the task reward (data/tasks.py)
+
+The nouns that pass between them are frozen dataclasses: Prompt -> Rollout -> Sample -> Batch
+(data/batch.py), HeadInputs and Loss (losses.py), and the two below.
+
+Shapes: P prompts, G rollouts of each, N rows, L row length, T response tokens, D hidden size,
+V vocabulary, S spans, n tokens of one response.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reflux.trainer.config.sections import Frozen
+from reflux.trainer.data.batch import Batch, Prompt, Rollout, Sample
+from reflux.trainer.data.chat import Chat
+from reflux.trainer.data.graders import Grade
+from reflux.trainer.engine.metrics import MetricSums
+from reflux.trainer.losses import HeadInputs, Loss
+
+# step(ids_NL, positions_NL, real_NL, first) -> logits [N, V] of the last position
+DecodeStep = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+# decode(rows, max_length) -> context of (step, device): one KV cache
+Decode = Callable[[int, int], AbstractContextManager[tuple[DecodeStep, torch.device]]]
+LossFunction = Callable[[HeadInputs, Batch], Loss]
+Advance = Callable[[int], None]  # is called with the number of items done since the last call
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. `greedy` takes the most likely token and reports its log-probability at
+    temperature 1.
+    """
+
+    max_tokens: int
+    seed: int = 0
+    step: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    rows: int = 256  # sequences decoded together
+    greedy: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationScore:
+    """The calibration reward of one rollout and its parts. Nats unless it says otherwise."""
+
+    value: float  # r_cal
+    raw: float  # the unclipped difference of the sequence scores, stop term included
+    span_value: np.ndarray  # [S] clipped span differences, proxy minus denominator
+    span: np.ndarray  # [n] span of each response token, -1 outside
+    stop: float  # difference of the stop terms; 0 if the rollout was truncated or score_stop is off
+    n_bytes: int
+    clipped: float  # fraction of spans whose difference was clipped
+    scored: bool  # False: the text is unaligned, or the rollout is masked by rule
+
+
+class Phase(Protocol):
+    """What a run does. Built as `PhaseClass(cfg, engine)`; every method is collective."""
+
+    exit_code: int  # of the process, when the run ends by itself
+
+    def close_step(self, step: int, stats: Mapping[str, float]) -> dict[str, Any]:
+        """Evaluation and guards after a step; the whole work of a phase that does not train, and
+        the start of one that does, at step 0. Raises guards.Stop to end the run in good order.
+        """
+        ...
+
+
+class TrainingPhase(Phase, Protocol):
+    """A phase whose steps move weights."""
+
+    metric_sums: MetricSums  # what the last `score` adds to the line of the log
+
+    def sample(self, step: int) -> Sequence[Sequence[Any]]:
+        """[P][G] texts for this rank's part of the step's prompts; each is a Rollout, or has one
+        as `.rollout`.
+        """
+        ...
+
+    def score(self, texts_PG: Sequence[Sequence[Any]]) -> list[Sample]:
+        """Rewards, advantages or teacher targets of those texts."""
+        ...
+
+    def loss(self, out: HeadInputs, batch: Batch) -> Loss:
+        """(sum over the batch's tokens, metrics as sums over the same tokens)."""
+        ...
+
+    def log_fields(self, stats: Mapping[str, float]) -> dict[str, Any]:
+        """The line of the log, from the numbers of the step."""
+        ...
+
+    def card(self) -> tuple[str, str]:
+        """(title, one paragraph) for the model card of what was trained."""
+        ...
+
+
+class ReadableModel(Protocol):
+    """A model whose hidden states and head can be read: the engine's own, or a frozen one."""
+
+    @property
+    def model(self) -> torch.nn.Module: ...
+
+    @property
+    def softcap(self) -> float | None: ...
+
+    def hidden(self, ids_NL: Tensor, positions_NL: Tensor, packed: bool = False) -> Tensor:
+        """Hidden states [N, L, D] after the final norm, without a graph."""
+        ...
+
+    def open_head(self) -> AbstractContextManager[Tensor]:
+        """Context of the plain [V, D] head weight, gathered inside."""
+        ...
+
+
+class FrozenModel(ReadableModel, Protocol):
+    """A model that is only read, in no optimizer and no checkpoint."""
+
+    vocab_size: int
+
+
+class Engine(ReadableModel, Protocol):
+    """The trained model, its optimizer and checkpoints, and everything that knows about ranks.
+    Methods are collective unless they say otherwise.
+    """
+
+    rank: int  # among the data-parallel ranks
+    world: int  # data-parallel ranks
+    is_main: bool  # the one rank that writes files
+    vocab_size: int  # ids that count; a phase lowers it to what its tokenizer knows
+    resumed_step: int
+    asked_to_stop: bool  # set on this rank by a signal
+    wants_to_stop: bool  # agreed on by all ranks at the end of a step
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def seq_len(self) -> int: ...
+
+    @property
+    def notes(self) -> dict[str, float]:
+        """Numbers that survive a restart, the same on every rank (moving averages of guards)."""
+        ...
+
+    def frozen(self, role: Frozen, *, longest: int = ...) -> FrozenModel:
+        """Loads a frozen model, sharded like the trained one."""
+        ...
+
+    def steps(self) -> Iterator[int]:
+        """Step numbers from the one after the checkpoint; saves when a checkpoint is due."""
+        ...
+
+    def step(self, batches: Sequence[Batch], loss: LossFunction) -> dict[str, float]:
+        """Forward, loss, backward, one division by the global token count, clip, AdamW. Returns
+        means over tokens.
+        """
+        ...
+
+    def backward(self, batches: Sequence[Batch], loss: LossFunction) -> None:
+        """The gradient of the plain loss sum over all ranks, left in `.grad`; no weight moves."""
+        ...
+
+    def clear_gradients(self) -> None: ...
+
+    def gathered_weights(self) -> AbstractContextManager[Decode]:
+        """The training weights, gathered for decoding."""
+        ...
+
+    def gathered_frozen_weights(self, frozen: FrozenModel) -> AbstractContextManager[Decode]:
+        """The same for a frozen model."""
+        ...
+
+    def forward_no_grad(
+        self, reader: ReadableModel, batch: Batch, vocab_size: int
+    ) -> AbstractContextManager[HeadInputs]:
+        """What `reader` leaves at the batch's predictor positions, without a graph."""
+        ...
+
+    def pad_across_ranks(self, batches: Sequence[Batch]) -> list[Batch]:
+        """The same number of micro-batches on every rank: empty ones where there are fewer."""
+        ...
+
+    def sum(self, value: float) -> float:
+        """Over data-parallel ranks, in float64."""
+        ...
+
+    def mean(self, metric_sums: MetricSums) -> dict[str, float]:
+        """Means over all ranks' entries; every rank must have added under the same names."""
+        ...
+
+    def gather(self, rows: list) -> list:
+        """All ranks' rows in rank order, on every rank."""
+        ...
+
+    def restore(self, step: int) -> int:
+        """Back to the newest checkpoint that is not after `step`. Returns its step."""
+        ...
+
+    def checkpoint(self) -> None:
+        """Writes a checkpoint of the current step."""
+        ...
+
+    def export(self, card: str) -> str:
+        """Writes a Hugging Face folder with this model card and returns its path."""
+        ...
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """TensorBoard and W&B, where enabled. Not collective."""
+        ...
+
+    def memory_gib(self) -> float:
+        """Peak of this rank. Not collective."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Sampler(Protocol):
+    """Samples responses, from weights on this machine or elsewhere."""
+
+    def sample(
+        self, prompts: Sequence[Prompt], group: int, sampling: Sampling, advance: Advance = ...
+    ) -> list[list[Rollout]]:
+        """P prompts -> [P][G] rollouts with the log-probabilities they were sampled with.
+        Collective.
+        """
+        ...
+
+
+class Teacher(Protocol):
+    """What a student learns from: texts, and distributions at the student's positions."""
+
+    chat: Chat
+    sampler: Sampler
+    weight: float  # of its loss; the weights of all teachers sum to one
+    shares_ids: bool  # its token ids mean what the student's mean
+
+    def divergence(self, student: HeadInputs, batch: Batch, index: int) -> Loss:
+        """Divergence from the teacher's distributions at the positions it shares with the student,
+        summed. `index`: which of the batch's teacher views is its own.
+        """
+        ...
+
+
+class CalibrationReward(Protocol):
+    """r_cal of rollouts. Built as `RewardClass(cfg, engine, chat)`; registered in REWARDS of
+    calibration/rewards.py.
+    """
+
+    def score(
+        self,
+        rollouts: Sequence[Rollout],
+        behaviour_logp: Sequence[np.ndarray],
+        reference_logp: Sequence[np.ndarray] | None,
+        metric_sums: MetricSums,
+    ) -> list[CalibrationScore]:
+        """One score per rollout. `behaviour_logp`, `reference_logp`: [n] per-token log-probabilities
+        of the sampled ids, stop token included. Collective.
+        """
+        ...
+
+
+class Grader(Protocol):
+    """The task reward. Never raises or hangs because of one response."""
+
+    def grade(self, rollouts: Sequence[Rollout]) -> list[Grade]:
+        """One grade per rollout, in order."""
+        ...
