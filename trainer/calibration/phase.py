@@ -18,7 +18,7 @@ import torch
 
 from reflux.tokenalign.scores import compare_spans, span_logprobs
 from reflux.trainer.config.schema import Config
-from reflux.trainer.config.sections import Frozen
+from reflux.trainer.config.sections import FrozenSection
 from reflux.trainer.data.batch import Batch, Rollout, Sample
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.prompts import load_prompts, shard
@@ -33,8 +33,9 @@ from reflux.trainer.losses import (
     reference_kl,
     token_logprob_of,
 )
-from reflux.trainer.rollouts.generate import Sampling, generate
-from reflux.trainer.rollouts.scoring import Scored, align_texts, score_ids
+from reflux.trainer.phase import Sampling
+from reflux.trainer.rollouts.generate import generate
+from reflux.trainer.rollouts.scoring import TextScore, align_texts, score_ids
 
 from .guards import Guards
 from .rewards import UNALIGNED, CalScore, advantages, calibration_score, margin_strength
@@ -61,7 +62,8 @@ class Calibrate:
         ):
             m, a = cfg.model, cfg.reference
             self.original = engine.frozen(
-                Frozen(m.path, m.backend, m.attention, a.dtype, a.offload), longest=engine.seq_len
+                FrozenSection(m.path, m.backend, m.attention, a.dtype, a.offload),
+                longest=engine.seq_len,
             )
         if cfg.calibration.eta:
             self.proxy, self.proxy_chat = engine.frozen(cfg.proxy), Chat(cfg.proxy.path)
@@ -167,7 +169,7 @@ class Calibrate:
             if a.spans is not None and (r.ended or cal.truncated == "score_prefix")
         ]
         jobs = [
-            (self.proxy_chat.prompt_ids(flat[k].prompt.messages), aligned[k].reader_ids)
+            (self.proxy_chat.prompt_ids(flat[k].prompt.messages), aligned[k].scorer_ids)
             for k in usable
         ]
         read = score_ids(
@@ -183,21 +185,21 @@ class Calibrate:
             for k in range(len(flat))
         ]
 
-    def _score_one(self, rollout: Rollout, aligned, read: Scored, own: np.ndarray) -> CalScore:
+    def _score_one(self, rollout: Rollout, aligned, read: TextScore, own: np.ndarray) -> CalScore:
         cal = self.cfg.calibration
-        proxy_S = span_logprobs(read.logp, aligned.reader_span, aligned.spans)
-        own_S = span_logprobs(own[: len(rollout.content_ids)], aligned.writer_span, aligned.spans)
+        proxy_S = span_logprobs(read.logp, aligned.scorer_span, aligned.spans)
+        own_S = span_logprobs(own[: len(rollout.content_ids)], aligned.sampler_span, aligned.spans)
         stops = (read.stop, rollout.stop_logp) if cal.score_stop and rollout.ended else (None, None)
         scores = compare_spans(
             proxy_S,
             own_S,
             num_bytes=aligned.n_bytes,
-            tokens=(len(aligned.reader_ids), len(rollout.content_ids)),
+            tokens=(len(aligned.scorer_ids), len(rollout.content_ids)),
             stop_a=stops[0],
             stop_b=stops[1],
             clip=cal.span_clip,
         )
-        return calibration_score(scores, aligned.writer_span, cal)
+        return calibration_score(scores, aligned.sampler_span, cal)
 
     def _refuse_unscored(self, failed: int, total: int) -> None:
         share = self.engine.sum(float(failed)) / max(self.engine.sum(float(total)), 1.0)

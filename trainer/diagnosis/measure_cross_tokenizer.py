@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reflux.tokenalign.class_losses import Pools, pools_of
+from reflux.tokenalign.class_losses import PartitionIndex, partition_index
 from reflux.tokenalign.scores import span_logprobs
 from reflux.tokenalign.vocab_map import Vocabulary, common, prefix
 from reflux.trainer.data.batch import Rollout, Sample, TeacherView, pack
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.graders import Grade
 from reflux.trainer.losses import HeadInputs, at_places
-from reflux.trainer.rollouts.scoring import Aligned, Scored, align_texts, score_ids
+from reflux.trainer.rollouts.scoring import Aligned, TextScore, align_texts, score_ids
 from reflux.trainer.runs.progress import Advance, ignore
 
 from .measure import DIRECTIONS, Across, TokenStats, curves_of, on_host
@@ -41,7 +41,7 @@ class Pair:
 
     student: Chat
     teacher: Chat
-    pools: Pools
+    partition: PartitionIndex
     # bool [V] and [W]: ids that both spell in one token, and the stop sets
     shared: tuple[Tensor, Tensor]
     class_type_N: Tensor  # int64, of TYPES
@@ -57,7 +57,7 @@ def pair_of(student: Chat, teacher: Chat, rows: tuple[int, int], device: torch.d
         token_types(student.table, student.stop_ids),
     )
     shared = tuple(
-        torch.from_numpy(x != whole.silent).to(device)
+        torch.from_numpy(x != whole.control_class).to(device)
         for x in (whole.student_class, whole.teacher_class)
     )
     class_type_N = np.zeros(built.num_classes, np.int64)
@@ -66,11 +66,11 @@ def pair_of(student: Chat, teacher: Chat, rows: tuple[int, int], device: torch.d
     )
     # of several tokens the shortest, assigned last, names the class
     class_type_N[built.student_class[ids]] = types[ids]
-    class_type_N[built.silent] = TYPES.index("stop")
+    class_type_N[built.control_class] = TYPES.index("stop")
     return Pair(
         student,
         teacher,
-        pools_of(built, device),
+        partition_index(built, device),
         shared,
         torch.from_numpy(class_type_N).to(device),
         types,
@@ -149,10 +149,10 @@ def _align(texts: Sequence[tuple[Rollout, str, Grade]], pair: Pair) -> list[_Tex
 def _text(text: tuple[Rollout, str, Grade], a: Aligned, pair: Pair, by_teacher: bool) -> _Text:
     rollout, writer, grade = text
     bounds = a.parts[0].bounds
-    spans, places = (a.writer_span, a.reader_span), (a.starts.a, a.starts.b)
+    spans, places = (a.sampler_span, a.scorer_span), (a.starts.a, a.starts.b)
     if not by_teacher:
-        return _Text(rollout, writer, grade, a.reader_ids, *spans, a.starts.span, places, bounds)
-    ids = a.reader_ids + ((pair.student.stop_id,) if rollout.ended else ())
+        return _Text(rollout, writer, grade, a.scorer_ids, *spans, a.starts.span, places, bounds)
+    ids = a.scorer_ids + ((pair.student.stop_id,) if rollout.ended else ())
     own = replace(
         rollout,
         prompt_ids=pair.student.prompt_ids(rollout.prompt.messages),
@@ -217,19 +217,21 @@ def _measure_places(
         batch = batch.to(engine.device)
         place_P = batch.places()
         with (
-            engine.forward_no_grad(engine, batch, pair.pools.student.num_ids) as student,
+            engine.forward_no_grad(engine, batch, pair.partition.student.num_ids) as student,
             engine.forward_no_grad(
-                teacher, batch.for_teacher(), pair.pools.teacher.num_ids
+                teacher, batch.for_teacher(), pair.partition.teacher.num_ids
             ) as other,
             torch.no_grad(),
         ):
             outputs = at_places(student, place_P), other
             profiles = {
-                d: on_host(kl_profile(*outputs, d, pair.class_type_N, len(TYPES), pools=pair.pools))
+                d: on_host(
+                    kl_profile(*outputs, d, pair.class_type_N, len(TYPES), partition=pair.partition)
+                )
                 for d in DIRECTIONS
             }
             meeting = [
-                x.cpu().numpy() for x in vars(top_overlap(*outputs, top, pair.pools)).values()
+                x.cpu().numpy() for x in vars(top_overlap(*outputs, top, pair.partition)).values()
             ]
             common_P2 = _common_mass(outputs, pair.shared)
         which_P = (
@@ -266,7 +268,9 @@ def _common_mass(
     ).numpy()
 
 
-def _reading(t: _Text, student: Scored, teacher: Scored, m: _Places, pair: Pair) -> TokenStats:
+def _reading(
+    t: _Text, student: TextScore, teacher: TextScore, m: _Places, pair: Pair
+) -> TokenStats:
     spans = len(t.bounds)
     sums = [
         span_logprobs(s.logp, span, spans)

@@ -20,7 +20,8 @@ from reflux.trainer.data.chat import Chat, same_vocabulary
 from reflux.trainer.data.graders import Grade
 from reflux.trainer.data.prompts import load_prompts
 from reflux.trainer.data.tasks import build_task
-from reflux.trainer.rollouts.generate import Sampling, generate, given
+from reflux.trainer.phase import Sampling
+from reflux.trainer.rollouts.generate import generate, given_rollout
 from reflux.trainer.rollouts.scoring import score_ids
 from reflux.trainer.runs.progress import progress
 
@@ -184,7 +185,7 @@ class Diagnose:
         another vocabulary.
         """
         if writer == "dataset":
-            return [given(self.chat, p, self.cfg.rollout.max_tokens) for p in self.prompts]
+            return [given_rollout(self.chat, p, self.cfg.rollout.max_tokens) for p in self.prompts]
         count = self.spec.student_texts if writer == "student" else self.spec.teacher_texts
         with self._stage(f"texts by the {writer}", count * len(self.prompts)) as advance:
             if writer == "student":

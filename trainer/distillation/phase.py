@@ -38,8 +38,9 @@ from reflux.trainer.losses import (
     span_kl,
     token_logprob_of,
 )
+from reflux.trainer.phase import Sampling
 from reflux.trainer.rollouts.defences import DefendedDecoding
-from reflux.trainer.rollouts.generate import Sampling, generate, given
+from reflux.trainer.rollouts.generate import generate, given_rollout
 from reflux.trainer.rollouts.scoring import Aligned, align_texts, score_ids
 
 from .teachers import Teacher, load_teachers
@@ -179,7 +180,7 @@ class Distill:
     def _off_policy(self, step: int, slots: list[tuple[int, Prompt]]) -> list[list[Text]]:
         r = self.cfg.rollout
         if self.spec.source == "dataset":
-            return [[Text(given(self.chat, p, r.max_tokens), "dataset")] for _, p in slots]
+            return [[Text(given_rollout(self.chat, p, r.max_tokens), "dataset")] for _, p in slots]
         if self.spec.query_budget:
             rows = places(len(self.pool), step - 1, r.prompts, seed=self.cfg.seed)
             return [self.pool[rows[slot]] for slot, _ in slots]
@@ -355,14 +356,14 @@ class Distill:
                 out.append(None)
                 continue
             teacher_S = span_logprobs(
-                np.asarray(x.logp[: len(x.content_ids)]), a.writer_span, a.spans
+                np.asarray(x.logp[: len(x.content_ids)]), a.sampler_span, a.spans
             )
             own = replace(
                 x,
                 prompt_ids=self.chat.prompt_ids(x.prompt.messages),
-                ids=tuple(a.reader_ids) + ((self.chat.stop_id,) if x.ended else ()),
+                ids=tuple(a.scorer_ids) + ((self.chat.stop_id,) if x.ended else ()),
             )
-            out.append(_span_sample(own, a.reader_span, teacher_S, x.stop_logp, True))
+            out.append(_span_sample(own, a.scorer_span, teacher_S, x.stop_logp, True))
         return out
 
     def _from_student(self, texts: list[Text]) -> list[Sample | None]:
@@ -374,7 +375,7 @@ class Distill:
         aligned = align_texts(self.chat, teacher.chat, rollouts, same=teacher.same)
         usable = [k for k, a in enumerate(aligned) if a.spans is not None]
         jobs = [
-            (teacher.chat.prompt_ids(rollouts[k].prompt.messages), tuple(aligned[k].reader_ids))
+            (teacher.chat.prompt_ids(rollouts[k].prompt.messages), tuple(aligned[k].scorer_ids))
             for k in usable
         ]
         read = dict(
@@ -390,10 +391,10 @@ class Distill:
             if k not in read:
                 out.append(None)
                 continue
-            teacher_S = span_logprobs(read[k].logp, a.reader_span, a.spans)
+            teacher_S = span_logprobs(read[k].logp, a.scorer_span, a.spans)
             out.append(
                 _span_sample(
-                    text.rollout, a.writer_span, teacher_S, read[k].stop, text.writer != "student"
+                    text.rollout, a.sampler_span, teacher_S, read[k].stop, text.writer != "student"
                 )
             )
         return out
@@ -425,7 +426,7 @@ def _rewritten(chat: Chat, rollout: Rollout, text: str, max_tokens: int) -> Roll
 
 
 def _class_view(teacher: Teacher, rollout: Rollout, aligned: Aligned) -> TeacherView:
-    ids = tuple(aligned.reader_ids) + ((teacher.chat.stop_id,) if rollout.ended else ())
+    ids = tuple(aligned.scorer_ids) + ((teacher.chat.stop_id,) if rollout.ended else ())
     return TeacherView(
         teacher.chat.prompt_ids(rollout.prompt.messages), ids, aligned.starts.a, aligned.starts.b
     )

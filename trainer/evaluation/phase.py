@@ -14,8 +14,9 @@ from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.prompts import load_prompts
+from reflux.trainer.phase import Sampling
 from reflux.trainer.rollouts.defences import DefendedDecoding
-from reflux.trainer.rollouts.generate import Sampling, generate
+from reflux.trainer.rollouts.generate import generate
 from reflux.trainer.runs.stats import Estimate
 
 from .acceptance import NOT_ACCEPTED, Verdict, check_rule, judge

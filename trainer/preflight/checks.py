@@ -15,12 +15,12 @@ from rich.text import Text
 
 from reflux.tokenalign.offsets import side
 from reflux.trainer.config.schema import Config
-from reflux.trainer.config.sections import Frozen
+from reflux.trainer.config.sections import FrozenSection
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat, same_vocabulary
 from reflux.trainer.data.prompts import load_prompts
 from reflux.trainer.data.tasks import build_task
-from reflux.trainer.rollouts.generate import given
+from reflux.trainer.rollouts.generate import given_rollout
 from reflux.trainer.rollouts.scoring import align_texts
 
 FIRST_PROMPTS = 256  # rows whose length is measured
@@ -44,7 +44,7 @@ class Role:
     """A model of the run and what it is for. `table` is the section of the config that names it."""
 
     name: str
-    model: Frozen
+    model: FrozenSection
     table: str
     trained: bool = False
 
@@ -58,7 +58,7 @@ def roles(cfg: Config) -> list[Role]:
         "diagnose": "student",
         "evaluate": "model",
     }[cfg.phase]
-    own = Frozen(m.path, m.backend, m.attention)
+    own = FrozenSection(m.path, m.backend, m.attention)
     found = [Role(name, own, "model", trained=cfg.trains)]
     if cfg.phase == "calibrate" and (
         a.beta or cfg.calibration.eta and cfg.calibration.denominator == "reference"
@@ -76,7 +76,9 @@ def roles(cfg: Config) -> list[Role]:
     if cfg.defence.proxy:
         found.append(
             Role(
-                "serving proxy", Frozen(cfg.defence.proxy, dtype=cfg.defence.dtype), "defence.proxy"
+                "serving proxy",
+                FrozenSection(cfg.defence.proxy, dtype=cfg.defence.dtype),
+                "defence.proxy",
             )
         )
     return found
@@ -376,7 +378,7 @@ def references(
     them.
     """
     with_text = [p for p in prompts if p.response is not None][:FIRST_TEXTS]
-    texts = [given(chat, p, cfg.rollout.max_tokens) for p in with_text]
+    texts = [given_rollout(chat, p, cfg.rollout.max_tokens) for p in with_text]
     whole = [t for t in texts if t.ended]
     if len(whole) == len(texts):
         return whole, []
@@ -501,10 +503,10 @@ def _round_trip(
 
 def _alignment(names: tuple[str, str], writer: Chat, text: Rollout, aligned) -> Finding:
     lens = writer.table.lens[list(text.content_ids)]
-    covered = int(lens[aligned.writer_span >= 0].sum())
+    covered = int(lens[aligned.sampler_span >= 0].sum())
     return Finding(
         "ok",
-        f"{names[0]} {len(text.content_ids)} tokens, {names[1]} {len(aligned.reader_ids)} tokens "
+        f"{names[0]} {len(text.content_ids)} tokens, {names[1]} {len(aligned.scorer_ids)} tokens "
         f"-> {aligned.spans} shared spans over {covered} of {aligned.n_bytes} bytes (coverage "
         f"{covered / max(aligned.n_bytes, 1):.0%}): {_short(text.text)}",
     )

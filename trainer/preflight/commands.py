@@ -27,7 +27,8 @@ from reflux.trainer.data.chat import Chat
 from reflux.trainer.engine.engine import NATIVE_CACHE_LIMIT, Engine, RefluxTrainer
 from reflux.trainer.engine.trainer_config import titan_config
 from reflux.trainer.losses import exact_reference_kl
-from reflux.trainer.rollouts.generate import Sampling, generate
+from reflux.trainer.phase import Sampling
+from reflux.trainer.rollouts.generate import generate
 from reflux.trainer.rollouts.scoring import score_ids
 
 from .checks import (

@@ -12,13 +12,16 @@ Shapes: N rows, L length so far, V vocabulary.
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from reflux.trainer.config.schema import Config
-from reflux.trainer.config.sections import Frozen
+from reflux.trainer.config.sections import FrozenSection
 from reflux.trainer.data.chat import Chat, same_vocabulary
+from reflux.trainer.phase import Decode
 
 
 def product_decoder(decode: Callable, other: Callable, gamma: float) -> Callable:
@@ -72,22 +75,27 @@ class DefendedDecoding:
                 "with: their next tokens are not the same events. Want a proxy with the model's "
                 "tokenizer"
             )
-        self._proxy = engine.frozen(Frozen(s.proxy, dtype=s.dtype))
+        self._proxy = engine.frozen(FrozenSection(s.proxy, dtype=s.dtype))
+
+    def weights(
+        self, gathered: Callable[[], AbstractContextManager[Decode]]
+    ) -> Callable[[], AbstractContextManager[Decode]]:
+        """The defended decoder of `gathered`, in the form an EmbeddedSampler takes. `gathered` is
+        engine.gathered_weights, or a function that calls engine.gathered_frozen_weights(model).
+        Entering the context is collective.
+        """
+        return partial(self._defended, gathered)
+
+    def apply(self, weights: AbstractContextManager[Decode]) -> AbstractContextManager[Decode]:
+        """The same for a context that is already made."""
+        return self._defended(lambda: weights)
 
     @contextlib.contextmanager
-    def apply(self, weights: contextlib.AbstractContextManager[Callable]) -> Iterator[Callable]:
-        """weights: engine.gathered_weights() or engine.gathered_frozen_weights(model); yields the decoder to
-        generate with. Collective.
-        """
-        with weights as decode, contextlib.ExitStack() as stack:
+    def _defended(self, gathered: Callable[[], AbstractContextManager[Decode]]) -> Iterator[Decode]:
+        with gathered() as decode, contextlib.ExitStack() as stack:
             if self._proxy is not None:
-                decode = product_decoder(
-                    decode,
-                    stack.enter_context(self._engine.gathered_frozen_weights(self._proxy)),
-                    self._spec.gamma,
-                )
-            yield (
-                decode
-                if self._spec.temperature == 1
-                else tempered_decoder(decode, self._spec.temperature)
-            )
+                proxy = stack.enter_context(self._engine.gathered_frozen_weights(self._proxy))
+                decode = product_decoder(decode, proxy, self._spec.gamma)
+            if self._spec.temperature != 1:
+                decode = tempered_decoder(decode, self._spec.temperature)
+            yield decode

@@ -8,6 +8,7 @@ Shapes: B rows decoded together, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,27 +17,33 @@ from torch import Tensor
 
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.runs.progress import Advance, ignore
+from reflux.trainer.phase import Advance, Decode, Sampling
+from reflux.trainer.runs.progress import ignore
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How to draw. `greedy` takes the most likely token and reports its log-probability at
-    temperature 1.
+class EmbeddedSampler:
+    """Samples from weights on this machine: a Sampler. `weights` gathers them for decoding, e.g.
+    engine.gathered_weights; every call of `sample` gathers them anew.
     """
 
-    max_tokens: int
-    seed: int = 0
-    step: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    rows: int = 256  # decoded together
-    greedy: bool = False
+    weights: Callable[[], AbstractContextManager[Decode]]
+    chat: Chat
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        group: int,
+        sampling: Sampling,
+        advance: Advance = ignore,
+    ) -> list[list[Rollout]]:
+        """P prompts -> [P][G] rollouts. Collective."""
+        with self.weights() as decode:
+            return generate(decode, self.chat, prompts, group, sampling, advance)
 
 
 def generate(
-    decode: Callable,
+    decode: Decode,
     chat: Chat,
     prompts: Sequence[Prompt],
     group: int,
@@ -64,7 +71,7 @@ def generate(
     return [done[i : i + group] for i in range(0, len(done), group)]
 
 
-def given(chat: Chat, prompt: Prompt, max_tokens: int) -> Rollout:
+def given_rollout(chat: Chat, prompt: Prompt, max_tokens: int) -> Rollout:
     """The data set's own response as a rollout, closed by the template's stop token unless it has
     to be cut.
     """
@@ -88,7 +95,7 @@ def given(chat: Chat, prompt: Prompt, max_tokens: int) -> Rollout:
 
 @torch.no_grad()
 def _decode_block(
-    decode: Callable, chat: Chat, jobs: Sequence[tuple[Prompt, tuple, int]], s: Sampling
+    decode: Decode, chat: Chat, jobs: Sequence[tuple[Prompt, tuple, int]], s: Sampling
 ) -> list[Rollout]:
     """One left-padded block, until every row has ended or is full."""
     width = max(len(ids) for _, ids, _ in jobs)

@@ -24,7 +24,7 @@ from reflux.trainer.losses import token_logprob_of
 
 
 @dataclass(frozen=True, eq=False)
-class Scored:
+class TextScore:
     """log p of each content token [n], and of the stop set right behind them; nats."""
 
     logp: np.ndarray
@@ -37,9 +37,9 @@ class Aligned:
     (no round trip).
     """
 
-    reader_ids: tuple[int, ...]
-    reader_span: np.ndarray  # [m] span of each reader token, -1 outside
-    writer_span: np.ndarray  # [n] span of each content token of the writer, -1 outside
+    scorer_ids: tuple[int, ...]
+    scorer_span: np.ndarray  # [m] span of each reader token, -1 outside
+    sampler_span: np.ndarray  # [n] span of each content token of the writer, -1 outside
     spans: int | None
     n_bytes: int
     ended: bool  # by itself, so that a stop follows on both sides
@@ -54,7 +54,7 @@ class Aligned:
             span = np.arange((self.spans or 0) + (self.ended and self.spans is not None))
             a, b = (
                 np.append(span[: self.spans], len(side))[: len(span)]
-                for side in (self.writer_span, self.reader_ids)
+                for side in (self.sampler_span, self.scorer_ids)
             )
             return SpanStarts(a, b, span)
         return span_starts(*self.parts, ended=self.ended)
@@ -69,7 +69,7 @@ def score_ids(
     tokens: int,
     temperature: float = 1.0,
     stop: bool = True,
-) -> list[Scored]:
+) -> list[TextScore]:
     """Scores of (prompt ids, content ids) pairs under `reader`, a frozen model or the engine
     itself. Collective.
 
@@ -101,7 +101,7 @@ def score_ids(
             logp[i] = rows[which == i, 0]
         for t in np.flatnonzero(is_last):
             stops[which[t]] = np.logaddexp.reduce(rows[t, 1:])
-    return [Scored(x[:-1] if stop else x, float(s)) for x, s in zip(logp, stops)]
+    return [TextScore(x[:-1] if stop else x, float(s)) for x, s in zip(logp, stops)]
 
 
 def align_texts(

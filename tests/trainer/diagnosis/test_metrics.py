@@ -23,7 +23,8 @@ from reflux.trainer.diagnosis.metrics import (
     wrong_trace_preference,
 )
 from reflux.trainer.losses import HeadInputs
-from reflux.trainer.rollouts.generate import Sampling, _truncate
+from reflux.trainer.phase import Sampling
+from reflux.trainer.rollouts.generate import _truncate
 
 
 def outputs(logits_TV, softcap=None):

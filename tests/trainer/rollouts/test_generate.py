@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reflux.trainer.data.batch import Prompt
-from reflux.trainer.rollouts.generate import Sampling, generate
-from reflux.trainer.rollouts.generate import given as given_text
+from reflux.trainer.phase import Sampling
+from reflux.trainer.rollouts.generate import generate
+from reflux.trainer.rollouts.generate import given_rollout as given_text
 
 V, PADDED = 7, 9  # the head has two rows more than the tokenizer knows
 STOPS = (3, 5)

@@ -132,16 +132,16 @@ def test_the_same_tokenizer_is_the_same_by_ids_and_by_bytes(chats, texts, ended)
         align_texts(chats.large, chats.twin, rollouts, same=same) for same in (True, False)
     )
     for r, a, b in zip(rollouts, by_ids, by_bytes):
-        assert tuple(a.reader_ids) == tuple(
-            b.reader_ids
+        assert tuple(a.scorer_ids) == tuple(
+            b.scorer_ids
         ) == r.content_ids and a.n_bytes == b.n_bytes == len(r.text.encode())
         logp = score_ids(
-            model, Engine(), [(r.prompt_ids, tuple(b.reader_ids))], chats.twin, tokens=99
+            model, Engine(), [(r.prompt_ids, tuple(b.scorer_ids))], chats.twin, tokens=99
         )[0].logp
-        sums = [span_logprobs(logp, x.reader_span, x.spans) for x in (a, b)]
+        sums = [span_logprobs(logp, x.scorer_span, x.spans) for x in (a, b)]
         assert sums[0].sum() == pytest.approx(sums[1].sum(), abs=1e-9)
         if all(ord(c) < 128 for c in r.text):  # no token is part of a character: a token is a span
-            np.testing.assert_array_equal(a.writer_span, b.writer_span)
+            np.testing.assert_array_equal(a.sampler_span, b.sampler_span)
             for x, y in zip(
                 (a.starts.a, a.starts.b, a.starts.span), (b.starts.a, b.starts.b, b.starts.span)
             ):
@@ -154,8 +154,8 @@ def test_span_sums_add_up_to_the_sequence_on_both_sides(chats, texts, swap, ende
     writer, reader = (chats.small, chats.large) if swap else (chats.large, chats.small)
     rollouts = [written(writer, t, ended, in_pieces(writer, t) if odd else None) for t in texts]
     for r, a in zip(rollouts, align_texts(writer, reader, rollouts, same=False)):
-        assert tuple(a.reader_ids) == reader.encode(r.text) and a.n_bytes == len(r.text.encode())
-        for ids, span in ((r.content_ids, a.writer_span), (a.reader_ids, a.reader_span)):
+        assert tuple(a.scorer_ids) == reader.encode(r.text) and a.n_bytes == len(r.text.encode())
+        for ids, span in ((r.content_ids, a.sampler_span), (a.scorer_ids, a.scorer_span)):
             logp = -np.random.default_rng(len(ids)).exponential(size=len(ids))
             sums = span_logprobs(logp, span, a.spans)
             assert (
@@ -168,8 +168,8 @@ def test_span_sums_add_up_to_the_sequence_on_both_sides(chats, texts, swap, ende
         )
         for k in range(a.spans):
             assert (
-                bytes_of(writer, r.content_ids, a.writer_span, k)
-                == bytes_of(reader, a.reader_ids, a.reader_span, k)
+                bytes_of(writer, r.content_ids, a.sampler_span, k)
+                == bytes_of(reader, a.scorer_ids, a.scorer_span, k)
                 != b""
             )
 
@@ -181,15 +181,16 @@ def test_tokens_outside_every_span_count_nothing(chats):
     rollout = written(chats.large, text, ids=(*ids[:3], 1, *ids[3:]))
     (a,) = align_texts(chats.large, chats.small, [rollout], same=False)
     assert (
-        a.writer_span[3] == -1
-        and (np.delete(a.writer_span, 3) >= 0).all()
+        a.sampler_span[3] == -1
+        and (np.delete(a.sampler_span, 3) >= 0).all()
         and a.n_bytes == len(text.encode())
     )
     logp = np.full(len(rollout.content_ids), -1.0)
     poisoned = logp.copy()
     poisoned[3] = -1e9
     np.testing.assert_array_equal(
-        span_logprobs(poisoned, a.writer_span, a.spans), span_logprobs(logp, a.writer_span, a.spans)
+        span_logprobs(poisoned, a.sampler_span, a.spans),
+        span_logprobs(logp, a.sampler_span, a.spans),
     )
     assert span_logprobs(np.array([-1.0, -2.0, -4.0]), np.array([-1, 0, -1]), 2).tolist() == [
         -2.0,
@@ -207,14 +208,14 @@ def test_what_does_not_round_trip_cannot_be_scored(chats):
     )
     assert (
         a.spans is None
-        and (a.writer_span == -1).all()
-        and len(a.writer_span) == len(broken.content_ids)
+        and (a.sampler_span == -1).all()
+        and len(a.sampler_span) == len(broken.content_ids)
     )
-    assert b.spans and (b.writer_span >= 0).all()
-    assert c.spans and c.n_bytes == 2 and (c.writer_span[-2:] == -1).all(), (
+    assert b.spans and (b.sampler_span >= 0).all()
+    assert c.spans and c.n_bytes == 2 and (c.sampler_span[-2:] == -1).all(), (
         "cut inside a character: up to the last whole one"
     )
-    assert d.spans == 0 and d.n_bytes == 0 and d.reader_ids == (), (
+    assert d.spans == 0 and d.n_bytes == 0 and d.scorer_ids == (), (
         "nothing but a stop is scored by its stop"
     )
 
@@ -232,23 +233,23 @@ def test_a_reader_that_changes_the_text_needs_a_known_normaliser(chats):
     a, b = align_texts(chats.large, reader(None), texts, same=False)
     assert (
         a.spans is None
-        and a.reader_ids == ()
+        and a.scorer_ids == ()
         and b.spans
-        and b.reader_ids == chats.small.encode("two remain.")
+        and b.scorer_ids == chats.small.encode("two remain.")
     )
     known, plain = align_texts(chats.large, reader(str.lower), texts, same=False)
-    assert known.reader_ids == plain.reader_ids == b.reader_ids and plain.spans == b.spans
+    assert known.scorer_ids == plain.scorer_ids == b.scorer_ids and plain.spans == b.spans
     # large letters are as long as small ones
-    np.testing.assert_array_equal(known.reader_span, b.reader_span)
+    np.testing.assert_array_equal(known.scorer_span, b.scorer_span)
 
 
 def test_starts_are_places_where_both_have_read_the_same_bytes(chats):
     rollout = written(chats.large, sentences(1)[0])
     (a,) = align_texts(chats.large, chats.small, [rollout], same=False)
     lens = lambda chat, ids: np.append(0, np.cumsum(chat.table.lens[list(ids)]))
-    mine, theirs = lens(chats.large, rollout.content_ids), lens(chats.small, a.reader_ids)
+    mine, theirs = lens(chats.large, rollout.content_ids), lens(chats.small, a.scorer_ids)
     assert mine[a.starts.a].tolist() == theirs[a.starts.b].tolist() and rollout.ended
-    assert a.starts.a[-1] == len(rollout.content_ids) and a.starts.b[-1] == len(a.reader_ids), (
+    assert a.starts.a[-1] == len(rollout.content_ids) and a.starts.b[-1] == len(a.scorer_ids), (
         "the stop is predicted behind the text"
     )
     (same,) = align_texts(chats.large, chats.large, [rollout], same=True)
@@ -277,4 +278,4 @@ def test_each_side_renders_its_own_prompt_and_only_the_text_is_shared(chats, tmp
         PROMPT
     )
     special = {reader.tokenizer.convert_tokens_to_ids(s) for s in SPECIALS}
-    assert not special & set(a.reader_ids) and reader.decode(a.reader_ids) == rollout.text
+    assert not special & set(a.scorer_ids) and reader.decode(a.scorer_ids) == rollout.text
