@@ -19,7 +19,7 @@ from reflux.kernels.linear_topk_kl import linear_topk_kl
 from reflux.kernels.span_sum import span_sum
 from reflux.kernels.teacher_topk import TopK, teacher_topk
 from reflux.tokenalign.span_losses import span_likelihood_kl
-from reflux.trainer.config.distillation import Distill
+from reflux.trainer.config.distillation import DistillSection
 
 Loss = tuple[Tensor, dict[str, Tensor]]
 
@@ -99,7 +99,7 @@ def exact_reference_kl(out: HeadInputs, original: HeadInputs, *, temperature: fl
     return result.total, {"reference_kl": result.kl.detach().sum()}
 
 
-def distill_kl(student: HeadInputs, teacher: HeadInputs, spec: Distill) -> Loss:
+def distill_kl(student: HeadInputs, teacher: HeadInputs, spec: DistillSection) -> Loss:
     """Token KL of GKD (arXiv:2306.13649): full vocabulary, or the teacher's top k with its exact
     tail.
     """
@@ -121,12 +121,12 @@ def distill_kl(student: HeadInputs, teacher: HeadInputs, spec: Distill) -> Loss:
     return result.total, {"kl": result.kl.sum() / _t2(spec)}
 
 
-def _t2(spec: Distill) -> float:
+def _t2(spec: DistillSection) -> float:
     """What scale_t2 multiplies the loss with; the log shows the KL without it."""
     return spec.temperature**2 if spec.scale_t2 else 1.0
 
 
-def kept_classes(teacher: HeadInputs, spec: Distill, vocab_size: int | None = None) -> TopK:
+def kept_classes(teacher: HeadInputs, spec: DistillSection, vocab_size: int | None = None) -> TopK:
     """What an interface with top-k log-probabilities would show of the teacher, and its exact
     tail.
     """
@@ -141,7 +141,7 @@ def kept_classes(teacher: HeadInputs, spec: Distill, vocab_size: int | None = No
     )
 
 
-def kept_kl(student: HeadInputs, kept: TopK, spec: Distill) -> Loss:
+def kept_kl(student: HeadInputs, kept: TopK, spec: DistillSection) -> Loss:
     """Divergence from a teacher of which only some classes are known, in the student's ids (-1: not
     one of them).
     """

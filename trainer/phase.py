@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reflux.trainer.config.sections import Frozen
+from reflux.trainer.config.sections import FrozenSection
 from reflux.trainer.data.batch import Batch, Prompt, Rollout, Sample
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.graders import Grade
@@ -158,7 +158,7 @@ class Engine(ReadableModel, Protocol):
         """Numbers that survive a restart, the same on every rank (moving averages of guards)."""
         ...
 
-    def frozen(self, role: Frozen, *, longest: int = ...) -> FrozenModel:
+    def frozen(self, role: FrozenSection, *, longest: int = ...) -> FrozenModel:
         """Loads a frozen model, sharded like the trained one."""
         ...
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reflux.trainer.config.distillation import Distill
+from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.losses import (
     HeadInputs,
     distill_kl,
@@ -233,7 +233,7 @@ def test_the_exact_anchor_is_exactly_zero_before_the_first_step(dtype):
 
 
 # distillation
-def divergence(p, q, spec: Distill) -> torch.Tensor:
+def divergence(p, q, spec: DistillSection) -> torch.Tensor:
     """Of logp rows, student p and teacher q, by the definitions of docs/method.md and
     arXiv:2306.13649, [T].
     """
@@ -263,7 +263,7 @@ def with_tail(row: torch.Tensor, ids: torch.Tensor, tail: str) -> torch.Tensor:
 @given(seed=SEEDS)
 def test_full_vocabulary_distillation_is_the_definition(name, temperature, scale_t2, seed):
     """T8: one temperature for both softmaxes, and its square only when asked for."""
-    spec = Distill(divergence=name, temperature=temperature, scale_t2=scale_t2, beta=0.3)
+    spec = DistillSection(divergence=name, temperature=temperature, scale_t2=scale_t2, beta=0.3)
     student, teacher = trainable(seed, softcap=5.0), outputs(seed + 1)
     total, metrics = distill_kl(student, teacher, spec)
     kl = divergence(logp_of(student, temperature), logp_of(teacher, temperature), spec).sum()
@@ -286,7 +286,9 @@ TAILS = (
 @given(seed=SEEDS, k=st.integers(2, V - 1))
 def test_truncated_distillation_is_the_definition(tail, name, seed, k):
     """T8: the tail is the teacher's exact one at the temperature of the loss."""
-    spec = Distill(divergence=name, tail=tail, top_k=k, temperature=1.7, scale_t2=True, beta=0.3)
+    spec = DistillSection(
+        divergence=name, tail=tail, top_k=k, temperature=1.7, scale_t2=True, beta=0.3
+    )
     student, teacher = trainable(seed), outputs(seed + 1)
     total, metrics = distill_kl(student, teacher, spec)
     p, q = logp_of(student, 1.7), logp_of(teacher, 1.7)
@@ -302,11 +304,11 @@ def test_truncated_distillation_is_the_definition(tail, name, seed, k):
 @given(SEEDS, st.sampled_from(["forward", "reverse", "jsd", "skew_forward", "skew_reverse"]))
 def test_keeping_everything_or_more_is_the_full_divergence(seed, name):
     student, teacher = trainable(seed), outputs(seed + 1)
-    full = distill_kl(student, teacher, Distill(divergence=name))[0]
+    full = distill_kl(student, teacher, DistillSection(divergence=name))[0]
     wanted = gradients(full, student)
     for k in (V, V + 3):
         total, metrics = distill_kl(
-            student, teacher, Distill(divergence=name, tail="bucket", top_k=k)
+            student, teacher, DistillSection(divergence=name, tail="bucket", top_k=k)
         )
         assert total.item() == pytest.approx(full.item(), rel=1e-6, abs=1e-9)
         assert metrics["teacher_mass"].item() == pytest.approx(T)
@@ -317,7 +319,7 @@ def test_keeping_everything_or_more_is_the_full_divergence(seed, name):
 @pytest.mark.parametrize("tail, k", [("full", 0), ("bucket", 2), ("renorm", 2)])
 def test_a_student_that_is_the_teacher_is_left_alone(name, tail, k):
     student, teacher = trainable(3), outputs(3)
-    total, _ = distill_kl(student, teacher, Distill(divergence=name, tail=tail, top_k=k))
+    total, _ = distill_kl(student, teacher, DistillSection(divergence=name, tail=tail, top_k=k))
     assert abs(total.item()) < 1e-12 and all(
         g.abs().max() < 1e-12 for g in gradients(total, student)
     )
@@ -328,7 +330,7 @@ def test_beta_is_the_teachers_weight():
     the reverse.
     """
     student, teacher = outputs(1), outputs(2)
-    of = lambda **o: distill_kl(student, teacher, Distill(**o))[0].item()
+    of = lambda **o: distill_kl(student, teacher, DistillSection(**o))[0].item()
     assert of(divergence="jsd", beta=1e-5) / 1e-5 == pytest.approx(
         of(divergence="forward"), rel=1e-3
     )
@@ -352,8 +354,8 @@ def test_beta_is_the_teachers_weight():
             "k3_is",
         ),
         lambda out, ref, t: exact_reference_kl(out, ref, temperature=1.0),
-        lambda out, ref, t: distill_kl(out, ref, Distill()),
-        lambda out, ref, t: distill_kl(out, ref, Distill(tail="bucket", top_k=2)),
+        lambda out, ref, t: distill_kl(out, ref, DistillSection()),
+        lambda out, ref, t: distill_kl(out, ref, DistillSection(tail="bucket", top_k=2)),
         lambda out, ref, t: nll(token_logprob_of(out, t).logp, torch.ones(len(t))),
     ],
     ids=[

@@ -7,7 +7,7 @@ from .checks import above_zero, fraction, not_negative
 
 
 @dataclass(frozen=True)
-class Distill:
+class DistillSection:
     # span, class: teacher and student with different tokenizers
     objective: Literal["nll", "kl", "span", "class"] = "kl"
     divergence: Literal["forward", "reverse", "jsd", "skew_forward", "skew_reverse"] = "reverse"
@@ -44,7 +44,7 @@ class Distill:
         _refuse_meaningless(self)
 
 
-def _refuse_meaningless(d: Distill) -> None:
+def _refuse_meaningless(d: DistillSection) -> None:
     """Combinations that run and teach nothing, or the wrong thing (docs/method.md, section
     "Refused").
     """
@@ -99,7 +99,7 @@ def _refuse_meaningless(d: Distill) -> None:
         )
 
 
-def _refuse_meaningless_partition(d: Distill) -> None:
+def _refuse_meaningless_partition(d: DistillSection) -> None:
     if d.top_k and d.partition not in ("common", "projection", "uld"):
         raise ValueError(
             f"partition = {d.partition!r} with top_k = {d.top_k}: the top-k only bounds these masses "

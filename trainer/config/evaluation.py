@@ -17,7 +17,7 @@ REFUSAL = (
 
 
 @dataclass(frozen=True)
-class Eval:
+class EvalSection:
     source: str = ""  # held-out prompts, as data.source; empty: no evaluation
     split: str = "test"
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Eval:
 
 
 @dataclass(frozen=True)
-class Accept:
+class AcceptSection:
     """One threshold on one metric. Differences are paired by prompt; changes are relative to the
     mean of `against`.
     """
@@ -129,7 +129,7 @@ class Accept:
         return next(name for name in THRESHOLDS if getattr(self, name) is not None)
 
 
-def check_options(spec: Eval, task: str) -> None:
+def check_options(spec: EvalSection, task: str) -> None:
     """What only some tasks can be asked."""
     if task != "multiple_choice" and (spec.scores_options or spec.list_options):
         asked = f"eval.by = {spec.by!r}" if spec.scores_options else "eval.list_options = true"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from .sections import Frozen
+from .sections import FrozenSection
 
 if TYPE_CHECKING:
     from .schema import Config
@@ -18,7 +18,7 @@ class Role:
     """A model of the run and what it is for. `section` is the part of the config that names it."""
 
     name: str
-    model: Frozen
+    model: FrozenSection
     section: str
     trained: bool = False
 
@@ -43,15 +43,17 @@ class Advice:
     text: str
 
 
-def own_model(cfg: Config) -> Frozen:
+def own_model(cfg: Config) -> FrozenSection:
     """The model of [model], as a role describes it."""
-    return Frozen(cfg.model.path, cfg.model.backend, cfg.model.attention)
+    return FrozenSection(cfg.model.path, cfg.model.backend, cfg.model.attention)
 
 
 def defence_roles(cfg: Config) -> list[Role]:
     d = cfg.defence
     return (
-        [Role("defence proxy", Frozen(d.proxy, dtype=d.dtype), "defence.proxy")] if d.proxy else []
+        [Role("defence proxy", FrozenSection(d.proxy, dtype=d.dtype), "defence.proxy")]
+        if d.proxy
+        else []
     )
 
 

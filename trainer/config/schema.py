@@ -10,25 +10,25 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from .checks import not_negative
-from .distillation import Distill
-from .evaluation import Accept, Eval
+from .distillation import DistillSection
+from .evaluation import AcceptSection, EvalSection
 from .phases import check_phase, spec_of
 from .sections import (
-    Batching,
-    Calibration,
-    Data,
-    Defence,
-    Diagnose,
-    Export,
-    Frozen,
-    Guard,
-    Log,
-    Model,
-    Optim,
-    Policy,
-    Reference,
-    Rollout,
-    Task,
+    BatchSection,
+    CalibrationSection,
+    DataSection,
+    DefenceSection,
+    DiagnoseSection,
+    ExportSection,
+    FrozenSection,
+    GuardSection,
+    LogSection,
+    ModelSection,
+    OptimSection,
+    PolicySection,
+    ReferenceSection,
+    RolloutSection,
+    TaskSection,
 )
 
 TITAN_SECTIONS = (
@@ -52,26 +52,26 @@ class Config:
     seed: int = 0
     on_existing_run: Literal["ask", "resume", "fail", "new"] = "ask"
     activation_checkpoint: Literal["none", "selective", "full"] = "none"
-    model: Model = Model()
-    teacher: Frozen = Frozen()  # distill, diagnose
-    proxy: Frozen = Frozen()  # calibrate
-    data: Data = Data()
-    task: Task = Task()
-    rollout: Rollout = Rollout()
-    calibration: Calibration = Calibration()
-    reference: Reference = Reference()
-    policy: Policy = Policy()
-    guard: Guard = Guard()
-    distill: Distill = Distill()
-    diagnose: Diagnose = Diagnose()
-    defence: Defence = Defence()
-    optim: Optim = Optim()
-    batch: Batching = Batching()
-    eval: Eval = Eval()
+    model: ModelSection = ModelSection()
+    teacher: FrozenSection = FrozenSection()  # distill, diagnose
+    proxy: FrozenSection = FrozenSection()  # calibrate
+    data: DataSection = DataSection()
+    task: TaskSection = TaskSection()
+    rollout: RolloutSection = RolloutSection()
+    calibration: CalibrationSection = CalibrationSection()
+    reference: ReferenceSection = ReferenceSection()
+    policy: PolicySection = PolicySection()
+    guard: GuardSection = GuardSection()
+    distill: DistillSection = DistillSection()
+    diagnose: DiagnoseSection = DiagnoseSection()
+    defence: DefenceSection = DefenceSection()
+    optim: OptimSection = OptimSection()
+    batch: BatchSection = BatchSection()
+    eval: EvalSection = EvalSection()
     # rules by name, [accept.NAME]: a run that breaks one exits with 3
-    accept: Mapping[str, Accept] = field(default_factory=dict)
-    log: Log = Log()
-    export: Export = Export()
+    accept: Mapping[str, AcceptSection] = field(default_factory=dict)
+    log: LogSection = LogSection()
+    export: ExportSection = ExportSection()
     # torchtitan's own sections
     titan: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 

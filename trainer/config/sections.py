@@ -13,7 +13,7 @@ Attention = Literal["auto", "sdpa", "flash_attention_2", "flex"]
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelSection:
     """The trained model: a Hugging Face folder."""
 
     path: str = ""
@@ -25,7 +25,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenSection:
     """A model that is only read: distillation teacher, proxy. Never in the optimizer or a
     checkpoint.
     """
@@ -38,7 +38,7 @@ class Frozen:
 
 
 @dataclass(frozen=True)
-class Data:
+class DataSection:
     # JSONL, Parquet, a `datasets` folder, reasoning_gym:NAME?size=..&seed=..,
     # package.module:function
     source: str = ""
@@ -52,14 +52,14 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskSection:
     # exact | math | multiple_choice | reasoning_gym | reward_model | package.module:function
     name: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Rollout:
+class RolloutSection:
     prompts: int = 32  # P, per optimizer step, over all ranks
     group: int = 8  # G, rollouts per prompt; fewest that give a usable group std
     max_tokens: int = 1024  # response length; truncation should stay below 5 %
@@ -83,7 +83,7 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationSection:
     # the sign of eta, as a word; off is plain GRPO
     mode: Literal["off", "distillable", "undistillable"] = "off"
     strength: float = 0.5  # |eta|: weight of the calibration reward, both rewards at unit spread
@@ -138,7 +138,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceSection:
     # raise to >= 0.2 for responses under 64 tokens: eta per nat grows as 1 / std_cal
     beta: float = 0.04
     estimator: Literal["exact", "k1_reward", "k2_loss", "k3_is", "k3_loss", "k1_loss"] = "exact"
@@ -155,7 +155,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Policy:
+class PolicySection:
     """The clipped policy gradient of equation (5)."""
 
     clip: float = 0.2  # the ratio to the behaviour policy stays inside 1 +- clip
@@ -167,7 +167,7 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Guard:
+class GuardSection:
     kl_budget: float = 0.10  # nats per token of KL(pi || original); the run stops above it. 0: off
     # accuracy; two evaluations in a row below the start by more than this stop the run. 0: off
     utility_drop: float = 0.02
@@ -177,7 +177,7 @@ class Guard:
 
 
 @dataclass(frozen=True)
-class Diagnose:
+class DiagnoseSection:
     """What is measured on the prompts of `data`; the student is `model`."""
 
     # who writes the texts
@@ -216,7 +216,7 @@ class Diagnose:
 
 
 @dataclass(frozen=True)
-class Defence:
+class DefenceSection:
     """What is served instead of the model itself: the teacher of a `distill`, the model of an
     `evaluate` (docs/method.md, "Defences").
     """
@@ -237,7 +237,7 @@ class Defence:
 
 
 @dataclass(frozen=True)
-class Optim:
+class OptimSection:
     lr: float = 1e-6  # 1e-5 for students and for adapters
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
@@ -251,7 +251,7 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class Batching:
+class BatchSection:
     tokens: int = 16384  # of a micro-batch on one rank, padding included
     # join short sequences into rows of training.seq_len, kept apart by the attention mask
     pack: bool = False
@@ -261,7 +261,7 @@ class Batching:
 
 
 @dataclass(frozen=True)
-class Log:
+class LogSection:
     samples_every: int = 10  # steps between printed rollouts; 0: never
     tensorboard: bool = False
     wandb: bool = False
@@ -272,6 +272,6 @@ class Log:
 
 
 @dataclass(frozen=True)
-class Export:
+class ExportSection:
     enable: bool = True  # a Hugging Face folder of the result, in <folder>/export
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

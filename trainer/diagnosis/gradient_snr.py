@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from reflux.trainer.config.distillation import Distill
+from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.data.batch import Batch, Sample, TeacherView, pack
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.losses import HeadInputs, Loss, distill_kl
@@ -167,7 +167,7 @@ def gradient_noise(
 
 
 def _token_kl(engine: Any, teacher: Any, direction: str) -> Callable[[HeadInputs, Batch], Loss]:
-    spec = Distill(divergence=direction)
+    spec = DistillSection(divergence=direction)
 
     def loss(out: HeadInputs, batch: Batch) -> Loss:
         with engine.forward_no_grad(teacher, batch.for_teacher(), out.vocab_size) as theirs:

@@ -13,7 +13,7 @@ from reflux.tokenalign.class_losses import Pools, class_kl, hybrid, map_topk, po
 from reflux.tokenalign.linear_rows import linear_rows
 from reflux.tokenalign.projection import Projection
 from reflux.tokenalign.vocab_map import Vocabulary
-from reflux.trainer.config.distillation import Distill
+from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.chat import Chat, same_vocabulary
 from reflux.trainer.losses import HeadInputs, Loss, kept_classes, kept_kl
@@ -32,7 +32,7 @@ class ClassLoss:
     reflux.tokenalign.class_losses.
     """
 
-    spec: Distill
+    spec: DistillSection
     pools: Pools | None  # None: uld needs no map
     student_id_W: torch.Tensor | None  # of a top-k teacher: its ids in the student's
 
@@ -111,7 +111,7 @@ def load_teachers(cfg: Config, engine: Any, chat: Chat) -> list[Teacher]:
     return found
 
 
-def _class_loss(spec: Distill, student: Chat, teacher: Chat, engine: Any) -> ClassLoss:
+def _class_loss(spec: DistillSection, student: Chat, teacher: Chat, engine: Any) -> ClassLoss:
     if spec.partition == "uld":
         return ClassLoss(spec, None, None)
     # heads are read up to what the tokenizers know: rows beyond it are padding
@@ -131,7 +131,7 @@ def _class_loss(spec: Distill, student: Chat, teacher: Chat, engine: Any) -> Cla
 
 
 def _refuse_a_rest_of_control_ids(
-    spec: Distill, built: vocab_map.ClassMap, student: Vocabulary, teacher: Vocabulary
+    spec: DistillSection, built: vocab_map.ClassMap, student: Vocabulary, teacher: Vocabulary
 ) -> None:
     """ValueError where the student could follow the teacher into the class of the rest only by
     control ids.

@@ -39,7 +39,7 @@ from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
 from reflux.trainer.config.schema import Config
-from reflux.trainer.config.sections import Frozen
+from reflux.trainer.config.sections import FrozenSection
 from reflux.trainer.data.batch import Batch, empty_batch
 from reflux.trainer.losses import HeadInputs, Loss
 
@@ -190,7 +190,7 @@ class Engine:
     def softcap(self) -> float | None:
         return logit_softcap(self.model)
 
-    def frozen(self, role: Frozen, *, longest: int = NATIVE_CACHE_LIMIT) -> FrozenModel:
+    def frozen(self, role: FrozenSection, *, longest: int = NATIVE_CACHE_LIMIT) -> FrozenModel:
         """A model that is only read, sharded like the trained one, outside optimizer and
         checkpoint.
         """

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reflux.trainer.config.evaluation import Accept
+from reflux.trainer.config.evaluation import AcceptSection
 from reflux.trainer.runs.stats import Estimate
 
 from .metrics import Difference, check_same, compare, estimate, metric_values
@@ -28,7 +28,7 @@ class Verdict:
     words: str
 
 
-def check_rule(name: str, rule: Accept, expected: Sequence[dict]) -> None:
+def check_rule(name: str, rule: AcceptSection, expected: Sequence[dict]) -> None:
     """ValueError, before anything is answered, unless the runs that the rule names have answered
     the prompts they will be compared on.
     """
@@ -42,7 +42,7 @@ def check_rule(name: str, rule: Accept, expected: Sequence[dict]) -> None:
         check_same(ours, load_rows(rule.against, f"accept.{name}.against"), rule.against, [mode])
 
 
-def judge(name: str, rule: Accept, rows: Sequence[dict]) -> Verdict:
+def judge(name: str, rule: AcceptSection, rows: Sequence[dict]) -> Verdict:
     """One rule over this run's rows (or those of `rule.run`)."""
     values = metric_values(
         load_rows(rule.run, f"accept.{name}.run") if rule.run else rows, rule.metric
@@ -61,12 +61,12 @@ def judge(name: str, rule: Accept, rows: Sequence[dict]) -> Verdict:
     )
 
 
-def _against(rule: Accept, found: Difference, form: str) -> str:
+def _against(rule: AcceptSection, found: Difference, form: str) -> str:
     moved = found.difference if rule.threshold == "max_drop" else found.change
     return f"{rule.metric} {found.ours.mean:.3f}, in {rule.against} {found.theirs.mean:.3f}: {_show(moved, form)}"
 
 
-def _verdict(name: str, rule: Accept, value: Estimate, measured: str) -> Verdict:
+def _verdict(name: str, rule: AcceptSection, value: Estimate, measured: str) -> Verdict:
     """Every threshold is a bound from below or from above on one value."""
     given = getattr(rule, rule.threshold)
     bound, below = (

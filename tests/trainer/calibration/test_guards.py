@@ -11,13 +11,13 @@ import pytest
 from reflux.trainer.calibration.guards import KL_DECAY, Guards, Stop
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import (
-    Calibration,
-    Data,
-    Frozen,
-    Guard,
-    Model,
-    Reference,
-    Task,
+    CalibrationSection,
+    DataSection,
+    FrozenSection,
+    GuardSection,
+    ModelSection,
+    ReferenceSection,
+    TaskSection,
 )
 
 
@@ -25,10 +25,10 @@ def config(**parts) -> Config:
     return Config(
         "calibrate",
         "r",
-        model=Model("m"),
-        proxy=Frozen("p"),
-        data=Data("d"),
-        task=Task("math"),
+        model=ModelSection("m"),
+        proxy=FrozenSection("p"),
+        data=DataSection("d"),
+        task=TaskSection("math"),
         **parts,
     )
 
@@ -38,11 +38,11 @@ def stops_at(stats, *, guard=None, resume_at=None) -> tuple[int, Stop] | None:
     new process.
     """
     engine = SimpleNamespace(notes={})
-    guards = Guards(config(guard=guard or Guard()), engine)
+    guards = Guards(config(guard=guard or GuardSection()), engine)
     for step, (numbers, found) in enumerate(stats, 1):
         if step == resume_at:
             engine = SimpleNamespace(notes=json.loads(json.dumps(engine.notes)))
-            guards = Guards(config(guard=guard or Guard()), engine)
+            guards = Guards(config(guard=guard or GuardSection()), engine)
         try:
             guards.check(step, numbers, found)
         except Stop as stop:
@@ -68,7 +68,7 @@ def test_the_moving_average_of_the_kl_is_held_to_the_budget():
     assert step == want > 3 and "over guard.kl_budget = 0.1" in str(stop) and stop.restore is None
     assert stops_at(kl(*[0.099] * 50)) is None
     assert (
-        stops_at(kl(5.0, 5.0), guard=Guard(kl_budget=0.0)) is None
+        stops_at(kl(5.0, 5.0), guard=GuardSection(kl_budget=0.0)) is None
         and stops_at([({}, {})] * 3) is None
     )
 
@@ -105,7 +105,7 @@ def test_two_failures_in_a_row_name_the_last_step_that_passed(values, want):
 
 def test_without_samples_the_greedy_accuracy_counts():
     found = [({}, {"eval/greedy": v}) for v in (0.5, 0.3, 0.3)]
-    assert stops_at(found)[0] == 3 and stops_at(found, guard=Guard(utility_drop=0.0)) is None
+    assert stops_at(found)[0] == 3 and stops_at(found, guard=GuardSection(utility_drop=0.0)) is None
 
 
 @pytest.mark.parametrize("resume_at", range(2, 7))
@@ -126,8 +126,11 @@ def test_a_restored_checkpoint_brings_its_own_notes():
 @pytest.mark.parametrize(
     "parts, says",
     [
-        (dict(calibration=Calibration(mode="undistillable", strength=0.5)), "no interior optimum"),
-        (dict(reference=Reference(estimator="k3_loss")), "descends the forward KL"),
+        (
+            dict(calibration=CalibrationSection(mode="undistillable", strength=0.5)),
+            "no interior optimum",
+        ),
+        (dict(reference=ReferenceSection(estimator="k3_loss")), "descends the forward KL"),
     ],
 )
 def test_dangerous_recipes_warn(parts, says):
@@ -139,8 +142,10 @@ def test_dangerous_recipes_warn(parts, says):
 def test_ordinary_recipes_do_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Guards(config(calibration=Calibration(mode="distillable")), SimpleNamespace(notes={}))
         Guards(
-            config(calibration=Calibration(mode="undistillable", denominator="reference")),
+            config(calibration=CalibrationSection(mode="distillable")), SimpleNamespace(notes={})
+        )
+        Guards(
+            config(calibration=CalibrationSection(mode="undistillable", denominator="reference")),
             SimpleNamespace(notes={}),
         )

@@ -25,10 +25,12 @@ from reflux.trainer.calibration.rewards import (
     task_advantage,
     winsorise,
 )
-from reflux.trainer.config.sections import Calibration
+from reflux.trainer.config.sections import CalibrationSection
 
 SEEDS = st.integers(0, 2**32 - 1)
-RAW = Calibration(mode="distillable", winsor=0.0, span_clip=0.0, std_floor=0.0, cal_gate="none")
+RAW = CalibrationSection(
+    mode="distillable", winsor=0.0, span_clip=0.0, std_floor=0.0, cal_gate="none"
+)
 
 
 def scored(proxy, own, stop, n_bytes, counts, span, cal) -> CalScore:
@@ -53,7 +55,7 @@ def score(value: float, n_bytes: int = 10, span=None, stop: float = 0.0) -> CalS
     return CalScore(value, value, span_value, np.arange(len(span_value)), stop, n_bytes, 0.0, True)
 
 
-def group(seed: int, P: int = 3, G: int = 6, cal: Calibration = RAW):
+def group(seed: int, P: int = 3, G: int = 6, cal: CalibrationSection = RAW):
     """Random rewards, spans and lengths; about one rollout in eight unaligned."""
     rng = np.random.default_rng(seed)
     task = rng.integers(0, 2, (P, G)).astype(float)
@@ -87,7 +89,7 @@ def test_sequence_score_by_hand():
     proxy, own, cal = (
         np.array([-1.0, -2.0, -30.0]),
         np.array([-2.0, -1.0, -1.0]),
-        Calibration(span_clip=10.0),
+        CalibrationSection(span_clip=10.0),
     )
     arguments = (proxy, own, 0.5, 5, (6, 3), np.array([0, 1, 2]))
     s = scored(*arguments, cal)
@@ -104,7 +106,7 @@ def test_sequence_score_by_hand():
 
 
 def test_an_empty_text_is_worth_its_stop():
-    s = scored(np.zeros(0), np.zeros(0), -0.25, 0, (0, 0), np.zeros(0, int), Calibration())
+    s = scored(np.zeros(0), np.zeros(0), -0.25, 0, (0, 0), np.zeros(0, int), CalibrationSection())
     assert s.value == s.raw == -0.25 and s.clipped == 0
     for norm in ("per_byte", "per_token"):
         assert np.isfinite(
@@ -115,7 +117,7 @@ def test_an_empty_text_is_worth_its_stop():
                 0,
                 (0, 0),
                 np.zeros(0, int),
-                Calibration(score_norm=norm),
+                CalibrationSection(score_norm=norm),
             ).value
         )
 
@@ -185,8 +187,8 @@ def test_off_is_plain_grpo_bit_for_bit(credit, seed):
 @pytest.mark.parametrize("credit", ["sequence", "span"])
 @given(seed=SEEDS, eta=st.floats(0.01, 2.0))
 def test_the_other_word_negates_the_calibration_part_and_nothing_else(credit, seed, eta):
-    task, correct, lengths, scores = group(seed, cal=Calibration())
-    cal = Calibration(credit=credit)
+    task, correct, lengths, scores = group(seed, cal=CalibrationSection())
+    cal = CalibrationSection(credit=credit)
     plus, minus = (flat(advantages(task, correct, lengths, scores, cal, e)) for e in (eta, -eta))
     plain = flat(advantages(task, correct, lengths, None, cal, 0.0))
     # a rounding of a large sum, not more
@@ -264,7 +266,12 @@ def test_joint_normalisation_leaves_masked_rollouts_with_their_task_reward():
 @given(SEEDS)
 def test_unscored_rollouts_get_the_task_and_give_nothing(seed):
     task, correct, lengths, scores = group(seed)
-    for cal in (RAW, Calibration(), Calibration(credit="span"), Calibration(normalise="joint")):
+    for cal in (
+        RAW,
+        CalibrationSection(),
+        CalibrationSection(credit="span"),
+        CalibrationSection(normalise="joint"),
+    ):
         a = advantages(task, correct, lengths, scores, cal, 0.5)
         junk = replace(UNALIGNED, value=1e9, raw=1e9, n_bytes=10**6, span_value=np.array([1e9]))
         b = advantages(
@@ -291,7 +298,7 @@ def test_std_cal_nats_is_what_eta_is_divided_by(norm, n_bytes, spread):
     """The margin guard needs eta per nat: winsorised, floored and per sequence, as equation (3)
     used it.
     """
-    cal = Calibration(score_norm=norm, span_clip=0.0)
+    cal = CalibrationSection(score_norm=norm, span_clip=0.0)
     nats = spread * np.array([[-1.0, 0.5, 0.2, 0.9, -0.6, 1000.0]])  # the last one is winsorised
     scores = [[replace(score(x / n_bytes), n_bytes=n_bytes, raw=x) for x in nats[0]]]
     adv = advantages(

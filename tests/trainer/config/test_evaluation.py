@@ -6,7 +6,7 @@ import tomllib
 
 import pytest
 
-from reflux.trainer.config.evaluation import Accept
+from reflux.trainer.config.evaluation import AcceptSection
 from reflux.trainer.config.loader import fill, load, to_toml
 from reflux.trainer.config.schema import Config
 
@@ -154,12 +154,12 @@ def test_named_tables_are_read_written_and_overridden(tmp_path):
     (tmp_path / "x.toml").write_text(GATE)
     cfg = load(tmp_path / "x.toml", ("accept.teacher.max_drop=0.05", "accept.third.min=0.3"))
     assert cfg.accept == {
-        "teacher": Accept(metric="greedy", against="runs/original", max_drop=0.05),
-        "student": Accept(run="runs/student", against="runs/baseline", max_change=-0.5),
-        "third": Accept(min=0.3),
+        "teacher": AcceptSection(metric="greedy", against="runs/original", max_drop=0.05),
+        "student": AcceptSection(run="runs/student", against="runs/baseline", max_change=-0.5),
+        "third": AcceptSection(min=0.3),
     }
     assert fill(Config, tomllib.loads(to_toml(cfg)), "again") == cfg
     assert fill(cfg, {"accept": {"third": {"min": 0.4}}}, "--set").accept == cfg.accept | {
-        "third": Accept(min=0.4)
+        "third": AcceptSection(min=0.4)
     }
     assert [rule.threshold for rule in cfg.accept.values()] == ["max_drop", "max_change", "min"]

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reflux.trainer.config.distillation import Distill
+from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.config.loader import as_table, deep_merge, fill, load, to_toml
 from reflux.trainer.config.schema import TITAN_SECTIONS, Config, sections
-from reflux.trainer.config.sections import Task
+from reflux.trainer.config.sections import TaskSection
 
 MINIMAL = (
     'phase = "distill"\nfolder = "r"\nmodel.path = "m"\nteacher.path = "t"\ndata.source = "d"\n'
@@ -332,9 +332,16 @@ def test_a_byte_order_mark_is_no_key(tmp_path):
 
 RECIPE = """
 from reflux.trainer.config.schema import Config
-from reflux.trainer.config.sections import Data, Frozen, Model
+from reflux.trainer.config.sections import DataSection, FrozenSection, ModelSection
 def config():
-    return Config("distill", "r", model=Model("m"), teacher=Frozen("t"), data=Data("d"), titan={"training": {"seq_len": 8}})
+    return Config(
+        "distill",
+        "r",
+        model=ModelSection("m"),
+        teacher=FrozenSection("t"),
+        data=DataSection("d"),
+        titan={"training": {"seq_len": 8}},
+    )
 """
 
 
@@ -375,5 +382,7 @@ def test_torchtitans_sections_are_kept_unread():
 
 
 def test_a_dataclass_alone_can_be_filled():
-    assert fill(Distill, {"top_k": 4, "tail": "bucket"}, "x", "distill.").top_k == 4
-    assert fill(Task("math"), {"options": {"a": 1}}, "x", "task.") == Task("math", {"a": 1})
+    assert fill(DistillSection, {"top_k": 4, "tail": "bucket"}, "x", "distill.").top_k == 4
+    assert fill(TaskSection("math"), {"options": {"a": 1}}, "x", "task.") == TaskSection(
+        "math", {"a": 1}
+    )

@@ -8,7 +8,7 @@ import pytest
 
 from reflux.trainer.config.loader import fill, load
 from reflux.trainer.config.schema import Config, sections
-from reflux.trainer.config.sections import Calibration
+from reflux.trainer.config.sections import CalibrationSection
 from reflux.trainer.matrix import read_matrix
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.toml"))
@@ -156,7 +156,7 @@ def test_calibrate_refuses(wrong, says):
         ({"objective": "span", "temperature": 2.0}, "temperature = 2.0 needs objective = 'kl'"),
         (
             {"objective": "class", "partition": "prefix", "tail": "bucket", "top_k": 8},
-            "only bound these masses from below",
+            "only bounds these masses from below",
         ),
         (
             {"objective": "class", "partition": "common", "tail": "renorm", "top_k": 8},
@@ -274,7 +274,7 @@ def test_sft_on_given_text_needs_no_teacher_and_calibration_off_no_proxy():
 
 def test_the_word_alone_is_the_sign():
     eta = {
-        mode: Calibration(mode=mode, strength=0.3).eta
+        mode: CalibrationSection(mode=mode, strength=0.3).eta
         for mode in ("off", "distillable", "undistillable")
     }
     assert eta == {"off": 0.0, "distillable": 0.3, "undistillable": -0.3}

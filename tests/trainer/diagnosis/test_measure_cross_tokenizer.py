@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from runs import config, run_here, run_ranks
 from transformers import AutoModelForCausalLM
 
-from reflux.tokenalign.class_losses import pools_of
-from reflux.tokenalign.vocab_map import ClassMap
-from reflux.trainer.config.distillation import Distill
+from reflux.tokenalign.class_losses import partition_index
+from reflux.tokenalign.vocab_map import Partition
+from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.graders import Grade
@@ -74,16 +74,16 @@ def outputs(g, T, V, D=5):
 def test_classes_of_one_id_each_are_the_vocabulary(seed, T, mode):
     g, V = torch.Generator().manual_seed(seed), 23
     student, teacher = outputs(g, T, V), outputs(g, T, V)
-    pools = pools_of(
-        ClassMap(
+    partition = partition_index(
+        Partition(
             "prefix", np.arange(V, dtype=np.int32), np.arange(V, dtype=np.int32), V, V - 1, "a", "b"
         )
     )
     type_V = torch.randint(len(TYPES), (V,), generator=g)
     for got, want in zip(
         *(
-            vars(kl_profile(student, teacher, mode, type_V, len(TYPES), pools=p)).values()
-            for p in (pools, None)
+            vars(kl_profile(student, teacher, mode, type_V, len(TYPES), partition=p)).values()
+            for p in (partition, None)
         )
     ):
         assert (
@@ -92,7 +92,7 @@ def test_classes_of_one_id_each_are_the_vocabulary(seed, T, mode):
             else torch.allclose(got, want, rtol=1e-9, atol=1e-11)
         )
     for got, want in zip(
-        *(vars(top_overlap(student, teacher, 4, p)).values() for p in (pools, None))
+        *(vars(top_overlap(student, teacher, 4, p)).values() for p in (partition, None))
     ):
         assert torch.allclose(got, want, rtol=1e-9, atol=1e-11)
 
@@ -377,7 +377,8 @@ def test_what_two_tokenizers_are_told_to_do_is_a_config_that_exists(across):
     options = dict(re.findall(r"(\w+) = '(\w+)'", advice))
     assert options == {"objective": "class", "partition": "common", "tail": "bucket"}
     assert (
-        Distill(**options, top_k=int(re.search(r"top_k = (\d+)", advice)[1])).objective == "class"
+        DistillSection(**options, top_k=int(re.search(r"top_k = (\d+)", advice)[1])).objective
+        == "class"
     )
     found["across"]["common_mass"]["teacher"] = 0.6
     advice = verdict(found)[0]["advice"]
@@ -428,7 +429,7 @@ def test_classes_have_the_type_of_their_shortest_token(talkers):
     student, teacher = Chat(str(talkers / "policy")), Chat(str(talkers / "proxy"))
     pair = pair_of(student, teacher, (student.vocab_size, teacher.vocab_size), torch.device("cpu"))
     of_class = {}
-    for i, c in zip(pair.pools.student.id_M.tolist(), pair.pools.student.class_M.tolist()):
+    for i, c in zip(pair.partition.student.id_M.tolist(), pair.partition.student.class_M.tolist()):
         if student.table.kind[i] == 0 and i not in student.stop_ids:
             of_class.setdefault(c, []).append(
                 (len(student.table.pieces[i]), pair.student_type_V[i])
@@ -441,7 +442,9 @@ def test_classes_have_the_type_of_their_shortest_token(talkers):
         TYPES[
             int(
                 pair.class_type_N[
-                    pair.pools.student.class_M[list(pair.pools.student.id_M).index(student.stop_id)]
+                    pair.partition.student.class_M[
+                        list(pair.partition.student.id_M).index(student.stop_id)
+                    ]
                 ]
             )
         ]

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from reflux.kernels.teacher_topk import teacher_topk_ref
 from reflux.tokenalign import vocab_map
-from reflux.tokenalign.class_losses import class_kl, hybrid, pools_of, uld
+from reflux.tokenalign.class_losses import class_kl, hybrid, partition_index, uld
 from reflux.tokenalign.projection import Projection
 from reflux.tokenalign.vocab_map import Vocabulary
-from reflux.trainer.config.schema import Distill as DistillConfig
+from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.distillation.phase import Distill
 
@@ -326,7 +326,7 @@ def class_loss_of(student: Chat, teacher: Chat, kind: str, z_SV, u_SW, options) 
     sides = Vocabulary(student.table, student.stop_ids), Vocabulary(teacher.table, teacher.stop_ids)
     T = options.get("temperature", 1.0)
     given = {
-        "mode": options.get("divergence", "reverse"),
+        "divergence": options.get("divergence", "reverse"),
         "beta": options.get("beta", 0.5),
         "temperature": T,
     }
@@ -334,14 +334,14 @@ def class_loss_of(student: Chat, teacher: Chat, kind: str, z_SV, u_SW, options) 
         return uld(z_SV, u_SW).sum()
     if kind == "kept":
         kept = teacher_topk_ref(u_SW, torch.eye(u_SW.shape[1], dtype=u_SW.dtype), 6)
-        return class_kl(z_SV, kept, pools_of(vocab_map.common(*sides)), **given).sum()
+        return class_kl(z_SV, kept, partition_index(vocab_map.common(*sides)), **given).sum()
     built = (
         Projection.build(*sides)
         if kind == "projection"
         else getattr(vocab_map, "common" if kind == "hybrid" else kind)(*sides)
     )
     loss = hybrid if kind == "hybrid" else class_kl
-    return loss(z_SV, u_SW, pools_of(built), **given).sum() * (
+    return loss(z_SV, u_SW, partition_index(built), **given).sum() * (
         T**2 if options.get("scale_t2") else 1
     )
 
@@ -387,7 +387,9 @@ def test_class_losses_compare_both_models_where_both_have_read_the_same_bytes(
         total += float(class_loss_of(*chats, kind, z_SV, u_SW, options))
         tokens, places = tokens + len(r.ids), places + len(view.own_place)
     assert run.steps[0]["loss"] == pytest.approx(total / tokens, rel=1e-4)
-    assert run.steps[0]["places"] == pytest.approx(places / tokens) and 0 < places <= tokens
+    assert (
+        run.steps[0]["aligned_positions"] == pytest.approx(places / tokens) and 0 < places <= tokens
+    )
 
 
 def test_classes_of_one_vocabulary_are_its_tokens_the_stop_included(talkers, tmp_path):
@@ -408,7 +410,7 @@ def test_classes_of_one_vocabulary_are_its_tokens_the_stop_included(talkers, tmp
         for objective in ("kl", "class")
     ]
     for kl, classes in zip(*(run.steps for run in runs)):
-        assert classes["places"] == 1 and all(
+        assert classes["aligned_positions"] == 1 and all(
             classes[key] == pytest.approx(kl[key], rel=1e-3) for key in KL_KEYS
         )
 
@@ -700,7 +702,7 @@ def test_the_student_answers_its_share_of_every_step(share):
     right on average.
     """
     phase = object.__new__(Distill)
-    phase.spec = DistillConfig(on_policy=share)
+    phase.spec = DistillSection(on_policy=share)
     phase.cfg = SimpleNamespace(seed=1, rollout=SimpleNamespace(prompts=10))
     assert {len(phase._on_policy_slots(step)) for step in range(50)} == {round(10 * share)}
     phase.cfg.rollout.prompts = 3

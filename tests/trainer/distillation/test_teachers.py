@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from vocab_pairs import table_of
 
-from reflux.trainer.config.distillation import Distill
+from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.distillation.teachers import _class_loss
 
 
@@ -19,7 +19,7 @@ def test_a_student_whose_rest_is_control_ids_is_not_sent_there(classes):
 
     def load(*pieces):
         return _class_loss(
-            Distill(objective="class", classes=classes, on_policy=0.0),
+            DistillSection(objective="class", classes=classes, on_policy=0.0),
             chat_of(*pieces),
             chat_of(b"a", b"b", b"ab"),
             SimpleNamespace(vocab_size=len(pieces) + 2, device="cpu"),

@@ -6,7 +6,7 @@ import json
 
 from runs import config, write_data
 
-from reflux.trainer.config.evaluation import Accept
+from reflux.trainer.config.evaluation import AcceptSection
 from reflux.trainer.evaluation.acceptance import judge
 from reflux.trainer.evaluation.metrics import compare, measure, metric_values
 from reflux.trainer.evaluation.report import write_evaluation
@@ -58,8 +58,8 @@ def report(tmp_path, rows, differences=None, **parts):
 def test_everything_there_is_to_say(tmp_path):
     rows = answers(6)
     verdicts = [
-        judge("good", Accept(metric="greedy", min=0.5), rows),
-        judge("bad", Accept(metric="greedy", min=0.7), rows),
+        judge("good", AcceptSection(metric="greedy", min=0.5), rows),
+        judge("bad", AcceptSection(metric="greedy", min=0.7), rows),
     ]
     differences = {
         "greedy": compare(metric_values(rows, "greedy"), metric_values(answers(0), "greedy"))

@@ -5,10 +5,16 @@ import tomllib
 import pytest
 import yaml
 
-from reflux.trainer.config.distillation import Distill
+from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.config.loader import fill
 from reflux.trainer.config.schema import Config
-from reflux.trainer.config.sections import Calibration, Data, Frozen, Model, Task
+from reflux.trainer.config.sections import (
+    CalibrationSection,
+    DataSection,
+    FrozenSection,
+    ModelSection,
+    TaskSection,
+)
 from reflux.trainer.runs.model_card import model_card
 
 
@@ -16,11 +22,11 @@ def config(phase="calibrate", model="models/a: b #1", **parts) -> Config:
     return Config(
         phase,
         "r",
-        model=Model(model),
-        teacher=Frozen("the-teacher"),
-        proxy=Frozen("the-proxy"),
-        data=Data("train.jsonl"),
-        task=Task("math"),
+        model=ModelSection(model),
+        teacher=FrozenSection("the-teacher"),
+        proxy=FrozenSection("the-proxy"),
+        data=DataSection("train.jsonl"),
+        task=TaskSection("math"),
         **parts,
     )
 
@@ -29,17 +35,17 @@ def config(phase="calibrate", model="models/a: b #1", **parts) -> Config:
     "cfg, says",
     [
         (
-            config(calibration=Calibration("undistillable", 0.25)),
+            config(calibration=CalibrationSection("undistillable", 0.25)),
             ["Calibrated teacher: undistillable, strength 0.25", "`the-proxy`", "beta 0.04"],
         ),
-        (config(calibration=Calibration("off")), ["task reward only (eta = 0)", "`math`"]),
+        (config(calibration=CalibrationSection("off")), ["task reward only (eta = 0)", "`math`"]),
         (
             config("distill"),
             ["Distilled student", "`the-teacher`", "reverse KL, tail full, 100% on-policy"],
         ),
         *(
             (
-                config("distill", distill=Distill(objective, on_policy=0.0)),
+                config("distill", distill=DistillSection(objective, on_policy=0.0)),
                 ["Distilled student", story],
             )
             for objective, story in (
@@ -49,7 +55,7 @@ def config(phase="calibrate", model="models/a: b #1", **parts) -> Config:
             )
         ),
         (
-            config("distill", distill=Distill("nll", source="dataset", on_policy=0.0)),
+            config("distill", distill=DistillSection("nll", source="dataset", on_policy=0.0)),
             ["Fine-tuned model", "on `train.jsonl`"],
         ),
     ],
@@ -75,5 +81,7 @@ def test_what_a_card_says(cfg, says):
 
 
 def test_mode_off_does_not_name_a_proxy_it_never_read():
-    story = model_card(config(calibration=Calibration("off")), {}).partition("## Configuration")[0]
+    story = model_card(config(calibration=CalibrationSection("off")), {}).partition(
+        "## Configuration"
+    )[0]
     assert "the-proxy" not in story and "the-teacher" not in story

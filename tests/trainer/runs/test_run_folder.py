@@ -7,10 +7,17 @@ from dataclasses import replace
 
 import pytest
 
+from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.config.loader import load
-from reflux.trainer.config.distillation import Distill
 from reflux.trainer.config.schema import Config
-from reflux.trainer.config.sections import Data, Frozen, Guard, Model, Optim, Reference
+from reflux.trainer.config.sections import (
+    DataSection,
+    FrozenSection,
+    GuardSection,
+    ModelSection,
+    OptimSection,
+    ReferenceSection,
+)
 from reflux.trainer.runs import run_folder
 from reflux.trainer.runs.run_folder import save_config, settle
 
@@ -21,9 +28,9 @@ def config(folder, **changes) -> Config:
         str(folder),
         steps=3,
         on_existing_run="resume",
-        model=Model("m"),
-        teacher=Frozen("t"),
-        data=Data("d"),
+        model=ModelSection("m"),
+        teacher=FrozenSection("t"),
+        data=DataSection("d"),
         titan={"training": {"seq_len": 64}, "checkpoint": {"interval": 5}},
     )
     return replace(base, **changes)
@@ -61,7 +68,7 @@ def test_a_checkpoint_alone_is_a_run(tmp_path):
 
 
 def test_new_never_uses_a_folder_that_exists(run, tmp_path):
-    fresh = replace(run, on_existing_run="new", optim=Optim(lr=1.0))
+    fresh = replace(run, on_existing_run="new", optim=OptimSection(lr=1.0))
     assert settle(fresh) == replace(fresh, folder=str(tmp_path / "run-2"))
     (tmp_path / "run-2").mkdir()
     (tmp_path / "run-3").write_text("a file")
@@ -71,7 +78,10 @@ def test_new_never_uses_a_folder_that_exists(run, tmp_path):
 
 def test_resume_may_go_on_longer_and_watch_more_closely(run):
     longer = replace(
-        run, steps=9, guard=Guard(kl_budget=0.2), titan=run.titan | {"checkpoint": {"interval": 1}}
+        run,
+        steps=9,
+        guard=GuardSection(kl_budget=0.2),
+        titan=run.titan | {"checkpoint": {"interval": 1}},
     )
     assert settle(run) == run and settle(longer) == longer
 
@@ -79,16 +89,16 @@ def test_resume_may_go_on_longer_and_watch_more_closely(run):
 @pytest.mark.parametrize(
     "change, named",
     [
-        (dict(optim=Optim(lr=1.0)), ["optim.lr"]),
+        (dict(optim=OptimSection(lr=1.0)), ["optim.lr"]),
         (dict(seed=5), ["seed"]),
-        (dict(model=Model("other")), ["model.path"]),
+        (dict(model=ModelSection("other")), ["model.path"]),
         (
-            dict(distill=Distill(beta=0.4), reference=Reference(beta=1.0)),
+            dict(distill=DistillSection(beta=0.4), reference=ReferenceSection(beta=1.0)),
             ["reference.beta", "distill.beta"],
         ),
-        (dict(data=Data("d", limit=3)), ["data.limit"]),
+        (dict(data=DataSection("d", limit=3)), ["data.limit"]),
         (dict(titan={"training": {"seq_len": 128}}), ["training.seq_len"]),
-        (dict(data=Data("d", columns={"q": "question"})), ["data.columns.q"]),
+        (dict(data=DataSection("d", columns={"q": "question"})), ["data.columns.q"]),
     ],
 )
 def test_another_experiment_is_refused_with_the_keys_named(run, change, named):
