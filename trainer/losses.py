@@ -163,9 +163,9 @@ def kept_kl(student: HeadInputs, kept: TopK, spec: DistillSection) -> Loss:
     return result.total, {"kl": result.kl.sum() / _t2(spec), "teacher_mass": kept.logp.exp().sum()}
 
 
-def at_places(out: HeadInputs, place_P: Tensor | None) -> HeadInputs:
+def at_positions(out: HeadInputs, aligned_P: Tensor | None) -> HeadInputs:
     """The outputs at some of the T predictors."""
-    return out if place_P is None else out._replace(hidden_TD=out.hidden_TD[place_P])
+    return out if aligned_P is None else out._replace(hidden_TD=out.hidden_TD[aligned_P])
 
 
 def span_kl(

@@ -201,7 +201,7 @@ def test_inside_a_span_a_teachers_text_is_learned_by_likelihood(pair, tmp_path, 
     for s in seen[0]:
         r, rest = (
             s.rollout,
-            np.setdiff1d(np.arange(len(s.rollout.ids)), s.teacher_views[0].own_place),
+            np.setdiff1d(np.arange(len(s.rollout.ids)), s.teacher_views[0].student_positions),
         )
         logp = logp_of(pair / "proxy", r.prompt_ids, r.ids)
         total, tokens, inner = total - logp[rest].sum(), tokens + len(r.ids), inner + len(rest)

@@ -56,8 +56,8 @@ class TeacherView:
     prompt_ids: tuple[int, ...]
     ids: tuple[int, ...] | None = None  # the response in the teacher's tokens; None: the student's
     # [P] response tokens whose predictions are compared; None: all, one by one
-    own_place: np.ndarray | None = None
-    teacher_place: np.ndarray | None = None  # [P] the same places among the teacher's tokens
+    student_positions: np.ndarray | None = None
+    teacher_positions: np.ndarray | None = None  # [P] the same places among the teacher's tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ class BatchView(NamedTuple):
     position_NL: Tensor
     row_P: Tensor  # flattened positions of its predictors, as Batch.row_T
     # which of the student's T tokens they belong to; None: all of them, in order
-    place_P: Tensor | None
+    aligned_P: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,12 +128,12 @@ class Batch:
             )
         )
 
-    def places(self, teacher: int = 0) -> Tensor | None:
+    def aligned_positions(self, teacher: int = 0) -> Tensor | None:
         """[P] of the student's tokens that the teacher's predictors are compared with; None: all
         T.
         """
         view = self._view(teacher)
-        return None if view is None else view.place_P
+        return None if view is None else view.aligned_P
 
     def _view(self, teacher: int) -> BatchView | None:
         return self.teacher_views[teacher] if teacher < len(self.teacher_views) else None
@@ -206,7 +206,7 @@ def _read_by(
     view = views[teacher] if teacher < len(views) else None
     if view is None:
         return own.prompt_ids, own.ids, None
-    return view.prompt_ids, own.ids if view.ids is None else view.ids, view.teacher_place
+    return view.prompt_ids, own.ids if view.ids is None else view.ids, view.teacher_positions
 
 
 def _width(row: list[Sample]) -> int:
@@ -272,19 +272,19 @@ def _view(rows: list[list[Sample]], teacher: int) -> BatchView | None:
     views = [s.teacher_views[teacher] if teacher < len(s.teacher_views) else None for s in samples]
     if not any(views):
         return None
-    place_P, at = [], 0
+    aligned_P, at = [], 0
     for sample, view in zip(samples, views):
         chosen = (
             np.arange(len(sample.rollout.ids))
-            if view is None or view.own_place is None
-            else view.own_place
+            if view is None or view.student_positions is None
+            else view.student_positions
         )
-        place_P.append(chosen + at)
+        aligned_P.append(chosen + at)
         at += len(sample.rollout.ids)
-    compared = any(v is not None and v.own_place is not None for v in views)
+    compared = any(v is not None and v.student_positions is not None for v in views)
     return BatchView(
         *_lay_out(rows, lambda s: _read_by(s, teacher)),
-        _long(np.concatenate(place_P)) if compared else None,
+        _long(np.concatenate(aligned_P)) if compared else None,
     )
 
 

@@ -35,14 +35,14 @@ FORMS = (
 
 
 class Prompts(Sequence):
-    """Rows seen as prompts, each read when it is asked for. `place(i)` says in words where row i
+    """Rows seen as prompts, each read when it is asked for. `location(i)` says in words where row i
     comes from.
     """
 
     def __init__(
-        self, rows: Sequence[Mapping], columns: Mapping[str, str], place: Callable[[int], str]
+        self, rows: Sequence[Mapping], columns: Mapping[str, str], location: Callable[[int], str]
     ):
-        self._rows, self._columns, self._place = rows, columns, place
+        self._rows, self._columns, self._location = rows, columns, location
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -51,14 +51,16 @@ class Prompts(Sequence):
         if not -len(self) <= i < len(self):
             raise IndexError(f"prompt {i} of {len(self)}")
         i = i % len(self)
-        return _prompt(i, self._rows[i], self._columns, self._place(i))
+        return _prompt(i, self._rows[i], self._columns, self._location(i))
 
     def batch(self, step: int, count: int, *, seed: int, shuffle: bool = True) -> list[Prompt]:
-        """The global batch of a step (from 0); see `places`."""
-        return [self[i] for i in places(len(self), step, count, seed=seed, shuffle=shuffle)]
+        """The global batch of a step (from 0); see `epoch_indices`."""
+        return [self[i] for i in epoch_indices(len(self), step, count, seed=seed, shuffle=shuffle)]
 
 
-def places(length: int, step: int, count: int, *, seed: int, shuffle: bool = True) -> list[int]:
+def epoch_indices(
+    length: int, step: int, count: int, *, seed: int, shuffle: bool = True
+) -> list[int]:
     """Rows of the global batch of a step (from 0): entries step*count ... (step+1)*count - 1 of the
     endless sequence epoch 0, epoch 1, ..., each epoch its own permutation of all `length` rows. A
     pure function of its arguments: nothing to checkpoint, and the same on every rank of any number
@@ -123,11 +125,11 @@ def load_prompts(
             )
     if limit is not None and limit < 1:
         raise ValueError(f"limit = {limit}; want at least 1, or none")
-    rows, place = _open(source, split, limit)
+    rows, location = _open(source, split, limit)
     if not len(rows):
         raise ValueError(f"{source}: no rows")
-    first = rows.column_names if hasattr(rows, "column_names") else _row(rows[0], place(0))
-    prompts = Prompts(rows, _resolve(columns, list(first), source), place)
+    first = rows.column_names if hasattr(rows, "column_names") else _row(rows[0], location(0))
+    prompts = Prompts(rows, _resolve(columns, list(first), source), location)
     if isinstance(rows, _Lines):
         for _ in prompts:
             pass
@@ -325,15 +327,15 @@ def _resolve(columns: Mapping[str, str], existing: list[str], source: str) -> di
     return roles
 
 
-def _prompt(index: int, row: Mapping, columns: Mapping[str, str], place: str) -> Prompt:
+def _prompt(index: int, row: Mapping, columns: Mapping[str, str], location: str) -> Prompt:
     body = next(iter(columns))
-    if columns[body] not in _row(row, place):
+    if columns[body] not in _row(row, location):
         raise ValueError(
-            f"{place}: no column {columns[body]!r}{nearest(columns[body], row)} "
+            f"{location}: no column {columns[body]!r}{nearest(columns[body], row)} "
             f"There are: {', '.join(map(str, row))}"
         )
-    response = _text(row.get(columns["response"]), f"{place}, column {columns['response']}")
-    where = f"{place}, column {columns[body]}"
+    response = _text(row.get(columns["response"]), f"{location}, column {columns['response']}")
+    where = f"{location}, column {columns[body]}"
     if body == "prompt":
         text = _text(row[columns[body]], where)
         if not text:
@@ -351,15 +353,15 @@ def _prompt(index: int, row: Mapping, columns: Mapping[str, str], place: str) ->
     answer = (
         str(answer)
         if isinstance(answer, int | float)
-        else _text(answer, f"{place}, column {columns['answer']}")
+        else _text(answer, f"{location}, column {columns['answer']}")
     )
     extra = {key: value for key, value in row.items() if key not in columns.values()}
     return Prompt(index, messages, answer, response, extra)
 
 
-def _row(row: Any, place: str) -> Mapping:
+def _row(row: Any, location: str) -> Mapping:
     if not isinstance(row, Mapping):
-        raise ValueError(f"{place}: {_show(row)}; want a row, a mapping of columns")
+        raise ValueError(f"{location}: {_show(row)}; want a row, a mapping of columns")
     return row
 
 

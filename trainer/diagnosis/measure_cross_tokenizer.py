@@ -26,7 +26,7 @@ from reflux.tokenalign.vocab_map import Vocabulary, common, prefix
 from reflux.trainer.data.batch import Rollout, Sample, TeacherView, pack
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.graders import Grade
-from reflux.trainer.losses import HeadInputs, at_places
+from reflux.trainer.losses import HeadInputs, at_positions
 from reflux.trainer.rollouts.scoring import Aligned, TextScore, align_texts, score_ids
 from reflux.trainer.runs.progress import Advance, ignore
 
@@ -215,7 +215,7 @@ def _measure_places(
         pack(samples, tokens=tokens, seq_len=engine.seq_len, joined=joined)
     ):
         batch = batch.to(engine.device)
-        place_P = batch.places()
+        aligned_P = batch.aligned_positions()
         with (
             engine.forward_no_grad(engine, batch, pair.partition.student.num_ids) as student,
             engine.forward_no_grad(
@@ -223,7 +223,7 @@ def _measure_places(
             ) as other,
             torch.no_grad(),
         ):
-            outputs = at_places(student, place_P), other
+            outputs = at_positions(student, aligned_P), other
             profiles = {
                 d: on_host(
                     kl_profile(*outputs, d, pair.class_type_N, len(TYPES), partition=pair.partition)
@@ -236,8 +236,8 @@ def _measure_places(
             common_P2 = _common_mass(outputs, pair.shared)
         which_P = (
             batch.sample_T.cpu().numpy()[:0]
-            if place_P is None
-            else batch.sample_T[place_P].cpu().numpy()
+            if aligned_P is None
+            else batch.sample_T[aligned_P].cpu().numpy()
         )
         for i in np.unique(batch.sample_T.cpu().numpy()):
             rows = np.flatnonzero(which_P == i)

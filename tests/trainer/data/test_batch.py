@@ -134,7 +134,7 @@ def test_each_teacher_predicts_from_its_own_past_at_the_compared_places(samples_
     for batch in pack(samples_N, tokens=tokens, seq_len=SEQ_LEN, joined=joined):
         order = list(dict.fromkeys(batch.sample_T.tolist()))
         for teacher in range(2):
-            view, places = batch.for_teacher(teacher), batch.places(teacher)
+            view, places = batch.for_teacher(teacher), batch.aligned_positions(teacher)
             known = states(view.input_NL, view.position_NL)
             got = [known[row] for row in view.row_T.tolist()]
             rows = torch.arange(batch.tokens) if places is None else places
@@ -149,9 +149,15 @@ def test_each_teacher_predicts_from_its_own_past_at_the_compared_places(samples_
                     else (v.prompt_ids, r.ids if v.ids is None else v.ids)
                 )
                 all_of_them = past(prompt, ids)
-                chosen = range(len(r.ids)) if v is None or v.own_place is None else v.own_place
+                chosen = (
+                    range(len(r.ids))
+                    if v is None or v.student_positions is None
+                    else v.student_positions
+                )
                 theirs = (
-                    range(len(ids)) if v is None or v.teacher_place is None else v.teacher_place
+                    range(len(ids))
+                    if v is None or v.teacher_positions is None
+                    else v.teacher_positions
                 )
                 wanted += [all_of_them[k] for k in theirs]
                 mine += [int((batch.sample_T == i).nonzero()[k, 0]) for k in chosen]
@@ -250,7 +256,7 @@ def test_a_batch_moves_with_its_teacher_view():
     assert batch.for_teacher(1).input_NL.tolist() == [[3, 4]] and batch.for_teacher(
         1
     ).row_T.tolist() == [1]
-    assert batch.places(1) is None and all(
+    assert batch.aligned_positions(1) is None and all(
         batch.for_teacher(i).input_NL.tolist() == [[1]] for i in (0, 2)
     )
 

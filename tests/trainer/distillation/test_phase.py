@@ -375,7 +375,7 @@ def test_class_losses_compare_both_models_where_both_have_read_the_same_bytes(
             models,
             (r.prompt_ids, view.prompt_ids),
             (r.ids, view.ids),
-            (view.own_place, view.teacher_place),
+            (view.student_positions, view.teacher_positions),
         ):
             with torch.no_grad():
                 logits.append(
@@ -385,7 +385,7 @@ def test_class_losses_compare_both_models_where_both_have_read_the_same_bytes(
                 )
         z_SV, u_SW = (x[:, : c.vocab_size] for x, c in zip(logits, chats))
         total += float(class_loss_of(*chats, kind, z_SV, u_SW, options))
-        tokens, places = tokens + len(r.ids), places + len(view.own_place)
+        tokens, places = tokens + len(r.ids), places + len(view.student_positions)
     assert run.steps[0]["loss"] == pytest.approx(total / tokens, rel=1e-4)
     assert (
         run.steps[0]["aligned_positions"] == pytest.approx(places / tokens) and 0 < places <= tokens
