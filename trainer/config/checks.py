@@ -1,6 +1,4 @@
-"""What several tables of a configuration ask of their numbers; each raises ValueError with what is
-wanted.
-"""
+"""Ranges of numbers in a table of a configuration; ValueError with the range outside of it."""
 
 from typing import Any
 

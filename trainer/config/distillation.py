@@ -1,4 +1,4 @@
-"""The table [distill] of a configuration, and the combinations it refuses."""
+"""The table [distill] of a configuration, and the combinations that it does not accept."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,28 +12,29 @@ class DistillSection:
     objective: Literal["nll", "kl", "span", "class"] = "kl"
     divergence: Literal["forward", "reverse", "jsd", "skew_forward", "skew_reverse"] = "reverse"
     beta: float = 0.5  # jsd, skew: weight of the teacher in the mixture
-    # what becomes of the teacher outside its top k
+    # what becomes of the teacher's probability outside its top-k
     tail: Literal["full", "bucket", "renorm", "drop"] = "full"
-    top_k: int = 0  # kept teacher entries per token; 0 with tail = full
+    top_k: int = 0  # teacher tokens known per position; 0 with tail = full
     temperature: float = 1.0  # both softmaxes
     scale_t2: bool = False  # multiply the loss by temperature squared
-    source: Literal["dataset", "teacher"] = "teacher"  # who wrote the off-policy texts
-    on_policy: float = 1.0  # share of prompts answered by the student itself (GKD's lambda)
-    correct_only: bool = False  # keep off-policy texts that the task's verifier accepts
+    source: Literal["dataset", "teacher"] = "teacher"  # which of them off-policy texts come from
+    on_policy: float = 1.0  # fraction of prompts answered by the student itself (GKD's lambda)
+    correct_only: bool = False  # use only off-policy texts that the grader accepts
     nll_weight: float = 0.0  # adds this times the negative log-likelihood of off-policy texts
-    # objective = "class": the same for their tokens at which no distributions can be compared
+    # objective = "class": the same for their tokens at positions that are not aligned
     inner_weight: float = 1.0
-    # texts bought from the teacher before the first step and then reused; 0: fresh ones every step
+    # teacher texts sampled before the first step and then reused; 0: new ones every step
     query_budget: int = 0
     span_temperature: float = 100.0  # of the binarised span likelihoods (arXiv:2503.20083)
-    # package.module:function(prompt, text) -> text or None, over what teachers write: an attacker's
-    # clean-up
+    # package.module:function(prompt, text) -> text or None, applied to teacher texts: an attacker's
+    # filter
     rewrite: str = ""
-    dedup: bool = False  # of a prompt's teacher texts only those that differ
-    # what objective = "class" compares where both have read the same bytes (docs/tokenalign.md,
+    dedup: bool = False  # of equal teacher texts of a prompt, only the first
+    # the classes that objective = "class" compares at aligned positions (docs/tokenalign.md,
     # "Losses"); uld has no divergence
     partition: Literal["first_byte", "common", "prefix", "projection", "uld", "hybrid"] = "prefix"
-    # folders beside teacher.path, with its dtype; losses are averaged, texts are drawn
+    # folders beside teacher.path, with its dtype; losses are averaged, and each text is sampled by
+    # one teacher, drawn by weight
     more_teachers: tuple[str, ...] = ()
     teacher_weights: tuple[float, ...] = ()  # one per teacher, teacher.path first; empty: equal
 
@@ -41,17 +42,17 @@ class DistillSection:
         fraction(self, "on_policy")
         not_negative(self, "query_budget", "top_k", "nll_weight", "inner_weight")
         above_zero(self, "temperature", "span_temperature")
-        _refuse_meaningless(self)
+        _check_combinations(self)
 
 
-def _refuse_meaningless(d: DistillSection) -> None:
-    """Combinations that run and teach nothing, or the wrong thing (docs/method.md, section
+def _check_combinations(d: DistillSection) -> None:
+    """ValueError for combinations that would train nothing, or the wrong thing (docs/method.md,
     "Refused").
     """
     if d.objective == "nll" and d.on_policy > 0:
         raise ValueError(
             f"objective = 'nll' with on_policy = {d.on_policy}: the likelihood of the student's "
-            "own samples teaches it nothing new. Set on_policy = 0, or objective = 'kl'"
+            "own samples has an expected gradient of zero. Set on_policy = 0, or objective = 'kl'"
         )
     if d.objective not in ("kl", "class") and (d.tail != "full" or d.top_k):
         raise ValueError(
@@ -64,11 +65,11 @@ def _refuse_meaningless(d: DistillSection) -> None:
             "none"
         )
     if d.objective == "class":
-        _refuse_meaningless_partition(d)
+        _check_partition(d)
     if d.rewrite and d.objective == "span":
         raise ValueError(
-            "objective = 'span' reads the teacher's own log-probabilities of its texts; a "
-            "rewritten text has none. Use objective = 'nll', 'kl' or 'class' with rewrite"
+            "objective = 'span' uses the log-probabilities that the teacher sampled its texts "
+            "with; a rewritten text has none. Use objective = 'nll', 'kl' or 'class' with rewrite"
         )
     teachers = 1 + len(d.more_teachers)
     if d.teacher_weights and (len(d.teacher_weights) != teachers or min(d.teacher_weights) <= 0):
@@ -99,14 +100,14 @@ def _refuse_meaningless(d: DistillSection) -> None:
         )
 
 
-def _refuse_meaningless_partition(d: DistillSection) -> None:
+def _check_partition(d: DistillSection) -> None:
     if d.top_k and d.partition not in ("common", "projection", "uld"):
         raise ValueError(
-            f"partition = {d.partition!r} with top_k = {d.top_k}: the top-k only bounds these masses "
-            "from below. Use partition = 'common', or top_k = 0"
+            f"partition = {d.partition!r} with top_k = {d.top_k}: the top-k only bounds these "
+            "masses from below. Use partition = 'common', or top_k = 0"
         )
     if d.top_k and d.tail != "bucket":
         raise ValueError(
-            f"tail = {d.tail!r} with objective = 'class': what is not common belongs to the rest, "
-            "which only tail = 'bucket' keeps"
+            f"tail = {d.tail!r} with objective = 'class': what is not common belongs to the tail "
+            "bucket. Use tail = 'bucket'"
         )

@@ -1,28 +1,40 @@
-"""Files, recipes and `--set` into the frozen dataclasses of config.py. Strangers are refused with
-the nearest key.
+"""Files, recipes and `--set` into the frozen dataclasses of schema.py, and back into TOML. An
+unknown key is an error that names the nearest known one; a renamed key, the new name.
 """
 
 import json
-import math
 import runpy
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from datetime import date, time
-from difflib import get_close_matches
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
+from .fit import fit, nearest, spell
+from .phases import PHASES
 from .schema import TITAN_SECTIONS, Config, sections
+
+RENAMED = {  # the old name of a key or of a section -> the new one
+    "anchor": "reference",
+    "serve": "defence",
+    "calibration.max_unscored": "calibration.max_unaligned",
+    "distill.queries": "distill.query_budget",
+    "distill.classes": "distill.partition",
+    "diagnose.heat": "diagnose.heatmap_texts",
+    "diagnose.share": "diagnose.kl_fraction",
+    "diagnose.top": "diagnose.overlap_k",
+}
+
+CHOICES = {"phase": PHASES}  # keys whose values are the names of a table
 
 
 def load(path: str | Path, sets: tuple[str, ...] = ()) -> Config:
-    """A .toml file, or a .py recipe whose config() returns a Config; then each `--set a.b=value` on
-    top.
+    """The configuration of a .toml file, or of a .py recipe whose config() returns a Config; each
+    `--set a.b=value` is laid on top.
 
-    `base = "other.toml"` at the head of a file lays it over another one, relative to its own
-    folder.
+    `base = "other.toml"` at the head of a file lays it over another one; the name is relative to
+    the file's own folder. Raises ValueError with the file and the key.
     """
     path = Path(path)
     if path.suffix == ".py":
@@ -46,16 +58,12 @@ def _run_recipe(path: Path) -> Config:
 
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict:
-    """The file over its bases. The keys of each are checked alone, so that an error names the file
-    to mend.
-    """
+    """The file over its bases. The keys of each are checked alone: an error names its file."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
-        raise ValueError(
-            f"{path}: no such file{f'; did you mean {path.parent / near[0]}?' if near else ''}"
-        ) from None
+        guess = nearest(path.name, (p.name for p in path.parent.glob("*.toml")), f"{path.parent}/")
+        raise ValueError(f"{path}: no such file{guess}") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from None
     base = table.pop("base", None)
@@ -80,72 +88,70 @@ def deep_merge(low: Mapping, high: Mapping) -> dict:
 
 
 def fill(target: Any, table: Mapping, source: str, prefix: str = "") -> Any:
-    """A copy of `target` (a dataclass, or an instance of one) with the entries of `table`;
-    strangers are refused.
+    """A copy of `target` (a dataclass, or an instance of one) with the entries of `table`.
+
+    source: what an error names, a file or "--set". prefix: the section of `table`, as "optim.".
+    Raises ValueError for unknown and renamed keys, wrong types, and what the dataclass refuses.
     """
-    _check_keys(target if isinstance(target, type) else type(target), table, source, prefix)
+    is_class = isinstance(target, type)
+    _check_keys(target if is_class else type(target), table, source, prefix)
     hints = _hints(target)
-    values = {}
     if prefix == "" and "titan" in hints:
         table = _fold_titan(target, table)
-    for key, value in table.items():
-        name = prefix + key
-        if is_dataclass(hints[key]):
-            values[key] = fill(getattr(target, key, hints[key]), value, source, f"{name}.")
-        elif kind := _named_kind(hints[key]):
-            before = {} if isinstance(target, type) else getattr(target, key)
-            values[key] = {
-                **before,
-                **{
-                    n: fill(before.get(n, kind), t, source, f"{name}.{n}.")
-                    for n, t in value.items()
-                },
-            }
-        else:
-            values[key] = _fit(value, hints[key], f"{source}: {name}")
-    if isinstance(target, type):
-        for f in fields(target):
-            if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
-                raise ValueError(
-                    f"{source}: {prefix}{f.name} is missing; want {_spell(hints[f.name])}"
-                )
+    values = {
+        key: _value(target, key, value, hints[key], source, prefix) for key, value in table.items()
+    }
+    for f in fields(target) if is_class else ():
+        if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
+            names = CHOICES.get(prefix + f.name)
+            wanted = " | ".join(names) if names else spell(hints[f.name])
+            raise ValueError(f"{source}: {prefix}{f.name} is missing; want {wanted}")
     try:
-        return target(**values) if isinstance(target, type) else replace(target, **values)
+        return target(**values) if is_class else replace(target, **values)
     except ValueError as error:  # from __post_init__, which does not know the file
         raise ValueError(f"{source}: {prefix}{error}") from None
 
 
-RENAMED = {  # the old name of a key, or of a section -> the new one
-    "anchor": "reference",
-    "serve": "defence",
-    "calibration.max_unscored": "calibration.max_unaligned",
-    "distill.queries": "distill.query_budget",
-    "distill.classes": "distill.partition",
-    "diagnose.heat": "diagnose.heatmap_texts",
-    "diagnose.share": "diagnose.kl_fraction",
-    "diagnose.top": "diagnose.overlap_k",
-}
+def _value(target: Any, key: str, value: Any, hint: Any, source: str, prefix: str) -> Any:
+    """One entry of a table as its field wants it: a section, a table of sections, or a plain
+    value.
+    """
+    name = prefix + key
+    if is_dataclass(hint):
+        return fill(getattr(target, key, hint), value, source, f"{name}.")
+    if kind := _named_kind(hint):
+        before = {} if isinstance(target, type) else getattr(target, key)
+        return before | {
+            n: fill(before.get(n, kind), t, source, f"{name}.{n}.") for n, t in value.items()
+        }
+    return fit(value, hint, f"{source}: {name}")
 
 
 def _check_keys(target: type, table: Mapping, source: str, prefix: str = "") -> None:
     hints = _hints(target)
     known = sections() if target is Config else tuple(hints)
     for key, value in table.items():
-        name = prefix + key
-        if new := RENAMED.get(name):
-            raise ValueError(f"{source}: {name} is called {new} now")
+        name, hint = prefix + key, hints.get(key)
+        if name in RENAMED:
+            raise ValueError(f"{source}: {_renamed(name)}")
         if key not in known and not (target is Config and key == "titan"):
-            near = get_close_matches(key, known, n=1, cutoff=0.5)  # half of `lr` is one letter
-            guess = f", did you mean {prefix}{near[0]}?" if near else "."
+            guess = nearest(key, known, prefix, cutoff=0.5)  # half of `lr` is one letter
             raise ValueError(f"{source}: unknown key {name}{guess} Known there: {', '.join(known)}")
-        kind = _named_kind(hints.get(key))
-        if key in TITAN_SECTIONS or kind or is_dataclass(hints.get(key)):
+        kind = _named_kind(hint)
+        if key in TITAN_SECTIONS or kind or is_dataclass(hint):
             _require_table(name, value, source)
-        if is_dataclass(hints.get(key)):
-            _check_keys(hints[key], value, source, f"{name}.")
-        for inner, entry in value.items() if kind else ():
-            _require_table(f"{name}.{inner}", entry, source)
-            _check_keys(kind, entry, source, f"{name}.{inner}.")
+        if isinstance(hint, type) and is_dataclass(hint):
+            _check_keys(hint, value, source, f"{name}.")
+        if kind:
+            for inner, entry in value.items():
+                _require_table(f"{name}.{inner}", entry, source)
+                _check_keys(kind, entry, source, f"{name}.{inner}.")
+
+
+def _renamed(name: str) -> str:
+    """A sentence; sections stand in brackets, as in a file."""
+    old, new = (f"[{n}]" if "." not in n else n for n in (name, RENAMED[name]))
+    return f"{old} is called {new} now"
 
 
 def _require_table(name: str, value: Any, source: str) -> None:
@@ -156,7 +162,7 @@ def _require_table(name: str, value: Any, source: str) -> None:
 def _named_kind(hint: Any) -> type | None:
     """The dataclass of a table of named tables ([accept.NAME]); None for any other key."""
     kind = get_args(hint)[-1] if get_origin(hint) is Mapping else None
-    return kind if is_dataclass(kind) else None
+    return kind if isinstance(kind, type) and is_dataclass(kind) else None
 
 
 def _fold_titan(target: Any, table: Mapping) -> dict:
@@ -165,50 +171,6 @@ def _fold_titan(target: Any, table: Mapping) -> dict:
     own = {k: v for k, v in table.items() if k in TITAN_SECTIONS}
     rest = {k: v for k, v in table.items() if k not in TITAN_SECTIONS}
     return rest | {"titan": deep_merge(deep_merge(before, rest.get("titan", {})), own)}
-
-
-def _fit(value: Any, hint: Any, where: str) -> Any:
-    origin, wanted = get_origin(hint), get_args(hint) or (hint,)
-    if origin is Literal:
-        ok = value in wanted and type(value) in {type(w) for w in wanted}
-    elif origin is tuple and wanted[-1] is Ellipsis:
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{where} = {value!r}; want a list of {_spell(wanted[0])}")
-        return tuple(_fit(v, wanted[0], f"{where}[{i}]") for i, v in enumerate(value))
-    elif origin is tuple:
-        ok = (
-            isinstance(value, list | tuple)
-            and len(value) == len(wanted)
-            and all(type(v) in (int, float) for v in value)
-        )
-        value = tuple(map(float, value)) if ok else value
-    elif origin is Mapping:
-        ok = isinstance(value, Mapping) and (
-            wanted[-1] is not str or all(isinstance(v, str) for v in value.values())
-        )
-    else:
-        # bool is not an int here
-        ok = type(value) in wanted or (float in wanted and type(value) is int)
-        ok = ok and (type(value) is not float or math.isfinite(value))
-    if not ok:
-        raise ValueError(f"{where} = {value!r}; want {_spell(hint)}")
-    return float(value) if float in wanted and type(value) is int else value
-
-
-def _spell(hint: Any) -> str:
-    if get_origin(hint) in (Literal, None) and get_args(hint):
-        return " | ".join(map(str, get_args(hint)))
-    if get_args(hint) and get_origin(hint) not in (tuple, Mapping):
-        return " | ".join(
-            "none (leave it out)" if a is NoneType else a.__name__ for a in get_args(hint)
-        )
-    if get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis:
-        return f"a list of {_spell(get_args(hint)[0])}"
-    if get_origin(hint) is tuple:
-        return f"[{', '.join(a.__name__ for a in get_args(hint))}]"
-    if get_origin(hint) is Mapping:
-        return "a table of strings" if get_args(hint)[-1] is str else "a table"
-    return "a finite float" if hint is float else getattr(hint, "__name__", str(hint))
 
 
 def _hints(target: Any) -> dict[str, Any]:
@@ -237,9 +199,7 @@ def _assignment(text: str) -> dict:
 
 
 def as_table(cfg: Config) -> dict:
-    """The whole configuration as nested plain tables; `fill(Config, as_table(cfg), ...)` gives it
-    back.
-    """
+    """The configuration as nested plain tables; `fill(Config, as_table(cfg), ...)` inverts it."""
     table = asdict(cfg)
     return {k: v for k, v in table.items() if k != "titan"} | {
         k: dict(v) for k, v in cfg.titan.items()
@@ -247,9 +207,7 @@ def as_table(cfg: Config) -> dict:
 
 
 def to_toml(cfg: Config) -> str:
-    """The resolved configuration as a TOML file, none-valued keys left out (they are the
-    default).
-    """
+    """The resolved configuration as a TOML file. Keys that are None, the default, are left out."""
     lines: list[str] = []
     table = as_table(cfg)
     _write_table(table, "", lines)
@@ -267,14 +225,12 @@ def _write_table(table: Mapping, prefix: str, lines: list[str]) -> None:
 
 
 def _key(key: str) -> str:
-    return (
-        key
-        if key.replace("_", "").replace("-", "").isalnum() and key.isascii()
-        else toml_value(key)
-    )
+    bare = key.isascii() and key.replace("_", "").replace("-", "").isalnum()
+    return key if bare else toml_value(key)
 
 
 def toml_value(value: Any) -> str:
+    """One value as TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):

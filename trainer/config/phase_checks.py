@@ -1,4 +1,6 @@
-"""What each phase asks of a configuration before anything is loaded; ValueError with the fix."""
+"""What a configuration has to hold for each phase, before anything is loaded; ValueError with the
+fix.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def check_common(cfg: Config) -> None:
-    """The model, and a verifier for whatever is graded."""
+    """Every phase: the model, a teacher where one is loaded, a grader where texts are graded."""
     if not cfg.model.path:
         raise ValueError("model.path is missing; want a Hugging Face folder")
     if cfg.needs_teacher and not cfg.teacher.path:
@@ -20,9 +22,7 @@ def check_common(cfg: Config) -> None:
             "'dataset' (plain SFT) runs without a teacher"
         )
     if (cfg.distill.correct_only or cfg.eval.source) and not cfg.task.name:
-        raise ValueError(
-            "task.name is missing; eval.source and distill.correct_only need a verifier"
-        )
+        raise ValueError("task.name is missing; eval.source and distill.correct_only need a grader")
 
 
 def check_prompts(cfg: Config) -> None:
@@ -31,12 +31,11 @@ def check_prompts(cfg: Config) -> None:
 
 
 def check_no_gates(cfg: Config) -> None:
-    """[accept] and eval.harness belong to a run that only evaluates."""
+    """No [accept] and no eval.harness: they belong to phase = 'evaluate'."""
     if cfg.accept:
         raise ValueError(
-            f"accept.{next(iter(cfg.accept))} with phase = {cfg.phase!r}: what a training run "
-            "exports is judged by a run of its own. Put [accept] into a config with phase = "
-            "'evaluate'"
+            f"accept.{next(iter(cfg.accept))} with phase = {cfg.phase!r}: an exported model is "
+            "evaluated by a run of its own. Put [accept] into a config with phase = 'evaluate'"
         )
     if cfg.eval.harness:
         raise ValueError(
@@ -59,8 +58,8 @@ def check_calibrate(cfg: Config) -> None:
     check_no_defence(cfg)
     if not cfg.task.name:
         raise ValueError(
-            "task.name is missing; calibration needs a task reward to protect the teacher's "
-            "accuracy"
+            "task.name is missing; calibration needs a task reward, which keeps the teacher's "
+            "accuracy up"
         )
     if cfg.calibration.mode != "off" and not cfg.proxy.path:
         raise ValueError(
@@ -69,9 +68,9 @@ def check_calibrate(cfg: Config) -> None:
         )
     if cfg.task.name == "reward_model" and cfg.calibration.cal_gate == "skip_degenerate":
         raise ValueError(
-            "calibration.cal_gate = 'skip_degenerate' with task.name = 'reward_model': a reward "
-            "model calls nothing wrong, so every group would be skipped. Use 'scale_by_task_std' "
-            "or 'none'"
+            "calibration.cal_gate = 'skip_degenerate' with task.name = 'reward_model': its grades "
+            "are neither correct nor incorrect, so every group would be skipped. Use "
+            "'scale_by_task_std' or 'none'"
         )
     if cfg.rollout.group < 2:
         raise ValueError(
@@ -81,8 +80,8 @@ def check_calibrate(cfg: Config) -> None:
     if cfg.rollout.top_p < 1 or cfg.rollout.top_k:
         raise ValueError(
             f"rollout.top_p = {cfg.rollout.top_p}, top_k = {cfg.rollout.top_k}: the policy ratio "
-            "is taken against the full softmax, which is not what would be sampled. Set top_p = 1 "
-            "and top_k = 0"
+            "is that of the full softmax, which is not what is sampled from. Set top_p = 1 and "
+            "top_k = 0"
         )
 
 
@@ -93,8 +92,8 @@ def check_distill(cfg: Config) -> None:
     if cfg.defence.changes_text and (d.objective != "nll" or d.source != "teacher"):
         raise ValueError(
             f"{_defence(cfg)} with distill.objective = {d.objective!r}, source = {d.source!r}: "
-            "only sampled text is served; a reader of the teacher's logits gets the teacher's own. "
-            "Use objective = 'nll' and source = 'teacher'"
+            "only sampled text is served with a defence; the teacher's logits are not. Use "
+            "objective = 'nll' and source = 'teacher'"
         )
 
 
@@ -119,7 +118,7 @@ def check_evaluate(cfg: Config) -> None:
     if cfg.defence.changes_text and (e.scores_options or e.harness):
         raise ValueError(
             f"{_defence(cfg)} with eval.by = {e.by!r}, eval.harness = {list(e.harness)}: only "
-            "generated answers are served. Use eval.by = 'generation' and no harness"
+            "generated answers are served with a defence. Use eval.by = 'generation', no harness"
         )
 
 

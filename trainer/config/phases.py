@@ -10,9 +10,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
+from .fit import nearest
 from .phase_checks import (
     check_calibrate,
     check_common,
@@ -75,7 +75,7 @@ class PhaseSpec:
 
 PHASES: dict[str, PhaseSpec] = {
     "calibrate": PhaseSpec(
-        "reflux.trainer.calibration.phase:Calibrate",
+        "reflux.trainer.calibration.phase:CalibratePhase",
         model_role="policy",
         trains=True,
         has_reference=True,
@@ -85,7 +85,7 @@ PHASES: dict[str, PhaseSpec] = {
         pair_advice=calibrate_advice,
     ),
     "distill": PhaseSpec(
-        "reflux.trainer.distillation.phase:Distill",
+        "reflux.trainer.distillation.phase:DistillPhase",
         model_role="student",
         trains=True,
         check=check_distill,
@@ -101,7 +101,7 @@ PHASES: dict[str, PhaseSpec] = {
         pair=diagnose_pair,
     ),
     "evaluate": PhaseSpec(
-        "reflux.trainer.evaluation.phase:Evaluate", data_section="eval", check=check_evaluate
+        "reflux.trainer.evaluation.phase:EvaluatePhase", data_section="eval", check=check_evaluate
     ),
 }
 
@@ -109,9 +109,9 @@ PHASES: dict[str, PhaseSpec] = {
 def spec_of(name: str) -> PhaseSpec:
     """ValueError with the nearest name for a phase that is not in the table."""
     if name not in PHASES:
-        near = get_close_matches(name, PHASES, n=1)
-        guess = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"phase = {name!r}{guess} want {' | '.join(PHASES)}")
+        raise ValueError(
+            f"unknown phase {name!r}{nearest(name, PHASES)} Known: {', '.join(PHASES)}"
+        )
     return PHASES[name]
 
 

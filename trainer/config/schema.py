@@ -1,8 +1,8 @@
-"""The configuration of a run: one frozen dataclass of tables. A TOML file, or a .py recipe, fills it.
+"""The configuration of a run: one frozen dataclass of tables. A TOML file or a recipe fills it.
 
-Tables named like a section of torchtitan's `Trainer.Config` (TITAN_SECTIONS) are kept unread in
-`Config.titan`; `engine/trainer_config.py` lays them over torchtitan's own dataclasses by the same
-strict rule. All other tables are ours: sections.py, distillation.py, evaluation.py.
+Tables named like a section of torchtitan's `Trainer.Config` (TITAN_SECTIONS) stay as they are in
+`Config.titan`; engine/trainer_config.py lays them over torchtitan's own dataclasses, with the type
+rules of fit.py. All other tables are ours: sections.py, distillation.py, evaluation.py.
 """
 
 from collections.abc import Mapping
@@ -83,12 +83,12 @@ class Config:
 
     @property
     def trains(self) -> bool:
-        """Whether weights move: the other phases measure once and write a report."""
+        """Whether weights move; a phase that does not train measures once and writes a report."""
         return spec_of(self.phase).trains
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the run loads a teacher at all; plain SFT on given texts does not."""
+        """Whether the run loads a teacher; SFT on a data set does not."""
         return any(role.section == "teacher" for role in spec_of(self.phase).frozen_roles(self))
 
 

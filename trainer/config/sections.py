@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .calibration_rewards import REWARDS
 from .checks import above_zero, fraction, not_negative, positive, positive_limit
 
 Backend = Literal["auto", "native", "hf"]
@@ -26,9 +27,7 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class FrozenSection:
-    """A model that is only read: distillation teacher, proxy. Never in the optimizer or a
-    checkpoint.
-    """
+    """A model that is never trained: teacher, proxy. In no optimizer and no checkpoint."""
 
     path: str = ""
     backend: Backend = "auto"
@@ -39,7 +38,7 @@ class FrozenSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    # JSONL, Parquet, a `datasets` folder, reasoning_gym:NAME?size=..&seed=..,
+    # a .jsonl or .parquet file, a `datasets` folder, reasoning_gym:NAME?size=..&seed=.., or
     # package.module:function
     source: str = ""
     split: str = "train"
@@ -75,8 +74,8 @@ class RolloutSection:
         not_negative(self, "top_k")
         if not self.temperature > 0:
             raise ValueError(
-                f"temperature = {self.temperature}; want > 0. Greedy rollouts have no spread to "
-                "learn from"
+                f"temperature = {self.temperature}; want > 0. Greedy rollouts of a prompt are all "
+                "the same"
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p}; want 0 < top_p <= 1")
@@ -84,36 +83,38 @@ class RolloutSection:
 
 @dataclass(frozen=True)
 class CalibrationSection:
-    # the sign of eta, as a word; off is plain GRPO
+    # the sign of eta; off: plain GRPO
     mode: Literal["off", "distillable", "undistillable"] = "off"
-    strength: float = 0.5  # |eta|: weight of the calibration reward, both rewards at unit spread
-    # divides a score; per_token has no span_clip, no stop
+    reward: str = "likelihood_ratio"  # a name in config/calibration_rewards.py
+    strength: float = 0.5  # |eta|: weight of the calibration reward, both at unit std
+    # what a score is divided by; per_token has no span_clip and no stop term
     score_norm: Literal["sum", "per_token", "per_byte"] = "sum"
-    # whose log-probability is subtracted from the proxy's
+    # the model whose log-probability is subtracted from the proxy's
     denominator: Literal["policy", "reference"] = "policy"
-    score_stop: bool = True  # count the stop set's log-probability where a rollout ended by itself
-    # joint: one z-score of r_task + eta r_cal; either term can swallow the other
+    score_stop: bool = True  # add the stop set's log-probability where a rollout was not truncated
+    # joint: one z-score of r_task + eta r_cal; the term of the larger std dominates
     normalise: Literal["separate", "joint"] = "separate"
-    # span: reward-to-go of the span values, not winsorised
+    # span: reward-to-go over spans, not winsorised
     credit: Literal["sequence", "span"] = "sequence"
-    # rollouts cut at max_tokens
+    # what becomes of rollouts cut at max_tokens
     truncated: Literal["mask_cal", "drop", "score_prefix"] = "mask_cal"
     span_clip: float = 10.0  # nats; 0: off. Span differences are heavy-tailed
     winsor: float = 3.0  # scaled MADs inside the group; 0: off
-    # nats per byte: a group without real spread is not blown up to unit noise
+    # nats per byte; a group whose rewards hardly differ is not scaled up to unit std
     std_floor: float = 0.01
     cal_gate: Literal["none", "skip_all_wrong", "skip_degenerate", "scale_by_task_std"] = (
         "skip_all_wrong"
     )
     margin_guard: bool = True  # undistillable + policy: keep beta + eta_eff >= beta / 4
-    max_unaligned: float = (
-        0.05  # share of rollouts whose text does not round-trip; more is an error
-    )
+    # fraction of rollouts whose text both tokenizers cannot spell; more is an error
+    max_unaligned: float = 0.05
 
     def __post_init__(self):
+        if self.reward not in REWARDS:
+            raise ValueError(f"reward = {self.reward!r}; want {' | '.join(REWARDS)}")
         if not self.strength >= 0:
             raise ValueError(
-                f"strength = {self.strength}; want >= 0. The direction is mode's, not a sign's"
+                f"strength = {self.strength}; want >= 0. The sign of eta is set by mode"
             )
         not_negative(self, "span_clip", "winsor", "std_floor")
         fraction(self, "max_unaligned")
@@ -131,10 +132,9 @@ class CalibrationSection:
 
     @property
     def eta(self) -> float:
-        """The signed coefficient; the only place where the word becomes a sign."""
-        return {"off": 0.0, "distillable": self.strength, "undistillable": -self.strength}[
-            self.mode
-        ]
+        """The signed coefficient of the calibration reward."""
+        sign = {"off": 0.0, "distillable": 1.0, "undistillable": -1.0}[self.mode]
+        return sign * self.strength
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ class ReferenceSection:
         not_negative(self, "beta")
         if self.estimator == "k1_loss":
             raise ValueError(
-                "estimator = 'k1_loss'; its expected gradient is zero, it anchors nothing. "
-                "Use exact, k2_loss or k3_is, or k1_reward inside the advantage"
+                "estimator = 'k1_loss'; its expected gradient is zero. Use exact, k2_loss or "
+                "k3_is, or k1_reward inside the advantage"
             )
 
 
@@ -168,7 +168,7 @@ class PolicySection:
 
 @dataclass(frozen=True)
 class GuardSection:
-    kl_budget: float = 0.10  # nats per token of KL(pi || original); the run stops above it. 0: off
+    kl_budget: float = 0.10  # nats per token of KL(pi || pi_ref); the run stops above it. 0: off
     # accuracy; two evaluations in a row below the start by more than this stop the run. 0: off
     utility_drop: float = 0.02
 
@@ -180,17 +180,17 @@ class GuardSection:
 class DiagnoseSection:
     """What is measured on the prompts of `data`; the student is `model`."""
 
-    # who writes the texts
+    # which model, or the data set, the texts come from
     prefixes: tuple[Literal["dataset", "teacher", "student"], ...] = ("teacher", "student")
-    student_texts: int = 16  # per prompt; the gap needs right and wrong ones of the same prompt
+    student_texts: int = 16  # per prompt; the gap needs correct and incorrect ones of it
     teacher_texts: int = 2  # per prompt
-    overlap_k: int = 20  # K of the overlap of most likely classes
+    overlap_k: int = 20  # K of the overlap of the K likeliest tokens
     kl_fraction: float = 0.95  # of the KL that the recommended top_k has to hold
-    # cut right texts, insert an error, see whether the student still arrives
+    # insert an error into correct texts; does the student still reach the answer?
     correction: bool = True
-    correction_marker: str = " Wait, no: "  # how a correction would begin
-    heatmap_texts: int = 12  # texts in heat.html
-    # micro-batches of the gradient's signal to noise, at most one a prompt; 0: not measured
+    correction_marker: str = " Wait, no: "  # the first words of a correction
+    heatmap_texts: int = 12  # texts in heatmap.html
+    # micro-batches for the gradient's signal-to-noise ratio, at most one a prompt; 0: not measured
     gradient_batches: int = 16
     # folders of finished distillations of this pair, any seeds: was training stable?
     runs: tuple[str, ...] = ()
@@ -201,12 +201,12 @@ class DiagnoseSection:
         fraction(self, "kl_fraction")
         if self.gradient_batches == 1:
             raise ValueError(
-                "gradient_batches = 1: one gradient has no spread to compare it with; want 16 or "
-                "more, or 0 to leave it out"
+                "gradient_batches = 1: one gradient has no std; want 16 or more, or 0 to leave it "
+                "out"
             )
         if len(set(self.runs)) < len(self.runs):
             raise ValueError(
-                f"runs = {list(self.runs)}; want each folder once, or its run counts twice"
+                f"runs = {list(self.runs)}; want each folder once, or its run is counted twice"
             )
         if not self.prefixes or len(set(self.prefixes)) < len(self.prefixes):
             raise ValueError(
@@ -222,9 +222,9 @@ class DefenceSection:
     """
 
     proxy: str = ""  # folder of a model with the same vocabulary; empty: nothing but the model
-    # its share in the product of experts: (1 - gamma) log p_model + gamma log p_proxy
+    # weight of the proxy in the product of experts, (1 - gamma) log p_model + gamma log p_proxy
     gamma: float = 0.5
-    temperature: float = 1.0  # the provider's own, under whatever temperature its customer asks for
+    temperature: float = 1.0  # of the provider; the customer's own temperature comes on top
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the proxy
 
     def __post_init__(self):
@@ -233,6 +233,7 @@ class DefenceSection:
 
     @property
     def changes_text(self) -> bool:
+        """Whether what is served differs from what the model itself would answer."""
         return bool(self.proxy) or self.temperature != 1
 
 
@@ -253,7 +254,7 @@ class OptimSection:
 @dataclass(frozen=True)
 class BatchSection:
     tokens: int = 16384  # of a micro-batch on one rank, padding included
-    # join short sequences into rows of training.seq_len, kept apart by the attention mask
+    # join short sequences into rows of training.seq_len; the attention mask separates them
     pack: bool = False
 
     def __post_init__(self):

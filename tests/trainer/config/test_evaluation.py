@@ -86,7 +86,7 @@ def test_eval_refuses(table, says):
         ),
         ({"metric": "likelihood_sum", "min": 0.1}, "is not measured"),
         ({"min_change": 0.0, "against": "f"}, "want another number"),
-        ({"min": "high"}, "accept.a.min = 'high'; want float | none"),
+        ({"min": "high"}, "accept.a.min = 'high'; want a finite float | none"),
         ({"mim": 0.1}, "unknown key accept.a.mim, did you mean accept.a.min?"),
     ],
 )
