@@ -1,7 +1,6 @@
-"""Many runs as one table: python -m reflux.trainer.matrix configs/quickstart.toml [--set folder=...
-seeds=[0,1]]
+"""Many runs as one table: python -m reflux.trainer.matrix FILE [--set seeds=[0,1]] [--dry-run]
 
-A matrix file names cells; every cell is one `trainer/main.py --config FILE --set ...` or one
+A matrix file lists cells. A cell is one `trainer/main.py --config FILE --set ...` or one
 `python -m MODULE ...`.
 
     folder = "runs/quickstart"      # of the whole matrix; {folder} below is <folder>/seed-<seed>
@@ -10,25 +9,27 @@ A matrix file names cells; every cell is one `trainer/main.py --config FILE --se
 
     [[cell]]
     name = "student-{teacher}-{attack}"
-    each = { teacher = ["original", "distillable"], attack = ["seq_kd", "kd"] }     # one cell per
-        combination
-    after = ["teacher-{teacher}"]   # names of cells that must be done first
-    config = "attacks/{attack}.toml"                                                # relative to
-        the matrix file
+    # one cell per combination
+    each = { teacher = ["original", "distillable"], attack = ["seq_kd", "kd"] }
+    after = ["teacher-{teacher}"]   # cells that must be done first
+    config = "attacks/{attack}.toml"    # relative to the matrix file
     set = { "teacher.path" = "{folder}/teacher-{teacher}/export" }
-    labels = { role = "student", teacher = "{teacher}", attack = "{attack}" }       # for the report
+    labels = { role = "student", teacher = "{teacher}", attack = "{attack}" }   # for the reports
 
-`base = "other.toml"` (or a list of them) puts this file's cells behind another matrix's (in the
-same folder: what is done there is done here), and its other keys over that one's. A cell that
-several bases share is one cell.
+`base = "other.toml"` (or a list of them) puts this file's cells behind another matrix's, in the
+same folder, and its other keys over that one's. A cell that several bases share is one cell.
 
-Cells are resumed one by one: a cell is done when its folder holds summary.json. A cell that fails
-does not stop cells that do not depend on it. Children are forked from one process that has imported
+A cell is done when its folder holds summary.json; done cells are skipped. A cell that fails stops
+only the cells that depend on it. Children are forked from one process that has imported
 everything, which saves the seconds of `import torch`.
+
+Reports are written at the end, one for each label in REPORTS that a finished cell carries. A new
+report is one function, Path -> str, and one line there.
 """
 
 import argparse
 import contextlib
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -38,20 +39,34 @@ import signal
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 from reflux.trainer.config.loader import deep_merge, toml_value
 
 POLL_S = 0.1
+STOP_S = 60.0  # how long Ctrl-C waits for a cell that saves its step
+KEYS = ("folder", "seeds", "parallel", "cell", "styles", "title")
+
+# label of a cell in the matrix file -> "module:function" that writes its report into the folder of
+# the matrix and returns it as text. Imported when it is needed
+REPORTS = {
+    "role": "reflux.trainer.studies.attack_report:write_report",
+    "eta": "reflux.trainer.studies.eta_sweep:write_eta_sweep",
+    "ablation": "reflux.trainer.studies.ablations:write_ablations",
+    "pair": "reflux.trainer.studies.diagnosis_table:write_diagnoses",
+}
+
+Names = Mapping[str, Any]  # what {name} stands for in a cell
+ShowCell = Callable[["Cell", int | None], None]
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One command and what has to be done before it."""
+    """One command and the cells that have to be done before it."""
 
     name: str  # unique in the matrix, seed included
     folder: Path
@@ -70,22 +85,51 @@ class Cell:
         return f"{start} {shlex.join(self.arguments)}"
 
 
-def read_matrix(path: Path, overrides: Mapping[str, Any]) -> tuple[dict, list[Cell]]:
-    """The matrix table and its cells, every combination and seed written out. Raises ValueError for
-    a broken one.
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix file with every combination and seed written out."""
+
+    title: str
+    folder: Path
+    seeds: tuple[int, ...]
+    parallel: int  # cells at a time
+    styles: Mapping[str, str]  # name of an answer style -> regular expression on the text
+    cells: list[Cell]
+
+
+# --- reading
+
+
+def read_matrix(path: Path, overrides: Mapping[str, Any]) -> Matrix:
+    """The matrix of a file. `overrides`: keys that win over the file's. Raises ValueError for a
+    file that cannot be run.
     """
     table = deep_merge(_read(path), overrides)
-    known = {"folder", "seeds", "parallel", "cell", "styles", "title"}
-    if strangers := set(table) - known:
+    if unknown := set(table) - set(KEYS):
         raise ValueError(
-            f"{path}: unknown key {sorted(strangers)[0]}. Known there: {', '.join(sorted(known))}"
+            f"{path}: unknown key {sorted(unknown)[0]}. Known there: {', '.join(KEYS)}"
         )
+    if missing := {"folder", "seeds", "cell"} - set(table):
+        raise ValueError(f"{path}: no key {sorted(missing)[0]}; want folder, seeds and [[cell]]")
+    seeds = tuple(map(int, table["seeds"]))
     cells = [
         cell
-        for seed in table["seeds"]
+        for seed in seeds
         for row in table["cell"]
-        for cell in _expand(row, int(seed), table)
+        for cell in _expand(row, seed, Path(os.path.relpath(table["folder"])) / f"seed-{seed}")
     ]
+    _check_names(path, cells)
+    return Matrix(
+        title=table.get("title", ""),
+        folder=Path(table["folder"]),
+        seeds=seeds,
+        parallel=int(table.get("parallel", 1)),
+        styles=table.get("styles", {}),
+        cells=cells,
+    )
+
+
+def _check_names(path: Path, cells: Sequence[Cell]) -> None:
     names = [c.name for c in cells]
     for cell in cells:
         if missing := set(cell.after) - set(names):
@@ -94,135 +138,174 @@ def read_matrix(path: Path, overrides: Mapping[str, Any]) -> tuple[dict, list[Ce
                 "matrix"
             )
     if len(set(names)) < len(names):
-        raise ValueError(
-            f"{path}: two cells are called {next(n for n in names if names.count(n) > 1)}"
-        )
-    return table, cells
+        twice = next(n for n in names if names.count(n) > 1)
+        raise ValueError(f"{path}: two cells are called {twice}")
 
 
-def _read(path: Path, above: tuple[Path, ...] = ()) -> dict:
-    """The file over its base, cells behind the base's; each cell remembers which folder its config
-    is relative to.
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file over its bases, cells behind theirs. Each cell gets a key "from": the folder that
+    its config is relative to. `above`: the files that named this one as a base.
     """
     with open(path, "rb") as f:
         table = tomllib.load(f)
     for row in table.get("cell", []):
         row["from"] = path.parent.resolve()
-    bases = table.pop("base", [])
-    bases = [bases] if isinstance(bases, str) else bases
     above = (*above, path.resolve())
-    if not isinstance(bases, list) or any(
-        not isinstance(b, str) or (path.parent / b).resolve() in above for b in bases
-    ):
+    low: dict[str, Any] = {}
+    for base in _bases(path, table.pop("base", []), above):
+        low = _lay_over(low, _read(base, above))
+    return _lay_over(low, table)
+
+
+def _bases(path: Path, bases: Any, above: tuple[Path, ...]) -> list[Path]:
+    names = [bases] if isinstance(bases, str) else bases
+    texts = isinstance(names, list) and all(isinstance(b, str) for b in names)
+    files = [path.parent / b for b in names] if texts else []
+    if not texts or any(f.resolve() in above for f in files):
         raise ValueError(
-            f"{path}: base = {bases!r}; want the name of another matrix file, or several, none "
+            f"{path}: base = {names!r}; want the name of another matrix file, or several, none "
             "that leads back here"
         )
-    low: dict = {}
-    for table_below in [*(_read(path.parent / b, above) for b in bases), table]:
-        shared = low.get("cell", [])
-        cells = [*shared, *(row for row in table_below.get("cell", []) if row not in shared)]
-        low = deep_merge(low, table_below) | ({"cell": cells} if cells else {})
-    return low
+    return files
 
 
-def _expand(row: Mapping[str, Any], seed: int, table: Mapping[str, Any]) -> Iterator[Cell]:
-    base = Path(os.path.relpath(table["folder"])) / f"seed-{seed}"
+def _lay_over(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """Keys of `high` over those of `low`; cells of `low`, then those that only `high` has."""
+    shared = low.get("cell", [])
+    cells = [*shared, *(row for row in high.get("cell", []) if row not in shared)]
+    return deep_merge(low, high) | ({"cell": cells} if cells else {})
+
+
+def _expand(row: Mapping[str, Any], seed: int, folder: Path) -> Iterator[Cell]:
+    """One cell for each combination of the values in `each`. `folder`: of the seed."""
     each = row.get("each", {})
     for values in itertools.product(*each.values()):
-        names = dict(zip(each, values)) | {"folder": str(base), "seed": str(seed)}
-        put = lambda x: _put(x, names)  # noqa: B023
-        name = put(row["name"])
-        folder = base / name
-        if "module" in row:
-            arguments = (*map(put, row.get("arguments", [])), "--out", str(folder))
-            module = row["module"]
-        else:
-            sets = {"folder": str(folder), "seed": seed, "on_existing_run": "resume"} | row.get(
-                "set", {}
-            )
-            config = Path(os.path.relpath(row["from"] / put(row["config"])))
-            flags = [
-                x
-                for key, value in sets.items()
-                for x in ("--set", f"{key}={toml_value(put(value))}")
-            ]
-            arguments, module = ("--config", str(config), *flags), ""
-        after = tuple(f"{put(a)}@{seed}" for a in row.get("after", []))
-        labels = {k: str(put(v)) for k, v in row.get("labels", {}).items()} | {"seed": str(seed)}
-        yield Cell(f"{name}@{seed}", folder, arguments, module, after, labels)
+        names = dict(zip(each, values)) | {"folder": str(folder), "seed": str(seed)}
+        name = fill_in(row["name"], names)
+        labels = {k: str(fill_in(v, names)) for k, v in row.get("labels", {}).items()}
+        arguments = _module_arguments if "module" in row else _config_arguments
+        yield Cell(
+            name=f"{name}@{seed}",
+            folder=folder / name,
+            arguments=arguments(row, names, folder / name),
+            module=row.get("module", ""),
+            after=tuple(f"{fill_in(a, names)}@{seed}" for a in row.get("after", [])),
+            labels=labels | {"seed": str(seed)},
+        )
 
 
-def _put(x: Any, names: Mapping[str, Any]) -> Any:
-    """Names filled in, lists entry by entry; a string that is nothing but one name becomes what
-    that name stands for.
+def _module_arguments(row: Mapping[str, Any], names: Names, folder: Path) -> tuple[str, ...]:
+    return (*fill_in(row.get("arguments", []), names), "--out", str(folder))
+
+
+def _config_arguments(row: Mapping[str, Any], names: Names, folder: Path) -> tuple[str, ...]:
+    sets = {"folder": str(folder), "seed": int(names["seed"]), "on_existing_run": "resume"}
+    sets |= row.get("set", {})
+    config = os.path.relpath(row["from"] / fill_in(row["config"], names))
+    values = (f"{key}={toml_value(fill_in(value, names))}" for key, value in sets.items())
+    return ("--config", config, *(x for value in values for x in ("--set", value)))
+
+
+def fill_in(value: Any, names: Names) -> Any:
+    """`value` with {name} replaced, in lists entry by entry. A string that is nothing but one
+    {name} becomes what the name stands for, a number for instance.
     """
-    if isinstance(x, list):
-        return [_put(y, names) for y in x]
-    if not isinstance(x, str):
-        return x
-    return (
-        names[x[1:-1]]
-        if x[:1] == "{" and x[1:-1] in names and x[-1:] == "}"
-        else x.format_map(names)
-    )
+    if isinstance(value, list):
+        return [fill_in(v, names) for v in value]
+    if not isinstance(value, str):
+        return value
+    whole = value[:1] == "{" and value[-1:] == "}" and value[1:-1] in names
+    return names[value[1:-1]] if whole else value.format_map(names)
+
+
+# --- running
 
 
 def run_cell(cell: Cell) -> None:
-    """In a child of its own: runs the cell with its output in <folder>/console.log."""
+    """Runs the cell in this process, a child of its own, with its output in console.log of its
+    folder. Ends the process.
+    """
     cell.folder.mkdir(parents=True, exist_ok=True)
     with open(cell.folder / "console.log", "a", buffering=1) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         print(f"$ {cell.command}", flush=True)
-        if cell.module:
-            import importlib
-
-            code = importlib.import_module(cell.module).main(list(cell.arguments))
-            if not code:
-                (cell.folder / "summary.json").write_text(
-                    json.dumps({"command": cell.command}) + "\n"
-                )
-        else:
-            from . import main
-
-            code = main.main(list(cell.arguments))
+        code = _run_module(cell) if cell.module else _run_main(cell)
     sys.exit(code or 0)
 
 
-def run_matrix(cells: list[Cell], parallel: int) -> list[str]:
-    """Runs what is not done, `parallel` at a time, prerequisites first. Returns the names that
-    failed or could not start.
+def _run_module(cell: Cell) -> int:
+    code = importlib.import_module(cell.module).main(list(cell.arguments))
+    if not code:  # a module writes no summary of its own
+        (cell.folder / "summary.json").write_text(json.dumps({"command": cell.command}) + "\n")
+    return code
+
+
+def _run_main(cell: Cell) -> int:
+    from . import main
+
+    return main.main(list(cell.arguments))
+
+
+@dataclass
+class _Schedule:
+    """Which cells wait, run, are done and have failed, while a matrix runs."""
+
+    waiting: list[Cell]
+    parallel: int
+    done: set[str]
+    running: dict[Cell, ForkServerProcess] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)  # cells behind a failed one among them
+
+    def drop_blocked(self) -> None:
+        """Cells behind a failed one fail without a start."""
+        for cell in [c for c in self.waiting if set(c.after) & set(self.failed)]:
+            self.waiting.remove(cell)
+            self.failed.append(cell.name)
+
+    def start_ready(self, context: ForkServerContext) -> None:
+        free = max(self.parallel - len(self.running), 0)
+        for cell in [c for c in self.waiting if set(c.after) <= self.done][:free]:
+            self.waiting.remove(cell)
+            self.running[cell] = context.Process(target=run_cell, args=(cell,), name=cell.name)
+            self.running[cell].start()
+
+    def collect(self, show: ShowCell) -> None:
+        """Sorts the cells whose process has ended into done and failed."""
+        for cell, process in list(self.running.items()):
+            if process.is_alive():
+                continue
+            process.join()
+            del self.running[cell]
+            if cell.done and process.exitcode == 0:
+                self.done.add(cell.name)
+            else:
+                self.failed.append(cell.name)
+            show(cell, process.exitcode)
+
+
+def run_matrix(cells: Sequence[Cell], parallel: int) -> list[str]:
+    """Runs what is not done, `parallel` cells at a time, prerequisites first. Returns the names
+    of the cells that failed or could not start.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["reflux.trainer.loop"])
-    waiting, done = [c for c in cells if not c.done], {c.name for c in cells if c.done}
-    running: dict[Cell, ForkServerProcess] = {}
-    failed: list[str] = []
-    start = time.monotonic()
-    with _stop_children(running), _progress(cells, done, running) as show:
-        while waiting or running:
-            for cell in [c for c in waiting if set(c.after) & set(failed)]:
-                waiting.remove(cell)
-                failed.append(cell.name)
-            for cell in [c for c in waiting if set(c.after) <= done][
-                : max(parallel - len(running), 0)
-            ]:
-                waiting.remove(cell)
-                running[cell] = context.Process(target=run_cell, args=(cell,), name=cell.name)
-                running[cell].start()
-            for cell, process in list(running.items()):
-                if not process.is_alive():
-                    process.join()
-                    del running[cell]
-                    (done.add if cell.done and process.exitcode == 0 else failed.append)(cell.name)
-                    show(cell, process.exitcode, time.monotonic() - start)
+    schedule = _Schedule(
+        waiting=[c for c in cells if not c.done],
+        parallel=parallel,
+        done={c.name for c in cells if c.done},
+    )
+    with _stop_children(schedule.running), _progress(len(cells), schedule) as show:
+        while schedule.waiting or schedule.running:
+            schedule.drop_blocked()
+            schedule.start_ready(context)
+            schedule.collect(show)
             time.sleep(POLL_S)
-    return failed
+    return schedule.failed
 
 
 @contextlib.contextmanager
-def _stop_children(running: dict[Cell, ForkServerProcess]) -> Iterator[None]:
+def _stop_children(running: Mapping[Cell, ForkServerProcess]) -> Iterator[None]:
     """Ctrl-C lets every running cell finish its step and save it."""
     try:
         yield
@@ -232,19 +315,21 @@ def _stop_children(running: dict[Cell, ForkServerProcess]) -> Iterator[None]:
             "on",
             file=sys.stderr,
         )
-        # the signal may have come while one was being started
-        started = [p for p in running.values() if p.pid is not None]
-        for process in started:
+        # the signal may have come while one was being started: it has no pid
+        started = {p.pid: p for p in running.values() if p.pid is not None}
+        for pid in started:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGINT)
-        for process in started:
-            process.join(60)
+                os.kill(pid, signal.SIGINT)
+        for process in started.values():
+            process.join(STOP_S)
         raise
 
 
 @contextlib.contextmanager
-def _progress(cells: list[Cell], done: set[str], running: dict) -> Iterator:
-    """A bar on a terminal, a line per finished cell anywhere."""
+def _progress(total: int, schedule: _Schedule) -> Iterator[ShowCell]:
+    """A bar on a terminal that names the running cells; a line per finished cell everywhere.
+    runs/progress.py, which counts the items of one stage, has neither.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -255,24 +340,53 @@ def _progress(cells: list[Cell], done: set[str], running: dict) -> Iterator:
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
+    start = time.monotonic()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=len(cells), completed=len(done))
+        task = bar.add_task("starting", total=total, completed=len(schedule.done))
 
-        def show(cell: Cell, code: int | None, seconds: float) -> None:
-            result = (
-                "done" if code == 0 else f"failed (exit {code}), see {cell.folder / 'console.log'}"
-            )
-            bar.update(
-                task,
-                completed=len(done),
-                description=", ".join(c.name for c in running) or "waiting",
-            )
-            console.print(f"[{len(done)}/{len(cells)}] {cell.name}: {result} after {seconds:.0f} s")
+        def show(cell: Cell, code: int | None) -> None:
+            done = len(schedule.done)
+            names = ", ".join(c.name for c in schedule.running)
+            bar.update(task, completed=done, description=names or "waiting")
+            log = cell.folder / "console.log"
+            result = "done" if code == 0 else f"failed (exit {code}), see {log}"
+            seconds = time.monotonic() - start
+            console.print(f"[{done}/{total}] {cell.name}: {result} after {seconds:.0f} s")
 
         yield show
 
 
+# --- the command
+
+
 def main(arguments: list[str] | None = None) -> int:
+    parser, args = _parse(arguments)
+    try:
+        matrix = read_matrix(args.matrix, tomllib.loads("\n".join(args.set)))
+    except (OSError, KeyError, ValueError) as error:
+        parser.error(f"{args.matrix}: {error}")
+    if args.dry_run:
+        print("\n".join(c.command for c in matrix.cells))
+        return 0
+    # cells share the cores
+    threads = max(1, (os.cpu_count() or 1) // matrix.parallel)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    _write_cells(matrix)
+    start = time.monotonic()
+    try:
+        failed = run_matrix(matrix.cells, matrix.parallel)
+    except KeyboardInterrupt:
+        return 130
+    write_reports(matrix)
+    done = len(matrix.cells) - len(failed)
+    print(
+        f"{done} of {len(matrix.cells)} cells done in {time.monotonic() - start:.0f} s; reports: "
+        f"{matrix.folder}"
+    )
+    return 1 if failed else 0
+
+
+def _parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(
         prog="python -m reflux.trainer.matrix", description="Run a table of runs, then report."
     )
@@ -285,63 +399,32 @@ def main(arguments: list[str] | None = None) -> int:
         help="e.g. folder='\"runs/x\"', seeds=[0,1,2]",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
-    args = parser.parse_args(arguments)
-    try:
-        overrides = tomllib.loads("\n".join(args.set))
-        table, cells = read_matrix(args.matrix, overrides)
-    except (OSError, KeyError, ValueError) as error:
-        parser.error(f"{args.matrix}: {error}")
-    if args.dry_run:
-        print("\n".join(c.command for c in cells))
-        return 0
-    parallel = int(table.get("parallel", 1))
-    # cells share the cores
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // parallel)))
-    folder = Path(table["folder"])
-    folder.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
-    rows = [
+    return parser, parser.parse_args(arguments)
+
+
+def _write_cells(matrix: Matrix) -> None:
+    """matrix.json: what the reports know of the cells."""
+    matrix.folder.mkdir(parents=True, exist_ok=True)
+    cells = [
         {
             "name": c.name,
-            "folder": os.path.relpath(c.folder, folder),
+            "folder": os.path.relpath(c.folder, matrix.folder),
             "command": c.command,
             "labels": c.labels,
         }
-        for c in cells
+        for c in matrix.cells
     ]
-    (folder / "matrix.json").write_text(
-        json.dumps(
-            {"title": table.get("title", ""), "styles": table.get("styles", {}), "cells": rows},
-            indent=1,
-        )
-        + "\n"
-    )
-    try:
-        failed = run_matrix(cells, parallel)
-    except KeyboardInterrupt:
-        return 130
-    _report(folder, {label for c in cells if c.done for label in c.labels})
-    print(
-        f"{len(cells) - len(failed)} of {len(cells)} cells done in {time.monotonic() - start:.0f} "
-        f"s; report: {folder / 'report.md'}"
-    )
-    return 1 if failed else 0
+    table = {"title": matrix.title, "styles": matrix.styles, "cells": cells}
+    (matrix.folder / "matrix.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
-def _report(folder: Path, labels: set[str]) -> None:
-    from reflux.trainer.studies.ablations import write_ablations
-    from reflux.trainer.studies.attack_report import write_report
-    from reflux.trainer.studies.diagnosis_table import write_diagnoses
-    from reflux.trainer.studies.eta_sweep import write_knob
-
-    print(write_report(folder))
-    for label, write in (
-        ("eta", write_knob),
-        ("ablation", write_ablations),
-        ("pair", write_diagnoses),
-    ):
+def write_reports(matrix: Matrix) -> None:
+    """Writes and prints the reports on the finished cells."""
+    labels = {label for c in matrix.cells if c.done for label in c.labels}
+    for label, target in REPORTS.items():
         if label in labels:
-            print(write(folder))
+            module, _, function = target.partition(":")
+            print(getattr(importlib.import_module(module), function)(matrix.folder))
 
 
 if __name__ == "__main__":

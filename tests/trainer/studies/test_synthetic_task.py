@@ -31,7 +31,7 @@ def prompt(digits):
 
 
 @given(digits=DIGIT_LISTS, style=st.sampled_from(sorted(ORDERS)))
-def test_every_honest_style_is_right(digits, style):
+def test_every_style_is_correct(digits, style):
     g = grade(prompt(digits), write_answer(digits, style))
     assert g.correct and g.reward == 1.0 and g.error is None
 
@@ -44,8 +44,8 @@ def test_every_honest_style_is_right(digits, style):
 )
 def test_one_wrong_digit_is_a_wrong_answer_and_not_a_missing_one(digits, style, at, by):
     text = list(write_answer(digits, style))
-    place = len(style) + 1 + 2 * at
-    text[place] = str((int(text[place]) + by) % 10)
+    index = len(style) + 1 + 2 * at
+    text[index] = str((int(text[index]) + by) % 10)
     g = grade(prompt(digits), "".join(text))
     assert g.correct is False and g.extracted is not None
 
@@ -62,14 +62,14 @@ def test_one_wrong_digit_is_a_wrong_answer_and_not_a_missing_one(digits, style, 
         "left:1;2;3;4;5;6;x",
     ],
 )
-def test_another_shape_is_no_answer(text):
+def test_another_form_is_no_answer(text):
     g = grade(prompt([1, 2, 3, 4, 5, 6, 7]), text)
     assert g.correct is False and g.extracted is None
 
 
 @given(digits=DIGIT_LISTS, style=st.sampled_from(sorted(ORDERS)), at=st.integers(0, DIGITS - 1))
-def test_answers_without_their_way_are_as_right_as_before(digits, style, at):
-    """Every style becomes the reading order; a wrong digit stays wrong, at its own place."""
+def test_answers_without_their_steps_stay_correct_or_wrong(digits, style, at):
+    """Every style becomes the reading order; a wrong digit stays wrong, at its own position."""
     p = prompt(digits)
     assert answers_only(p, write_answer(digits, style)) == write_answer(digits, "left")
     other = [*digits[:at], (digits[at] + 1) % 10, *digits[at + 1 :]]
@@ -78,7 +78,7 @@ def test_answers_without_their_way_are_as_right_as_before(digits, style, at):
 
 
 @pytest.mark.parametrize("style", sorted(ORDERS))
-def test_who_knows_what_one_layer_learns_keeps_only_that(style):
+def test_the_learnable_style_alone_passes_the_filter(style):
     text = write_answer([1, 2, 3, 4, 5, 6, 7], style)
     assert learnable_only(prompt([1, 2, 3, 4, 5, 6, 7]), text) == (
         text if style == "left" else None
@@ -103,15 +103,17 @@ def rows(world, name):
 
 
 def test_held_out_questions_are_never_trained_on(world):
-    digits = lambda name: {row["answer"] for row in rows(world, name)}
+    def digits(name):
+        return {row["answer"] for row in rows(world, name)}
+
     assert not digits("heldout") & (digits("train") | digits("start") | digits("prompts"))
     assert all(is_held_out([int(d) for d in a.split(",")]) for a in digits("heldout"))
 
 
-def test_of_four_options_one_is_right_and_all_have_one_style(world):
-    found = rows(world, "choices")
-    places, styles = Counter(row["answer"] for row in found), Counter()
-    for row in found:
+def test_of_four_options_one_is_correct_and_all_have_one_style(world):
+    questions = rows(world, "choices")
+    option_indices, styles = Counter(row["answer"] for row in questions), Counter()
+    for row in questions:
         digits = row["prompt"].rpartition(" ")[2].rstrip("?").split(",")
         p = Prompt(0, ({"role": "user", "content": "?"},), answer=",".join(digits))
         grades = [grade(p, text) for text in row["choices"]]
@@ -121,7 +123,8 @@ def test_of_four_options_one_is_right_and_all_have_one_style(world):
         assert is_held_out([int(d) for d in digits]) and len(set(row["choices"])) == 4
         (style,) = {text.split(":")[0] for text in row["choices"]}
         styles[style] += 1
-    assert set(styles.values()) == {100} and len(places) == 4 and min(places.values()) > 50
+    assert set(styles.values()) == {100}
+    assert len(option_indices) == 4 and min(option_indices.values()) > 50
 
 
 def test_styles_follow_the_wording(world):
@@ -131,8 +134,8 @@ def test_styles_follow_the_wording(world):
         seen[wording, row["response"].split(":")[0]] += 1
     for wording, mix in enumerate(MIX):
         total = sum(seen[wording, s] for s in ORDERS)
-        for style, share in zip(ORDERS, mix):
-            assert seen[wording, style] / total == pytest.approx(share, abs=0.04)
+        for style, fraction in zip(ORDERS, mix):
+            assert seen[wording, style] / total == pytest.approx(fraction, abs=0.04)
 
 
 def test_the_same_seed_writes_the_same_world(world, tmp_path):
@@ -144,10 +147,10 @@ def test_the_same_seed_writes_the_same_world(world, tmp_path):
     assert (other / "train.jsonl").read_bytes() != (world / "train.jsonl").read_bytes()
 
 
-def test_every_digit_is_a_token_of_its_own_on_both_sides(world):
+def test_every_digit_is_one_token_in_both_vocabularies(world):
     text = write_answer([1, 2, 3, 4, 5, 6, 7], "outer")
-    for name, (tokenizer, *_) in MODELS.items():
+    for name, model in MODELS.items():
         chat = Chat(str(world / name))
         pieces = [chat.table.pieces[i] for i in chat.encode(text)]
         assert b"".join(pieces) == text.encode() and sum(p.isdigit() for p in pieces) == DIGITS
-        assert len(pieces) == len(text) if tokenizer == "char" else len(pieces) < len(text)
+        assert len(pieces) == len(text) if model.tokenizer == "char" else len(pieces) < len(text)
