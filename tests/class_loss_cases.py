@@ -1,4 +1,4 @@
-"""What several test files share: class loss cases."""
+"""Logits, dense definitions and gradients of class losses, for several test files."""
 
 import math
 
@@ -49,5 +49,5 @@ def gradient(f, *logits):
 def topk_of(logits, k, temperature=1.0):
     logp = (logits / temperature).log_softmax(1)
     top = logp.topk(k, 1)
-    rest = logp.scatter(1, top.indices, -math.inf)
-    return TopK(top.indices.int(), top.values, rest.logsumexp(1))
+    tail = logp.scatter(1, top.indices, -math.inf)
+    return TopK(top.indices.int(), top.values, tail.logsumexp(1))

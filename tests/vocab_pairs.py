@@ -1,12 +1,10 @@
-"""What several test files share: vocab pairs."""
+"""Drawn pairs of vocabularies, for several test files."""
 
 import numpy as np
 from hypothesis import strategies as st
 
 from reflux.tokenalign.byte_table import CONTROL, TEXT, ByteTable
-from reflux.tokenalign.vocab_map import (
-    Vocabulary,
-)
+from reflux.tokenalign.vocab_map import Vocabulary
 
 PIECES = st.lists(
     st.lists(st.sampled_from(b"ab \xc2\xa9"), min_size=1, max_size=4).map(bytes), max_size=12
@@ -22,9 +20,7 @@ def table_of(pieces, controls=1, family="byte_level"):
 
 @st.composite
 def vocabularies(draw):
-    """Drawn pieces (duplicates happen), some single bytes, two control ids of which the first ends
-    a text, padding rows.
-    """
+    """Drawn pieces with duplicates, some single bytes, a stop id, a control id, padding rows."""
     pieces = draw(PIECES) + [bytes([b]) for b in draw(st.permutations(b"ab \xc2\xa9"))]
     table = table_of(pieces, controls=2)
     return Vocabulary(table, (len(pieces),), len(table) + draw(st.integers(0, 3)))

@@ -43,6 +43,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from reflux.kernels._divergence import check_divergence, divergence_ref
+from reflux.kernels.class_logprob import ClassMap, class_map
 from reflux.kernels.teacher_topk import TopK
 
 from .projection import Projection
@@ -68,6 +69,7 @@ class ClassIndex(NamedTuple):
     log_weight_M: Tensor | None  # None: all weights are one
     num_ids: int  # V or W: logits must have as many columns
     num_classes: int
+    kernel_classes: ClassMap | None  # the same for reflux.kernels; None where weights are not one
 
 
 class PartitionIndex(NamedTuple):
@@ -89,9 +91,11 @@ def partition_index(
         return torch.from_numpy(np.asarray(x, np.int64)).to(device)
 
     def one_hot(class_V: np.ndarray) -> ClassIndex:
-        ids = np.flatnonzero(class_V != OUT)
-        entries = tensor(ids), tensor(class_V[ids])
-        return ClassIndex(*entries, None, len(class_V), built.num_classes)
+        ids, num = np.flatnonzero(class_V != OUT), built.num_classes
+        kernel_classes = class_map(tensor(class_V), num)
+        return ClassIndex(
+            tensor(ids), tensor(class_V[ids]), None, len(class_V), num, kernel_classes
+        )
 
     teacher = one_hot(built.teacher_class)
     own_W = np.where(built.teacher_class == OUT, built.num_classes, built.teacher_class)
@@ -102,6 +106,7 @@ def partition_index(
             torch.from_numpy(np.log(built.weight)).to(device),
             built.student_rows,
             built.num_classes,
+            None,
         )
         return PartitionIndex(student, teacher, tensor(own_W), None, "projection")
     tail_ids = None
@@ -303,7 +308,7 @@ def _sum_entries(x_SM: Tensor, index: ClassIndex) -> Tensor:
 def _topk_and_tail(
     logp_SN: Tensor, teacher: TopK, partition: PartitionIndex
 ) -> tuple[Tensor, Tensor]:
-    """Student and teacher [S, N + 1]: classes of top-k ids (the others -inf), and the tail bucket."""
+    """Student and teacher [S, N + 1]: the classes of top-k ids, others -inf; the tail bucket."""
     if partition.kind in ("first_byte", "prefix"):
         raise ValueError(
             f"class_kl: a top-k teacher only bounds the classes of {partition.kind!r} from below; "

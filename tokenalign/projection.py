@@ -1,25 +1,27 @@
-"""A sparse linear map of the student's distribution onto the teacher's vocabulary: the X-Token
-style baseline (arXiv 2605.21699).
+"""A sparse linear map of the student's distribution onto the teacher's vocabulary, as in X-Token
+(arXiv 2605.21699): a baseline.
 
-    p_hat_c = sum_i W_ic p_i,  every row of W sums to one        loss: a divergence between q and
-                               p_hat (`class_losses.class_kl`)
+    p_hat_c = sum_i W_ic p_i, every row of W sums to one
+    loss: a divergence of q and p_hat (`class_losses.class_kl`)
 
-W by bytes. A spelling that both sides have goes to itself. Otherwise, with longest-prefix spelling:
-    forward    a student piece is spelled with teacher pieces, piece j with weight decay^j: "
-               unhappy" = " un" 1, "happy" 0.1
-    backward   a teacher piece is spelled with student pieces, and each of those gets decay^j for
-               it, too
+W by bytes. A spelling that both sides have goes to itself. Others are spelled with the longest
+prefix first:
+
+    forward    a student piece is spelled with teacher pieces, piece j with weight decay^j:
+               " unhappy" = " un" 1, "happy" 0.1
+    backward   a teacher piece is spelled with student pieces, and each of those gets decay^j of it
+
 and rows are normalised. Without the backward pass most teacher pieces that the student lacks get no
 student mass and the KL is infinite (41,818 of 151,655 Qwen3 columns for a Llama-3 student); W is
 checked for that when it is built. With it a common spelling is no longer one-hot: it lends mass to
 the longer teacher pieces that begin with it.
 
-What it costs the student: W is fixed, so agreement (p_hat = q) is in general out of reach, and the
-minimum of the loss is not the teacher's distribution over texts. `vocab_map.prefix` compares the
-same information without invented weights.
+W is fixed, so agreement (p_hat = q) is in general out of reach, and the minimum of the loss is not
+the teacher's distribution over texts. `vocab_map.prefix` compares the same information without
+invented weights.
 
-Columns are teacher spellings (duplicates share one) and one column of stop and control ids, the
-last, for both sides. V: student ids, W: teacher ids, C: columns, M: non-zeros.
+Columns are teacher spellings (duplicates share one) and, last, one column of stop and control ids
+of both sides. V: student ids, W: teacher ids, N: columns, M: non-zeros.
 """
 
 from collections import defaultdict
@@ -44,9 +46,8 @@ class Projection:
     student_id: np.ndarray  # int32 [M], rising
     column: np.ndarray  # int32 [M]
     weight: np.ndarray  # float64 [M], > 0; those of one student id sum to one
-    # int32 [W], the column of each teacher id; -1 where it is not in the softmax
-    teacher_class: np.ndarray
-    num_classes: int  # C; the last is stop and control
+    teacher_class: np.ndarray  # int32 [W], the column of each teacher id; OUT: not in the softmax
+    num_classes: int  # N; the last is stop and control
     student_rows: int  # V
     student_fingerprint: str
     teacher_fingerprint: str
@@ -55,38 +56,36 @@ class Projection:
     def build(
         cls, student: Vocabulary, teacher: Vocabulary, *, top: int = 4, decay: float = 0.1
     ) -> "Projection":
-        """W from the bytes of both tables. top: pieces of a spelling that count; decay: weight of
-        piece j is decay^j.
+        """W from the bytes of both tables. The first `top` pieces of a spelling count, piece j with
+        weight decay^j.
 
-        Stop and control ids of the student go to the last column. Padding rows of either head, and
-        pieces that only a byte that texts do without keeps from being spelled, are in no row and no
-        column. ValueError: a byte that one side has no token for, a column without student mass,
-        top < 1, decay outside (0, 1].
+        Padding rows of either head are in no row and no column, nor are pieces that cannot be
+        spelled for a byte that texts do without. ValueError: a byte that one side has no token for,
+        a column without student mass, top < 1, decay outside (0, 1].
         """
         if top < 1 or not 0 < decay <= 1:
             raise ValueError(
                 f"Projection: top = {top}, decay = {decay}; want top >= 1 and 0 < decay <= 1."
             )
-        words_s, words_t = _spellings(student), _spellings(teacher)
+        words_s, words_t = _rank_of_spelling(student), _rank_of_spelling(teacher)
+        control_row, control_column = len(words_s), len(words_t)
         row, column, weight = _cells(words_s, words_t, decay ** np.arange(top))
-        silent = len(words_t)
-        row, column, weight = (
-            np.append(row, len(words_s)),
-            np.append(column, silent),
-            np.append(weight, 1.0),
-        )
-        of_student = student.classes(words_s.__getitem__, len(words_s), len(words_s))
-        ids, column, weight = _rows_of_ids(of_student, row, column, weight)
+        row, column = np.append(row, control_row), np.append(column, control_column)
+        row_V = student.class_of_rows(words_s.__getitem__, control_row, control_row)
+        ids, column, weight = _cells_of_ids(row_V, row, column, np.append(weight, 1.0))
         teacher_class = without_rare_bytes(
-            teacher.classes(words_t.__getitem__, silent, silent), column, silent + 1, teacher
+            teacher.class_of_rows(words_t.__getitem__, control_column, control_column),
+            column,
+            control_column + 1,
+            teacher,
         )
-        refuse_unreachable("projection", column, teacher_class, silent + 1)
+        refuse_unreachable("projection", column, teacher_class, control_column + 1)
         return cls(
             ids,
             column,
             weight,
             teacher_class,
-            silent + 1,
+            control_column + 1,
             student.num_rows,
             student.table.fingerprint(),
             teacher.table.fingerprint(),
@@ -102,12 +101,13 @@ def spell_with(piece: bytes, words: dict[bytes, int], longest: int, most: int) -
 
     When none does: nothing if a byte is one that texts do without, else ValueError.
     """
-    found, at = [], 0
-    while at < len(piece) and len(found) < most:
+    spelled: list[int] = []
+    at = 0
+    while at < len(piece) and len(spelled) < most:
         for end in range(min(len(piece), at + longest), at, -1):
             word = words.get(piece[at:end])
             if word is not None:
-                found.append(word)
+                spelled.append(word)
                 at = end
                 break
         else:
@@ -115,35 +115,36 @@ def spell_with(piece: bytes, words: dict[bytes, int], longest: int, most: int) -
                 return []
             raise ValueError(
                 f"Projection: no token begins {piece[at:]!r}, the rest of {piece!r}; want the 256 "
-                "single bytes on both sides. Use a class map: `common` needs no spelling of the "
-                "rest."
+                "single bytes on both sides. Use the partition `common`: it need not spell what is "
+                "not common."
             )
-    return found
+    return spelled
 
 
-def _spellings(vocabulary: Vocabulary) -> dict[bytes, int]:
+def _rank_of_spelling(vocabulary: Vocabulary) -> dict[bytes, int]:
+    """Every spelling once -> its rank in the order of ids."""
     words = dict.fromkeys(p for p in vocabulary.spellings if p)
     return {piece: k for k, piece in enumerate(words)}
 
 
 def _cells(
     words_s: dict[bytes, int], words_t: dict[bytes, int], decay: np.ndarray
-) -> tuple[np.ndarray, ...]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """W over spellings as (row, column, weight), sorted by row, rows summing to one."""
-    shares = [decay[:n] / decay[:n].sum() for n in range(len(decay) + 1)]
+    fractions = [(decay[:n] / decay[:n].sum()).tolist() for n in range(len(decay) + 1)]
     cells: defaultdict[tuple[int, int], float] = defaultdict(float)
     longest = max(map(len, words_t), default=0)
     for piece, i in words_s.items():
         same = words_t.get(piece)
         spelled = [same] if same is not None else spell_with(piece, words_t, longest, len(decay))
-        for t, share in zip(spelled, shares[len(spelled)].tolist()):
-            cells[i, t] += share
+        for t, fraction in zip(spelled, fractions[len(spelled)]):
+            cells[i, t] += fraction
     longest = max(map(len, words_s), default=0)
     for piece, t in words_t.items():
         if piece not in words_s:
             spelled = spell_with(piece, words_s, longest, len(decay))
-            for i, share in zip(spelled, shares[len(spelled)].tolist()):
-                cells[i, t] += share
+            for i, fraction in zip(spelled, fractions[len(spelled)]):
+                cells[i, t] += fraction
     index = np.array(list(cells), np.int64).reshape(-1, 2)
     weight = np.fromiter(cells.values(), np.float64, len(cells))
     order = np.lexsort((index[:, 1], index[:, 0]))
@@ -151,15 +152,16 @@ def _cells(
     return row, column, weight / np.bincount(row, weights=weight)[row]
 
 
-def _rows_of_ids(
-    row_of_id: np.ndarray, row: np.ndarray, column: np.ndarray, weight: np.ndarray
-) -> tuple[np.ndarray, ...]:
-    """Each id takes the cells of its row, if it has any; ids with row -1 take none. `row` is
-    sorted.
+def _cells_of_ids(
+    row_V: np.ndarray, row: np.ndarray, column: np.ndarray, weight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(id, column, weight) of every cell: each id takes those of its row, none if that is OUT.
+
+    `row` is sorted.
     """
-    ids = np.flatnonzero(row_of_id >= 0)
+    ids = np.flatnonzero(row_V >= 0)
     begin = np.searchsorted(row, np.arange(row[-1] + 2))
-    rows = row_of_id[ids]
+    rows = row_V[ids]
     count = begin[rows + 1] - begin[rows]
     first = np.cumsum(count) - count
     cell = np.repeat(begin[rows] - first, count) + np.arange(count.sum())

@@ -186,7 +186,7 @@ def compare_spans(
 
 
 def span_logprobs(
-    logp: Sequence[float], span: np.ndarray, num_spans: int, *, name: str = "logp"
+    logp: Sequence[float] | np.ndarray, span: np.ndarray, num_spans: int, *, name: str = "logp"
 ) -> np.ndarray:
     """float64 [S]: sums of token log-probs [n] over the span [n] of each; tokens with span -1 count
     nothing and may be anything.

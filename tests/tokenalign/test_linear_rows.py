@@ -19,9 +19,9 @@ from reflux.tokenalign import vocab_map
 from reflux.tokenalign.class_losses import (
     ClassLogProb,
     class_kl,
+    class_logprob_of_logits,
     hybrid,
-    pool_logprob,
-    pools_of,
+    partition_index,
     uld,
 )
 from reflux.tokenalign.linear_rows import Linear, linear_rows
@@ -31,21 +31,28 @@ from reflux.tokenalign.vocab_map import Vocabulary
 f64 = torch.float64
 STUDENT = Vocabulary(table_of([b"a", b"b", b" ", b"ab", b"ba", b"a "]), (6,))
 TEACHER = Vocabulary(table_of([b"b", b"a", b" ", b"ab", b"bb"]), (5,))
-COMMON, PREFIX = (pools_of(f(STUDENT, TEACHER)) for f in (vocab_map.common, vocab_map.prefix))
+COMMON, PREFIX = (
+    partition_index(f(STUDENT, TEACHER)) for f in (vocab_map.common, vocab_map.prefix)
+)
 LOSSES = {
-    "common": partial(class_kl, pools=COMMON),
-    "prefix": partial(class_kl, pools=PREFIX, divergence="jsd", temperature=1.7),
+    "common": partial(class_kl, partition=COMMON),
+    "prefix": partial(class_kl, partition=PREFIX, divergence="jsd", temperature=1.7),
     "projection": partial(
-        class_kl, pools=pools_of(Projection.build(STUDENT, TEACHER)), divergence="skew_forward"
+        class_kl,
+        partition=partition_index(Projection.build(STUDENT, TEACHER)),
+        divergence="skew_forward",
     ),
     "uld": partial(uld, temperature=0.8),
-    "hybrid": partial(hybrid, pools=COMMON),
+    "hybrid": partial(hybrid, partition=COMMON),
 }
 
 
 def case(T=5, D=3, E=4, seed=0, dtype=f64, pad=0):
     g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=f64).to(dtype)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g, dtype=f64).to(dtype)
+
     student = Linear(draw(T, D).requires_grad_(), draw(7 + pad, D).requires_grad_(), vocab_size=7)
     return (
         student,
@@ -82,21 +89,24 @@ def test_chunks_give_what_whole_logits_give(name, T, seed, workspace, caps):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
-def test_kept_and_stored_teachers_are_cut_with_the_rows():
+def test_top_k_and_stored_teachers_are_cut_with_the_rows():
     student, teacher, weight = case(6)
-    for kept in (
+    for rows in (
         teacher_topk(teacher.hidden_TD, teacher.head_VD, 3),
-        ClassLogProb(pool_logprob(logits(teacher), COMMON.teacher)),
+        ClassLogProb(class_logprob_of_logits(logits(teacher), COMMON.teacher)),
     ):
-        got = linear_rows(LOSSES["common"], student, kept, workspace_mb=1e-9)
-        torch.testing.assert_close(got.kl, LOSSES["common"](logits(student), kept).detach())
+        got = linear_rows(LOSSES["common"], student, rows, workspace_mb=1e-9)
+        torch.testing.assert_close(got.kl, LOSSES["common"](logits(student), rows).detach())
 
 
 def test_agrees_with_linear_kl_on_one_vocabulary():
     student, _, weight = case(5)
     other, _, _ = case(5, seed=1)
     want = linear_kl(*student[:2], *other[:2], divergence="reverse", weight=weight)
-    token_kl = lambda z, u: divergence_ref(z.log_softmax(1), u.log_softmax(1), "reverse", 0.5)
+
+    def token_kl(z, u):
+        return divergence_ref(z.log_softmax(1), u.log_softmax(1), "reverse", 0.5)
+
     got = linear_rows(token_kl, student, Linear(other.hidden_TD, other.head_VD), weight=weight)
     torch.testing.assert_close(got.total, want.total)
     leaves = (student.hidden_TD, student.head_VD)
@@ -108,7 +118,10 @@ def test_agrees_with_linear_kl_on_one_vocabulary():
 
 def test_a_row_that_is_not_finite_teaches_nothing_and_stays_visible():
     student, teacher, _ = case(4)
-    infinite = lambda z, u: LOSSES["common"](z, u) * torch.tensor([1, math.inf, math.nan, 1])
+
+    def infinite(z, u):
+        return LOSSES["common"](z, u) * torch.tensor([1, math.inf, math.nan, 1])
+
     got = linear_rows(infinite, student, teacher)
     assert got.kl[1] == math.inf and got.kl[2].isnan()
     (grad,) = torch.autograd.grad(got.total, student.hidden_TD)
@@ -117,7 +130,10 @@ def test_a_row_that_is_not_finite_teaches_nothing_and_stays_visible():
 
 def test_a_weight_of_zero_leaves_its_row_out():
     student, teacher, _ = case(3)
-    bad = lambda z, u: LOSSES["common"](z, u) * torch.tensor([1.0, math.inf, 1.0])
+
+    def bad(z, u):
+        return LOSSES["common"](z, u) * torch.tensor([1.0, math.inf, 1.0])
+
     weight = torch.tensor([1.0, 0.0, 2.0])
     got = linear_rows(bad, student, teacher, weight=weight)
     assert got.total.isfinite() and all(
@@ -145,8 +161,8 @@ def test_half_precision_heads_and_no_rows():
     torch.testing.assert_close(
         got.kl.double(), LOSSES["common"](*map(logits, wide)), rtol=1e-5, atol=1e-5
     )
-    empty, nobody, _ = case(0)
-    assert linear_rows(LOSSES["common"], empty, nobody).total.item() == 0
+    student, teacher, _ = case(0)
+    assert linear_rows(LOSSES["common"], student, teacher).total.item() == 0
 
 
 def test_anything_with_the_four_fields_is_a_model():
@@ -164,5 +180,5 @@ def test_what_people_get_wrong():
         linear_rows(LOSSES["uld"], student, teacher._replace(hidden_TD=teacher.hidden_TD[:2]))
     with pytest.raises(ValueError, match=r"weight is \[2\] for 3 rows"):
         linear_rows(LOSSES["uld"], student, teacher, weight=weight[:2])
-    with pytest.raises(ValueError, match="for a map of 7 ids"):
+    with pytest.raises(ValueError, match="for a partition of 7 ids"):
         linear_rows(LOSSES["common"], student._replace(vocab_size=5), teacher)

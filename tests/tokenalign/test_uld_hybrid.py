@@ -14,18 +14,18 @@ from vocab_pairs import table_of, vocabularies
 
 from reflux.kernels._divergence import DIVERGENCES
 from reflux.tokenalign import vocab_map
-from reflux.tokenalign.class_losses import class_kl, hybrid, pools_of, uld
+from reflux.tokenalign.class_losses import class_kl, hybrid, partition_index, uld
 from reflux.tokenalign.projection import Projection
 from reflux.tokenalign.vocab_map import Vocabulary
 
-MAPS = {
+PARTITIONS = {
     "first_byte": vocab_map.first_byte,
     "common": vocab_map.common,
     "prefix": vocab_map.prefix,
     "projection": Projection.build,
 }
 SEEDS = st.integers(0, 2**32 - 1)
-KIND = st.sampled_from(list(MAPS))
+KIND = st.sampled_from(list(PARTITIONS))
 DIVERGENCE = st.sampled_from(DIVERGENCES)
 TEMPERATURE = st.sampled_from([0.5, 1.0, 1.7])
 TOL = dict(rtol=0, atol=1e-10)
@@ -68,7 +68,7 @@ def test_uld_at_ties_and_with_banned_ids():
 
 
 @given(V=st.integers(1, 9), W=st.integers(1, 9), seed=SEEDS)
-def test_uld_of_a_kept_teacher_is_a_rising_bound(V, W, seed):
+def test_uld_of_a_top_k_teacher_is_a_rising_bound(V, W, seed):
     rng = np.random.default_rng(seed)
     z, u = torch.from_numpy(rng.normal(size=(3, V))), torch.from_numpy(rng.normal(size=(3, W)))
     full, before = uld(z, u), torch.zeros(3, dtype=f64)
@@ -85,10 +85,10 @@ def test_hybrid_is_its_two_parts_and_its_gradient_is_closed(pair, temperature, s
     built = vocab_map.common(*pair)
     W_s, W_t = dense(built)
     z, u = logits_of(pair[0], seed), logits_of(pair[1], seed + 1)
-    loss = partial(hybrid, pools=pools_of(built), temperature=temperature)
+    loss = partial(hybrid, partition=partition_index(built), temperature=temperature)
     value, grad = gradient(loss, z, u)
     matched, matched_grad = gradient(
-        partial(class_kl, pools=pools_of(built), temperature=temperature), z, u
+        partial(class_kl, partition=partition_index(built), temperature=temperature), z, u
     )
     mine, theirs = W_s[:, -1] == 1, W_t[:, -1] == 1
     inner, inner_grad = gradient(partial(uld, temperature=temperature), z[:, mine], u[:, theirs])
@@ -100,46 +100,46 @@ def test_hybrid_is_its_two_parts_and_its_gradient_is_closed(pair, temperature, s
 
 @given(pair=pairs, seed=SEEDS)
 def test_hybrid_is_zero_at_agreement(pair, seed):
-    """The same vocabulary, mapped against another one so that OTHER is full, and the same
+    """One vocabulary, partitioned against another one so that the tail bucket has ids, and equal
     logits.
     """
     built = vocab_map.common(*pair)
-    same = pools_of(
-        vocab_map.ClassMap(
+    same = partition_index(
+        vocab_map.Partition(
             "common",
             built.student_class,
             built.student_class,
             built.num_classes,
-            built.silent,
+            built.control_class,
             "",
             "",
         )
     )
     z = logits_of(pair[0], seed)
-    value, grad = gradient(partial(hybrid, pools=same), z, z)
+    value, grad = gradient(partial(hybrid, partition=same), z, z)
     assert value.abs().max() < 1e-12 and grad.abs().max() < 1e-12
     apart = hybrid(logits_of(pair[0], seed + 1), z, same)
     assert (apart > 1e-6).all()
 
 
-def test_hybrid_where_nobody_is_in_other():
+def test_hybrid_with_an_empty_tail_bucket():
     v = Vocabulary(table_of([b"a", b"b"], 0))
-    pools, z, u = pools_of(vocab_map.common(v, v)), logits_of(v, 0), logits_of(v, 1)
-    torch.testing.assert_close(hybrid(z, u, pools), class_kl(z, u, pools), **TOL)
+    partition, z, u = partition_index(vocab_map.common(v, v)), logits_of(v, 0), logits_of(v, 1)
+    torch.testing.assert_close(hybrid(z, u, partition), class_kl(z, u, partition), **TOL)
 
 
-def test_hybrid_with_other_banned_on_both_sides():
+def test_hybrid_with_the_tail_bucket_banned_on_both_sides():
     v = Vocabulary(table_of([b"a", b"b"], 2))
-    pools = pools_of(vocab_map.common(v, v))
+    partition = partition_index(vocab_map.common(v, v))
     z = torch.tensor([[0.0, 1.0, -math.inf, -math.inf]], dtype=f64)
-    value, grad = gradient(partial(hybrid, pools=pools), z, z.flip(1).roll(2, 1))
+    value, grad = gradient(partial(hybrid, partition=partition), z, z.flip(1).roll(2, 1))
     assert value.isfinite().all() and grad.isfinite().all()
     one_left, other = (
         torch.tensor([[0.0, 1.0, 0.5, -math.inf]], dtype=f64),
         torch.tensor([[0.0, 1.0, 0.5, 0.5]], dtype=f64),
     )
-    # inside OTHER the student is (1, 0) and the teacher (1/2, 1/2): distance 1
+    # inside the tail bucket the student is (1, 0) and the teacher (1/2, 1/2): distance 1
     Q = other.softmax(1)[0, 2:].sum()
     torch.testing.assert_close(
-        hybrid(one_left, other, pools) - class_kl(one_left, other, pools), Q[None], **TOL
+        hybrid(one_left, other, partition) - class_kl(one_left, other, partition), Q[None], **TOL
     )

@@ -1,5 +1,5 @@
-"""Vocabulary maps against brute force on drawn vocabularies, on trained tokenizers, and on the
-traps they exist for.
+"""Vocabulary partitions against brute force on drawn vocabularies, on trained tokenizers, and on
+the traps they exist for.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from vocab_pairs import pairs, table_of
 from reflux.tokenalign.byte_table import CONTROL, TEXT, UNKNOWN, UNUSED, ByteTable
 from reflux.tokenalign.vocab_map import (
     OUT,
-    ClassMap,
+    Partition,
     Vocabulary,
     common,
     common_ids,
@@ -28,68 +28,75 @@ def text_ids(v):
 
 @given(pairs)
 def test_first_byte_is_the_first_byte(pair):
-    found = first_byte(*pair)
-    for v, classes in zip(pair, (found.student_class, found.teacher_class), strict=True):
+    partition = first_byte(*pair)
+    for v, class_V in zip(pair, (partition.student_class, partition.teacher_class), strict=True):
         for i in text_ids(v):
-            assert classes[i] == v.table.pieces[i][0]
-        silent = [i for i in range(len(v.table)) if v.table.kind[i] == CONTROL]
+            assert class_V[i] == v.table.pieces[i][0]
+        control = [i for i in range(len(v.table)) if v.table.kind[i] == CONTROL]
         assert (
-            set(classes[silent]) == {256}
-            and set(classes[len(v.table) :]) <= {OUT}
-            and len(classes) == v.num_rows
+            set(class_V[control]) == {256}
+            and set(class_V[len(v.table) :]) <= {OUT}
+            and len(class_V) == v.num_rows
         )
-    assert found.num_classes == 257
+    assert partition.num_classes == 257
 
 
 @given(pairs)
 def test_ids_share_a_common_class_exactly_when_their_bytes_are_equal(pair):
-    found = common(*pair)
+    partition = common(*pair)
     shared = {v.table.pieces[i] for v in pair[:1] for i in text_ids(v)} & {
         pair[1].table.pieces[i] for i in text_ids(pair[1])
     }
     assert (
-        found.num_classes == len(shared) + 2 == common_spellings(pair[0].table, pair[1].table) + 2
+        partition.num_classes
+        == len(shared) + 2
+        == common_spellings(pair[0].table, pair[1].table) + 2
     )
     spelled = {}
-    for v, classes in zip(pair, (found.student_class, found.teacher_class), strict=True):
+    for v, class_V in zip(pair, (partition.student_class, partition.teacher_class), strict=True):
         for i in text_ids(v):
             piece = v.table.pieces[i]
-            assert (classes[i] == found.silent) == (piece not in shared)
+            assert (class_V[i] == partition.control_class) == (piece not in shared)
             if piece in shared:
-                assert spelled.setdefault(piece, classes[i]) == classes[i]
-        assert classes[v.stop_ids[0]] == len(shared) and classes[v.stop_ids[0] + 1] == found.silent
+                assert spelled.setdefault(piece, class_V[i]) == class_V[i]
+        assert (
+            class_V[v.stop_ids[0]] == len(shared)
+            and class_V[v.stop_ids[0] + 1] == partition.control_class
+        )
     assert len(set(spelled.values())) == len(shared)
 
 
 @given(pairs)
 def test_prefix_is_the_longest_common_prefix_and_refines_first_byte(pair):
-    found, coarse = prefix(*pair), first_byte(*pair)
+    partition, coarse = prefix(*pair), first_byte(*pair)
     shared = {pair[0].table.pieces[i] for i in text_ids(pair[0])} & {
         pair[1].table.pieces[i] for i in text_ids(pair[1])
     }
     of_piece, byte_of_class = {}, {}
-    for v, classes, bytes_ in zip(
+    for v, class_V, byte_V in zip(
         pair,
-        (found.student_class, found.teacher_class),
+        (partition.student_class, partition.teacher_class),
         (coarse.student_class, coarse.teacher_class),
         strict=True,
     ):
         for i in text_ids(v):
             longest = max((p for p in shared if v.table.pieces[i].startswith(p)), key=len)
-            assert of_piece.setdefault(longest, classes[i]) == classes[i]
-        for c, b in zip(classes, bytes_, strict=True):
+            assert of_piece.setdefault(longest, class_V[i]) == class_V[i]
+        for c, b in zip(class_V, byte_V, strict=True):
             assert byte_of_class.setdefault(c, b) == b
     assert len(set(of_piece.values())) == len(of_piece)
-    used = set(found.student_class) | set(found.teacher_class)
-    assert used - {OUT} <= set(of_piece.values()) | {found.silent}
+    used = set(partition.student_class) | set(partition.teacher_class)
+    assert used - {OUT} <= set(of_piece.values()) | {partition.control_class}
 
 
 @pytest.mark.parametrize("rule", [first_byte, common, prefix])
 @given(pair=pairs)
 def test_every_class_of_the_teacher_has_a_student_id(rule, pair):
-    found = rule(*pair)
-    assert set(found.teacher_class) - {OUT} <= set(found.student_class)
-    assert found.student_only == len(set(found.student_class) - set(found.teacher_class) - {OUT})
+    partition = rule(*pair)
+    assert set(partition.teacher_class) - {OUT} <= set(partition.student_class)
+    assert partition.student_only == len(
+        set(partition.student_class) - set(partition.teacher_class) - {OUT}
+    )
 
 
 @given(pairs)
@@ -132,26 +139,24 @@ def test_a_piece_is_preferred_to_its_byte_token():
     assert not set(twice) & set(common_ids(table, other)[:, 0].tolist())
     assert not set(twice) & set(common_ids(other, table)[:, 1].tolist())
     both = common(Vocabulary(table), Vocabulary(other))
-    for i in twice:  # but in a class map both spellings are one event
+    for i in twice:  # but in a partition both spellings are one event
         assert (
             both.student_class[i]
             == both.student_class[table.pieces.index(table.pieces[i])]
-            != both.silent
+            != both.control_class
         )
 
 
 def test_a_byte_that_texts_do_without_may_be_missing():
-    """SmolLM2 has no token for 21 bytes that Qwen has: nothing to teach, nothing to refuse. A
-    needed byte is another matter.
-    """
+    """SmolLM2 has no token for 21 bytes that Qwen has: those are left out, not refused."""
     student = Vocabulary(table_of([b"a"]))
     teacher = Vocabulary(table_of([b"a", b"\xff", b"\xff\xfe"]))
-    for rule, classes in (
+    for rule, teacher_class in (
         (first_byte, [97, OUT, OUT, 256]),
         (prefix, [97, OUT, OUT, 256]),
         (common, [0, 1, 1, 1]),
     ):
-        assert rule(student, teacher).teacher_class.tolist() == classes
+        assert rule(student, teacher).teacher_class.tolist() == teacher_class
     back = first_byte(teacher, student)
     assert back.student_class.tolist() == [97, OUT, OUT, 256] and back.student_only == 0
 
@@ -170,8 +175,8 @@ def test_control_ids_match_by_role_and_never_by_name():
 
 def test_a_stop_token_that_is_listed_as_text_still_stops():
     table = table_of([b"a", b"<|im_end|>"], controls=1)
-    found = common(Vocabulary(table, (1,)), Vocabulary(table, (1,)))
-    assert found.student_class.tolist() == [0, 1, 2] and found.num_classes == 3
+    partition = common(Vocabulary(table, (1,)), Vocabulary(table, (1,)))
+    assert partition.student_class.tolist() == [0, 1, 2] and partition.num_classes == 3
     assert prefix(Vocabulary(table, (1,)), Vocabulary(table, (1,))).student_class.tolist() == [
         ord("a"),
         256,
@@ -181,11 +186,11 @@ def test_a_stop_token_that_is_listed_as_text_still_stops():
 
 def test_a_stop_set_on_one_side_only_is_no_class():
     a, b = table_of([b"a"], controls=2), table_of([b"a"], controls=1)
-    found = common(Vocabulary(a, (1,)), Vocabulary(b))
+    partition = common(Vocabulary(a, (1,)), Vocabulary(b))
     assert (
-        found.num_classes == 2
-        and found.student_class.tolist() == [0, 1, 1]
-        and found.teacher_class.tolist() == [0, 1]
+        partition.num_classes == 2
+        and partition.student_class.tolist() == [0, 1, 1]
+        and partition.teacher_class.tolist() == [0, 1]
     )
 
 
@@ -212,7 +217,7 @@ def test_mapped_ids_leave_out_stop_text_and_ids_without_a_row():
     ]
 
 
-def test_unknown_and_unused_ids_are_silent_but_in_the_softmax():
+def test_unknown_and_unused_ids_are_control_ids_and_in_the_softmax():
     kind = np.array([TEXT, UNKNOWN, UNUSED, CONTROL], np.int8)
     v = Vocabulary(ByteTable((b"a", b"", b"", b"</s>"), kind, "sentencepiece"))
     assert first_byte(v, v).student_class.tolist() == [ord("a"), 256, 256, 256]
@@ -221,7 +226,7 @@ def test_unknown_and_unused_ids_are_silent_but_in_the_softmax():
 def test_a_head_smaller_than_the_table_loses_the_last_ids():
     v = Vocabulary(table_of([b"a", b"b", b"c"], controls=1), rows=2)
     assert first_byte(v, v).student_class.tolist() == [97, 98]
-    assert common(v, v).num_classes == 3  # a, b and an OTHER that nobody is in
+    assert common(v, v).num_classes == 3  # a, b and an empty tail bucket
 
 
 @pytest.mark.parametrize("rule", [first_byte, prefix])
@@ -251,4 +256,4 @@ def test_what_people_get_wrong():
     with pytest.raises(ValueError, match="0 rows"):
         Vocabulary(table_of([b"a"]), rows=0)
     with pytest.raises(ValueError, match="'common'"):
-        ClassMap("common", np.array([0], np.int32), np.array([1], np.int32), 2, 1, "", "")
+        Partition("common", np.array([0], np.int32), np.array([1], np.int32), 2, 1, "", "")

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reflux.tokenalign.class_losses import Pools, pool_logprob
+from reflux.tokenalign.class_losses import PartitionIndex
+from reflux.tokenalign.linear_class_kl import linear_class_logprob
 from reflux.trainer.losses import HeadInputs
 
 K_GRID = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
@@ -60,18 +61,18 @@ def kl_profile(
     num_types: int,
     band_V: Tensor | None = None,
     num_bands: int = 0,
-    pools: Pools | None = None,
+    partition: PartitionIndex | None = None,
 ) -> KLProfile:
     """Profile of KL(q || p) (`forward`) or KL(p || q) (`reverse`), p the student, q the teacher, in
     float64.
 
-    Rows of both outputs are the same states; vocabularies are equal, or `pools` takes both to the
+    Rows of both outputs are the same states; vocabularies are equal, or `partition` takes both to the
     classes that are compared, V of them. The [T, V] logits exist chunk by chunk. type_V, band_V: of
     every class, one of num_types and of num_bands (without: none).
     """
     if mode not in ("forward", "reverse"):
         raise ValueError(f"kl_profile: mode is {mode!r}; want 'forward' or 'reverse'")
-    V = _classes(student, teacher, pools)
+    V = _classes(student, teacher, partition)
     ks = k_grid(V)
     kinds = [(type_V, num_types)] + ([] if band_V is None else [(band_V, num_bands)])
     one_hot_VN = torch.cat(
@@ -79,7 +80,7 @@ def kl_profile(
     ).double()
     parts = [
         _profile_chunk(logp_CV, logq_CV, mode, ks, one_hot_VN)
-        for logp_CV, logq_CV in _logprobs(student, teacher, pools)
+        for logp_CV, logq_CV in _logprobs(student, teacher, partition)
     ]
     width = one_hot_VN.shape[1]
     empty = [
@@ -91,31 +92,45 @@ def kl_profile(
     return KLProfile(ks, *curves, all_TN[:, :n], first_TN[:, :n], all_TN[:, n:], first_TN[:, n:])
 
 
-def _classes(student: HeadInputs, teacher: HeadInputs, pools: Pools | None) -> int:
-    return pools.student.num_classes if pools else min(student.vocab_size, teacher.vocab_size)
+def _classes(student: HeadInputs, teacher: HeadInputs, partition: PartitionIndex | None) -> int:
+    return (
+        partition.student.num_classes if partition else min(student.vocab_size, teacher.vocab_size)
+    )
 
 
 def _logprobs(
-    student: HeadInputs, teacher: HeadInputs, pools: Pools | None
+    student: HeadInputs, teacher: HeadInputs, partition: PartitionIndex | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Log-probabilities of the classes, student's and teacher's, chunk by chunk."""
-    if pools is None:
+    if partition is None:
         V = _classes(student, teacher, None)
         for z_CV, u_CV in zip(chunked_logits(student, V), chunked_logits(teacher, V)):
             yield z_CV.log_softmax(1), u_CV.log_softmax(1)
         return
-    ids = pools.student.num_ids, pools.teacher.num_ids
-    for z_CV, u_CW in zip(
-        *(chunked_logits(out, n, max(ids)) for out, n in zip((student, teacher), ids))
-    ):
-        yield pool_logprob(z_CV, pools.student), pool_logprob(u_CW, pools.teacher)
+    ids = partition.student.num_ids, partition.teacher.num_ids
+    rows = _rows_of_chunk(max(ids))
+    for start in range(0, len(student.hidden_TD), rows):
+        c = slice(start, start + rows)
+        yield (
+            linear_class_logprob(_in_float64(student, c, ids[0]), partition.student),
+            linear_class_logprob(_in_float64(teacher, c, ids[1]), partition.teacher),
+        )
 
 
-def chunked_logits(out: HeadInputs, V: int, widest: int = 0) -> Iterator[Tensor]:
-    """Logits [C, V] of the first V ids in float64; chunks hold as many rows as blocks of `widest`
-    columns may.
-    """
-    rows = max(1, int(CHUNK_MIB * 2**20 / (8 * max(V, widest))))
+def _in_float64(out: HeadInputs, rows: slice, V: int) -> HeadInputs:
+    """Some rows, and the first V ids of the head."""
+    return out._replace(
+        hidden_TD=out.hidden_TD[rows].double(), head_VD=out.head_VD[:V].double(), vocab_size=V
+    )
+
+
+def _rows_of_chunk(V: int) -> int:
+    return max(1, int(CHUNK_MIB * 2**20 / (8 * V)))
+
+
+def chunked_logits(out: HeadInputs, V: int) -> Iterator[Tensor]:
+    """Logits [C, V] of the first V ids in float64, chunk by chunk."""
+    rows = _rows_of_chunk(V)
     for start in range(0, len(out.hidden_TD), rows):
         logits_CV = out.hidden_TD[start : start + rows].double() @ out.head_VD[:V].double().t()
         yield out.softcap * torch.tanh(logits_CV / out.softcap) if out.softcap else logits_CV
@@ -300,10 +315,10 @@ class Overlap:
 
 
 def top_overlap(
-    student: HeadInputs, teacher: HeadInputs, k: int, pools: Pools | None = None
+    student: HeadInputs, teacher: HeadInputs, k: int, partition: PartitionIndex | None = None
 ) -> Overlap:
-    k, rows = min(k, _classes(student, teacher, pools)), []
-    for logp_CV, logq_CV in _logprobs(student, teacher, pools):
+    k, rows = min(k, _classes(student, teacher, partition)), []
+    for logp_CV, logq_CV in _logprobs(student, teacher, partition):
         own_CK, theirs_CK = logp_CV.topk(k, 1).indices, logq_CV.topk(k, 1).indices
         inside_CV = torch.zeros_like(logp_CV).scatter(1, own_CK, 1.0)
         entropy = lambda x: -torch.where(x > -torch.inf, x.exp() * x, 0.0).sum(1)

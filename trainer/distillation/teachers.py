@@ -1,24 +1,46 @@
-"""The teachers of a distillation: frozen models, each with its own tokenizer, its share, and how
-its distributions are compared.
+"""The teachers of a distillation: frozen models, each with its own tokenizer and its weight, and
+how their distributions are compared with the student's.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
+from torch import Tensor
 
+from reflux.kernels.linear_kl import LinearKL
 from reflux.tokenalign import vocab_map
-from reflux.tokenalign.class_losses import Pools, class_kl, hybrid, map_topk, pools_of, uld
+from reflux.tokenalign.class_losses import (
+    PartitionIndex,
+    class_kl,
+    hybrid,
+    map_topk,
+    partition_index,
+    uld,
+)
+from reflux.tokenalign.linear_class_kl import linear_class_kl
 from reflux.tokenalign.linear_rows import linear_rows
 from reflux.tokenalign.projection import Projection
-from reflux.tokenalign.vocab_map import Vocabulary
+from reflux.tokenalign.vocab_map import Partition, Vocabulary
 from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.config.schema import Config
+from reflux.trainer.data.batch import Batch
 from reflux.trainer.data.chat import Chat, same_vocabulary
-from reflux.trainer.losses import HeadInputs, Loss, kept_classes, kept_kl
+from reflux.trainer.losses import (
+    HeadInputs,
+    Loss,
+    at_positions,
+    distill_kl,
+    teacher_topk_of,
+    topk_kl,
+)
+from reflux.trainer.phase import Engine, FrozenModel, Sampler, TextScore
+from reflux.trainer.rollouts.defences import DefendedDecoding
+from reflux.trainer.rollouts.generate import EmbeddedSampler
+from reflux.trainer.rollouts.scoring import score_ids
 
-MAPS = {
+PARTITIONS: dict[str, Callable[[Vocabulary, Vocabulary], Partition]] = {
     "first_byte": vocab_map.first_byte,
     "common": vocab_map.common,
     "prefix": vocab_map.prefix,
@@ -28,123 +50,168 @@ MAPS = {
 
 @dataclass(frozen=True, eq=False)
 class ClassLoss:
-    """Divergence of two models with different vocabularies at the same places; see
-    reflux.tokenalign.class_losses.
+    """Divergence of two models with different vocabularies at aligned positions.
+
+    The formulas are those of reflux.tokenalign.class_losses. `first_byte`, `common` and `prefix`
+    with the whole teacher are kernels.bucket_kl; `common` with a top-k teacher is
+    kernels.linear_topk_kl; the rest goes through linear_rows.
     """
 
     spec: DistillSection
-    pools: Pools | None  # None: uld needs no map
-    student_id_W: torch.Tensor | None  # of a top-k teacher: its ids in the student's
+    partition: PartitionIndex | None  # None: uld needs none
+    student_id_W: Tensor | None  # of a top-k teacher with `common`: its ids in the student's
 
     def __call__(self, student: HeadInputs, teacher: HeadInputs) -> Loss:
+        """(sum over the aligned positions, metrics as sums over them). Row t of both is one
+        position.
+        """
         spec = self.spec
-        if spec.top_k and spec.partition == "common":
-            kept = map_topk(kept_classes(teacher, spec), self.student_id_W)
-            total, metrics = kept_kl(student, kept, spec)
+        if self.student_id_W is not None:
+            topk = map_topk(teacher_topk_of(teacher, spec), self.student_id_W)
+            total, metrics = topk_kl(student, topk, spec)
         else:
-            theirs = kept_classes(teacher, spec) if spec.top_k else teacher
-            result = linear_rows(self._rows(), student, theirs)
+            result = self._divergence(student, teacher)
             scale = spec.temperature**2 if spec.scale_t2 else 1.0
             total, metrics = scale * result.total, {"kl": result.kl.detach().sum()}
-        places = torch.full_like(total.detach(), len(student.hidden_TD))
-        return total, metrics | {"places": places}
+        positions = torch.full_like(total.detach(), len(student.hidden_TD))
+        return total, metrics | {"aligned_positions": positions}
 
-    def _rows(self):
-        spec = self.spec
-        if spec.partition == "uld":
-            return partial(uld, temperature=spec.temperature)
-        kind = hybrid if spec.partition == "hybrid" else class_kl
-        return partial(
-            kind,
-            pools=self.pools,
+    def _divergence(self, student: HeadInputs, teacher: HeadInputs) -> LinearKL:
+        spec, temperature = self.spec, self.spec.temperature
+        other = teacher_topk_of(teacher, spec) if spec.top_k else teacher
+        if self.partition is None:
+            return linear_rows(partial(uld, temperature=temperature), student, other)
+        if not spec.top_k and spec.partition != "hybrid":
+            return linear_class_kl(
+                student,
+                teacher,
+                self.partition,
+                divergence=spec.divergence,
+                beta=spec.beta,
+                temperature=temperature,
+            )
+        loss = partial(
+            hybrid if spec.partition == "hybrid" else class_kl,
+            partition=self.partition,
             divergence=spec.divergence,
             beta=spec.beta,
-            temperature=spec.temperature,
+            temperature=temperature,
         )
+        return linear_rows(loss, student, other)
 
 
 @dataclass(frozen=True, eq=False)
-class Teacher:
-    """One frozen teacher. `weight`s of all of them sum to one."""
+class FrozenTeacher:
+    """A frozen model as the Teacher of a run."""
 
-    model: Any
+    engine: Engine
+    spec: DistillSection
+    model: FrozenModel
     chat: Chat
+    sampler: Sampler  # of its texts, as `[defence]` serves them
     weight: float
-    same: bool  # its ids mean what the student's mean
-    classes: ClassLoss | None = None
+    shares_ids: bool
+    tokens: int  # of a micro-batch, padding included
+    class_loss: ClassLoss | None  # of objective = "class"
 
-    def vocab_size(self, student: HeadInputs) -> int:
-        """Ids of its head that take part: the student's where they are shared."""
-        return student.vocab_size if self.same else self.chat.vocab_size
+    def divergence(self, student: HeadInputs, batch: Batch, index: int) -> Loss:
+        """See phase.Teacher. Collective: the teacher's head is gathered."""
+        vocab_size = student.vocab_size if self.shares_ids else self.chat.vocab_size
+        teacher_batch = batch.for_teacher(index)
+        with self.engine.forward_no_grad(self.model, teacher_batch, vocab_size) as teacher:
+            if self.class_loss is None:
+                return distill_kl(student, teacher, self.spec)
+            return self.class_loss(at_positions(student, batch.aligned_positions(index)), teacher)
+
+    def score_texts(
+        self, jobs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+    ) -> list[TextScore]:
+        """See phase.Teacher. Collective."""
+        return score_ids(self.model, self.engine, jobs, self.chat, tokens=self.tokens)
 
 
-def load_teachers(cfg: Config, engine: Any, chat: Chat) -> list[Teacher]:
-    """`teacher.path` and `distill.more_teachers`, in this order. ValueError where the objective
-    cannot compare vocabularies.
+def load_teachers(cfg: Config, engine: Engine, chat: Chat) -> list[FrozenTeacher]:
+    """`teacher.path` and `distill.more_teachers`, in this order. Collective.
+
+    ValueError where the objective cannot compare vocabularies.
     """
     paths = (cfg.teacher.path, *cfg.distill.more_teachers)
     weights = cfg.distill.teacher_weights or (1.0,) * len(paths)
-    found = []
-    for path, weight in zip(paths, weights):
-        theirs = Chat(path)
-        same = same_vocabulary(chat, theirs)
-        if cfg.distill.objective == "kl" and not same:
-            raise ValueError(
-                f"distill.objective = 'kl' compares token by token, but {path} and "
-                f"{cfg.model.path} have different vocabularies. Use distill.objective = 'class' or "
-                "'span'"
-            )
-        classes = (
-            _class_loss(cfg.distill, chat, theirs, engine)
-            if cfg.distill.objective == "class"
-            else None
+    chats = [Chat(path) for path in paths]
+    shares_ids = [same_vocabulary(chat, c) for c in chats]
+    if cfg.distill.objective == "kl" and not all(shares_ids):
+        other = paths[shares_ids.index(False)]
+        raise ValueError(
+            f"distill.objective = 'kl' compares token by token, but {other} and {cfg.model.path} "
+            "have different vocabularies. Use distill.objective = 'class' or 'span'"
         )
-        found.append(
-            Teacher(
-                engine.frozen(replace(cfg.teacher, path=path)),
-                theirs,
-                weight / sum(weights),
-                same,
-                classes,
-            )
+    losses = [
+        _class_loss(cfg.distill, chat, c, engine) if cfg.distill.objective == "class" else None
+        for c in chats
+    ]
+    models = [engine.frozen(replace(cfg.teacher, path=path)) for path in paths]
+    defence = DefendedDecoding(cfg, engine, chats)
+    return [
+        FrozenTeacher(
+            engine,
+            cfg.distill,
+            model,
+            teacher_chat,
+            EmbeddedSampler(
+                defence.weights(partial(engine.gathered_frozen_weights, model)), teacher_chat
+            ),
+            weight / sum(weights),
+            same,
+            cfg.batch.tokens,
+            loss,
         )
-    return found
+        for model, teacher_chat, weight, same, loss in zip(
+            models, chats, weights, shares_ids, losses
+        )
+    ]
 
 
-def _class_loss(spec: DistillSection, student: Chat, teacher: Chat, engine: Any) -> ClassLoss:
+def _class_loss(spec: DistillSection, student: Chat, teacher: Chat, engine: Engine) -> ClassLoss:
     if spec.partition == "uld":
         return ClassLoss(spec, None, None)
-    # heads are read up to what the tokenizers know: rows beyond it are padding
-    sides = [
-        Vocabulary(c.table, c.stop_ids, rows)
-        for c, rows in ((student, engine.vocab_size), (teacher, teacher.vocab_size))
-    ]
-    built = (
-        Projection.build(*sides) if spec.partition == "projection" else MAPS[spec.partition](*sides)
+    # heads are used up to what the tokenizers know: rows beyond it are padding
+    vocabularies = (
+        Vocabulary(student.table, student.stop_ids, engine.vocab_size),
+        Vocabulary(teacher.table, teacher.stop_ids, teacher.vocab_size),
     )
-    if spec.partition in ("common", "hybrid"):
-        _refuse_a_rest_of_control_ids(spec, built, *sides)
-    ids = (
-        torch.from_numpy(vocab_map.student_id_of(*sides)).to(engine.device) if spec.top_k else None
-    )
-    return ClassLoss(spec, pools_of(built, engine.device), ids)
-
-
-def _refuse_a_rest_of_control_ids(
-    spec: DistillSection, built: vocab_map.ClassMap, student: Vocabulary, teacher: Vocabulary
-) -> None:
-    """ValueError where the student could follow the teacher into the class of the rest only by
-    control ids.
-    """
-    rests = [
-        [x for x, c in zip(side.spellings, classes.tolist()) if c == built.silent]
-        for side, classes in ((student, built.student_class), (teacher, built.teacher_class))
-    ]
-    mine, theirs = (sum(map(bool, rest)) for rest in rests)
-    if theirs and not mine:
+    if spec.partition == "projection":
+        projection = Projection.build(*vocabularies)
+        return ClassLoss(spec, partition_index(projection, engine.device), None)
+    built = PARTITIONS[spec.partition](*vocabularies)
+    if built.kind == "common":
+        _refuse_a_tail_of_control_ids(spec, built, *vocabularies)
+    if spec.divergence == "reverse" and built.student_only:
         raise ValueError(
-            f"distill.partition = {spec.partition!r}: the teacher writes {theirs} tokens that the "
-            f"student lacks, such as {next(x for x in rests[1] if x)!r}, and the only ids of the "
-            f"student that are not common are {len(rests[0])} control ids: it would learn to emit "
-            "those. Use classes = 'prefix' with top_k = 0, or objective = 'span'"
+            f"distill.divergence = 'reverse' with distill.partition = {spec.partition!r}: the "
+            f"student has {built.student_only} classes of tokens that the teacher has no id in, so "
+            "the KL is infinite. Use divergence = 'forward', 'jsd' or a skew, or objective = 'span'"
+        )
+    student_id_W = None
+    if spec.top_k:
+        student_id_W = torch.from_numpy(vocab_map.student_id_of(*vocabularies)).to(engine.device)
+    return ClassLoss(spec, partition_index(built, engine.device), student_id_W)
+
+
+def _refuse_a_tail_of_control_ids(
+    spec: DistillSection, built: Partition, student: Vocabulary, teacher: Vocabulary
+) -> None:
+    """ValueError where the student has only control ids to follow the teacher into the tail
+    bucket.
+    """
+    student_tail, teacher_tail = (
+        [x for x, c in zip(side.spellings, class_V.tolist()) if c == built.control_class]
+        for side, class_V in ((student, built.student_class), (teacher, built.teacher_class))
+    )
+    lacking = [x for x in teacher_tail if x]
+    if lacking and not any(student_tail):
+        raise ValueError(
+            f"distill.partition = {spec.partition!r}: the teacher has {len(lacking)} tokens that "
+            f"the student lacks, such as {lacking[0]!r}, and the only ids of the student that are "
+            f"not common are {len(student_tail)} control ids: it would learn to emit those. Use "
+            "partition = 'prefix' with top_k = 0, or objective = 'span'"
         )
