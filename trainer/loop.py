@@ -4,55 +4,59 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
-from reflux.trainer.calibration.guards import Stop
-from reflux.trainer.calibration.phase import Calibrate
-from reflux.trainer.config.loader import as_table
-from reflux.trainer.config.schema import Config
-from reflux.trainer.data.batch import pack
-from reflux.trainer.diagnosis.phase import Diagnose
-from reflux.trainer.distillation.phase import Distill
-from reflux.trainer.engine.engine import Engine
-from reflux.trainer.evaluation.phase import Evaluate
-from reflux.trainer.runs.logger import Record
-from reflux.trainer.runs.model_card import model_card
-from reflux.trainer.runs.run_folder import save_config
+from .config.loader import as_table
+from .config.phases import spec_of
+from .config.schema import Config
+from .data.batch import pack
+from .engine.engine import Engine
+from .phase import Phase, Stop, TrainingPhase
+from .runs.logger import Record
+from .runs.model_card import model_card
+from .runs.run_folder import save_config
 
 SAME_SIGNAL_S = 2.0
-# they differ below, never here
-PHASES = {"calibrate": Calibrate, "distill": Distill, "diagnose": Diagnose, "evaluate": Evaluate}
 
 
 def train(cfg: Config) -> int:
-    """Runs a whole configuration. Returns the exit code: 0; 3 where an [accept] rule does not hold;
-    130 when a signal ended it after a saved step.
+    """Runs a whole configuration. Returns the exit code: 0; the phase's own (3 where an [accept]
+    rule does not hold); 130 when a signal ended the run after a saved step.
     """
     engine = Engine(cfg)
     try:
-        phase = PHASES[cfg.phase](cfg, engine)
+        phase: Phase = spec_of(cfg.phase).load()(cfg, engine)
         if engine.is_main:
             save_config(cfg)
-        # who has no steps stops at once
-        patient = _finish_step_on_signal(engine) if cfg.trains else contextlib.nullcontext()
-        with _record(cfg, engine) as record, patient:
-            if not cfg.trains or cfg.steps == 0 or engine.resumed_step == 0:
-                _note(record, phase.close_step(0, {}))  # what the guards compare with later
-            stats: dict[str, float] = {}
+        with _record(cfg, engine) as record:
             if cfg.trains:
-                stats = _run_steps(cfg, engine, phase, record)
-            if engine.wants_to_stop:
-                record.event("interrupted", resume="run the same command again")
-                record.to_be_continued = True
-                return 130
-            if cfg.export.enable and cfg.trains:
-                record.event("export", folder=engine.export(model_card(cfg, stats)))
-        return getattr(phase, "exit_code", 0)
+                return _train(cfg, engine, cast(TrainingPhase, phase), record)
+            _record_results(record, phase.close_step(0, {}))
+        return phase.exit_code
     finally:
         engine.close()
 
 
-def _run_steps(cfg: Config, engine, phase, record: Record) -> dict[str, float]:
+def _train(cfg: Config, engine: Engine, phase: TrainingPhase, record: Record) -> int:
+    with _finish_step_on_signal(engine):
+        if cfg.steps == 0 or engine.resumed_step == 0:
+            # what the guards compare with later
+            _record_results(record, phase.close_step(0, {}))
+        stats = _run_steps(cfg, engine, phase, record)
+        if engine.wants_to_stop:
+            record.event("interrupted", resume="run the same command again")
+            record.to_be_continued = True
+            return 130
+        if cfg.export.enable:
+            folder = engine.export(model_card(cfg, stats, *phase.card()))
+            record.event("export", folder=folder)
+    return phase.exit_code
+
+
+def _run_steps(
+    cfg: Config, engine: Engine, phase: TrainingPhase, record: Record
+) -> dict[str, float]:
     stats: dict[str, float] = {}
     for step in engine.steps():  # resumes where the checkpoint left off
         start = time.perf_counter()
@@ -65,9 +69,10 @@ def _run_steps(cfg: Config, engine, phase, record: Record) -> dict[str, float]:
         )
         stats = engine.step(batches, phase.loss)  # forward, loss, backward, clip, AdamW
         stats |= engine.mean(phase.metric_sums) | _timing(stats, start, sampled, scored, engine)
-        record(step, _words(cfg, stats), _examples(texts_PG) if cfg.log.samples_every else None)
+        examples = _examples(texts_PG) if cfg.log.samples_every else None
+        record(step, phase.log_fields(stats), examples)
         try:
-            _note(record, phase.close_step(step, stats))  # evaluation and guards
+            _record_results(record, phase.close_step(step, stats))  # evaluation and guards
         except Stop as stop:
             restored = None if stop.restore is None else engine.restore(stop.restore)
             if restored is None:
@@ -77,18 +82,17 @@ def _run_steps(cfg: Config, engine, phase, record: Record) -> dict[str, float]:
     return stats
 
 
-def _note(record: Record, found: dict) -> None:
-    """What was measured, and the verdicts on it."""
-    for event, mine in (
-        ("eval", lambda name: not name.startswith("accept/")),
-        ("accept", lambda name: name.startswith("accept/")),
-    ):
-        if fields := {name: value for name, value in found.items() if mine(name)}:
+def _record_results(record: Record, results: Mapping[str, Any]) -> None:
+    """What was measured, and the verdicts on it, as two events of the log."""
+    accept = {k: v for k, v in results.items() if k.startswith("accept/")}
+    measured = {k: v for k, v in results.items() if k not in accept}
+    for event, fields in (("eval", measured), ("accept", accept)):
+        if fields:
             record.event(event, **fields)
 
 
 def _timing(
-    stats: dict[str, float], start: float, sampled: float, scored: float, engine
+    stats: Mapping[str, float], start: float, sampled: float, scored: float, engine: Engine
 ) -> dict[str, float]:
     end = time.perf_counter()
     return {
@@ -100,14 +104,8 @@ def _timing(
     }
 
 
-def _words(cfg: Config, stats: dict) -> dict:
-    """The dial in words: what eta is called, and how strong it is in use."""
-    if cfg.phase != "calibrate":
-        return stats
-    return stats | {"eta": f"{cfg.calibration.mode} {abs(stats.get('eta', 0.0)):.3g}"}
-
-
-def _examples(texts_PG: list) -> list[dict]:
+def _examples(texts_PG: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
+    """The first text of the first four prompts."""
     rollouts = [getattr(t, "rollout", t) for group in texts_PG[:4] for t in group[:1]]
     return [
         {
@@ -120,16 +118,10 @@ def _examples(texts_PG: list) -> list[dict]:
     ]
 
 
-def _record(cfg: Config, engine) -> Record:
-    track = (
-        (
-            lambda step, metrics: engine.log(
-                {k: v for k, v in metrics.items() if isinstance(v, int | float)}, step
-            )
-        )
-        if cfg.log.tensorboard or cfg.log.wandb
-        else None
-    )
+def _record(cfg: Config, engine: Engine) -> Record:
+    def track(step: int, metrics: Mapping[str, Any]) -> None:
+        engine.log({k: v for k, v in metrics.items() if isinstance(v, int | float)}, step)
+
     return Record(
         folder=cfg.folder,
         config=as_table(cfg),
@@ -139,26 +131,25 @@ def _record(cfg: Config, engine) -> Record:
         resumed_step=engine.resumed_step,
         is_main=engine.is_main,
         quiet=cfg.log.quiet,
-        on_step=track,
+        on_step=track if cfg.log.tensorboard or cfg.log.wandb else None,
     )
 
 
 @contextlib.contextmanager
-def _finish_step_on_signal(engine) -> Iterator[None]:
+def _finish_step_on_signal(engine: Engine) -> Iterator[None]:
     """The first Ctrl-C (or SIGTERM) lets the step end and saves it; another one, later, stops at
-    once.
+    once. A phase without steps has no such handler and stops at once.
     """
-    asked_at = None
+    first_at: float | None = None
 
-    def ask(signum, frame):
-        nonlocal asked_at
-        if asked_at is not None:
-            if time.monotonic() - asked_at < SAME_SIGNAL_S:
-                # a terminal signals torchrun's workers, and torchrun then passes the same Ctrl-C on
-                # to them
+    def stop(signum: int, frame: Any) -> None:
+        nonlocal first_at
+        if first_at is not None:
+            # a terminal signals torchrun's workers, and torchrun passes the same Ctrl-C on to them
+            if time.monotonic() - first_at < SAME_SIGNAL_S:
                 return
             raise KeyboardInterrupt
-        asked_at = time.monotonic()
+        first_at = time.monotonic()
         engine.asked_to_stop = True
         if engine.is_main:
             print(
@@ -168,7 +159,7 @@ def _finish_step_on_signal(engine) -> Iterator[None]:
             )
 
     try:
-        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread: whoever embeds the loop keeps its own handlers
         yield
         return

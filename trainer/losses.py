@@ -5,7 +5,7 @@ They call reflux.kernels and know neither ranks nor phases. The division by the 
 happens once, in Engine.step. Metrics whose name starts with "max/" are maxima, all others are sums
 over the same tokens.
 
-Shapes: T tokens, D student hidden, E teacher hidden, V vocabulary, K kept teacher entries, S spans.
+Shapes: T tokens, D student hidden, E teacher hidden, V vocabulary, K top-k entries, S spans.
 """
 
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from reflux.kernels.linear_kl import linear_kl
 from reflux.kernels.linear_logprob import LogProb, linear_logprob
+from reflux.kernels.linear_nll import linear_nll
 from reflux.kernels.linear_topk_kl import linear_topk_kl
 from reflux.kernels.span_sum import span_sum
 from reflux.kernels.teacher_topk import TopK, teacher_topk
@@ -64,16 +65,16 @@ def policy_gradient(logp_T: Tensor, old_logp_T: Tensor, advantage_T: Tensor, cli
 
 
 def reference_kl(
-    logp_T: Tensor, old_logp_T: Tensor, original_logp_T: Tensor, estimator: str
+    logp_T: Tensor, old_logp_T: Tensor, reference_logp_T: Tensor, estimator: str
 ) -> Loss:
-    """KL(pi || original) from the sampled tokens (estimators of docs/method.md, "Reference").
+    """KL(policy || reference) from the sampled tokens (estimators of docs/method.md, "Reference").
 
     k2_loss: half the squared log-ratio; its gradient is the reverse KL's, on-policy.
     k3_is:   pi/pi_old times k3, differentiated through both: the reverse KL, also for slightly
              stale rollouts.
     k3_loss: the common GRPO form; it descends the forward KL.
     """
-    log_ratio_T = original_logp_T.detach() - logp_T
+    log_ratio_T = reference_logp_T.detach() - logp_T
     k3_T = log_ratio_T.exp() - log_ratio_T - 1
     value_T = {
         "k2_loss": lambda: 0.5 * log_ratio_T**2,
@@ -83,18 +84,18 @@ def reference_kl(
     return value_T.sum(), {"reference_kl": k3_T.detach().sum()}
 
 
-def exact_reference_kl(out: HeadInputs, original: HeadInputs, *, temperature: float) -> Loss:
-    """KL(pi || original) over the whole vocabulary at the sampled prefixes."""
+def exact_reference_kl(out: HeadInputs, reference: HeadInputs, *, temperature: float) -> Loss:
+    """KL(policy || reference) over the whole vocabulary at the sampled prefixes."""
     result = linear_kl(
         out.hidden_TD,
         out.head_VD,
-        original.hidden_TD,
-        original.head_VD,
+        reference.hidden_TD,
+        reference.head_VD,
         divergence="reverse",
         temperature=temperature,
         vocab_size=out.vocab_size,
         student_softcap=out.softcap,
-        teacher_softcap=original.softcap,
+        teacher_softcap=reference.softcap,
     )
     return result.total, {"reference_kl": result.kl.detach().sum()}
 
@@ -104,7 +105,7 @@ def distill_kl(student: HeadInputs, teacher: HeadInputs, spec: DistillSection) -
     tail.
     """
     if spec.tail != "full":
-        return kept_kl(student, kept_classes(teacher, spec, student.vocab_size), spec)
+        return topk_kl(student, teacher_topk_of(teacher, spec, student.vocab_size), spec)
     result = linear_kl(
         student.hidden_TD,
         student.head_VD,
@@ -126,10 +127,10 @@ def _t2(spec: DistillSection) -> float:
     return spec.temperature**2 if spec.scale_t2 else 1.0
 
 
-def kept_classes(teacher: HeadInputs, spec: DistillSection, vocab_size: int | None = None) -> TopK:
-    """What an interface with top-k log-probabilities would show of the teacher, and its exact
-    tail.
-    """
+def teacher_topk_of(
+    teacher: HeadInputs, spec: DistillSection, vocab_size: int | None = None
+) -> TopK:
+    """What an interface with top-k log-probabilities would show: ids, log p, and the exact tail."""
     V = teacher.vocab_size if vocab_size is None else vocab_size
     return teacher_topk(
         teacher.hidden_TD,
@@ -141,16 +142,16 @@ def kept_classes(teacher: HeadInputs, spec: DistillSection, vocab_size: int | No
     )
 
 
-def kept_kl(student: HeadInputs, kept: TopK, spec: DistillSection) -> Loss:
-    """Divergence from a teacher of which only some classes are known, in the student's ids (-1: not
-    one of them).
+def topk_kl(student: HeadInputs, topk: TopK, spec: DistillSection) -> Loss:
+    """Divergence from a teacher of which only the top-k is known, in the student's ids (-1: an id
+    that the student lacks).
     """
     result = linear_topk_kl(
         student.hidden_TD,
         student.head_VD,
-        kept.ids,
-        kept.logp,
-        kept.tail,
+        topk.ids,
+        topk.logp,
+        topk.tail,
         divergence=spec.divergence,
         tail=spec.tail,
         allow_drop=spec.tail == "drop",
@@ -160,7 +161,7 @@ def kept_kl(student: HeadInputs, kept: TopK, spec: DistillSection) -> Loss:
         vocab_size=student.vocab_size,
         softcap=student.softcap,
     )
-    return result.total, {"kl": result.kl.sum() / _t2(spec), "teacher_mass": kept.logp.exp().sum()}
+    return result.total, {"kl": result.kl.sum() / _t2(spec), "teacher_mass": topk.logp.exp().sum()}
 
 
 def at_positions(out: HeadInputs, aligned_P: Tensor | None) -> HeadInputs:
@@ -180,7 +181,19 @@ def span_kl(
     return total, {"span_gap": gap, "aligned": (span_T >= 0).float().sum()}
 
 
-def nll(logp_T: Tensor, weight_T: Tensor) -> Loss:
-    """- sum of weighted log-probabilities."""
-    total = -(logp_T * weight_T).sum()
-    return total, {"nll": total.detach(), "off_policy": weight_T.sum()}
+def nll(out: HeadInputs, target_T: Tensor, weight_T: Tensor) -> tuple[Tensor, Tensor]:
+    """- sum of weight * log p(target), fused with the head; and log p [T], detached."""
+    result = linear_nll(
+        out.hidden_TD,
+        out.head_VD,
+        target_T,
+        weight=weight_T,
+        softcap=out.softcap,
+        vocab_size=out.vocab_size,
+    )
+    return result.total, result.logp
+
+
+def nll_metrics(logp_T: Tensor, off_policy_T: Tensor) -> dict[str, Tensor]:
+    """The negative log-likelihood of the off-policy tokens, and how many there are."""
+    return {"nll": -(logp_T.detach() * off_policy_T).sum(), "off_policy": off_policy_T.sum()}

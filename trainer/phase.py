@@ -70,6 +70,24 @@ class CalibrationScore:
     scored: bool  # False: the text is unaligned, or the rollout is masked by rule
 
 
+@dataclass(frozen=True, eq=False)
+class TextScore:
+    """log p of each content token [n], and of the stop set right behind them; nats."""
+
+    logp: np.ndarray
+    stop: float
+
+
+class Stop(Exception):
+    """Raised by a phase's close_step: the run ends here, in good order. `restore` names a
+    checkpoint's step to go back to, or None.
+    """
+
+    def __init__(self, reason: str, restore: int | None = None):
+        super().__init__(reason)
+        self.restore = restore
+
+
 class Phase(Protocol):
     """What a run does. Built as `PhaseClass(cfg, engine)`; every method is collective."""
 
@@ -77,7 +95,7 @@ class Phase(Protocol):
 
     def close_step(self, step: int, stats: Mapping[str, float]) -> dict[str, Any]:
         """Evaluation and guards after a step; the whole work of a phase that does not train, and
-        the start of one that does, at step 0. Raises guards.Stop to end the run in good order.
+        the start of one that does, at step 0. Raises Stop to end the run in good order.
         """
         ...
 
@@ -246,14 +264,33 @@ class Sampler(Protocol):
 class Teacher(Protocol):
     """What a student learns from: texts, and distributions at the student's positions."""
 
-    chat: Chat
-    sampler: Sampler
-    weight: float  # of its loss; the weights of all teachers sum to one
-    shares_ids: bool  # its token ids mean what the student's mean
+    @property
+    def chat(self) -> Chat: ...
+
+    @property
+    def sampler(self) -> Sampler: ...
+
+    @property
+    def weight(self) -> float:
+        """Of its loss; the weights of all teachers sum to one."""
+        ...
+
+    @property
+    def shares_ids(self) -> bool:
+        """Its token ids mean what the student's mean."""
+        ...
 
     def divergence(self, student: HeadInputs, batch: Batch, index: int) -> Loss:
         """Divergence from the teacher's distributions at the positions it shares with the student,
         summed. `index`: which of the batch's teacher views is its own.
+        """
+        ...
+
+    def score_texts(
+        self, jobs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+    ) -> list[TextScore]:
+        """Log-probabilities of (prompt ids, content ids) pairs in the teacher's tokens.
+        Collective.
         """
         ...
 
@@ -270,8 +307,8 @@ class CalibrationReward(Protocol):
         reference_logp: Sequence[np.ndarray] | None,
         metric_sums: MetricSums,
     ) -> list[CalibrationScore]:
-        """One score per rollout. `behaviour_logp`, `reference_logp`: [n] per-token log-probabilities
-        of the sampled ids, stop token included. Collective.
+        """One score per rollout. behaviour_logp, reference_logp: [n] log-probabilities of the
+        sampled ids, the stop token included. Collective.
         """
         ...
 

@@ -4,19 +4,13 @@ task-utility gate.
 
 import logging
 import warnings
+from collections.abc import Mapping
 
 from reflux.trainer.config.schema import Config
+from reflux.trainer.phase import Engine, Stop
 
 log = logging.getLogger(__name__)
 KL_DECAY = 0.8  # of the moving average that is compared with the budget
-
-
-class Stop(Exception):
-    """The run ends here, in good order. `restore` names a checkpoint to go back to, or None."""
-
-    def __init__(self, reason: str, restore: int | None = None):
-        super().__init__(reason)
-        self.restore = restore
 
 
 class Guards:
@@ -24,7 +18,7 @@ class Guards:
     would.
     """
 
-    def __init__(self, cfg: Config, engine):
+    def __init__(self, cfg: Config, engine: Engine):
         self.cfg, self.engine = cfg, engine
         cal, beta = cfg.calibration, cfg.reference.beta
         if cal.mode == "undistillable" and cal.denominator == "policy" and cal.strength >= beta:
@@ -36,22 +30,22 @@ class Guards:
             )
         if cfg.reference.estimator == "k3_loss":
             warnings.warn(
-                "reference.estimator = 'k3_loss' descends the forward KL, not KL(pi || original); use "
-                "'exact' or 'k3_is'",
+                "reference.estimator = 'k3_loss' descends the forward KL, not "
+                "KL(policy || reference); use 'exact' or 'k3_is'",
                 stacklevel=2,
             )
 
     @property
     def notes(self) -> dict[str, float]:
-        """Asked for each time: loading a checkpoint puts another dictionary in the engine."""
+        """Read anew each time: loading a checkpoint puts another dictionary in the engine."""
         return self.engine.notes
 
-    def check(self, step: int, stats: dict[str, float], found: dict[str, float]) -> None:
+    def check(self, step: int, stats: Mapping[str, float], results: Mapping[str, float]) -> None:
         """Raises Stop when the KL budget is spent or the task accuracy fell twice in a row."""
         self._check_kl(step, stats)
-        self._check_utility(step, found)
+        self._check_utility(step, results)
 
-    def _check_kl(self, step: int, stats: dict[str, float]) -> None:
+    def _check_kl(self, step: int, stats: Mapping[str, float]) -> None:
         budget, kl = self.cfg.guard.kl_budget, stats.get("reference_kl")
         if not budget or kl is None:
             return
@@ -59,19 +53,19 @@ class Guards:
         self.notes["reference_kl"] = average
         if not average <= budget:  # NaN stops too
             raise Stop(
-                f"KL(pi || original) reached {average:.3f} nats per token, over guard.kl_budget = "
-                f"{budget}"
+                f"KL(policy || reference) reached {average:.3f} nats per token, over "
+                f"guard.kl_budget = {budget}"
             )
         if average > budget / 2 and not self.notes.get("kl_warned"):
             self.notes["kl_warned"] = 1.0
             log.warning(
-                "step %d: KL(pi || original) is %.3f nats per token, half of guard.kl_budget",
+                "step %d: KL(policy || reference) is %.3f nats per token, half of guard.kl_budget",
                 step,
                 average,
             )
 
-    def _check_utility(self, step: int, found: dict[str, float]) -> None:
-        accuracy = found.get("eval/sampled", found.get("eval/greedy"))
+    def _check_utility(self, step: int, results: Mapping[str, float]) -> None:
+        accuracy = results.get("eval/sampled", results.get("eval/greedy"))
         if accuracy is None or not self.cfg.guard.utility_drop:
             return
         start = self.notes.setdefault("utility_start", accuracy)

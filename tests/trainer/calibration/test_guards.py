@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from reflux.trainer.calibration.guards import KL_DECAY, Guards, Stop
+from reflux.trainer.calibration.guards import KL_DECAY, Guards
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import (
     CalibrationSection,
@@ -19,6 +19,7 @@ from reflux.trainer.config.sections import (
     ReferenceSection,
     TaskSection,
 )
+from reflux.trainer.phase import Stop
 
 
 def config(**parts) -> Config:

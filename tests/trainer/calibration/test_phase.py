@@ -123,7 +123,10 @@ def test_off_does_not_know_that_a_proxy_is_configured(talkers, tmp_path, watch):
             calibration={"mode": "distillable", "strength": 0.0},
         )
     )
-    key = lambda run: [{k: v for k, v in numbers(s).items() if k != "eta"} for s in run.steps]
+
+    def key(run):
+        return [{k: v for k, v in numbers(s).items() if k != "eta"} for s in run.steps]
+
     assert key(configured) == key(without) == key(zero)
 
 

@@ -1,0 +1,110 @@
+"""The paper's calibration reward: how likely a frozen proxy with its own tokenizer finds the
+teacher's text, against the teacher itself (equation (2) of docs/method.md).
+
+Policy and reference model score the sampled ids; only the proxy tokenizes the text. Both sides are
+summed over the byte spans that the two tokenizations share, so they cover the same bytes.
+
+Shapes: n tokens of one response, S spans.
+"""
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from reflux.tokenalign.scores import compare_spans, span_logprobs
+from reflux.trainer.config.schema import Config
+from reflux.trainer.data.batch import Rollout
+from reflux.trainer.data.chat import Chat
+from reflux.trainer.engine.metrics import MetricSums
+from reflux.trainer.phase import CalibrationScore, Engine, TextScore
+from reflux.trainer.rollouts.scoring import Aligned, align_texts, score_ids
+
+from .rewards import UNALIGNED, calibration_score
+
+
+class LikelihoodRatio:
+    """r_cal = [log p_proxy(text) - log p_denominator(text)] / z(text)."""
+
+    def __init__(self, cfg: Config, engine: Engine, chat: Chat):
+        self.cfg, self.engine, self.chat = cfg, engine, chat
+        self.proxy, self.proxy_chat = engine.frozen(cfg.proxy), Chat(cfg.proxy.path)
+        self.same_ids = chat.table.fingerprint() == self.proxy_chat.table.fingerprint()
+        if cfg.calibration.score_norm == "per_token" and not self.same_ids:
+            warnings.warn(
+                "calibration.score_norm = 'per_token' is not fair across tokenizers: the two sides "
+                "count different tokens. Use 'sum' or 'per_byte'",
+                stacklevel=2,
+            )
+
+    def score(
+        self,
+        rollouts: Sequence[Rollout],
+        behaviour_logp: Sequence[np.ndarray],
+        reference_logp: Sequence[np.ndarray] | None,
+        metric_sums: MetricSums,
+    ) -> list[CalibrationScore]:
+        """One score per rollout; UNALIGNED where the proxy's tokenizer cannot spell the text, and
+        for truncated ones unless calibration.truncated = "score_prefix". Collective.
+        """
+        cal = self.cfg.calibration
+        aligned = align_texts(self.chat, self.proxy_chat, rollouts, same=self.same_ids)
+        unaligned = [float(a.spans is None) for a in aligned]
+        scorable = [
+            i
+            for i, (rollout, a) in enumerate(zip(rollouts, aligned))
+            if a.spans is not None and (rollout.ended or cal.truncated == "score_prefix")
+        ]
+        proxy_scores = self._proxy_scores(rollouts, aligned, scorable)
+        metric_sums.add("cal/unaligned", unaligned)
+        self._check_unaligned(sum(unaligned), len(rollouts))
+        own_logp = reference_logp if cal.denominator == "reference" else behaviour_logp
+        assert own_logp is not None
+        return [
+            self._score_one(rollouts[i], aligned[i], proxy_scores[i], own_logp[i])
+            if i in proxy_scores
+            else UNALIGNED
+            for i in range(len(rollouts))
+        ]
+
+    def _proxy_scores(
+        self, rollouts: Sequence[Rollout], aligned: Sequence[Aligned], scorable: list[int]
+    ) -> dict[int, TextScore]:
+        """The proxy's log-probabilities of the rollouts at these indices, behind its own rendering
+        of the prompt.
+        """
+        jobs = [
+            (self.proxy_chat.prompt_ids(rollouts[i].prompt.messages), aligned[i].scorer_ids)
+            for i in scorable
+        ]
+        tokens = self.cfg.batch.tokens
+        scores = score_ids(self.proxy, self.engine, jobs, self.proxy_chat, tokens=tokens)
+        return dict(zip(scorable, scores))
+
+    def _score_one(
+        self, rollout: Rollout, aligned: Aligned, proxy: TextScore, own_logp_n: np.ndarray
+    ) -> CalibrationScore:
+        assert aligned.spans is not None
+        cal = self.cfg.calibration
+        content_n = own_logp_n[: len(rollout.content_ids)]
+        with_stop = cal.score_stop and rollout.ended
+        scores = compare_spans(
+            span_logprobs(proxy.logp, aligned.scorer_span, aligned.spans),
+            span_logprobs(content_n, aligned.sampler_span, aligned.spans),
+            num_bytes=aligned.n_bytes,
+            tokens=(len(aligned.scorer_ids), len(rollout.content_ids)),
+            stop_a=proxy.stop if with_stop else None,
+            stop_b=rollout.stop_logp if with_stop else None,
+            clip=cal.span_clip,
+        )
+        return calibration_score(scores, aligned.sampler_span, cal)
+
+    def _check_unaligned(self, unaligned: float, total: int) -> None:
+        """ValueError above calibration.max_unaligned, over all ranks."""
+        fraction = self.engine.sum(unaligned) / max(self.engine.sum(float(total)), 1.0)
+        limit = self.cfg.calibration.max_unaligned
+        if fraction > limit:
+            raise ValueError(
+                f"{fraction:.0%} of the rollouts do not round-trip through the proxy's tokenizer; "
+                f"want at most {limit:.0%} (calibration.max_unaligned). Run --check for examples"
+            )

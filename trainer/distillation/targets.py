@@ -1,0 +1,159 @@
+"""What the teachers say of a step's texts: from Texts to Samples.
+
+    nll    the text itself
+    kl     the teacher's own rendering of the prompt; ids are shared
+    class  the text in every teacher's tokens, and the aligned positions
+    span   the teacher's log-probability of every span that both tokenizations share
+
+Shapes: n tokens of one response, S spans.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from reflux.tokenalign.scores import span_logprobs
+from reflux.trainer.config.distillation import DistillSection
+from reflux.trainer.data.batch import Rollout, Sample, TeacherView
+from reflux.trainer.data.chat import Chat
+from reflux.trainer.engine.metrics import MetricSums
+from reflux.trainer.phase import Teacher
+from reflux.trainer.rollouts.scoring import Aligned, align_texts
+
+from .texts import Text
+
+
+class Targets:
+    """Builds the samples of an objective."""
+
+    def __init__(self, spec: DistillSection, chat: Chat, teachers: Sequence[Teacher]):
+        self.spec, self.chat, self.teachers = spec, chat, teachers
+
+    def samples(self, texts: Sequence[Text], metric_sums: MetricSums) -> list[Sample]:
+        """One sample per text that can be learned from. Collective."""
+        if self.spec.objective == "span":
+            samples = self._span_samples(texts)
+            metric_sums.add("unaligned", [float(s is None) for s in samples])
+            return [s for s in samples if s is not None]
+        if self.spec.objective == "class" and self.teachers:
+            return self._class_samples(texts, metric_sums)
+        samples_N = [Sample(self.for_student(t), off_policy=t.off_policy) for t in texts]
+        if self.spec.objective == "nll" or not self.teachers:
+            return samples_N
+        return [
+            replace(s, teacher_views=tuple(_prompt_view(t, s.rollout) for t in self.teachers))
+            for s in samples_N
+        ]
+
+    def for_student(self, text: Text) -> Rollout:
+        """The text behind the student's own prompt, in its ids: as sampled where they are shared,
+        else re-encoded.
+        """
+        rollout = text.rollout
+        if text.sampled_by != "teacher":
+            return rollout
+        rollout = replace(rollout, prompt_ids=self.chat.prompt_ids(rollout.prompt.messages))
+        if self.teachers[text.teacher].shares_ids:
+            return rollout
+        ids = self.chat.encode(rollout.text) + ((self.chat.stop_id,) if rollout.ended else ())
+        return replace(rollout, ids=ids, logp=(0.0,) * len(ids))
+
+    # class
+    def _class_samples(self, texts: Sequence[Text], metric_sums: MetricSums) -> list[Sample]:
+        """Each text in the student's tokens, and in every teacher's, with the aligned positions."""
+        rollouts = [self.for_student(t) for t in texts]
+        aligned = [
+            align_texts(self.chat, t.chat, rollouts, same=t.shares_ids) for t in self.teachers
+        ]
+        by_text = list(zip(*aligned))
+        usable = [i for i, row in enumerate(by_text) if all(a.spans is not None for a in row)]
+        unaligned = np.ones(len(texts))
+        unaligned[usable] = 0.0
+        metric_sums.add("unaligned", unaligned)
+        metric_sums.add("compared", [len(column[i].starts.a) for column in aligned for i in usable])
+        return [
+            Sample(
+                rollouts[i],
+                off_policy=texts[i].off_policy,
+                teacher_views=tuple(
+                    _class_view(teacher, rollouts[i], a)
+                    for teacher, a in zip(self.teachers, by_text[i])
+                ),
+            )
+            for i in usable
+        ]
+
+    # span
+    def _span_samples(self, texts: Sequence[Text]) -> list[Sample | None]:
+        """Teacher texts first; None where the tokenizers share no spelling of the text."""
+        by_teacher = [t for t in texts if t.sampled_by == "teacher"]
+        others = [t for t in texts if t.sampled_by != "teacher"]
+        return self._spans_sampled_by_teacher(by_teacher) + self._spans_scored_by_teacher(others)
+
+    def _spans_sampled_by_teacher(self, texts: Sequence[Text]) -> list[Sample | None]:
+        """The teacher's own sampled ids and log-probabilities, re-tokenized by the student."""
+        teacher, rollouts = self.teachers[0], [t.rollout for t in texts]
+        aligned = align_texts(teacher.chat, self.chat, rollouts, same=teacher.shares_ids)
+        samples: list[Sample | None] = []
+        for rollout, a in zip(rollouts, aligned):
+            if a.spans is None:
+                samples.append(None)
+                continue
+            logp_n = np.asarray(rollout.logp[: len(rollout.content_ids)])
+            teacher_S = span_logprobs(logp_n, a.sampler_span, a.spans)
+            stop = (self.chat.stop_id,) if rollout.ended else ()
+            own = replace(
+                rollout,
+                prompt_ids=self.chat.prompt_ids(rollout.prompt.messages),
+                ids=tuple(a.scorer_ids) + stop,
+            )
+            samples.append(_span_sample(own, a.scorer_span, teacher_S, rollout.stop_logp, True))
+        return samples
+
+    def _spans_scored_by_teacher(self, texts: Sequence[Text]) -> list[Sample | None]:
+        """Texts of the student or the data set: the teacher scores them with its own template and
+        tokenizer. Collective.
+        """
+        teacher, rollouts = self.teachers[0], [t.rollout for t in texts]
+        aligned = align_texts(self.chat, teacher.chat, rollouts, same=teacher.shares_ids)
+        usable = [i for i, a in enumerate(aligned) if a.spans is not None]
+        jobs = [
+            (teacher.chat.prompt_ids(rollouts[i].prompt.messages), tuple(aligned[i].scorer_ids))
+            for i in usable
+        ]
+        scores = dict(zip(usable, teacher.score_texts(jobs)))
+        samples: list[Sample | None] = []
+        for i, (text, a) in enumerate(zip(texts, aligned)):
+            if i not in scores:
+                samples.append(None)
+                continue
+            assert a.spans is not None
+            teacher_S = span_logprobs(scores[i].logp, a.scorer_span, a.spans)
+            sample = _span_sample(
+                text.rollout, a.sampler_span, teacher_S, scores[i].stop, text.off_policy
+            )
+            samples.append(sample)
+        return samples
+
+
+def _prompt_view(teacher: Teacher, rollout: Rollout) -> TeacherView | None:
+    """The teacher's rendering of the prompt, where its template is another one."""
+    ids = teacher.chat.prompt_ids(rollout.prompt.messages)
+    return None if ids == rollout.prompt_ids else TeacherView(ids)
+
+
+def _class_view(teacher: Teacher, rollout: Rollout, aligned: Aligned) -> TeacherView:
+    ids = tuple(aligned.scorer_ids) + ((teacher.chat.stop_id,) if rollout.ended else ())
+    return TeacherView(
+        teacher.chat.prompt_ids(rollout.prompt.messages), ids, aligned.starts.a, aligned.starts.b
+    )
+
+
+def _span_sample(
+    rollout: Rollout, span_n: np.ndarray, teacher_S: np.ndarray, stop: float, off_policy: bool
+) -> Sample:
+    """The stop is a span of its own."""
+    if rollout.ended:
+        span_n, teacher_S = np.append(span_n, len(teacher_S)), np.append(teacher_S, stop)
+    return Sample(rollout, off_policy=off_policy, span=span_n, teacher_span_logp=teacher_S)

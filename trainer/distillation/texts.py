@@ -1,0 +1,195 @@
+"""The texts of a distillation step: sampled by the student (on-policy), by a teacher, or given by
+the data set.
+
+Which prompts of a step are on-policy, and which teacher answers the others, are drawn from counters
+keyed by (seed, step): the same on every rank, and after a resume.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from reflux.trainer.config.schema import Config
+from reflux.trainer.data.batch import Prompt, Rollout
+from reflux.trainer.data.chat import Chat
+from reflux.trainer.data.prompts import Prompts, epoch_indices, load_function, load_prompts, shard
+from reflux.trainer.phase import Engine, Grader, Sampling, Teacher
+from reflux.trainer.rollouts.generate import EmbeddedSampler, given_rollout
+
+# Streams of random numbers beside those of the rollouts, which are keyed by (prompt, group member)
+ON_POLICY_STREAM = 1 << 63
+TEACHER_STREAM = (1 << 63) + 1
+
+
+@dataclass(frozen=True)
+class Text:
+    """A rollout, which model it was sampled by, and which of the teachers."""
+
+    rollout: Rollout
+    sampled_by: Literal["student", "teacher", "dataset"]
+    teacher: int = 0
+
+    @property
+    def off_policy(self) -> bool:
+        return self.sampled_by != "student"
+
+
+Groups = list[list[Text]]  # [P][G]
+
+
+class TextSource:
+    """Samples the texts of a step. With distill.query_budget the teacher texts are sampled once,
+    at the start, and reused.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        engine: Engine,
+        chat: Chat,
+        teachers: Sequence[Teacher],
+        task: Grader | None,
+    ):
+        self.cfg, self.engine, self.spec = cfg, engine, cfg.distill
+        self.chat, self.teachers, self.task = chat, teachers, task
+        self.student = EmbeddedSampler(engine.gathered_weights, chat)
+        d = cfg.data
+        self.prompts: Prompts = load_prompts(
+            d.source, split=d.split, columns=d.columns, limit=d.limit
+        )
+        self.rewrite: Callable[[Prompt, str], str | None] | None = (
+            load_function(self.spec.rewrite) if self.spec.rewrite else None
+        )
+        budget = self.spec.query_budget if self.spec.source == "teacher" else 0
+        self.teacher_texts = self._sample_query_budget(budget) if budget else []
+
+    def sample(self, step: int) -> Groups:
+        """[P][G] texts of this rank's part of the step's prompts, on-policy ones first."""
+        r, seed = self.cfg.rollout, self.cfg.seed
+        batch = self.prompts.batch(step - 1, r.prompts, seed=seed, shuffle=self.cfg.data.shuffle)
+        slots = shard(list(enumerate(batch)), self.engine.rank, self.engine.world)
+        on_policy = self._on_policy_slots(step)
+        groups: Groups = []
+        if self.spec.on_policy > 0:
+            mine = [prompt for slot, prompt in slots if slot in on_policy]
+            rollouts_PG = self.student.sample(mine, r.group, self._sampling(step))
+            groups += [[Text(x, "student") for x in group] for group in rollouts_PG]
+        if self.spec.on_policy < 1:
+            groups += self._off_policy(step, [s for s in slots if s[0] not in on_policy])
+        return groups
+
+    def _off_policy(self, step: int, slots: Sequence[tuple[int, Prompt]]) -> Groups:
+        r = self.cfg.rollout
+        if self.spec.source == "dataset":
+            return [[Text(given_rollout(self.chat, p, r.max_tokens), "dataset")] for _, p in slots]
+        if self.spec.query_budget:
+            rows = epoch_indices(len(self.teacher_texts), step - 1, r.prompts, seed=self.cfg.seed)
+            return [self.teacher_texts[rows[slot]] for slot, _ in slots]
+        teacher_of = self._teacher_of_slots(step, [slot for slot, _ in slots])
+        return self._sampled_by_teachers([p for _, p in slots], teacher_of, step)
+
+    def _sampled_by_teachers(
+        self, prompts: Sequence[Prompt], teacher_of: Sequence[int], step: int
+    ) -> Groups:
+        """One group of texts per prompt, in order. Every rank samples from every teacher, for that
+        is collective.
+        """
+        groups: Groups = [[] for _ in prompts]
+        for t, teacher in enumerate(self.teachers):
+            mine = [i for i, chosen in enumerate(teacher_of) if chosen == t]
+            rollouts_PG = teacher.sampler.sample(
+                [prompts[i] for i in mine], self.cfg.rollout.group, self._sampling(step)
+            )
+            for i, group in zip(mine, rollouts_PG):
+                groups[i] = [Text(x, "teacher", t) for x in self._rewritten(teacher.chat, group)]
+        return groups
+
+    def _rewritten(self, chat: Chat, group: list[Rollout]) -> list[Rollout]:
+        """Without repeated texts of a prompt (distill.dedup), and as distill.rewrite leaves them;
+        None from it drops a text.
+        """
+        if self.spec.dedup:
+            group = list({x.text: x for x in group}.values())
+        if self.rewrite is None:
+            return group
+        texts = [(x, self.rewrite(x.prompt, x.text)) for x in group]
+        limit = self.cfg.rollout.max_tokens
+        return [replace_text(chat, x, text, limit) for x, text in texts if text is not None]
+
+    def _sample_query_budget(self, count: int) -> Groups:
+        """The teachers' answers to the first `count` prompts of the shuffled data; every rank holds
+        all of them.
+        """
+        rank, world = self.engine.rank, self.engine.world
+        chosen = epoch_indices(len(self.prompts), 0, count, seed=self.cfg.seed)
+        unique = list({p.index: p for p in (self.prompts[i] for i in chosen)}.values())
+        teacher_of = self._teacher_of_slots(0, list(range(len(unique))))
+        mine = self._sampled_by_teachers(unique[rank::world], teacher_of[rank::world], 0)
+        groups = [group for group in self.engine.gather(mine) if group]
+        if not groups:
+            raise ValueError(
+                f"distill.rewrite = {self.spec.rewrite!r} dropped all of the teacher's {count} "
+                "answers; want a function that keeps some of them, or raise distill.query_budget"
+            )
+        groups.sort(key=lambda group: group[0].rollout.prompt.index)
+        return self._correct_only(groups, count) if self.spec.correct_only else groups
+
+    def _correct_only(self, groups: Groups, count: int) -> Groups:
+        assert self.task is not None
+        correct = []
+        for group in groups:
+            grades = self.task.grade([text.rollout for text in group])
+            correct.append([text for text, grade in zip(group, grades) if grade.correct])
+        if not any(correct):
+            raise ValueError(
+                f"distill.correct_only: none of the teacher's {count} answers is correct; check "
+                f"task.name = {self.cfg.task.name!r} and task.options against the texts, or raise "
+                "distill.query_budget"
+            )
+        return [group for group in correct if group]
+
+    # random choices
+    def _sampling(self, step: int) -> Sampling:
+        r = self.cfg.rollout
+        return Sampling(r.max_tokens, self.cfg.seed, step, r.temperature, r.top_p, r.top_k, r.rows)
+
+    def _on_policy_slots(self, step: int) -> set[int]:
+        """The slots of the step's batch that the student answers: on_policy x P of them, drawn anew
+        every step, a fraction of one rounded up or down at random. The same on every rank.
+        """
+        count = self.cfg.rollout.prompts
+        draws = self._uniform(step, ON_POLICY_STREAM, count + 1)
+        chosen = int(self.spec.on_policy * count + draws[-1])
+        return set(np.argsort(draws[:-1], kind="stable")[:chosen].tolist())
+
+    def _teacher_of_slots(self, step: int, slots: list[int]) -> list[int]:
+        """Which teacher answers each slot of the step's batch: drawn by weight, the same on every
+        rank.
+        """
+        if len(self.teachers) == 1:
+            return [0] * len(slots)
+        draws = self._uniform(step, TEACHER_STREAM, max(slots, default=0) + 1)
+        edges = np.cumsum([t.weight for t in self.teachers])[:-1]
+        return np.searchsorted(edges, draws[slots], side="right").tolist()
+
+    def _uniform(self, step: int, stream: int, count: int) -> np.ndarray:
+        key = np.array([self.cfg.seed << 32 ^ step, stream], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=key)).random(count)
+
+
+def replace_text(chat: Chat, rollout: Rollout, text: str, max_tokens: int) -> Rollout:
+    """The same rollout with another text, in its sampler's tokens; it has no log-probabilities of
+    its own. ValueError where the text is longer than `max_tokens`.
+    """
+    if text == rollout.text:
+        return rollout
+    ids = (*chat.encode(text), *((chat.stop_id,) if rollout.ended else ()))
+    if len(ids) > max_tokens:
+        raise ValueError(
+            f"distill.rewrite made {len(ids)} tokens of prompt {rollout.prompt.index}'s text; want "
+            f"at most rollout.max_tokens = {max_tokens}. Shorten what it returns, or return None "
+            "to drop the text"
+        )
+    return replace(rollout, ids=ids, logp=(0.0,) * len(ids), text=text)
