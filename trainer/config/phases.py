@@ -34,11 +34,16 @@ from .roles import (
     distill_advice,
     distill_pair,
     distill_roles,
+    distill_samples,
     own_model,
 )
 
 if TYPE_CHECKING:
     from .schema import Config
+
+
+def always(cfg: Config) -> bool:
+    return True
 
 
 def no_roles(cfg: Config) -> list[Role]:
@@ -60,8 +65,9 @@ class PhaseSpec:
     implementation: str  # "package.module:Class" of a reflux.trainer.phase.Phase
     model_role: str = "model"  # what the model of [model] is in this phase
     trains: bool = False  # weights move; otherwise the phase does its work once, in close_step
+    samples: Callable[[Config], bool] = always  # texts are sampled from the model of [model]
     data_section: Literal["data", "eval"] = "data"  # where its prompts come from
-    has_reference: bool = False  # [reference] holds the policy to a frozen copy of its start
+    has_reference: bool = False  # a KL to the start holds the model, unless reference.beta is 0
     check: Callable[[Config], None] = check_prompts  # raises ValueError for what cannot work
     frozen_roles: Callable[[Config], list[Role]] = no_roles
     pair: Callable[[Config], Pair | None] = no_pair  # whose tokenizers have to be compared
@@ -88,6 +94,7 @@ PHASES: dict[str, PhaseSpec] = {
         "reflux.trainer.distillation.phase:DistillPhase",
         model_role="student",
         trains=True,
+        samples=distill_samples,
         check=check_distill,
         frozen_roles=distill_roles,
         pair=distill_pair,
@@ -116,7 +123,7 @@ def spec_of(name: str) -> PhaseSpec:
 
 
 def check_phase(cfg: Config) -> None:
-    """Everything a configuration can be refused for as a whole."""
+    """ValueError for what cannot work across the tables of a configuration."""
     spec = spec_of(cfg.phase)
     check_common(cfg)
     spec.check(cfg)
@@ -125,5 +132,17 @@ def check_phase(cfg: Config) -> None:
 def roles(cfg: Config) -> list[Role]:
     """The models that this configuration will load, the one of [model] first."""
     spec = spec_of(cfg.phase)
-    own = Role(spec.model_role, own_model(cfg), "model", trained=spec.trains)
+    own = Role(
+        spec.model_role,
+        own_model(cfg),
+        "model",
+        own=True,
+        trained=spec.trains,
+        samples=spec.samples(cfg),
+    )
     return [own, *spec.frozen_roles(cfg), *defence_roles(cfg)]
+
+
+def pair_of(cfg: Config) -> Pair | None:
+    """The two models whose tokenizers have to be compared."""
+    return spec_of(cfg.phase).pair(cfg)

@@ -1,116 +1,116 @@
-"""Acceptance: does a metric hold its threshold, and by how much? (docs/method.md, "Acceptance")"""
+"""Acceptance: whether a metric is within its threshold, and by how much (docs/method.md,
+"Acceptance").
+"""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 from reflux.trainer.config.evaluation import AcceptSection
-from reflux.trainer.runs.stats import Estimate
+from reflux.trainer.runs.stats import Estimate, mean_over_prompts
 
-from .metrics import Difference, check_same, compare, estimate, metric_values
-from .predictions import load_rows
+from .metrics import Difference, check_same, compare, metric_values, of_mode
+from .predictions import Prediction, Question, load_predictions
 
 NOT_ACCEPTED = 3  # exit code
+
+Outcome = Literal["succeeded", "failed", "inconclusive"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`margin`: how far inside the threshold the value is; negative: how much is missing. `words`
-    say all of it.
+    """On one rule. Only `succeeded` is accepted; `inconclusive`: another part of the interval would
+    say otherwise, or there is no number.
     """
 
     name: str
-    holds: bool
+    outcome: Outcome
     value: Estimate
     threshold: float
-    margin: float
-    words: str
+    margin: float  # how far within the threshold the value is; negative: how much is missing
+    words: str  # all of it
+
+    @property
+    def holds(self) -> bool:
+        return self.outcome == "succeeded"
 
 
-def check_rule(name: str, rule: AcceptSection, expected: Sequence[dict]) -> None:
+def check_rule(name: str, rule: AcceptSection, expected: Sequence[Question]) -> None:
     """ValueError, before anything is answered, unless the runs that the rule names have answered
-    the prompts they will be compared on.
+    the questions they will be compared on.
     """
-    ours = load_rows(rule.run, f"accept.{name}.run") if rule.run else expected
+    ours = load_predictions(rule.run, f"accept.{name}.run") if rule.run else expected
     mode = "sampled" if rule.metric.startswith("pass@") else rule.metric
-    if not any(r["mode"] == mode for r in ours):
+    if not of_mode(ours, mode):
         raise ValueError(
             f"accept.{name}: {rule.run} has no {rule.metric} answers; want a run that measured it"
         )
     if rule.against:
-        check_same(ours, load_rows(rule.against, f"accept.{name}.against"), rule.against, [mode])
+        theirs = load_predictions(rule.against, f"accept.{name}.against")
+        check_same(ours, theirs, rule.against, [mode])
 
 
-def judge(name: str, rule: AcceptSection, rows: Sequence[dict]) -> Verdict:
-    """One rule over this run's rows (or those of `rule.run`)."""
-    values = metric_values(
-        load_rows(rule.run, f"accept.{name}.run") if rule.run else rows, rule.metric
-    )
+def judge(name: str, rule: AcceptSection, predictions: Sequence[Prediction]) -> Verdict:
+    """One rule over this run's predictions (or those of `rule.run`)."""
+    ours = load_predictions(rule.run, f"accept.{name}.run") if rule.run else predictions
+    values = metric_values(ours, rule.metric)
     if not rule.against:
-        return _verdict(name, rule, estimate(values), f"{rule.metric} {_show(estimate(values))}")
-    found = compare(
-        values, metric_values(load_rows(rule.against, f"accept.{name}.against"), rule.metric)
-    )
-    drop = rule.threshold == "max_drop"
-    return _verdict(
-        name,
-        rule,
-        found.difference if drop else found.change,
-        _against(rule, found, "{:+.3f}" if drop else "{:+.0%}"),
-    )
+        value = mean_over_prompts(values)
+        return _verdict(name, rule, value, f"{rule.metric} {_show(value)}")
+    theirs = load_predictions(rule.against, f"accept.{name}.against")
+    difference = compare(values, metric_values(theirs, rule.metric))
+    moved = difference.difference if rule.threshold == "max_drop" else difference.change
+    return _verdict(name, rule, moved, _against(rule, difference, moved))
 
 
-def _against(rule: AcceptSection, found: Difference, form: str) -> str:
-    moved = found.difference if rule.threshold == "max_drop" else found.change
-    return f"{rule.metric} {found.ours.mean:.3f}, in {rule.against} {found.theirs.mean:.3f}: {_show(moved, form)}"
+def _against(rule: AcceptSection, d: Difference, moved: Estimate) -> str:
+    return (
+        f"{rule.metric} {d.ours.mean:.3f}, in {rule.against} {d.theirs.mean:.3f}: "
+        f"{_show(moved, _form(rule))}"
+    )
 
 
 def _verdict(name: str, rule: AcceptSection, value: Estimate, measured: str) -> Verdict:
     """Every threshold is a bound from below or from above on one value."""
     given = getattr(rule, rule.threshold)
-    bound, below = (
-        (-given if rule.threshold == "max_drop" else given),
-        rule.threshold in ("max", "max_change"),
-    )
-    weak = (value.high if below else value.low) if rule.whole_interval else value.mean
-    margin = bound - weak if below else weak - bound
+    bound = -given if rule.threshold == "max_drop" else given
+    below = rule.threshold in ("max", "max_change")
+    low, high = (value.low, value.high) if rule.whole_interval else (value.mean, value.mean)
+    worst, best = (bound - high, bound - low) if below else (low - bound, high - bound)
     relative = rule.threshold.endswith("change")
-    unsure = relative and rule.excludes_zero and not (value.low > 0 or value.high < 0)
-    holds = margin >= 0 and not unsure
-    form = "{:+.0%}" if relative else "{:+.3f}" if rule.threshold == "max_drop" else "{:.3f}"
-    wanted = f"want {'at most' if below else 'at least'} {form.format(bound)}" + (
-        " with the whole interval" if rule.whole_interval else ""
-    )
-    return Verdict(
-        name,
-        holds,
-        value,
-        bound,
-        margin,
-        f"{'holds' if holds else 'does NOT hold'}: {measured}; {wanted}"
-        + _reason(value, margin, unsure, "{:.0%}" if relative else "{:.3f}"),
-    )
+    zero_inside = relative and rule.excludes_zero and not (value.low > 0 or value.high < 0)
+    outcome = _outcome(worst, best, zero_inside)
+    side = "at most" if below else "at least"
+    whole = " with the whole interval" if rule.whole_interval else ""
+    reason = _reason(worst, zero_inside, "{:.0%}" if relative else "{:.3f}")
+    words = f"{outcome}: {measured}; want {side} {_form(rule).format(bound)}{whole}{reason}"
+    return Verdict(name, outcome, value, bound, worst, words)
 
 
-def _reason(value: Estimate, margin: float, unsure: bool, form: str) -> str:
+def _outcome(worst: float, best: float, zero_inside: bool) -> Outcome:
+    """worst, best: margins at the two ends of what decides, the whole interval or the mean."""
+    if math.isnan(worst):
+        return "inconclusive"
+    if worst >= 0:
+        return "inconclusive" if zero_inside else "succeeded"
+    return "inconclusive" if best >= 0 else "failed"
+
+
+def _reason(margin: float, zero_inside: bool, form: str) -> str:
     if math.isnan(margin):
-        return ", but it is no number: nothing to compare with, or one prompt only"
+        return ", but it is not a number: nothing to compare with, or a single prompt"
     words = f", {form.format(abs(margin))} {'to spare' if margin >= 0 else 'missing'}"
-    return words + (", but the 95 % interval may hold 0" if unsure else "")
+    return words + (", but the 95 % interval may hold 0" if zero_inside else "")
+
+
+def _form(rule: AcceptSection) -> str:
+    """How a value of the rule is written."""
+    if rule.threshold.endswith("change"):
+        return "{:+.0%}"
+    return "{:+.3f}" if rule.threshold == "max_drop" else "{:.3f}"
 
 
 def _show(e: Estimate, form: str = "{:.3f}") -> str:
     interval = "" if math.isnan(e.low) else f" [{form.format(e.low)}, {form.format(e.high)}]"
     return f"{form.format(e.mean)}{interval} over {e.n} prompt{'s' if e.n != 1 else ''}"
-
-
-def as_row(verdict: Verdict) -> dict[str, Any]:
-    return {
-        "name": verdict.name,
-        "holds": verdict.holds,
-        "value": verdict.value._asdict(),
-        "threshold": verdict.threshold,
-        "margin": verdict.margin,
-        "words": verdict.words,
-    }

@@ -1,5 +1,5 @@
-"""Rows of answers -> numbers: accuracy, pass@k, failures by kind, lengths, positions, and what
-differs from another run.
+"""Predictions -> numbers: accuracy, pass@k, failures by kind, lengths, positions of options, and
+differences to another run.
 
 Everything is computed prompt by prompt first: values {prompt: mean over its answers}. Intervals are
 95 %, bootstrapped over prompts, because the answers of one prompt are not independent.
@@ -7,19 +7,22 @@ Everything is computed prompt by prompt first: values {prompt: mean over its ans
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 from reflux.trainer.config.evaluation import PASS_AT
-from reflux.trainer.runs.stats import Estimate, bootstrap_ratio, sign_flip_p
+from reflux.trainer.runs.stats import Estimate, bootstrap_ratio, mean_over_prompts, sign_flip_p
 
-from .predictions import OUTCOMES
+from .predictions import OUTCOMES, Prediction, Question
 
-Values = dict[int, float]  # by prompt
+Values = Mapping[int, float]  # by prompt
+Q = TypeVar("Q", bound=Question)
 
 
-class Difference(NamedTuple):
-    """What a metric became against another run, on the same prompts."""
+@dataclass(frozen=True)
+class Difference:
+    """A metric against another run, on the same prompts."""
 
     ours: Estimate
     theirs: Estimate
@@ -29,169 +32,178 @@ class Difference(NamedTuple):
     p: float  # two-sided, of the prompts' differences under random signs
 
 
+@dataclass(frozen=True)
+class PositionStats:
+    """The prompts whose correct option is shown at one position."""
+
+    position: int  # from 1
+    prompts: int
+    accuracy: Estimate
+    chosen: float  # fraction of all answers that choose this position
+
+
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """1 - C(n-c, k) / C(n, k): the share of k-subsets of n answers, c of them right, with a right
-    one (arXiv:2107.03374, eq. 1).
+    """1 - C(n-c, k) / C(n, k): the fraction of k-subsets of n answers, c of them correct, that hold
+    a correct one (arXiv:2107.03374, eq. 1). ValueError unless 0 <= c <= n and 1 <= k <= n.
     """
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass_at_k: n = {n}, c = {c}, k = {k}; want 0 <= c <= n and 1 <= k <= n")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def metric_values(rows: Sequence[Mapping], metric: str) -> Values:
+def metric_values(predictions: Sequence[Prediction], metric: str) -> Values:
     """{prompt: value} of sampled, greedy, pass@K, likelihood_sum or likelihood_per_byte; empty if
     nothing was answered that way.
 
-    The value is the share of right answers, or, where right and wrong do not exist (reward models),
-    the mean reward.
+    The value is the fraction of correct answers, or, where the grader knows no correct ones (reward
+    models), the mean reward. ValueError if pass@K has fewer than K graded answers of a prompt.
     """
     k = PASS_AT.fullmatch(metric)
-    groups = _by_prompt(r for r in rows if r["mode"] == ("sampled" if k else metric))
-    if not k:
-        graded = all(r["correct"] is not None for group in groups.values() for r in group)
-        return {
-            p: _mean([float(r["correct"]) if graded else r["reward"] for r in group])
-            for p, group in groups.items()
-        }
-    if any(
-        len(group) < int(k[1]) or r["correct"] is None for group in groups.values() for r in group
-    ):
-        raise ValueError(
-            f"{metric}: want at least {k[1]} sampled answers of every prompt, each right or wrong"
-        )
+    groups = _by_prompt(of_mode(predictions, "sampled" if k else metric))
+    if k:
+        return {prompt: _pass_at(metric, int(k[1]), group) for prompt, group in groups.items()}
+    graded = all(p.correct is not None for group in groups.values() for p in group)
     return {
-        p: pass_at_k(len(group), sum(bool(r["correct"]) for r in group), int(k[1]))
-        for p, group in groups.items()
+        prompt: _mean([float(p.correct or False) if graded else p.reward for p in group])
+        for prompt, group in groups.items()
     }
 
 
-def estimate(values: Values) -> Estimate:
-    """Mean over prompts."""
-    return bootstrap_ratio(values, dict.fromkeys(values, 1.0))
+def _pass_at(metric: str, k: int, group: Sequence[Prediction]) -> float:
+    if len(group) < k or any(p.correct is None for p in group):
+        raise ValueError(
+            f"{metric}: want at least {k} sampled answers of every prompt, each correct or wrong"
+        )
+    return pass_at_k(len(group), sum(bool(p.correct) for p in group), k)
 
 
 def compare(ours: Values, theirs: Values) -> Difference:
     """Both over the same prompts."""
     gap = {p: ours[p] - theirs[p] for p in ours}
-    change = bootstrap_ratio(
-        gap, theirs if sum(theirs.values()) > 0 else dict.fromkeys(theirs, 0.0)
-    )
+    base = theirs if sum(theirs.values()) > 0 else dict.fromkeys(theirs, 0.0)
     return Difference(
-        estimate(ours), estimate(theirs), estimate(gap), change, sign_flip_p(list(gap.values()))
+        ours=mean_over_prompts(ours),
+        theirs=mean_over_prompts(theirs),
+        difference=mean_over_prompts(gap),
+        change=bootstrap_ratio(gap, base),
+        p=sign_flip_p(list(gap.values())),
     )
 
 
 def check_same(
-    ours: Sequence[Mapping], theirs: Sequence[Mapping], folder: str, modes: Sequence[str] = ()
+    ours: Sequence[Question], theirs: Sequence[Question], folder: str, modes: Sequence[str] = ()
 ) -> None:
-    """ValueError unless both runs answered the same prompts, as often, in these modes (none given:
-    in all of ours).
+    """ValueError unless both runs have the same questions, as often, in these modes (none given: in
+    all of ours). folder: of theirs.
     """
-    for mode in modes or dict.fromkeys(r["mode"] for r in ours):
+    for mode in modes or dict.fromkeys(q.mode for q in ours):
         a, b = (
-            {(r["prompt"], r["sample"]): r for r in rows if r["mode"] == mode}
-            for rows in (ours, theirs)
+            {(q.prompt, q.sample): q for q in questions if q.mode == mode}
+            for questions in (ours, theirs)
         )
         if a.keys() != b.keys():
-            count = lambda rows: f"{len(rows)} answers to {len({p for p, _ in rows})} prompts"
             raise ValueError(
-                f"{folder}: {mode} has {count(b)}, this run {count(a)}; a paired difference wants "
-                "the same prompts and samples. Evaluate both with the same eval.source, "
+                f"{folder}: {mode} has {_count(b)}, this run {_count(a)}; a paired difference "
+                "wants the same prompts and samples. Evaluate both with the same eval.source, "
                 "eval.split, eval.limit and eval.samples"
             )
-        other = next((k for k in a if not _same_question(a[k], b[k])), None)
+        other = next((key for key in a if not _same_question(a[key], b[key])), None)
         if other is not None:
             raise ValueError(
                 f"{folder}: prompt {other[0]} is another question there (answer "
-                f"{b[other]['answer']!r}, here {a[other]['answer']!r}). Evaluate both with the "
-                "same eval.source"
+                f"{b[other].answer!r}, here {a[other].answer!r}). Evaluate both with the same "
+                "eval.source"
             )
 
 
-def _same_question(a: Mapping, b: Mapping) -> bool:
-    # rows of an older run have no id
-    return a["id"] == b["id"] if "id" in a and "id" in b else a["answer"] == b["answer"]
+def _count(questions: Mapping[tuple[int, int], Question]) -> str:
+    return f"{len(questions)} answers to {len({prompt for prompt, _ in questions})} prompts"
 
 
-def measure(rows: Sequence[Mapping], metrics: Sequence[str]) -> dict[str, Estimate]:
-    """name -> estimate, for everything that this run's own rows say."""
-    found = {m: estimate(metric_values(rows, m)) for m in metrics}
-    for mode in dict.fromkeys(r["mode"] for r in rows):
-        mine = [r for r in rows if r["mode"] == mode]
-        found |= {
-            f"{mode}_{name}": e
-            for name, e in (_likelihood(mine) if "logp" in mine[0] else _texts(mine)).items()
-        }
-        found |= {
-            f"{mode}_at_{at + 1}": estimate(metric_values(part, mode))
+def _same_question(a: Question, b: Question) -> bool:
+    return a.answer == b.answer if a.id is None or b.id is None else a.id == b.id
+
+
+def measure(predictions: Sequence[Prediction], metrics: Sequence[str]) -> dict[str, Estimate]:
+    """name -> estimate, for everything that this run's own predictions hold."""
+    estimates = {m: mean_over_prompts(metric_values(predictions, m)) for m in metrics}
+    for mode in dict.fromkeys(p.mode for p in predictions):
+        mine = of_mode(predictions, mode)
+        parts = _option_stats(mine, mode) if mine[0].options else _text_stats(mine)
+        estimates |= {f"{mode}_{name}": e for name, e in parts.items()}
+        estimates |= {
+            f"{mode}_at_{at + 1}": mean_over_prompts(metric_values(part, mode))
             for at, part in _by_position(mine).items()
         }
-    return found
+    return estimates
 
 
-def positions(rows: Sequence[Mapping], mode: str) -> list[dict]:
-    """By place of the right option among those shown: how often it is found, and how often that
-    place is chosen at all.
-
-    A model that does not look at places chooses each about as often as the right option stands
-    there.
+def position_stats(predictions: Sequence[Prediction], mode: str) -> list[PositionStats]:
+    """By position of the correct option among those shown. A model that ignores positions chooses
+    each about as often as the correct option stands there.
     """
-    mine = [r for r in rows if r["mode"] == mode]
-    places = _by_position(mine)
+    mine = of_mode(predictions, mode)
     return [
-        {
-            "position": at + 1,
-            "prompts": len({r["prompt"] for r in part}),
-            "right": estimate(metric_values(part, mode)),
-            "chosen": _mean([float(r.get("choice_at") == at) for r in mine]),
-        }
-        for at, part in places.items()
+        PositionStats(
+            position=at + 1,
+            prompts=len({p.prompt for p in part}),
+            accuracy=mean_over_prompts(metric_values(part, mode)),
+            chosen=_mean([float(p.choice_at == at) for p in mine]),
+        )
+        for at, part in _by_position(mine).items()
     ]
 
 
-def _texts(rows: Sequence[Mapping]) -> dict[str, Estimate]:
-    """Kinds of failure (they and the share of right ones add up to 1), failed gradings, lengths in
-    tokens.
+def of_mode(questions: Iterable[Q], mode: str) -> list[Q]:
+    return [q for q in questions if q.mode == mode]
+
+
+def _text_stats(predictions: Sequence[Prediction]) -> dict[str, Estimate]:
+    """Kinds of failure (they and the fraction of correct ones add up to 1), failed gradings,
+    lengths in tokens.
     """
-    graded = all(r["outcome"] is not None for r in rows)
-    kinds = OUTCOMES[1:] if graded else ()
-    out = {kind: _share(rows, lambda r, kind=kind: r["outcome"] == kind) for kind in kinds}
-    if not graded:
-        out["truncated"] = _share(rows, lambda r: not r["ended"])
-    if any(r["error"] is not None for r in rows):
-        out["grader_error"] = _share(rows, lambda r: r["error"] is not None)
-    return out | {"length": _share(rows, lambda r: r["tokens"])}
+    texts = [p.generation for p in predictions if p.generation]
+    graded = all(g.outcome is not None for g in texts)
+    stats: dict[str, Sequence[float]] = {}
+    if graded:
+        stats |= {kind: [g.outcome == kind for g in texts] for kind in OUTCOMES[1:]}
+    else:
+        stats["truncated"] = [not g.ended for g in texts]
+    if any(p.error is not None for p in predictions):
+        stats["grader_error"] = [p.error is not None for p in predictions]
+    stats["length"] = [g.tokens for g in texts]
+    return {name: _mean_of(predictions, values) for name, values in stats.items()}
 
 
-def _likelihood(rows: Sequence[Mapping]) -> dict[str, Estimate]:
-    """Log-probability of the right option, nats, in the unit of the mode."""
-    per_byte = rows[0]["mode"] == "likelihood_per_byte"
-    return {
-        "logp": _share(
-            rows,
-            lambda r: r["logp"][r["position"]] / (r["bytes"][r["position"]] if per_byte else 1),
-        )
-    }
+def _option_stats(predictions: Sequence[Prediction], mode: str) -> dict[str, Estimate]:
+    """Log-probability of the correct option, nats, in the unit of the mode."""
+    logp = []
+    for p in predictions:
+        assert p.options and p.position is not None
+        size = p.options.n_bytes[p.position] if mode == "likelihood_per_byte" else 1
+        logp.append(p.options.logp[p.position] / size)
+    return {"logp": _mean_of(predictions, logp)}
 
 
-def _share(rows: Sequence[Mapping], value: Any) -> Estimate:
-    return estimate(
-        {p: _mean([float(value(r)) for r in group]) for p, group in _by_prompt(rows).items()}
-    )
-
-
-def _by_prompt(rows: Any) -> dict[int, list[Mapping]]:
+def _mean_of(predictions: Sequence[Prediction], values: Sequence[float]) -> Estimate:
     groups = defaultdict(list)
-    for r in rows:
-        groups[r["prompt"]].append(r)
+    for p, value in zip(predictions, values, strict=True):
+        groups[p.prompt].append(float(value))
+    return mean_over_prompts({prompt: _mean(group) for prompt, group in groups.items()})
+
+
+def _by_prompt(predictions: Iterable[Prediction]) -> dict[int, list[Prediction]]:
+    groups = defaultdict(list)
+    for p in predictions:
+        groups[p.prompt].append(p)
     return dict(groups)
 
 
-def _by_position(rows: Sequence[Mapping]) -> dict[int, list[Mapping]]:
+def _by_position(predictions: Iterable[Prediction]) -> dict[int, list[Prediction]]:
     groups = defaultdict(list)
-    for r in rows:
-        if r.get("position") is not None:
-            groups[r["position"]].append(r)
+    for p in predictions:
+        if p.position is not None:
+            groups[p.position].append(p)
     return dict(sorted(groups.items()))
 
 

@@ -1,12 +1,12 @@
-"""The answers of an evaluation, one row each, on disk: predictions/step-N.jsonl, and what an
-unfinished one has so far.
+"""The answers of an evaluation on disk: predictions/step-N.jsonl, one line each, and those of an
+evaluation that has not finished.
 
-Every row: mode (greedy, sampled, likelihood_sum, likelihood_per_byte), prompt (its index), id (of
+Every line: mode (greedy, sampled, likelihood_sum, likelihood_per_byte), prompt (its index), id (of
 the question itself), sample, answer, correct, reward, extracted, error; position and choice_at, the
-places of the right and of the chosen option (from 0; null without).
-  generated        text, ended, tokens, nll; outcome, once all rows are there
-  by likelihood    logp (nats) and bytes of every option, in the order of the places; extracted is
-                   the text of the chosen one
+positions of the correct and of the chosen option (from 0; null without).
+  generated        text, ended, tokens, nll, outcome
+  by likelihood    logp (nats) and bytes of every option, in the order shown; extracted is the text
+                   of the chosen one
 """
 
 import hashlib
@@ -14,77 +14,110 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from reflux.trainer.config.evaluation import LIKELIHOOD
-from reflux.trainer.data.batch import Prompt, Rollout
-from reflux.trainer.data.graders import Grade
+from reflux.trainer.data.batch import Prompt
+from reflux.trainer.runs.files import write_whole
 
-# by way of answering: rows a prompt and sample
+# way of answering -> modes: predictions of each prompt and sample
 MODES = {"greedy": ("greedy",), "sampled": ("sampled",), "likelihood": LIKELIHOOD}
-OUTCOMES = ("right", "wrong", "no_answer", "refused", "truncated")
+OUTCOMES = ("correct", "wrong", "no_answer", "refused", "truncated")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a prediction answers, known before it is there. Two runs can be compared where their
+    questions are the same.
+    """
+
+    mode: str
+    prompt: int  # index in the source
+    sample: int
+    id: str | None  # of the question and its answer (prompt_id); None in files of older versions
+    answer: str | None  # the reference answer
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generated text."""
+
+    text: str
+    ended: bool
+    tokens: int  # stop token included
+    nll: float  # nats, of the whole text as it was sampled
+    outcome: str | None = None  # one of OUTCOMES; None where the grader knows no correct answers
+
+
+@dataclass(frozen=True)
+class OptionScores:
+    """The options of a prompt by likelihood, in the order shown."""
+
+    logp: tuple[float, ...]  # nats
+    n_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction(Question):
+    """One graded answer: a generation, or the choice that option scores lead to."""
+
+    reward: float
+    correct: bool | None
+    extracted: str | None  # what the grader took for the answer; by likelihood, the chosen text
+    error: str | None  # of the grader
+    position: int | None = None  # of the correct option, from 0
+    choice_at: int | None = None  # position of the chosen option
+    generation: Generation | None = None
+    options: OptionScores | None = None
 
 
 def prompt_id(prompt: Prompt) -> str:
-    """12 hex digits of the question and its answer: two runs with the same ones asked the same
-    thing.
-    """
+    """12 hex digits of the question and its answer: equal ids, equal questions."""
     text = json.dumps([list(prompt.messages), prompt.answer], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:12]
 
 
-def generated_row(
-    mode: str, rollout: Rollout, grade: Grade, sample: int, place: Mapping[str, Any]
-) -> dict:
-    """`place`: id, position and choice_at."""
-    return {
-        "mode": mode,
-        "prompt": rollout.prompt.index,
-        "sample": sample,
-        "text": rollout.text,
-        "answer": rollout.prompt.answer,
-        "ended": rollout.ended,
-        "tokens": len(rollout.ids),
-        "nll": -float(np.sum(rollout.logp)),
-        **asdict(grade),
-        **place,
-    }
+def with_outcomes(
+    predictions: Iterable[Prediction], refusal: str, names_answers: bool
+) -> list[Prediction]:
+    """Gives every graded generation exactly one of OUTCOMES: correct, else cut at the limit, else
+    refused, else without an answer, else wrong.
 
-
-def add_outcomes(rows: Iterable[dict], refusal: str, names_answers: bool) -> None:
-    """Gives every graded text exactly one of OUTCOMES: right, else cut at the limit, else refused,
-    else without an answer, else wrong.
-
-    names_answers: whether the grader says what it took for the answer; if not, a text without an
-    answer counts as wrong. A text that made the grader fail is wrong, too (its row has the error).
+    refusal: regular expression of a refusal; empty: there is none. names_answers: whether the
+    grader says what it took for the answer; if not, a text without an answer counts as wrong. A
+    text that made the grader fail is wrong, too (its line has the error).
     """
     expression = re.compile(refusal) if refusal else None
-    for row in rows:
-        if row["correct"] is None:
-            row["outcome"] = None
-        elif row["correct"]:
-            row["outcome"] = "right"
-        elif not row["ended"]:
-            row["outcome"] = "truncated"
-        elif expression and expression.search(row["text"]):
-            row["outcome"] = "refused"
-        else:
-            missing = names_answers and row["extracted"] is None and row["error"] is None
-            row["outcome"] = "no_answer" if missing else "wrong"
+
+    def judged(p: Prediction) -> Prediction:
+        if p.generation is None or p.correct is None:
+            return p
+        outcome = _outcome(p, p.generation, expression, names_answers)
+        return replace(p, generation=replace(p.generation, outcome=outcome))
+
+    return [judged(p) for p in predictions]
 
 
-def save_rows(folder: Path, step: int, rows: Sequence[dict]) -> None:
+def _outcome(p: Prediction, g: Generation, refusal: re.Pattern | None, names_answers: bool) -> str:
+    if p.correct:
+        return "correct"
+    if not g.ended:
+        return "truncated"
+    if refusal and refusal.search(g.text):
+        return "refused"
+    return "no_answer" if names_answers and p.extracted is None and p.error is None else "wrong"
+
+
+def save_predictions(folder: Path, step: int, predictions: Sequence[Prediction]) -> None:
     """All of them, in order, or none."""
-    _replace(Path(folder) / "predictions" / f"step-{step}.jsonl", rows)
+    _write_lines(folder / "predictions" / f"step-{step}.jsonl", map(_to_row, predictions))
 
 
-def load_rows(folder: str | Path, option: str) -> list[dict]:
-    """The last predictions of a run. ValueError, naming the option that asked for them, where there
-    are none.
+def load_predictions(folder: str | Path, option: str) -> list[Prediction]:
+    """The last predictions of a run. ValueError, naming the option that wants them, where there are
+    none.
     """
     files = sorted(
         (Path(folder) / "predictions").glob("step-*.jsonl"),
@@ -95,23 +128,24 @@ def load_rows(folder: str | Path, option: str) -> list[dict]:
             f"{option} = {str(folder)!r}: no predictions/step-*.jsonl there; want the folder of a "
             "run that has evaluated"
         )
-    return [json.loads(line) for line in files[-1].read_text().splitlines()]
+    # only "\n" ends a line: a text may hold other line breaks of Unicode
+    return [_from_row(json.loads(line)) for line in files[-1].read_text().split("\n") if line]
 
 
 class Unfinished:
-    """Rows of an evaluation under way, block by block, so that a killed one goes on instead of
-    starting again.
+    """Predictions of an evaluation under way, block by block, so that a killed one goes on instead
+    of starting again.
 
-    `asked` is all that its answers depend on; rows kept for anything else are not read.
+    `spec` is all that its answers depend on; predictions cached for another one are not read.
     """
 
-    def __init__(self, folder: Path, asked: Mapping[str, Any]):
-        self._path = Path(folder) / "predictions" / "unfinished.jsonl"
-        self._head = json.loads(json.dumps({"asked": asked}, default=list))
+    def __init__(self, folder: Path, spec: Mapping[str, Any]):
+        self._path = folder / "predictions" / "unfinished.jsonl"
+        self._head = json.loads(json.dumps({"spec": spec}, default=list))
 
-    def load(self, samples: Mapping[str, int]) -> list[dict]:
-        """Rows of prompts that have all of theirs: `samples` a prompt by way of answering (a key of
-        MODES).
+    def load(self, samples: Mapping[str, int]) -> list[Prediction]:
+        """Those of prompts that have all of theirs. samples: answers of a prompt by way of
+        answering (a key of MODES).
         """
         if not self._path.exists():
             return []
@@ -120,29 +154,59 @@ class Unfinished:
         if head != self._head:
             return []
         way = {mode: way for way in samples for mode in MODES[way]}
-        have = Counter((way[row["mode"]], row["prompt"]) for row in rows)
-        whole = {(w, p) for (w, p), count in have.items() if count == samples[w] * len(MODES[w])}
-        return [row for row in rows if (way[row["mode"]], row["prompt"]) in whole]
+        count = Counter((way[row["mode"]], row["prompt"]) for row in rows)
+        whole = {(w, p) for (w, p), n in count.items() if n == samples[w] * len(MODES[w])}
+        return [_from_row(row) for row in rows if (way[row["mode"]], row["prompt"]) in whole]
 
-    def open(self, rows: Sequence[dict]) -> None:
-        """Starts the file anew with the rows that are kept; in one rename, because other ranks may
-        be reading it.
-        """
-        _replace(self._path, (self._head, *rows))
+    def open(self, predictions: Sequence[Prediction]) -> None:
+        """Starts the file anew with these; in one rename, because other ranks may be reading it."""
+        _write_lines(self._path, [self._head, *map(_to_row, predictions)])
 
-    def add(self, rows: Sequence[dict]) -> None:
+    def add(self, predictions: Sequence[Prediction]) -> None:
         with open(self._path, "a") as file:
-            file.write("".join(map(_line, rows)))
+            file.write("".join(_line(_to_row(p)) for p in predictions))
 
     def close(self) -> None:
         self._path.unlink(missing_ok=True)
 
 
-def _replace(path: Path, lines: Sequence[Mapping]) -> None:
+def _to_row(p: Prediction) -> dict[str, Any]:
+    """The keys of a line, in their order."""
+    row: dict[str, Any] = {"mode": p.mode, "prompt": p.prompt, "sample": p.sample}
+    positions = {"position": p.position, "choice_at": p.choice_at}
+    if g := p.generation:
+        row |= {"text": g.text, "answer": p.answer, "ended": g.ended, "tokens": g.tokens}
+        row |= {"nll": g.nll, "reward": p.reward, "correct": p.correct, "extracted": p.extracted}
+        return row | {"error": p.error, "id": p.id, **positions, "outcome": g.outcome}
+    row |= {"answer": p.answer, "extracted": p.extracted, "correct": p.correct}
+    row |= {"reward": p.reward, "error": p.error, **positions}
+    if o := p.options:
+        row |= {"logp": list(o.logp), "bytes": list(o.n_bytes)}
+    return row | {"id": p.id}
+
+
+def _from_row(row: Mapping[str, Any]) -> Prediction:
+    """A line; older versions wrote neither ids nor positions."""
+    generation = options = None
+    if "text" in row:
+        nll, outcome = row.get("nll", 0.0), row.get("outcome")
+        generation = Generation(row["text"], row["ended"], row["tokens"], nll, outcome)
+    if "logp" in row:
+        options = OptionScores(tuple(row["logp"]), tuple(row["bytes"]))
+    names = ("mode", "prompt", "sample", "answer", "reward", "correct", "extracted", "error")
+    return Prediction(
+        **{name: row[name] for name in names},
+        id=row.get("id"),
+        position=row.get("position"),
+        choice_at=row.get("choice_at"),
+        generation=generation,
+        options=options,
+    )
+
+
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(map(_line, lines)))
-    partial.replace(path)
+    write_whole(path, "".join(map(_line, rows)))
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -1,186 +1,108 @@
 """An evaluation on disk: evaluation.json (every number with its interval) and report.md (one page
-of it).
+of it, from report.md.jinja).
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from reflux.trainer.config.evaluation import EvalSection
 from reflux.trainer.config.schema import Config
-from reflux.trainer.runs.markdown_table import table, write_json, write_whole
+from reflux.trainer.runs.files import write_json, write_whole
+from reflux.trainer.runs.markdown_table import interval, render_template, with_interval
 from reflux.trainer.runs.stats import Estimate
 
-from .acceptance import Verdict, as_row
-from .metrics import Difference, positions
-from .predictions import OUTCOMES
+from .acceptance import Verdict
+from .metrics import PositionStats, position_stats
+from .predictions import OUTCOMES, Prediction
+from .results import Evaluation
 
-WORDS = {
-    "right": "right",
-    "wrong": "wrong answer",
-    "no_answer": "no answer found",
-    "refused": "refused",
-    "truncated": "cut at the limit",
-}
+TEMPLATE = Path(__file__).with_name("report.md.jinja")
 
 
 def write_evaluation(
-    cfg: Config,
-    rows: Sequence[dict],
-    measured: Mapping[str, Estimate],
-    differences: Mapping[str, Difference],
-    *,
-    harness: Mapping[str, float],
-    verdicts: Sequence[Verdict],
+    cfg: Config, predictions: Sequence[Prediction], evaluation: Evaluation
 ) -> None:
-    """Both files, whole or not at all."""
-    modes = list(dict.fromkeys(r["mode"] for r in rows))
-    found = {
+    """Both files, each whole or not at all."""
+    folder, prompts = Path(cfg.folder), len({p.prompt for p in predictions})
+    modes = dict.fromkeys(p.mode for p in predictions)
+    positions = {m: stats for m in modes if (stats := position_stats(predictions, m))}
+    write_json(folder / "evaluation.json", _json(cfg, prompts, evaluation, positions))
+    write_whole(folder / "report.md", _page(cfg, prompts, evaluation, positions))
+
+
+def _json(
+    cfg: Config,
+    prompts: int,
+    evaluation: Evaluation,
+    positions: Mapping[str, Sequence[PositionStats]],
+) -> dict[str, Any]:
+    e, differences = cfg.eval, evaluation.differences
+    return {
         "model": cfg.model.path,
-        "source": cfg.eval.source,
+        "source": e.source,
         "task": cfg.task.name,
-        "by": cfg.eval.by,
+        "by": e.by,
         "seed": cfg.seed,
-        "prompts": len({r["prompt"] for r in rows}),
-        "samples": cfg.eval.samples,
+        "prompts": prompts,
+        "samples": e.samples,
         "max_tokens": cfg.rollout.max_tokens,
-        "metrics": {name: e._asdict() for name, e in measured.items()},
-        "against": {
-            "folder": cfg.eval.against,
-            **{name: _difference(d) for name, d in differences.items()},
-        }
-        if differences
-        else None,
-        "positions": {
-            mode: rows_of
-            for mode in modes
-            if (rows_of := [p | {"right": p["right"]._asdict()} for p in positions(rows, mode)])
-        },
-        "harness": dict(harness),
-        "accept": [as_row(v) for v in verdicts],
-        "accepted": all(v.holds for v in verdicts),
+        "metrics": evaluation.estimates,
+        "against": {"folder": e.against, **differences} if differences else None,
+        "positions": positions,
+        "harness": evaluation.harness,
+        "accept": [_verdict(v) for v in evaluation.verdicts],
+        "accepted": evaluation.accepted,
+        "metric_names": e.metrics,
     }
-    found["metric_names"] = list(cfg.eval.metrics)
-    folder = Path(cfg.folder)
-    write_json(folder / "evaluation.json", found)
-    write_whole(folder / "report.md", render(found))
 
 
-def render(found: Mapping[str, Any]) -> str:
+def _verdict(v: Verdict) -> dict[str, Any]:
+    row = {"name": v.name, "holds": v.holds, "value": v.value, "threshold": v.threshold}
+    return row | {"margin": v.margin, "words": v.words}
+
+
+def _page(
+    cfg: Config,
+    prompts: int,
+    evaluation: Evaluation,
+    positions: Mapping[str, Sequence[PositionStats]],
+) -> str:
     """report.md: verdicts, then the tables behind them."""
-    parts = [
-        f"# Evaluation of `{found['model']}`",
-        f"{found['prompts']} prompts of `{found['source']}`, task `{found['task']}`; "
-        f"{_how(found)}. Intervals are 95 %, bootstrapped over prompts.",
-        "\n".join(f"- **{v['name']}** {v['words']}" for v in found["accept"]),
-        _metrics(found),
-        _failures(found),
-        _against(found),
-        _positions(found),
-        _harness(found),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    shown, endings = cfg.eval.metrics, ("_length", "_logp")
+    estimates = evaluation.estimates
+    return render_template(
+        TEMPLATE,
+        cfg=cfg,
+        prompts=prompts,
+        how=_how(cfg.eval, cfg.rollout.max_tokens),
+        verdicts=evaluation.verdicts,
+        metrics={n: e for n, e in estimates.items() if n in shown or n.endswith(endings)},
+        outcomes=_outcomes(estimates),
+        differences=evaluation.differences,
+        positions=positions,
+        harness=evaluation.harness,
+        interval=interval,
+        with_interval=with_interval,
+    )
 
 
-def _how(found: Mapping[str, Any]) -> str:
-    generated = f"answers of at most {found['max_tokens']} tokens, one greedy and {found['samples']} sampled at temperature 1"
+def _how(e: EvalSection, max_tokens: int) -> str:
+    generated = (
+        f"answers of at most {max_tokens} tokens, one greedy and {e.samples} sampled at "
+        "temperature 1"
+    )
+    generates, scores = (generated,) * e.generates, ("options by likelihood",) * e.scores_options
+    return "; ".join(generates + scores)
+
+
+def _outcomes(estimates: Mapping[str, Estimate]) -> dict[str, list[str]]:
+    """Mode -> fraction of each of OUTCOMES, of the modes with graded texts."""
     return {
-        "generation": generated,
-        "likelihood": "options by likelihood",
-        "both": f"{generated}; options by likelihood",
-    }[found["by"]]
-
-
-def _metrics(found: Mapping[str, Any]) -> str:
-    shown = [
-        n
-        for n in found["metrics"]
-        if n in found["metric_names"] or n.endswith(("_length", "_logp"))
-    ]
-    return table(
-        ("metric", "mean", "95 % interval"), [(n, *_cells(found["metrics"][n])) for n in shown]
-    )
-
-
-def _failures(found: Mapping[str, Any]) -> str:
-    m = found["metrics"]
-    modes = [mode for mode in ("greedy", "sampled") if f"{mode}_wrong" in m]
-    rows = [
-        (
-            mode,
-            *(
-                f"{m[mode if kind == 'right' else f'{mode}_{kind}']['mean']:.1%}"
-                for kind in OUTCOMES
-            ),
-        )
-        for mode in modes
-    ]
-    return (
-        "## What became of the answers\n\n"
-        + table(("answers", *(WORDS[k] for k in OUTCOMES)), rows)
-        if rows
-        else ""
-    )
-
-
-def _against(found: Mapping[str, Any]) -> str:
-    given = found["against"]
-    if not given:
-        return ""
-    rows = [
-        (
-            name,
-            f"{d['theirs']['mean']:.3f}",
-            f"{d['ours']['mean']:.3f}",
-            _interval(d["difference"], "{:+.3f}"),
-            _interval(d["change"], "{:+.0%}"),
-            f"{d['p']:.3g}",
-        )
-        for name, d in given.items()
-        if name != "folder"
-    ]
-    return f"## Against `{given['folder']}`, paired by prompt\n\n" + table(
-        ("metric", "there", "here", "difference", "relative", "p"), rows
-    )
-
-
-def _positions(found: Mapping[str, Any]) -> str:
-    rows = [
-        (mode, p["position"], p["prompts"], _interval(p["right"], "{:.3f}"), f"{p['chosen']:.1%}")
-        for mode, places in found["positions"].items()
-        for p in places
-    ]
-    return (
-        (
-            "## By place of the right option\n\nA model that does not look at places chooses each "
-            "about as often as the right option stands there.\n\n"
-            + table(("answers", "place", "prompts", "accuracy", "this place chosen"), rows)
-        )
-        if rows
-        else ""
-    )
-
-
-def _harness(found: Mapping[str, Any]) -> str:
-    rows = [
-        (name.removeprefix("harness/"), f"{value:.4f}") for name, value in found["harness"].items()
-    ]
-    return "## lm-evaluation-harness\n\n" + table(("task", "value"), rows) if rows else ""
-
-
-def _cells(e: Mapping[str, float]) -> tuple[str, str]:
-    return f"{e['mean']:.3f}", _interval(e, "{:.3f}").partition(" ")[2]
-
-
-def _interval(e: Mapping[str, float], form: str) -> str:
-    """One prompt has no interval."""
-    return form.format(e["mean"]) + (
-        "" if math.isnan(e["low"]) else f" [{form.format(e['low'])}, {form.format(e['high'])}]"
-    )
-
-
-def _difference(d: Difference) -> dict[str, Any]:
-    return {
-        name: value._asdict() if isinstance(value, Estimate) else value
-        for name, value in d._asdict().items()
+        mode: [
+            f"{estimates[name].mean:.1%}"
+            for name in (mode, *(f"{mode}_{kind}" for kind in OUTCOMES[1:]))
+        ]
+        for mode in ("greedy", "sampled")
+        if f"{mode}_wrong" in estimates
     }

@@ -1,12 +1,12 @@
-"""How reports write numbers down: Markdown tables, estimates in words, JSON without NaN, files that
-appear whole.
-"""
+"""How reports write numbers down: Markdown tables, estimates in words, pages from templates."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from .files import write_json, write_whole  # noqa: F401
+from .stats import Estimate
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -15,46 +15,55 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
 
-def mean_and_spread(e: Mapping[str, float]) -> str:
-    """0.123 +- 0.004 of an estimate over seeds; without a spread for one, empty for none."""
-    return "" if not e["n"] else f"{e['mean']:.3f}" + (f" +- {e['std']:.3f}" if e["n"] > 1 else "")
+def interval(e: Estimate, form: str = "{:.3f}") -> str:
+    """[0.100, 0.150]; empty where there is none."""
+    return "" if math.isnan(e.low) else f"[{form.format(e.low)}, {form.format(e.high)}]"
 
 
-def points(e: Mapping[str, float]) -> str:
+def with_interval(e: Estimate, form: str = "{:.3f}") -> str:
+    """0.123 [0.100, 0.150]"""
+    return f"{form.format(e.mean)} {interval(e, form)}".rstrip()
+
+
+def mean_and_std(e: Mapping[str, float] | Estimate) -> str:
+    """0.123 +- 0.004 of an estimate over seeds; without a std for one, empty for none."""
+    e = _estimate(e)
+    return "" if not e.n else f"{e.mean:.3f}" + (f" +- {e.std:.3f}" if e.n > 1 else "")
+
+
+def points(e: Mapping[str, float] | Estimate) -> str:
     """A difference of accuracies in points of 100."""
-    return (
-        ""
-        if not e["n"]
-        else f"{100 * e['mean']:+.1f}" + (f" +- {100 * e['std']:.1f}" if e["n"] > 1 else "")
-    )
+    e = _estimate(e)
+    return "" if not e.n else f"{100 * e.mean:+.1f}" + (f" +- {100 * e.std:.1f}" if e.n > 1 else "")
 
 
-def score(e: Mapping[str, float] | None) -> str:
+def score(e: Mapping[str, float] | Estimate | None) -> str:
     """0.50 [0.42, 0.58]; empty where it could not be measured."""
-    if e is None:
-        return ""
-    return f"{e['mean']:.2f}" + (
-        "" if math.isnan(e["low"]) else f" [{e['low']:.2f}, {e['high']:.2f}]"
+    return "" if e is None else with_interval(_estimate(e), "{:.2f}")
+
+
+def render_template(template: Path, **values: Any) -> str:
+    """The text of a jinja2 template. A line that is a tag alone leaves no line behind; a name that
+    is missing in `values` is an error.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(template.parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+    return environment.get_template(template.name).render(values)
 
 
-def plain(x: Any) -> Any:
-    """JSON has no NaN: null stands for it."""
-    if isinstance(x, Mapping):
-        return {k: plain(v) for k, v in x.items()}
-    if isinstance(x, list | tuple):
-        return [plain(v) for v in x]
-    x = x.item() if hasattr(x, "item") else x  # numpy's numbers
-    return None if isinstance(x, float) and not math.isfinite(x) else x
+def _estimate(e: Mapping[str, float] | Estimate) -> Estimate:
+    """Also from a table of its fields, of which those that are not shown may be missing."""
+    if isinstance(e, Estimate):
+        return e
+    mean, std, low, high = (e.get(name, math.nan) for name in ("mean", "std", "low", "high"))
+    return Estimate(mean, std, low, high, int(e.get("n", 1)))
 
 
-def write_json(path: Path, found: Any) -> None:
-    """`plain` numbers, the file whole."""
-    write_whole(path, json.dumps(plain(found), indent=1, allow_nan=False) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file is the old one or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+mean_and_spread = mean_and_std

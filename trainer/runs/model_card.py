@@ -1,49 +1,52 @@
-"""The README.md of an exported model: recipe, dial, parents, limits."""
+"""The README.md of an exported model: what it is, how it was made, limits, configuration."""
 
 import json
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 from reflux.trainer.config.loader import to_toml
 from reflux.trainer.config.schema import Config
 
-LIMITS = """This says what the tested students gained through the tested channels at the stated budget, and nothing more. It is no
-claim that the model cannot be copied. Weights were changed: tell those who use it."""
+PAPER = "[arXiv:2604.18963](https://arxiv.org/abs/2604.18963)"
+LAST_STEP = ("loss", "reference_kl", "accuracy", "reward/cal", "kl", "nll")  # if the run logs it
+LIMITS = (
+    "This says what the tested students gained through the tested channels at the stated budget, "
+    "and nothing more. It is no\nclaim that the model cannot be copied. Weights were changed: tell "
+    "those who use it."
+)
 
 
-def model_card(cfg: Config, stats: dict) -> str:
-    """Markdown with a YAML head, as the Hugging Face hub reads it."""
-    title, story = {"calibrate": _calibrated, "distill": _distilled}[cfg.phase](cfg)
-    measured = {
-        k: stats[k]
-        for k in ("loss", "reference_kl", "accuracy", "reward/cal", "kl", "nll")
-        if k in stats
-    }
-    numbers = "\n".join(f"| {k} | {v:.5g} |" for k, v in measured.items())
-    return (
-        f"---\nlibrary_name: transformers\nbase_model: {json.dumps(cfg.model.path)}\ntags: "
-        f"[reflux, {cfg.phase}]\n---\n# {title}\n\n{story}\n\nMade with reflux-llm {_version()} in "
-        f"{cfg.steps} steps, seed {cfg.seed}. Method: "
-        "[arXiv:2604.18963](https://arxiv.org/abs/2604.18963).\n\n| last step | "
-        f"|\n|---|--:|\n{numbers}\n\n## Limits\n{LIMITS}\n\n## "
-        f"Configuration\n```toml\n{to_toml(cfg)}```\n"
-    )
+def model_card(cfg: Config, stats: Mapping[str, float], title: str, story: str) -> str:
+    """Markdown with a YAML head, as the Hugging Face hub reads it. title, story: what the phase
+    says of the model (its `card`); stats: the numbers of the last step.
+    """
+    numbers = "\n".join(f"| {k} | {stats[k]:.5g} |" for k in LAST_STEP if k in stats)
+    return f"""---
+library_name: transformers
+base_model: {json.dumps(cfg.model.path)}
+tags: [reflux, {cfg.phase}]
+---
+# {title}
+
+{story}
+
+Made with reflux-llm {_version()} in {cfg.steps} steps, seed {cfg.seed}. Method: {PAPER}.
+
+| last step | |
+|---|--:|
+{numbers}
+
+## Limits
+{LIMITS}
+
+## Configuration
+```toml
+{to_toml(cfg)}```
+"""
 
 
-def _calibrated(cfg: Config) -> tuple[str, str]:
-    cal = cfg.calibration
-    dial = (
-        "task reward only (eta = 0)"
-        if cal.mode == "off"
-        else f"{cal.mode}, strength {cal.strength:g}"
-    )
-    proxy = f", against the frozen proxy `{cfg.proxy.path}`" if cal.mode != "off" else ""
-    return f"Calibrated teacher: {dial}", (
-        f"Reinforcement fine-tuned from `{cfg.model.path}`{proxy}, on the task "
-        f"`{cfg.task.name}`, anchored to the original with beta {cfg.reference.beta:g}."
-    )
-
-
-def _distilled(cfg: Config) -> tuple[str, str]:
+def distilled(cfg: Config) -> tuple[str, str]:
+    """Title and story of a student."""
     d = cfg.distill
     if not cfg.needs_teacher:
         return (

@@ -1,18 +1,20 @@
 """Small statistics with their uncertainty: pure functions of lists of numbers."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+DRAWS = 2000  # of every bootstrap
 # two-sided 95 % quantiles of Student's t for 1 ... 9 degrees of freedom; 1.96 beyond 30, linear
 # steps are not needed
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 class Estimate(NamedTuple):
-    """A mean with its spread. `low`, `high`: 95 % interval of the mean; NaN for one value."""
+    """A mean with its uncertainty. `std`: standard deviation, of what the function that made it
+    says. `low`, `high`: 95 % interval of the mean; NaN for one value."""
 
     mean: float
     std: float
@@ -88,11 +90,14 @@ def relative_change(after: float, before: float) -> float:
     return (after - before) / before if before else math.nan
 
 
-def bootstrap_ratio(
-    top: Mapping[int, float], bottom: Mapping[int, float], *, draws: int = 2000, seed: int = 0
-) -> Estimate:
+def mean_over_prompts(values: Mapping[int, float]) -> Estimate:
+    """Mean of one value a prompt, with its bootstrap interval over prompts."""
+    return bootstrap_ratio(values, dict.fromkeys(values, 1.0))
+
+
+def bootstrap_ratio(top: Mapping[int, float], bottom: Mapping[int, float]) -> Estimate:
     """sum(top) / sum(bottom) with a 95 % percentile interval over prompts: both sums are drawn
-    together, prompt by prompt.
+    together, prompt by prompt, DRAWS times.
 
     Tokens of one prompt are not independent, so prompts are what is drawn. `std` is that of the
     draws; `n` counts prompts. NaN where the bottom is 0; no interval from one prompt.
@@ -104,52 +109,36 @@ def bootstrap_ratio(
     mean = float(a.sum() / b.sum())
     if len(keys) == 1:
         return Estimate(mean, math.nan, math.nan, math.nan, 1)
-    # a bounded table, however many prompts there are
-    g, at_once = np.random.default_rng(seed), max(1, 2**20 // len(keys))
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = np.concatenate(
-            [
-                a[rows].sum(1) / b[rows].sum(1)
-                for rows in (
-                    g.integers(len(keys), size=(min(at_once, draws - done), len(keys)))
-                    for done in range(0, draws, at_once)
-                )
-            ]
-        )
-    ratios = ratios[np.isfinite(ratios)]
-    low, high = np.quantile(ratios, [0.025, 0.975]) if len(ratios) else (math.nan, math.nan)
-    return Estimate(
-        mean,
-        float(ratios.std(ddof=1)) if len(ratios) > 1 else math.nan,
-        float(low),
-        float(high),
-        len(keys),
-    )
+        ratios = [a[rows].sum(1) / b[rows].sum(1) for rows in _drawn(len(keys))]
+    return _percentile(mean, np.concatenate(ratios), len(keys))
 
 
-def bootstrap(
-    statistic: Callable[[Sequence[int]], float],
-    keys: Sequence[int],
-    *,
-    draws: int = 500,
-    seed: int = 0,
-) -> Estimate:
-    """A statistic of drawn keys (prompts, repeated ones repeat) with its 95 % percentile
-    interval.
-    """
+def bootstrap(statistic: Callable[[Sequence[int]], float], keys: Sequence[int]) -> Estimate:
+    """The same of any statistic of drawn keys (prompts, repeated ones repeat)."""
     keys = list(keys)
     mean = statistic(keys) if keys else math.nan
     if len(keys) < 2:
         return Estimate(mean, math.nan, math.nan, math.nan, len(keys))
-    g = np.random.default_rng(seed)
-    found = np.array(
-        [statistic([keys[i] for i in g.integers(len(keys), size=len(keys))]) for _ in range(draws)]
-    )
-    found = found[np.isfinite(found)]
-    if len(found) < 2:
-        return Estimate(mean, math.nan, math.nan, math.nan, len(keys))
-    low, high = np.quantile(found, [0.025, 0.975])
-    return Estimate(mean, float(found.std(ddof=1)), float(low), float(high), len(keys))
+    values = [statistic([keys[i] for i in row]) for rows in _drawn(len(keys)) for row in rows]
+    return _percentile(mean, np.array(values), len(keys))
+
+
+def _drawn(count: int) -> Iterator[np.ndarray]:
+    """DRAWS rows of `count` numbers below `count`, the same at every call, in tables of bounded
+    size.
+    """
+    g, at_once = np.random.default_rng(0), max(1, 2**20 // count)
+    for done in range(0, DRAWS, at_once):
+        yield g.integers(count, size=(min(at_once, DRAWS - done), count))
+
+
+def _percentile(mean: float, draws: np.ndarray, count: int) -> Estimate:
+    draws = draws[np.isfinite(draws)]
+    if len(draws) < 2:
+        return Estimate(mean, math.nan, math.nan, math.nan, count)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Estimate(mean, float(draws.std(ddof=1)), float(low), float(high), count)
 
 
 def sign_flip_p(differences: Sequence[float], *, draws: int = 10_000, seed: int = 0) -> float:

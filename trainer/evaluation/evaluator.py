@@ -1,0 +1,233 @@
+"""Answers held-out prompts with the engine's model and says how well: greedy, sampled, and by the
+likelihood of options. Every answer is saved. Used by the phase `evaluate` and by those that train.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reflux.trainer.config.evaluation import check_options
+from reflux.trainer.config.schema import Config
+from reflux.trainer.data.batch import Prompt, Rollout
+from reflux.trainer.data.chat import Chat
+from reflux.trainer.data.graders import Grade
+from reflux.trainer.data.prompts import load_prompts
+from reflux.trainer.phase import Engine, Grader, Sampler, Sampling
+from reflux.trainer.rollouts.defences import DefendedDecoding
+from reflux.trainer.rollouts.generate import EmbeddedSampler
+
+from .metrics import Difference, check_same, compare, measure, metric_values
+from .multiple_choice import (
+    Options,
+    choices_by_likelihood,
+    list_options,
+    read_options,
+    score_options,
+)
+from .predictions import (
+    MODES,
+    Generation,
+    Prediction,
+    Question,
+    Unfinished,
+    load_predictions,
+    prompt_id,
+    save_predictions,
+    with_outcomes,
+)
+from .results import Evaluation, log_fields
+
+SAMPLE_STREAM = 1 << 31  # evaluation draws its own random numbers, whatever step it happens at
+BLOCK = 4  # times rollout.rows: answers of one rank between two writes of unfinished.jsonl
+# what the answers depend on, of [eval]
+SPEC = ("source", "split", "columns", "limit", "samples", "by", "list_options")
+
+Answer = Callable[[Sequence[Prompt]], list[Prediction]]
+
+
+class Evaluator:
+    """Evaluates when a step is due. It has no state: the same weights give the same answers at any
+    step.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        engine: Engine,
+        chat: Chat,
+        grader: Grader | None,
+        *,
+        defence: DefendedDecoding | None = None,
+        keep_unfinished: bool = False,
+    ):
+        """grader: None only where nothing is evaluated (eval.source is empty). defence: what the
+        model is served with. keep_unfinished: on disk, so that a killed evaluation goes on.
+        ValueError, before anything is answered, for options that cannot be read and for an
+        eval.against with other questions.
+        """
+        self.cfg, self.engine, self.chat, self.grader = cfg, engine, chat, grader
+        gathered = engine.gathered_weights
+        weights = gathered if defence is None else defence.weights(gathered)
+        self.sampler: Sampler = EmbeddedSampler(weights, chat)
+        e = cfg.eval
+        self.prompts: Sequence[Prompt] = ()
+        self._theirs: list[Prediction] | None = None
+        self._unfinished: Unfinished | None = None
+        options = cfg.task.options
+        given = {"column": options.get("choices"), "answer_is": options.get("answer_is")}
+        self._format = {name: value for name, value in given.items() if value is not None}
+        if not e.source:
+            return
+        check_options(e, cfg.task.name)
+        self.prompts = load_prompts(e.source, split=e.split, columns=e.columns, limit=e.limit)
+        for prompt in self.prompts if e.scores_options or e.list_options else ():
+            read_options(prompt, **self._format)
+        if e.against:
+            self._theirs = load_predictions(e.against, "eval.against")
+            check_same(self.expected(), self._theirs, e.against)
+        if keep_unfinished:
+            self._unfinished = Unfinished(Path(cfg.folder), self._spec())
+
+    def due(self, step: int) -> dict[str, Any]:
+        """Log fields if this step evaluates, else nothing. Collective."""
+        e, last = self.cfg.eval, step == self.cfg.steps
+        at_start = step == 0 and e.at_start
+        every = e.every and step and step % e.every == 0
+        if not self.prompts or not (last or every or at_start):
+            return {}
+        return log_fields(self.evaluation(self.answer(step)), e.metrics)
+
+    def expected(self) -> list[Question]:
+        """The questions, before anything is answered."""
+        return [
+            Question(mode=mode, prompt=p.index, sample=k, id=prompt_id(p), answer=p.answer)
+            for way, count in self._samples.items()
+            for mode in MODES[way]
+            for p in self.prompts
+            for k in range(count)
+        ]
+
+    def answer(self, step: int) -> list[Prediction]:
+        """All predictions, in order, on every rank, and in predictions/step-N.jsonl. Collective."""
+        engine, unfinished = self.engine, self._unfinished
+        cached = unfinished.load(self._samples) if unfinished and engine.rank == 0 else []
+        predictions = engine.gather(cached)
+        if unfinished and engine.is_main:
+            unfinished.open(predictions)
+        for block, answer in self._blocks(predictions):
+            new = engine.gather(answer(block[engine.rank :: engine.world]))
+            predictions += new
+            if unfinished and engine.is_main:
+                unfinished.add(new)
+        predictions = self._with_outcomes(predictions)
+        predictions.sort(key=lambda p: (p.mode, p.prompt, p.sample))
+        if engine.is_main:
+            save_predictions(Path(self.cfg.folder), step, predictions)
+            if unfinished:
+                unfinished.close()
+        return predictions
+
+    def evaluation(self, predictions: Sequence[Prediction]) -> Evaluation:
+        """The numbers of `answer`, and their differences to eval.against."""
+        metrics, differences = self.cfg.eval.metrics, dict[str, Difference]()
+        if self._theirs is not None:
+            differences = {
+                m: compare(metric_values(predictions, m), metric_values(self._theirs, m))
+                for m in metrics
+            }
+        return Evaluation(measure(predictions, metrics), differences)
+
+    @property
+    def _samples(self) -> dict[str, int]:
+        """Way of answering (key of MODES) -> answers of a prompt."""
+        e = self.cfg.eval
+        generated = {"greedy": 1, "sampled": e.samples} if e.generates else {}
+        counts = generated | {"likelihood": int(e.scores_options)}
+        return {way: count for way, count in counts.items() if count}
+
+    def _with_outcomes(self, predictions: list[Prediction]) -> list[Prediction]:
+        """A user's grader may give no answers at all: then none is missing."""
+        generated = any(p.extracted is not None for p in predictions)
+        names_answers = ":" not in self.cfg.task.name or generated
+        return with_outcomes(predictions, self.cfg.eval.refusal, names_answers)
+
+    def _spec(self) -> dict[str, Any]:
+        """All that the answers depend on."""
+        c = self.cfg
+        sections = (("model", c.model), ("defence", c.defence), ("task", c.task))
+        spec = {name: asdict(section) for name, section in (*sections, ("rollout", c.rollout))}
+        return {**spec, "seed": c.seed, **{key: getattr(c.eval, key) for key in SPEC}}
+
+    def _blocks(self, done: Sequence[Prediction]) -> Iterator[tuple[list[Prompt], Answer]]:
+        """What is still to be answered: prompts of all ranks, and how."""
+        for way, count in self._samples.items():
+            answered = {p.prompt for p in done if p.mode == MODES[way][0]}
+            left = [i for i in range(len(self.prompts)) if i not in answered]
+            size = max(1, BLOCK * self.cfg.rollout.rows // count) * self.engine.world
+            answer = partial(self._generate, mode=way, count=count)
+            for start in range(0, len(left), size):
+                block = [self.prompts[i] for i in left[start : start + size]]
+                yield block, self._choose if way == "likelihood" else answer
+
+    def _generate(self, prompts: Sequence[Prompt], mode: str, count: int) -> list[Prediction]:
+        r, seed = self.cfg.rollout, self.cfg.seed
+        greedy = mode == "greedy"
+        sampling = Sampling(r.max_tokens, seed, SAMPLE_STREAM, rows=r.rows, greedy=greedy)
+        shown = [self._shown(p) for p in prompts]
+        texts = [x for group in self.sampler.sample(shown, count, sampling) for x in group]
+        assert self.grader is not None
+        ids = [prompt_id(p) for p in prompts for _ in range(count)]
+        return [
+            self._prediction(mode, k % count, ids[k], text, grade)
+            for k, (text, grade) in enumerate(zip(texts, self.grader.grade(texts)))
+        ]
+
+    def _prediction(
+        self, mode: str, sample: int, id: str, rollout: Rollout, grade: Grade
+    ) -> Prediction:
+        options = self._options(rollout.prompt)
+        nll = -float(np.sum(rollout.logp))
+        return Prediction(
+            mode=mode,
+            prompt=rollout.prompt.index,
+            sample=sample,
+            id=id,
+            answer=rollout.prompt.answer,
+            reward=grade.reward,
+            correct=grade.correct,
+            extracted=grade.extracted,
+            error=grade.error,
+            position=options.correct if options else None,
+            choice_at=options.position_of(grade.extracted) if options else None,
+            generation=Generation(rollout.text, rollout.ended, len(rollout.ids), nll),
+        )
+
+    def _choose(self, prompts: Sequence[Prompt]) -> list[Prediction]:
+        shown = [self._shown(p) for p in prompts]
+        questions = [(p, read_options(p, **self._format)) for p in shown]
+        scores = score_options(self.engine, self.chat, questions, tokens=self.cfg.batch.tokens)
+        return [
+            prediction
+            for p, question, logp in zip(prompts, questions, scores)
+            for prediction in choices_by_likelihood(*question, logp, prompt_id(p))
+        ]
+
+    def _shown(self, prompt: Prompt) -> Prompt:
+        if not self.cfg.eval.list_options:
+            return prompt
+        return list_options(prompt, self.cfg.seed, **self._format)
+
+    def _options(self, prompt: Prompt) -> Options | None:
+        """None where the task has none, or they cannot be read: a generated answer can be graded
+        without their positions.
+        """
+        if self.cfg.task.name != "multiple_choice":
+            return None
+        try:
+            return read_options(prompt, **self._format)
+        except ValueError:
+            return None
