@@ -1,1 +1,5 @@
-"""The only door to torchtitan: model, FSDP2, optimizer, checkpoints, export. Knows no phase."""
+"""The trained model, and everything that knows about ranks or torchtitan."""
+
+from .compat import install
+
+install()  # before any module of this room imports torchtitan

@@ -1,9 +1,9 @@
 """Lets torchtitan 0.3.0 run without an accelerator and on torch 2.11 and 2.13; the only file that
 patches anything.
 
-install() must come before any other torchtitan import: several of its modules copy the names
-`device_type` and `device_module` when they are imported. It is idempotent, and adds nothing on
-torch >= 2.14 with an accelerator.
+The room's __init__.py calls install(). It must come before any other torchtitan import: several of
+torchtitan's modules copy the names `device_type` and `device_module` when they are imported. It is
+idempotent, and adds nothing on torch >= 2.14 with an accelerator.
 """
 
 import dataclasses
@@ -61,21 +61,22 @@ def _set_timeout(timeout, group=None) -> None:
 
 
 def _fill_torch_gaps() -> None:
-    """Names that torchtitan 0.3.0 uses and older torch lacks."""
+    """Adds names that torchtitan 0.3.0 uses and older torch lacks."""
     # torch 2.11; only SPMD back ends never selected here build one
     if not hasattr(fsdp, "DataParallelMeshDims"):
         fields = [("shard", object, None), ("replicate", object, None)]
-        fsdp.DataParallelMeshDims = dataclasses.make_dataclass("DataParallelMeshDims", fields)
+        added = dataclasses.make_dataclass("DataParallelMeshDims", fields)
+        fsdp.DataParallelMeshDims = added  # type: ignore[misc, assignment]  # no stub to satisfy
     if not hasattr(dist, "set_timeout"):  # torch <= 2.13 has the private form only
-        dist.set_timeout = _set_timeout
+        dist.set_timeout = _set_timeout  # type: ignore[attr-defined]  # the name is new
 
 
 def install() -> bool:
-    """Fill the gaps. True if the CPU device module is in place, False where an accelerator is
+    """Fills the gaps. True if the CPU device module is in place, False where an accelerator is
     present.
 
-    Raises RuntimeError if torchtitan's device-dependent modules were imported first: they would
-    keep device "cuda".
+    RuntimeError if torchtitan's device-dependent modules were imported first: they would keep
+    device "cuda".
     """
     _fill_torch_gaps()
     if torch.accelerator.is_available():
@@ -87,8 +88,8 @@ def install() -> bool:
         return True
     if late:
         raise RuntimeError(
-            "titan_compat.install() came too late: torchtitan was imported before it. "
-            "Import reflux.trainer.engine.compat and call install() first."
+            "compat.install() came too late: torchtitan was imported before it. Import "
+            "reflux.trainer.engine before torchtitan."
         )
     utils.device_type, utils.device_module = "cpu", CpuModule()
     return True

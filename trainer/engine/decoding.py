@@ -2,31 +2,27 @@
 weights.
 
     with gathered(model, policy), kv_decoder(model, max_length=...) as step:
-        logits_NV = step(ids_NL, positions_NL, real_NL, first=True)      # the prompts, padded on
-        the left logits_NV = step(ids_N1, positions_N1, real_NL, first=False)     # then one token a
-        row
+        logits_NV = step(ids_NL, positions_NL, real_NL, True)   # the prompts, padded on the left
+        logits_NV = step(ids_N1, positions_N1, real_NL, False)  # then one token a row
 
 Inside `gathered` decoding needs no collective: ranks may sample different numbers of texts of
 different lengths. Shapes: N rows, L length so far (padding included), V vocabulary.
 """
 
-# ruff: noqa: E402  install() has to run between the imports
-from . import compat
-
-compat.install()
-
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torchtitan.tools import utils
 from transformers import DynamicCache
 
-from .model_builder import HFDecoder, fsdp_units, head_logits, head_skipped, restore_reshard
-from .native_models import CachedFlexAttention, KVCache, MaskedSDPA
+from reflux.trainer.phase import Decode, DecodeStep
 
-Step = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+from .head import head_logits, head_skipped
+from .hf_models import HFDecoder
+from .native_models import CachedFlexAttention, KVCache, MaskedSDPA
+from .sharding import fsdp_units, restore_reshard
 
 
 def run_root(model) -> None:
@@ -59,8 +55,8 @@ def gathered(model, policy: str = "default") -> Iterator[None]:
             unit.unshard()
         yield
         # The next backward prefetches along the forwards FSDP2 has seen. A rank that decoded
-        # nothing would prefetch another group than the rest, and its collectives would meet
-        # strangers: all end on the same forward.
+        # nothing would prefetch another group than the others, and its collectives would not match
+        # theirs: all end on the same forward.
         run_root(model)
     finally:
         model.train(training)
@@ -71,7 +67,7 @@ def gathered(model, policy: str = "default") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def kv_decoder(model, *, max_length: int = 0) -> Iterator[Step]:
+def kv_decoder(model, *, max_length: int = 0) -> Iterator[DecodeStep]:
     """Yields step(ids_NL, positions_NL, real_NL, first) -> logits_NV of the last position, in the
     compute dtype.
 
@@ -80,15 +76,11 @@ def kv_decoder(model, *, max_length: int = 0) -> Iterator[Step]:
     max_length: tokens to reserve room for in the native cache (it doubles when exceeded). Only the
     last position goes through the head.
     """
-    start = _hf_step if isinstance(model, HFDecoder) else _native_step
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, (MaskedSDPA, CachedFlexAttention))
-    ]
+    hidden_of = _hf_hidden(model) if isinstance(model, HFDecoder) else _native_hidden(model)
+    cached = (MaskedSDPA, CachedFlexAttention)
+    layers = [module for module in model.modules() if isinstance(module, cached)]
     for layer in layers:
         layer.cache = KVCache(max_length)
-    hidden_of = start(model)
 
     @torch.no_grad()
     def step(ids_NL: Tensor, positions_NL: Tensor, real_NL: Tensor, first: bool) -> Tensor:
@@ -103,14 +95,30 @@ def kv_decoder(model, *, max_length: int = 0) -> Iterator[Step]:
             layer.cache = None
 
 
-def _hf_step(model) -> Step:
+def decoder_of(model, device: torch.device) -> Decode:
+    """decode(rows, max_length) -> context of (step, device), each with a cache of its own."""
+
+    @contextlib.contextmanager
+    def decode(rows: int, max_length: int) -> Iterator[tuple[DecodeStep, torch.device]]:
+        with kv_decoder(model, max_length=max_length) as step:
+            yield step, device
+
+    return decode
+
+
+def _hf_hidden(model) -> DecodeStep:
+    """Hidden states [N, L, D] of the new tokens, by transformers' own cache."""
     cache = DynamicCache(config=model.hf.config)
-    return lambda ids_NL, positions_NL, real_NL, first: model(
-        ids_NL, positions=positions_NL, attention_masks=real_NL.long(), cache=cache
-    )
+
+    def hidden_of(ids_NL: Tensor, positions_NL: Tensor, real_NL: Tensor, first: bool) -> Tensor:
+        return model(ids_NL, positions=positions_NL, attention_masks=real_NL.long(), cache=cache)
+
+    return hidden_of
 
 
-def _native_step(model) -> Step:
+def _native_hidden(model) -> DecodeStep:
+    """Hidden states [N, L, D] of the new tokens, by the caches in the attention layers."""
+
     def hidden_of(ids_NL: Tensor, positions_NL: Tensor, real_NL: Tensor, first: bool) -> Tensor:
         mask = real_NL[:, None, None, :]
         # causal within the prompt; a padding token sees itself, so that no softmax row is empty

@@ -1,15 +1,10 @@
 """The trained model as a Hugging Face folder, written from its FSDP2 shards: no rank holds the
 whole model.
 
-The folder appears complete or not at all: it is built beside its place as OUT.partial and then
+The folder appears complete or not at all: it is built beside its target as OUT.partial and then
 renamed. A crash between the two renames leaves the old export as OUT.old and the new one, complete,
 as OUT.partial.
 """
-
-# ruff: noqa: E402  install() has to run between the imports
-from . import compat
-
-compat.install()
 
 import os
 import shutil
@@ -25,7 +20,7 @@ from torch.distributed.checkpoint._consolidate_hf_safetensors import (
 from torchtitan.components.checkpoint import ModelWrapper
 from torchtitan.config import TORCH_DTYPE_MAP
 
-from .model_builder import text_config
+from .hf_models import text_config
 
 COPIED = (
     "tokenizer.json",
@@ -46,7 +41,7 @@ FILE_BYTES = 5 * 10**9  # transformers' own limit for one safetensors file
 
 
 def export_hf(trainer, out: str, source: str, *, dtype: str = "bfloat16", card: str) -> None:
-    """Write the trainer's model to the folder `out`, loadable with
+    """Writes the trainer's model to the folder `out`, loadable with
     AutoModelForCausalLM.from_pretrained(out).
 
     source: the folder the model came from; its config, tokenizer and generation config go along.
@@ -71,7 +66,7 @@ def export_hf(trainer, out: str, source: str, *, dtype: str = "bfloat16", card: 
     dist.barrier()
     _write_weights(_weights(trainer, dtype), staging)
     if dist.get_rank() == 0:
-        _write_rest(staging, source, dtype, card)
+        _write_config_and_card(staging, source, dtype, card)
         _replace(target, staging)
     dist.barrier()
 
@@ -118,7 +113,7 @@ def file_numbers(weights: dict[str, Tensor], limit_bytes: int = FILE_BYTES) -> d
     return numbers
 
 
-def _write_rest(staging: Path, source: str, dtype: str, card: str) -> None:
+def _write_config_and_card(staging: Path, source: str, dtype: str, card: str) -> None:
     shutil.rmtree(staging / "shards")
     config = text_config(source)
     config.dtype = dtype

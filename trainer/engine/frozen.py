@@ -2,17 +2,12 @@
 optimizer or checkpoint.
 
 Weights come from the Hugging Face folder straight into the shards; no rank holds the whole model. A
-missing, extra or misshapen tensor is refused by name before anything is read, and one tensor is
-compared with the file afterwards: torchtitan by itself starts from random weights without a word
-when no load is configured.
+missing, extra or misshapen tensor is an error that names it, before anything is read. One tensor is
+compared with the file afterwards: torchtitan silently starts from random weights when no load is
+configured.
 
 Shapes: N rows, L row length, D hidden size, V vocabulary.
 """
-
-# ruff: noqa: E402  install() has to run between the imports
-from . import compat
-
-compat.install()
 
 import contextlib
 import copy
@@ -25,28 +20,28 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpoint import ModelWrapper
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools import utils
 
-from .decoding import gathered, run_root
-from .model_builder import hidden_states, logit_scale, logit_softcap, open_head, text_config
+from .decoding import run_root
+from .forward import hidden_states
+from .head import logit_softcap, open_head
+from .hf_models import text_config
 
 
 class FrozenModel:
-    """A model that is only read. Built by build_frozen; every method is collective unless it says
-    otherwise.
+    """A model that is only read; built by build_frozen. Every method is collective.
 
-    model: the sharded module, for kv_decoder. vocab_size: V. softcap, scale: of the logits, see
-    titan_models.
+    model: the sharded module. vocab_size: V. softcap: of the logits, see head.py.
     """
 
-    def __init__(self, model, vocab_size: int, policy: str):
-        self.model, self.vocab_size, self._policy = model, vocab_size, policy
-        self.softcap, self.scale = logit_softcap(model), logit_scale(model)
+    def __init__(self, model: nn.Module, vocab_size: int):
+        self.model, self.vocab_size = model, vocab_size
+        self.softcap = logit_softcap(model)
 
     @torch.no_grad()
     def hidden(
@@ -62,12 +57,8 @@ class FrozenModel:
         return hidden_states(self.model, ids_NL, positions_NL, packed=packed, mask_NL=mask_NL)
 
     def open_head(self) -> contextlib.AbstractContextManager[Tensor]:
-        """Context manager: the plain [V, D] head weight, gathered inside."""
+        """Context of the plain [V, D] head weight, gathered inside."""
         return open_head(self.model)
-
-    def gathered(self) -> contextlib.AbstractContextManager[None]:
-        """Context manager: all weights unsharded, for decoding without collectives."""
-        return gathered(self.model, self._policy)
 
     def weights_hash(self) -> str:
         """sha256 over every rank's shards in rank order: equal as long as no weight changed, for
@@ -78,7 +69,7 @@ class FrozenModel:
             local = weight.to_local() if isinstance(weight, DTensor) else weight
             digest.update(name.encode())
             digest.update(local.detach().cpu().contiguous().view(torch.uint8).numpy())
-        digests = [None] * dist.get_world_size()
+        digests = [""] * dist.get_world_size()
         dist.all_gather_object(digests, digest.hexdigest())
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
@@ -122,14 +113,12 @@ def build_frozen(
     model = _sharded(spec, config, parallel_dims, device, TORCH_DTYPE_MAP[dtype])
     load_weights(model, spec, path)
     run_root(model)
-    return FrozenModel(
-        model, text_config(path).vocab_size, config.parallelism.fsdp_reshard_after_forward
-    )
+    return FrozenModel(model, text_config(path).vocab_size)
 
 
 def _sharded(spec: ModelSpec, config, parallel_dims, device: torch.device, dtype: torch.dtype):
-    """The steps of torchtitan's Trainer, without gradients and activation checkpointing. Weights
-    are random yet.
+    """The steps of torchtitan's Trainer, without gradients and activation checkpointing. The
+    weights are still random.
     """
     offload = config.training.enable_cpu_offload
     with torch.device("meta"), utils.set_default_dtype(dtype):
@@ -151,10 +140,10 @@ def _sharded(spec: ModelSpec, config, parallel_dims, device: torch.device, dtype
 
 
 def load_weights(model, spec: ModelSpec, path: str) -> None:
-    """Read the folder's safetensors into the shards through the spec's adapter. Collective.
+    """Reads the folder's safetensors into the shards through the spec's adapter. Collective.
 
     ValueError naming the tensor for a missing, an extra or a misshapen one; RuntimeError if the
-    read left no trace.
+    weights did not change.
     """
     adapter = spec.state_dict_adapter(spec.model, path)
     weights = adapter.to_hf(ModelWrapper(model).state_dict())
@@ -166,38 +155,37 @@ def load_weights(model, spec: ModelSpec, path: str) -> None:
 
 def file_shapes(path: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Tensor name -> (file, shape), from the headers of the folder's safetensors."""
-    found = {}
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors"))):
         with safe_open(file, framework="pt") as tensors:
-            found |= {
-                name: (file, tuple(tensors.get_slice(name).get_shape())) for name in tensors.keys()
-            }
-    if not found:
+            for name in tensors.keys():
+                shapes[name] = file, tuple(tensors.get_slice(name).get_shape())
+    if not shapes:
         raise ValueError(
             f"{path}: no *.safetensors there; convert the weights with save_pretrained"
         )
-    return found
+    return shapes
 
 
 def check_weights(weights: dict[str, Tensor], path: str) -> None:
-    """Refuse a folder whose tensors are not exactly those of the model (global shapes; names as
-    Hugging Face's).
+    """ValueError unless the folder's tensors are exactly those of the model (global shapes, Hugging
+    Face's names).
     """
-    found = file_shapes(path)
+    stored = file_shapes(path)
     for name, weight in weights.items():
-        if name not in found:
+        if name not in stored:
             raise ValueError(
                 f"{path}: no tensor {name!r} {tuple(weight.shape)} in its safetensors; the "
                 "folder's config.json describes another model, or a file is missing"
             )
-        if found[name][1] != tuple(weight.shape):
+        if stored[name][1] != tuple(weight.shape):
             raise ValueError(
-                f"{path}: tensor {name!r} is {found[name][1]}; the model of its config.json wants "
+                f"{path}: tensor {name!r} is {stored[name][1]}; the model of its config.json wants "
                 f"{tuple(weight.shape)}"
             )
     # a tied head stored twice; buffers of old exports
     known = ("lm_head.weight", "rotary_emb.inv_freq")
-    extra = sorted(name for name in found.keys() - weights.keys() if not name.endswith(known))
+    extra = sorted(name for name in stored.keys() - weights.keys() if not name.endswith(known))
     if extra:
         raise ValueError(
             f"{path}: {len(extra)} tensors that the model does not have, first {extra[0]!r}; the "
@@ -206,7 +194,7 @@ def check_weights(weights: dict[str, Tensor], path: str) -> None:
 
 
 def verify_loaded(model, spec: ModelSpec, path: str) -> None:
-    """Compare the smallest matrix with the file: RuntimeError if they differ, for then nothing was
+    """Compares the smallest matrix with the file. RuntimeError if they differ, for then nothing was
     read. Collective.
 
     A matrix, because freshly initialised norms are ones and so are many stored ones.

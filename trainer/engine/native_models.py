@@ -1,13 +1,8 @@
-"""torchtitan's own modules for dense qwen3 and llama, built from a Hugging Face config, with
-attention that decodes.
+"""torchtitan's own modules for dense qwen3 and llama, built from a Hugging Face config. Their
+attention can decode with a KV cache.
 
 Shapes: N rows, L row length, D hidden size, V vocabulary, H query heads, K key heads, C head size.
 """
-
-# ruff: noqa: E402  install() has to run between the imports
-from . import compat
-
-compat.install()
 
 from dataclasses import dataclass
 from functools import partial
@@ -41,21 +36,21 @@ class KVCache:
 
     def __init__(self, capacity: int):
         self.capacity, self.length = capacity, 0
-        self.keys = self.values = None
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
 
     def append(self, k_NKLC: Tensor, v_NKLC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new positions; views of everything stored so far."""
+        """Stores the new positions; returns views of everything stored so far."""
         start, self.length = self.length, self.length + k_NKLC.shape[2]
-        if self.keys is None or self.length > self.capacity:
-            self.capacity = max(
-                self.capacity if self.keys is None else 2 * self.capacity, self.length
-            )
-            self.keys, self.values = (
-                self._grown(new, old) for new, old in ((k_NKLC, self.keys), (v_NKLC, self.values))
-            )
-        self.keys[:, :, start : self.length] = k_NKLC
-        self.values[:, :, start : self.length] = v_NKLC
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        keys, values = self._keys, self._values
+        if keys is None or values is None or self.length > self.capacity:
+            capacity = self.capacity if keys is None else 2 * self.capacity
+            self.capacity = max(capacity, self.length)
+            keys, values = self._grown(k_NKLC, keys), self._grown(v_NKLC, values)
+            self._keys, self._values = keys, values
+        keys[:, :, start : self.length] = k_NKLC
+        values[:, :, start : self.length] = v_NKLC
+        return keys[:, :, : self.length], values[:, :, : self.length]
 
     def _grown(self, new_NKLC: Tensor, old_NKLC: Tensor | None) -> Tensor:
         N, K, _, C = new_NKLC.shape
@@ -98,8 +93,7 @@ class MaskedSDPA(Module):
     """Inner attention with a dense mask and a KV cache, in place of FlexAttention, which has no CPU
     backward.
 
-    The forward's argument names are part of torchtitan's contract: its tensor-parallel layout is
-    keyed by them.
+    torchtitan's tensor-parallel layout is keyed by the forward's argument names.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -118,7 +112,7 @@ class MaskedSDPA(Module):
 
 
 class CachedFlexAttention(FlexAttention):
-    """FlexAttention (CUDA), which decodes like MaskedSDPA when it holds a cache."""
+    """FlexAttention (CUDA); it decodes like MaskedSDPA when it holds a cache."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(FlexAttention.Config):
@@ -136,10 +130,7 @@ class CachedFlexAttention(FlexAttention):
 
 def native_obstacle(config: PreTrainedConfig, attention: str) -> str | None:
     """Why torchtitan's own modules would not compute this model exactly, or None."""
-    kind, rope = (
-        config.model_type,
-        dict(config.rope_parameters or {}) if hasattr(config, "rope_parameters") else {},
-    )
+    kind, rope = config.model_type, dict(getattr(config, "rope_parameters", None) or {})
     if kind not in NATIVE:
         return f"knows {', '.join(NATIVE)} and not {kind!r}"
     scalings = {"qwen3": ("default",), "llama": ("default", "llama3")}[kind]
@@ -179,6 +170,7 @@ def _rope(config: PreTrainedConfig, head_dim: int):
 def native_model(
     config: PreTrainedConfig, attention: str
 ) -> tuple[BaseModel.Config, type[StateDictAdapter]]:
+    """torchtitan's model config and state-dict adapter; only where native_obstacle is None."""
     model_class, block_class, adapter = NATIVE[config.model_type]
     D, V, H = config.hidden_size, config.vocab_size, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or D // H
@@ -192,6 +184,8 @@ def native_model(
             normalized_shape=size, eps=config.rms_norm_eps, param_init={"weight": nn.init.ones_}
         )
 
+    inner_attention = CachedFlexAttention.Config if attention == "flex" else MaskedSDPA.Config
+
     def block():
         inner = make_gqa_config(
             dim=D,
@@ -201,9 +195,7 @@ def native_model(
             wqkv_param_init=init,
             wo_param_init=init,
             rope=_rope(config, head_dim),
-            inner_attention=CachedFlexAttention.Config()
-            if attention == "flex"
-            else MaskedSDPA.Config(),
+            inner_attention=inner_attention(),
             qk_norm=norm(head_dim) if config.model_type == "qwen3" else None,
             # the fused form gathers q, k and v, replicated, inside its state_dict hooks
             fuse_qkv=False,

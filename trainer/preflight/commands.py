@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Rollout, Sample, TeacherView, pack
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.engine.engine import NATIVE_CACHE_LIMIT, Engine, RefluxTrainer
+from reflux.trainer.engine.engine import NATIVE_CACHE_LIMIT, Engine
 from reflux.trainer.engine.trainer_config import titan_config
 from reflux.trainer.losses import exact_reference_kl
 from reflux.trainer.phase import Sampling
@@ -126,7 +126,7 @@ def _titan(cfg: Config, shape: Shape) -> Any:
     """torchtitan's configuration with all its refusals: unknown keys, rows longer than the model's
     positions.
     """
-    config = titan_config(cfg, RefluxTrainer.Config, shape.spec, None, None, None)
+    config = titan_config(cfg, shape.spec)
     shape.spec.model.update_from_config(config=config)
     if shape.spec.name == "hf" and config.parallelism.tensor_parallel_degree > 1:
         raise ValueError(

@@ -16,7 +16,8 @@ import torch
 
 from reflux.kernels.linear_kl import linear_kl
 from reflux.trainer.config.schema import Config
-from reflux.trainer.engine.model_builder import build_spec, text_config
+from reflux.trainer.engine.hf_models import text_config
+from reflux.trainer.engine.model_builder import build_spec
 from reflux.trainer.engine.native_models import native_obstacle
 
 from .checks import Role

@@ -1,1 +1,1 @@
-"""Who writes texts, and what another model says of them. Knows no loss and no reward."""
+"""Samples texts, and scores them under another model. Knows no loss and no reward."""

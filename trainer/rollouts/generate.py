@@ -1,15 +1,15 @@
-"""Texts out of a model: KV-cached sampling on the training weights themselves, with each token's
-log-probability.
+"""KV-cached sampling on the training weights themselves, with each token's log-probability.
 
 Every random number belongs to (seed, step, prompt, group member): a resumed run, and a run on
-another number of ranks, samples the same texts, and nothing needs to be saved.
+another number of ranks, samples the same texts, and no generator state needs to be saved.
 
-Shapes: B rows decoded together, V vocabulary.
+Shapes: B rows decoded together, L length so far, T new tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,62 +50,61 @@ def generate(
     sampling: Sampling,
     advance: Advance = ignore,
 ) -> list[list[Rollout]]:
-    """P prompts -> [P][G] rollouts. `decode` is an engine's or a frozen model's decoder (see
-    titan_decode.kv_decoder).
+    """P prompts -> [P][G] rollouts. `decode` is an engine's or a frozen model's decoder
+    (Engine.gathered_weights).
 
     The log-probabilities are those of the distribution that was sampled, after temperature and
-    truncation. `advance` is told how many texts are new after every block.
+    truncation. `advance` is called with the number of new texts after every block.
     """
     rendered = [chat.prompt_ids(p.messages) for p in prompts]
-    jobs = [(p, ids, g) for p, ids in zip(prompts, rendered) for g in range(group)]
+    jobs = [_Job(p, ids, g) for p, ids in zip(prompts, rendered) for g in range(group)]
     # prompts of one length share a block
-    order = sorted(range(len(jobs)), key=lambda i: len(jobs[i][1]))
-    done: list[Rollout | None] = [None] * len(jobs)
+    order = sorted(range(len(jobs)), key=lambda i: len(jobs[i].prompt_ids))
+    rollouts: dict[int, Rollout] = {}
     for start in range(0, len(order), sampling.rows):
         block = order[start : start + sampling.rows]
-        for i, rollout in zip(
-            block, _decode_block(decode, chat, [jobs[i] for i in block], sampling)
-        ):
-            done[i] = rollout
+        decoded = _decode_block(decode, chat, [jobs[i] for i in block], sampling)
+        rollouts |= zip(block, decoded)
         advance(len(block))
-    return [done[i : i + group] for i in range(0, len(done), group)]
+    return [[rollouts[p * group + g] for g in range(group)] for p in range(len(prompts))]
 
 
 def given_rollout(chat: Chat, prompt: Prompt, max_tokens: int) -> Rollout:
-    """The data set's own response as a rollout, closed by the template's stop token unless it has
-    to be cut.
+    """The data set's own response as a rollout. It ends with the template's stop token, or is cut
+    at max_tokens. ValueError if the prompt has no response.
     """
     if prompt.response is None:
         raise ValueError(
             f"prompt {prompt.index} has no response; want a `response` column (or an assistant's "
             "last message) to train on given text"
         )
-    ids = (*chat.encode(prompt.response), chat.stop_id)
-    ended = len(ids) <= max_tokens
+    whole = (*chat.encode(prompt.response), chat.stop_id)
+    ids, ended = whole[:max_tokens], len(whole) <= max_tokens
     return Rollout(
         prompt,
         chat.prompt_ids(prompt.messages),
-        ids[:max_tokens],
-        (0.0,) * min(len(ids), max_tokens),
+        ids,
+        (0.0,) * len(ids),
         0.0,
-        prompt.response if ended else chat.decode(ids[:max_tokens]),
+        prompt.response if ended else chat.decode(ids),
         ended,
     )
 
 
+class _Job(NamedTuple):
+    """One text to sample: member `g` of its prompt's group."""
+
+    prompt: Prompt
+    prompt_ids: tuple[int, ...]
+    g: int
+
+
 @torch.no_grad()
-def _decode_block(
-    decode: Decode, chat: Chat, jobs: Sequence[tuple[Prompt, tuple, int]], s: Sampling
-) -> list[Rollout]:
+def _decode_block(decode: Decode, chat: Chat, jobs: Sequence[_Job], s: Sampling) -> list[Rollout]:
     """One left-padded block, until every row has ended or is full."""
-    width = max(len(ids) for _, ids, _ in jobs)
-    ids_BL = torch.zeros(len(jobs), width, dtype=torch.long)
-    real_BL = torch.zeros(len(jobs), width, dtype=torch.bool)
-    for row, (_, ids, _) in enumerate(jobs):
-        ids_BL[row, width - len(ids) :] = torch.tensor(ids)
-        real_BL[row, width - len(ids) :] = True
+    ids_BL, real_BL = _left_padded(jobs)
     tokens, logps, stops = [], [], []
-    with decode(len(jobs), width + s.max_tokens) as (step, device):
+    with decode(len(jobs), ids_BL.shape[1] + s.max_tokens) as (step, device):
         ids_BL, real_BL = ids_BL.to(device), real_BL.to(device)
         position_BL = (real_BL.long().cumsum(1) - 1).clamp(min=0)
         noise_BT = _noise(jobs, s).to(device)
@@ -129,20 +128,27 @@ def _decode_block(
     return [_rollout(chat, job, *row) for job, *row in zip(jobs, *columns)]
 
 
+def _left_padded(jobs: Sequence[_Job]) -> tuple[Tensor, Tensor]:
+    """Prompt ids [B, L] and which of them are real."""
+    width = max(len(job.prompt_ids) for job in jobs)
+    ids_BL = torch.zeros(len(jobs), width, dtype=torch.long)
+    real_BL = torch.zeros(len(jobs), width, dtype=torch.bool)
+    for row, job in enumerate(jobs):
+        ids_BL[row, width - len(job.prompt_ids) :] = torch.tensor(job.prompt_ids)
+        real_BL[row, width - len(job.prompt_ids) :] = True
+    return ids_BL, real_BL
+
+
 def _rollout(
-    chat: Chat,
-    job: tuple[Prompt, tuple, int],
-    tokens: list[int],
-    logps: list[float],
-    stops: list[float],
+    chat: Chat, job: _Job, tokens: list[int], logps: list[float], stops: list[float]
 ) -> Rollout:
-    prompt, prompt_ids, _ = job
+    """The text up to the first stop token, which is its last id."""
     end = next((i for i, token in enumerate(tokens) if token in chat.stop_ids), None)
     ended, n = end is not None, len(tokens) if end is None else end + 1
     ids = tuple(tokens[:n])
     return Rollout(
-        prompt,
-        prompt_ids,
+        job.prompt,
+        job.prompt_ids,
         ids,
         tuple(logps[:n]),
         stops[n - 1] if ended else 0.0,
@@ -154,9 +160,7 @@ def _rollout(
 def _draw(
     logits_BV: Tensor, noise_B: Tensor, stop_ids: Tensor, s: Sampling
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One token a row by inverse CDF: token, its log-probability, the stop set's
-    log-probability.
-    """
+    """One token a row by inverse CDF: token, its log-probability, that of the stop set."""
     if s.greedy:
         logp_BV = logits_BV.log_softmax(-1)
         token_B = logp_BV.argmax(-1)
@@ -172,8 +176,8 @@ def _draw(
 
 
 def _truncate(logits_BV: Tensor, s: Sampling) -> Tensor:
-    """-inf outside the top k and outside the smallest set of mass top_p (the most likely token
-    always stays).
+    """-inf outside the top k and outside the smallest set of mass top_p. The most likely token
+    always stays.
     """
     if s.top_k:
         kth_B1 = logits_BV.topk(min(s.top_k, logits_BV.shape[1]), -1).values[:, -1:]
@@ -188,12 +192,12 @@ def _truncate(logits_BV: Tensor, s: Sampling) -> Tensor:
     return logits_BV
 
 
-def _noise(jobs: Sequence[tuple[Prompt, tuple, int]], s: Sampling) -> Tensor:
+def _noise(jobs: Sequence[_Job], s: Sampling) -> Tensor:
     """Uniform [0, 1) per token, from a counter keyed by (seed, step, prompt, group member)."""
     if s.greedy:
         return torch.zeros(len(jobs), s.max_tokens)
     rows = []
-    for prompt, _, g in jobs:
-        key = np.array([(s.seed << 32) ^ s.step, (prompt.index << 16) ^ g], dtype=np.uint64)
+    for job in jobs:
+        key = np.array([(s.seed << 32) ^ s.step, (job.prompt.index << 16) ^ job.g], dtype=np.uint64)
         rows.append(np.random.Generator(np.random.Philox(key=key)).random(s.max_tokens))
     return torch.from_numpy(np.stack(rows))

@@ -1,16 +1,16 @@
-"""What one model says about another model's text: log-probabilities over the same bytes, cut into
+"""Scores one model's texts under another model: log-probabilities over the same bytes, cut into
 aligned spans.
 
-The writer's sampled ids are never re-encoded; only the reader tokenizes the text, with its own
-template and tokenizer. Calibration reads the policy's texts with the proxy; distillation across
-tokenizers reads the student's texts with the
-teacher.  Shapes: n tokens of one text, S spans, T tokens of a batch, K stop ids.
+Two sides: the sampler wrote the text, and its sampled ids are never re-encoded. The scorer
+tokenizes the text with its own template and tokenizer. Calibration scores the policy's texts under
+the proxy; distillation across tokenizers scores the student's texts under the teacher.
+
+Shapes: n tokens of the sampler, m of the scorer, S spans, T tokens of a batch, K stop ids.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +18,10 @@ import torch
 from reflux.tokenalign.offsets import Side, side, spell
 from reflux.tokenalign.span_starts import SpanStarts, span_starts
 from reflux.tokenalign.spans import Alignment, align_spans
-from reflux.trainer.data.batch import Prompt, Rollout, Sample, pack
+from reflux.trainer.data.batch import Batch, Prompt, Rollout, Sample, pack
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.losses import token_logprob_of
+from reflux.trainer.phase import Engine, ReadableModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,36 +34,36 @@ class TextScore:
 
 @dataclass(frozen=True, eq=False)
 class Aligned:
-    """A writer's text as a reader sees it. `spans` is None when the reader cannot score the text
-    (no round trip).
+    """A sampler's text in the scorer's tokens. `spans` is None when the text is unaligned: one of
+    the two tokenizers cannot spell it.
     """
 
     scorer_ids: tuple[int, ...]
-    scorer_span: np.ndarray  # [m] span of each reader token, -1 outside
-    sampler_span: np.ndarray  # [n] span of each content token of the writer, -1 outside
+    scorer_span: np.ndarray  # [m] span of each of the scorer's tokens, -1 outside
+    sampler_span: np.ndarray  # [n] span of each of the sampler's content tokens, -1 outside
     spans: int | None
     n_bytes: int
     ended: bool  # by itself, so that a stop follows on both sides
-    parts: tuple[Alignment, Side, Side] | None = None  # the writer is side a
+    parts: tuple[Alignment, Side, Side] | None = None  # the sampler is side a
 
     @cached_property
     def starts(self) -> SpanStarts:
-        """Where both have read the same bytes: tokens of the writer (a) and of the reader (b) whose
-        predictions can be compared.
+        """Aligned positions, at which both sides have read the same bytes: tokens of the sampler
+        (a) and of the scorer (b) whose predictions can be compared.
         """
-        if self.parts is None:  # the same tokens on both sides, or no text at all
-            span = np.arange((self.spans or 0) + (self.ended and self.spans is not None))
-            a, b = (
-                np.append(span[: self.spans], len(side))[: len(span)]
-                for side in (self.sampler_span, self.scorer_ids)
-            )
-            return SpanStarts(a, b, span)
-        return span_starts(*self.parts, ended=self.ended)
+        if self.parts is not None:
+            return span_starts(*self.parts, ended=self.ended)
+        # the same tokens on both sides, or no text at all; the stop is a span start, too
+        spans = self.spans or 0
+        span = np.arange(spans + (self.ended and self.spans is not None))
+        a = np.append(span[:spans], len(self.sampler_span))[: len(span)]
+        b = np.append(span[:spans], len(self.scorer_ids))[: len(span)]
+        return SpanStarts(a, b, span)
 
 
 def score_ids(
-    reader: Any,
-    engine: Any,
+    scorer: ReadableModel,
+    engine: Engine,
     jobs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
     chat: Chat,
     *,
@@ -70,92 +71,101 @@ def score_ids(
     temperature: float = 1.0,
     stop: bool = True,
 ) -> list[TextScore]:
-    """Scores of (prompt ids, content ids) pairs under `reader`, a frozen model or the engine
+    """Scores of (prompt ids, content ids) pairs under `scorer`, a frozen model or the engine
     itself. Collective.
 
-    stop: score the stop set behind each text; that takes one position more than the text has.
+    chat: of the scorer. tokens: positions of a micro-batch. stop: score the stop set behind each
+    text; that takes one position more than the text has.
     """
-    empty = Prompt(0, ())
-    samples = [
-        Sample(Rollout(empty, p, (*ids, chat.stop_id) if stop else ids, (), 0.0, "", True))
-        for p, ids in jobs
-    ]
+    samples = [_sample(prompt, (*ids, chat.stop_id) if stop else ids) for prompt, ids in jobs]
     logp = [np.zeros(len(s.rollout.ids)) for s in samples]
-    stops = np.zeros(len(samples))
-    longest = max((len(p) + len(ids) for p, ids in jobs), default=1)
-    stop_ids = torch.tensor(chat.stop_ids)
+    stop_logp = np.zeros(len(samples))
+    longest = max((len(prompt) + len(ids) for prompt, ids in jobs), default=1)
     for batch in engine.pad_across_ranks(pack(samples, tokens=tokens, seq_len=longest)):
         batch = batch.to(engine.device)
-        last_T = (
-            batch.sample_T
-            != torch.cat([batch.sample_T[1:], batch.sample_T.new_full((1,), -1)])[: batch.tokens]
-        )
-        stop_TK = torch.where(last_T[:, None], stop_ids.to(engine.device)[None], -1)
-        with engine.forward_no_grad(reader, batch, chat.vocab_size) as out, torch.no_grad():
-            scores_TK = token_logprob_of(
-                out, torch.cat([batch.target_T[:, None], stop_TK], 1), temperature=temperature
-            ).logp
-        rows = scores_TK.double().cpu().numpy()
-        which, is_last = batch.sample_T.cpu().numpy(), last_T.cpu().numpy()
-        for i in np.unique(which):
-            logp[i] = rows[which == i, 0]
-        for t in np.flatnonzero(is_last):
-            stops[which[t]] = np.logaddexp.reduce(rows[t, 1:])
-    return [TextScore(x[:-1] if stop else x, float(s)) for x, s in zip(logp, stops)]
+        last_T = _last_of_each_text(batch)
+        stop_ids_K = torch.tensor(chat.stop_ids, device=engine.device)
+        stop_TK = torch.where(last_T[:, None], stop_ids_K[None], -1)
+        candidates = torch.cat([batch.target_T[:, None], stop_TK], 1)
+        with engine.forward_no_grad(scorer, batch, chat.vocab_size) as out, torch.no_grad():
+            scores = token_logprob_of(out, candidates, temperature=temperature).logp
+        scores_TK = scores.double().cpu().numpy()
+        sample_T = batch.sample_T.cpu().numpy()
+        for i in np.unique(sample_T):
+            logp[i] = scores_TK[sample_T == i, 0]
+        for t in np.flatnonzero(last_T.cpu().numpy()):
+            stop_logp[sample_T[t]] = np.logaddexp.reduce(scores_TK[t, 1:])
+    return [TextScore(x[:-1] if stop else x, float(s)) for x, s in zip(logp, stop_logp)]
+
+
+def _sample(prompt_ids: tuple[int, ...], ids: tuple[int, ...]) -> Sample:
+    return Sample(Rollout(Prompt(0, ()), prompt_ids, ids, (), 0.0, "", True))
+
+
+def _last_of_each_text(batch: Batch) -> torch.Tensor:
+    """bool [T]: the last token of its text."""
+    end = batch.sample_T.new_full((1,), -1)
+    following_T = torch.cat([batch.sample_T[1:], end])[: batch.tokens]
+    return batch.sample_T != following_T
 
 
 def align_texts(
-    writer: Chat, reader: Chat, rollouts: Sequence[Rollout], *, same: bool
+    sampler: Chat, scorer: Chat, rollouts: Sequence[Rollout], *, same: bool
 ) -> list[Aligned]:
-    """The reader's tokens of each rollout's text and the minimal byte spans both tokenizations
-    share.
+    """The scorer's tokens of each rollout's text, and the shortest byte spans that both
+    tokenizations share.
 
-    `same`: both have one id -> bytes map, so the reader reads the writer's ids and every token is
+    same: both have one id -> bytes map, so the scorer reads the sampler's ids and every token is
     its own span.
     """
     if same:
-        return [_own_tokens(writer, r) for r in rollouts]
-    spelled = [spell(writer.table, r.content_ids) for r in rollouts]
-    ids = [reader.encode(s.text) if s.text is not None else () for s in spelled]
-    writers = [side(writer.table, r.content_ids, s.bytes) for r, s in zip(rollouts, spelled)]
-    readers = [
-        side(reader.table, i, s.bytes, normalize=reader.normalize) for i, s in zip(ids, spelled)
+        return [_own_tokens(sampler, r) for r in rollouts]
+    spelled = [spell(sampler.table, r.content_ids) for r in rollouts]
+    scorer_ids = [scorer.encode(s.text) if s.text is not None else () for s in spelled]
+    sides_a = [side(sampler.table, r.content_ids, s.bytes) for r, s in zip(rollouts, spelled)]
+    sides_b = [
+        side(scorer.table, ids, s.bytes, normalize=scorer.normalize)
+        for ids, s in zip(scorer_ids, spelled)
     ]
     usable = [
         k
-        for k, s in enumerate(spelled)
-        if s.text and writers[k].reproduces and readers[k].reproduces
+        for k, (s, a, b) in enumerate(zip(spelled, sides_a, sides_b))
+        if s.text and a.reproduces and b.reproduces
     ]
-    found = dict(
-        zip(usable, align_spans([writers[k] for k in usable], [readers[k] for k in usable]))
+    alignments = dict(
+        zip(usable, align_spans([sides_a[k] for k in usable], [sides_b[k] for k in usable]))
     )
-    nothing = np.zeros(0, np.int64)
-    return [
-        Aligned(
-            ids[k],
-            found[k].span_b,
-            found[k].span_a,
-            found[k].num_spans,
-            len(s.bytes),
-            rollouts[k].ended,
-            (found[k], writers[k], readers[k]),
-        )
-        if k in found
-        else Aligned(
-            (),
-            nothing,
-            np.full(len(rollouts[k].content_ids), -1),
-            0 if s.text == "" else None,
-            len(s.bytes),
-            rollouts[k].ended,
-        )
-        for k, s in enumerate(spelled)
-    ]
+    aligned = []
+    for k, (rollout, s) in enumerate(zip(rollouts, spelled)):
+        if k in alignments:
+            parts = alignments[k], sides_a[k], sides_b[k]
+            aligned.append(_aligned(rollout, scorer_ids[k], len(s.bytes), parts))
+        else:
+            aligned.append(_without_spans(rollout, len(s.bytes), empty=s.text == ""))
+    return aligned
+
+
+def _aligned(
+    rollout: Rollout,
+    scorer_ids: tuple[int, ...],
+    n_bytes: int,
+    parts: tuple[Alignment, Side, Side],
+) -> Aligned:
+    found = parts[0]
+    return Aligned(
+        scorer_ids, found.span_b, found.span_a, found.num_spans, n_bytes, rollout.ended, parts
+    )
+
+
+def _without_spans(rollout: Rollout, n_bytes: int, *, empty: bool) -> Aligned:
+    """An unaligned text, or an empty one, which has 0 spans."""
+    outside = np.full(len(rollout.content_ids), -1)
+    spans = 0 if empty else None
+    return Aligned((), np.zeros(0, np.int64), outside, spans, n_bytes, rollout.ended)
 
 
 def _own_tokens(chat: Chat, rollout: Rollout) -> Aligned:
     ids = rollout.content_ids
     own = np.arange(len(ids))
-    return Aligned(
-        ids, own, own, len(ids), int(chat.table.lens[list(ids)].sum()) if ids else 0, rollout.ended
-    )
+    n_bytes = int(chat.table.lens[list(ids)].sum()) if ids else 0
+    return Aligned(ids, own, own, len(ids), n_bytes, rollout.ended)

@@ -206,7 +206,7 @@ def test_gradients_are_those_of_transformers_and_leave_nothing_behind(talkers, p
 @pytest.mark.filterwarnings("ignore")
 def test_only_the_last_block_keeps_a_graph(pair):
     engine, _, _ = pair
-    from reflux.trainer.engine.model_builder import hidden_states
+    from reflux.trainer.engine.forward import hidden_states
 
     ids_NL = torch.tensor([[3, 4, 5]])
     blocks = list(engine.model.layers.values())

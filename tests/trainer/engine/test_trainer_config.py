@@ -7,20 +7,12 @@ from types import SimpleNamespace
 import pytest
 from runs import config
 
-from reflux.trainer.engine.engine import RefluxTrainer, _NoData, _NoLoss, _NoTokenizer
 from reflux.trainer.engine.trainer_config import titan_config
 
 
 def titan(talkers, tmp_path, **over):
     spec = SimpleNamespace(name="x", flavor="x", model=None)
-    return titan_config(
-        config(talkers, tmp_path / "run", "calibrate", **over),
-        RefluxTrainer.Config,
-        spec,
-        _NoData.Config(),
-        _NoTokenizer.Config(),
-        _NoLoss.Config(),
-    )
+    return titan_config(config(talkers, tmp_path / "run", "calibrate", **over), spec)
 
 
 def test_sections_reach_torchtitans_own_fields(talkers, tmp_path):

@@ -19,7 +19,7 @@ from reflux.trainer.config.loader import fill, load
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.prompts import load_prompts
-from reflux.trainer.engine import model_builder as titan_models
+from reflux.trainer.engine.forward import hidden_states
 from reflux.trainer.preflight import commands as preflight
 from reflux.trainer.preflight.checks import Finding, render, roles
 from reflux.trainer.preflight.memory import (
@@ -176,7 +176,7 @@ def test_the_activation_estimate_is_above_what_autograd_keeps_and_not_far(
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        titan_models.hidden_states(
+        hidden_states(
             model, torch.randint(3, 300, (2, 128)), torch.arange(128).expand(2, 128)
         )
     measured = sum(x.untyped_storage().nbytes() for at, x in kept.items() if at not in own)
