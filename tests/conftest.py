@@ -3,6 +3,7 @@
 import os
 from importlib.util import find_spec
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -23,3 +24,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 if find_spec("torchtitan"):  # a machine that only tests kernels may do without
     from assets import assets, titan_process  # noqa: F401  fixtures for every test file
     from runs import talkers  # noqa: F401
+
+
+@pytest.fixture(scope="session", autouse=True)
+def byte_table_cache(tmp_path_factory):
+    """Byte tables of the tests' tokenizers, also in processes that tests start."""
+    os.environ["REFLUX_CACHE"] = str(tmp_path_factory.mktemp("byte_tables"))

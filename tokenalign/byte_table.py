@@ -2,8 +2,8 @@
 
 The table is the only thing that alignment needs to know of a tokenizer. It is built from the loaded
 object's own description (`table_readers`) or from its file (`table_files`), never from `decode`,
-which turns half a character into U+FFFD, and it proves itself on 22 probe texts every time it is
-built.
+which turns half a character into U+FFFD. It is verified on 22 probe texts every time it is built,
+and every time it is read from the cache (`table_cache`).
 
 V: vocabulary.
 """
@@ -11,7 +11,7 @@ V: vocabulary.
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from typing import Any
 
@@ -24,10 +24,11 @@ from .table_readers import (
     TEXT,
     UNKNOWN,
     UNUSED,
-    Reading,
+    TokenizerDescription,
     encode_text,
     normalizer_of,
     read,
+    reads_names,
 )
 
 __all__ = [
@@ -71,9 +72,7 @@ PROBES = (
 
 
 class Pieces(Sequence[bytes]):
-    """The bytes of each id, in one buffer; made into objects only when somebody looks at them one
-    by one.
-    """
+    """The bytes of each id, in one buffer; made into objects at the first look at one of them."""
 
     def __init__(self, data: bytes, lens: np.ndarray):
         """data: all pieces joined. lens: int32 [V]. ValueError when they do not fit."""
@@ -86,11 +85,9 @@ class Pieces(Sequence[bytes]):
 
     @classmethod
     def of(cls, pieces: Sequence[bytes]) -> "Pieces":
-        return (
-            pieces
-            if isinstance(pieces, Pieces)
-            else cls(b"".join(pieces), np.fromiter(map(len, pieces), np.int32, len(pieces)))
-        )
+        if isinstance(pieces, Pieces):
+            return pieces
+        return cls(b"".join(pieces), np.fromiter(map(len, pieces), np.int32, len(pieces)))
 
     @cached_property
     def _objects(self) -> tuple[bytes, ...]:
@@ -111,7 +108,7 @@ class Pieces(Sequence[bytes]):
 class ByteTable:
     """What each id of one tokenizer spells. Compare tables by `fingerprint()`."""
 
-    # [V]; a CONTROL id keeps its literal name for display, UNKNOWN and UNUSED are b""
+    # [V]; a CONTROL id has its literal name for display, UNKNOWN and UNUSED are b""
     pieces: Sequence[bytes]
     kind: np.ndarray  # int8 [V], TEXT, CONTROL, UNKNOWN or UNUSED
     # "byte_level", "sentencepiece", "ranks", "bytes"; lossy: "wordpiece", "word_suffix"
@@ -122,8 +119,9 @@ class ByteTable:
     normalizer: str = ""
     # ids of one raw byte beside an ordinary piece of that byte (SentencePiece's <0x41>)
     byte_ids: tuple[int, ...] = ()
-    # added tokens that take whitespace beside them out of the text: name them in reports
+    # added tokens that take whitespace beside them out of the text: reports name them
     swallows_spaces: tuple[str, ...] = ()
+    packed: Pieces = field(init=False)  # `pieces` in one buffer
     lens: np.ndarray = field(init=False)  # int32 [V], bytes of a TEXT id, else 0
     first_byte: np.ndarray = field(init=False)  # int16 [V], 256 where lens is 0
 
@@ -134,7 +132,8 @@ class ByteTable:
         lens = np.where(self.kind == TEXT, pieces.lens, 0).astype(np.int32)
         first_byte = np.full(len(lens), 256, np.int16)
         first_byte[lens > 0] = pieces.bytes_array[pieces.begin[:-1][lens > 0]]
-        for name, value in (("pieces", pieces), ("lens", lens), ("first_byte", first_byte)):
+        computed = {"pieces": pieces, "packed": pieces, "lens": lens, "first_byte": first_byte}
+        for name, value in computed.items():
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -143,56 +142,61 @@ class ByteTable:
         which) or a path.
 
         A path may be a folder, tokenizer.json, *.model, *.tiktoken, *tekken*.json, rwkv_vocab*.txt
-        or *.gguf (`table_files`; `table_cache.cached_table` keeps its table).
-        WordPiece and word-suffix BPE lose spaces or case, so the ids do not say what bytes they
-        stand for: refused unless `lossy`, and then only to be anchored in a text by what both have
-        in common. ValueError: a family that is not recognised, a table that does not spell a probe,
-        a path without a tokenizer.
+        or *.gguf (`table_files`). WordPiece and word-suffix BPE lose spaces or case, so the ids do
+        not say what bytes they stand for: refused unless `lossy`, and then only to be anchored in a
+        text by what both have in common. ValueError: a family that is not recognised, a table that
+        does not spell a probe, a path without a tokenizer.
         """
         if isinstance(tokenizer, (str, PathLike)):
-            from .table_files import load  # reading files is for those who have paths
+            from .table_files import load  # most callers have a loaded object, not a path
 
             tokenizer = load(tokenizer)
-        reading = read(tokenizer)
-        if reading.family in LOSSY and not lossy:
+        described = read(tokenizer)
+        if described.family in LOSSY and not lossy:
             raise ValueError(
-                f"ByteTable: {type(tokenizer).__name__} is of the lossy family {reading.family!r}: "
-                "spaces, and often case and accents, do not survive its encoding, so its scores "
-                "are not of the text's bytes. Use another model; or, to look at its "
-                "pieces, ByteTable.of(tokenizer, lossy=True)."
+                f"ByteTable: {type(tokenizer).__name__} is of the lossy family "
+                f"{described.family!r}: spaces, and often case and accents, do not survive its "
+                "encoding, so its scores are not of the text's bytes. Use another model; or, to "
+                "look at its pieces, ByteTable.of(tokenizer, lossy=True)."
             )
         table = cls(
-            reading.pieces,
-            reading.kind,
-            reading.family,
-            bool(reading.space_prefix),
+            described.pieces,
+            described.kind,
+            described.family,
+            bool(described.space_prefix),
             "",
-            reading.byte_ids,
-            reading.swallows_spaces,
+            described.byte_ids,
+            described.swallows_spaces,
         )
-        return table._checked(reading) if reading.encode else table
+        return table if described.encode is None else table._observed(described, described.encode)
 
-    def _checked(self, reading: Reading) -> "ByteTable":
-        """With the habits that descriptions name in half a dozen ways observed rather than read,
-        and proved on the probes.
+    def _observed(
+        self, described: TokenizerDescription, encode: Callable[[str], Sequence[int]]
+    ) -> "ByteTable":
+        """With space prefix and normaliser as `encode` shows them (descriptions name them in half a
+        dozen ways), verified on the probes.
         """
-        habits = hashlib.sha256("\0".join(map(reading.normalize, PROBES)).encode()).hexdigest()
-        prefix = reading.space_prefix
+        prefix = described.space_prefix
         if prefix is None:
-            prefix = self.bytes_of(reading.encode("x")) == b" x"
-        table = replace(self, space_prefix=prefix, normalizer=habits)
-        # Unigram as `tokenizers` runs it reads "</s>" in a text as the token; SentencePiece itself
-        # does not. Such a text does not give its bytes back, and offsets.side says so; every other
-        # text does.
-        probes = [p for p in PROBES if "<" not in p] if reading.reads_names else PROBES
-        table.verify(reading.encode, probes, reading.normalize)
+            prefix = self.bytes_of(encode("x")) == b" x"
+        normalizer = _fingerprint_of(described.normalize)
+        table = replace(self, space_prefix=prefix, normalizer=normalizer)
+        table.verify(encode, _probes(described.reads_names), described.normalize)
         return table
+
+    def verify_tokenizer(self, tokenizer: Any) -> None:
+        """ValueError unless this is the table of `tokenizer`, by the 22 probes; some milliseconds.
+
+        Takes what `of` takes, loaded, with an encoder.
+        """
+        normalize = normalizer_of(tokenizer)
+        if _fingerprint_of(normalize) != self.normalizer:
+            raise ValueError("ByteTable: the tokenizer normalises the probes in another way.")
+        self.verify(partial(encode_text, tokenizer), _probes(reads_names(tokenizer)), normalize)
 
     @property
     def lossy(self) -> bool:
-        """The ids do not spell their text, not even up to a normaliser: positions need an anchor in
-        the text itself.
-        """
+        """The ids do not spell their text, not even up to a normaliser."""
         return self.family in LOSSY
 
     def __len__(self) -> int:
@@ -200,47 +204,49 @@ class ByteTable:
 
     @cached_property
     def blob(self) -> tuple[np.ndarray, np.ndarray]:
-        """The native core's form: all TEXT pieces in one uint8 array, and int64 [V + 1] where each
-        begins.
-        """
+        """All TEXT pieces in one uint8 array, and int64 [V + 1] where each begins."""
         begin = np.concatenate([[0], np.cumsum(self.lens, dtype=np.int64)])
-        return self.pieces.bytes_array[np.repeat(self.kind == TEXT, self.pieces.lens)], begin
+        return self.packed.bytes_array[np.repeat(self.kind == TEXT, self.packed.lens)], begin
 
     def bytes_of(self, ids: Iterable[int]) -> bytes:
-        """The bytes that `ids` spell; -1 and ids that are not TEXT spell none. ValueError for an id
-        outside the table.
+        """The bytes that `ids` spell; -1 and ids that are not TEXT spell none.
+
+        ValueError for an id outside the table.
         """
-        ids = np.array(list(ids), np.int64)
-        outside = np.flatnonzero((ids < -1) | (ids >= len(self)))
+        given = np.array(list(ids), np.int64)
+        outside = np.flatnonzero((given < -1) | (given >= len(self)))
         if len(outside):
             at = outside[0]
             raise ValueError(
-                f"ByteTable.bytes_of: id {ids[at]} at position {at} is outside this table of "
+                f"ByteTable.bytes_of: id {given[at]} at position {at} is outside this table of "
                 f"{len(self)} ids. Rows of a padded head have no token; is this another "
                 "tokenizer's id?"
             )
-        ids = ids[ids >= 0]
-        lens = self.lens[ids]
+        text_ids = given[given >= 0]
+        lens = self.lens[text_ids]
         within = np.arange(lens.sum()) - np.repeat(np.cumsum(lens) - lens, lens)
-        return self.pieces.bytes_array[np.repeat(self.pieces.begin[ids], lens) + within].tobytes()
+        return self.packed.bytes_array[
+            np.repeat(self.packed.begin[text_ids], lens) + within
+        ].tobytes()
 
     def by_bytes(self) -> dict[bytes, int]:
-        """Bytes -> id over TEXT. Of equal spellings the ordinary piece beats the byte's own token,
-        then the lowest id wins.
+        """Bytes -> id over TEXT. Of equal spellings the ordinary piece goes before the byte's own
+        token, then the lowest id.
         """
         text = np.flatnonzero(self.lens > 0)
         last = np.isin(text, self.byte_ids)
-        order = np.concatenate([text[~last], text[last]])[::-1]  # the winner is written last
+        order = np.concatenate([text[~last], text[last]])[::-1]  # the first choice is set last
         return {self.pieces[i]: i for i in order.tolist()}
 
     def with_control(self, names: Mapping[str, int]) -> "ByteTable":
-        """The table with control ids that its file does not list: a file of ranks names none. Ids
+        """The table with control ids that its file does not list (a file of ranks names none). Ids
         between become UNUSED.
 
         ValueError when an id already spells text.
         """
         size = max(len(self), 1 + max(names.values(), default=-1))
-        pieces, kind = [*self.pieces, *[b""] * (size - len(self))], np.full(size, UNUSED, np.int8)
+        pieces = [*self.pieces, *[b""] * (size - len(self))]
+        kind = np.full(size, UNUSED, np.int8)
         kind[: len(self)] = self.kind
         for name, i in names.items():
             if kind[i] == TEXT:
@@ -252,13 +258,11 @@ class ByteTable:
         return replace(self, pieces=pieces, kind=kind)
 
     def fingerprint(self) -> str:
-        """sha256 over pieces, kinds, space prefix and normaliser: equal for two tokenizers that
-        spell alike, id by id.
-        """
+        """sha256 of pieces, kinds, space prefix and normaliser: equal where all ids spell alike."""
         h = hashlib.sha256(
             f"{self.space_prefix}|{self.normalizer}|{self.lossy}|{len(self)}|".encode()
         )
-        for part in (self.kind.astype("i1"), self.pieces.lens.astype("<i4"), self.pieces.data):
+        for part in (self.kind.astype("i1"), self.packed.lens.astype("<i4"), self.packed.data):
             h.update(part)
         return h.hexdigest()
 
@@ -268,10 +272,10 @@ class ByteTable:
         probes: Iterable[str],
         normalize: Callable[[str], str] = str,
     ) -> None:
-        """ValueError unless the table spells N(probe), or a space and N(probe), for every probe. N
-        is `normalize`.
+        """ValueError unless the table spells N(probe), or a space and N(probe), for every probe.
 
-        A lossy table has to spell N(probe) up to whitespace, where it knows every character of it.
+        N is `normalize`. A lossy table has to spell N(probe) up to whitespace, where it knows every
+        character of it.
         """
         for probe in probes:
             ids = encode(probe)
@@ -290,3 +294,17 @@ class ByteTable:
                     "without byte_fallback loses what it does not know; such a model cannot be "
                     "used here."
                 )
+
+
+def _probes(without_names: bool) -> Sequence[str]:
+    """The probes that a tokenizer has to spell.
+
+    Unigram as `tokenizers` runs it reads "</s>" in a text as the token; SentencePiece itself does
+    not. Such a text does not give its bytes back, and offsets.side reports it; all others do.
+    """
+    return [p for p in PROBES if "<" not in p] if without_names else PROBES
+
+
+def _fingerprint_of(normalize: Callable[[str], str]) -> str:
+    """sha256 of the normalised probes."""
+    return hashlib.sha256("\0".join(map(normalize, PROBES)).encode()).hexdigest()

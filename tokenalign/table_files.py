@@ -1,17 +1,17 @@
 """Tokenizers from files, without loading a model: the path decides the reader.
 
-    folder                   AutoTokenizer where it is one of transformers, else the one tokenizer
-                             file that lies in it
-    tokenizer.json           tokenizers.Tokenizer                 *.model*   SentencePieceProcessor,
-                             or ranks (Llama-3's are)
-    *.tiktoken               ranks: base64 bytes and an id        *.gguf     tokens, their types,
-                             the model's family
-    *tekken*.json            Mistral's ranks after its specials   rwkv_vocab*.txt   RWKV World:
-                             literals
+    folder              AutoTokenizer where it is one of transformers, else the one tokenizer file
+                        in it
+    tokenizer.json      tokenizers.Tokenizer
+    *.model*            SentencePieceProcessor, or ranks (Llama-3's are)
+    *.tiktoken          ranks: base64 bytes and an id
+    *tekken*.json       Mistral's ranks after its special tokens
+    rwkv_vocab*.txt     RWKV World: literals
+    *.gguf              tokens, their types, the model's family
 
-Rank files carry no splitting rule and GGUF none that runs without its engine: such a Reading has no
-encoder and cannot be checked on probe texts; what can be checked is that its text pieces can spell
-any byte.
+Files of ranks list no splitting rule, and GGUF none that runs without its engine. Their
+TokenizerDescription has no encoder and cannot be verified on probe texts; what is checked instead
+is that its text pieces can spell any byte.
 """
 
 import ast
@@ -20,6 +20,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from .table_readers import (
     TEXT,
     UNKNOWN,
     UNUSED,
-    Reading,
+    TokenizerDescription,
     byte_of,
     read_ranks,
     spell_byte_level,
@@ -40,7 +41,7 @@ from .table_readers import (
 
 RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s*\n")
 # by preference
-IN_A_FOLDER = (
+FOLDER_PATTERNS = (
     "*tekken*.json",
     "tokenizer.model*",
     "*.model",
@@ -50,12 +51,11 @@ IN_A_FOLDER = (
 )
 # normal, unknown, control, user-defined, unused, byte
 GGUF_KIND = {1: TEXT, 2: UNKNOWN, 3: CONTROL, 4: TEXT, 5: UNUSED, 6: TEXT}
-# Of the bytes of UTF-8, those in use: no control characters, no planes without a character. SmolLM2
-# lacks eight of those.
+# the bytes of UTF-8 without control characters and empty planes
 NEEDED_BYTES = (*b"\t\n\r", *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1))
 
 
-def load(path: str | Path) -> Any:
+def load(path: str | PathLike) -> Any:
     """The tokenizer of a file or folder: an object that `ByteTable.of` and `encode_text` take.
 
     ValueError: no such path, an unknown kind of file, a file that is not what its name says.
@@ -86,18 +86,18 @@ def _load_folder(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if (folder / "tokenizer.json").is_file():
         return load(folder / "tokenizer.json")
-    for pattern in IN_A_FOLDER:
-        found = sorted(folder.glob(pattern))
-        if len(found) == 1:
-            return load(found[0])
-        if found:
+    for pattern in FOLDER_PATTERNS:
+        files = sorted(folder.glob(pattern))
+        if len(files) == 1:
+            return load(files[0])
+        if files:
             raise ValueError(
-                f"ByteTable: {str(folder)!r} holds {[f.name for f in found]}; give the path of one "
+                f"ByteTable: {str(folder)!r} holds {[f.name for f in files]}; give the path of one "
                 "of them."
             )
     raise ValueError(
         f"ByteTable: no tokenizer in {str(folder)!r}; want tokenizer.json or one of "
-        f"{', '.join(IN_A_FOLDER)}."
+        f"{', '.join(FOLDER_PATTERNS)}."
     )
 
 
@@ -131,7 +131,7 @@ def _load_model(path: Path) -> Any:
         ) from error
 
 
-def _load_ranks(path: Path) -> Reading:
+def _load_ranks(path: Path) -> TokenizerDescription:
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -146,7 +146,7 @@ def _load_ranks(path: Path) -> Reading:
     return _spells_every_byte(read_ranks(ranks), path)
 
 
-def _load_tekken(path: Path) -> Reading:
+def _load_tekken(path: Path) -> TokenizerDescription:
     try:
         listed = json.loads(path.read_bytes())
         config = listed["config"]
@@ -164,7 +164,7 @@ def _load_tekken(path: Path) -> Reading:
             "with ranks in order."
         )
     encode = _tiktoken_encoder(path.stem, config["pattern"], ranks, special)
-    return _spells_every_byte(Reading(pieces, kind, "ranks", encode), path)
+    return _spells_every_byte(TokenizerDescription(pieces, kind, "ranks", encode), path)
 
 
 def _tiktoken_encoder(
@@ -178,7 +178,7 @@ def _tiktoken_encoder(
     return lambda text: [i + offset for i in encoding.encode_ordinary(text)]
 
 
-def _load_rwkv(path: Path) -> Reading:
+def _load_rwkv(path: Path) -> TokenizerDescription:
     ranks = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
@@ -187,30 +187,28 @@ def _load_rwkv(path: Path) -> Reading:
             begin, end = line.index(" "), line.rindex(" ")
             literal = ast.literal_eval(line[begin:end].strip())
             piece = literal.encode() if isinstance(literal, str) else literal
-            right = len(piece) == int(line[end:])
+            complete = len(piece) == int(line[end:])
             ranks[piece] = int(line[:begin])
         except (ValueError, SyntaxError, AttributeError) as error:
             raise ValueError(
                 f"ByteTable: {path.name}, line {number}: {line[:60]!r} is not an id, a literal and "
                 "its length."
             ) from error
-        if not right:
+        if not complete:
             raise ValueError(
-                f"ByteTable: {path.name}, line {number}: {piece!r} has {len(piece)} bytes, the "
-                f"line says {line[end:]}."
+                f"ByteTable: {path.name}, line {number}: {piece!r} has {len(piece)} bytes, want "
+                f"the{line[end:]} of its line."
             )
     # id 0 ends a text
     return _spells_every_byte(read_ranks(ranks, encode=greedy_encoder(ranks), stop_ids=(0,)), path)
 
 
 def greedy_encoder(ranks: dict[bytes, int]) -> Callable[[str], list[int]]:
-    """Longest match from the left, RWKV World's rule. `ranks` has to hold every single byte of the
-    texts.
-    """
-    lengths = defaultdict(set)  # the first two bytes leave few lengths to try
+    """Longest match from the left, RWKV World's rule. `ranks` has every byte of the texts."""
+    lengths: defaultdict[bytes, set[int]] = defaultdict(set)  # by the first two bytes: few to try
     for piece in ranks:
         lengths[piece[:2]].add(len(piece))
-    longest_first = {start: sorted(found, reverse=True) for start, found in lengths.items()}
+    longest_first = {start: sorted(sizes, reverse=True) for start, sizes in lengths.items()}
 
     def encode(text: str) -> list[int]:
         data, at, ids = text.encode(), 0, []
@@ -224,7 +222,7 @@ def greedy_encoder(ranks: dict[bytes, int]) -> Callable[[str], list[int]]:
     return encode
 
 
-def _load_gguf(path: Path) -> Reading:
+def _load_gguf(path: Path) -> TokenizerDescription:
     fields = read_metadata(path, prefix="tokenizer.ggml.")
     model, tokens = fields.get("model"), fields.get("tokens")
     if model not in ("gpt2", "llama", "t5") or not tokens:
@@ -241,14 +239,14 @@ def _load_gguf(path: Path) -> Reading:
         )
     pieces = [_spell_gguf(model, name.decode(), t) for name, t in zip(tokens, types, strict=True)]
     prefix = bool(fields.get("add_space_prefix", model != "gpt2"))
-    reading = Reading(
+    described = TokenizerDescription(
         pieces,
         np.array([GGUF_KIND[t] for t in types], np.int8),
         "byte_level" if model == "gpt2" else "sentencepiece",
         byte_ids=tuple(i for i, t in enumerate(types) if t == 6),
         space_prefix=prefix,
     )
-    return _spells_every_byte(reading, path)
+    return _spells_every_byte(described, path)
 
 
 def _spell_gguf(model: str, name: str, token_type: int) -> bytes:
@@ -264,22 +262,20 @@ def _spell_gguf(model: str, name: str, token_type: int) -> bytes:
     return spell_sentencepiece(name)
 
 
-def _spells_every_byte(reading: Reading, path: Path) -> Reading:
-    """The check that needs no encoder: a tokenizer that has every byte as a piece can spell every
-    text.
-    """
+def _spells_every_byte(described: TokenizerDescription, path: Path) -> TokenizerDescription:
+    """The check that needs no encoder: with every byte as a piece every text can be spelled."""
     single = {
         p[0]
-        for p, k in zip(reading.pieces, reading.kind.tolist(), strict=True)
+        for p, k in zip(described.pieces, described.kind.tolist(), strict=True)
         if k == TEXT and len(p) == 1
     }
     missing = [b for b in NEEDED_BYTES if b not in single]
     if missing:
         raise ValueError(
             f"ByteTable: {path.name} has no piece for {len(missing)} of the bytes that texts need, "
-            f"first {missing[0]:#04x}: what it does not know it loses. Is the file whole?"
+            f"first {missing[0]:#04x}: it would lose them. Is the file whole?"
         )
-    return reading
+    return described
 
 
 _BY_NAME: Sequence[tuple[Callable[[str], bool], Callable[[Path], Any]]] = (

@@ -1,25 +1,27 @@
 """What a loaded tokenizer says of itself, family by family: the bytes and the kind of each id, and
 how it encodes content.
 
-    byte_level      BPE of GPT-2, Llama-3, Qwen ...: a piece is a string over 256 stand-in
-                    characters, one per byte
-    sentencepiece   BPE or Unigram of Llama-2, Mistral, Gemma ...: a piece is UTF-8 with U+2581 for
-                    a space; <0x41> is one byte
+    byte_level      BPE of GPT-2, Llama-3, Qwen: a piece is a string over 256 stand-in characters,
+                    one per byte
+    sentencepiece   BPE or Unigram of Llama-2, Mistral, Gemma: a piece is UTF-8 with U+2581 for a
+                    space; <0x41> is one byte
     ranks           tiktoken's encodings, Mistral's Tekken, RWKV's World: a piece is bytes
     bytes           ByT5: an id is a byte
-    wordpiece       BERT: ##x goes on, anything else begins a word. Lossy: spaces, case and accents
-                    are gone
+    wordpiece       BERT: ##x continues a word, anything else begins one. Lossy: no spaces, case or
+                    accents
     word_suffix     CLIP, GPT-1: x</w> ends a word. Lossy
 
-In all of them an added token is literal UTF-8: it is matched in the text as it is written.
-Everything comes from the *loaded* object, because libraries rebuild pipelines when they load a
-file.
+In all of them an added token is literal UTF-8, matched in the text as it is written. Everything
+comes from the *loaded* object, because libraries rebuild pipelines when they load a file.
+
+V: vocabulary.
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,18 +33,16 @@ LOSSY = ("wordpiece", "word_suffix")  # families whose ids do not say what stood
 # Printable Latin-1 stands for itself; the 68 other bytes take U+0100 upwards, in byte order
 # (GPT-2's map).
 _SELF = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-_REST = sorted({*range(256)} - _SELF)
+_OTHER_BYTES = sorted({*range(256)} - _SELF)
 # 0xFFFF: no stand-in of any byte
-_STAND_IN = dict.fromkeys(_REST, 0xFFFF) | {0x100 + k: b for k, b in enumerate(_REST)}
+_STAND_IN = dict.fromkeys(_OTHER_BYTES, 0xFFFF) | {0x100 + k: b for k, b in enumerate(_OTHER_BYTES)}
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
-    """One tokenizer, described. `byte_table.ByteTable.of` turns it into a table and checks it
-    against `encode`.
-    """
+class TokenizerDescription:
+    """One tokenizer, described. `ByteTable.of` makes a table of it and verifies it by `encode`."""
 
-    pieces: Sequence[bytes]  # [V]; a CONTROL id keeps its name for display
+    pieces: Sequence[bytes]  # [V]; a CONTROL id has its name for display
     kind: np.ndarray  # int8 [V]
     family: str
     # content only, nothing added; None: a file without an encoder
@@ -57,14 +57,14 @@ class Reading:
     reads_names: bool = False  # takes a literal "</s>" in a text for the token of that name
 
 
-def read(tokenizer: Any) -> Reading:
-    """Describe a loaded tokenizer; a Reading is returned as it is.
+def read(tokenizer: Any) -> TokenizerDescription:
+    """Describe a loaded tokenizer; a TokenizerDescription is returned as it is.
 
     ValueError for an object that is none of: a fast or ByT5 tokenizer of transformers, a
     tokenizers.Tokenizer, a SentencePieceProcessor, a tiktoken.Encoding, RWKV's TRIE_TOKENIZER, a
     tokenizer of mistral_common; or a family whose ids do not give bytes.
     """
-    if isinstance(tokenizer, Reading):
+    if isinstance(tokenizer, TokenizerDescription):
         return tokenizer
     tokenizer = _inner(tokenizer)
     if hasattr(tokenizer, "encode_special_tokens"):
@@ -86,8 +86,8 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Ids of `text` as content: no special token is added, and one written in the text is encoded
     as plain characters.
 
-    Takes what `read` takes. ValueError for a Reading without an encoder (a file that has none) and
-    for a lone surrogate, which some libraries would replace without a word.
+    Takes what `read` takes. ValueError: a description without an encoder (a file that has none), a
+    lone surrogate (some libraries would replace it silently).
     """
     try:
         text.encode()
@@ -111,7 +111,7 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
         return tokenizer.encode(text, bos=False, eos=False)
     if hasattr(tokenizer, "idx2token"):
         return tokenizer.encode(text)
-    if isinstance(tokenizer, Reading):
+    if isinstance(tokenizer, TokenizerDescription):
         if tokenizer.encode is None:
             raise ValueError(
                 f"encode_text: this {tokenizer.family} file lists what its ids spell and has no "
@@ -130,7 +130,7 @@ def normalizer_of(tokenizer: Any) -> Callable[[str], str]:
     Takes what `read` takes. A file without an encoder is taken not to normalise.
     """
     tokenizer = _inner(tokenizer)
-    if isinstance(tokenizer, Reading):
+    if isinstance(tokenizer, TokenizerDescription):
         return tokenizer.normalize
     if _is_sentencepiece(tokenizer):
         return _without_prefix(lambda text: tokenizer.normalize(text).replace(MARK, " "))
@@ -140,10 +140,16 @@ def normalizer_of(tokenizer: Any) -> Callable[[str], str]:
     return rule
 
 
+def reads_names(tokenizer: Any) -> bool:
+    """A literal "</s>" in a text becomes the token of that name. Takes what `read` takes."""
+    tokenizer = _inner(tokenizer)
+    if isinstance(tokenizer, TokenizerDescription):
+        return tokenizer.reads_names
+    return type(getattr(tokenizer, "model", None)).__name__ == "Unigram"
+
+
 def spell_byte_level(piece: str) -> bytes:
-    """The bytes of a byte-level piece; of one with a character that stands for no byte, its UTF-8:
-    it was matched literally.
-    """
+    """The bytes of a byte-level piece; its UTF-8 where a character stands for no byte."""
     try:
         return piece.translate(_STAND_IN).encode("latin-1")
     except UnicodeEncodeError:
@@ -198,9 +204,7 @@ def _unreadable(tokenizer: Any) -> ValueError:
 
 @contextmanager
 def _content_mode(backend: Any) -> Iterator[None]:
-    """Special tokens are not parsed, nothing is padded or cut; the caller's settings come back
-    afterwards.
-    """
+    """Special tokens are not parsed, nothing is padded or cut; the settings are restored after."""
     special, padding, truncation = (
         backend.encode_special_tokens,
         backend.padding,
@@ -219,12 +223,10 @@ def _content_mode(backend: Any) -> Iterator[None]:
             backend.enable_truncation(**truncation)
 
 
-def _read_backend(backend: Any) -> Reading:
-    # The vocabulary is asked for, not parsed out of to_str(): a description with its merges takes
-    # twice as long.
+def _read_backend(backend: Any) -> TokenizerDescription:
+    # get_vocab, not to_str(): a description with its merges takes twice as long
     family = _family(backend)
     pieces, kind, byte_ids = _read_vocabulary(backend, family)
-    unigram = type(backend.model).__name__ == "Unigram"
     added = backend.get_added_tokens_decoder()
     for i, token in added.items():
         if token.normalized and not token.special and family not in ("sentencepiece", "wordpiece"):
@@ -233,22 +235,20 @@ def _read_backend(backend: Any) -> Reading:
     unknown = _unknown_id(backend)
     if unknown is not None:
         pieces[unknown], kind[unknown] = b"", UNKNOWN
-    return Reading(
+    return TokenizerDescription(
         pieces,
         kind,
         family,
-        lambda text: encode_text(backend, text),
+        partial(encode_text, backend),
         normalizer_of(backend),
         byte_ids,
         tuple(t.content for t in added.values() if t.lstrip or t.rstrip),
-        reads_names=unigram,
+        reads_names=reads_names(backend),
     )
 
 
 def _family(backend: Any) -> str:
-    """From the decoder and the model as they are; ValueError for a family whose ids do not give
-    bytes.
-    """
+    """From the decoder and the model. ValueError for a family whose ids do not give bytes."""
     model = type(backend.model).__name__
     types, marks = _component_types(backend.decoder), _replaces_mark(backend.decoder)
     suffix, prefix = (
@@ -307,7 +307,7 @@ def _read_vocabulary(backend: Any, family: str) -> tuple[list[bytes], np.ndarray
     for piece, i in vocab.items():
         pieces[i] = spell(piece)
     kind[list(vocab.values())] = TEXT
-    # The 256 names are bytes only where the model falls back on them.
+    # the 256 names are bytes only where the model falls back on them
     byte_ids = (
         {i for b in range(256) if (i := vocab.get(f"<0x{b:02X}>")) is not None}
         if _falls_back(backend, family)
@@ -317,8 +317,7 @@ def _read_vocabulary(backend: Any, family: str) -> tuple[list[bytes], np.ndarray
         pieces[b] = byte_of(backend.id_to_token(b))
     for i, token in added.items():
         if i not in byte_ids:
-            # Literal, except one that SentencePiece's model knows too (Gemma lists its runs of
-            # marks twice).
+            # literal, unless SentencePiece's model has it too (Gemma lists its runs of marks twice)
             known = family == "sentencepiece" and token.content in vocab
             pieces[i] = spell(token.content) if known else token.content.encode()
             kind[i] = CONTROL if token.special else TEXT
@@ -371,29 +370,34 @@ def _without_prefix(rule: Callable[[str], str]) -> Callable[[str], str]:
     return lambda text: rule(text).removeprefix(" ") if text else rule(text)
 
 
-def _read_sentencepiece(processor: Any) -> Reading:
-    pieces, kind, byte_ids = [], [], []
-    for i in range(processor.vocab_size()):
-        piece = processor.id_to_piece(i)
-        if processor.is_byte(i):
-            pieces.append(byte_of(piece)), kind.append(TEXT), byte_ids.append(i)
-        elif processor.is_unknown(i) or processor.is_unused(i):
-            pieces.append(b""), kind.append(UNKNOWN if processor.is_unknown(i) else UNUSED)
-        elif processor.is_control(i):
-            pieces.append(piece.encode()), kind.append(CONTROL)
-        else:
-            pieces.append(spell_sentencepiece(piece)), kind.append(TEXT)
-    return Reading(
-        pieces,
-        np.array(kind, np.int8),
+def _read_sentencepiece(processor: Any) -> TokenizerDescription:
+    ids = range(processor.vocab_size())
+    spelled = [_sentencepiece_id(processor, i) for i in ids]
+    return TokenizerDescription(
+        [piece for piece, _ in spelled],
+        np.array([kind for _, kind in spelled], np.int8),
         "sentencepiece",
-        lambda text: encode_text(processor, text),
+        partial(encode_text, processor),
         normalizer_of(processor),
-        tuple(byte_ids),
+        tuple(i for i in ids if processor.is_byte(i)),
     )
 
 
-def _read_tiktoken(encoding: Any) -> Reading:
+def _sentencepiece_id(processor: Any, i: int) -> tuple[bytes, int]:
+    """(bytes, kind) of one id."""
+    piece = processor.id_to_piece(i)
+    if processor.is_byte(i):
+        return byte_of(piece), TEXT
+    if processor.is_unknown(i):
+        return b"", UNKNOWN
+    if processor.is_unused(i):
+        return b"", UNUSED
+    if processor.is_control(i):
+        return piece.encode(), CONTROL
+    return spell_sentencepiece(piece), TEXT
+
+
+def _read_tiktoken(encoding: Any) -> TokenizerDescription:
     pieces, kind = [b""] * encoding.n_vocab, np.full(encoding.n_vocab, UNUSED, np.int8)
     control = {encoding.encode_single_token(name) for name in encoding.special_tokens_set}
     for i in range(encoding.n_vocab):
@@ -402,19 +406,19 @@ def _read_tiktoken(encoding: Any) -> Reading:
         except KeyError:  # ids may have holes between the ranks and the special tokens
             continue
         kind[i] = CONTROL if i in control else TEXT
-    return Reading(pieces, kind, "ranks", encoding.encode_ordinary)
+    return TokenizerDescription(pieces, kind, "ranks", encoding.encode_ordinary)
 
 
-def _read_tekkenizer(tekken: Any) -> Reading:
+def _read_tekkenizer(tekken: Any) -> TokenizerDescription:
     special = tekken.num_special_tokens
     pieces = [tekken.id_to_piece(i).encode() for i in range(special)]
     pieces += [tekken.id_to_byte_piece(i) for i in range(special, tekken.n_words)]
     kind = np.full(len(pieces), TEXT, np.int8)
     kind[:special] = CONTROL
-    return Reading(pieces, kind, "ranks", lambda text: encode_text(tekken, text))
+    return TokenizerDescription(pieces, kind, "ranks", partial(encode_text, tekken))
 
 
-def _read_rwkv(trie: Any) -> Reading:
+def _read_rwkv(trie: Any) -> TokenizerDescription:
     return read_ranks(
         {piece: i for i, piece in trie.idx2token.items()}, encode=trie.encode, stop_ids=(0,)
     )
@@ -424,20 +428,18 @@ def read_ranks(
     ranks: dict[bytes, int],
     encode: Callable[[str], Sequence[int]] | None = None,
     stop_ids: Sequence[int] = (),
-) -> Reading:
-    """A vocabulary given as bytes -> id. Other ids below the largest are UNUSED, `stop_ids`
-    CONTROL.
-    """
+) -> TokenizerDescription:
+    """A vocabulary given as bytes -> id: `stop_ids` are CONTROL, ids without bytes UNUSED."""
     size = 1 + max([*ranks.values(), *stop_ids])
     pieces, kind = [b""] * size, np.full(size, UNUSED, np.int8)
     for piece, i in ranks.items():
         pieces[i] = piece
     kind[list(ranks.values())] = TEXT
     kind[list(stop_ids)] = CONTROL
-    return Reading(pieces, kind, "ranks", encode)
+    return TokenizerDescription(pieces, kind, "ranks", encode)
 
 
-def _read_byte_model(tokenizer: Any) -> Reading:
+def _read_byte_model(tokenizer: Any) -> TokenizerDescription:
     size = max(len(tokenizer), tokenizer.offset + 256)
     pieces, kind = [b""] * size, np.full(size, UNUSED, np.int8)
     for b in range(256):
@@ -447,11 +449,11 @@ def _read_byte_model(tokenizer: Any) -> Reading:
         # </s> is not marked as special in itself
         control = token.special or i in tokenizer.all_special_ids
         pieces[i], kind[i] = token.content.encode(), CONTROL if control else TEXT
-    return Reading(
+    return TokenizerDescription(
         pieces,
         kind,
         "bytes",
-        lambda text: encode_text(tokenizer, text),
+        partial(encode_text, tokenizer),
         swallows_spaces=tuple(
             t.content for t in tokenizer.added_tokens_decoder.values() if t.lstrip or t.rstrip
         ),

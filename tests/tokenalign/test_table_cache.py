@@ -1,5 +1,5 @@
-"""Tables on disk: the same table again, and nothing believed that is not whole and of the same
-tokenizer.
+"""Tables on disk: the same table again, verified by the tokenizer, and no file used that is not
+whole and of that tokenizer.
 """
 
 import os
@@ -7,47 +7,72 @@ import time
 
 import numpy as np
 import pytest
-from tokenizer_fixtures import byte_level
+from tokenizer_fixtures import byte_level, sentencepiece
 from tokenizers import Tokenizer
 
-from reflux.tokenalign import table_cache
 from reflux.tokenalign.byte_table import CONTROL, TEXT, UNUSED, ByteTable
 from reflux.tokenalign.table_cache import cache_folder, cached_table, key_of, load_table, save_table
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A tokenizer.json and an empty cache; `built` counts the tables that were not taken from
-    it.
-    """
+def tokenizer_file(tmp_path, monkeypatch):
+    """A tokenizer.json beside an empty cache, the tokenizer, and a list of all tables built."""
     monkeypatch.setenv("REFLUX_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "tokenizer.json"
     byte_level().save(str(path))
     built = []
-    monkeypatch.setattr(
-        table_cache,
-        "load_tokenizer",
-        lambda p, load=table_cache.load_tokenizer: built.append(p) or load(p),
-    )
-    return path, built
+
+    def of(tokenizer, real=ByteTable.of):
+        built.append(tokenizer)
+        return real(tokenizer)
+
+    monkeypatch.setattr(ByteTable, "of", of)
+    return path, Tokenizer.from_file(str(path)), built
 
 
-def kept_file():
+def cache_file():
     (file,) = cache_folder().iterdir()
     return file
 
 
-def test_the_second_time_it_is_the_same_table_and_not_built(place):
-    path, built = place
-    first, second = cached_table(path), cached_table(path)
+def test_the_second_time_it_is_the_same_table_and_not_built(tokenizer_file):
+    path, tokenizer, built = tokenizer_file
+    first, second = cached_table(path, tokenizer), cached_table(path, tokenizer)
     assert len(built) == 1
-    assert first.fingerprint() == second.fingerprint() == ByteTable.of(path).fingerprint()
+    assert first.fingerprint() == second.fingerprint() == ByteTable.of(tokenizer).fingerprint()
     for name in ("family", "space_prefix", "normalizer", "byte_ids", "swallows_spaces", "lossy"):
         assert getattr(first, name) == getattr(second, name)
     for name in ("kind", "lens", "first_byte"):
         a, b = getattr(first, name), getattr(second, name)
         assert a.dtype == b.dtype and (a == b).all()
     assert list(first.pieces) == list(second.pieces) and first.by_bytes() == second.by_bytes()
+
+
+@pytest.mark.parametrize("make", [lambda: byte_level("NFC"), lambda: sentencepiece("unigram")])
+def test_a_cached_table_is_verified_by_the_tokenizer(tokenizer_file, monkeypatch, make):
+    """At the second start, too, and through its normaliser."""
+    path, _, built = tokenizer_file
+    tokenizer = make()
+    cached_table(path, tokenizer)
+    verified = []
+
+    def verify(self, *given, real=ByteTable.verify):
+        verified.append(self)
+        return real(self, *given)
+
+    monkeypatch.setattr(ByteTable, "verify", verify)
+    table = cached_table(path, tokenizer)
+    assert len(built) == 1 and verified == [table]
+
+
+@pytest.mark.parametrize("other", [lambda: sentencepiece("bpe"), lambda: byte_level("NFKC")])
+def test_a_tokenizer_that_its_cached_table_does_not_fit_is_read(tokenizer_file, other):
+    """As if the key had missed a change: other ids, or another normaliser."""
+    path, tokenizer, built = tokenizer_file
+    cached_table(path, tokenizer)
+    changed = other()
+    assert cached_table(path, changed).fingerprint() == ByteTable.of(changed).fingerprint()
+    assert built[1] is changed
 
 
 @pytest.mark.parametrize(
@@ -61,40 +86,32 @@ def test_the_second_time_it_is_the_same_table_and_not_built(place):
         lambda data: (
             data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
         ),
-        lambda data: data.replace(b"reflux byte table 1", b"reflux byte table 0", 1),
+        lambda data: data.replace(b"reflux byte table 2", b"reflux byte table 1", 1),
     ],
     ids=["empty", "head only", "cut", "longer", "random", "one bit", "old format"],
 )
-def test_a_damaged_file_is_built_anew(place, damage):
-    path, built = place
-    want = cached_table(path)
-    good = kept_file().read_bytes()
-    kept_file().write_bytes(damage(good))
-    assert cached_table(path).fingerprint() == want.fingerprint()
-    assert len(built) == 2 and kept_file().read_bytes() == good
+def test_a_damaged_file_is_built_anew(tokenizer_file, damage):
+    path, tokenizer, built = tokenizer_file
+    want = cached_table(path, tokenizer)
+    good = cache_file().read_bytes()
+    cache_file().write_bytes(damage(good))
+    assert cached_table(path, tokenizer).fingerprint() == want.fingerprint()
+    assert len(built) == 2 and cache_file().read_bytes() == good
 
 
-def test_another_tokenizers_table_under_this_name_is_not_believed(place, tmp_path):
-    path, built = place
-    want = cached_table(path)
+def test_another_tokenizers_table_under_this_name_is_not_used(tokenizer_file, tmp_path):
+    path, tokenizer, built = tokenizer_file
+    want = cached_table(path, tokenizer)
     other = tmp_path / "other" / "tokenizer.json"
     other.parent.mkdir()
     byte_level(size=258).save(str(other))
-    save_table(ByteTable.of(other), kept_file(), key_of(other))  # whole, and of another key
-    assert cached_table(path).fingerprint() == want.fingerprint() and len(built) == 2
+    save_table(ByteTable.of(other), cache_file(), key_of(other))  # whole, and of another key
+    assert cached_table(path, tokenizer).fingerprint() == want.fingerprint()
+    assert built == [tokenizer, other, tokenizer]
 
 
-def test_a_table_that_no_longer_spells_its_probes_is_not_believed(tmp_path, monkeypatch):
-    """As if this project's own reading of the arrays had changed without a new FORMAT."""
-    table = ByteTable.of(byte_level())
-    save_table(table, file := tmp_path / "t", "key", [[5, 6, 7]])
-    assert load_table(file, "key") is not None
-    monkeypatch.setattr(ByteTable, "bytes_of", lambda self, ids: b"other")
-    assert load_table(file, "key") is None
-
-
-def test_the_key_follows_the_bytes_not_the_place_or_the_time(place, tmp_path):
-    path, built = place
+def test_the_key_follows_the_bytes_not_the_path_or_the_time(tokenizer_file, tmp_path):
+    path, tokenizer, built = tokenizer_file
     key, copy = key_of(path), tmp_path / "sub" / "tokenizer.json"
     copy.parent.mkdir()
     copy.write_bytes(path.read_bytes())
@@ -104,7 +121,8 @@ def test_the_key_follows_the_bytes_not_the_place_or_the_time(place, tmp_path):
     changed.add_tokens(["<think>"])
     changed.save(str(path))
     assert key_of(path) != key
-    assert len(cached_table(path)) == len(cached_table(copy)) + 1 and len(built) == 2
+    assert len(cached_table(path, changed)) == len(cached_table(copy, tokenizer)) + 1
+    assert len(built) == 2
 
 
 def test_a_folders_key_sees_every_file_that_may_change_its_tokenizer(tmp_path):
@@ -118,12 +136,13 @@ def test_a_folders_key_sees_every_file_that_may_change_its_tokenizer(tmp_path):
     assert key_of(tmp_path) == keys[-1]
 
 
-def test_a_cache_that_cannot_be_written_costs_time_only(place, monkeypatch):
-    path, built = place
+def test_a_cache_that_cannot_be_written_costs_time_only(tokenizer_file, monkeypatch):
+    path, tokenizer, built = tokenizer_file
     blocked = path.parent / "a file"
     blocked.write_text("")
     monkeypatch.setenv("REFLUX_CACHE", str(blocked / "cache"))
-    assert cached_table(path).fingerprint() == cached_table(path).fingerprint() and len(built) == 2
+    first, second = cached_table(path, tokenizer), cached_table(path, tokenizer)
+    assert first.fingerprint() == second.fingerprint() and len(built) == 2
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -145,15 +164,14 @@ def test_the_folder_is_the_platforms_unless_it_is_named(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "reflux"
 
 
-def test_a_path_without_a_tokenizer_says_so(place):
-    with pytest.raises(ValueError, match="no file or folder 'nowhere'"):
-        cached_table("nowhere")
+def test_a_name_on_a_hub_is_read_each_time(tokenizer_file):
+    _, tokenizer, built = tokenizer_file
+    assert len(cached_table("someone/model", tokenizer)) == len(ByteTable.of(tokenizer))
+    assert not cache_folder().exists()
 
 
 def test_a_quarter_of_a_million_ids_load_at_once(tmp_path):
-    """No list of objects is made: 20 ms is the promise on a free core, ten times that the limit on
-    a busy one.
-    """
+    """No list of objects is made: 20 ms on a free core; the limit is that of a busy one."""
     rng = np.random.default_rng(0)
     size = 262_144
     lens = rng.integers(1, 14, size)
@@ -164,9 +182,7 @@ def test_a_quarter_of_a_million_ids_load_at_once(tmp_path):
     kind[:3], kind[-5:] = CONTROL, UNUSED
     pieces[-5:] = [b""] * 5
     table = ByteTable(pieces, kind, "ranks", byte_ids=(7, 9), swallows_spaces=("<mask>",))
-    save_table(
-        table, tmp_path / "t", "key", [rng.integers(0, size, 30).tolist() for _ in range(22)]
-    )
+    save_table(table, tmp_path / "t", "key")
     times = []
     for _ in range(5):
         started = time.perf_counter()

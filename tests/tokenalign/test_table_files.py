@@ -192,7 +192,7 @@ LINES = rank_lines().splitlines(keepends=True)
         (
             "rwkv_vocab_v1.txt",
             world_lines().replace(b"'A' 1", b"'A' 2"),
-            "line 66: b'A' has 1 bytes, the line says  2",
+            "line 66: b'A' has 1 bytes, want the 2 of its line",
         ),
         ("rwkv_vocab_v1.txt", b"1 __import__('os') 3\n", "line 1: .* is not an id, a literal"),
         ("tokenizer.json", b'{"version": "1.0"}', "is not a tokenizer of the tokenizers library"),

@@ -39,7 +39,7 @@ from reflux.tokenalign.byte_table import (
     encode_text,
     normalizer_of,
 )
-from reflux.tokenalign.table_readers import Reading, read
+from reflux.tokenalign.table_readers import TokenizerDescription, read
 
 
 def encoding(special=(("<|end|>", 300),)):
@@ -233,7 +233,7 @@ def test_lossy_pieces():
 def test_a_lossy_table_that_spells_something_else_is_refused():
     tokenizer = wordpiece()
     wrong = [p[::-1] for p in read(tokenizer).pieces]
-    reading = Reading(
+    reading = TokenizerDescription(
         wrong, read(tokenizer).kind, "wordpiece", read(tokenizer).encode, read(tokenizer).normalize
     )
     with pytest.raises(ValueError, match="this wordpiece tokenizer does not spell"):
@@ -366,7 +366,7 @@ def test_control_ids_that_a_file_does_not_list_can_be_named():
 
 
 def test_a_reading_without_an_encoder_has_a_table_and_cannot_encode():
-    reading = Reading([b"a", b"b"], np.array([TEXT, TEXT], np.int8), "ranks")
+    reading = TokenizerDescription([b"a", b"b"], np.array([TEXT, TEXT], np.int8), "ranks")
     assert ByteTable.of(reading).bytes_of([1, 0]) == b"ba"
     with pytest.raises(ValueError, match="has no encoder"):
         encode_text(reading, "ab")

@@ -1,6 +1,7 @@
-"""One model's side of a conversation: its template, its tokenizer, its stop set. Templates are
-never mapped as strings: each model renders the messages its own way and only the response bytes are
-shared (docs/method.md, "Templates").
+"""One model's side of a conversation: its template, its tokenizer, its stop set.
+
+Templates are never mapped as strings: each model renders the messages with its own, and only the
+response bytes are shared (docs/method.md, "Templates").
 """
 
 import json
@@ -9,6 +10,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from reflux.tokenalign.byte_table import ByteTable, encode_text, normalizer_of
+from reflux.tokenalign.table_cache import cached_table
 
 TURN_ENDS = (
     "<|im_end|>",
@@ -23,12 +25,14 @@ TURN_ENDS = (
 
 
 class Chat:
-    """`stop_ids` is a set: any of them ends a response. `stop_id` is the one the template itself
-    ends a turn with.
+    """Renders prompts, encodes and decodes text, and knows which tokens end a response.
+
+    stop_ids: any of them ends a response. stop_id: the one that the template ends a turn with.
     """
 
     def __init__(self, path: str):
-        from transformers import AutoTokenizer  # seconds to import: only a run that speaks needs it
+        """path: a folder with a tokenizer. ValueError where it has no end-of-sequence token."""
+        from transformers import AutoTokenizer  # seconds to import
 
         self.path = path
         self.tokenizer = AutoTokenizer.from_pretrained(path)
@@ -38,12 +42,15 @@ class Chat:
 
     @cached_property
     def table(self) -> ByteTable:
-        """id -> bytes; refuses tokenizers whose ids do not spell their text."""
-        return ByteTable.of(self.tokenizer)
+        """id -> bytes, verified by this tokenizer; from the cache of earlier runs if it is there.
+
+        ValueError for a tokenizer whose ids do not spell their text.
+        """
+        return cached_table(self.path, self.tokenizer)
 
     @cached_property
-    def normalize(self) -> Callable[[str], str] | None:
-        """What the tokenizer does to a text before it looks at it; None for nothing."""
+    def normalize(self) -> Callable[[str], str]:
+        """What the tokenizer makes of a text before it splits it."""
         return normalizer_of(self.tokenizer)
 
     @property
@@ -52,17 +59,16 @@ class Chat:
         return len(self.tokenizer)
 
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
-        """The rendered conversation up to where the response begins. Never empty: the first token
-        needs a predictor.
+        """The rendered conversation up to where the response begins.
+
+        Never empty, for the first response token needs a predictor: ValueError.
         """
         return self._rendered(json.dumps(list(messages)))
 
     def _render(self, conversation: str) -> tuple[int, ...]:
         messages = json.loads(conversation)
         if self.tokenizer.chat_template:
-            text = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
-            )
+            text = self._through_template(messages, add_generation_prompt=True)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             text = "\n".join(m["content"] for m in messages)
@@ -75,27 +81,38 @@ class Chat:
             )
         return tuple(ids)
 
+    def _through_template(
+        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
+    ) -> str:
+        text = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+        assert isinstance(text, str)  # of one conversation
+        return text
+
     def encode(self, text: str) -> tuple[int, ...]:
-        """Response content: control strings inside it are plain text, nothing is added."""
+        """Ids of response content: control strings in it are plain text, nothing is added."""
         return tuple(encode_text(self.tokenizer, text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(
+        """The text of `ids` without control tokens."""
+        text = self.tokenizer.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+        assert isinstance(text, str)  # of one row of ids
+        return text
 
     def _find_stop_ids(self) -> tuple[int, ...]:
-        found = [self.tokenizer.eos_token_id, *_generation_stops(self.path)]
-        # all_special_ids has only
+        candidates = [self.tokenizer.eos_token_id, *_generation_stops(self.path)]
+        # all_special_ids has only tokens with a role, and Llama 3's <|eot_id|> has none
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        # tokens with a role, which Llama 3's <|eot_id|> does not have
         special |= set(self.tokenizer.all_special_ids)
         for token in TURN_ENDS:
             i = self.tokenizer.convert_tokens_to_ids(token)
             if i is not None and i in special and i != self.tokenizer.unk_token_id:
-                found.append(i)
-        # a padded head has more ids
-        stops = tuple(sorted({i for i in found if i is not None and i < self.vocab_size}))
+                candidates.append(i)
+        # ids beyond the vocabulary are padding of the head
+        stops = tuple(sorted({i for i in candidates if i is not None and i < self.vocab_size}))
         if not stops:
             raise ValueError(
                 f"{self.path}: the tokenizer names no end-of-sequence token; set eos_token in its "
@@ -104,28 +121,22 @@ class Chat:
         return stops
 
     def _find_stop_id(self) -> int:
-        """The first stop token behind an assistant's turn as the template writes it, else the
-        tokenizer's EOS.
-        """
+        """The first stop token that the template puts behind a turn, else the tokenizer's EOS."""
         if self.tokenizer.chat_template:
             turn = [{"role": "user", "content": "Ask"}, {"role": "assistant", "content": "Zyx"}]
-            text = self.tokenizer.apply_chat_template(turn, tokenize=False)
+            text = self._through_template(turn)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            behind = self.tokenizer(text[text.rindex("Zyx") + 3 :], add_special_tokens=False)[
-                "input_ids"
-            ]
+            suffix = text[text.rindex("Zyx") + 3 :]
+            behind = self.tokenizer(suffix, add_special_tokens=False)["input_ids"]
             ends = [i for i in behind or ids[-1:] if i in self.stop_ids]
             if ends:
                 return ends[0]
-        return (
-            self.tokenizer.eos_token_id
-            if self.tokenizer.eos_token_id is not None
-            else self.stop_ids[0]
-        )
+        eos = self.tokenizer.eos_token_id
+        return self.stop_ids[0] if eos is None else eos
 
 
 def same_vocabulary(a: Chat, b: Chat) -> bool:
-    """Equality of the token maps, not of sizes: same id -> same piece for every id."""
+    """Every id has the same piece in both."""
     return a.path == b.path or a.tokenizer.get_vocab() == b.tokenizer.get_vocab()
 
 

@@ -1,5 +1,5 @@
-"""One model's side of a conversation: what is rendered, what ends it, and that nothing in a text is
-taken for a control token.
+"""One model's side of a conversation: prompts, stop tokens, and text that is never taken for a
+control token.
 """
 
 import json
@@ -7,6 +7,7 @@ import json
 import pytest
 from assets import save_tokenizer, sentences, train_tokenizer
 
+from reflux.tokenalign.byte_table import ByteTable
 from reflux.trainer.data.chat import Chat, same_vocabulary
 
 ASK = ({"role": "user", "content": "what remains?"},)
@@ -115,3 +116,29 @@ def test_vocabularies_are_compared_by_map_and_not_by_size(make):
     other = train_tokenizer([s[::-1] for s in sentences(100)], 300)
     a, b, c = make("a"), make("b"), make("c", source=other)
     assert same_vocabulary(a, b) and a.vocab_size == c.vocab_size and not same_vocabulary(a, c)
+
+
+def test_the_byte_table_is_built_once_and_verified_at_every_start(make, monkeypatch, tmp_path):
+    monkeypatch.setenv("REFLUX_CACHE", str(tmp_path / "cache"))
+    calls = []
+    for name in ("of", "verify"):
+        real = getattr(ByteTable, name)
+
+        def counted(*given, name=name, real=real):
+            calls.append(name)
+            return real(*given)
+
+        monkeypatch.setattr(ByteTable, name, counted)
+    first, second = make("a").table, make("b").table
+    assert calls == ["of", "verify", "verify"]
+    assert first.fingerprint() == second.fingerprint()
+    chat = make("a")
+    assert chat.table.bytes_of(chat.encode("a <|eos|> b")) == b"a <|eos|> b"
+
+
+def test_a_tokenizer_that_its_cached_table_does_not_fit_is_read_again(make, monkeypatch, tmp_path):
+    monkeypatch.setenv("REFLUX_CACHE", str(tmp_path / "cache"))
+    cached, other = make("a").table, make("a")
+    monkeypatch.setattr(other, "tokenizer", train_tokenizer([s[::-1] for s in sentences(100)], 300))
+    assert other.table.fingerprint() == ByteTable.of(other.tokenizer).fingerprint()
+    assert other.table.fingerprint() != cached.fingerprint()
