@@ -11,7 +11,8 @@ PASS_AT = re.compile(r"pass@([1-9]\d*)")
 LIKELIHOOD = ("likelihood_sum", "likelihood_per_byte")
 THRESHOLDS = ("min", "max", "max_drop", "min_change", "max_change")
 REFUSAL = (
-    r"(?i)^\W*(?:(?:i['’]?m|i am)?\s*(?:very |so |really )?sorry\b|i\s+(?:can['’]?t|cannot|can not|won['’]?t|will not)\s|"
+    r"(?i)^\W*(?:(?:i['’]?m|i am)?\s*(?:very |so |really )?sorry\b|"
+    r"i\s+(?:can['’]?t|cannot|can not|won['’]?t|will not)\s|"
     r"i(?:['’]?m|\s+am)\s+(?:not able|unable)\b|as an ai\b)"
 )
 
@@ -25,14 +26,14 @@ class EvalSection:
     every: int = 0  # steps; 0: only before the first step and after the last
     samples: int = 1  # sampled answers per prompt, beside the greedy one
     at_start: bool = True
-    # k of pass@k: the chance that one of k sampled answers is right; at most `samples`
+    # k of pass@k: the probability that one of k sampled answers is correct; at most `samples`
     pass_at: tuple[int, ...] = ()
     # likelihood: the option a multiple-choice prompt makes likeliest
     by: Literal["generation", "likelihood", "both"] = "generation"
-    # write the options under the question, in an order drawn from `seed`; False: the prompt has
-    # them
+    # write the options under the question, in an order drawn from `seed`
     list_options: bool = False
-    # a text that is not right and matches is a refusal, not a wrong answer; empty: none is
+    # regular expression of a refusal: of texts that are not correct, those are no wrong answers;
+    # empty: there is none
     refusal: str = REFUSAL
     # folder of another run: differences to its last predictions of the same prompts and samples
     against: str = ""
@@ -45,9 +46,8 @@ class EvalSection:
         for name in ("every", "samples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}; want >= 0")
-        if any(not 1 <= k <= self.samples for k in self.pass_at) or len(set(self.pass_at)) < len(
-            self.pass_at
-        ):
+        twice = len(set(self.pass_at)) < len(self.pass_at)
+        if twice or any(not 1 <= k <= self.samples for k in self.pass_at):
             raise ValueError(
                 f"pass_at = {list(self.pass_at)} with samples = {self.samples}; want each k once, "
                 "from 1 to samples"
@@ -74,10 +74,8 @@ class EvalSection:
     def metrics(self) -> tuple[str, ...]:
         """What an accept rule can name: everything with one value a prompt."""
         sampled = ("sampled", *(f"pass@{k}" for k in self.pass_at)) if self.samples else ()
-        return (
-            *(("greedy", *sampled) if self.generates else ()),
-            *(LIKELIHOOD if self.scores_options else ()),
-        )
+        generated = ("greedy", *sampled) if self.generates else ()
+        return generated + (LIKELIHOOD if self.scores_options else ())
 
 
 @dataclass(frozen=True)
@@ -95,14 +93,13 @@ class AcceptSection:
     max_drop: float | None = None
     min_change: float | None = None  # 0.15: at least 15 % more than `against`
     max_change: float | None = None  # -0.5: at most half of `against`
-    excludes_zero: bool = True  # a change also needs a 95 % interval that does not hold 0
+    excludes_zero: bool = True  # a change also needs a 95 % interval without 0
     # not only the mean but the whole 95 % interval has to satisfy the threshold
     whole_interval: bool = False
 
     def __post_init__(self):
-        if self.metric not in ("sampled", "greedy", *LIKELIHOOD) and not PASS_AT.fullmatch(
-            self.metric
-        ):
+        known = self.metric in ("sampled", "greedy", *LIKELIHOOD)
+        if not known and not PASS_AT.fullmatch(self.metric):
             raise ValueError(
                 f"metric = {self.metric!r}; want sampled, greedy, pass@K, {' or '.join(LIKELIHOOD)}"
             )
@@ -130,12 +127,12 @@ class AcceptSection:
 
 
 def check_options(spec: EvalSection, task: str) -> None:
-    """What only some tasks can be asked."""
+    """ValueError for an evaluation that this task does not support."""
     if task != "multiple_choice" and (spec.scores_options or spec.list_options):
-        asked = f"eval.by = {spec.by!r}" if spec.scores_options else "eval.list_options = true"
-        raise ValueError(f"{asked} with task.name = {task!r}: only 'multiple_choice' has options")
+        spelled = f"eval.by = {spec.by!r}" if spec.scores_options else "eval.list_options = true"
+        raise ValueError(f"{spelled} with task.name = {task!r}: only 'multiple_choice' has options")
     if task == "reward_model" and spec.pass_at:
         raise ValueError(
             f"eval.pass_at = {list(spec.pass_at)} with task.name = 'reward_model', which calls "
-            "nothing right or wrong"
+            "nothing correct or wrong"
         )

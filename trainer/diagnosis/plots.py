@@ -1,10 +1,10 @@
-"""The pictures of a diagnosis. matplotlib is imported here and in report_plots.py only."""
+"""The figures of a diagnosis."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from reflux.trainer.runs.plotting import _axes
+from reflux.trainer.runs.plotting import panels, save_figure
 
 from .measure import DIRECTIONS
 
@@ -19,9 +19,6 @@ COLOURS = {
 
 def plot_diagnosis(folder: Path, found: Mapping[str, Any]) -> dict[str, str]:
     """Writes the plots; file name -> title."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     made = {}
     for name, title, draw in (
         ("tail.png", "How the token KL builds up over the classes", _tail),
@@ -29,14 +26,13 @@ def plot_diagnosis(folder: Path, found: Mapping[str, Any]) -> dict[str, str]:
         ("positions.png", "KL along the texts", _positions),
     ):
         figure = draw(found)
-        figure.savefig(folder / name, dpi=120, bbox_inches="tight")
-        matplotlib.pyplot.close(figure)
+        save_figure(figure, folder / name)
         made[name] = title
     return made
 
 
 def _tail(found: Mapping[str, Any]):
-    figure, axes = _axes(2)
+    figure, axes = panels(2)
     for d in DIRECTIONS:
         t = found["tail"][d]
         whole = t["bucket"][-1] or 1.0
@@ -67,7 +63,7 @@ def _tail(found: Mapping[str, Any]):
 
 
 def _types(found: Mapping[str, Any]):
-    figure, axes = _axes(2, width=4.6)
+    figure, axes = panels(2, width=4.6)
     for ax, d in zip(axes[0], DIRECTIONS):
         types = found["tail"][d]["types"]
         for i, (key, label) in enumerate(
@@ -88,7 +84,7 @@ def _types(found: Mapping[str, Any]):
 
 
 def _positions(found: Mapping[str, Any]):
-    figure, axes = _axes(2)
+    figure, axes = panels(2)
     for ax, d in zip(axes[0], DIRECTIONS):
         for writer, values in found["off_policy"]["decile"][d].items():
             ax.plot(

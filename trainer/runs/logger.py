@@ -17,16 +17,20 @@ import logging
 import math
 import os
 import platform
-import statistics
 import subprocess
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from .files import write_whole
+from .progress import stdout_console, time_left
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 log = logging.getLogger(__name__)
 
@@ -35,19 +39,19 @@ RESERVED = ("step", "wall_s", "event", "schema")
 PACKAGES = ("reflux-llm", "torch", "transformers", "triton", "torchtitan", "datasets", "numpy")
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
-# Metrics of the console line, in this order, if a step has them: name -> label and how a number is
-# written. Parts of the loss ("loss/...") follow the loss. All other metrics are in the log only.
+# Metrics of the console line, in this order, if a step has them: name -> label and format of a
+# number. Parts of the loss ("loss/...") follow the loss. All other metrics are in the log only.
 CONSOLE = {
     "loss": ("loss", "{:.4f}"),
     "reward/task": ("task", "{:.3f}"),
     "reward/cal": ("cal", "{:+.3f}"),
     "eta": ("eta", "{:g}"),
-    "accuracy": ("right", "{:.1%}"),
-    "reference_kl": ("anchor KL", "{:.4f}"),
+    "accuracy": ("correct", "{:.1%}"),
+    "reference_kl": ("reference KL", "{:.4f}"),
     "kl": ("KL", "{:.4f}"),
     "grad_norm": ("grad", "{:.2f}"),
     "length": ("length", "{:.0f}"),
-    "truncated": ("cut", "{:.1%}"),
+    "truncated": ("truncated", "{:.1%}"),
     "tokens_per_s": ("tok/s", "{:,.0f}"),
     "memory_gib": ("mem", "{:.1f} GiB"),
 }
@@ -64,7 +68,7 @@ class Run:
 
 
 def load_run(folder: str | Path) -> Run:
-    """Read a run folder. A torn last line, left by a killed or a living writer, is left out;
+    """A run folder. A torn last line, of a process that was killed or still writes, is left out;
     ValueError for any other.
     """
     path = Path(folder) / "run.jsonl"
@@ -87,12 +91,11 @@ class Record:
     """`with Record(folder=..., ...) as record: record(step, metrics, samples)`, on every rank; only
     the main one writes.
 
-    resumed_step: the step of the checkpoint this process starts from, 0 for none. Lines of later
-    steps, which the
-      earlier process had not saved, are cut, so that the log has one line a step.
+    resumed_step: of the checkpoint this process starts from, 0 for none. Lines of later steps,
+    which no checkpoint has, are cut, so that the log has one line a step.
     samples_every: steps between saved samples; 0: never.
-    on_step: called with (step, metrics) on the main rank, for an experiment tracker. What it raises
-    is logged.
+    on_step: called with (step, metrics) on the main rank, for an experiment tracker; an exception
+    of it is only logged.
     """
 
     folder: str | Path
@@ -105,19 +108,18 @@ class Record:
     quiet: bool = False
     on_step: Callable[[int, Mapping[str, Any]], None] | None = None
 
-    # set by who interrupts a run: then there is no summary.json
+    # set where a run is interrupted: then there is no summary.json
     to_be_continued: bool = field(default=False, init=False)
 
-    _last: dict[str, Any] = field(default_factory=dict, init=False)
+    _last_metrics: dict[str, Any] = field(default_factory=dict, init=False)
     _step: int = field(default=0, init=False)
-    _events: Counter = field(default_factory=Counter, init=False)
-    # of the last steps
-    _seconds: deque = field(default_factory=lambda: deque(maxlen=20), init=False)
+    _events: Counter[str] = field(default_factory=Counter, init=False)
+    _last_s: deque[float] = field(default_factory=lambda: deque(maxlen=20), init=False)  # a step
+    _console: "Console | None" = field(default=None, init=False)
 
     def __enter__(self) -> "Record":
         self._step = self.resumed_step
         self._started = self._stepped = time.monotonic()
-        self._console = None
         if self.is_main:
             self._open(Path(self.folder))
         return self
@@ -128,8 +130,9 @@ class Record:
         metrics: Mapping[str, Any],
         samples: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        """Log one step. Metrics are numbers or words; zero-dimensional tensors and arrays are read
-        (a device sync).
+        """Logs one step. Metrics are numbers or text; zero-dimensional tensors and arrays are read
+        (a device sync). ValueError for a step out of order and for a metric named like a field of
+        the log.
         """
         if step <= self._step:
             raise ValueError(
@@ -143,11 +146,11 @@ class Record:
         if not self.is_main:
             return
         now = time.monotonic()
-        self._seconds.append(now - self._stepped)
+        self._last_s.append(now - self._stepped)
         self._stepped = now
         metrics = {name: _plain(value) for name, value in metrics.items()}
         self._write(self._log, {"step": step, "wall_s": self._wall_s(), **metrics})
-        self._last = metrics
+        self._last_metrics = metrics
         self._print(self._line(step, metrics))
         self._forward(step, metrics)
         if samples and self.samples_every and step % self.samples_every == 0:
@@ -156,22 +159,15 @@ class Record:
             for sample in samples[:2]:
                 self._print(_shorten(sample))
 
-    record = __call__
-
     def event(self, name: str, **fields: Any) -> None:
-        """Log a guard, an evaluation, an export, ...; it belongs to the last step unless `step` is
-        given.
-        """
+        """Logs a guard, an evaluation, an export, ...; of the last step unless `step` is given."""
         if not self.is_main:
             return
         self._events[name] += 1
-        self._write(
-            self._log, {"event": name, "step": self._step, "wall_s": self._wall_s(), **fields}
-        )
-        self._print(
-            f"{name}: "
-            + ", ".join(f"{key} {_word(value)}" for key, value in fields.items() if key != "head")
-        )
+        at = {"step": self._step, "wall_s": self._wall_s()}
+        self._write(self._log, {"event": name, **at, **fields})
+        shown = (f"{key} {_word(value)}" for key, value in fields.items() if key != "head")
+        self._print(f"{name}: {', '.join(shown)}")
 
     def __exit__(self, kind, error, _) -> None:
         if not self.is_main:
@@ -181,47 +177,38 @@ class Record:
         self._log.close()
         self._samples.close()
         if kind is None and not self.to_be_continued:
-            _replace(
-                Path(self.folder) / "summary.json",
-                _dump(
-                    {
-                        "schema": SCHEMA,
-                        "step": self._step,
-                        "total_steps": self.total_steps,
-                        "wall_s": self._wall_s(),
-                        "ended": _now(),
-                        "events": dict(self._events),
-                        "last": self._last,
-                    }
-                ),
-            )
+            summary = {
+                "schema": SCHEMA,
+                "step": self._step,
+                "total_steps": self.total_steps,
+                "wall_s": self._wall_s(),
+                "ended": _now(),
+                "events": dict(self._events),
+                "last": self._last_metrics,
+            }
+            write_whole(Path(self.folder) / "summary.json", _dump(summary))
 
     def _open(self, folder: Path) -> None:
-        from rich.console import Console
-
         folder.mkdir(parents=True, exist_ok=True)
-        # it belongs to an earlier end of this run
-        (folder / "summary.json").unlink(missing_ok=True)
+        (folder / "summary.json").unlink(missing_ok=True)  # of an earlier end of this run
         if not self.quiet:
-            self._console = Console(file=sys.stdout, soft_wrap=True, markup=False, emoji=False)
-        kept, cut = _cut(folder / "run.jsonl", self.resumed_step)
+            self._console = stdout_console()
+        before, cut = _cut(folder / "run.jsonl", self.resumed_step)
         _cut(folder / "samples.jsonl", self.resumed_step)
-        self._log, self._samples = (
-            open(folder / "run.jsonl", "ab"),
-            open(folder / "samples.jsonl", "ab"),
-        )
-        self._before_s = max((line.get("wall_s", 0.0) for line in kept), default=0.0)
-        self._events.update(line["event"] for line in kept if "event" in line)
+        self._log = open(folder / "run.jsonl", "ab")
+        self._samples = open(folder / "samples.jsonl", "ab")
+        self._before_s = max((line.get("wall_s", 0.0) for line in before), default=0.0)
+        self._events.update(line["event"] for line in before if "event" in line)
         head = _head(self.config, self.command, folder)
-        if not kept:
+        if not before:
             self._write(self._log, head)
-        if kept or self.resumed_step:
-            self.event("resume", lines_cut=cut, **({"head": head} if kept else {}))
+        if before or self.resumed_step:
+            self.event("resume", lines_cut=cut, **({"head": head} if before else {}))
 
     def _wall_s(self) -> float:
         return self._before_s + time.monotonic() - self._started
 
-    def _write(self, file, line: Mapping[str, Any]) -> None:
+    def _write(self, file: BinaryIO, line: Mapping[str, Any]) -> None:
         file.write(_dump(line).encode() + b"\n")
         file.flush()  # the system has the whole line, should this process be killed
 
@@ -238,14 +225,10 @@ class Record:
             if name in metrics:
                 parts.append(f"{label} {_word(metrics[name], form)}")
             if name == "loss":
-                parts += [
-                    f"{key[5:]} {_word(metrics[key], form)}"
-                    for key in sorted(metrics)
-                    if key.startswith("loss/")
-                ]
-        left_s = (self.total_steps - step) * statistics.median(self._seconds)
-        # not "ETA", which is the dial here
-        return " | ".join([*parts, f"left {_duration(left_s)}"])
+                terms = sorted(key for key in metrics if key.startswith("loss/"))
+                parts += [f"{key[5:]} {_word(metrics[key], form)}" for key in terms]
+        left = time_left(self._last_s, self.total_steps - step)
+        return " | ".join([*parts, f"left {left}"])  # not "ETA": eta is a weight here
 
     def _print(self, text: str) -> None:
         if self._console:
@@ -258,12 +241,11 @@ class Record:
 def _head(config: Mapping[str, Any], command: Sequence[str], folder: Path) -> dict[str, Any]:
     import torch
 
-    device = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {platform.machine()}"
-    )
+    gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if gpu else f"cpu {platform.machine()}"
     code, diff = _code_state()
     if diff:
-        _replace(folder / "code.diff", diff)
+        write_whole(folder / "code.diff", diff)
     return {
         "schema": SCHEMA,
         "started": _now(),
@@ -321,15 +303,15 @@ def _code_state() -> tuple[dict[str, Any] | None, str]:
 
 
 def _cut(path: Path, last_step: int) -> tuple[list[dict], int]:
-    """Drops lines after `last_step` and a torn end, in one rename; the lines kept, and how many
-    were dropped.
+    """Cuts lines after `last_step` and a torn end, in one rename. Returns the lines that stay, and
+    how many were cut.
     """
     if not path.exists():
         return [], 0
     lines = list(_read_lines(path))
-    kept = [line for line in lines if line.get("step", 0) <= last_step]
-    _replace(path, "".join(_dump(line) + "\n" for line in kept))
-    return kept, len(lines) - len(kept)
+    stay = [line for line in lines if line.get("step", 0) <= last_step]
+    write_whole(path, "".join(_dump(line) + "\n" for line in stay))
+    return stay, len(lines) - len(stay)
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -348,16 +330,6 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
             ) from None
 
 
-def _replace(path: Path, text: str) -> None:
-    """The file has the old or the new content at every moment, also after a crash."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def _dump(line: Mapping[str, Any]) -> str:
     return json.dumps(_finite(line), ensure_ascii=False, allow_nan=False, default=str)
 
@@ -370,7 +342,7 @@ def _finite(value: Any) -> Any:
         return {str(key): _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
-    # no half surrogates
+    # UTF-8 has no half surrogates
     return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
@@ -383,20 +355,12 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-# --- words for people
+# --- the console
 
 
 def _word(value: Any, form: str = "{:.4g}") -> str:
-    return (
-        form.format(value)
-        if isinstance(value, int | float) and not isinstance(value, bool)
-        else str(value)
-    )
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours = int(seconds / 60), int(seconds / 3600)
-    return f"{hours}h {minutes % 60:02d}m" if hours else f"{minutes}m {int(seconds) % 60:02d}s"
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return form.format(value) if number else str(value)
 
 
 def _shorten(sample: Mapping[str, Any], width: int = 240) -> str:
@@ -404,8 +368,7 @@ def _shorten(sample: Mapping[str, Any], width: int = 240) -> str:
     rows = []
     for key, value in sample.items():
         text = _word(_plain(value)).replace("\n", "\\n")
-        rows.append(
-            f"    {key}: "
-            f"{text if len(text) <= width else text[: width // 2] + ' ... ' + text[-width // 2 :]}"
-        )
+        if len(text) > width:
+            text = f"{text[: width // 2]} ... {text[-width // 2 :]}"
+        rows.append(f"    {key}: {text}")
     return "\n".join(rows)

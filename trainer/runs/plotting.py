@@ -1,8 +1,13 @@
-"""The pictures of a report; the only file that imports matplotlib."""
+"""Figures of reports; the only file that imports matplotlib."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BARS = 9  # attacks side by side
 COLOURS = {
@@ -15,9 +20,6 @@ COLOURS = {
 
 def plot_all(folder: Path, entries: list, found: Mapping[str, Any]) -> dict[str, str]:
     """Writes the plots that the entries allow; file name -> title."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     made = {}
     for name, title, draw in (
         ("students.png", "Student accuracy by attack and teacher", _students),
@@ -27,22 +29,30 @@ def plot_all(folder: Path, entries: list, found: Mapping[str, Any]) -> dict[str,
     ):
         figure = draw(entries, found)
         if figure is not None:
-            figure.savefig(folder / name, dpi=120, bbox_inches="tight")
+            save_figure(figure, folder / name)
             made[name] = title
-            matplotlib.pyplot.close(figure)
     return made
 
 
-def _axes(columns: int, rows: int = 1, width: float = 4.2, height: float = 3.2):
-    from matplotlib import pyplot
+def panels(
+    columns: int, rows: int = 1, width: float = 4.2, height: float = 3.2
+) -> "tuple[Figure, np.ndarray]":
+    """A figure, and its axes [rows, columns] with light horizontal lines. width, height: of one
+    panel, inches.
+    """
+    from matplotlib.figure import Figure
 
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(width * columns, height * rows), squeeze=False
-    )
+    figure = Figure(figsize=(width * columns, height * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", alpha=0.25)
     return figure, axes
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """As the ending of the path says; without the margin."""
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def _students(entries: list, found: Mapping[str, Any]):
@@ -51,7 +61,7 @@ def _students(entries: list, found: Mapping[str, Any]):
         return None
     rows = -(-len(attacks) // BARS)
     width = -(-len(attacks) // rows)  # as evenly as it goes
-    figure, axes = _axes(1, rows, width=max(6.0, 1.6 * width))
+    figure, axes = panels(1, rows, width=max(6.0, 1.6 * width))
     for ax, start in zip(axes[:, 0], range(0, len(attacks), width)):
         _bars(ax, attacks[start : start + width], teachers, found["students"])
         ax.set_xlim(-0.3, width - 0.1)
@@ -98,7 +108,7 @@ def _calibration(entries: list, found: Mapping[str, Any]):
         "reference_kl": "KL to original, nats/token",
         "length": "response length, tokens",
     }
-    figure, axes = _axes(len(panels), width=3.6)
+    figure, axes = panels(len(panels), width=3.6)
     for ax, (key, title) in zip(axes[0], panels.items()):
         for e in runs:
             steps = [s for s in e.run.steps if key in s]
@@ -124,7 +134,7 @@ def _styles(entries: list, found: Mapping[str, Any]):
     styles = list(next(iter(teachers.values()))["styles"]) if teachers else []
     if not styles:
         return None
-    figure, axes = _axes(1, width=1.6 * max(len(teachers), 3))
+    figure, axes = panels(1, width=1.6 * max(len(teachers), 3))
     ax, bottom = axes[0, 0], [0.0] * len(teachers)
     for style in styles:
         shares = [t["styles"][style]["share"] for t in teachers.values()]
@@ -141,7 +151,7 @@ def _curves(entries: list, found: Mapping[str, Any]):
     if not attacks:
         return None
     columns = min(len(attacks), 6)
-    figure, axes = _axes(columns, -(-len(attacks) // columns), width=3.4)
+    figure, axes = panels(columns, -(-len(attacks) // columns), width=3.4)
     for ax in axes.flat[len(attacks) :]:
         ax.set_axis_off()
     for ax, attack in zip(axes.flat, attacks):

@@ -1,54 +1,111 @@
-"""What a phase without steps is doing: bars on a terminal; elsewhere a line now and then, and one
-at the end of each stage.
+"""How far something is: bars on a terminal, lines elsewhere. And the one way in which durations are
+written.
 
-    with progress(engine.is_main) as stage:
+    with progress(engine.is_main) as stage:                 # phases without steps
         with stage("texts by the student", 80) as advance:
             advance(4)
+
+    with item_progress(9) as show:                          # items that run beside each other
+        show(1, "a: done", running="b, c")
 """
 
 import contextlib
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 EVERY_S = 30.0  # between two lines of one stage
 
-Advance = Callable[[int], None]
+Advance = Callable[[int], None]  # is called with the number of items done since the last call
 Stage = Callable[[str, int], AbstractContextManager[Advance]]
 
 
+class ShowItem(Protocol):
+    def __call__(self, done: int, line: str, running: str) -> None:
+        """line: on the item that has ended; running: names of those that run now."""
+
+
+def duration(seconds: float) -> str:
+    """9 s, 3m 05s, 1h 42m."""
+    minutes, hours = int(seconds / 60), int(seconds / 3600)
+    if hours:
+        return f"{hours}h {minutes % 60:02d}m"
+    return f"{minutes}m {int(seconds) % 60:02d}s" if minutes else f"{int(seconds)} s"
+
+
+def time_left(last_s: Sequence[float], items: int) -> str:
+    """Of `items` that take the median of the last ones, which lasted `last_s` seconds each."""
+    return duration(items * statistics.median(last_s))
+
+
 def ignore(count: int) -> None:
-    """An `advance` that nobody looks at."""
+    """An `advance` that shows nothing."""
 
 
 @contextlib.contextmanager
-def progress(show: bool, console=None) -> Iterator[Stage]:
+def progress(show: bool, console: "Console | None" = None) -> Iterator[Stage]:
     """Yields stage(name, total). show: false on all ranks but the main one, and in quiet runs.
-    console: rich's, for tests.
+    console: for tests.
     """
     if not show:
         yield lambda name, total: contextlib.nullcontext(ignore)
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = console or Console(file=sys.stdout, soft_wrap=True, markup=False, emoji=False)
+    console = console or stdout_console()
     if not console.is_terminal:
         yield lambda name, total: _lines(console.print, name, total)
         return
-    with Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-        console=console,
-    ) as bars:
+    with _bars(console) as bars:
         yield lambda name, total: _bar(bars, name, total)
 
 
 @contextlib.contextmanager
-def _bar(bars, name: str, total: int) -> Iterator[Advance]:
+def item_progress(
+    total: int, done: int = 0, console: "Console | None" = None
+) -> Iterator[ShowItem]:
+    """A bar on a terminal that names the running items; a line per finished item everywhere. done:
+    of the `total` before the start.
+    """
+    console = console or stdout_console()
+    started = time.monotonic()
+    with _bars(console) as bars:
+        task = bars.add_task("starting", total=total, completed=done)
+
+        def show(done: int, line: str, running: str) -> None:
+            bars.update(task, completed=done, description=running or "waiting")
+            after = duration(time.monotonic() - started)
+            console.print(f"[{done}/{total}] {line} after {after}")
+
+        yield show
+
+
+def stdout_console() -> "Console":
+    """Plain text: no markup, no line breaks."""
+    from rich.console import Console
+
+    return Console(file=sys.stdout, soft_wrap=True, markup=False, emoji=False)
+
+
+def _bars(console: "Console") -> "Progress":
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+@contextlib.contextmanager
+def _bar(bars: "Progress", name: str, total: int) -> Iterator[Advance]:
     task = bars.add_task(name, total=total)
     yield lambda count: bars.advance(task, count)
     bars.stop_task(task)
@@ -57,14 +114,15 @@ def _bar(bars, name: str, total: int) -> Iterator[Advance]:
 @contextlib.contextmanager
 def _lines(write: Callable[[str], None], name: str, total: int) -> Iterator[Advance]:
     done, started = 0, time.monotonic()
-    told = started
+    written = started
 
     def advance(count: int) -> None:
-        nonlocal done, told
+        nonlocal done, written
         done += count
-        if done < total and time.monotonic() - told >= EVERY_S:
-            told = time.monotonic()
-            write(f"{name}: {done} of {total} after {told - started:.0f} s")
+        now = time.monotonic()
+        if done < total and now - written >= EVERY_S:
+            written = now
+            write(f"{name}: {done} of {total} after {duration(now - started)}")
 
     yield advance
-    write(f"{name}: {done} done after {time.monotonic() - started:.0f} s")
+    write(f"{name}: {done} done after {duration(time.monotonic() - started)}")

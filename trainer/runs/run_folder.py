@@ -36,9 +36,8 @@ def settle(cfg: Config) -> Config:
     folder = Path(cfg.folder)
     if not (folder / "run.jsonl").exists() and not (folder / "checkpoint").exists():
         return cfg
-    choice = cfg.on_existing_run
-    if choice == "ask":
-        choice = _ask(folder)
+    asks = cfg.on_existing_run == "ask"
+    choice = _ask(folder) if asks else cfg.on_existing_run
     if choice == "fail":
         raise ValueError(
             f"{folder} holds a run already. Set on_existing_run = 'resume' to continue it, 'new' "

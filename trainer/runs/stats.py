@@ -2,19 +2,23 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 DRAWS = 2000  # of every bootstrap
-# two-sided 95 % quantiles of Student's t for 1 ... 9 degrees of freedom; 1.96 beyond 30, linear
-# steps are not needed
+FLIPS = 10_000  # of signs, where there are too many to take all
+TABLE = 2**20  # numbers drawn at once, at most
+# two-sided 95 % quantiles of Student's t for 1 ... 9 degrees of freedom
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+K = TypeVar("K", bound=Any)  # a prompt, or a prompt of a run: whatever can be sorted
 
 
 class Estimate(NamedTuple):
-    """A mean with its uncertainty. `std`: standard deviation, of what the function that made it
-    says. `low`, `high`: 95 % interval of the mean; NaN for one value."""
+    """A mean with its uncertainty. `std`: standard deviation of the values, or as the function says
+    that makes it. `low`, `high`: 95 % interval of the mean; NaN for one value.
+    """
 
     mean: float
     std: float
@@ -36,13 +40,15 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(mean, std, mean - half, mean + half, len(x))
 
 
-def may_be_zero(change: Mapping[str, float]) -> bool:
-    """Several runs whose 95 % interval of the change holds 0."""
-    return change["n"] > 1 and change["low"] <= 0 <= change["high"]
+def may_be_zero(change: Estimate) -> bool:
+    """Of several runs: whether the 95 % interval of the change holds 0."""
+    return change.n > 1 and change.low <= 0 <= change.high
 
 
 def _t95(count: int) -> float:
-    """Two-sided 95 % quantile of Student's t of a mean of `count` >= 2 values."""
+    """Two-sided 95 % quantile of Student's t of a mean of `count` >= 2 values; beyond the table
+    within 0.01 of it.
+    """
     return T95[count - 2] if count - 2 < len(T95) else 1.96 + 2.7 / (count - 1)
 
 
@@ -71,18 +77,12 @@ def paired_difference(after: Sequence[float], before: Sequence[float]) -> Estima
             "same order"
         )
     d = np.asarray(after, float) - np.asarray(before, float)
+    mean = float(d.mean()) if len(d) else math.nan
     if len(d) < 2:
-        return Estimate(
-            float(d.mean()) if len(d) else math.nan, math.nan, math.nan, math.nan, len(d)
-        )
-    half = 1.96 * float(d.std(ddof=1)) / math.sqrt(len(d))
-    return Estimate(
-        float(d.mean()),
-        float(d.std(ddof=1)),
-        float(d.mean()) - half,
-        float(d.mean()) + half,
-        len(d),
-    )
+        return Estimate(mean, math.nan, math.nan, math.nan, len(d))
+    std = float(d.std(ddof=1))
+    half = 1.96 * std / math.sqrt(len(d))
+    return Estimate(mean, std, mean - half, mean + half, len(d))
 
 
 def relative_change(after: float, before: float) -> float:
@@ -90,12 +90,12 @@ def relative_change(after: float, before: float) -> float:
     return (after - before) / before if before else math.nan
 
 
-def mean_over_prompts(values: Mapping[int, float]) -> Estimate:
+def mean_over_prompts(values: Mapping[K, float]) -> Estimate:
     """Mean of one value a prompt, with its bootstrap interval over prompts."""
     return bootstrap_ratio(values, dict.fromkeys(values, 1.0))
 
 
-def bootstrap_ratio(top: Mapping[int, float], bottom: Mapping[int, float]) -> Estimate:
+def bootstrap_ratio(top: Mapping[K, float], bottom: Mapping[K, float]) -> Estimate:
     """sum(top) / sum(bottom) with a 95 % percentile interval over prompts: both sums are drawn
     together, prompt by prompt, DRAWS times.
 
@@ -114,7 +114,7 @@ def bootstrap_ratio(top: Mapping[int, float], bottom: Mapping[int, float]) -> Es
     return _percentile(mean, np.concatenate(ratios), len(keys))
 
 
-def bootstrap(statistic: Callable[[Sequence[int]], float], keys: Sequence[int]) -> Estimate:
+def bootstrap(statistic: Callable[[Sequence[K]], float], keys: Sequence[K]) -> Estimate:
     """The same of any statistic of drawn keys (prompts, repeated ones repeat)."""
     keys = list(keys)
     mean = statistic(keys) if keys else math.nan
@@ -128,7 +128,7 @@ def _drawn(count: int) -> Iterator[np.ndarray]:
     """DRAWS rows of `count` numbers below `count`, the same at every call, in tables of bounded
     size.
     """
-    g, at_once = np.random.default_rng(0), max(1, 2**20 // count)
+    g, at_once = np.random.default_rng(0), max(1, TABLE // count)
     for done in range(0, DRAWS, at_once):
         yield g.integers(count, size=(min(at_once, DRAWS - done), count))
 
@@ -141,11 +141,11 @@ def _percentile(mean: float, draws: np.ndarray, count: int) -> Estimate:
     return Estimate(mean, float(draws.std(ddof=1)), float(low), float(high), count)
 
 
-def sign_flip_p(differences: Sequence[float], *, draws: int = 10_000, seed: int = 0) -> float:
-    """Two-sided p of "paired differences are as often negative as positive": the share of sign
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """Two-sided p of "paired differences are as often negative as positive": the fraction of sign
     flips with a sum as far from 0.
 
-    Exact (all flips) for at most 13 differences that are not 0, else (1 + hits) / (1 + draws). 1
+    Exact (all flips) for at most 13 differences that are not 0, else (1 + hits) / (1 + FLIPS). 1
     where nothing differs.
     """
     d = np.asarray([x for x in differences if x], float)
@@ -156,8 +156,8 @@ def sign_flip_p(differences: Sequence[float], *, draws: int = 10_000, seed: int 
     if len(d) <= 13:
         signs = 1 - 2 * (np.arange(2 ** len(d))[:, None] >> np.arange(len(d)) & 1)
         return float(np.mean(np.abs(signs @ d) >= far))
-    g, at_once, hits = np.random.default_rng(seed), max(1, 2**20 // len(d)), 0
-    for done in range(0, draws, at_once):
-        signs = 1 - 2 * g.integers(2, size=(min(at_once, draws - done), len(d)), dtype=np.int8)
+    g, at_once, hits = np.random.default_rng(0), max(1, TABLE // len(d)), 0
+    for done in range(0, FLIPS, at_once):
+        signs = 1 - 2 * g.integers(2, size=(min(at_once, FLIPS - done), len(d)), dtype=np.int8)
         hits += int((np.abs(signs @ d) >= far).sum())
-    return (1 + hits) / (1 + draws)
+    return (1 + hits) / (1 + FLIPS)

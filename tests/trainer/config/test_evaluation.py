@@ -114,12 +114,12 @@ def test_a_rule_is_a_named_table(accept):
         ({"eval": {"list_options": True}}, "eval.list_options = true with task.name = 'exact'"),
         (
             {"task": {"name": "reward_model"}, "eval": {"pass_at": [1]}},
-            "which calls nothing right or wrong",
+            "which calls nothing correct or wrong",
         ),
         ({"eval": {"source": ""}}, "needs eval.source and task.name"),
     ],
 )
-def test_what_only_some_tasks_can_be_asked(over, says):
+def test_what_a_task_does_not_support_is_refused(over, says):
     with pytest.raises(ValueError) as error:
         evaluate(**({"task": {"name": "exact"}} | over))
     assert says in str(error.value)
