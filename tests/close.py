@@ -81,7 +81,10 @@ def running(path: str, block_v: int = 2048):
         "an earlier test left torch.Tensor.new_empty patched"
     )
     guards: list[Tensor] = []
-    poisoned = lambda allocate, fill=float("nan"): _poisoned(allocate, guards, fill)
+
+    def poisoned(allocate, fill: float | None = float("nan")):
+        return _poisoned(allocate, guards, fill)
+
     with (
         patch.object(_triton, "FORCE_INTERPRET", path == "kernel"),
         patch.object(_triton, "BLOCK_V", block_v),

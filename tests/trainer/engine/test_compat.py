@@ -1,11 +1,11 @@
-"""The shim fills what torchtitan asks of its device module and of torch, once, and before anything
-else.
+"""The shim fills what torchtitan needs of its device module and of torch, once, and before
+anything else.
 """
 
 import pytest
 import torch
 
-from reflux.trainer.engine import compat as titan_compat
+from reflux.trainer.engine import compat
 
 on_cpu = pytest.mark.skipif(
     torch.accelerator.is_available(), reason="the device module is torch's own there"
@@ -14,16 +14,16 @@ on_cpu = pytest.mark.skipif(
 
 @on_cpu
 def test_installing_twice_keeps_the_first_module():
-    assert titan_compat.install()
+    assert compat.install()
     from torchtitan.tools import utils
 
     first = utils.device_module
-    assert titan_compat.install() and utils.device_module is first and utils.device_type == "cpu"
+    assert compat.install() and utils.device_module is first and utils.device_type == "cpu"
 
 
 @on_cpu
 def test_the_device_module_answers_as_torch_cuda_would():
-    module = titan_compat.CpuModule()
+    module = compat.CpuModule()
     assert module.current_device() == 0 and module.is_available() == torch.cpu.is_available()
     assert module.get_device_properties().total_memory > 2**28
     before = module.memory_stats()["active_bytes.all.peak"]
@@ -32,7 +32,7 @@ def test_the_device_module_answers_as_torch_cuda_would():
 
 
 def test_torch_has_every_name_torchtitan_imports():
-    titan_compat.install()
+    compat.install()
     import torchtitan.trainer  # noqa: F401  fails on torch 2.11 without the shim
 
     assert callable(torch.distributed.set_timeout) and isinstance(
@@ -42,10 +42,10 @@ def test_torch_has_every_name_torchtitan_imports():
 
 @on_cpu
 def test_coming_too_late_is_an_error_and_not_a_silent_cuda(monkeypatch):
-    titan_compat.install()
+    compat.install()
     import torchtitan.distributed.utils  # noqa: F401  a module that copies the device names
     from torchtitan.tools import utils
 
     monkeypatch.setattr(utils, "device_module", torch.cpu)
     with pytest.raises(RuntimeError, match="came too late"):
-        titan_compat.install()
+        compat.install()

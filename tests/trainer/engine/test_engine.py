@@ -1,5 +1,5 @@
-"""The engine: one division by the global token count, empty batches, checkpoints that come back,
-what it refuses.
+"""The engine: one division by the global token count, empty batches, checkpoints that are
+restored, errors.
 """
 
 import os

@@ -8,7 +8,8 @@ from assets import make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reflux.trainer.engine.export import export_hf, file_numbers
-from reflux.trainer.engine.model_builder import head_logits, hidden_states
+from reflux.trainer.engine.forward import hidden_states
+from reflux.trainer.engine.head import head_logits
 
 pytestmark = pytest.mark.usefixtures("titan_process")
 
@@ -78,7 +79,7 @@ def test_bfloat16_rounds_and_an_old_export_stays_until_the_new_one_is_whole(
     for name, weight in trainer.model_parts[0].state_dict().items():
         if name in weights:  # embeddings, norms and head keep their names
             assert torch.equal(weights[name], weight.full_tensor().bfloat16())
-    monkeypatch.setattr("reflux.trainer.engine.export._write_rest", lambda *_: 1 / 0)
+    monkeypatch.setattr("reflux.trainer.engine.export._write_config_and_card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export_hf(trainer, str(out), source, dtype="bfloat16", card="second")
     assert (out / "README.md").read_text() == "first" and AutoModelForCausalLM.from_pretrained(out)
@@ -117,7 +118,7 @@ def test_a_tensor_above_the_limit_gets_a_file_of_its_own():
         (dict(dtype="float16"), "want 'float32' or 'bfloat16'"),
     ],
 )
-def test_what_would_destroy_or_cannot_be_written_is_refused(assets, tmp_path, options, message):
+def test_what_would_destroy_or_cannot_be_written_is_an_error(assets, tmp_path, options, message):
     (tmp_path / "notes").mkdir()
     source = str(assets / "qwen3")
     out = source if options.get("out") == "source" else str(tmp_path / options.get("out", "out"))

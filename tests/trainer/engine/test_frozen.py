@@ -1,40 +1,24 @@
-"""Frozen models: loaded or refused by name, never changed, never trained."""
+"""Frozen models: loaded, or an error that names the tensor; never changed, never trained."""
 
 import json
 import shutil
 
 import pytest
 import torch
-from assets import make_trainer, save_model
+from assets import save_model
+from engine_models import load_frozen, positions, random_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from reflux.trainer.engine import frozen as titan_frozen
-from reflux.trainer.engine.model_builder import build_spec, head_weight, hidden_states
-
-
-@pytest.fixture(scope="module")
-def host(assets, titan_process, tmp_path_factory):
-    trainer = make_trainer(assets / "qwen3", tmp_path_factory.mktemp("host"))
-    yield trainer
-    trainer.close()
-
-
-def build(host, path, *, backend="auto", dtype="float32", seq_len=64, spec=None):
-    return titan_frozen.build_frozen(
-        spec or build_spec(str(path), backend=backend),
-        str(path),
-        host.config,
-        host.parallel_dims,
-        host.device,
-        dtype=dtype,
-        seq_len=seq_len,
-    )
+from reflux.trainer.engine import frozen as frozen_models
+from reflux.trainer.engine.decoding import gathered
+from reflux.trainer.engine.forward import hidden_states
+from reflux.trainer.engine.head import head_weight
+from reflux.trainer.engine.model_builder import build_spec
 
 
 def ids_and_positions(L=16):
-    ids_NL = torch.randint(3, 384, (2, L), generator=torch.Generator().manual_seed(0))
-    return ids_NL, torch.arange(L).expand_as(ids_NL)
+    return random_ids(2, L), positions(L, rows=2)
 
 
 def edited(assets, name, tmp_path, edit):
@@ -49,7 +33,7 @@ def edited(assets, name, tmp_path, edit):
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 def test_training_another_model_through_it_leaves_it_as_it_was(host, assets, name):
-    frozen, policy = build(host, assets / name), host.model_parts[0]
+    frozen, policy = load_frozen(host, assets / name), host.model_parts[0]
     before, (ids_NL, positions_NL) = frozen.weights_hash(), ids_and_positions()
     assert not frozen.model.training and not any(p.requires_grad for p in frozen.model.parameters())
     target = frozen.hidden(ids_NL, positions_NL)
@@ -65,7 +49,7 @@ def test_training_another_model_through_it_leaves_it_as_it_was(host, assets, nam
         loss.backward()
     host.optimizers.step()
     host.optimizers.zero_grad()
-    with frozen.gathered():
+    with gathered(frozen.model):
         pass
     assert frozen.weights_hash() == before and torch.equal(
         frozen.hidden(ids_NL, positions_NL), target
@@ -81,11 +65,11 @@ def test_training_another_model_through_it_leaves_it_as_it_was(host, assets, nam
 
 
 def test_the_hash_tells_the_smallest_change_and_two_models_apart(host, assets):
-    frozen, other = build(host, assets / "qwen3_tied"), build(host, assets / "qwen3")
+    frozen, other = load_frozen(host, assets / "qwen3_tied"), load_frozen(host, assets / "qwen3")
     before = frozen.weights_hash()
     assert (
         before != other.weights_hash()
-        and before == build(host, assets / "qwen3_tied").weights_hash()
+        and before == load_frozen(host, assets / "qwen3_tied").weights_hash()
     )
     with torch.no_grad():
         weight = list(frozen.model.parameters())[3].to_local().view(-1)
@@ -95,15 +79,10 @@ def test_the_hash_tells_the_smallest_change_and_two_models_apart(host, assets):
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen2"])
 def test_bfloat16_is_the_files_weights_rounded_and_close(host, assets, name):
-    frozen, (ids_NL, positions_NL) = (
-        build(host, assets / name, dtype="bfloat16"),
-        ids_and_positions(),
-    )
-    want_NLV = (
-        AutoModelForCausalLM.from_pretrained(assets / name, dtype=torch.bfloat16)
-        .eval()(ids_NL)
-        .logits
-    )
+    frozen = load_frozen(host, assets / name, dtype="bfloat16")
+    ids_NL, positions_NL = ids_and_positions()
+    reference = AutoModelForCausalLM.from_pretrained(assets / name, dtype=torch.bfloat16).eval()
+    want_NLV = reference(ids_NL).logits
     hidden_NLD = frozen.hidden(ids_NL, positions_NL)
     with frozen.open_head() as head_VD:
         assert hidden_NLD.dtype == head_VD.dtype == torch.bfloat16
@@ -119,7 +98,7 @@ def test_a_bfloat16_file_becomes_float32_exactly(host, assets, tmp_path):
         tensors |= {key: value.bfloat16() for key, value in tensors.items()}
 
     path = edited(assets, "qwen3", tmp_path, halve)
-    with build(host, path).open_head() as head_VD:
+    with load_frozen(host, path).open_head() as head_VD:
         assert torch.equal(head_VD, load_file(path / "model.safetensors")["lm_head.weight"].float())
 
 
@@ -141,10 +120,12 @@ def test_a_bfloat16_file_becomes_float32_exactly(host, assets, tmp_path):
         ),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_by_name(host, assets, tmp_path, name, edit, message):
+def test_weights_that_do_not_fit_are_errors_that_name_the_tensor(
+    host, assets, tmp_path, name, edit, message
+):
     path = edited(assets, name, tmp_path, edit)
     with pytest.raises(ValueError, match=message):
-        build(host, path)
+        load_frozen(host, path)
 
 
 def test_a_tied_head_stored_twice_is_accepted(host, assets, tmp_path):
@@ -154,23 +135,26 @@ def test_a_tied_head_stored_twice_is_accepted(host, assets, tmp_path):
         tmp_path,
         lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}),
     )
-    assert build(host, path).weights_hash() == build(host, assets / "qwen3_tied").weights_hash()
+    assert (
+        load_frozen(host, path).weights_hash()
+        == load_frozen(host, assets / "qwen3_tied").weights_hash()
+    )
 
 
 def test_a_load_that_did_nothing_is_noticed(host, assets, monkeypatch):
-    monkeypatch.setattr(titan_frozen.dcp, "load", lambda *_, **__: None)
+    monkeypatch.setattr(frozen_models.dcp, "load", lambda *_, **__: None)
     with pytest.raises(RuntimeError, match="were not loaded"):
-        build(host, assets / "qwen3")
+        load_frozen(host, assets / "qwen3")
 
 
-def test_other_choices_that_cannot_work_are_refused(host, assets, tmp_path):
+def test_other_choices_that_cannot_work_are_errors(host, assets, tmp_path):
     with pytest.raises(ValueError, match="seq_len = 300; the model has 256 positions"):
-        build(host, assets / "qwen3", seq_len=300)
+        load_frozen(host, assets / "qwen3", seq_len=300)
     with pytest.raises(ValueError, match="want 'float32' or 'bfloat16'"):
-        build(host, assets / "qwen3", dtype="float16")
+        load_frozen(host, assets / "qwen3", dtype="float16")
     (tmp_path / "config.json").write_text((assets / "qwen3" / "config.json").read_text())
     with pytest.raises(ValueError, match="no .*safetensors"):
-        build(host, tmp_path)
+        load_frozen(host, tmp_path)
     quantised = json.loads((assets / "qwen3" / "config.json").read_text()) | {
         "quantization_config": {"quant_method": "fp8"}
     }
@@ -180,11 +164,11 @@ def test_other_choices_that_cannot_work_are_refused(host, assets, tmp_path):
 
 
 def test_one_spec_serves_models_of_several_row_lengths(host, assets):
-    """torchtitan cuts the RoPE cache inside the spec; a longer model built from it later must not
-    notice.
+    """torchtitan cuts the RoPE cache inside the spec; that must not reach a longer model built from
+    it later.
     """
     spec = build_spec(str(assets / "qwen3"))
-    short, long = (build(host, assets / "qwen3", seq_len=n, spec=spec) for n in (16, 200))
+    short, long = (load_frozen(host, assets / "qwen3", seq_len=n, spec=spec) for n in (16, 200))
     ids_NL, positions_NL = ids_and_positions(200)
     with torch.no_grad():
         reference = (
@@ -196,9 +180,9 @@ def test_one_spec_serves_models_of_several_row_lengths(host, assets):
 
 def test_a_sharded_source_of_several_files_loads(host, tmp_path):
     save_model(tmp_path, "qwen3", head_dim=32)
-    single = build(host, tmp_path).weights_hash()
+    single = load_frozen(host, tmp_path).weights_hash()
     AutoModelForCausalLM.from_pretrained(tmp_path).save_pretrained(
         tmp_path / "parts", max_shard_size="100kB"
     )
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
-    assert build(host, tmp_path / "parts").weights_hash() == single
+    assert load_frozen(host, tmp_path / "parts").weights_hash() == single

@@ -1,5 +1,5 @@
-"""torchtitan's sections: laid over its own dataclasses, strictly, and what would go wrong in
-silence is refused.
+"""torchtitan's sections: laid over its own dataclasses; unknown keys, wrong types and settings that
+would fail silently are errors.
 """
 
 from types import SimpleNamespace
@@ -49,7 +49,7 @@ def test_sections_reach_torchtitans_own_fields(talkers, tmp_path):
         ("parallelism", {"spmd_backend": "spmd_types"}, "partial_dtensor"),
     ],
 )
-def test_what_is_unknown_wrong_or_without_effect_is_refused(
+def test_what_is_unknown_wrong_or_without_effect_is_an_error(
     talkers, tmp_path, section, values, message
 ):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):

@@ -1,6 +1,4 @@
-"""What is served instead of a model: the mixture on known distributions, and in whole runs its two
-ends.
-"""
+"""Defended decoding: the mixture on known distributions, and in whole runs at gamma = 0 and 1."""
 
 import contextlib
 import json
@@ -20,7 +18,7 @@ TEXT = {"objective": "nll", "source": "teacher", "on_policy": 0.0}
 
 
 def decoder(logits_NV):
-    """A decoder that knows one distribution a row, whatever it is fed; notes what it was fed."""
+    """A decoder with one distribution per row, whatever it is fed; also the list of its inputs."""
     fed = []
 
     @contextlib.contextmanager
@@ -75,7 +73,7 @@ def distill(talkers, folder, **over):
     )
 
 
-def test_with_all_the_weight_on_the_proxy_students_read_the_proxy(talkers, tmp_path):
+def test_with_gamma_1_students_learn_from_the_proxy(talkers, tmp_path):
     served = distill(
         talkers,
         tmp_path / "served",
@@ -87,7 +85,7 @@ def test_with_all_the_weight_on_the_proxy_students_read_the_proxy(talkers, tmp_p
     assert [numbers(s) for s in served.steps] == [numbers(s) for s in plain.steps]
 
 
-def test_without_weight_and_without_proxy_it_is_the_teacher(talkers, tmp_path):
+def test_with_gamma_0_it_is_the_teacher(talkers, tmp_path):
     served = distill(
         talkers,
         tmp_path / "served",
@@ -97,7 +95,7 @@ def test_without_weight_and_without_proxy_it_is_the_teacher(talkers, tmp_path):
     assert [numbers(s) for s in served.steps] == [numbers(s) for s in plain.steps]
 
 
-def test_a_half_writes_what_the_two_models_make_together(talkers, tmp_path, monkeypatch):
+def test_with_gamma_a_half_texts_come_from_the_product(talkers, tmp_path, monkeypatch):
     """Every sampled token's log-probability is that of the normalised product, by transformers."""
     texts, real = [], Distill.sample
     monkeypatch.setattr(
@@ -127,18 +125,14 @@ def test_a_half_writes_what_the_two_models_make_together(talkers, tmp_path, monk
         )
 
 
-def test_the_providers_temperature_is_that_of_a_customer_who_asks_for_it(talkers, tmp_path):
+def test_the_providers_temperature_is_that_of_sampling_at_it(talkers, tmp_path):
     served = distill(talkers, tmp_path / "served", defence={"temperature": 0.5})
-    asked = distill(talkers, tmp_path / "asked", rollout={"group": 1, "temperature": 0.5})
+    sampled = distill(talkers, tmp_path / "sampled", rollout={"group": 1, "temperature": 0.5})
     plain = distill(talkers, tmp_path / "plain")
-    assert (
-        [s["length"] for s in served.steps]
-        == [s["length"] for s in asked.steps]
-        != [s["length"] for s in plain.steps]
-    )
-    assert [s["loss"] for s in served.steps] == pytest.approx(
-        [s["loss"] for s in asked.steps], rel=1e-6
-    )
+    lengths = [[s["length"] for s in run.steps] for run in (served, sampled, plain)]
+    assert lengths[0] == lengths[1] != lengths[2]
+    losses = [[s["loss"] for s in run.steps] for run in (served, sampled)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_an_evaluation_samples_at_the_providers_temperature(talkers, tmp_path):
@@ -194,7 +188,7 @@ def test_an_evaluation_judges_what_is_served(talkers, tmp_path):
     assert texts[0] == texts[1] and len(texts[0]) == 12
 
 
-def test_another_vocabulary_is_refused(talkers, tmp_path):
+def test_another_vocabulary_is_an_error(talkers, tmp_path):
     with pytest.raises(
         ValueError, match="has another vocabulary than the model it is multiplied with"
     ):
@@ -202,7 +196,7 @@ def test_another_vocabulary_is_refused(talkers, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "phase, over, says",
+    "phase, over, message",
     [
         ("distill", {}, "only sampled text is served"),
         ("distill", {"distill": TEXT | {"source": "dataset"}}, "only sampled text is served"),
@@ -221,6 +215,6 @@ def test_another_vocabulary_is_refused(talkers, tmp_path):
         ("distill", {"distill": TEXT, "defence": {"temperature": 0.0}}, "want > 0"),
     ],
 )
-def test_what_cannot_be_served_is_refused(talkers, tmp_path, phase, over, says):
-    with pytest.raises(ValueError, match=says):
+def test_what_cannot_be_served_is_an_error(talkers, tmp_path, phase, over, message):
+    with pytest.raises(ValueError, match=message):
         config(talkers, tmp_path / "run", phase, **({"defence": {"proxy": "p"}} | over))

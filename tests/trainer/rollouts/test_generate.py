@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from reflux.trainer.data.batch import Prompt
 from reflux.trainer.phase import Sampling
-from reflux.trainer.rollouts.generate import generate
-from reflux.trainer.rollouts.generate import given_rollout as given_text
+from reflux.trainer.rollouts.generate import EmbeddedSampler, generate, given_rollout
 
 V, PADDED = 7, 9  # the head has two rows more than the tokenizer knows
 STOPS = (3, 5)
@@ -105,9 +104,7 @@ SAMPLINGS = st.builds(
 
 @given(SAMPLINGS)
 def test_log_probabilities_are_those_of_what_was_sampled(s):
-    """T9: after temperature and truncation, so that the same policy has an importance ratio of
-    1.
-    """
+    """T9: after temperature and truncation: the same policy has an importance ratio of 1."""
     for rollout in (r for group in generate(decode, Chat(), SOME, 2, s) for r in group):
         assert 1 <= len(rollout.ids) <= s.max_tokens and len(rollout.logp) == len(rollout.ids)
         logps = distributions(rollout, s)
@@ -127,9 +124,9 @@ def test_log_probabilities_are_those_of_what_was_sampled(s):
 
 @given(SAMPLINGS, st.integers(1, 12), st.permutations(range(5)))
 def test_texts_do_not_depend_on_blocks_order_or_rank(s, rows, order):
-    told = []
-    whole = generate(decode, Chat(), SOME, 3, s, told.append)
-    assert sum(told) == 3 * len(SOME)
+    counts = []
+    whole = generate(decode, Chat(), SOME, 3, s, counts.append)
+    assert sum(counts) == 3 * len(SOME)
     shuffled = generate(decode, Chat(), [SOME[i] for i in order], 3, replace(s, rows=rows))
     assert [shuffled[order.index(i)] for i in range(5)] == whole
     shards = [generate(decode, Chat(), SOME[rank::2], 3, s) for rank in range(2)]
@@ -141,9 +138,11 @@ def test_texts_do_not_depend_on_blocks_order_or_rank(s, rows, order):
 
 def test_every_part_of_the_key_matters():
     base = Sampling(8, seed=3, step=4)
-    texts = lambda s, p=0: tuple(
-        r.ids for r in generate(decode, Chat(), [Prompt(p, SOME[0].messages)], 4, s)[0]
-    )
+
+    def texts(s: Sampling, index: int = 0) -> tuple[tuple[int, ...], ...]:
+        group = generate(decode, Chat(), [Prompt(index, SOME[0].messages)], 4, s)[0]
+        return tuple(r.ids for r in group)
+
     assert len(set(texts(base))) == 4, "members differ"
     seen = {
         texts(base),
@@ -200,9 +199,25 @@ def test_no_prompts_no_texts():
     assert generate(decode, Chat(), [], 4, Sampling(4)) == []
 
 
+def test_a_sampler_gathers_the_weights_once_for_every_call():
+    events, counts = [], []
+
+    @contextmanager
+    def weights():
+        events.append("gathered")
+        yield decode
+        events.append("freed")
+
+    sampler, sampling = EmbeddedSampler(weights, Chat()), Sampling(4, seed=2)
+    for calls in (1, 2):
+        got = sampler.sample(SOME, 3, sampling, counts.append)
+        assert got == generate(decode, Chat(), SOME, 3, sampling)
+        assert events == ["gathered", "freed"] * calls and sum(counts) == 15 * calls
+
+
 def test_a_given_text_is_closed_with_the_templates_stop():
     prompt = replace(SOME[1], response="0124")
-    whole = given_text(Chat(), prompt, 5)
+    whole = given_rollout(Chat(), prompt, 5)
     assert (
         whole.ids == (0, 1, 2, 4, 5)
         and whole.ended
@@ -210,19 +225,19 @@ def test_a_given_text_is_closed_with_the_templates_stop():
         and whole.prompt_ids == (1, 2, 0)
     )
     assert whole.logp == (0.0,) * 5 and whole.content_ids == (0, 1, 2, 4)
-    cut = given_text(Chat(), prompt, 4)
+    cut = given_rollout(Chat(), prompt, 4)
     assert (
         cut.ids == (0, 1, 2, 4)
         and not cut.ended
         and cut.content_ids == cut.ids
         and len(cut.logp) == 4
     )
-    assert given_text(Chat(), prompt, 2).text == "01"
-    assert given_text(Chat(), replace(prompt, response=""), 2).ids == (5,), (
+    assert given_rollout(Chat(), prompt, 2).text == "01"
+    assert given_rollout(Chat(), replace(prompt, response=""), 2).ids == (5,), (
         "an empty answer is a stop"
     )
     with pytest.raises(ValueError, match="prompt 1 has no response; want a `response` column"):
-        given_text(Chat(), SOME[1], 5)
+        given_rollout(Chat(), SOME[1], 5)
 
 
 def test_stop_log_probability_is_a_set_sum_by_hand():

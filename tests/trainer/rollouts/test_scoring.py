@@ -1,5 +1,5 @@
-"""What a reader says about a writer's text: the same by ids or by bytes, summed over spans without
-loss, each by its own template.
+"""Scores of a sampler's text under a scorer: the same by ids or by bytes, summed over spans without
+loss, each with its own template.
 
 Tokenizers are trained here; the models are a toy recurrence whose log-probabilities plain code can
 repeat.
@@ -66,14 +66,14 @@ class Engine:
         return batches
 
     @contextmanager
-    def forward_no_grad(self, reader, batch, vocab_size):
+    def forward_no_grad(self, model, batch, vocab_size):
         rows = [
-            reader.walk(i, p) for i, p in zip(batch.input_NL.tolist(), batch.position_NL.tolist())
+            model.walk(i, p) for i, p in zip(batch.input_NL.tolist(), batch.position_NL.tolist())
         ]
-        yield HeadInputs(torch.cat(rows)[batch.row_T], reader.head, None, vocab_size)
+        yield HeadInputs(torch.cat(rows)[batch.row_T], model.head, None, vocab_size)
 
 
-def written(chat: Chat, text: str, ended: bool = True, ids=None) -> Rollout:
+def sampled(chat: Chat, text: str, ended: bool = True, ids=None) -> Rollout:
     ids = (*(chat.encode(text) if ids is None else ids), *((chat.stop_id,) if ended else ()))
     return Rollout(
         Prompt(0, PROMPT), chat.prompt_ids(PROMPT), ids, (0.0,) * len(ids), 0.0, text, ended
@@ -81,9 +81,7 @@ def written(chat: Chat, text: str, ended: bool = True, ids=None) -> Rollout:
 
 
 def in_pieces(chat: Chat, text: str) -> tuple[int, ...]:
-    """An unusual tokenization of the same bytes, as a sampler may produce: character by
-    character.
-    """
+    """The same bytes character by character, an unusual tokenization that sampling may produce."""
     return tuple(i for c in text for i in chat.encode(c))
 
 
@@ -127,7 +125,7 @@ def test_scores_are_the_models_own_log_probabilities(chats, texts, tokens):
 @given(TEXTS, st.booleans())
 def test_the_same_tokenizer_is_the_same_by_ids_and_by_bytes(chats, texts, ended):
     model = Toy(chats.large.vocab_size, 1)
-    rollouts = [written(chats.large, text, ended) for text in texts]
+    rollouts = [sampled(chats.large, text, ended) for text in texts]
     by_ids, by_bytes = (
         align_texts(chats.large, chats.twin, rollouts, same=same) for same in (True, False)
     )
@@ -148,13 +146,17 @@ def test_the_same_tokenizer_is_the_same_by_ids_and_by_bytes(chats, texts, ended)
                 np.testing.assert_array_equal(x, y)
 
 
+def bytes_of_span(chat: Chat, ids, span, k: int) -> bytes:
+    return b"".join(chat.table.bytes_of([i]) for i, s in zip(ids, span) if s == k)
+
+
 @given(TEXTS, st.booleans(), st.booleans(), st.booleans())
 def test_span_sums_add_up_to_the_sequence_on_both_sides(chats, texts, swap, ended, odd):
     """T19, in both directions and also for a tokenization the tokenizer itself would not choose."""
-    writer, reader = (chats.small, chats.large) if swap else (chats.large, chats.small)
-    rollouts = [written(writer, t, ended, in_pieces(writer, t) if odd else None) for t in texts]
-    for r, a in zip(rollouts, align_texts(writer, reader, rollouts, same=False)):
-        assert tuple(a.scorer_ids) == reader.encode(r.text) and a.n_bytes == len(r.text.encode())
+    sampler, scorer = (chats.small, chats.large) if swap else (chats.large, chats.small)
+    rollouts = [sampled(sampler, t, ended, in_pieces(sampler, t) if odd else None) for t in texts]
+    for r, a in zip(rollouts, align_texts(sampler, scorer, rollouts, same=False)):
+        assert tuple(a.scorer_ids) == scorer.encode(r.text) and a.n_bytes == len(r.text.encode())
         for ids, span in ((r.content_ids, a.sampler_span), (a.scorer_ids, a.scorer_span)):
             logp = -np.random.default_rng(len(ids)).exponential(size=len(ids))
             sums = span_logprobs(logp, span, a.spans)
@@ -163,22 +165,16 @@ def test_span_sums_add_up_to_the_sequence_on_both_sides(chats, texts, swap, ende
                 and sums.sum() == pytest.approx(logp.sum())
                 and (np.diff(span) >= 0).all()
             )
-        bytes_of = lambda chat, ids, span, k: b"".join(
-            chat.table.bytes_of([i]) for i, s in zip(ids, span) if s == k
-        )
         for k in range(a.spans):
-            assert (
-                bytes_of(writer, r.content_ids, a.sampler_span, k)
-                == bytes_of(reader, a.scorer_ids, a.scorer_span, k)
-                != b""
-            )
+            same = bytes_of_span(sampler, r.content_ids, a.sampler_span, k)
+            assert same == bytes_of_span(scorer, a.scorer_ids, a.scorer_span, k) != b""
 
 
 def test_tokens_outside_every_span_count_nothing(chats):
     """T19: a control token in the middle is neither part of the text nor a log-probability of 0."""
     text = sentences(1)[0]
     ids = chats.large.encode(text)
-    rollout = written(chats.large, text, ids=(*ids[:3], 1, *ids[3:]))
+    rollout = sampled(chats.large, text, ids=(*ids[:3], 1, *ids[3:]))
     (a,) = align_texts(chats.large, chats.small, [rollout], same=False)
     assert (
         a.sampler_span[3] == -1
@@ -199,12 +195,12 @@ def test_tokens_outside_every_span_count_nothing(chats):
 
 
 def test_what_does_not_round_trip_cannot_be_scored(chats):
-    whole = written(chats.large, sentences(1)[0])
+    whole = sampled(chats.large, sentences(1)[0])
     half = in_pieces(chats.large, "🙂")[:2]  # the first bytes of a character
-    broken = written(chats.large, "?", ids=(*half, *chats.large.encode(" ab")))
-    cut = written(chats.large, "ab", ended=False, ids=(*chats.large.encode("ab"), *half))
+    broken = sampled(chats.large, "?", ids=(*half, *chats.large.encode(" ab")))
+    cut = sampled(chats.large, "ab", ended=False, ids=(*chats.large.encode("ab"), *half))
     a, b, c, d = align_texts(
-        chats.large, chats.small, [broken, whole, cut, written(chats.large, "")], same=False
+        chats.large, chats.small, [broken, whole, cut, sampled(chats.large, "")], same=False
     )
     assert (
         a.spans is None
@@ -220,35 +216,39 @@ def test_what_does_not_round_trip_cannot_be_scored(chats):
     )
 
 
-def test_a_reader_that_changes_the_text_needs_a_known_normaliser(chats):
-    """A lower-casing reader: by its normaliser every position is found again; without it only texts
-    it leaves alone are scored.
+def test_a_scorer_that_changes_the_text_needs_a_known_normaliser(chats):
+    """A lower-casing scorer: its normaliser maps every position back; without it only texts that it
+    does not change are scored.
     """
-    texts = [written(chats.large, "Two remain."), written(chats.large, "two remain.")]
-    reader = lambda normalize: SimpleNamespace(
-        table=chats.small.table,
-        encode=lambda text: chats.small.encode(text.lower()),
-        normalize=normalize,
-    )
-    a, b = align_texts(chats.large, reader(None), texts, same=False)
+    texts = [sampled(chats.large, "Two remain."), sampled(chats.large, "two remain.")]
+
+    def lower_casing(normalize) -> SimpleNamespace:
+        return SimpleNamespace(
+            table=chats.small.table,
+            encode=lambda text: chats.small.encode(text.lower()),
+            normalize=normalize,
+        )
+
+    a, b = align_texts(chats.large, lower_casing(None), texts, same=False)
     assert (
         a.spans is None
         and a.scorer_ids == ()
         and b.spans
         and b.scorer_ids == chats.small.encode("two remain.")
     )
-    known, plain = align_texts(chats.large, reader(str.lower), texts, same=False)
+    known, plain = align_texts(chats.large, lower_casing(str.lower), texts, same=False)
     assert known.scorer_ids == plain.scorer_ids == b.scorer_ids and plain.spans == b.spans
     # large letters are as long as small ones
     np.testing.assert_array_equal(known.scorer_span, b.scorer_span)
 
 
-def test_starts_are_places_where_both_have_read_the_same_bytes(chats):
-    rollout = written(chats.large, sentences(1)[0])
+def test_starts_are_positions_where_both_have_read_the_same_bytes(chats):
+    rollout = sampled(chats.large, sentences(1)[0])
     (a,) = align_texts(chats.large, chats.small, [rollout], same=False)
-    lens = lambda chat, ids: np.append(0, np.cumsum(chat.table.lens[list(ids)]))
-    mine, theirs = lens(chats.large, rollout.content_ids), lens(chats.small, a.scorer_ids)
-    assert mine[a.starts.a].tolist() == theirs[a.starts.b].tolist() and rollout.ended
+    sampler_bytes = np.append(0, np.cumsum(chats.large.table.lens[list(rollout.content_ids)]))
+    scorer_bytes = np.append(0, np.cumsum(chats.small.table.lens[list(a.scorer_ids)]))
+    assert sampler_bytes[a.starts.a].tolist() == scorer_bytes[a.starts.b].tolist()
+    assert rollout.ended
     assert a.starts.a[-1] == len(rollout.content_ids) and a.starts.b[-1] == len(a.scorer_ids), (
         "the stop is predicted behind the text"
     )
@@ -257,7 +257,7 @@ def test_starts_are_places_where_both_have_read_the_same_bytes(chats):
         same.starts.a.tolist()
         == same.starts.b.tolist()
         == list(range(len(rollout.content_ids) + 1))
-    ), "the stop is a place, too"
+    ), "the stop is an aligned position, too"
 
 
 def test_no_texts(chats):
@@ -266,16 +266,15 @@ def test_no_texts(chats):
 
 
 def test_each_side_renders_its_own_prompt_and_only_the_text_is_shared(chats, tmp_path):
-    """T20: no marker of the writer's template or stop set among what the reader scores."""
+    """T20: no marker of the sampler's template or stop set among what the scorer scores."""
     chats.small.tokenizer.save_pretrained(tmp_path)
     template = "{% for m in messages %}## {{ m['content'] }} ##{% endfor %}"
     (tmp_path / "chat_template.jinja").write_text(template)
-    reader = Chat(str(tmp_path))
-    rollout = written(chats.large, sentences(1)[0])
-    (a,) = align_texts(chats.large, reader, [rollout], same=False)
-    prompt = reader.prompt_ids(PROMPT)
-    assert reader.decode(prompt) == "## what remains? ##" and prompt != chats.small.prompt_ids(
-        PROMPT
-    )
-    special = {reader.tokenizer.convert_tokens_to_ids(s) for s in SPECIALS}
-    assert not special & set(a.scorer_ids) and reader.decode(a.scorer_ids) == rollout.text
+    scorer = Chat(str(tmp_path))
+    rollout = sampled(chats.large, sentences(1)[0])
+    (a,) = align_texts(chats.large, scorer, [rollout], same=False)
+    prompt = scorer.prompt_ids(PROMPT)
+    assert scorer.decode(prompt) == "## what remains? ##"
+    assert prompt != chats.small.prompt_ids(PROMPT)
+    special = {scorer.tokenizer.convert_tokens_to_ids(s) for s in SPECIALS}
+    assert not special & set(a.scorer_ids) and scorer.decode(a.scorer_ids) == rollout.text

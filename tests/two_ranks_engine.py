@@ -1,24 +1,24 @@
-"""Run by test_titan_models.py under torchrun: two ranks, each check against transformers on one
-process.
-"""
+"""Two ranks against transformers on one process; test_model_builder.py runs it under torchrun."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from assets import make_trainer
+from engine_models import load_frozen
 from transformers import AutoModelForCausalLM
 
-from reflux.trainer.engine import model_builder as tm
 from reflux.trainer.engine.decoding import gathered, kv_decoder
 from reflux.trainer.engine.export import export_hf
-from reflux.trainer.engine.frozen import build_frozen
-
-from torchtitan.config import ParallelismConfig  # isort: skip  after titan_compat
+from reflux.trainer.engine.forward import hidden_states
+from reflux.trainer.engine.head import head_weight
+from reflux.trainer.engine.hf_models import HFDecoder
 
 
 def check(trainer, path, out):
+    """Decoding, frozen hidden states, gradients and export of one model."""
     model, tensor_parallel = trainer.model_parts[0], trainer.parallel_dims.tp_enabled
     # the ranks of a tensor-parallel group see the same rows
     rank = 0 if tensor_parallel else dist.get_rank()
@@ -29,31 +29,21 @@ def check(trainer, path, out):
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     with torch.no_grad():
         want_NLV = reference(ids_NL).logits
-    frozen = build_frozen(
-        tm.build_spec(path),
-        path,
-        trainer.config,
-        trainer.parallel_dims,
-        trainer.device,
-        dtype="float32",
-        seq_len=64,
-    )
+    frozen = load_frozen(trainer, path)
     before = frozen.weights_hash()
     with gathered(model):  # first of all: nothing has run through the root yet
         for _ in range(1 + rank):  # ranks may decode different amounts
             with kv_decoder(model) as step:
-                logits_NV = step(
-                    ids_NL, positions_NL, torch.ones_like(ids_NL, dtype=torch.bool), True
-                )
+                real_NL = torch.ones_like(ids_NL, dtype=torch.bool)
+                logits_NV = step(ids_NL, positions_NL, real_NL, True)
     assert (logits_NV - want_NLV[:, -1]).abs().max() < 2e-5
     hidden_NLD = frozen.hidden(ids_NL, positions_NL)
     with frozen.open_head() as head_VD:
         assert (hidden_NLD @ head_VD.T - want_NLV).abs().max() < 2e-5
-    (
-        tm.hidden_states(model, ids_NL, positions_NL) @ tm.head_weight(model).T
-    ).square().sum().backward()
+    logits_NLV = hidden_states(model, ids_NL, positions_NL) @ head_weight(model).T
+    logits_NLV.square().sum().backward()
     reference(ids_NL).logits.square().sum().backward()
-    norm = (model.decoder if isinstance(model, tm.HFDecoder) else model).norm
+    norm = (model.decoder if isinstance(model, HFDecoder) else model).norm
     for got, want in (
         (model.lm_head.weight, reference.lm_head.weight),
         (norm.weight, reference.model.norm.weight),
@@ -69,12 +59,19 @@ def check(trainer, path, out):
     )
 
 
-assets, folder = Path(sys.argv[1]), Path(sys.argv[2])
-for name, degree in (("llama3", 1), ("gemma3", 1), ("qwen3_tied", 2)):
-    parallelism = ParallelismConfig(spmd_backend="partial_dtensor", tensor_parallel_degree=degree)
-    trainer = make_trainer(assets / name, folder / name, parallelism=parallelism)
-    check(trainer, str(assets / name), str(folder / f"{name}_out"))
-    trainer.close()
-print("all equal", flush=True)
-dist.barrier()
-dist.destroy_process_group()
+def main(assets: Path, folder: Path) -> None:
+    from torchtitan.config import ParallelismConfig  # only once the engine has been imported
+
+    plain = ParallelismConfig(spmd_backend="partial_dtensor")
+    for name, degree in (("llama3", 1), ("gemma3", 1), ("qwen3_tied", 2)):
+        parallelism = replace(plain, tensor_parallel_degree=degree)
+        trainer = make_trainer(assets / name, folder / name, parallelism=parallelism)
+        check(trainer, str(assets / name), str(folder / f"{name}_out"))
+        trainer.close()
+    print("all equal", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

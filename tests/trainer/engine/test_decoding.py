@@ -1,0 +1,57 @@
+"""Decoding with a cache is the full forward, and leaves the sharding as it was."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from assets import make_trainer
+from engine_models import BACKENDS, load_frozen, positions, random_ids, reference_logits
+from torch.distributed.tensor import DTensor
+
+from reflux.trainer.engine.decoding import gathered, kv_decoder
+from reflux.trainer.engine.native_models import MaskedSDPA
+from reflux.trainer.engine.sharding import fsdp_units
+
+
+@pytest.mark.parametrize("name, backend", BACKENDS)
+@pytest.mark.parametrize("room", [0, 64])
+def test_decoding_with_a_cache_is_the_full_forward(host, assets, name, backend, room):
+    model, ids_NL = load_frozen(host, assets / name, backend).model, random_ids(2, 30)
+    real = torch.ones(2, 12, dtype=torch.bool)
+    real[0, :5] = False  # row 0 is padded on the left
+    positions_NL = (real.long().cumsum(1) - 1).clamp(min=0)
+    with gathered(model), kv_decoder(model, max_length=room) as step:
+        logits = [step(ids_NL[:, :12], positions_NL, real, True)]
+        for t in range(12, 30):
+            positions_NL = positions_NL[:, -1:] + 1
+            real = torch.cat([real, real.new_ones(2, 1)], 1)
+            logits.append(step(ids_NL[:, t : t + 1], positions_NL, real, False))
+    got = torch.stack(logits, 1)
+    for row, padding in ((0, 5), (1, 0)):
+        want = reference_logits(assets / name, ids_NL[row : row + 1, padding:])[0, 11 - padding :]
+        assert (got[row] - want).abs().max() <= 3e-6 * want.abs().max()
+    assert not any(module.cache for module in model.modules() if isinstance(module, MaskedSDPA))
+
+
+@pytest.mark.parametrize("policy", ["default", "always", "never"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_tied", "gemma3"])
+def test_decoding_leaves_every_group_resharding_as_before(assets, host, tmp_path, name, policy):
+    parallelism = replace(host.config.parallelism, fsdp_reshard_after_forward=policy)
+    trainer = make_trainer(assets / name, tmp_path, parallelism=parallelism)
+    model, ids_NL = trainer.model_parts[0], random_ids(1, 8)
+
+    def sharded_after_a_forward():
+        # with grad: under no_grad the root's post-forward differs
+        model(ids_NL, positions=positions(8)).sum()
+        return [
+            isinstance(weight, DTensor)
+            for unit in fsdp_units(model)
+            for weight in unit.parameters(recurse=False)
+        ]
+
+    before = sharded_after_a_forward()
+    with gathered(model, policy):
+        assert not any(isinstance(weight, DTensor) for weight in model.parameters())
+    assert all(isinstance(weight, DTensor) for weight in model.parameters())
+    assert sharded_after_a_forward() == before
+    trainer.close()

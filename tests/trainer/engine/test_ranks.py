@@ -1,0 +1,53 @@
+"""Sums, means and padding over two ranks, against numbers by hand."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from shards import run_on_ranks
+
+from reflux.trainer.data.batch import empty_batch
+from reflux.trainer.engine.metrics import MetricSums
+from reflux.trainer.engine.ranks import RankGroup
+
+CPU = torch.device("cpu")
+
+
+def answers() -> dict:
+    """What each method returns where rank 0 holds 1, 2 and rank 1 holds 6."""
+    ranks = RankGroup(dist.group.WORLD, CPU)
+    rows = ([1.0, 2.0], [6.0])[ranks.rank]
+    sums = MetricSums()
+    sums.add("a", rows)
+    sums.add("none", [])
+    return {
+        "rank": ranks.rank,
+        "sum": ranks.sum(sum(rows)),
+        "max": ranks.max(max(rows)),
+        "mean": ranks.mean(sums),
+        "gather": ranks.gather(rows),
+        "batches": len(ranks.pad([empty_batch()] * len(rows))),
+        "none": len(ranks.pad([])),
+        "any": (ranks.any(ranks.rank == 1), ranks.any(False)),
+    }
+
+
+def test_two_ranks_agree():
+    same = {
+        "sum": 9.0,
+        "max": 6.0,
+        "mean": {"a": 3.0, "none": 0.0},
+        "gather": [1.0, 2.0, 6.0],
+        "batches": 2,
+        "none": 1,
+        "any": (True, False),
+    }
+    assert run_on_ranks(answers) == [same | {"rank": rank} for rank in range(2)]
+
+
+def test_a_single_rank_needs_no_group():
+    ranks = RankGroup(None, CPU)
+    assert (ranks.rank, ranks.world) == (0, 1)
+    assert ranks.sum(2.5) == 2.5 and ranks.gather([1, 2]) == [1, 2]
+    assert ranks.reduce([], dist.ReduceOp.SUM) == []
+    # the third of three numbers that float32 would round away
+    assert ranks.sum(1e9 + 0.25) == pytest.approx(1e9 + 0.25, rel=0, abs=0)
