@@ -80,11 +80,11 @@ def _run(cfg, args) -> int:
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
     if args.dry_run:
-        from reflux.trainer.preflight.commands import dry_run
+        from reflux.trainer.preflight.dry_run import dry_run
 
         return dry_run(cfg)
     if args.check:
-        from reflux.trainer.preflight.commands import check
+        from reflux.trainer.preflight.check import check
 
         return check(cfg)
     cfg = run_folder.settle(cfg)

@@ -12,6 +12,12 @@ if TYPE_CHECKING:
 
 MAX_UNALIGNED = 0.5  # of a pair's texts, where the phase sets no limit of its own
 
+# What --check does with a frozen model (preflight/model_checks.py):
+#   same_weights  the KL of the trained model to it is zero before the first step
+#   token_order   it prefers texts to the same tokens in another order
+#   token_kl      the KL of the student to it is finite, and not zero
+Probe = Literal["same_weights", "token_order", "token_kl"]
+
 
 @dataclass(frozen=True)
 class Role:
@@ -20,7 +26,15 @@ class Role:
     name: str
     model: FrozenSection
     section: str
+    own: bool = False  # the model of [model]; all others are frozen
     trained: bool = False
+    samples: bool = False  # texts are sampled from it
+    probe: Probe | None = None  # None: --check does not load it
+
+    @property
+    def is_copy(self) -> bool:
+        """A frozen copy of the model of [model]: the same folder, the same tokenizer."""
+        return self.section == "model" and not self.own
 
 
 @dataclass(frozen=True)
@@ -45,16 +59,14 @@ class Advice:
 
 def own_model(cfg: Config) -> FrozenSection:
     """The model of [model], as a role describes it."""
-    return FrozenSection(cfg.model.path, cfg.model.backend, cfg.model.attention)
+    return FrozenSection(cfg.model.path, cfg.model.backend, cfg.model.attention, dtype="float32")
 
 
 def defence_roles(cfg: Config) -> list[Role]:
     d = cfg.defence
-    return (
-        [Role("defence proxy", FrozenSection(d.proxy, dtype=d.dtype), "defence.proxy")]
-        if d.proxy
-        else []
-    )
+    if not d.proxy:
+        return []
+    return [Role("defence proxy", FrozenSection(d.proxy, dtype=d.dtype), "defence.proxy")]
 
 
 def calibrate_roles(cfg: Config) -> list[Role]:
@@ -62,9 +74,9 @@ def calibrate_roles(cfg: Config) -> list[Role]:
     r, roles = cfg.reference, []
     if r.beta or (cfg.calibration.eta and cfg.calibration.denominator == "reference"):
         reference = replace(own_model(cfg), dtype=r.dtype, offload=r.offload)
-        roles.append(Role("reference", reference, "model"))
+        roles.append(Role("reference", reference, "model", probe="same_weights"))
     if cfg.calibration.eta:
-        roles.append(Role("proxy", cfg.proxy, "proxy"))
+        roles.append(Role("proxy", cfg.proxy, "proxy", probe="token_order"))
     return roles
 
 
@@ -83,14 +95,20 @@ def calibrate_advice(cfg: Config, same_ids: bool) -> Advice | None:
     )
 
 
+def distill_samples(cfg: Config) -> bool:
+    """Whether the student samples: on-policy texts, or answers of an evaluation."""
+    return cfg.distill.on_policy > 0 or bool(cfg.eval.source)
+
+
 def distill_roles(cfg: Config) -> list[Role]:
     """Every teacher; none for plain SFT on given texts."""
     d = cfg.distill
     if d.objective == "nll" and d.source != "teacher":
         return []
+    samples = d.on_policy < 1 and d.source == "teacher"
     more = (replace(cfg.teacher, path=path) for path in d.more_teachers)
     return [
-        Role("teacher", cfg.teacher, "teacher"),
+        Role("teacher", cfg.teacher, "teacher", samples=samples, probe="token_kl"),
         *(Role(f"teacher {i}", model, "distill.more_teachers") for i, model in enumerate(more, 2)),
     ]
 
@@ -119,7 +137,8 @@ def distill_advice(cfg: Config, same_ids: bool) -> Advice | None:
 
 
 def diagnose_roles(cfg: Config) -> list[Role]:
-    return [Role("teacher", cfg.teacher, "teacher")]
+    samples = "teacher" in cfg.diagnose.prefixes
+    return [Role("teacher", cfg.teacher, "teacher", samples=samples, probe="token_kl")]
 
 
 def diagnose_pair(cfg: Config) -> Pair | None:

@@ -12,6 +12,7 @@ from reflux.trainer.config.sections import CalibrationSection
 from reflux.trainer.matrix import read_matrix
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.toml"))
+PAPER = [path for path in CONFIGS if path.parent.name == "paper"]
 CHOSEN_LATER = {
     "folder": "f",
     "phase": "distill",
@@ -91,6 +92,18 @@ def written(path: Path, key: str) -> bool:
     for part in key.split("."):
         here = here.get(part) if isinstance(here, dict) else None
     return here is not None or ("base" in table and written(path.parent / table["base"], key))
+
+
+@pytest.mark.parametrize("mode", ["distillable", "undistillable", "off"])
+@pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
+def test_paper_configs_load_and_say_that_they_were_not_run(path, mode):
+    cfg = load(path, (f"calibration.mode={mode}",))
+    assert path.read_text().startswith("# NOT RUN.") and cfg.calibration.mode == mode
+    assert cfg.rollout.prompts % cfg.titan["parallelism"]["data_parallel_shard_degree"] == 0
+
+
+def test_there_are_paper_configs():
+    assert len(PAPER) == 6
 
 
 @pytest.mark.parametrize(

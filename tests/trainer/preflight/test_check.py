@@ -1,0 +1,189 @@
+"""--check: broken set-ups are named before they cost anything, sound ones pass, and nothing is
+written.
+"""
+
+import json
+import os
+import tempfile
+from dataclasses import replace
+
+import pytest
+import torch
+from assets import free_port
+from preflight_cases import changed_tokenizer, files, only_descriptions, problems, swallow_space
+from runs import config
+
+from reflux.trainer.config.schema import Config
+from reflux.trainer.data.chat import Chat
+from reflux.trainer.data.prompts import load_prompts
+from reflux.trainer.preflight import check as check_module
+from reflux.trainer.preflight import model_checks
+from reflux.trainer.preflight.check import check
+from reflux.trainer.preflight.check import examine as examine_report
+from reflux.trainer.preflight.dry_run import plan
+from reflux.trainer.preflight.report import Finding
+
+
+def examine(cfg: Config) -> list[Finding]:
+    os.environ["MASTER_PORT"] = str(free_port())
+    return examine_report(cfg).findings
+
+
+@pytest.mark.usefixtures("titan_process")
+def test_a_sound_calibration_passes_and_nothing_is_written(
+    calibrate, tmp_path, monkeypatch, capsys
+):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    os.environ["MASTER_PORT"] = str(free_port())
+    cfg = calibrate()
+    before = files(tmp_path)
+    assert check(cfg) == 0
+    after = files(tmp_path)
+    assert after.keys() == before.keys()  # the scratch folder's time stamp may move
+    text = capsys.readouterr().out
+    for line in (
+        "policy and proxy: different tokenizers (128 ids differ)",
+        "accepts 24 of the data's own 24 responses",
+        "shared spans",
+        "KL(policy || reference) at the start is",
+        "sampler against trainer",
+        "proxy: prefers 100%",
+        "«<|eos|>»",
+        "stop set",
+    ):
+        assert line in text, line
+
+
+@pytest.mark.usefixtures("titan_process")
+def test_a_sound_distillation_passes(distill):
+    findings = examine(distill())
+    assert not problems(findings) and not problems(findings, "warning")
+    assert any("KL(student || teacher)" in f.what for f in findings)
+
+
+@pytest.mark.usefixtures("titan_process")
+def test_a_student_that_is_its_teacher_learns_nothing(distill, talkers):
+    findings = examine(distill(teacher={"path": str(talkers / "policy")}))
+    assert "same model" in problems(findings, "warning")
+
+
+def test_another_vocabulary_is_an_error_for_token_kl_and_not_for_spans(distill, talkers):
+    other = {"path": str(talkers / "proxy")}
+    errors = problems(examine(distill(teacher=other)))
+    assert "student and teacher: different tokenizers (128 ids differ)" in errors
+    assert "'span'" in errors
+
+
+@pytest.mark.usefixtures("titan_process")
+def test_another_vocabulary_is_fine_for_a_diagnosis(talkers, tmp_path):
+    over = {"teacher": {"path": str(talkers / "proxy")}, "task": {"name": "runs:is_even"}}
+    findings = examine(config(talkers, tmp_path / "run", "diagnose", **over))
+    assert not problems(findings), problems(findings)
+    assert "student and teacher: different tokenizers" in problems(findings, "ok")
+
+
+@pytest.mark.usefixtures("titan_process")
+def test_spans_align_across_tokenizers(distill, talkers):
+    other = {"path": str(talkers / "proxy")}
+    findings = examine(distill(teacher=other, distill={"objective": "span"}))
+    assert not problems(findings)
+    assert any("shared spans" in f.what and "coverage 100%" in f.what for f in findings)
+
+
+@pytest.mark.usefixtures("titan_process")
+def test_a_tokenizer_that_changes_the_text_is_an_error(calibrate, talkers, tmp_path):
+    rows = [
+        {
+            "prompt": "What is 1+1?",
+            "answer": "2",
+            "response": f"{'SUM !' if k % 2 else 'sum!'} => 2",
+        }
+        for k in range(8)
+    ]
+    (tmp_path / "upper.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    over = {"data": {"source": str(tmp_path / "upper.jsonl")}}
+    proxy = changed_tokenizer(talkers / "proxy", tmp_path / "eats", swallow_space)
+    findings = examine(calibrate(proxy={"path": str(proxy)}, **over))
+    errors = problems(findings)
+    assert "50.0% of the first 8 texts do not round-trip" in errors and "SUM" in errors
+    lowers = changed_tokenizer(
+        talkers / "proxy",
+        tmp_path / "lower",
+        lambda table: table.update(normalizer={"type": "Lowercase"}),
+    )
+    assert "round-trip" not in problems(examine(calibrate(proxy={"path": str(lowers)}, **over))), (
+        "a normaliser is no loss"
+    )
+
+
+def test_a_prompt_that_does_not_fit_is_an_error_with_the_length_to_set(calibrate):
+    cfg = calibrate(rollout={"max_tokens": 60})
+    errors = problems(examine(cfg))
+    chat = Chat(cfg.model.path)
+    longest = max(len(chat.prompt_ids(p.messages)) for p in load_prompts(cfg.data.source))
+    assert "prompts are too long" in errors and f"training.seq_len >= {longest + 59}" in errors
+    fits = examine_lengths(
+        calibrate(rollout={"max_tokens": 60}, training={"seq_len": longest + 59})
+    )
+    assert not problems(fits)
+
+
+def examine_lengths(cfg: Config) -> list[Finding]:
+    return [f for f in plan(cfg).findings if "longest" in f.what]
+
+
+@pytest.mark.parametrize(
+    "task, words",
+    [
+        (
+            {"name": "exact", "options": {"marker": "##"}},
+            "accepts 0 of the data's own 24 responses; prompt 0:",
+        ),
+        (
+            {"name": "runs:raise_sometimes"},
+            "the grader failed on the data's own response: ZeroDivisionError",
+        ),
+        ({"name": "exakt"}, "unknown task 'exakt'"),
+    ],
+)
+def test_a_grader_at_odds_with_the_data_is_an_error(calibrate, task, words):
+    assert words in problems(examine(calibrate(task={"options": {}} | task)))
+
+
+@pytest.mark.usefixtures("titan_process")
+def test_a_proxy_that_knows_nothing_is_a_warning(calibrate, assets):
+    findings = examine(calibrate(proxy={"path": str(assets / "gemma3")}))
+    assert "sign of the effect" in problems(findings, "warning")
+
+
+@pytest.mark.usefixtures("titan_process")
+def test_a_policy_that_is_not_its_reference_is_an_error(calibrate):
+    errors = problems(examine(calibrate(model={"from_scratch": True})))
+    assert "KL(policy || reference) at the start" in errors
+
+
+@pytest.mark.usefixtures("titan_process")
+def test_a_calibration_without_a_reference_kl_is_a_warning(calibrate):
+    findings = examine(calibrate(reference={"beta": 0.0}))
+    assert "reference.beta = 0" in problems(findings, "warning") and not problems(findings)
+
+
+@pytest.mark.usefixtures("titan_process")
+def test_a_sampler_that_disagrees_with_the_trainer_is_an_error(calibrate, monkeypatch):
+    sample_texts = model_checks.sample_texts
+
+    def shifted(*args):
+        rollouts = sample_texts(*args)
+        return [replace(x, logp=tuple(v - 0.01 for v in x.logp)) for x in rollouts]
+
+    monkeypatch.setattr(check_module, "sample_texts", shifted)
+    assert "differ by 0.01 in the mean" in problems(examine(calibrate()))
+
+
+@pytest.mark.usefixtures("titan_process")
+def test_weights_that_are_not_there_are_an_error(calibrate, talkers, tmp_path):
+    empty = only_descriptions(talkers / "proxy", tmp_path / "empty")
+    assert "no *.safetensors" in problems(examine(calibrate(proxy={"path": str(empty)})))
+    assert not torch.distributed.is_initialized()

@@ -1,0 +1,79 @@
+"""--dry-run: what cannot work is named, and neither weights nor a process group are needed."""
+
+import shutil
+
+import pytest
+import torch
+from preflight_cases import files, only_descriptions, problems
+
+from reflux.trainer.preflight.check import check, examine
+from reflux.trainer.preflight.dry_run import dry_run, plan
+
+
+def test_a_dry_run_reads_no_weights_and_starts_nothing(calibrate, talkers, tmp_path, capsys):
+    over = {
+        "model": {"path": str(only_descriptions(talkers / "policy", tmp_path / "p"))},
+        "proxy": {"path": str(only_descriptions(talkers / "proxy", tmp_path / "c"))},
+    }
+    cfg = calibrate(**over)
+    before = files(tmp_path)
+    assert dry_run(cfg) == 0 and files(tmp_path) == before
+    assert not torch.distributed.is_initialized()
+    text = capsys.readouterr().out
+    for word in (
+        "policy (trained)",
+        "reference (frozen)",
+        "proxy (frozen)",
+        "119,232",
+        "native",
+        "hf",
+        "while sampling",
+    ):
+        assert word in text
+
+
+def test_a_dry_run_without_tokenizer_and_data_says_so(calibrate, talkers, tmp_path):
+    (tmp_path / "p").mkdir()
+    shutil.copy(talkers / "policy" / "config.json", tmp_path / "p")
+    cfg = calibrate(model={"path": str(tmp_path / "p")}, data={"source": "nowhere.jsonl"})
+    findings = plan(cfg).findings
+    warnings = problems(findings, "warning")
+    assert "policy: no tokenizer" in warnings and "nowhere.jsonl" in warnings
+    assert not problems(findings)
+
+
+def test_a_missing_folder_is_named_with_its_role(calibrate, distill, tmp_path, capsys):
+    for cfg, role in (
+        (calibrate(proxy={"path": "no/where"}), "proxy"),
+        (distill(teacher={"path": "no/where"}), "teacher"),
+        (distill(model={"path": "no/where"}), "student"),
+    ):
+        errors = problems(plan(cfg).findings)
+        assert f"{role}: " in errors and "no/where" in errors
+        findings = examine(cfg).findings
+        assert f"{role}: " in problems(findings) and "not loaded" in problems(findings, "warning")
+    assert dry_run(cfg) == 1 and check(cfg) == 1
+
+
+@pytest.mark.parametrize(
+    "over, words",
+    [
+        (
+            {"model": {"backend": "hf"}, "training": {"seq_len": 512}},
+            "seq_len = 512; the model has 256 positions",
+        ),
+        ({"training": {"seq_len": 512}}, "sequence length 512 exceeds"),
+        ({"training": {"sequence": 64}}, "training.sequence"),
+        (
+            {"parallelism": {"data_parallel_shard_degree": 4}},
+            "rollout.prompts = 2 cannot be shared by 4",
+        ),
+        (
+            {"model": {"backend": "hf"}, "parallelism": {"tensor_parallel_degree": 2}},
+            "tensor_parallel_degree = 2",
+        ),
+        ({"model": {"backend": "native"}, "proxy": {"backend": "native"}}, "proxy: "),
+    ],
+)
+def test_a_plan_that_cannot_run_is_an_error(calibrate, over, words):
+    assert words in problems(plan(calibrate(**over)).findings)

@@ -1,0 +1,107 @@
+"""The memory of a rank: bytes by hand, and activations against autograd."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from reflux.trainer.config.loader import fill
+from reflux.trainer.config.phases import roles
+from reflux.trainer.config.schema import Config
+from reflux.trainer.engine.forward import hidden_states
+from reflux.trainer.preflight.memory import (
+    Ranks,
+    activation_bytes,
+    memory_parts,
+    plan_ranks,
+    shard_numel,
+    totals,
+)
+from reflux.trainer.preflight.shapes import build_shape, planned_shapes
+
+
+def test_memory_of_a_rank_by_hand(calibrate):
+    cfg = calibrate(parallelism={"data_parallel_shard_degree": 4}, rollout={"prompts": 4})
+    shapes, findings = planned_shapes(cfg)
+    ranks = plan_ranks(
+        SimpleNamespace(
+            data_parallel_replicate_degree=1, data_parallel_shard_degree=4, tensor_parallel_degree=1
+        ),
+        1,
+    )
+    training = SimpleNamespace(
+        dtype="float32", mixed_precision_param="float32", enable_cpu_offload=False, seq_len=96
+    )
+    parts = {(p.role, p.what): p.bytes for p in memory_parts(cfg, training, ranks, shapes)}
+    D, V, F, q, kv, c = 64, 512, 96, 128, 64, 32  # of tests/assets.py: qwen3_tied
+    block = 2 * D + 2 * c + D * q + 2 * D * kv + q * D + 3 * D * F
+    policy = V * D + 2 * block + D
+    assert (policy, shapes[0].block, shapes[0].ends, findings) == (119232, block, V * D, [])
+    assert parts["policy", "master weights, float32"] == policy  # 4 bytes, 4 ranks
+    assert parts["policy", "AdamW moments"] == 2 * policy
+    assert parts["policy", "gradients"] == policy
+    assert parts["reference", "weights, float32"] == policy
+    assert parts["policy", "gathered copy"] == 4 * policy
+    assert parts["policy", "KV cache, 4 rows"] == 4 * 96 * (2 * 2 * kv) * 4
+    assert parts["policy", "head gradient of the fused loss, fp32"] == 4 * V * D
+    sums = totals(memory_parts(cfg, training, ranks, shapes))
+    always = sum(parts[k] for k in parts if "weights" in k[1] or "moments" in k[1])
+    assert sums["always"] == always and sums["host"] == 0
+    assert sums["while sampling"] == always + sum(
+        parts[k] for k in parts if k[1].startswith(("gathered", "KV", "sampler"))
+    )
+
+
+def test_one_process_plans_for_the_world_of_the_degrees_and_more_have_to_fit():
+    p = SimpleNamespace(
+        data_parallel_replicate_degree=2, data_parallel_shard_degree=-1, tensor_parallel_degree=2
+    )
+    assert plan_ranks(p, 16) == Ranks(4, 2, 2, 16) and plan_ranks(p, 16).data == 8
+    p.data_parallel_shard_degree = 8
+    assert plan_ranks(p, 1).world == 32
+    with pytest.raises(ValueError, match="WORLD_SIZE is 16"):
+        plan_ranks(p, 16)
+
+
+def test_a_shard_holds_whole_rows():
+    assert shard_numel([(5, 2), (7,)], Ranks(shard=3, replicate=2, tensor=1, world=6)) == 2 * 2 + 3
+    assert shard_numel([(10, 2), (7,)], Ranks(shard=2, replicate=1, tensor=2, world=4)) == 3 * 2 + 4
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "qwen2", "gemma3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_activation_estimate_is_above_what_autograd_saves_and_not_far(
+    assets, tmp_path, name, dtype
+):
+    table = {
+        "phase": "evaluate",
+        "folder": "x",
+        "model": {"path": str(assets / name)},
+        "batch": {"tokens": 256},
+        "eval": {"source": "x"},
+        "task": {"name": "exact"},
+    }
+    cfg = fill(Config, table, "test")
+    shape = build_shape(roles(cfg)[0])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        model = shape.spec.model.build()
+    finally:
+        torch.set_default_dtype(before)
+    with torch.no_grad():
+        model.init_weights(buffer_device=None)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = {}  # tensors stay referenced, so that no address is used twice
+
+    def note(x):
+        saved[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        hidden_states(model, torch.randint(3, 300, (2, 128)), torch.arange(128).expand(2, 128))
+    measured = sum(x.untyped_storage().nbytes() for at, x in saved.items() if at not in own)
+    none, full = activation_bytes(
+        cfg, SimpleNamespace(seq_len=128, mixed_precision_param=dtype), shape
+    )
+    assert measured <= none <= 2.5 * measured and full < none

@@ -1,0 +1,125 @@
+"""--check: tokenizers, templates, data, grader and models, tried on this machine. Writes nothing to
+the run's folder.
+"""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from reflux.trainer.config.phases import roles, spec_of
+from reflux.trainer.config.schema import Config
+from reflux.trainer.data.batch import Prompt, Rollout
+from reflux.trainer.data.chat import Chat
+from reflux.trainer.engine.engine import Engine
+
+from .data_checks import first_prompts, given_responses, length_findings, task_findings
+from .model_checks import PROBES, Trial, load_frozen, no_reference, sample_texts, sampler_gap
+from .pair_checks import alignment_findings, pair_findings
+from .report import Example, Finding, Report, has_errors, print_report
+from .shapes import Shape, planned_shapes, planned_titan
+from .tokenizer_checks import open_chats, tokenizer_findings, tokenizer_table
+
+
+def check(cfg: Config) -> int:
+    """Prints what is wrong with a configuration. Returns 1 if it cannot work."""
+    return print_report(examine(cfg))
+
+
+def examine(cfg: Config) -> Report:
+    """Everything `check` prints. Collective."""
+    shapes, findings = planned_shapes(cfg)
+    chats, failed = open_chats([s.role for s in shapes])
+    findings += failed + tokenizer_findings(shapes, chats) + pair_findings(cfg, chats)
+    prompts, failed = first_prompts(cfg)
+    findings += failed
+    texts: list[Rollout] = []
+    if chats and prompts and len(shapes) == len(roles(cfg)):
+        findings += _lengths(cfg, shapes, chats, prompts)
+        texts, cut = given_responses(cfg, next(iter(chats.values())), prompts)
+        findings += cut + task_findings(cfg, texts)
+    if has_errors(findings):
+        advice = "mend the errors first, then check again"
+        findings.append(Finding("warning", "the models were not loaded", advice))
+    else:
+        tried, texts = _try_models(cfg, chats, prompts, texts)
+        findings += tried
+    tables = [tokenizer_table(shapes, chats)] if chats else []
+    copies = {s.role.name for s in shapes if s.role.is_copy}
+    examples = [
+        Example(name, chat, texts[0].prompt, texts[0].text)
+        for name, chat in chats.items()
+        if texts and name not in copies
+    ]
+    return Report(findings, tables, examples)
+
+
+def _lengths(
+    cfg: Config, shapes: Sequence[Shape], chats: Mapping[str, Chat], prompts: Sequence[Prompt]
+) -> list[Finding]:
+    try:
+        seq_len = planned_titan(cfg, shapes[0]).training.seq_len
+    except ValueError as error:
+        return [Finding("error", str(error), "mend the section named")]
+    return length_findings(cfg, shapes, chats, prompts, seq_len)
+
+
+def _try_models(
+    cfg: Config, chats: Mapping[str, Chat], prompts: Sequence[Prompt], texts: list[Rollout]
+) -> tuple[list[Finding], list[Rollout]]:
+    """Loads the models and samples a few texts. Returns the data's own texts, or the sampled ones
+    where it has none.
+    """
+    findings: list[Finding] = []
+    try:
+        with _scratch_engine(cfg) as engine:
+            own, *others = roles(cfg)
+            sampled = sample_texts(cfg, engine, chats[own.name], prompts)
+            texts = texts or sampled
+            trial = Trial(cfg, engine, own, chats, sampled, texts)
+            findings.append(sampler_gap(trial))
+            findings += alignment_findings(cfg, chats, texts)
+            if spec_of(cfg.phase).has_reference and not any(r.is_copy for r in others):
+                findings.append(no_reference())
+            loaded = [(role, load_frozen(engine, role)) for role in others if role.probe]
+            findings += [PROBES[role.probe](trial, role, model) for role, model in loaded]
+    except (OSError, ValueError, RuntimeError, CheckpointException) as error:
+        if os.environ.get("REFLUX_TRACEBACK"):
+            raise
+        findings.append(
+            Finding(
+                "error",
+                f"the models cannot be loaded or run: {error}",
+                "see --dry-run for the memory they need; REFLUX_TRACEBACK=1 shows where it failed",
+            )
+        )
+    return findings, texts
+
+
+@contextlib.contextmanager
+def _scratch_engine(cfg: Config) -> Iterator[Engine]:
+    """An engine whose every file lies in a folder that is deleted; it starts from the model's
+    folder, not from a checkpoint.
+    """
+    checkpoint = {
+        k: v for k, v in cfg.titan.get("checkpoint", {}).items() if k not in ("folder", "load_step")
+    }
+    with tempfile.TemporaryDirectory(prefix="reflux-check-") as folder:
+        quiet = replace(
+            cfg,
+            folder=folder,
+            titan={**cfg.titan, "checkpoint": checkpoint},
+            log=replace(cfg.log, tensorboard=False, wandb=False),
+        )
+        try:
+            engine = Engine(quiet)
+            engine.vocab_size = min(engine.vocab_size, Chat(cfg.model.path).vocab_size)
+            yield engine
+            engine.close()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()

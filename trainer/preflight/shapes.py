@@ -1,0 +1,120 @@
+"""The models of a run on the meta device, from config.json alone."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reflux.trainer.config.phases import roles
+from reflux.trainer.config.roles import Role
+from reflux.trainer.config.schema import Config
+from reflux.trainer.engine.engine import NATIVE_CACHE_LIMIT
+from reflux.trainer.engine.hf_models import text_config
+from reflux.trainer.engine.model_builder import build_spec
+from reflux.trainer.engine.native_models import native_obstacle
+from reflux.trainer.engine.trainer_config import titan_config
+
+from .report import Finding
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """A role's model on the meta device. `why` says why this back end."""
+
+    role: Role
+    spec: Any  # torchtitan's ModelSpec
+    config: Any  # transformers' config of the language model
+    sizes: tuple[tuple[int, ...], ...]  # of every parameter; a tied head counts once
+    block: int  # parameters of the largest block
+    ends: int  # parameters of embedding and head
+    why: str
+
+    @property
+    def numel(self) -> int:
+        return sum(map(math.prod, self.sizes))
+
+    @property
+    def head_dim(self) -> int:
+        c = self.config
+        return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+
+    @property
+    def max_positions(self) -> int:
+        """The longest row that a frozen model takes."""
+        return min(self.config.max_position_embeddings, NATIVE_CACHE_LIMIT)
+
+    def layer_bytes(self, dtype: str) -> int:
+        """What the backward of one block keeps per token, at most: inputs of every matmul and gate
+        in the compute dtype; RoPE and query/key norms in fp32, and transformers' other norms too.
+        Fitted to five architectures, within 1 to 2.
+        """
+        c, native = self.config, self.spec.name == "native"
+        heads = (c.num_attention_heads + c.num_key_value_heads) * self.head_dim
+        narrow = 4 * c.intermediate_size + (3 if native else 5) * c.hidden_size + 2 * heads
+        return BYTES[dtype] * narrow + 4 * (5 * heads if native else 3 * heads + 8 * c.hidden_size)
+
+    @property
+    def cache_values(self) -> int:
+        """Keys and values of one token in all layers."""
+        return 2 * self.config.num_hidden_layers * self.config.num_key_value_heads * self.head_dim
+
+
+def planned_shapes(cfg: Config) -> tuple[list[Shape], list[Finding]]:
+    """The shape of every role whose folder has a config.json, and errors for the others."""
+    shapes, findings = [], []
+    for role in roles(cfg):
+        if not (Path(os.path.expanduser(role.model.path)) / "config.json").is_file():
+            what = f"{role.name}: {role.section}.path = {role.model.path!r} has no config.json"
+            fix = f"set {role.section}.path to a local Hugging Face model folder"
+            findings.append(Finding("error", what, fix))
+            continue
+        try:
+            shapes.append(build_shape(role))
+        except (OSError, ValueError, AttributeError) as error:
+            fix = "take another model, backend or attention"
+            findings.append(Finding("error", f"{role.name}: {error}", fix))
+    return shapes, findings
+
+
+def build_shape(role: Role) -> Shape:
+    """ValueError as from build_spec. An attention that needs CUDA is replaced where there is none:
+    shapes are the same.
+    """
+    path = os.path.expanduser(role.model.path)
+    backend, attention = role.model.backend, role.model.attention
+    config = text_config(path)
+    obstacle = native_obstacle(config, attention)
+    if attention in ("flex", "flash_attention_2") and not torch.cuda.is_available():
+        backend, attention = "hf" if obstacle and backend == "auto" else backend, "auto"
+    spec = build_spec(path, backend=backend, attention=attention)
+    with torch.device("meta"):
+        model: Any = spec.model.build()
+    sizes = tuple(tuple(p.shape) for p in model.parameters())
+    block = max(sum(p.numel() for p in layer.parameters()) for layer in model.layers.values())
+    ends = {id(p): p for m in (model.tok_embeddings, model.lm_head) for p in m.parameters()}
+    if role.model.backend != "auto":
+        why = f"backend = {role.model.backend!r}"
+    elif spec.name == "native":
+        why = "computes it exactly"
+    else:
+        why = f"native {obstacle or 'was not chosen'}"
+    return Shape(role, spec, config, sizes, block, sum(p.numel() for p in ends.values()), why)
+
+
+def planned_titan(cfg: Config, shape: Shape) -> Any:
+    """torchtitan's configuration of the run with everything it does not accept: ValueError for
+    unknown keys, and for rows longer than the model's positions.
+    """
+    config = titan_config(cfg, shape.spec)
+    shape.spec.model.update_from_config(config=config)
+    if shape.spec.name == "hf" and config.parallelism.tensor_parallel_degree > 1:
+        raise ValueError(
+            f"parallelism.tensor_parallel_degree = {config.parallelism.tensor_parallel_degree} "
+            f"with the backend 'hf' ({shape.why}); want 1"
+        )
+    return config
