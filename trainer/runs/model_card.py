@@ -45,26 +45,6 @@ Made with reflux-llm {_version()} in {cfg.steps} steps, seed {cfg.seed}. Method:
 """
 
 
-def distilled(cfg: Config) -> tuple[str, str]:
-    """Title and story of a student."""
-    d = cfg.distill
-    if not cfg.needs_teacher:
-        return (
-            "Fine-tuned model",
-            f"Supervised fine-tuning of `{cfg.model.path}` on `{cfg.data.source}`.",
-        )
-    how = {
-        "nll": "likelihood of the teacher's texts",
-        "span": "likelihoods of aligned byte spans",
-        "kl": f"{d.divergence} KL, tail {d.tail}",
-        "class": f"{d.divergence} KL over classes of both vocabularies ({d.partition})",
-    }[d.objective]
-    return "Distilled student", (
-        f"Distilled from `{cfg.teacher.path}` into `{cfg.model.path}`: {how}, "
-        f"{d.on_policy:.0%} on-policy."
-    )
-
-
 def _version() -> str:
     try:
         return version("reflux-llm")

@@ -1,4 +1,4 @@
-"""A log that survives killed writers, torn lines and resumes, and a console line for people."""
+"""A log that survives killed processes, torn lines and resumes, and a console line."""
 
 import io
 import json
@@ -165,10 +165,12 @@ def test_events_of_undone_steps_are_cut(tmp_path):
     assert run.summary["events"] == {"evaluation": 2, "resume": 1}
 
 
-WRITER = """
+LOGGING = """
 import sys
 from reflux.trainer.runs.logger import Record
-with Record(folder=sys.argv[1], config={}, command=[], total_steps=10**9, samples_every=1, quiet=True) as record:
+with Record(
+    folder=sys.argv[1], config={}, command=[], total_steps=10**9, samples_every=1, quiet=True
+) as record:
     for step in range(1, 10**9):
         record(step, {"loss": 1.0 / step, "note": "x" * 5000}, [{"text": "y"}])
         if step == 50:
@@ -176,13 +178,14 @@ with Record(folder=sys.argv[1], config={}, command=[], total_steps=10**9, sample
 """
 
 
-def test_a_killed_writer_loses_no_line_it_had_written(tmp_path):
-    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)
+def test_a_killed_process_loses_no_line_it_had_written(tmp_path):
+    command = [sys.executable, "-c", LOGGING, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
     try:
-        assert writer.stdout.readline() == b"going\n"
+        assert process.stdout.readline() == b"going\n"
     finally:
-        os.kill(writer.pid, signal.SIGKILL)
-        writer.wait()
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
     run = load_run(tmp_path)
     assert run.summary is None and len(run.steps) >= 50
     assert [step["step"] for step in run.steps] == list(range(1, len(run.steps) + 1))
@@ -242,7 +245,7 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
     assert not (tmp_path / "none").exists() and capsys.readouterr().out == ""
 
 
-def test_steps_go_forward_and_names_are_kept_apart(tmp_path):
+def test_steps_go_forward_and_reserved_names_are_errors(tmp_path):
     with opened(tmp_path, resumed_step=4) as record:
         for step in (4, 3):
             with pytest.raises(ValueError, match="after step 4"):
@@ -251,10 +254,10 @@ def test_steps_go_forward_and_names_are_kept_apart(tmp_path):
             record(5, {"step": 1, "event": 2})
 
 
-def test_the_console_line_is_for_people(tmp_path, capsys):
+def test_the_console_line(tmp_path, capsys):
     metrics = {
         "loss": 0.123456,
-        "loss/anchor": 0.01,
+        "loss/reference": 0.01,
         "reward/task": 0.5,
         "reward/cal": -0.25,
         "eta": "distillable 0.5",
@@ -271,8 +274,9 @@ def test_the_console_line_is_for_people(tmp_path, capsys):
         record.event("kl_budget", kl=0.123456)
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith(
-        "step 3/10 | loss 0.1235 | anchor 0.0100 | task 0.500 | cal -0.250 | eta distillable 0.5 | "
-        "anchor KL 0.0123 | length 101 | cut 3.1% | tok/s 12,346 | mem 3.2 GiB | left 0m 0"
+        "step 3/10 | loss 0.1235 | reference 0.0100 | task 0.500 | cal -0.250 | "
+        "eta distillable 0.5 | reference KL 0.0123 | length 101 | truncated 3.1% | "
+        "tok/s 12,346 | mem 3.2 GiB | left 0 s"
     )
     assert out[2] == "    prompt: [red]2+2[/red]" and out[3].endswith("end") and len(out[3]) < 300
     assert len(out) == 2 + 2 * 2 + 1 and out[-1] == "kl_budget: kl 0.1235"
@@ -316,7 +320,7 @@ def test_a_tracker_sees_every_step_and_cannot_end_the_run(tmp_path, caplog):
     assert load_run(tmp_path).summary
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
+def test_a_folder_without_a_run_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no run.jsonl"):
         load_run(tmp_path)
     (tmp_path / "run.jsonl").write_text('{"a": 1}\n')

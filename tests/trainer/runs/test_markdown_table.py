@@ -1,34 +1,41 @@
-import json
+"""Numbers as reports write them, and pages from templates."""
+
+import math
+
+import jinja2
+import pytest
 
 from reflux.trainer.runs.markdown_table import (
-    mean_and_spread,
-    plain,
+    interval,
+    mean_and_std,
     points,
+    render_template,
     score,
     table,
-    write_whole,
+    with_interval,
 )
-from reflux.trainer.runs.stats import over_seeds
+from reflux.trainer.runs.stats import Estimate, over_seeds
 
 
 def test_numbers_as_reports_write_them():
-    several, one, none = (over_seeds(v)._asdict() for v in ([0.1, 0.3], [0.25], []))
-    assert [mean_and_spread(e) for e in (several, one, none)] == ["0.200 +- 0.141", "0.250", ""]
+    several, one, none = (over_seeds(v) for v in ([0.1, 0.3], [0.25], []))
+    assert [mean_and_std(e) for e in (several, one, none)] == ["0.200 +- 0.141", "0.250", ""]
     assert [points(e) for e in (several, one, none)] == ["+20.0 +- 14.1", "+25.0", ""]
-    assert (
-        score({"mean": 0.5, "low": 0.25, "high": 1.0}) == "0.50 [0.25, 1.00]" and score(None) == ""
-    )
+    estimate = Estimate(0.5, 0.1, 0.25, 1.0, 3)
+    assert score(estimate) == "0.50 [0.25, 1.00]" and score(None) == ""
+    assert with_interval(estimate, "{:+.0%}") == "+50% [+25%, +100%]"
+    assert with_interval(one) == "0.250" and interval(one) == ""
+    assert interval(estimate) == "[0.250, 1.000]"
+
+
+def test_a_table():
     assert table(("a", "b"), [(1, "x"), (2, "")]) == "| a | b |\n|---|---|\n| 1 | x |\n| 2 |  |"
 
 
-def test_json_without_nan():
-    assert (
-        json.dumps(plain({"a": (1.0, float("nan"), [float("inf"), "x"])}))
-        == '{"a": [1.0, null, [null, "x"]]}'
-    )
-
-
-def test_a_file_is_replaced_whole(tmp_path):
-    (tmp_path / "f").write_text("old")
-    write_whole(tmp_path / "f", "new")
-    assert [p.name for p in tmp_path.iterdir()] == ["f"] and (tmp_path / "f").read_text() == "new"
+def test_a_page_from_a_template(tmp_path):
+    file = tmp_path / "page.md.jinja"
+    file.write_text("# {{ title }}\n{% for x in rows %}\n- {{ show(x) }}\n{% endfor %}\nend <&>\n")
+    page = render_template(file, title="a & b", rows=[1.0, math.nan], show="{:.1f}".format)
+    assert page == "# a & b\n- 1.0\n- nan\nend <&>\n"
+    with pytest.raises(jinja2.UndefinedError, match="'title' is undefined"):
+        render_template(file, rows=[])

@@ -1,4 +1,4 @@
-"""The card names the dial, the parents and the recipe, and its two machine-readable parts parse."""
+"""The card names model, parents and recipe, and its two machine-readable parts parse."""
 
 import tomllib
 
@@ -7,6 +7,7 @@ import yaml
 
 from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.config.loader import fill
+from reflux.trainer.config.phases import spec_of
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import (
     CalibrationSection,
@@ -18,11 +19,11 @@ from reflux.trainer.config.sections import (
 from reflux.trainer.runs.model_card import model_card
 
 
-def config(phase="calibrate", model="models/a: b #1", **parts) -> Config:
+def config(phase="calibrate", **parts) -> Config:
     return Config(
         phase,
         "r",
-        model=ModelSection(model),
+        model=ModelSection("models/a: b #1"),
         teacher=FrozenSection("the-teacher"),
         proxy=FrozenSection("the-proxy"),
         data=DataSection("train.jsonl"),
@@ -31,11 +32,19 @@ def config(phase="calibrate", model="models/a: b #1", **parts) -> Config:
     )
 
 
+def card_of(cfg: Config) -> tuple[str, str]:
+    """What the phase says, without a model."""
+    phase = object.__new__(spec_of(cfg.phase).load())
+    phase.cfg, phase.spec = cfg, cfg.distill
+    phase.teachers = [None] if cfg.needs_teacher else []
+    return phase.card()
+
+
 @pytest.mark.parametrize(
     "cfg, says",
     [
         (
-            config(calibration=CalibrationSection("undistillable", 0.25)),
+            config(calibration=CalibrationSection("undistillable", strength=0.25)),
             ["Calibrated teacher: undistillable, strength 0.25", "`the-proxy`", "beta 0.04"],
         ),
         (config(calibration=CalibrationSection("off")), ["task reward only (eta = 0)", "`math`"]),
@@ -51,7 +60,7 @@ def config(phase="calibrate", model="models/a: b #1", **parts) -> Config:
             for objective, story in (
                 ("nll", "likelihood of the teacher's texts"),
                 ("span", "aligned byte spans"),
-                ("class", "reverse KL over classes of both vocabularies (prefix)"),
+                ("class", "reverse KL over a partition of both vocabularies (prefix)"),
             )
         ),
         (
@@ -61,15 +70,12 @@ def config(phase="calibrate", model="models/a: b #1", **parts) -> Config:
     ],
 )
 def test_what_a_card_says(cfg, says):
-    card = model_card(
-        cfg, {"loss": 0.123456789, "reference_kl": 0.01, "eta": "words", "step_s": 3.0}
-    )
-    assert (
-        all(text in card for text in says) and "no\nclaim that the model cannot be copied" in card
-    )
-    assert (
-        "| loss | 0.12346 |" in card and "| reference_kl | 0.01 |" in card and "step_s" not in card
-    )
+    stats = {"loss": 0.123456789, "reference_kl": 0.01, "eta": "words", "step_s": 3.0}
+    card = model_card(cfg, stats, *card_of(cfg))
+    assert all(text in card for text in says)
+    assert "no\nclaim that the model cannot be copied" in card
+    assert "| loss | 0.12346 |" in card and "| reference_kl | 0.01 |" in card
+    assert "step_s" not in card
     _, head, body = card.split("---\n", 2)
     assert yaml.safe_load(head) == {
         "library_name": "transformers",
@@ -81,7 +87,6 @@ def test_what_a_card_says(cfg, says):
 
 
 def test_mode_off_does_not_name_a_proxy_it_never_read():
-    story = model_card(config(calibration=CalibrationSection("off")), {}).partition(
-        "## Configuration"
-    )[0]
+    cfg = config(calibration=CalibrationSection("off"))
+    story = model_card(cfg, {}, *card_of(cfg)).partition("## Configuration")[0]
     assert "the-proxy" not in story and "the-teacher" not in story

@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal, lines elsewhere, nothing where nobody looks."""
+"""A bar on a terminal, lines elsewhere, nothing in quiet runs; durations in one form."""
 
 import io
 
@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from reflux.trainer.runs import progress as module
-from reflux.trainer.runs.progress import progress
+from reflux.trainer.runs.progress import duration, item_progress, progress, time_left
 
 
 def shown(terminal: bool, show: bool = True, steps=(2, 1)) -> str:
@@ -52,3 +52,35 @@ def test_a_failing_stage_is_not_called_done():
     ):
         raise ZeroDivisionError
     assert out.getvalue() == ""
+
+
+def test_items_give_a_line_each_and_a_bar_on_a_terminal():
+    out, terminal = io.StringIO(), io.StringIO()
+    for file, force in ((out, False), (terminal, True)):
+        console = Console(file=file, force_terminal=force, width=100)
+        with item_progress(3, done=1, console=console) as show:
+            show(2, "a: done", running="b, c")
+            show(3, "b: failed", running="")
+    lines = ["[2/3] a: done after 0 s", "[3/3] b: failed after 0 s"]
+    assert out.getvalue().splitlines() == lines
+    assert all(text in terminal.getvalue() for text in ("a: done", "3/3", "waiting"))
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0.0, "0 s"),
+        (59.9, "59 s"),
+        (60.0, "1m 00s"),
+        (185.0, "3m 05s"),
+        (3599.0, "59m 59s"),
+        (3600.0, "1h 00m"),
+        (90_120.0, "25h 02m"),
+    ],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_time_left_is_the_median_item_times_the_items_left():
+    assert time_left([1.0, 1.0, 99.0], 30) == "30 s"

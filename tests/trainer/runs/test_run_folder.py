@@ -94,7 +94,7 @@ def test_resume_may_go_on_longer_and_watch_more_closely(run):
         (dict(model=ModelSection("other")), ["model.path"]),
         (
             dict(distill=DistillSection(beta=0.4), reference=ReferenceSection(beta=1.0)),
-            ["reference.beta", "distill.beta"],
+            ["distill.beta", "reference.beta"],
         ),
         (dict(data=DataSection("d", limit=3)), ["data.limit"]),
         (dict(titan={"training": {"seq_len": 128}}), ["training.seq_len"]),

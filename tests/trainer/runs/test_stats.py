@@ -1,3 +1,5 @@
+"""Statistics against values by hand, laws, and how often intervals cover the truth."""
+
 import itertools
 import math
 
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 from reflux.trainer.runs.stats import (
     bootstrap,
     bootstrap_ratio,
+    may_be_zero,
+    mean_over_prompts,
     over_seeds,
     paired_difference,
     relative_change,
@@ -25,7 +29,7 @@ def test_three_values_by_hand():
     assert e.high - e.mean == pytest.approx(4.303 / math.sqrt(3))
 
 
-def test_one_value_has_no_spread_and_none_has_no_mean():
+def test_one_value_has_no_std_and_none_has_no_mean():
     assert over_seeds([0.5]).mean == 0.5 and math.isnan(over_seeds([0.5]).low)
     assert math.isnan(over_seeds([]).mean)
 
@@ -70,12 +74,20 @@ def test_a_bootstrap_interval_has_the_width_of_the_mean():
     e = bootstrap_ratio(dict(enumerate(values)), {i: 1.0 for i in range(400)})
     assert e.mean == pytest.approx(values.mean()) and e.std == pytest.approx(2.0 / 20, rel=0.15)
     assert e.high - e.low == pytest.approx(2 * 1.96 * 0.1, rel=0.15)
-    again = bootstrap_ratio(dict(enumerate(values)), {i: 1.0 for i in range(400)})
-    assert again == e  # the same draws
-    mean = bootstrap(lambda drawn: float(np.mean([values[i] for i in drawn])), range(400))
-    assert mean.mean == pytest.approx(e.mean) and mean.high - mean.low == pytest.approx(
-        e.high - e.low, rel=0.2
-    )
+    assert mean_over_prompts(dict(enumerate(values))) == e
+
+
+def test_every_bootstrap_has_the_same_draws():
+    values = np.random.default_rng(0).normal(5.0, 2.0, 40)
+    whole = mean_over_prompts(dict(enumerate(values)))
+    any_statistic = bootstrap(lambda drawn: float(np.mean([values[i] for i in drawn])), range(40))
+    assert any_statistic == pytest.approx(whole, rel=1e-12)
+
+
+def test_a_change_over_several_seeds_may_be_zero():
+    """One seed has no interval, so it cannot say so."""
+    assert may_be_zero(over_seeds([0.1, -0.1, 0.05])) and not may_be_zero(over_seeds([0.1]))
+    assert not may_be_zero(over_seeds([0.1, 0.11, 0.12]))
 
 
 def test_a_bootstrap_without_anything_to_draw():
