@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from assets import make_trainer
-from engine_models import load_frozen
+from engine_cases import load_frozen
 from transformers import AutoModelForCausalLM
 
 from reflux.trainer.engine.decoding import gathered, kv_decoder

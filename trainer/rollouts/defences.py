@@ -93,10 +93,6 @@ class DefendedDecoding:
         """
         return partial(self._defended, gathered)
 
-    def apply(self, weights: AbstractContextManager[Decode]) -> AbstractContextManager[Decode]:
-        """The same for a context that is already made."""
-        return self._defended(lambda: weights)
-
     @contextlib.contextmanager
     def _defended(self, gathered: GatherWeights) -> Iterator[Decode]:
         with gathered() as decode, contextlib.ExitStack() as stack:

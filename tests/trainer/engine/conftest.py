@@ -1,5 +1,10 @@
+import os
+
 import pytest
-from assets import make_trainer
+from assets import free_port, make_trainer
+from runs import config
+
+from reflux.trainer.engine.engine import Engine
 
 
 @pytest.fixture(scope="module")
@@ -8,3 +13,13 @@ def host(assets, titan_process, tmp_path_factory):
     trainer = make_trainer(assets / "qwen3", tmp_path_factory.mktemp("host"))
     yield trainer
     trainer.close()
+
+
+@pytest.fixture
+def engine(talkers, titan_process, tmp_path):
+    """The engine of a run of three steps that saves each of them."""
+    os.environ["MASTER_PORT"] = str(free_port())
+    checkpoint = {"interval": 1, "keep_latest_k": 9}
+    engine = Engine(config(talkers, tmp_path / "run", "distill", steps=3, checkpoint=checkpoint))
+    yield engine
+    engine.close()

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from assets import make_trainer
-from engine_models import BACKENDS, load_frozen, positions, random_ids, reference_logits
+from engine_cases import BACKENDS, load_frozen, positions, random_ids, reference_logits
 from torch.distributed.tensor import DTensor
 
 from reflux.trainer.engine.decoding import gathered, kv_decoder

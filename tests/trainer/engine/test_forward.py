@@ -4,7 +4,7 @@ effect.
 
 import pytest
 import torch
-from engine_models import (
+from engine_cases import (
     BACKENDS,
     head_product,
     load_frozen,

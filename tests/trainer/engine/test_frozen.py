@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from assets import save_model
-from engine_models import load_frozen, positions, random_ids
+from engine_cases import load_frozen, positions, random_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from assets import make_trainer, save_model
-from engine_models import head_product, load_frozen, positions, random_ids, reference_logits
+from engine_cases import head_product, load_frozen, positions, random_ids, reference_logits
 
 from reflux.trainer.engine.decoding import gathered, kv_decoder
 from reflux.trainer.engine.forward import hidden_states

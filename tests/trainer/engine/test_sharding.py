@@ -1,7 +1,7 @@
 """FSDP2 groups: the head is one of its own."""
 
 import pytest
-from engine_models import load_frozen
+from engine_cases import load_frozen
 from torch.distributed.fsdp import FSDPModule
 
 from reflux.trainer.engine.hf_models import HFDecoder

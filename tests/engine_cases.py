@@ -1,12 +1,18 @@
-"""Models of every kind behind torchtitan, and what transformers computes with the same weights."""
+"""Models of every kind behind torchtitan, what transformers computes with the same weights, and the
+samples and the loss of a step.
+"""
 
+import numpy as np
 import torch
 from assets import MODELS
 from transformers import AutoModelForCausalLM
 
+from reflux.trainer.data.batch import Batch, Prompt, Rollout, Sample
+from reflux.trainer.engine.engine import Engine
 from reflux.trainer.engine.frozen import FrozenModel, build_frozen
 from reflux.trainer.engine.head import logit_scale, logit_softcap, open_head
 from reflux.trainer.engine.model_builder import build_spec
+from reflux.trainer.losses import HeadInputs, Loss, token_logprob_of
 
 NATIVE = ["qwen3", "qwen3_tied", "llama3"]
 BACKENDS = [(name, "native" if name in NATIVE else "hf") for name in MODELS]
@@ -47,3 +53,25 @@ def head_product(model, hidden_NLD):
         z = logit_scale(model) * hidden_NLD @ head_VD.T
     cap = logit_softcap(model)
     return z if cap is None else cap * torch.tanh(z / cap)
+
+
+def samples(lengths=(3, 7, 5)) -> list[Sample]:
+    """Random prompts of 4, 5, ... tokens with responses of these lengths."""
+    rng = np.random.default_rng(0)
+
+    def ids(n: int) -> tuple[int, ...]:
+        return tuple(rng.integers(3, 500, n).tolist())
+
+    return [
+        Sample(Rollout(Prompt(i, ()), ids(4 + i), ids(n), (0.0,) * n, 0.0, "", True))
+        for i, n in enumerate(lengths)
+    ]
+
+
+def likelihood_loss(out: HeadInputs, batch: Batch) -> Loss:
+    return -token_logprob_of(out, batch.target_T).logp.sum(), {}
+
+
+def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
+    """A copy of every weight, unsharded."""
+    return {name: p.full_tensor().clone() for name, p in engine.model.state_dict().items()}

@@ -1,0 +1,39 @@
+"""transformers' models under torchtitan's names: weights there and back, and what cannot work."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from assets import save_model
+
+from reflux.trainer.engine.hf_models import HFAdapter, HFDecoder
+from reflux.trainer.engine.model_builder import build_spec
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_tied"])
+def test_names_are_hugging_faces_there_and_back(assets, name):
+    config = HFDecoder.Config(path=str(assets / name))
+    state = HFDecoder(config).state_dict()
+    adapter = HFAdapter(config, None)
+    weights = adapter.to_hf(state)
+    assert "model.embed_tokens.weight" in weights
+    assert ("lm_head.weight" in weights) == (name == "qwen3"), "a tied head is stored once"
+    back = adapter.from_hf(weights)
+    assert back.keys() == state.keys() and all(torch.equal(back[n], state[n]) for n in state)
+
+
+def test_rows_longer_than_the_models_positions_are_an_error(assets):
+    config = HFDecoder.Config(path=str(assets / "qwen2"))
+    for seq_len in (256, 257):
+        run = SimpleNamespace(training=SimpleNamespace(seq_len=seq_len))
+        if seq_len == 256:
+            config.update_from_config(config=run)
+            continue
+        with pytest.raises(ValueError, match="seq_len = 257; the model has 256 positions"):
+            config.update_from_config(config=run)
+
+
+def test_a_head_with_a_bias_is_an_error(tmp_path):
+    save_model(tmp_path, "phi")
+    with pytest.raises(ValueError, match="without bias"), torch.device("meta"):
+        build_spec(str(tmp_path)).model.build()
