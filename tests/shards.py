@@ -17,7 +17,7 @@ def run_on_ranks(fn: Callable, *args, ranks: int = 2) -> list:
     initialised.
 
     fn is a function of a test module, args and results are what pickle takes; inside,
-    dist.get_rank() tells who it is. If one fails, the tracebacks of all that failed are the
+    dist.get_rank() gives the rank. If one fails, the tracebacks of all that failed are the
     message.
     """
     context = multiprocessing.get_context("forkserver")

@@ -205,9 +205,9 @@ class Engine(ReadableModel, Protocol):
         ...
 
     def forward_no_grad(
-        self, reader: ReadableModel, batch: Batch, vocab_size: int
+        self, model: ReadableModel, batch: Batch, vocab_size: int
     ) -> AbstractContextManager[HeadInputs]:
-        """What `reader` leaves at the batch's predictor positions, without a graph."""
+        """Head inputs of `model` at the batch's predictor positions, without a graph."""
         ...
 
     def pad_across_ranks(self, batches: Sequence[Batch]) -> list[Batch]:

@@ -216,12 +216,12 @@ class Engine:
         return open_head(self.model)
 
     def forward_no_grad(
-        self, reader: contracts.ReadableModel, batch: Batch, vocab_size: int
+        self, model: contracts.ReadableModel, batch: Batch, vocab_size: int
     ) -> AbstractContextManager[HeadInputs]:
         """Head inputs of this engine or of a frozen model at the batch's predictor positions,
         without a graph.
         """
-        return forward_no_grad(reader, batch, vocab_size)
+        return forward_no_grad(model, batch, vocab_size)
 
     # Ranks
 
