@@ -11,9 +11,9 @@ import torch
 from real_tokenizers import folder, mistral
 from runs import config, run_here
 
-from reflux.trainer.calibration.phase import Calibrate
+from reflux.trainer.calibration.likelihood_ratio import LikelihoodRatio
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.distillation.phase import Distill
+from reflux.trainer.distillation.phase import DistillPhase
 
 pytestmark = [pytest.mark.usefixtures("titan_process"), pytest.mark.filterwarnings("ignore")]
 
@@ -92,10 +92,10 @@ def test_calibration_scores_the_same_bytes_under_both_models(pair, tmp_path, mon
     policy's of the sampled ids.
     """
     seen = []
-    real = Calibrate._calibration_scores
+    real = LikelihoodRatio.score
     monkeypatch.setattr(
-        Calibrate,
-        "_calibration_scores",
+        LikelihoodRatio,
+        "score",
         lambda self, flat, *rest: seen.append((flat, real(self, flat, *rest))) or seen[-1][1],
     )
     run = run_here(
@@ -171,9 +171,9 @@ def test_inside_a_span_a_teachers_text_is_learned_by_likelihood(pair, tmp_path, 
     """Where no distributions can be compared: without it a student of finer tokens forgets how a
     word goes on.
     """
-    seen, real = [], Distill.score
+    seen, real = [], DistillPhase.score
     monkeypatch.setattr(
-        Distill, "score", lambda self, texts: seen.append(real(self, texts)) or seen[-1]
+        DistillPhase, "score", lambda self, texts: seen.append(real(self, texts)) or seen[-1]
     )
 
     def first(weight):

@@ -108,7 +108,7 @@ def test_the_first_interrupt_ends_the_step_saves_and_exits_with_130(talkers, tmp
         on_existing_run="resume",
         export={"enable": True},
     )
-    sample = calibrate.Calibrate.sample
+    sample = calibrate.CalibratePhase.sample
 
     def sample_and_interrupt(self, step):
         if step == 2:
@@ -117,7 +117,7 @@ def test_the_first_interrupt_ends_the_step_saves_and_exits_with_130(talkers, tmp
 
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(calibrate.Calibrate, "sample", sample_and_interrupt)
+        patch.setattr(calibrate.CalibratePhase, "sample", sample_and_interrupt)
         run = run_here(cfg, expect=130)
     assert [s["step"] for s in run.steps] == [1, 2] and run.events[-1]["event"] == "interrupted"
     assert signal.getsignal(signal.SIGINT) is before
@@ -135,7 +135,7 @@ def test_a_second_interrupt_stops_at_once(talkers, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(calibrate.Calibrate, "sample", interrupt_twice)
+    monkeypatch.setattr(calibrate.CalibratePhase, "sample", interrupt_twice)
     monkeypatch.setattr(loop, "SAME_SIGNAL_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         run_here(config(talkers, tmp_path / "run", "calibrate"))
@@ -143,7 +143,7 @@ def test_a_second_interrupt_stops_at_once(talkers, tmp_path, monkeypatch):
 
 
 def test_the_same_ctrl_c_passed_on_by_torchrun_is_not_a_second_one(talkers, tmp_path, monkeypatch):
-    real = calibrate.Calibrate.sample
+    real = calibrate.CalibratePhase.sample
 
     def interrupt_twice(self, step):
         if step == 2:
@@ -151,7 +151,7 @@ def test_the_same_ctrl_c_passed_on_by_torchrun_is_not_a_second_one(talkers, tmp_
             os.kill(os.getpid(), signal.SIGINT)
         return real(self, step)
 
-    monkeypatch.setattr(calibrate.Calibrate, "sample", interrupt_twice)
+    monkeypatch.setattr(calibrate.CalibratePhase, "sample", interrupt_twice)
     run = run_here(config(talkers, tmp_path / "run", "calibrate", steps=4), expect=130)
     assert [s["step"] for s in run.steps] == [1, 2] and run.events[-1]["event"] == "interrupted"
 

@@ -18,6 +18,7 @@ from reflux.trainer.losses import (
     distill_kl,
     exact_reference_kl,
     nll,
+    nll_metrics,
     policy_gradient,
     reference_kl,
     span_kl,
@@ -237,7 +238,10 @@ def divergence(p, q, spec: DistillSection) -> torch.Tensor:
     """Of logp rows, student p and teacher q, by the definitions of docs/method.md and
     arXiv:2306.13649, [T].
     """
-    kl = lambda a, b: (a.exp() * (a - b)).sum(-1)
+
+    def kl(a, b):
+        return (a.exp() * (a - b)).sum(-1)
+
     mixture = torch.logaddexp(q + math.log(spec.beta), p + math.log(1 - spec.beta))
     return {
         "forward": lambda: kl(q, p),
@@ -330,7 +334,10 @@ def test_beta_is_the_teachers_weight():
     the reverse.
     """
     student, teacher = outputs(1), outputs(2)
-    of = lambda **o: distill_kl(student, teacher, DistillSection(**o))[0].item()
+
+    def of(**options):
+        return distill_kl(student, teacher, DistillSection(**options))[0].item()
+
     assert of(divergence="jsd", beta=1e-5) / 1e-5 == pytest.approx(
         of(divergence="forward"), rel=1e-3
     )
@@ -341,6 +348,11 @@ def test_beta_is_the_teachers_weight():
 
 
 # sums, spans, likelihood
+def nll_loss(out, ref, target_T):
+    total, logp_T = nll(out, target_T, torch.ones(len(target_T)))
+    return total, nll_metrics(logp_T, torch.ones(len(target_T)))
+
+
 @pytest.mark.parametrize(
     "loss",
     [
@@ -356,7 +368,7 @@ def test_beta_is_the_teachers_weight():
         lambda out, ref, t: exact_reference_kl(out, ref, temperature=1.0),
         lambda out, ref, t: distill_kl(out, ref, DistillSection()),
         lambda out, ref, t: distill_kl(out, ref, DistillSection(tail="bucket", top_k=2)),
-        lambda out, ref, t: nll(token_logprob_of(out, t).logp, torch.ones(len(t))),
+        nll_loss,
     ],
     ids=[
         "policy_gradient",
@@ -371,7 +383,10 @@ def test_losses_are_sums_so_a_split_changes_nothing(loss):
     """T10, and T11/T13: a rank with no token adds nothing and does not fail."""
     out, ref, target = outputs(1, rows=6), outputs(2, rows=6), torch.tensor([0, 1, 2, 3, 4, 0])
     whole, numbers = loss(out, ref, target)
-    cut = lambda o, a, b: o._replace(hidden_TD=o.hidden_TD[a:b])
+
+    def cut(o, a, b):
+        return o._replace(hidden_TD=o.hidden_TD[a:b])
+
     parts = [loss(cut(out, a, b), cut(ref, a, b), target[a:b]) for a, b in ((0, 1), (1, 1), (1, 6))]
     assert sum(p[0] for p in parts).item() == pytest.approx(whole.item(), rel=1e-6)
     for name, value in numbers.items():
@@ -408,12 +423,16 @@ def test_span_likelihoods_against_the_definition(seed):
 
 
 def test_likelihood_counts_what_is_weighted():
-    logp = torch.tensor([-1.0, -2.0, -4.0], requires_grad=True)
-    total, metrics = nll(logp, torch.tensor([1.0, 0.0, 0.5]))
-    assert (
-        total == 3
-        and metrics["nll"] == 3
-        and not metrics["nll"].requires_grad
-        and metrics["off_policy"] == 1.5
-    )
-    assert torch.autograd.grad(total, logp)[0].tolist() == [-1.0, 0.0, -0.5]
+    """The fused loss and its gradient are those of the log-probabilities, to the bit in value."""
+    out, target_T = outputs(3, rows=3), torch.tensor([1, 0, 4])
+    weight_T = torch.tensor([1.0, 0.0, 0.5])
+    hidden_TD = out.hidden_TD.detach().requires_grad_()
+    out = out._replace(hidden_TD=hidden_TD)
+    total, logp_T = nll(out, target_T, weight_T)
+    want_T = token_logprob_of(out, target_T).logp
+    want = -(want_T * weight_T).sum()
+    assert total.item() == want.item() and not logp_T.requires_grad
+    got_TD, want_TD = (torch.autograd.grad(x, hidden_TD)[0] for x in (total, want))
+    torch.testing.assert_close(got_TD, want_TD, rtol=1e-5, atol=1e-7)
+    metrics = nll_metrics(logp_T, weight_T)
+    assert metrics["nll"].item() == want.item() and metrics["off_policy"] == 1.5

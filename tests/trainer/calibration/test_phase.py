@@ -15,7 +15,8 @@ from runs import config, numbers, reward_vowels, run_here
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
-from reflux.trainer.calibration.phase import Calibrate
+from reflux.trainer.calibration.likelihood_ratio import LikelihoodRatio
+from reflux.trainer.calibration.phase import CalibratePhase
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.engine import engine as titan
 
@@ -30,7 +31,7 @@ class Watch:
     phase: Any = None
     rollouts: list = field(default_factory=list)  # [steps][P][G]
     samples: list = field(default_factory=list)  # [steps][N]
-    scores: list = field(default_factory=list)  # [steps][N] CalScore
+    scores: list = field(default_factory=list)  # [steps][N] CalibrationScore
     frozen: list = field(default_factory=list)  # paths, in the order they were loaded
     at_close: Callable = lambda phase: None
     closed: list = field(default_factory=list)  # what at_close returned after each step
@@ -45,16 +46,18 @@ def watch(monkeypatch) -> Watch:
 
         def wrapped(self, *args, **kwargs):
             found = real(self, *args, **kwargs)
-            seen.phase = self if owner is Calibrate else seen.phase
+            seen.phase = self if owner is CalibratePhase else seen.phase
             where(found, self, *args)
             return found
 
         monkeypatch.setattr(owner, name, wrapped)
 
-    keep(Calibrate, "sample", lambda found, *_: seen.rollouts.append(found))
-    keep(Calibrate, "score", lambda found, *_: seen.samples.append(found))
-    keep(Calibrate, "_calibration_scores", lambda found, *_: seen.scores.append(found))
-    keep(Calibrate, "close_step", lambda _, phase, *__: seen.closed.append(seen.at_close(phase)))
+    keep(CalibratePhase, "sample", lambda found, *_: seen.rollouts.append(found))
+    keep(CalibratePhase, "score", lambda found, *_: seen.samples.append(found))
+    keep(LikelihoodRatio, "score", lambda found, *_: seen.scores.append(found))
+    keep(
+        CalibratePhase, "close_step", lambda _, phase, *__: seen.closed.append(seen.at_close(phase))
+    )
     keep(titan.Engine, "frozen", lambda _, engine, role, **__: seen.frozen.append(role.path))
     return seen
 
@@ -222,20 +225,20 @@ def test_frozen_models_stay_as_they_were_and_reach_neither_optimizer_nor_checkpo
 ):
     """T22."""
     watch.at_close = lambda phase: (
-        phase.original.weights_hash(),
-        phase.proxy.weights_hash(),
+        phase.reference.weights_hash(),
+        phase.reward.proxy.weights_hash(),
         {
             id(p)
             for o in phase.engine._trainer.optimizers.optimizers
             for g in o.param_groups
             for p in g["params"]
         }
-        & {id(p) for m in (phase.original, phase.proxy) for p in m.model.parameters()},
+        & {id(p) for m in (phase.reference, phase.reward.proxy) for p in m.model.parameters()},
     )
     run_here(config(talkers, tmp_path / "run", "calibrate", steps=3, **ON))
     start, *_, end = watch.closed
     assert start == end and start[2] == set() and len(watch.frozen) == 2
-    assert not watch.phase.proxy.model.training and not watch.phase.original.model.training
+    assert not watch.phase.reward.proxy.model.training and not watch.phase.reference.model.training
     watch.at_close = lambda phase: None
     run_here(config(talkers, tmp_path / "plain", "calibrate", steps=3, reference={"beta": 0.0}))
     kept = [
@@ -270,8 +273,8 @@ def test_the_trainer_reads_what_the_sampler_drew(talkers, tmp_path):
         )
 
 
-def test_the_original_denominator_is_the_policy_until_the_first_update(talkers, tmp_path, watch):
-    for name in ("policy", "original"):
+def test_the_reference_denominator_is_the_policy_until_the_first_update(talkers, tmp_path, watch):
+    for name in ("policy", "reference"):
         run_here(
             config(
                 talkers,

@@ -20,7 +20,8 @@ from reflux.tokenalign.projection import Projection
 from reflux.tokenalign.vocab_map import Vocabulary
 from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.distillation.phase import Distill
+from reflux.trainer.distillation.phase import DistillPhase
+from reflux.trainer.distillation.texts import TextSource
 
 pytestmark = pytest.mark.usefixtures("titan_process")
 GIVEN = {"source": "dataset", "on_policy": 0.0}
@@ -30,16 +31,16 @@ KL_KEYS = ("loss", "grad_norm")
 @pytest.fixture
 def seen(monkeypatch) -> dict[str, list]:
     """The texts and samples of every step."""
-    kept: dict[str, list] = {"sample": [], "score": []}
-    for name in kept:
-        real = getattr(Distill, name)
+    calls: dict[str, list] = {"sample": [], "score": []}
+    for name in calls:
+        real = getattr(DistillPhase, name)
 
         def wrapped(self, *args, real=real, name=name):
-            kept[name].append(real(self, *args))
-            return kept[name][-1]
+            calls[name].append(real(self, *args))
+            return calls[name][-1]
 
-        monkeypatch.setattr(Distill, name, wrapped)
-    return kept
+        monkeypatch.setattr(DistillPhase, name, wrapped)
+    return calls
 
 
 def logp_nV(folder, sample, prompt_ids=None) -> torch.Tensor:
@@ -57,12 +58,12 @@ def logp_nV(folder, sample, prompt_ids=None) -> torch.Tensor:
 
 def mean_over_tokens(talkers, samples, loss_of) -> float:
     """What the first step's loss is by definition: sum over all response tokens, divided once."""
-    prompt_of = lambda s: s.teacher_views[0].prompt_ids if any(s.teacher_views) else None
-    total = sum(
-        loss_of(logp_nV(talkers / "policy", s), logp_nV(talkers / "teacher", s, prompt_of(s)), s)
-        for s in samples
-    )
-    return float(total) / sum(len(s.rollout.ids) for s in samples)
+    total = 0.0
+    for s in samples:
+        prompt_ids = s.teacher_views[0].prompt_ids if any(s.teacher_views) else None
+        student_nV = logp_nV(talkers / "policy", s)
+        total += float(loss_of(student_nV, logp_nV(talkers / "teacher", s, prompt_ids), s))
+    return total / sum(len(s.rollout.ids) for s in samples)
 
 
 def nll_of(student_nV, _, sample):
@@ -83,11 +84,11 @@ def jsd(s, t, _, beta=0.3):
 
 
 def bucket(s, t, _, k=5):
-    """Forward KL on the teacher's top k and one bucket for the rest."""
+    """Forward KL on the teacher's top k and one tail bucket."""
     top, ids = t.topk(k, -1)
     mine = s.gather(1, ids)
-    rest = lambda x: torch.log1p(-x.exp().sum(1))
-    return (top.exp() * (top - mine)).sum() + (rest(top).exp() * (rest(top) - rest(mine))).sum()
+    tail_t, tail_s = (torch.log1p(-x.exp().sum(1)) for x in (top, mine))
+    return (top.exp() * (top - mine)).sum() + (tail_t.exp() * (tail_t - tail_s)).sum()
 
 
 def renorm(s, t, _, k=5):
@@ -133,8 +134,8 @@ def test_the_first_loss_is_its_definition_over_the_global_token_count(
     )
     want = mean_over_tokens(talkers, seen["score"][0], loss_of)
     assert run.steps[0]["loss"] == pytest.approx(want, rel=2e-5)
-    writers = {t.writer for step in seen["sample"] for group in step for t in group}
-    assert writers == {
+    samplers = {t.sampled_by for step in seen["sample"] for group in step for t in group}
+    assert samplers == {
         "sft": {"dataset"},
         "kd_forward": {"dataset"},
         "kd_plus_nll": {"dataset"},
@@ -229,7 +230,9 @@ def test_only_right_answers_are_bought(talkers, tmp_path, seen):
 
 
 def test_no_right_answer_at_all_says_what_to_do(talkers, tmp_path):
-    with pytest.raises(ValueError, match="none of the teacher's 2 answers is right.*task.options"):
+    with pytest.raises(
+        ValueError, match="none of the teacher's 2 answers is correct.*task.options"
+    ):
         run_here(
             config(
                 talkers,
@@ -258,7 +261,9 @@ def test_wrong_texts_are_left_out_of_a_step_and_the_step_still_runs(talkers, tmp
         )
     )
     assert seen["score"] == [[], []] and [s["tokens"] for s in run.steps] == [0, 0]
-    assert all(s["kept"] == 0 and s["loss"] == 0 and s["grad_norm"] == 0 for s in run.steps)
+    assert all(
+        s["passed_filter"] == 0 and s["loss"] == 0 and s["grad_norm"] == 0 for s in run.steps
+    )
 
 
 # across tokenizers
@@ -315,7 +320,7 @@ CLASS_LOSSES = {
     "projection": {"divergence": "forward"},
     "uld": {},
     "hybrid": {"divergence": "forward", "temperature": 2.0, "scale_t2": True},
-    "kept": {"divergence": "forward", "tail": "bucket", "top_k": 6},
+    "topk": {"divergence": "forward", "tail": "bucket", "top_k": 6},
 }
 
 
@@ -332,9 +337,9 @@ def class_loss_of(student: Chat, teacher: Chat, kind: str, z_SV, u_SW, options) 
     }
     if kind == "uld":
         return uld(z_SV, u_SW).sum()
-    if kind == "kept":
-        kept = teacher_topk_ref(u_SW, torch.eye(u_SW.shape[1], dtype=u_SW.dtype), 6)
-        return class_kl(z_SV, kept, partition_index(vocab_map.common(*sides)), **given).sum()
+    if kind == "topk":
+        topk = teacher_topk_ref(u_SW, torch.eye(u_SW.shape[1], dtype=u_SW.dtype), 6)
+        return class_kl(z_SV, topk, partition_index(vocab_map.common(*sides)), **given).sum()
     built = (
         Projection.build(*sides)
         if kind == "projection"
@@ -353,7 +358,7 @@ def class_loss_of(student: Chat, teacher: Chat, kind: str, z_SV, u_SW, options) 
 def test_class_losses_compare_both_models_where_both_have_read_the_same_bytes(
     talkers, tmp_path, seen, kind, texts
 ):
-    options = {"partition": "common" if kind == "kept" else kind} | CLASS_LOSSES[kind]
+    options = {"partition": "common" if kind == "topk" else kind} | CLASS_LOSSES[kind]
     run = run_here(
         config(
             talkers,
@@ -465,8 +470,8 @@ def test_each_teacher_writes_its_share_of_the_texts(talkers, tmp_path, seen):
             },
         )
     )
-    writers = [t.teacher for step in seen["sample"] for group in step for t in group]
-    assert set(writers) == {0, 1} and 24 * 0.4 < sum(writers) < 24 * 0.95
+    teachers = [t.teacher for step in seen["sample"] for group in step for t in group]
+    assert set(teachers) == {0, 1} and 24 * 0.4 < sum(teachers) < 24 * 0.95
     chat = Chat(str(talkers / "policy"))
     for sample, text in zip(
         (s for step in seen["score"] for s in step),
@@ -476,11 +481,6 @@ def test_each_teacher_writes_its_share_of_the_texts(talkers, tmp_path, seen):
             assert (
                 sample.rollout.ids[:-1] == chat.encode(text.rollout.text) or not text.rollout.ended
             )
-
-
-def shout(prompt, text: str) -> str | None:
-    """An attacker's clean-up: capitals, and texts without a digit thrown away."""
-    return text.upper() if any(c.isdigit() for c in text) else None
 
 
 def test_an_attacker_may_rewrite_what_the_teacher_wrote(talkers, tmp_path, seen):
@@ -494,7 +494,7 @@ def test_an_attacker_may_rewrite_what_the_teacher_wrote(talkers, tmp_path, seen)
             distill={
                 "objective": "nll",
                 "on_policy": 0.0,
-                "rewrite": "test_distill:shout",
+                "rewrite": "rewrites:shout",
                 "dedup": True,
             },
         )
@@ -512,14 +512,6 @@ def test_an_attacker_may_rewrite_what_the_teacher_wrote(talkers, tmp_path, seen)
             assert len({t.rollout.text for t in group}) == len(group)
 
 
-def only_of_even_prompts(prompt, text: str) -> str | None:
-    return None if prompt.index % 2 else text
-
-
-def nothing(prompt, text: str) -> None:
-    return None
-
-
 def test_of_bought_texts_too_a_rewrite_may_drop_all_of_a_prompts(talkers, tmp_path, seen):
     options = {"objective": "nll", "on_policy": 0.0, "query_budget": 8}
     run_here(
@@ -527,7 +519,7 @@ def test_of_bought_texts_too_a_rewrite_may_drop_all_of_a_prompts(talkers, tmp_pa
             talkers,
             tmp_path / "run",
             "distill",
-            distill=options | {"rewrite": "test_distill:only_of_even_prompts"},
+            distill=options | {"rewrite": "rewrites:only_of_even_prompts"},
         )
     )
     texts = [t.rollout for step in seen["sample"] for group in step for t in group]
@@ -538,7 +530,7 @@ def test_of_bought_texts_too_a_rewrite_may_drop_all_of_a_prompts(talkers, tmp_pa
                 talkers,
                 tmp_path / "none",
                 "distill",
-                distill=options | {"rewrite": "test_distill:nothing"},
+                distill=options | {"rewrite": "rewrites:nothing"},
             )
         )
 
@@ -550,13 +542,9 @@ def test_a_rewrite_that_makes_texts_too_long_says_so(talkers, tmp_path):
                 talkers,
                 tmp_path / "run",
                 "distill",
-                distill={"objective": "nll", "on_policy": 0.0, "rewrite": "test_distill:double"},
+                distill={"objective": "nll", "on_policy": 0.0, "rewrite": "rewrites:double"},
             )
         )
-
-
-def double(prompt, text: str) -> str:
-    return text + " and again " + text
 
 
 def test_another_vocabulary_is_refused_with_the_way_out(talkers, tmp_path):
@@ -701,16 +689,16 @@ def test_the_student_answers_its_share_of_every_step(share):
     """No step is left to luck: 10 prompts at 0.3 are 3, at any step; a fraction of a prompt is
     right on average.
     """
-    phase = object.__new__(Distill)
-    phase.spec = DistillSection(on_policy=share)
-    phase.cfg = SimpleNamespace(seed=1, rollout=SimpleNamespace(prompts=10))
-    assert {len(phase._on_policy_slots(step)) for step in range(50)} == {round(10 * share)}
-    phase.cfg.rollout.prompts = 3
-    counts = [len(phase._on_policy_slots(step)) for step in range(400)]
+    source = object.__new__(TextSource)
+    source.spec = DistillSection(on_policy=share)
+    source.cfg = SimpleNamespace(seed=1, rollout=SimpleNamespace(prompts=10))
+    assert {len(source._on_policy_slots(step)) for step in range(50)} == {round(10 * share)}
+    source.cfg.rollout.prompts = 3
+    counts = [len(source._on_policy_slots(step)) for step in range(400)]
     assert set(counts) <= {math.floor(3 * share), math.ceil(3 * share)} and np.mean(
         counts
     ) == pytest.approx(3 * share, abs=0.1)
-    assert len({frozenset(phase._on_policy_slots(step)) for step in range(40)}) > 1 or share in (
+    assert len({frozenset(source._on_policy_slots(step)) for step in range(40)}) > 1 or share in (
         0.0,
         1.0,
     )

@@ -1,6 +1,4 @@
-"""The harness is called once, with the folder and the seeds, and its numbers come back under their
-names.
-"""
+"""The harness is called once, with the folder and the seeds, and its numbers keep their names."""
 
 import sys
 import types
@@ -9,7 +7,7 @@ import pytest
 from runs import config, run_here, write_data
 
 from reflux.trainer.evaluation.harness import load_harness, run_harness
-from reflux.trainer.evaluation.phase import Evaluate
+from reflux.trainer.evaluation.phase import EvaluatePhase
 
 
 @pytest.fixture
@@ -48,18 +46,17 @@ def test_numbers_under_their_names(harness, talkers):
         "harness/arc_easy/exact_match,strict": 0.25,
     }
     (call,) = harness.calls
-    assert (
-        call["model"] == "hf"
-        and call["model_args"] == {"pretrained": str(talkers / "policy")}
-        and call["tasks"] == ["arc_easy"]
-    )
-    assert (
-        call["limit"] == 3
-        and call["batch_size"] == 8
-        and call["device"] == "cpu"
-        and call["fewshot_random_seed"] == 5
-    )
-    assert call["apply_chat_template"] is True
+    want = {
+        "model": "hf",
+        "model_args": {"pretrained": str(talkers / "policy")},
+        "tasks": ["arc_easy"],
+        "limit": 3,
+        "batch_size": 8,
+        "device": "cpu",
+        "fewshot_random_seed": 5,
+        "apply_chat_template": True,
+    }
+    assert {key: call[key] for key in want} == want
 
 
 def test_a_missing_package_is_named_before_anything_is_loaded(monkeypatch):
@@ -88,7 +85,7 @@ def test_in_a_whole_run(harness, talkers, tmp_path, titan_process):
 def test_two_ranks_are_refused(harness, talkers, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="eval.harness on 2 ranks: .* Start it with one process"):
-        Evaluate(evaluate(talkers, tmp_path / "run"), engine=None)
+        EvaluatePhase(evaluate(talkers, tmp_path / "run"), engine=None)
 
 
 def test_in_a_run_without_the_package(talkers, tmp_path, monkeypatch, titan_process):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from runs import config, numbers, run_here, write_data
 from transformers import AutoModelForCausalLM
 
-from reflux.trainer.distillation.phase import Distill
+from reflux.trainer.distillation.phase import DistillPhase
 from reflux.trainer.rollouts.defences import product_decoder, tempered_decoder
 
 pytestmark = pytest.mark.usefixtures("titan_process")
@@ -97,9 +97,9 @@ def test_with_gamma_0_it_is_the_teacher(talkers, tmp_path):
 
 def test_with_gamma_a_half_texts_come_from_the_product(talkers, tmp_path, monkeypatch):
     """Every sampled token's log-probability is that of the normalised product, by transformers."""
-    texts, real = [], Distill.sample
+    texts, real = [], DistillPhase.sample
     monkeypatch.setattr(
-        Distill, "sample", lambda self, step: texts.append(real(self, step)) or texts[-1]
+        DistillPhase, "sample", lambda self, step: texts.append(real(self, step)) or texts[-1]
     )
     distill(
         talkers,
