@@ -21,17 +21,16 @@ def load_harness() -> Any:
 def run_harness(
     folder: str, tasks: Sequence[str], *, device: str, rows: int, limit: int | None, seed: int
 ) -> dict[str, float]:
-    """{"harness/TASK/METRIC": value} for every number the harness reports, standard errors
-    included.
+    """{"harness/TASK/METRIC": value} for every number the harness reports, standard errors too.
 
-    The model's chat template is used if it has one; the harness loads `folder` itself and reads its
-    data sets from where `datasets` finds them. `limit`: first items of every task.
+    The harness loads the model in `folder` itself, uses its chat template if it has one, and reads
+    data sets from where `datasets` finds them. rows: of a batch. limit: first items of every task.
     """
     from transformers import AutoTokenizer
 
     templated = AutoTokenizer.from_pretrained(folder).chat_template is not None
     lm_eval = load_harness()
-    found = lm_eval.simple_evaluate(
+    results = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": folder},
         tasks=list(tasks),
@@ -47,7 +46,7 @@ def run_harness(
     )
     return {
         f"harness/{task}/{metric.replace(',none', '')}": float(value)
-        for task, row in found["results"].items()
+        for task, row in results["results"].items()
         for metric, value in row.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }

@@ -1,38 +1,28 @@
-"""Verdicts by hand: each threshold from both sides, and what the interval has to say."""
+"""Verdicts by hand: each threshold from both sides, by the mean and by the whole interval."""
 
 import math
 
 import pytest
+from prediction_rows import prediction
 
 from reflux.trainer.config.evaluation import AcceptSection
-from reflux.trainer.evaluation.acceptance import as_row, check_rule, judge
-from reflux.trainer.evaluation.predictions import save_rows
+from reflux.trainer.evaluation.acceptance import check_rule, judge
+from reflux.trainer.evaluation.predictions import save_predictions
 
 
-def rows(right, of=100, mode="sampled"):
-    """`right` of the prompts, the first ones, are answered right."""
-    return [
-        {
-            "mode": mode,
-            "prompt": p,
-            "sample": 0,
-            "id": str(p),
-            "answer": "a",
-            "correct": p < right,
-            "reward": 0.0,
-        }
-        for p in range(of)
-    ]
+def rows(correct, of=100, mode="sampled"):
+    """`correct` of the prompts, the first ones, have a correct answer."""
+    return [prediction(p, mode=mode, correct=p < correct, id=str(p)) for p in range(of)]
 
 
 @pytest.fixture
 def base(tmp_path):
-    save_rows(tmp_path / "base", 0, rows(50))
+    save_predictions(tmp_path / "base", 0, rows(50))
     return str(tmp_path / "base")
 
 
 @pytest.mark.parametrize(
-    "right, rule, holds, margin",
+    "correct, rule, holds, margin",
     [
         (60, {"min": 0.5}, True, 0.1),
         (60, {"min": 0.6}, True, 0.0),
@@ -50,20 +40,19 @@ def base(tmp_path):
         (90, {"max_change": -0.5}, False, -1.3),
     ],
 )
-def test_a_threshold_from_both_sides(base, right, rule, holds, margin):
+def test_a_threshold_from_both_sides(base, correct, rule, holds, margin):
     rule = AcceptSection(against="" if "min" in rule or "max" in rule else base, **rule)
-    verdict = judge("x", rule, rows(right))
+    verdict = judge("x", rule, rows(correct))
     assert verdict.holds is holds and verdict.margin == pytest.approx(margin, abs=1e-9)
-    assert verdict.words.startswith("holds: sampled" if holds else "does NOT hold: sampled")
-    assert ("to spare" if holds else "missing") in verdict.words and as_row(verdict)["value"][
-        "n"
-    ] == 100
+    assert verdict.outcome == ("succeeded" if holds else "failed")
+    assert verdict.words.startswith(f"{verdict.outcome}: sampled")
+    assert ("to spare" if holds else "missing") in verdict.words and verdict.value.n == 100
 
 
 def test_the_words_are_plain(base):
     verdict = judge("student", AcceptSection(against=base, max_change=-0.5), rows(30))
     assert verdict.words == (
-        f"does NOT hold: sampled 0.300, in {base} 0.500: -40% [{verdict.value.low:+.0%}, "
+        f"failed: sampled 0.300, in {base} 0.500: -40% [{verdict.value.low:+.0%}, "
         f"{verdict.value.high:+.0%}] over 100 prompts; want at most -50%, 10% missing"
     )
     assert -0.6 < verdict.value.low < -0.45 and -0.35 < verdict.value.high < -0.2
@@ -71,45 +60,51 @@ def test_the_words_are_plain(base):
 
 def test_a_change_counts_only_if_its_interval_excludes_0(base, tmp_path):
     few = str(tmp_path / "few")
-    save_rows(tmp_path / "few", 0, rows(2, of=4))
+    save_predictions(tmp_path / "few", 0, rows(2, of=4))
     unsure = judge("x", AcceptSection(against=few, min_change=0.15), rows(3, of=4))
-    assert (
-        not unsure.holds
-        and unsure.margin > 0
-        and unsure.words.endswith("35% to spare, but the 95 % interval may hold 0")
-    )
+    assert unsure.outcome == "inconclusive" and not unsure.holds and unsure.margin > 0
+    assert unsure.words.endswith("35% to spare, but the 95 % interval may hold 0")
     assert judge(
         "x", AcceptSection(against=few, min_change=0.15, excludes_zero=False), rows(3, of=4)
     ).holds
     assert judge("x", AcceptSection(against=base, min_change=0.15), rows(60)).holds
 
 
-def test_the_whole_interval_can_be_asked_for(base):
+def test_the_whole_interval_can_decide(base):
     mean, whole = (
         judge("x", AcceptSection(against=base, max_drop=0.05, whole_interval=w), rows(47))
         for w in (False, True)
     )
     assert mean.holds and not whole.holds and whole.margin == pytest.approx(whole.value.low + 0.05)
-    assert (
-        judge(
-            "x", AcceptSection(against=base, max_change=-0.2, whole_interval=True), rows(30)
-        ).margin
-        > 0
-        > judge(
-            "x", AcceptSection(against=base, max_change=-0.39, whole_interval=True), rows(30)
-        ).margin
-    )
     assert "with the whole interval" in whole.words
 
 
-def test_nothing_to_compare_with_holds_nothing(tmp_path):
-    save_rows(tmp_path / "zero", 0, rows(0))
+@pytest.mark.parametrize(
+    "rule, outcome",
+    [
+        ({"max_change": -0.2}, "succeeded"),  # -40 % [-50 %, -30 %], about
+        ({"max_change": -0.39}, "inconclusive"),
+        ({"max_change": -0.6}, "failed"),
+        ({"max_drop": 0.35}, "succeeded"),  # -0.20 [-0.28, -0.12], about
+        ({"max_drop": 0.2}, "inconclusive"),
+        ({"max_drop": 0.02}, "failed"),
+    ],
+)
+def test_an_interval_on_both_sides_of_the_threshold_is_inconclusive(base, rule, outcome):
+    verdict = judge("x", AcceptSection(against=base, whole_interval=True, **rule), rows(30))
+    assert verdict.outcome == outcome and (verdict.margin >= 0) == (outcome == "succeeded")
+    assert verdict.words.startswith(f"{outcome}: sampled 0.300")
+
+
+def test_nothing_to_compare_with_is_inconclusive(tmp_path):
+    save_predictions(tmp_path / "zero", 0, rows(0))
     verdict = judge("x", AcceptSection(against=str(tmp_path / "zero"), min_change=0.1), rows(50))
-    assert not verdict.holds and math.isnan(verdict.margin) and "no number" in verdict.words
+    assert verdict.outcome == "inconclusive" and not verdict.holds
+    assert math.isnan(verdict.margin) and "not a number" in verdict.words
 
 
 def test_another_run_can_be_judged(base, tmp_path):
-    save_rows(tmp_path / "student", 3, rows(10))
+    save_predictions(tmp_path / "student", 3, rows(10))
     rule = AcceptSection(run=str(tmp_path / "student"), against=base, max_change=-0.5)
     check_rule("student", rule, rows(100))
     assert judge("student", rule, rows(100)).value.mean == pytest.approx(-0.8)

@@ -1,51 +1,36 @@
 """Every number of an evaluation against a count by hand or an enumeration."""
 
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prediction_rows import chosen, generated, prediction
 
 from reflux.trainer.evaluation.metrics import (
     check_same,
     compare,
-    estimate,
     measure,
     metric_values,
     pass_at_k,
-    positions,
+    position_stats,
 )
-
-
-def row(prompt, sample=0, mode="sampled", correct=True, **more):
-    return {
-        "mode": mode,
-        "prompt": prompt,
-        "sample": sample,
-        "correct": correct,
-        "reward": float(bool(correct)),
-        "error": None,
-        "outcome": "right" if correct else "wrong",
-        "ended": True,
-        "tokens": 5,
-        "position": None,
-        "answer": "a",
-        **more,
-    }
+from reflux.trainer.runs.stats import mean_over_prompts
 
 
 def sampled(table):
-    """{prompt: "10 0"} -> rows: one sample a digit."""
+    """{prompt: "10 0"} -> predictions: one sample a digit."""
     return [
-        row(p, k, correct=digit == "1")
+        generated(p, k, correct=digit == "1", outcome="correct" if digit == "1" else "wrong")
         for p, digits in table.items()
         for k, digit in enumerate(digits)
     ]
 
 
 @given(n=st.integers(1, 8), data=st.data())
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n, data):
+def test_pass_at_k_is_the_fraction_of_subsets_with_a_correct_answer(n, data):
     c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
     subsets = list(combinations([True] * c + [False] * (n - c), k))
     assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
@@ -58,7 +43,7 @@ def test_pass_at_k_refuses_what_it_cannot_draw(n, c, k):
 
 
 def test_values_by_hand():
-    rows = sampled({0: "1000", 3: "1100", 7: "0000"}) + [row(0, mode="greedy")]
+    rows = sampled({0: "1000", 3: "1100", 7: "0000"}) + [generated(0, mode="greedy")]
     assert metric_values(rows, "sampled") == {0: 0.25, 3: 0.5, 7: 0.0}
     assert metric_values(rows, "pass@1") == metric_values(rows, "sampled")
     assert metric_values(rows, "pass@2") == pytest.approx({0: 1 / 2, 3: 5 / 6, 7: 0.0})
@@ -68,63 +53,54 @@ def test_values_by_hand():
         metric_values(rows, "pass@5")
 
 
-def test_where_nothing_is_right_or_wrong_the_reward_counts():
+def test_where_no_answer_is_correct_or_wrong_the_reward_counts():
     rows = [
-        row(0, 0, correct=None, reward=-3.0, outcome=None),
-        row(0, 1, correct=None, reward=1.0, outcome=None, ended=False),
+        generated(0, 0, correct=None, reward=-3.0),
+        generated(0, 1, correct=None, reward=1.0, ended=False),
     ]
     assert metric_values(rows, "sampled") == {0: -1.0}
     found = measure(rows, ["sampled"])
-    assert (
-        found["sampled"].mean == -1.0
-        and found["sampled_truncated"].mean == 0.5
-        and "sampled_wrong" not in found
-    )
-    with pytest.raises(ValueError, match="each right or wrong"):
+    assert found["sampled"].mean == -1.0 and found["sampled_truncated"].mean == 0.5
+    assert "sampled_wrong" not in found
+    with pytest.raises(ValueError, match="each correct or wrong"):
         metric_values(rows, "pass@2")
 
 
 def test_intervals_are_over_prompts_not_over_answers():
     """Forty answers of two prompts say no more than two values."""
-    two = estimate(metric_values(sampled({0: "1" * 20, 1: "0" * 20}), "sampled"))
-    forty = estimate(metric_values(sampled({p: "10"[p % 2] for p in range(40)}), "sampled"))
+    two = mean_over_prompts(metric_values(sampled({0: "1" * 20, 1: "0" * 20}), "sampled"))
+    rows = sampled({p: "10"[p % 2] for p in range(40)})
+    forty = mean_over_prompts(metric_values(rows, "sampled"))
     assert two.mean == forty.mean == 0.5 and (two.low, two.high, two.n) == (0.0, 1.0, 2)
     assert 0.3 < forty.low < 0.4 and 0.6 < forty.high < 0.7 and forty.n == 40
 
 
-def test_kinds_of_failure_add_up_to_one_with_the_right_ones():
-    kinds = ["right", "wrong", "wrong", "no_answer", "refused", "truncated"]
+def test_kinds_of_failure_add_up_to_one_with_the_correct_ones():
+    kinds = ["correct", "wrong", "wrong", "no_answer", "refused", "truncated"]
     rows = [
-        row(p, correct=kind == "right", outcome=kind, tokens=p, error="broken" if p == 1 else None)
+        generated(
+            p,
+            correct=kind == "correct",
+            outcome=kind,
+            tokens=p,
+            error="broken" if p == 1 else None,
+        )
         for p, kind in enumerate(kinds)
     ]
     found = measure(rows, ["sampled"])
-    shares = [
-        found[n].mean
-        for n in (
-            "sampled",
-            "sampled_wrong",
-            "sampled_no_answer",
-            "sampled_refused",
-            "sampled_truncated",
-        )
-    ]
-    assert shares == pytest.approx([1 / 6, 2 / 6, 1 / 6, 1 / 6, 1 / 6]) and sum(
-        shares
-    ) == pytest.approx(1)
-    assert found["sampled_length"].mean == 2.5 and found[
-        "sampled_grader_error"
-    ].mean == pytest.approx(1 / 6)
+    names = ("wrong", "no_answer", "refused", "truncated")
+    fractions = [found[n].mean for n in ("sampled", *(f"sampled_{name}" for name in names))]
+    assert fractions == pytest.approx([1 / 6, 2 / 6, 1 / 6, 1 / 6, 1 / 6])
+    assert sum(fractions) == pytest.approx(1)
+    assert found["sampled_length"].mean == 2.5
+    assert found["sampled_grader_error"].mean == pytest.approx(1 / 6)
 
 
 def test_differences_are_paired_by_prompt():
     ours, theirs = {0: 1.0, 1: 0.5, 2: 1.0, 3: 0.0}, {0: 0.5, 1: 0.0, 2: 0.5, 3: 0.0}
     d = compare(ours, theirs)
-    assert (d.ours.mean, d.theirs.mean, d.difference.mean) == (
-        0.625,
-        0.25,
-        0.375,
-    ) and d.change.mean == 1.5
+    assert (d.ours.mean, d.theirs.mean, d.difference.mean) == (0.625, 0.25, 0.375)
+    assert d.change.mean == 1.5
     assert d.p == 2 / 8, (
         "three differences of one sign: only all plus and all minus are as far from 0"
     )
@@ -141,53 +117,51 @@ def test_a_change_relative_to_nothing_or_less_is_no_number(theirs):
 
 
 def test_other_prompts_or_samples_are_refused():
-    ours = [row(0, id="x"), row(1, id="y")]
-    check_same(ours, [row(0, id="x"), row(1, id="y"), row(0, mode="greedy")], "f")
-    check_same(ours, [row(0), row(1)], "an older run without ids")
+    ours = [prediction(0, id="x"), prediction(1, id="y")]
+    check_same(ours, [*ours, prediction(0, mode="greedy")], "f")
+    check_same(ours, [prediction(0), prediction(1)], "an older run without ids")
     for theirs, says in (
         (
-            [row(0, id="x")],
+            [prediction(0, id="x")],
             "f: sampled has 1 answers to 1 prompts, this run 2 answers to 2 prompts",
         ),
-        ([row(0, id="x"), row(1, 1, id="y")], "same prompts and samples"),
-        ([row(0, id="x"), row(1, id="z")], "f: prompt 1 is another question there"),
-        ([row(0), row(1, answer="b")], "answer 'b', here 'a'"),
+        ([prediction(0, id="x"), prediction(1, 1, id="y")], "same prompts and samples"),
+        ([prediction(0, id="x"), prediction(1, id="z")], "f: prompt 1 is another question there"),
+        ([prediction(0), prediction(1, answer="b")], "answer 'b', here 'a'"),
     ):
         with pytest.raises(ValueError) as error:
             check_same(ours, theirs, "f")
         assert says in str(error.value)
 
 
-def test_places_of_options():
-    """A model that always takes the first place is right exactly where the right option stands
-    there.
+def test_positions_of_options():
+    """A model that always takes the first position is correct exactly where the correct option
+    stands there.
     """
+    logp, n_bytes = [-1.0, -4.0, -6.0, -8.0], [2, 2, 2, 4]
     rows = [
-        row(
+        chosen(
             p,
-            mode="likelihood_sum",
-            correct=p % 4 == 0,
+            "likelihood_sum",
+            p % 4 == 0,
+            logp=logp,
+            n_bytes=n_bytes,
             position=p % 4,
             choice_at=0,
-            logp=[-1.0, -4.0, -6.0, -8.0],
-            bytes=[2, 2, 2, 4],
         )
         for p in range(8)
     ]
-    table = positions(rows, "likelihood_sum")
-    assert [(t["position"], t["prompts"], t["right"].mean, t["chosen"]) for t in table] == [
+    table = position_stats(rows, "likelihood_sum")
+    assert [(t.position, t.prompts, t.accuracy.mean, t.chosen) for t in table] == [
         (1, 2, 1.0, 1.0),
         (2, 2, 0.0, 0.0),
         (3, 2, 0.0, 0.0),
         (4, 2, 0.0, 0.0),
     ]
     found = measure(rows, ["likelihood_sum"])
-    assert (
-        found["likelihood_sum"].mean == 0.25
-        and found["likelihood_sum_at_1"].mean == 1.0
-        and found["likelihood_sum_at_2"].mean == 0.0
-    )
+    names = ("likelihood_sum", "likelihood_sum_at_1", "likelihood_sum_at_2")
+    assert [found[name].mean for name in names] == [0.25, 1.0, 0.0]
     assert found["likelihood_sum_logp"].mean == -19 / 4
-    per_byte = measure([r | {"mode": "likelihood_per_byte"} for r in rows], [])
+    per_byte = measure([replace(r, mode="likelihood_per_byte") for r in rows], [])
     assert per_byte["likelihood_per_byte_logp"].mean == -(0.5 + 2 + 3 + 2) / 4
-    assert positions(sampled({0: "1"}), "sampled") == []
+    assert position_stats(sampled({0: "1"}), "sampled") == []

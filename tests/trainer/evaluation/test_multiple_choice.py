@@ -1,5 +1,5 @@
-"""Options: read as the grader reads them, shuffled without losing the right one (scored:
-test_evaluation.py).
+"""Options: read as the grader reads them, shuffled without losing the correct one. Scored in
+test_evaluator.py.
 """
 
 from collections import Counter
@@ -12,10 +12,11 @@ from reflux.trainer.data.batch import Prompt
 from reflux.trainer.data.graders import MultipleChoice
 from reflux.trainer.evaluation.multiple_choice import (
     Options,
-    likelihood_rows,
+    choices_by_likelihood,
     list_options,
     read_options,
 )
+from reflux.trainer.evaluation.predictions import OptionScores, prompt_id
 
 
 def ask(answer="B", choices=("red", "green", "blue"), index=0):
@@ -29,7 +30,7 @@ def ask(answer="B", choices=("red", "green", "blue"), index=0):
 
 
 @pytest.mark.parametrize(
-    "prompt, answer_is, right",
+    "prompt, answer_is, correct",
     [
         (ask("b"), "letter", 1),
         (ask("2"), "index", 2),
@@ -38,14 +39,11 @@ def ask(answer="B", choices=("red", "green", "blue"), index=0):
         (ask("2", {"label": ["1", "2", "3"], "text": ["x", "y", "z"]}), "letter", 1),
     ],
 )
-def test_options_are_read(prompt, answer_is, right):
+def test_options_are_read(prompt, answer_is, correct):
     options = read_options(prompt, answer_is=answer_is)
-    assert (
-        options.right == right
-        and len(options.texts) == 3
-        and options.place_of(options.labels[right]) == right
-    )
-    assert options.place_of(None) is None and options.place_of("Z") is None
+    assert options.correct == correct and len(options.texts) == 3
+    assert options.position_of(options.labels[correct]) == correct
+    assert options.position_of(None) is None and options.position_of("Z") is None
 
 
 @pytest.mark.parametrize(
@@ -73,62 +71,52 @@ def test_what_is_no_choice_is_refused(prompt, answer_is, says):
 @given(
     seed=st.integers(0, 2**32 - 1),
     index=st.integers(0, 10**6),
-    right=st.integers(0, 3),
+    correct=st.integers(0, 3),
     form=st.sampled_from(["letter", "index", "text"]),
     labelled=st.booleans(),
 )
-def test_a_shuffle_keeps_the_options_and_the_right_one(seed, index, right, form, labelled):
+def test_a_shuffle_keeps_the_options_and_the_correct_one(seed, index, correct, form, labelled):
     texts = ["w", "x", "y", "z"]
     choices = {"label": list("abcd"), "text": texts} if labelled else texts
-    before = ask(
-        {"letter": "ABCD"[right], "index": str(right), "text": texts[right]}[form], choices, index
-    )
+    answers = {"letter": "ABCD"[correct], "index": str(correct), "text": texts[correct]}
+    before = ask(answers[form], choices, index)
     after = list_options(before, seed, answer_is=form)
     options = read_options(after, answer_is=form)
-    assert (
-        sorted(options.texts) == texts
-        and options.texts[options.right] == texts[right]
-        and options.labels == ("A", "B", "C", "D")
-    )
+    assert sorted(options.texts) == texts and options.labels == ("A", "B", "C", "D")
+    assert options.texts[options.correct] == texts[correct]
     shown = "\n".join(f"{label}) {text}" for label, text in zip(options.labels, options.texts))
-    assert (
-        after.messages == (before.messages[0], {"role": "user", "content": f"Which?\n{shown}"})
-        and after.extra["more"] == 1
+    assert after.messages == (
+        before.messages[0],
+        {"role": "user", "content": f"Which?\n{shown}"},
     )
+    assert after.extra["more"] == 1
     assert after == list_options(before, seed, answer_is=form), (
         "a shuffle is a function of seed and prompt"
     )
-    grade = MultipleChoice(answer_is=form)(after, f"Answer: {options.labels[options.right]}")
-    assert grade.correct and options.place_of(grade.extracted) == options.right, (
-        "the grader follows"
-    )
+    grade = MultipleChoice(answer_is=form)(after, f"Answer: {options.labels[options.correct]}")
+    position = options.position_of(grade.extracted)
+    assert grade.correct and position == options.correct, "the grader follows"
 
 
-def test_the_right_option_stands_everywhere_about_equally_often():
-    places = Counter(read_options(list_options(ask("A", "wxyz", i), 7)).right for i in range(400))
-    assert set(places) == {0, 1, 2, 3} and all(70 <= n <= 130 for n in places.values())
-    assert places != Counter(
-        read_options(list_options(ask("A", "wxyz", i), 8)).right for i in range(400)
-    )
+def positions(seed):
+    """Of the correct option, over 400 prompts."""
+    shown = (list_options(ask("A", "wxyz", i), seed) for i in range(400))
+    return Counter(read_options(prompt).correct for prompt in shown)
+
+
+def test_the_correct_option_stands_everywhere_about_equally_often():
+    counts = positions(7)
+    assert set(counts) == {0, 1, 2, 3} and all(70 <= n <= 130 for n in counts.values())
+    assert counts != positions(8)
 
 
 def test_the_best_in_sum_and_per_byte_differ():
-    total, per_byte = likelihood_rows(
-        ask(), Options(("A", "B", "C"), ("no", "é" * 4, "maybe"), 1), [-2.0, -4.0, -6.0]
-    )
-    assert (total["mode"], total["choice_at"], total["correct"], total["extracted"]) == (
-        "likelihood_sum",
-        0,
-        False,
-        "no",
-    )
-    assert (per_byte["mode"], per_byte["choice_at"], per_byte["correct"]) == (
-        "likelihood_per_byte",
-        1,
-        True,
-    )
-    assert (
-        per_byte["bytes"] == [2, 8, 5]
-        and per_byte["logp"] == [-2.0, -4.0, -6.0]
-        and per_byte["position"] == 1
-    )
+    options = Options(("A", "B", "C"), ("no", "é" * 4, "maybe"), 1)
+    total, per_byte = choices_by_likelihood(ask(), options, [-2.0, -4.0, -6.0])
+    assert (total.mode, total.choice_at, total.correct) == ("likelihood_sum", 0, False)
+    assert total.extracted == "no" and total.reward == 0.0
+    assert (per_byte.mode, per_byte.choice_at) == ("likelihood_per_byte", 1)
+    assert per_byte.correct and per_byte.reward == 1.0 and per_byte.position == 1
+    assert per_byte.options == OptionScores((-2.0, -4.0, -6.0), (2, 8, 5))
+    assert total.id == per_byte.id == prompt_id(ask())
+    assert choices_by_likelihood(ask(), options, [0.0] * 3, "q")[0].id == "q"

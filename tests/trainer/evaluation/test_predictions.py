@@ -1,35 +1,34 @@
-"""What became of an answer, and what is left of an evaluation that was killed."""
+"""Predictions on disk, what became of an answer, and what a killed evaluation leaves."""
 
 import json
 
 import pytest
+from prediction_rows import chosen, generated, prediction
 
 from reflux.trainer.config.evaluation import REFUSAL
 from reflux.trainer.data.batch import Prompt
 from reflux.trainer.evaluation.predictions import (
     Unfinished,
-    add_outcomes,
-    load_rows,
+    load_predictions,
     prompt_id,
-    save_rows,
+    save_predictions,
+    with_outcomes,
 )
 
 
-def graded(text="x", correct=False, extracted=None, ended=True, error=None):
-    return {
-        "text": text,
-        "correct": correct,
-        "extracted": extracted,
-        "ended": ended,
-        "error": error,
-    }
+def graded(text="x", correct=False, **more):
+    return generated(0, correct=correct, text=text, **more)
+
+
+def outcomes(predictions, refusal=REFUSAL, names_answers=True):
+    return [p.generation.outcome for p in with_outcomes(predictions, refusal, names_answers)]
 
 
 @pytest.mark.parametrize(
-    "row, outcome",
+    "answer, outcome",
     [
-        (graded(correct=True), "right"),
-        (graded(correct=True, ended=False), "right"),
+        (graded(correct=True), "correct"),
+        (graded(correct=True, ended=False), "correct"),
         (graded(extracted="4"), "wrong"),
         (graded(), "no_answer"),
         (graded(error="grader broke"), "wrong"),
@@ -37,13 +36,12 @@ def graded(text="x", correct=False, extracted=None, ended=True, error=None):
         (graded("I can't help", ended=False), "truncated"),
         (graded("I can't help with that."), "refused"),
         (graded("I can't help. => 4", extracted="4"), "refused"),
-        (graded("I can't believe it is 4", correct=True), "right"),
+        (graded("I can't believe it is 4", correct=True), "correct"),
         (graded(correct=None), None),
     ],
 )
-def test_every_text_has_one_outcome(row, outcome):
-    add_outcomes([row], REFUSAL, names_answers=True)
-    assert row["outcome"] == outcome
+def test_every_text_has_one_outcome(answer, outcome):
+    assert outcomes([answer]) == [outcome]
 
 
 @pytest.mark.parametrize(
@@ -65,59 +63,89 @@ def test_every_text_has_one_outcome(row, outcome):
         ("", False),
     ],
 )
-def test_what_is_taken_for_a_refusal(text, refused):
-    row = graded(text, extracted="4")
-    add_outcomes([row], REFUSAL, names_answers=True)
-    assert row["outcome"] == ("refused" if refused else "wrong")
+def test_what_counts_as_a_refusal(text, refused):
+    assert outcomes([graded(text, extracted="4")]) == ["refused" if refused else "wrong"]
 
 
 def test_no_refusals_without_an_expression_and_no_missing_answers_if_the_grader_names_none():
-    rows = [graded("I can't help", extracted="x"), graded()]
-    add_outcomes(rows, "", names_answers=False)
-    assert [r["outcome"] for r in rows] == ["wrong", "wrong"]
+    answers = [graded("I can't help", extracted="x"), graded()]
+    assert outcomes(answers, refusal="", names_answers=False) == ["wrong", "wrong"]
+
+
+def test_answers_by_likelihood_have_no_outcome():
+    answer = chosen(0, "likelihood_sum", True, logp=[-1.0], n_bytes=[1])
+    assert with_outcomes([answer], REFUSAL, True) == [answer]
+
+
+KEYS = {
+    "generated": "mode prompt sample text answer ended tokens nll reward correct extracted error "
+    "id position choice_at outcome",
+    "by likelihood": "mode prompt sample answer extracted correct reward error position choice_at "
+    "logp bytes id",
+}
+
+
+def test_lines_read_back_and_their_keys_are_in_order(tmp_path):
+    rows = [
+        generated(3, 1, text="ü\u2028\x85\n", outcome="correct", id="q", position=2, choice_at=0),
+        chosen(4, "likelihood_sum", False, logp=[-1.0, -2.5], n_bytes=[2, 3], id="r", position=1),
+    ]
+    save_predictions(tmp_path, 7, rows)
+    assert load_predictions(tmp_path, "x") == rows
+    lines = (tmp_path / "predictions" / "step-7.jsonl").read_text().split("\n")[:-1]
+    assert [" ".join(json.loads(line)) for line in lines] == list(KEYS.values())
+    assert json.loads(lines[1])["bytes"] == [2, 3] and "ü" in lines[0]
 
 
 def test_the_last_predictions_are_read(tmp_path):
     for step in (0, 10, 9):
-        save_rows(tmp_path, step, [{"step": step, "text": "ü\n"}])
-    assert load_rows(tmp_path, "eval.against") == [{"step": 10, "text": "ü\n"}]
+        save_predictions(tmp_path, step, [generated(step)])
+    assert load_predictions(tmp_path, "eval.against") == [generated(10)]
     with pytest.raises(ValueError, match="accept.x.run = '/nowhere': no predictions"):
-        load_rows("/nowhere", "accept.x.run")
+        load_predictions("/nowhere", "accept.x.run")
+
+
+def test_files_of_older_versions_have_neither_ids_nor_positions(tmp_path):
+    save_predictions(tmp_path, 0, [generated(1, id="x", position=2, choice_at=1)])
+    file = tmp_path / "predictions" / "step-0.jsonl"
+    row = json.loads(file.read_text())
+    for key in ("id", "position", "choice_at"):
+        del row[key]
+    file.write_text(json.dumps(row) + "\n")
+    assert load_predictions(tmp_path, "x") == [generated(1)]
+
+
+def ask(text, answer, index=0):
+    return prompt_id(Prompt(index, ({"role": "user", "content": text},), answer))
 
 
 def test_an_id_is_the_question_and_its_answer():
-    ask = lambda text, answer, index=0: prompt_id(
-        Prompt(index, ({"role": "user", "content": text},), answer)
-    )
-    assert (
-        ask("a", "b") == ask("a", "b", 7)
-        and len({ask("a", "b"), ask("a", "c"), ask("c", "b"), ask("a", None)}) == 4
-    )
+    assert ask("a", "b") == ask("a", "b", 7)
+    assert len({ask("a", "b"), ask("a", "c"), ask("c", "b"), ask("a", None)}) == 4
 
 
-def rows_of(prompt, mode, count):
-    return [{"mode": mode, "prompt": prompt, "sample": k} for k in range(count)]
+def answers(prompt, mode, count):
+    return [prediction(prompt, k, mode) for k in range(count)]
 
 
 def test_whole_prompts_survive_a_kill(tmp_path):
-    asked, samples = (
-        {"seed": 1, "limit": None, "pass_at": (1, 2)},
-        {"greedy": 1, "sampled": 2, "likelihood": 1},
-    )
-    kept = Unfinished(tmp_path, asked)
-    assert kept.load(samples) == []
-    kept.open([])
+    spec = {"seed": 1, "limit": None, "pass_at": (1, 2)}
+    samples = {"greedy": 1, "sampled": 2, "likelihood": 1}
+    unfinished = Unfinished(tmp_path, spec)
+    assert unfinished.load(samples) == []
+    unfinished.open([])
     whole = (
-        rows_of(0, "greedy", 1)
-        + rows_of(3, "sampled", 2)
-        + rows_of(1, "likelihood_sum", 1)
-        + rows_of(1, "likelihood_per_byte", 1)
+        answers(0, "greedy", 1)
+        + answers(3, "sampled", 2)
+        + answers(1, "likelihood_sum", 1)
+        + answers(1, "likelihood_per_byte", 1)
     )
-    kept.add(whole)
-    kept.add(rows_of(4, "sampled", 1) + rows_of(2, "likelihood_sum", 1))
+    unfinished.add(whole)
+    unfinished.add(answers(4, "sampled", 1) + answers(2, "likelihood_sum", 1))
     path = tmp_path / "predictions" / "unfinished.jsonl"
-    path.write_text(path.read_text() + json.dumps(rows_of(5, "greedy", 1)[0])[:-4])  # torn
-    assert Unfinished(tmp_path, asked).load(samples) == whole
-    assert Unfinished(tmp_path, asked | {"seed": 2}).load(samples) == [], "other answers"
-    kept.close()
-    assert not path.exists() and kept.load(samples) == []
+    torn = json.dumps({"mode": "greedy", "prompt": 5})[:-4]
+    path.write_text(path.read_text() + torn)
+    assert Unfinished(tmp_path, spec).load(samples) == whole
+    assert Unfinished(tmp_path, spec | {"seed": 2}).load(samples) == [], "other answers"
+    unfinished.close()
+    assert not path.exists() and unfinished.load(samples) == []
