@@ -1,17 +1,16 @@
-"""Look at two tokenizers on one text, or measure them on a body of text.
+"""Align two tokenizers on one text, or measure them on a body of text.
 
-    python -m reflux.tokenalign A B --text "the catalog"        both tokenizations, one above the
-        other, cut where both agree
+    python -m reflux.tokenalign A B --text "the catalog"
+        both tokenizations, one above the other, cut where both agree
     python -m reflux.tokenalign A B --file essay.txt --html essay.html
-    python -m reflux.tokenalign A B --scores rollout.json       with log-probabilities: T - S per
-        span, bits per byte
-    python -m reflux.tokenalign A B --corpus texts.jsonl        counts, failures with reasons,
-        throughput
+    python -m reflux.tokenalign A B --scores rollout.json
+        with log-probabilities: T - S per span, bits per byte
+    python -m reflux.tokenalign A B --corpus texts.jsonl
+        counts, failures with reasons, throughput
 
 A, B: Hugging Face folders, names in the local cache, or tokenizer files that ByteTable.of reads.
---scores takes a JSON object with `text` or `ids_a`, and what there is of `ids_b`, `logp_a`,
-`logp_b`, `stop_a`, `stop_b` and `prompt_bytes`. Ids that are given are looked at as they are, never
-re-encoded.
+--scores takes a JSON object with `text` or `ids_a`, and any of `ids_b`, `logp_a`, `logp_b`,
+`stop_a`, `stop_b` and `prompt_bytes`. Given ids are used as they are, never re-encoded.
 """
 
 import argparse
@@ -21,13 +20,22 @@ import shutil
 import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
-from .corpus import Counts, Report, Tokenizer, as_json, count, documents, measure, summary
+from .corpus import (
+    Counts,
+    LoadedTokenizer,
+    Report,
+    as_json,
+    count,
+    documents,
+    measure,
+    summary,
+)
 from .offsets import Side, spell
 from .scores import Scores, sequence_scores
 from .spans import Alignment, after_prompt, align_spans
@@ -39,7 +47,7 @@ SCORES_KEYS = ("text", "ids_a", "ids_b", "logp_a", "logp_b", "stop_a", "stop_b",
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
+class AlignedText:
     """One text under two tokenizers."""
 
     side_a: Side
@@ -51,10 +59,8 @@ class Look:
     problems: tuple[str, ...]  # of sides that do not reproduce the text
 
 
-def load_tokenizer(path: str, name: str) -> Tokenizer:
-    """A file or folder by `table_files.load`, a cached name by AutoTokenizer. ValueError when it
-    cannot be read.
-    """
+def load_tokenizer(path: str, name: str) -> LoadedTokenizer:
+    """A file or folder by `table_files.load`, a cached name by AutoTokenizer. ValueError."""
     try:
         if os.path.exists(path):
             from .table_files import load
@@ -72,12 +78,13 @@ def load_tokenizer(path: str, name: str) -> Tokenizer:
             f"tokenizer {name}: cannot load {path!r} ({type(error).__name__}); want a Hugging Face "
             "folder, the name of one in the local cache, or a tokenizer file"
         ) from error
-    return Tokenizer(name, loaded)
+    return LoadedTokenizer(name, loaded)
 
 
-def look(a: Tokenizer, b: Tokenizer, given: Mapping[str, Any]) -> Look:
-    """Align one text. `given`: see --scores. ValueError: unknown keys, ids that are no text,
-    log-probabilities that do not fit.
+def align_text(a: LoadedTokenizer, b: LoadedTokenizer, given: Mapping[str, Any]) -> AlignedText:
+    """Align one text. `given`: see --scores.
+
+    ValueError: unknown keys, ids that are no text, log-probabilities that do not fit.
     """
     unknown = sorted(set(given) - set(SCORES_KEYS))
     if unknown or not {"text", "ids_a"} & set(given):
@@ -89,44 +96,44 @@ def look(a: Tokenizer, b: Tokenizer, given: Mapping[str, Any]) -> Look:
     if text is None:
         raise ValueError("ids_a do not spell UTF-8, so B cannot encode them")
     source = text.encode()
-    ids = [
-        given[key] if key in given else t.encode(text) for key, t in (("ids_a", a), ("ids_b", b))
-    ]
-    sides = [tokenizer.side(own, source) for tokenizer, own in zip((a, b), ids, strict=True)]
+    ids_a = given["ids_a"] if "ids_a" in given else a.encode(text)
+    ids_b = given["ids_b"] if "ids_b" in given else b.encode(text)
+    side_a, side_b = a.side(ids_a, source), b.side(ids_b, source)
     problems = tuple(
-        tokenizer.explain(own, source)[1]
-        for tokenizer, own, one in zip((a, b), ids, sides, strict=True)
-        if not one.reproduces
+        tokenizer.explain(ids, source)[1]
+        for tokenizer, ids, side in ((a, ids_a, side_a), (b, ids_b, side_b))
+        if not side.reproduces
     )
-    alignment = align_spans(sides[:1], sides[1:])[0]
+    alignment = align_spans([side_a], [side_b])[0]
     scored = after_prompt(alignment, given.get("prompt_bytes", 0))
     scores = _scores(scored, given)
-    marks = Marks(
-        ("A", "B"),
-        tuple(ids),
-        given.get("prompt_bytes"),
-        _stop(given),
-        scores and (given["logp_a"], given["logp_b"]),
-        scores and np.where(scored.exact, scores.span_logp_a - scores.span_logp_b, np.nan),
-        "log p, nats",
-        "log p of A - log p of B, nats",
-    )
-    return Look(*sides, alignment, count(source, *sides, alignment), scores, marks, problems)
+    marks = Marks(("A", "B"), (ids_a, ids_b), seam=given.get("prompt_bytes"), stop=_stop(given))
+    if scores:
+        difference = scores.span_logp_a - scores.span_logp_b
+        marks = replace(
+            marks,
+            token_values=(given["logp_a"], given["logp_b"]),
+            span_values=np.where(scored.exact, difference, np.nan),
+            token_label="log p, nats",
+            span_label="log p of A - log p of B, nats",
+        )
+    counts = count(source, side_a, side_b, alignment)
+    return AlignedText(side_a, side_b, alignment, counts, scores, marks, problems)
 
 
-def facts(seen: Look) -> list[tuple[str, str]]:
+def facts(aligned: AlignedText) -> list[tuple[str, str]]:
     """Names and values of what was counted."""
-    c = seen.counts
+    c = aligned.counts
     out = [
         ("bytes", f"{c.num_bytes:,}"),
         ("tokens", f"{c.tokens_a:,} and {c.tokens_b:,}"),
         ("spans", f"{c.spans:,}"),
-        ("1:1", f"{c.one_to_one_share:.1%}"),
+        ("1:1", f"{c.one_to_one_fraction:.1%}"),
         ("tokens per span", "{:.2f} and {:.2f}".format(*c.tokens_per_span)),
         ("longest span", f"{c.longest[0]} bytes"),
         ("coverage", f"{c.coverage:.1%}"),
     ]
-    if s := seen.scores:
+    if s := aligned.scores:
         out += [
             ("bits per byte", f"{s.bits_per_byte_a:.3f} and {s.bits_per_byte_b:.3f}"),
             ("log p of A - of B", f"{s.log_ratio_unclipped:+.2f} nats, clipped {s.log_ratio:+.2f}"),
@@ -152,8 +159,10 @@ def _scores(alignment: Alignment, given: Mapping[str, Any]) -> Scores | None:
 
 
 def _stop(given: Mapping[str, Any]) -> tuple[str, str] | None:
-    ends = given.get("stop_a"), given.get("stop_b")
-    return None if None in ends else tuple(f"stop {end:+.2f}" for end in ends)
+    stop_a, stop_b = given.get("stop_a"), given.get("stop_b")
+    if stop_a is None or stop_b is None:
+        return None
+    return f"stop {stop_a:+.2f}", f"stop {stop_b:+.2f}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -190,13 +199,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--width", type=int, default=0, help="columns; default: those of the terminal, else 100"
     )
-    found = parser.parse_args()
-    if found.corpus and found.html or found.json and not found.corpus:
+    arguments = parser.parse_args()
+    if arguments.corpus and arguments.html or arguments.json and not arguments.corpus:
         parser.error(
             "--html draws one text (--text, --file, --scores), --json holds the statistics of "
             "--corpus"
         )
-    return found
+    return arguments
 
 
 def _given(arguments: argparse.Namespace) -> Mapping[str, Any]:
@@ -213,8 +222,9 @@ def _given(arguments: argparse.Namespace) -> Mapping[str, Any]:
     return {"text": raw.decode()}
 
 
-def _show(a: Tokenizer, b: Tokenizer, arguments: argparse.Namespace) -> None:
-    seen = look(a, b, _given(arguments))
+def _show(a: LoadedTokenizer, b: LoadedTokenizer, arguments: argparse.Namespace) -> None:
+    aligned = align_text(a, b, _given(arguments))
+    picture = aligned.side_a, aligned.side_b, aligned.alignment, aligned.marks
     color = arguments.color == "always" or (
         arguments.color == "auto"
         and sys.stdout.isatty()
@@ -222,43 +232,29 @@ def _show(a: Tokenizer, b: Tokenizer, arguments: argparse.Namespace) -> None:
         and os.environ.get("TERM") != "dumb"
     )
     width = arguments.width or shutil.get_terminal_size((100, 24)).columns
-    told, names = facts(seen), tuple(arguments.tokenizers)
-    print(
-        to_terminal(
-            seen.side_a, seen.side_b, seen.alignment, seen.marks, width=max(20, width), color=color
-        )
-    )
-    print(
-        f"A = {names[0]}, B = {names[1]}",
-        "; ".join(f"{name} {value}" for name, value in told),
-        sep="\n",
-    )
-    print(*seen.problems, sep="\n", end="\n" if seen.problems else "")
+    listed, names = facts(aligned), tuple(arguments.tokenizers)
+    print(to_terminal(*picture, width=max(20, width), color=color))
+    print(f"A = {names[0]}, B = {names[1]}")
+    print("; ".join(f"{name} {value}" for name, value in listed))
+    print(*aligned.problems, sep="\n", end="\n" if aligned.problems else "")
     if arguments.html:
-        if (tokens := seen.counts.tokens_a + seen.counts.tokens_b) > PAGE_TOKENS:
+        if (tokens := aligned.counts.tokens_a + aligned.counts.tokens_b) > PAGE_TOKENS:
             raise ValueError(
-                f"--html: {tokens:,} tokens make a page no browser likes; want at most "
+                f"--html: {tokens:,} tokens are too many for a browser; want at most "
                 f"{PAGE_TOKENS:,}, a part of the text"
             )
-        page = to_html(
-            seen.side_a,
-            seen.side_b,
-            seen.alignment,
-            seen.marks,
-            title=f"{names[0]} and {names[1]}",
-            facts=told,
-        )
+        page = to_html(*picture, title=f"{names[0]} and {names[1]}", facts=listed)
         Path(arguments.html).write_text(page, encoding="utf-8")
 
 
-def _measure(a: Tokenizer, b: Tokenizer, arguments: argparse.Namespace) -> None:
-    def tell(report: Report) -> None:
+def _measure(a: LoadedTokenizer, b: LoadedTokenizer, arguments: argparse.Namespace) -> None:
+    def show_progress(report: Report) -> None:
         print(f"\r{report.counts.documents:,} documents", end="", file=sys.stderr, flush=True)
 
-    report = measure(
-        a, b, documents(arguments.corpus), progress=tell if sys.stderr.isatty() else None
-    )
-    if sys.stderr.isatty():
+    terminal = sys.stderr.isatty()
+    texts = documents(arguments.corpus)
+    report = measure(a, b, texts, progress=show_progress if terminal else None)
+    if terminal:
         print("\r", end="", file=sys.stderr)
     print(summary(report, *arguments.tokenizers))
     if arguments.json:
@@ -268,7 +264,7 @@ def _measure(a: Tokenizer, b: Tokenizer, arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """The command. Exit code 2 and one line for anything a person can mend."""
+    """The command. Exit code 2 and one line for an error of the user's."""
     arguments = _arguments()
     try:
         a, b = (

@@ -1,18 +1,18 @@
-"""How well two tokenizers align on a body of text: counts, failures with reasons, throughput. One
-pass, a batch in memory.
+"""How well two tokenizers align on a body of text: counts, failures with reasons, throughput.
 
 A document is a row of a .jsonl file (field `text`, else `prompt`), or a text file; a text file
 above 64 KiB is cut at line ends into documents of about that size. A folder is read in the order of
-its paths, hidden files left out.
+its paths, hidden files left out. One pass, one batch of documents in memory.
 """
 
 import json
 import re
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
+from operator import itemgetter
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from .vocab_map import common_spellings
 
 CUT = 1 << 16  # characters of one document of a text file
 BATCH = 64  # documents aligned by one call of the native core
-EXAMPLES = 3  # failures told in full
+EXAMPLES = 3  # failures reported in full
 STAGES = ("encode_a", "encode_b", "check", "align")  # check: ids against the bytes of the text
 
 
@@ -85,9 +85,7 @@ def _text(file: Path) -> Iterator[Document]:
 
 @dataclass(frozen=True)
 class Counts:
-    """What was counted on aligned documents; adds up. Spans and tokens outside them as in
-    `spans.Alignment`.
-    """
+    """Counts of aligned documents; they add up. Spans as in `spans.Alignment`."""
 
     documents: int = 0
     partly: int = 0  # of them, with spans that are not exact
@@ -104,19 +102,16 @@ class Counts:
     longest: tuple[int, str] = (0, "")  # bytes of the longest span, and its text
 
     def __add__(self, other: "Counts") -> "Counts":
-        sums = {
-            f.name: getattr(self, f.name) + getattr(other, f.name)
-            for f in fields(self)
-            if f.name != "longest"
-        }
-        return Counts(**sums, longest=max(self.longest, other.longest, key=lambda found: found[0]))
+        names = [f.name for f in fields(self) if f.name != "longest"]
+        sums: dict[str, Any] = {x: getattr(self, x) + getattr(other, x) for x in names}
+        return Counts(**sums, longest=max(self.longest, other.longest, key=itemgetter(0)))
 
     @property
     def coverage(self) -> float:
         return self.exact_bytes / max(1, self.num_bytes)
 
     @property
-    def one_to_one_share(self) -> float:
+    def one_to_one_fraction(self) -> float:
         return self.one_to_one / max(1, self.spans)
 
     @property
@@ -131,15 +126,11 @@ def count(source: bytes, side_a: Side, side_b: Side, alignment: Alignment) -> Co
         np.bincount(span[span >= 0], minlength=alignment.num_spans)
         for span in (alignment.span_a, alignment.span_b)
     )
-    k = int(sizes.argmax()) if len(sizes) else 0
-    longest = (
-        (
-            int(sizes[k]),
-            source[alignment.bounds[k] - sizes[k] : alignment.bounds[k]].decode(errors="replace"),
-        )
-        if len(sizes)
-        else (0, "")
-    )
+    longest = (0, "")
+    if len(sizes):
+        k = int(sizes.argmax())
+        span = source[alignment.bounds[k] - sizes[k] : alignment.bounds[k]]
+        longest = int(sizes[k]), span.decode(errors="replace")
     empty_a, empty_b = (int(((one.lens == 0) & (one.ids >= 0)).sum()) for one in (side_a, side_b))
     return Counts(
         1,
@@ -158,17 +149,13 @@ def count(source: bytes, side_a: Side, side_b: Side, alignment: Alignment) -> Co
     )
 
 
-class Tokenizer:
-    """A loaded tokenizer, its table and its normaliser; `name` is what reports call it."""
+class LoadedTokenizer:
+    """A tokenizer, its table and its normaliser; `name` is what reports call it."""
 
     def __init__(self, name: str, loaded: Any) -> None:
         """ValueError as for ByteTable.of."""
-        self.name, self.loaded, self.table, self.normalize = (
-            name,
-            loaded,
-            ByteTable.of(loaded),
-            normalizer_of(loaded),
-        )
+        self.name, self.loaded = name, loaded
+        self.table, self.normalize = ByteTable.of(loaded), normalizer_of(loaded)
 
     def encode(self, text: str) -> list[int]:
         return encode_text(self.loaded, text)
@@ -178,18 +165,16 @@ class Tokenizer:
 
     def explain(self, ids: Sequence[int], source: bytes) -> tuple[str, str]:
         """Why a side does not reproduce the source: the kind of reason, and the reason with its
-        place.
+        location.
         """
         spelled, image = self.table.bytes_of(ids), self.normalize(source.decode()).encode()
         if self.table.space_prefix and not image.startswith(b" "):
             spelled = spelled.removeprefix(b" ")
         at = len(commonprefix([spelled, image]))
-        silent = [i for i in ids if i >= 0 and self.table.kind[i] != TEXT]
-        kind = f"{self.name}: " + (
-            "an unknown character, or a name read as a control token"
-            if silent
-            else "its ids spell another text (whitespace swallowed or collapsed, or a name read as a token)"
-        )
+        kind = f"{self.name}: its ids spell another text (whitespace swallowed or collapsed, "
+        kind += "or a name read as a token)"
+        if any(i >= 0 and self.table.kind[i] != TEXT for i in ids):
+            kind = f"{self.name}: an unknown character, or a name read as a control token"
         return (
             kind,
             f"{kind}: {spelled[at : at + 12]!r} for {image[at : at + 12]!r} at byte {at} of "
@@ -199,19 +184,20 @@ class Tokenizer:
 
 @dataclass
 class Report:
-    """What `measure` found so far."""
+    """What `measure` has counted so far."""
 
     counts: Counts = Counts()
     # documents not read, or aligned only in part, by kind of reason
     failures: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)  # the first EXAMPLES failures in full
-    # names met in the text
+    # names of control tokens in the text, of A and of B
     controls: tuple[Counter[str], Counter[str]] = field(
         default_factory=lambda: (Counter(), Counter())
     )
     common: int = 0  # spellings that both vocabularies have
-    seconds: Counter[str] = field(default_factory=Counter)  # of each of STAGES
-    tokens: Counter[str] = field(default_factory=Counter)  # that went through it, failures included
+    # of each of STAGES; tokens of failures, too
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    tokens: Counter[str] = field(default_factory=Counter)
 
     def fail(self, where: str, kind: str, reason: str = "") -> None:
         self.failures[kind] += 1
@@ -224,51 +210,53 @@ class Report:
 
     def rate(self, stage: str) -> float:
         """Tokens per second; 0 before anything was timed."""
-        return self.tokens[stage] / self.seconds[stage] if self.seconds[stage] else 0.0
+        seconds = self.seconds.get(stage)
+        return self.tokens[stage] / seconds if seconds else 0.0
 
 
 def measure(
-    a: Tokenizer,
-    b: Tokenizer,
+    a: LoadedTokenizer,
+    b: LoadedTokenizer,
     texts: Iterable[Document],
     *,
     progress: Callable[[Report], None] | None = None,
 ) -> Report:
-    """Encode, check and align every document. One that cannot be read is counted with its reason
-    and left out of all other numbers; one whose ids do not spell it is counted with its reason and
-    aligned around the changed parts (`Counts.coverage`).
+    """Encode, check and align every document.
 
-    Text is encoded as content: a control token's name in it is plain characters, and counted.
-    progress: called after every BATCH documents.
+    One that cannot be read is counted with its reason and left out of all other numbers. One whose
+    ids do not spell it is counted with its reason and aligned around the changed parts
+    (`Counts.coverage`). Text is encoded as content: a control token's name in it is plain
+    characters, and counted. progress: called after every BATCH documents.
     """
     report, stream = Report(common=common_spellings(a.table, b.table)), iter(texts)
     names = _control_names(a.table), _control_names(b.table)
     while batch := list(islice(stream, BATCH)):
-        good = [found for document in batch if (found := _sides(a, b, document, report))]
+        good = [sides for document in batch if (sides := _sides(a, b, document, report))]
         start = time.perf_counter()
         rows = align_spans([one for _, one, _ in good], [other for _, _, other in good])
         report.spent("align", start, sum(len(one.ids) + len(other.ids) for _, one, other in good))
         for (source, one, other), row in zip(good, rows, strict=True):
             report.counts += count(source, one, other, row)
-            for met, pattern in zip(report.controls, names, strict=True):
-                met.update(name.decode(errors="replace") for name in pattern.findall(source))
+            for controls, pattern in zip(report.controls, names, strict=True):
+                controls.update(name.decode(errors="replace") for name in pattern.findall(source))
         if progress:
             progress(report)
     return report
 
 
 def _sides(
-    a: Tokenizer, b: Tokenizer, document: Document, report: Report
+    a: LoadedTokenizer, b: LoadedTokenizer, document: Document, report: Report
 ) -> tuple[bytes, Side, Side] | None:
     """The source and both sides of a document, or None and a failure in the report."""
     if document.text is None:
-        return report.fail(document.where, document.problem)
+        report.fail(document.where, document.problem)
+        return None
     try:
         source = document.text.encode()
     except UnicodeEncodeError:
-        return report.fail(
-            document.where, "the text holds half a surrogate pair: it is not Unicode text"
-        )
+        problem = "the text holds half a surrogate pair: it is not Unicode text"
+        report.fail(document.where, problem)
+        return None
     sides = []
     for stage, tokenizer in (("encode_a", a), ("encode_b", b)):
         start = time.perf_counter()
@@ -279,13 +267,11 @@ def _sides(
         report.spent("check", start, len(ids))
         if not sides[-1].reproduces:
             report.fail(document.where, *tokenizer.explain(ids, source))
-    return source, *sides
+    return source, sides[0], sides[1]
 
 
 def _control_names(table: ByteTable) -> re.Pattern[bytes]:
-    """Finds every name of a control id, the longest where two begin together; nothing when there is
-    none.
-    """
+    """Finds every name of a control id, of two that begin together the longer one."""
     names = {
         piece
         for piece, kind in zip(table.pieces, table.kind.tolist(), strict=True)
@@ -295,7 +281,7 @@ def _control_names(table: ByteTable) -> re.Pattern[bytes]:
 
 
 def summary(report: Report, name_a: str, name_b: str) -> str:
-    """The report for a person."""
+    """The report as text."""
     c, (per_a, per_b) = report.counts, report.counts.tokens_per_span
     bytes_a, bytes_b = c.num_bytes / max(1, c.tokens_a), c.num_bytes / max(1, c.tokens_b)
     rows = [
@@ -312,15 +298,16 @@ def summary(report: Report, name_a: str, name_b: str) -> str:
         ("of no bytes", f"A {c.empty_a:,}, B {c.empty_b:,}"),
         (
             "spans",
-            f"{c.spans:,}, 1:1 {c.one_to_one_share:.1%}; tokens per span A {per_a:.3f}, B "
+            f"{c.spans:,}, 1:1 {c.one_to_one_fraction:.1%}; tokens per span A {per_a:.3f}, B "
             f"{per_b:.3f}",
         ),
         ("longest span", f"{c.longest[0]} bytes: {c.longest[1][:60]!r}"),
         ("common vocabulary", f"{report.common:,} spellings, equal by bytes"),
         (
-            "control names met",
+            "control names",
             "; ".join(
-                f"{name}: {_top(met)}" for name, met in zip("AB", report.controls, strict=True)
+                f"{name}: {_top(controls)}"
+                for name, controls in zip("AB", report.controls, strict=True)
             ),
         ),
         (
@@ -333,22 +320,24 @@ def summary(report: Report, name_a: str, name_b: str) -> str:
     return "\n".join([*lines, *(f"  for example {example}" for example in report.examples)])
 
 
-def _top(met: Counter[str]) -> str:
-    return ", ".join(f"{name} x {n:,}" for name, n in met.most_common(5)) or "none"
+def _top(controls: Counter[str]) -> str:
+    return ", ".join(f"{name} x {n:,}" for name, n in controls.most_common(5)) or "none"
 
 
 def as_json(report: Report, name_a: str, name_b: str) -> dict[str, Any]:
-    """The same for a machine; seconds and rates are of this machine and run."""
+    """The report as JSON data; seconds and rates are of this machine and run."""
     c = report.counts
     return {
         "a": name_a,
         "b": name_b,
         **asdict(c),
         "coverage": c.coverage,
-        "one_to_one_share": c.one_to_one_share,
+        "one_to_one_fraction": c.one_to_one_fraction,
         "tokens_per_span": c.tokens_per_span,
         "common_spellings": report.common,
-        "control_names": {side: dict(met) for side, met in zip("ab", report.controls, strict=True)},
+        "control_names": {
+            side: dict(controls) for side, controls in zip("ab", report.controls, strict=True)
+        },
         "failures": dict(report.failures),
         "failure_examples": report.examples,
         "seconds": dict(report.seconds),

@@ -1,10 +1,10 @@
 """From a number per span back to numbers per token.
 
-`credit` shares a span's value out among its tokens; whatever the rule, the shares add up to the
-value. Such a share is myopic as a policy-gradient advantage: it rewards a token for its own span
-only. `reward_to_go` gives each token all that comes at and after its span, which keeps the expected
-gradient of the whole sum. A baseline made of another text's `span_to_go` at the same span number
-(`following_span`) does not depend on what follows the token, so it keeps it, too.
+`credit` divides a span's value among its tokens; by every rule the parts add up to the value. As a
+policy-gradient advantage such a part is myopic: it rewards a token for its own span only.
+`reward_to_go` gives each token all that comes at and after its span, which leaves the expected
+gradient of the whole sum as it is. So does a baseline made of another text's `span_to_go` at the
+same span number (`following_span`): it does not depend on what follows the token.
 
 S: spans. T: tokens of one side, span -1 = outside every span (no credit).
 """
@@ -22,8 +22,8 @@ def credit(
     logp: np.ndarray | None = None,
     lens: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Share value_S [S] out among the tokens of span_T [T]; float64 [T]. The tokens of span k get
-    value_S[k] in all.
+    """Divide value_S [S] among the tokens of span_T [T]; float64 [T]. Those of span k get
+    value_S[k] together.
 
         uniform      1 / number of tokens
         bytes        lens_i / bytes of the span; needs lens [T] (offsets.Side.lens)
@@ -45,21 +45,20 @@ def credit(
             "and span_T must come from the same alignment."
         )
     if rule == "uniform":
-        share = np.ones(len(span))
+        part = np.ones(len(span))
     elif rule == "bytes":
-        share = _per_token("lens", lens, live)
+        part = _per_token("lens", lens, live)
     elif rule == "surprisal":
-        share = np.maximum(-_per_token("logp", logp, live), 0.0)
+        part = np.maximum(-_per_token("logp", logp, live), 0.0)
     elif rule in ("first", "last"):
-        share = _edge(span, rule, len(value_S))
+        part = _edge(span, rule, len(value_S))
     else:
         raise ValueError(f"credit: rule = {rule!r}; want one of {', '.join(RULES)}.")
-    total = np.bincount(span, weights=share, minlength=len(value_S))[span]
-    empty = total < 1e-8  # below this, shares are quotients of rounding errors
+    total = np.bincount(span, weights=part, minlength=len(value_S))[span]
+    empty = total < 1e-8  # below this, parts are quotients of rounding errors
+    uniform = 1 / np.maximum(count[span], 1)
     credit_T = np.zeros(len(span_T))
-    credit_T[live] = value_S[span] * np.where(
-        empty, 1 / np.maximum(count[span], 1), share / np.where(empty, 1.0, total)
-    )
+    credit_T[live] = value_S[span] * np.where(empty, uniform, part / np.where(empty, 1.0, total))
     return credit_T
 
 
@@ -84,7 +83,7 @@ def span_to_go(value_S: np.ndarray, end: float = 0.0) -> np.ndarray:
 
 def following_span(span_T: np.ndarray, num_spans: int, length: int | None = None) -> np.ndarray:
     """int64 [T]: the span of each token, or the next one for a token outside; num_spans past the
-    last. Never falls.
+    last.
 
     length: as many tokens, those beyond span_T past the last span (a stop token); fewer than T are
     refused with ValueError.
@@ -118,18 +117,17 @@ def _per_token(name: str, values: np.ndarray | None, live: np.ndarray) -> np.nda
             f"credit: this rule needs {name}, one per token; got {got} for {len(live)} tokens."
         )
     values = np.asarray(values, np.float64)[live]
-    if not np.isfinite(values).all() or (values > 1e-3 if name == "logp" else values < 0).any():
+    wrong = ~np.isfinite(values) | (values > 1e-3 if name == "logp" else values < 0)
+    if wrong.any():
+        side = "at most" if name == "logp" else "at least"
         raise ValueError(
-            f"credit: {name} must be finite and {'at most' if name == 'logp' else 'at least'} 0 inside the spans; "
-            f"got {values[~np.isfinite(values) | (values > 1e-3 if name == 'logp' else values < 0)][0]}."
+            f"credit: {name} must be finite and {side} 0 inside the spans; got {values[wrong][0]}."
         )
     return values
 
 
 def _edge(span: np.ndarray, rule: str, num_spans: int) -> np.ndarray:
-    """1 at the first or last token of each span, else 0. Tokens need not be in the order of their
-    spans.
-    """
+    """1 at the first or last token of each span, else 0; tokens in any order."""
     order = np.arange(len(span))
     chosen = np.full(num_spans, len(span) if rule == "first" else -1)
     (np.minimum if rule == "first" else np.maximum).at(chosen, span, order)

@@ -1,15 +1,19 @@
 """Where a token of a *normalised* text ends in the source text.
 
-A tokenizer with a normaliser N (NFC, NFKC, lower-casing ...) spells N(text), not the text. The text
-is cut into clusters c over which N distributes,
+A tokenizer with a normaliser N (NFC, NFKC, lower-casing) spells N(text), not the text. The text is
+cut into clusters c over which N distributes,
+
     N(c_1 + ... + c_m) = N(c_1) + ... + N(c_m),
-so a cluster edge in N(text) is a known place in the text, and so is every byte that a cluster and
-its image have in common at either end. No other position has one: half of a ligature that became
-two letters is nowhere in the source.
+
+so a cluster edge in N(text) has a position in the text, and so has every byte that a cluster and
+its image have in common at either end. No other byte has one: half of a ligature that became two
+letters is nowhere in the source.
 
 Every cut is tested on the two strings that it separates, so the law above holds by construction,
 whatever N does. N has to be the tokenizer's own function (`byte_table.normalizer_of`): Unicode
 tables differ between versions.
+
+n: tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,12 +25,11 @@ Normalize = Callable[[str], str]
 
 
 def clusters(text: str, normalize: Normalize) -> list[tuple[str, str]]:
-    """Pairs (c, N(c)) that spell `text` and N(text). Cuts where N changes something; what it leaves
-    alone stays in one piece.
+    """Pairs (c, N(c)) that spell `text` and N(text), cut where N changes something.
 
-    Halves the text and keeps the halves when N distributes over them, so its cost grows with the
-    number of changed places, not with the length: one call of N when nothing changes, O(n log n)
-    characters through N at worst.
+    The text is halved as long as N distributes over the halves and changes them, so the cost grows
+    with the number of changes, not with the length: one call of N when nothing changes, O(L log L)
+    characters through N at worst, L the length.
     """
     done, todo = [], [(text, normalize(text))] if text else []
     while todo:
@@ -40,14 +43,14 @@ def clusters(text: str, normalize: Normalize) -> list[tuple[str, str]]:
 
 
 def source_ends(text: str, normalize: Normalize, ends: np.ndarray) -> np.ndarray:
-    """Byte ends of tokens in N(text) -> byte ends in `text`, int64 of the same length.
+    """Byte ends of tokens in N(text) -> byte ends in `text`, int64 [n].
 
     ends: int64 [n], non-decreasing, from 0 to the bytes of N(text). normalize: N, which must not
-    put a prefix before the text. An end that is no place of the source takes the last one before it
-    that is: such a token has no bytes, and the next token whose end is a place carries them. The
-    end of N(text) is always the end of the text. Where N deletes characters, they belong to the
-    token before them. The result is `ends` itself, value by value, where N changes nothing.
-    ValueError when `ends` is not sorted or runs past N(text).
+    put a prefix before the text. An end without a position in the source takes that of the last end
+    before it that has one: such a token has no bytes, and the next token whose end has a position
+    carries them. The end of N(text) is always the end of the text. Where N deletes characters, they
+    belong to the token before them. Where N changes nothing, the result equals `ends`. ValueError
+    when `ends` is not sorted or runs past N(text).
     """
     ends = np.asarray(ends, np.int64)
     pairs = [part for pair in clusters(text, normalize) for part in _trim(*pair)]
@@ -62,16 +65,15 @@ def source_ends(text: str, normalize: Normalize, ends: np.ndarray) -> np.ndarray
     same = np.array([c == n for c, n in pairs] + [False])
     # the last edge at or before: past what was deleted
     k = np.searchsorted(image, ends, side="right") - 1
-    place = np.where(image[k] == ends, source[k], np.where(same[k], source[k] + ends - image[k], 0))
+    inside = np.where(same[k], source[k] + ends - image[k], 0)
+    mapped = np.where(image[k] == ends, source[k], inside)
     # characters deleted at the very start belong to the first token that has bytes
-    place[ends == 0] = 0
-    return np.maximum.accumulate(place) if len(place) else place
+    mapped[ends == 0] = 0
+    return np.maximum.accumulate(mapped) if len(mapped) else mapped
 
 
 def _cut(whole: str, image: str, normalize: Normalize) -> list[tuple[str, str]] | None:
-    """Two parts with N(left) + N(right) = N(whole) = `image`, as near the middle as a few tries
-    find; None when none do.
-    """
+    """Two parts, about halves, with N(left) + N(right) = `image` = N(whole); None without a cut."""
     for at in _tries(len(whole)):
         left, right = normalize(whole[:at]), normalize(whole[at:])
         if left + right == image:
@@ -94,9 +96,8 @@ def _trim(source: str, image: str) -> list[tuple[str, str]]:
 
 
 def _tries(length: int) -> Iterator[int]:
-    """Cuts to try, from the middle outwards: every one nearby, then by doubling, so that long runs
-    (spaces that N collapses, stacked marks) are stepped over; at last, the same from both ends
-    inwards.
+    """Cuts to try, from the middle outwards: every one nearby, then by doubling, to step over long
+    runs (spaces that N collapses, stacked marks); last, the same from both ends inwards.
     """
     steps = [*range(1, 9), *(1 << p for p in range(4, length.bit_length()))]
     middle = length // 2

@@ -5,18 +5,19 @@ The source is the bytes of the side that *produced* the ids (the sampler), never
 its text. The other side encodes the source, and its ids must give the same bytes back. Three things
 may stand between ids and source:
 
-    a space that the tokenizer put in front     dropped, decided by comparison, once per stretch
-        that was encoded on its own
-    a normaliser N: the ids spell N(source)     ends are mapped back (norm_map); nothing is lost
-    anything else: an unknown character,        the parts that are equal keep their place; tokens
-        that touch a changed part are
-    collapsed or swallowed whitespace           marked, and their spans are never `exact`
+    a space that the tokenizer put in front
+        dropped, decided by comparison, once per stretch that was encoded on its own
+    a normaliser N: the ids spell N(source)
+        ends are mapped back (norm_map); nothing is lost
+    anything else: an unknown character, collapsed or swallowed whitespace
+        ends in equal parts are mapped; tokens that touch a changed part are marked, and their
+        spans are never `exact`
 
 n: tokens of a row. V: vocabulary.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from weakref import WeakKeyDictionary
@@ -25,7 +26,7 @@ import numpy as np
 
 from . import _native
 from .byte_table import CONTROL, TEXT, ByteTable
-from .norm_map import source_ends
+from .norm_map import Normalize, source_ends
 
 CONTROLS = ("event", "surface", "error")
 ANCHOR = 8  # bytes; a shorter match inside a changed part of the text may be chance
@@ -36,8 +37,7 @@ class Spelled:
     """The text of a sequence of ids."""
 
     bytes: bytes  # what the ids spell, up to the last whole character
-    # the same as strict UTF-8; None when it is not UTF-8, and then no other model can score it
-    text: str | None
+    text: str | None  # the same as strict UTF-8; None if it is not: no other model can score it
     cut: bool  # the ids end inside a character (a length stop); its first bytes were left out
 
 
@@ -47,13 +47,11 @@ class Side:
 
     table: ByteTable
     ids: np.ndarray  # int32 [n]; -1 where a token is outside every span: masked, control, unknown
-    # 1 when the first token with bytes starts with a space that the tokenizer put before the text,
-    # else 0
+    # 1 where the first token with bytes starts with a space that the tokenizer put there, else 0
     skip: int
-    # the ids spell the source, or N(source) (and at most the start of a cut character after it)
+    # the ids spell the source, or N(source), and at most the start of a cut character after it
     reproduces: bool
-    # the same, within the row: tokens that start with a space put there
-    later_skips: tuple[int, ...] = ()
+    later_skips: tuple[int, ...] = ()  # tokens further on that start with such a space
     surface: bool = False  # control ids spell their names
     # int64 [n], bytes of the source up to each token's end; None: the sums of `lens`
     ends: np.ndarray | None = None
@@ -72,14 +70,9 @@ class Side:
 
     @cached_property
     def skips(self) -> np.ndarray:
-        """int64, positions of the tokens whose first byte, a space put there, belongs to no
-        side.
-        """
-        first = (
-            np.flatnonzero(spelling(self.table, self.surface).lens_of(self.ids))[:1]
-            if self.skip
-            else ()
-        )
+        """int64, positions of tokens whose first byte is a space that the tokenizer put there."""
+        lens = spelling(self.table, self.surface).lens_of(self.ids)
+        first = _first(lens) if self.skip else ()
         return np.array([*first, *self.later_skips], np.int64)
 
 
@@ -87,28 +80,26 @@ class Spelling:
     """A table in the native core's form, control ids as nothing or as their names."""
 
     def __init__(self, table: ByteTable, surface: bool):
-        pieces = table.pieces
+        pieces = table.packed
         self.spells = (table.kind == TEXT) | (surface & (table.kind == CONTROL))  # bool [V]
         self.lens = np.where(self.spells, pieces.lens, 0).astype(np.int32)
-        data = np.frombuffer(pieces.data, np.uint8)[np.repeat(self.spells, pieces.lens)]
+        data = pieces.bytes_array[np.repeat(self.spells, pieces.lens)]
         self.native = _native.Table(
             data, np.concatenate([[0], np.cumsum(self.lens, dtype=np.int64)])
         )
 
     def lens_of(self, ids: np.ndarray) -> np.ndarray:
         """int32 [n]; 0 for -1 and for ids that spell nothing."""
-        return (
-            np.where(ids >= 0, self.lens[ids], 0)
-            if len(self.lens)
-            else np.zeros(len(ids), np.int32)
-        )
+        if not len(self.lens):
+            return np.zeros(len(ids), np.int32)
+        return np.where(ids >= 0, self.lens[ids], 0)
 
 
 _SPELLINGS: "WeakKeyDictionary[ByteTable, dict[bool, Spelling]]" = WeakKeyDictionary()
 
 
 def spelling(table: ByteTable, surface: bool) -> Spelling:
-    """Built once per table."""
+    """Made once per table."""
     built = _SPELLINGS.setdefault(table, {})
     if surface not in built:
         built[surface] = Spelling(table, surface)
@@ -141,7 +132,7 @@ def side(
     ids: Sequence[int],
     source: bytes,
     *,
-    normalize: Callable[[str], str] | None = None,
+    normalize: Normalize | None = None,
     control: str = "event",
     starts: Sequence[int] = (),
     strict: bool = False,
@@ -152,68 +143,82 @@ def side(
     are left out too. normalize: the tokenizer's own normaliser (`byte_table.normalizer_of`); None
     takes every text to stay as it is. control: as in `spell`.
     starts: positions where the ids were encoded anew, as a completion is behind its prompt. There,
-    at the first token and behind every one left out, a tokenizer with that habit may have put a
-    space: it did iff the ids spell the source without it. strict: raise ValueError, with the first
-    byte that differs, instead of returning a side that does not reproduce the source. Without it,
-    look at `.reproduces`, or use only the spans that are `exact`. ValueError for an id outside the
-    table.
+    at the first token and behind every one left out, the tokenizer may have put a space: it did iff
+    the ids spell the source without it. strict: raise ValueError, with the first byte that differs,
+    instead of returning a side that does not reproduce the source. Without it, look at
+    `.reproduces`, or use only the spans that are `exact`. ValueError for an id outside the table.
     """
     text_ids, raw = _read(table, ids, control)
-    same = dict(surface=control == "surface", source=source)
+    surface = control == "surface"
     if raw == source:  # nearly always: nothing else is looked up
-        return _side(table, text_ids, (), True, same)
-    lens = spelling(table, control == "surface").lens_of(text_ids)
+        return Side(table, text_ids, 0, True, surface=surface, source=source)
+    lens = spelling(table, surface).lens_of(text_ids)
     skips = _find_skips(table, text_ids, lens, raw, source, starts)
     if skips is not None:
-        return _side(table, text_ids, skips, True, same)
-    text = _decoded(source) if normalize else None
-    image = source if text is None else normalize(text).encode()
-    skips = None if text is None else _find_skips(table, text_ids, lens, raw, image, starts)
+        skip, later_skips = _split_skips(skips, lens)
+        return Side(table, text_ids, skip, True, later_skips, surface, source=source)
+    text, image = _normalized(source, normalize)
+    if text is not None:
+        skips = _find_skips(table, text_ids, lens, raw, image, starts)
     reproduces = skips is not None
     if strict and not reproduces:
         raise ValueError(_difference(table, raw, image))
-    if skips is None:  # the first space is one put there if more of the text agrees without it
+    if skips is None:  # the tokenizer put the first space if more of the text agrees without it
         skips = _first(lens) if _agrees_without_space(table, raw, image) else ()
+    skip, later_skips = _split_skips(skips, lens)
     spelled = _without(raw, lens, skips)
     lens[list(skips)] -= 1
-    ends, changed = (
-        (np.cumsum(lens, dtype=np.int64), None) if reproduces else _place(lens, spelled, image)
-    )
-    if text is not None:
-        ends = np.maximum(ends - len(image), 0) + source_ends(
-            text, normalize, np.minimum(ends, len(image))
-        )
-    return _side(table, text_ids, skips, reproduces, same | dict(ends=ends, changed=changed))
+    ends, changed = np.cumsum(lens, dtype=np.int64), None
+    if not reproduces:
+        ends, changed = _map_ends(lens, spelled, image)
+    if text is not None and normalize is not None:
+        inside = source_ends(text, normalize, np.minimum(ends, len(image)))
+        ends = np.maximum(ends - len(image), 0) + inside
+    return Side(table, text_ids, skip, reproduces, later_skips, surface, ends, changed, source)
 
 
-def _side(
-    table: ByteTable, ids: np.ndarray, skips: Sequence[int], reproduces: bool, more: dict
-) -> Side:
-    at_start = bool(skips) and skips[0] == _first(spelling(table, more["surface"]).lens_of(ids))[0]
-    return Side(table, ids, int(at_start), reproduces, tuple(skips[at_start:]), **more)
+def _split_skips(skips: Sequence[int], lens: np.ndarray) -> tuple[int, tuple[int, ...]]:
+    """`Side.skip` and `Side.later_skips`."""
+    at_start = bool(skips) and skips[0] == _first(lens)[0]
+    return int(at_start), tuple(skips[at_start:])
+
+
+def _normalized(source: bytes, normalize: Normalize | None) -> tuple[str | None, bytes]:
+    """(text of the source, bytes of N(text)); (None, source) if there is nothing to normalise."""
+    if normalize is None:
+        return None, source
+    try:
+        text = source.decode()
+    except UnicodeDecodeError:
+        return None, source
+    return text, normalize(text).encode()
 
 
 def _read(table: ByteTable, ids: Sequence[int], control: str) -> tuple[np.ndarray, bytes]:
     """Ids that spell something (else -1), and their bytes together."""
     if control not in CONTROLS:
         raise ValueError(f"control = {control!r}; want one of {', '.join(CONTROLS)}.")
-    ids = np.asarray(ids).reshape(-1)
-    if ids.dtype != np.int32:  # checked before it is narrowed
-        ids = ids.astype(np.int64)
-    if ids.size and not (-1 <= ids.min() and ids.max() < len(table)):
-        table.bytes_of(ids.tolist())  # raises, with the position
-    if (
-        control == "error"
-        and (at := np.flatnonzero((ids >= 0) & (table.kind[ids] == CONTROL))).size
-    ):
-        raise ValueError(
-            f"id {ids[at[0]]} ({table.pieces[ids[at[0]]]!r}) at position {at[0]} is a control "
-            "token inside the content; "
-            'cut the content at its stop token, or take control = "event" or "surface".'
-        )
+    given = np.asarray(ids).reshape(-1)
+    if given.dtype != np.int32:  # checked before it is narrowed
+        given = given.astype(np.int64)
+    if given.size and not (-1 <= given.min() and given.max() < len(table)):
+        table.bytes_of(given.tolist())  # raises, with the position
+    if control == "error":
+        _refuse_control(table, given)
     how = spelling(table, control == "surface")
-    text_ids = _native.mask(np.ascontiguousarray(ids, np.int32), how.spells.view(np.uint8))
+    text_ids = _native.mask(np.ascontiguousarray(given, np.int32), how.spells.view(np.uint8))
     return text_ids, how.native.spell(text_ids)
+
+
+def _refuse_control(table: ByteTable, ids: np.ndarray) -> None:
+    positions = np.flatnonzero((ids >= 0) & (table.kind[ids] == CONTROL))
+    if positions.size:
+        at = positions[0]
+        raise ValueError(
+            f"id {ids[at]} ({table.pieces[ids[at]]!r}) at position {at} is a control token inside "
+            "the content; cut the content at its stop token, or take "
+            'control = "event" or "surface".'
+        )
 
 
 def _find_skips(
@@ -224,10 +229,9 @@ def _find_skips(
     want: bytes,
     starts: Sequence[int],
 ) -> tuple[int, ...] | None:
-    """Tokens whose leading space has to go for the ids to spell `want`, as few as possible; None
-    when nothing helps.
+    """Tokens whose leading space has to go for the ids to spell `want`, as few as possible.
 
-    `raw` may go on with the start of a character that was never finished.
+    None when nothing helps. `raw` may end with the start of a character that was cut.
     """
     if raw == want:
         return ()
@@ -241,8 +245,8 @@ def _find_skips(
 def _skips_of_stretches(
     ids: np.ndarray, lens: np.ndarray, raw: bytes, wanted: list[bytes], starts: Sequence[int]
 ) -> tuple[int, ...] | None:
-    """Every stretch between tokens left out was encoded by itself, and may or may not begin with a
-    space put there.
+    """Every stretch between tokens left out was encoded by itself, and may begin with a space that
+    the tokenizer put there.
     """
     heads = np.unique([0, *starts, *(np.flatnonzero(ids < 0) + 1), len(ids)])
     byte_at = np.concatenate([[0], np.cumsum(lens, dtype=np.int64)])[heads]
@@ -268,11 +272,11 @@ def _skips_of_stretches(
     return None
 
 
-def _place(lens: np.ndarray, got: bytes, want: bytes) -> tuple[np.ndarray, np.ndarray]:
+def _map_ends(lens: np.ndarray, got: bytes, want: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Where the tokens of `got` end in `want`, int64 [n], and which of them touch a byte that is
     not in both, bool [n].
 
-    An end inside a changed part has no place there and takes the last one before it, as in
+    An end inside a changed part has no counterpart and takes that of the last end before it, as in
     norm_map.source_ends.
     """
     block = np.array(_equal_blocks(got, want) or [(0, 0, 0)], np.int64)
@@ -280,13 +284,13 @@ def _place(lens: np.ndarray, got: bytes, want: bytes) -> tuple[np.ndarray, np.nd
     end = np.cumsum(lens, dtype=np.int64)
     k = np.maximum(np.searchsorted(at, end) - 1, 0)  # the last block that begins before the end
     following = np.minimum(k + 1, len(at) - 1)
-    place = np.where(
+    mapped = np.where(
         end <= at[k] + size[k],
         want_at[k] + end - at[k],
         np.where(at[following] == end, want_at[following], 0),
     )
-    place[(end < at[0]) | (end == 0)] = 0
-    place = np.maximum.accumulate(place) if len(place) else place
+    mapped[(end < at[0]) | (end == 0)] = 0
+    mapped = np.maximum.accumulate(mapped) if len(mapped) else mapped
 
     def inside(position: np.ndarray, begin: np.ndarray) -> np.ndarray:
         """Bytes of equal blocks before `position`."""
@@ -294,21 +298,21 @@ def _place(lens: np.ndarray, got: bytes, want: bytes) -> tuple[np.ndarray, np.nd
         return (np.cumsum(size) - size)[j] + np.clip(position - begin[j], 0, size[j])
 
     changed = np.zeros(len(end), bool)
-    for position, begin in ((end, at), (place, want_at)):
-        changed |= np.diff(
-            inside(position, begin), prepend=inside(np.zeros(1, np.int64), begin)
-        ) != np.diff(position, prepend=0)
-    return place, changed
+    for position, begin in ((end, at), (mapped, want_at)):
+        start = inside(np.zeros(1, np.int64), begin)
+        equal_bytes = np.diff(inside(position, begin), prepend=start)
+        changed |= equal_bytes != np.diff(position, prepend=0)
+    return mapped, changed
 
 
 def _equal_blocks(
     got: bytes, want: bytes, at: int = 0, want_at: int = 0
 ) -> list[tuple[int, int, int]]:
-    """Equal parts (place in `got`, place in `want`, bytes) in rising order: what both begin and end
-    with; between, what is anchored.
+    """Equal parts (position in `got`, position in `want`, bytes) in rising order: the common
+    beginning and end, and between them what is anchored.
 
-    An anchor is ANCHOR bytes that occur once on either side: patience diff over byte windows, so
-    the cost is that of a sort.
+    An anchor is ANCHOR bytes that occur once on either side: patience diff over byte windows, at
+    the cost of a sort.
     """
     head = _agree(got, want)
     got, want = got[head:], want[head:]
@@ -327,9 +331,7 @@ def _equal_blocks(
 
 
 def _anchors(got: bytes, want: bytes) -> list[tuple[int, int, int]]:
-    """Runs of windows that occur once on either side, as many bytes as keep their order; they do
-    not overlap.
-    """
+    """Runs of windows that occur once on either side, in the same order, without overlap."""
     if min(len(got), len(want)) < ANCHOR:
         return []
     (keys, at), (other_keys, other_at) = _unique_windows(got), _unique_windows(want)
@@ -341,17 +343,17 @@ def _anchors(got: bytes, want: bytes) -> list[tuple[int, int, int]]:
     new = np.flatnonzero((np.diff(i, prepend=-2) != 1) | (np.diff(j, prepend=-2) != 1))
     last = np.append(new[1:], len(i)) - 1
     runs = zip(i[new].tolist(), j[new].tolist(), (i[last] - i[new] + ANCHOR).tolist())
-    kept, free, other_free = [], 0, 0
+    disjoint, free, other_free = [], 0, 0
     for x, y, size in _rising(list(runs)):
         cut = max(free - x, other_free - y, 0)  # windows overlap by up to ANCHOR - 1 bytes
         if cut < size:
-            kept.append((x + cut, y + cut, size - cut))
+            disjoint.append((x + cut, y + cut, size - cut))
             free, other_free = x + size, y + size
-    return kept
+    return disjoint
 
 
 def _unique_windows(text: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """The ANCHOR-byte windows that occur once, as integers in rising order, and where."""
+    """The ANCHOR-byte windows that occur once, as integers in rising order, and their positions."""
     windows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(text, np.uint8), ANCHOR)
     keys, at, count = np.unique(
         np.ascontiguousarray(windows).view(np.uint64)[:, 0], return_index=True, return_counts=True
@@ -361,7 +363,7 @@ def _unique_windows(text: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 def _rising(runs: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
     """The chain of most bytes whose second entries rise too (the first ones do)."""
-    # last entries of chains worth keeping, rising, and their bytes rise with them
+    # last entries of the best chains, rising, and their bytes rise with them
     tops: list[int] = []
     total: list[int] = []
     owner: list[int] = []
@@ -398,9 +400,9 @@ def _first(lens: np.ndarray) -> tuple[int, ...]:
 
 def _without(raw: bytes, lens: np.ndarray, skips: Sequence[int]) -> bytes:
     begin = np.cumsum(lens, dtype=np.int64) - lens
-    return (
-        np.delete(np.frombuffer(raw, np.uint8), begin[list(skips)]).tobytes() if len(skips) else raw
-    )
+    if not len(skips):
+        return raw
+    return np.delete(np.frombuffer(raw, np.uint8), begin[list(skips)]).tobytes()
 
 
 def _difference(table: ByteTable, raw: bytes, want: bytes) -> str:
@@ -413,13 +415,6 @@ def _difference(table: ByteTable, raw: bytes, want: bytes) -> str:
         f"and {len(want)} bytes). Encode the source itself, give the tokenizer's `normalize`, or "
         "go on without `strict` and use the spans that are exact."
     )
-
-
-def _decoded(source: bytes) -> str | None:
-    try:
-        return source.decode()
-    except UnicodeDecodeError:
-        return None
 
 
 def _whole_characters(raw: bytes) -> int:

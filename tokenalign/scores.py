@@ -1,13 +1,13 @@
-"""What two models say about the same text, in numbers that do not depend on their tokenizers.
+"""Likelihoods of one text under two models, in numbers that do not depend on their tokenizers.
 
 Log-probabilities are summed over aligned spans and over the whole text; per-token means are not
 comparable between tokenizers. The probability of *stopping* belongs to the sequence but spells no
-byte: it is kept apart, and so are tokens outside the spans. The calibration reward is a = proxy, b
-= policy: `Scores.ratio`.
+byte: it is a term of its own. Tokens outside the spans count nowhere. The calibration reward is
+`Scores.ratio` with a = proxy, b = policy.
 
-Two ways in. `sequence_scores` takes an alignment and token log-probs. `compare_spans` takes the
-span sums (`span_logprobs`), for a caller that keeps spans but no alignment, or whose two models
-share one tokenizer: then every token is its own span.
+`sequence_scores` takes an alignment and token log-probs. `compare_spans` takes the span sums
+(`span_logprobs`), for a caller that stores spans but no alignment, or whose two models share one
+tokenizer: then every token is its own span.
 
 S: spans. n, m: tokens of a, b. All sums are float64.
 """
@@ -31,7 +31,7 @@ class Scores:
     span_logp_a: np.ndarray
     span_logp_b: np.ndarray
     span_ratio: np.ndarray  # [S], span_logp_a - span_logp_b, clipped to +-clip
-    clipped_share: float  # share of the exact spans that the clip changed
+    clipped_fraction: float  # of the exact spans, those that the clip changed
     stop_a: float  # log p of ending where the text ended; 0.0 when it was cut
     stop_b: float
     num_bytes: int  # bytes in exact spans: what the sums cover
@@ -66,8 +66,8 @@ class Scores:
 
         sum        log_ratio, nats
         per_byte   log_ratio / num_bytes; 0 bytes count as one
-        per_token  logp_a / tokens_a - logp_b / tokens_b, each side by its own tokens: it knows
-                   neither the span clip nor the stop, and is not fair between tokenizers
+        per_token  logp_a / tokens_a - logp_b / tokens_b, each side by its own tokens: without span
+                   clip and stop, and not comparable between tokenizers
         """
         if norm not in NORMS:
             raise ValueError(f"Scores.ratio: norm = {norm!r}; want one of {', '.join(NORMS)}.")
@@ -77,8 +77,8 @@ class Scores:
 
     @property
     def bits_per_byte_a(self) -> float:
-        """-log2 p of the text under a, per byte, without the stop; NaN for no bytes. Pool a corpus
-        as sum over sum.
+        """-log2 p of the text under a, per byte, without the stop; NaN for no bytes. For a corpus
+        divide the sums.
         """
         return bits_per_byte(self.logp_a, self.num_bytes)
 
@@ -89,8 +89,8 @@ class Scores:
 
 def sequence_scores(
     alignment: Alignment,
-    logp_a: Sequence[float],
-    logp_b: Sequence[float],
+    logp_a: Sequence[float] | np.ndarray,
+    logp_b: Sequence[float] | np.ndarray,
     *,
     stop_a: float | None = None,
     stop_b: float | None = None,
@@ -99,29 +99,19 @@ def sequence_scores(
     """Sum log-probabilities over the exact spans of an alignment and compare.
 
     logp_a [n], logp_b [m]: log p of each token in nats, in the order of the sides; values outside
-    exact spans are not looked at. stop_a, stop_b, clip and errors as in `compare_spans`, and those
-    of `span_logprobs`.
+    exact spans may be anything. stop_a, stop_b, clip and errors as in `compare_spans`, and those of
+    `span_logprobs`.
     """
-    exact = alignment.exact
-    span_a, span_b = (
-        span_logprobs(
-            logp, np.where(_inside(span, exact), span, -1), alignment.num_spans, name=name
-        )
-        for logp, span, name in (
-            (logp_a, alignment.span_a, "logp_a"),
-            (logp_b, alignment.span_b, "logp_b"),
-        )
-    )
+    exact, num = alignment.exact, alignment.num_spans
+    inside_a, inside_b = _inside(alignment.span_a, exact), _inside(alignment.span_b, exact)
+    span_a = np.where(inside_a, alignment.span_a, -1)
+    span_b = np.where(inside_b, alignment.span_b, -1)
     num_bytes = int(np.diff(alignment.bounds, prepend=0)[exact].sum())
-    tokens = (
-        int(_inside(alignment.span_a, exact).sum()),
-        int(_inside(alignment.span_b, exact).sum()),
-    )
     scores = compare_spans(
-        span_a,
-        span_b,
+        span_logprobs(logp_a, span_a, num, name="logp_a"),
+        span_logprobs(logp_b, span_b, num, name="logp_b"),
         num_bytes=num_bytes,
-        tokens=tokens,
+        tokens=(int(inside_a.sum()), int(inside_b.sum())),
         stop_a=stop_a,
         stop_b=stop_b,
         clip=clip,
@@ -143,17 +133,15 @@ def compare_spans(
 ) -> Scores:
     """Scores from span sums [S] of both models over the same bytes.
 
-    num_bytes: bytes that the spans cover. tokens: of a and of b inside them.
-    stop_a, stop_b: log of the summed probability of each model's stop set at the end, both or
-    neither; None for a cut text. clip: bound on a span's log-ratio in nats (span differences are
-    heavy-tailed); 0 turns it off. The stop is never clipped. exact [S]: spans that count; None for
-    all. The others are worth 0. The spans are taken to cover the text (coverage 1). ValueError:
-    shapes that differ, one stop without the other, clip < 0.
+    num_bytes: bytes that the spans cover. tokens: of a and of b inside them. stop_a, stop_b: log of
+    the summed probability of each model's stop set at the end, both or neither; None for a cut
+    text. clip: bound on a span's log-ratio in nats (span differences are heavy-tailed); 0 turns it
+    off. The stop is never clipped. exact [S]: spans that count, None for all; the others are worth
+    0. The spans are taken to cover the text (coverage 1). ValueError: shapes that differ, one stop
+    without the other, clip < 0.
     """
-    span_logp_a, span_logp_b = (
-        np.asarray(span_logp_a, np.float64),
-        np.asarray(span_logp_b, np.float64),
-    )
+    span_logp_a = np.asarray(span_logp_a, np.float64)
+    span_logp_b = np.asarray(span_logp_b, np.float64)
     if span_logp_a.shape != span_logp_b.shape or span_logp_a.ndim != 1:
         raise ValueError(
             f"compare_spans: a has span sums {list(span_logp_a.shape)} and b "
@@ -171,12 +159,12 @@ def compare_spans(
     span_logp_a, span_logp_b = np.where(exact, span_logp_a, 0.0), np.where(exact, span_logp_b, 0.0)
     ratio = span_logp_a - span_logp_b
     clipped = np.clip(ratio, -clip, clip) if clip else ratio
-    share = float((clipped != ratio).sum() / max(1, exact.sum()))
+    clipped_fraction = float((clipped != ratio).sum() / max(1, exact.sum()))
     return Scores(
         span_logp_a,
         span_logp_b,
         clipped,
-        share,
+        clipped_fraction,
         stop_a or 0.0,
         stop_b or 0.0,
         num_bytes,
@@ -188,34 +176,32 @@ def compare_spans(
 def span_logprobs(
     logp: Sequence[float] | np.ndarray, span: np.ndarray, num_spans: int, *, name: str = "logp"
 ) -> np.ndarray:
-    """float64 [S]: sums of token log-probs [n] over the span [n] of each; tokens with span -1 count
-    nothing and may be anything.
+    """float64 [S]: sums of token log-probs [n] over the span [n] of each token.
 
-    The differentiable form, on a device, is `reflux.kernels.span_sum`. ValueError: another length,
-    a span >= num_spans, a value inside a span that is not finite.
+    Tokens with span -1 count nothing and may be anything. The differentiable form, on a device, is
+    `reflux.kernels.span_sum`. ValueError: another length, a span >= num_spans, a value inside a
+    span that is not finite.
     """
-    logp, span = np.asarray(logp, np.float64), np.asarray(span, np.int64)
-    if logp.ndim != 1 or logp.shape != span.shape or span.max(initial=-1) >= num_spans:
+    logp_n, span = np.asarray(logp, np.float64), np.asarray(span, np.int64)
+    if logp_n.ndim != 1 or logp_n.shape != span.shape or span.max(initial=-1) >= num_spans:
         raise ValueError(
-            f"span_logprobs: {name} has shape {list(logp.shape)} for {span.size} tokens in spans "
+            f"span_logprobs: {name} has shape {list(logp_n.shape)} for {span.size} tokens in spans "
             f"up to {span.max(initial=-1)} of {num_spans}; want one log p per id of the side, "
             "masked and control ids included."
         )
     inside = span >= 0
-    if not np.isfinite(logp[inside]).all():
-        at = int(np.flatnonzero(inside & ~np.isfinite(logp))[0])
+    if not np.isfinite(logp_n[inside]).all():
+        at = int(np.flatnonzero(inside & ~np.isfinite(logp_n))[0])
         raise ValueError(
-            f"span_logprobs: {name}[{at}] = {logp[at]} inside a span; want a finite log p. Score "
+            f"span_logprobs: {name}[{at}] = {logp_n[at]} inside a span; want a finite log p. Score "
             "under the untruncated softmax (top-p and top-k give log 0), and take the logits one "
             "position before the token."
         )
-    return np.bincount(span[inside], weights=logp[inside], minlength=num_spans)
+    return np.bincount(span[inside], weights=logp_n[inside], minlength=num_spans)
 
 
 def bits_per_byte(logp: float, num_bytes: int) -> float:
-    """-logp / (num_bytes ln 2); NaN for no bytes. n_bytes are those of the shared source text, so
-    tokenizers do not enter.
-    """
+    """-logp / (num_bytes ln 2), bytes of the shared source text; NaN for no bytes."""
     return -logp / (num_bytes * math.log(2)) if num_bytes else math.nan
 
 

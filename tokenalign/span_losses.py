@@ -10,13 +10,12 @@ a differentiable S). ALM (arXiv 2503.20083) compares the two-outcome distributio
 
 Cost: one number per span from the teacher, no logits; the student pays one log-prob per token.
 
-What it is not. It fits the likelihood of the text it is given and says nothing of the alternatives
-to it: on a fixed set of texts the rest of the distribution is free. On text sampled from the
-student its expected gradient at large tau is E[(T/S - 1) grad S], not the E[(S - T) grad S] of the
-reverse KL: agreement is still a rest point, but the weights are others and a token's effect on the
-text after it is missing. Use it on given text; on-policy, use a policy gradient. Last, a span's
-log-prob is that of its bytes *and* of a token boundary at both ends, so two models with equal bytes
-differ a little at n:m spans. Leave inexact spans out.
+Limits. It fits the likelihood of the given text and constrains none of its alternatives. On text
+sampled from the student its expected gradient at large tau is E[(T/S - 1) grad S], not the
+E[(S - T) grad S] of the reverse KL: zero at agreement, too, but with other weights and without a
+token's effect on the text after it. Use it on given text; on-policy, use a policy gradient. A
+span's log-prob is that of its bytes *and* of a token boundary at both ends, so two models with
+equal byte distributions differ a little at n:m spans. Leave inexact spans out.
 
 S: spans.
 """

@@ -1,17 +1,21 @@
-"""Where two models with different tokenizers may be compared token by token: the places at which
-both have consumed the same bytes.
+"""Aligned positions: where two models with different tokenizers have read the same bytes, and can
+be compared token by token.
 
 Inside a span of several tokens the contexts differ, so distributions are compared at span starts,
-and behind the text, where stopping is the right answer for both. Left out: spans that are not
-exact; spans in which a side has a token whose first byte is a space that its tokenizer put there,
-or a token that spells another text than the source's (a normaliser's image of it): its distribution
-is over other bytes; spans from before the seam where a prompt was encoded jointly; and a token
-without a predictor.
+and behind the text, where both can stop. Left out:
+
+    spans that are not exact
+    spans with a token whose first byte is a space that its tokenizer put there, or that spells
+    another text than the source (a normaliser's image of it): its distribution is over other bytes
+    spans from before the seam, where a prompt was encoded jointly
+    a token without a predictor
 
     bytes    the catalog
     A        the| cat|alog       starts at tokens 0 1
-    B        the| ca|talog       starts at tokens 0 1      compared: "the" with "the", " cat" with "
-             ca"
+    B        the| ca|talog       starts at tokens 0 1
+    compared: "the" with "the", " cat" with " ca"
+
+P: aligned positions. S: spans. n: tokens of a side.
 """
 
 from dataclasses import dataclass
@@ -24,9 +28,7 @@ from .spans import Alignment
 
 @dataclass(frozen=True, eq=False)
 class SpanStarts:
-    """P positions. Row a[i] of model a and row b[i] of model b predict the first token of the same
-    span.
-    """
+    """Row a[i] of model a and row b[i] of model b predict the first token of one span."""
 
     a: np.ndarray  # int64 [P]
     b: np.ndarray
@@ -45,14 +47,14 @@ def span_starts(
 ) -> SpanStarts:
     """Predictor rows on both sides at the spans of one text.
 
-    first_a, first_b: row that predicts token 0 of the side. 0 if rows are kept from there on, as in
-    a packed batch of predictors; in the logits of a whole sequence, the number of tokens in front
-    minus one. -1 means that nothing predicts token 0 (no prompt, no BOS): its span is left out on
-    both sides. seam: bytes of the source that belong to the prompt, where a side was encoded
-    jointly with it; spans that start before are left out. ended: both texts ended by themselves, so
-    a stop token follows on both sides: add the position that predicts it, right behind the last
-    token of a span. It is not added where one side spells more than the other. ValueError: sides
-    that are not those of the alignment, first < -1, seam < 0.
+    first_a, first_b: row that predicts token 0 of the side: 0 in a packed batch of predictors; in
+    the logits of a whole sequence, the number of tokens in front minus one. -1 means that nothing
+    predicts token 0 (no prompt, no BOS): its span is left out on both sides. seam: bytes of the
+    source that belong to the prompt, where a side was encoded jointly with it; spans that start
+    before are left out. ended: both texts ended by themselves, so a stop token follows on both
+    sides: add the position that predicts it, right behind the last token of a span, unless one side
+    spells more than the other. ValueError: sides that are not those of the alignment, first < -1,
+    seam < 0.
     """
     if len(side_a.ids) != len(alignment.span_a) or len(side_b.ids) != len(alignment.span_b):
         raise ValueError(
@@ -78,10 +80,8 @@ def span_starts(
         and alignment.bounds[-1] == alignment.bytes_a == alignment.bytes_b
     )
     if ended and (whole or alignment.bytes_a == alignment.bytes_b == 0):
-        token_a, token_b = (
-            np.append(token_a, _end(alignment.span_a)),
-            np.append(token_b, _end(alignment.span_b)),
-        )
+        token_a = np.append(token_a, _end(alignment.span_a))
+        token_b = np.append(token_b, _end(alignment.span_b))
         used, span = np.append(used, True), np.append(span, num)
     row_a, row_b = token_a + first_a, token_b + first_b
     used &= (row_a >= 0) & (row_b >= 0)
@@ -89,7 +89,7 @@ def span_starts(
 
 
 def _changed(side: Side) -> np.ndarray:
-    """int64, tokens that spell other bytes than the source has where they stand."""
+    """int64, tokens that spell other bytes than the source has there."""
     if side.ends is None or side.source is None:
         return np.zeros(0, np.int64)
     begin, pieces, source = np.concatenate([[0], side.ends[:-1]]), side.table.pieces, side.source
@@ -108,8 +108,6 @@ def _first_tokens(span_n: np.ndarray, num_spans: int) -> np.ndarray:
 
 
 def _end(span_n: np.ndarray) -> int:
-    """Index behind the last token that is in a span; a stop id that the side holds, too, stands
-    there.
-    """
+    """Index behind the last token that is in a span: of the stop id, where the side has one."""
     inside = np.flatnonzero(span_n >= 0)
     return int(inside[-1]) + 1 if len(inside) else 0

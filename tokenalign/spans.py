@@ -7,8 +7,9 @@ last span). The spans are unique, minimal, and the same with the sides swapped. 
 -1: masked and control tokens, and tokens past the last boundary when one side is longer.
 
 Three forms, one result: `align_spans_ref` is the definition, `align_spans` the native core (bytes
-compared on the way), `align_batch` padded tensors on any device (lengths only). n, m: tokens of a
-row on side a, b. K: spans. B: rows.
+compared on the way), `align_batch` padded tensors on any device (lengths only).
+
+n, m: tokens of a row on side a, b. S: spans. B: rows.
 """
 
 import os
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from os.path import commonprefix
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -35,10 +37,10 @@ class Alignment:
 
     span_a: np.ndarray  # int32 [n], the span of each token; -1 outside
     span_b: np.ndarray  # int32 [m]
-    num_spans: int  # K
-    bounds: np.ndarray  # int64 [K], bytes of the source up to the end of each span
-    # bool [K], the span may enter a loss: both sides spell the bytes of the source there (and see
-    # after_prompt)
+    num_spans: int  # S
+    bounds: np.ndarray  # int64 [S], bytes of the source up to the end of each span
+    # bool [S], both sides spell the bytes of the source, so the span may enter a loss (after_prompt
+    # clears more)
     exact: np.ndarray
     equal_bytes: int  # leading bytes on which the sides agree
     bytes_a: int  # bytes of the source that each side covers; different when one side is longer
@@ -48,8 +50,7 @@ class Alignment:
 def align_spans_ref(
     pieces_A: list[bytes], pieces_B: list[bytes]
 ) -> tuple[list[int], list[int], int]:
-    """The definition: cut two tokenizations of one byte string into the smallest spans both can
-    spell.
+    """The definition: the smallest spans of one byte string that both tokenizations can spell.
 
     pieces_A[i] is what token i of tokenizer A spells; pieces_B likewise.
     Returns the span of each token, span_A [A] and span_B [B], and the number of spans.
@@ -86,11 +87,11 @@ def align_spans(
 
     All rows of one argument are of one tokenizer. threads: 0 takes one per core for a batch worth
     it, else exactly so many; the result does not depend on it. Python's lock is free meanwhile.
-    Texts that differ are no error here. Where both sides reproduce the source the core compares the
-    bytes: `equal_bytes` tells where they part, and the spans from there on are not `exact`. A side
-    that does not (offsets.side) says which of its tokens touch a change: the spans of these are not
-    `exact`, those in between and behind are. ValueError: unequal numbers of rows, mixed tokenizers,
-    sides of different sources, threads < 0.
+    Texts that differ are no error. Where both sides reproduce the source the core compares the
+    bytes: `equal_bytes` is where they first differ, and the spans from there on are not `exact`. A
+    side that does not (offsets.side) marks the tokens that touch a change: their spans are not
+    `exact`, all others are. ValueError: unequal numbers of rows, mixed tokenizers, sides of
+    different sources, threads < 0.
     """
     if len(sides_a) != len(sides_b):
         raise ValueError(
@@ -99,29 +100,25 @@ def align_spans(
         )
     if threads < 0:
         raise ValueError(f"align_spans: threads = {threads}; want 0 (automatic) or more.")
-    _check_one_table(sides_a, "a"), _check_one_table(sides_b, "b")
-    placed = [
+    _check_one_table(sides_a, "a")
+    _check_one_table(sides_b, "b")
+    mapped = [
         a.ends is not None or b.ends is not None for a, b in zip(sides_a, sides_b, strict=True)
     ]
-    rows: list[Alignment | None] = [None] * len(placed)
+    alignments: dict[int, Alignment] = {}
     for by_ends, align in ((False, _align_ids), (True, _align_ends)):
-        which = [r for r, x in enumerate(placed) if x == by_ends]
-        if which:
-            for r, row in zip(
-                which,
-                align([sides_a[r] for r in which], [sides_b[r] for r in which], threads),
-                strict=True,
-            ):
-                rows[r] = row
-    return rows
+        rows = [r for r, x in enumerate(mapped) if x == by_ends]
+        if rows:
+            aligned = align([sides_a[r] for r in rows], [sides_b[r] for r in rows], threads)
+            alignments.update(zip(rows, aligned, strict=True))
+    return [alignments[r] for r in range(len(mapped))]
 
 
 def after_prompt(alignment: Alignment, prompt_bytes: int) -> Alignment:
-    """The same spans; `exact` only those that start at or after byte `prompt_bytes` of the text, on
-    both sides.
+    """The same spans, `exact` only where they start at or after byte `prompt_bytes` of the text.
 
-    For sides over prompt and completion together: a token that reaches over the seam takes its span
-    with it, however many tokens either prompt has.
+    For sides over prompt and completion together: the span of a token that reaches over the seam is
+    not exact, however many tokens either prompt has.
     """
     starts = np.concatenate([[0], alignment.bounds[:-1]])[: alignment.num_spans]
     return replace(alignment, exact=alignment.exact & (starts >= prompt_bytes))
@@ -142,29 +139,44 @@ def _rows(tokens: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(tokens), np.cumsum([0, *map(len, tokens)], dtype=np.int64)
 
 
-def _threads(asked: int, tokens: int) -> int:
-    return asked or ((os.cpu_count() or 1) if tokens >= THREAD_TOKENS else 1)
+def _threads(threads: int, tokens: int) -> int:
+    return threads or ((os.cpu_count() or 1) if tokens >= THREAD_TOKENS else 1)
 
 
 def _align_ids(sides_a: Sequence[Side], sides_b: Sequence[Side], threads: int) -> list[Alignment]:
-    arguments, begins = [], []
-    for sides in (sides_a, sides_b):
-        ids, begin = _rows([side.ids for side in sides])
-        skips = [
-            side.skips + at
-            for side, at in zip(sides, begin.tolist(), strict=False)
-            if side.skip or side.later_skips
-        ]
-        trim = np.concatenate(skips) if skips else np.empty(0, np.int64)
-        arguments += [spelling(sides[0].table, sides[0].surface).native, ids, begin, trim]
-        begins.append(begin)
-    tokens = sum(int(begin[-1]) for begin in begins)
+    table_a, ids_a, row_a, trim_a = _core_rows(sides_a)
+    table_b, ids_b, row_b, trim_b = _core_rows(sides_b)
+    num_threads = _threads(threads, len(ids_a) + len(ids_b))
+    output = _native.align_ids(
+        table_a, ids_a, row_a, trim_a, table_b, ids_b, row_b, trim_b, num_threads
+    )
     return [
-        Alignment(span_a, span_b, len(bounds), bounds, bounds <= equal, equal, bytes_a, bytes_b)
-        for span_a, span_b, bounds, equal, bytes_a, bytes_b in _unpack(
-            _native.align_ids(*arguments, _threads(threads, tokens)), *begins
+        Alignment(
+            row.span_a,
+            row.span_b,
+            len(row.bounds),
+            row.bounds,
+            row.bounds <= row.equal_bytes,
+            row.equal_bytes,
+            row.bytes_a,
+            row.bytes_b,
         )
+        for row in _unpack(output, row_a, row_b)
     ]
+
+
+def _core_rows(
+    sides: Sequence[Side],
+) -> tuple[_native.Table, np.ndarray, np.ndarray, np.ndarray]:
+    """(table, ids of all rows, where each begins, tokens without their first byte)."""
+    ids, begin = _rows([side.ids for side in sides])
+    skips = [
+        side.skips + at
+        for side, at in zip(sides, begin.tolist(), strict=False)
+        if side.skip or side.later_skips
+    ]
+    trim = np.concatenate(skips) if skips else np.empty(0, np.int64)
+    return spelling(sides[0].table, sides[0].surface).native, ids, begin, trim
 
 
 def _align_ends(sides_a: Sequence[Side], sides_b: Sequence[Side], threads: int) -> list[Alignment]:
@@ -174,56 +186,59 @@ def _align_ends(sides_a: Sequence[Side], sides_b: Sequence[Side], threads: int) 
                 f"align_spans: sides of different sources, {a.source[:32]!r} and "
                 f"{b.source[:32]!r}; want both sides over the text of the one that produced it."
             )
-    ends = [
-        _rows(
-            [
-                np.where(
-                    x.ids >= 0, np.cumsum(x.lens, dtype=np.int64) if x.ends is None else x.ends, -1
-                )
-                for x in sides
-            ]
-        )
-        for sides in (sides_a, sides_b)
-    ]
-    begins = [begin for _, begin in ends]
-    found = _native.align_ends(
-        *ends[0], *ends[1], _threads(threads, sum(int(begin[-1]) for begin in begins))
-    )
-    rows = []
-    for a, b, (span_a, span_b, bounds, _, bytes_a, bytes_b) in zip(
-        sides_a, sides_b, _unpack(found, *begins), strict=True
-    ):
-        exact = np.ones(len(bounds), bool)
-        for side, span in ((a, span_a), (b, span_b)):
+    end_a, row_a = _rows([_ends(side) for side in sides_a])
+    end_b, row_b = _rows([_ends(side) for side in sides_b])
+    num_threads = _threads(threads, len(end_a) + len(end_b))
+    output = _native.align_ends(end_a, row_a, end_b, row_b, num_threads)
+    alignments = []
+    for a, b, row in zip(sides_a, sides_b, _unpack(output, row_a, row_b), strict=True):
+        exact = np.ones(len(row.bounds), bool)
+        for side, span in ((a, row.span_a), (b, row.span_b)):
             touched = span[side.changed] if side.changed is not None else span[:0]
             exact[touched[touched >= 0]] = False
-        agreed = int(np.argmin(exact)) if not exact.all() else len(bounds)
-        rows.append(
+        agreed = int(np.argmin(exact)) if not exact.all() else len(exact)
+        alignments.append(
             Alignment(
-                span_a,
-                span_b,
-                len(bounds),
-                bounds,
+                row.span_a,
+                row.span_b,
+                len(row.bounds),
+                row.bounds,
                 exact,
-                int(bounds[agreed - 1]) if agreed else 0,
-                bytes_a,
-                bytes_b,
+                int(row.bounds[agreed - 1]) if agreed else 0,
+                row.bytes_a,
+                row.bytes_b,
             )
         )
-    return rows
+    return alignments
 
 
-def _unpack(found: tuple[np.ndarray, ...], row_a: np.ndarray, row_b: np.ndarray) -> Iterator[tuple]:
-    """Row by row, copied: a row kept for later must not keep the batch alive."""
-    span_a, span_b, bounds, *each = found
-    row_a, row_b = row_a.tolist(), row_b.tolist()
-    for r, (num, equal, bytes_a, bytes_b) in enumerate(
-        zip(*(x.tolist() for x in each), strict=True)
-    ):
-        at = row_a[r]
-        yield (
-            span_a[at : row_a[r + 1]].copy(),
-            span_b[row_b[r] : row_b[r + 1]].copy(),
+def _ends(side: Side) -> np.ndarray:
+    """int64 [n], bytes of the source up to each token's end; -1 for a token outside every span."""
+    ends = np.cumsum(side.lens, dtype=np.int64) if side.ends is None else side.ends
+    return np.where(side.ids >= 0, ends, -1)
+
+
+class _Row(NamedTuple):
+    """What the core returns of one row."""
+
+    span_a: np.ndarray
+    span_b: np.ndarray
+    bounds: np.ndarray
+    equal_bytes: int
+    bytes_a: int
+    bytes_b: int
+
+
+def _unpack(output: tuple[np.ndarray, ...], row_a: np.ndarray, row_b: np.ndarray) -> Iterator[_Row]:
+    """Row by row, copied: a row that is stored must not keep the memory of the batch."""
+    span_a, span_b, bounds, *counts = output
+    begin_a, begin_b = row_a.tolist(), row_b.tolist()
+    per_row = zip(*(x.tolist() for x in counts), strict=True)
+    for r, (num, equal, bytes_a, bytes_b) in enumerate(per_row):
+        at = begin_a[r]
+        yield _Row(
+            span_a[at : begin_a[r + 1]].copy(),
+            span_b[begin_b[r] : begin_b[r + 1]].copy(),
             bounds[at : at + num].copy(),
             equal,
             bytes_a,
@@ -237,8 +252,9 @@ def align_batch(
     """Spans from byte lengths, for padded rows on any device: int64 span_a [B, n], span_b [B, m]
     and number of spans [B].
 
-    len: bytes of each token (offsets.Side.lens); mask: bool, False is padding or control, anywhere
-    in a row, whatever its length says. `kernels.align_spans` under this floor's name: no loop over
-    rows and no host sync. It does not see the bytes: use it on sides known to reproduce one source.
+    len: bytes of each token (offsets.Side.lens); mask: bool, False for padding and control tokens,
+    anywhere in a row, whatever their length. No loop over rows and no host sync
+    (`kernels.align_spans`). It does not see the bytes: use it on sides known to reproduce one
+    source.
     """
     return align_lengths(len_a_BN, len_b_BM, mask_a_BN, mask_b_BM)

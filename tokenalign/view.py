@@ -1,5 +1,4 @@
-"""See an alignment: two lanes of token boxes over one text, cut where both tokenizers agree. Pure
-functions, text in, text out.
+"""An alignment as text: two lanes of token boxes over one text, cut where both tokenizers agree.
 
     terminal    0     3
                 A the ‖ ·cat|alog
@@ -9,8 +8,9 @@ functions, text in, text out.
 text, letter for letter. `view_html.to_html` draws the same columns as a page.
 
 What cannot be seen is shown: a space as ·, line ends and tabs as arrows, other invisible characters
-escaped, bytes that are no whole character in hex, a token of no bytes as ∅ (HTML: a thin tick). n,
-m: tokens of a row on side a, b. K: spans.
+escaped, bytes that are no whole character in hex, a token of no bytes as ∅ (HTML: a thin tick).
+
+n, m: tokens of a row on side a, b. S: spans.
 """
 
 import re
@@ -34,14 +34,17 @@ MEANINGS = {  # of every mark that can stand in a picture
 }
 _PIECES = re.compile("([\udc80-\udcff]+)|(([ \n\t\r])\\3*)|(.)", re.S)
 _SPACE = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"}
-_RUN = 8  # a longer run of one white space is shown as its length
+_RUN = 8  # of one white space; a longer one is shown as its length
 # Pastel backgrounds under black text are readable in light and in dark terminals.
 _SPAN_COLORS = tuple(f"38;5;16;48;5;{n}" for n in (153, 223, 157, 218, 189, 187))
-_HEAT_COLORS = {
+_VALUE_COLORS = {
     sign: tuple(f"38;5;16;48;5;{n}" for n in ramp)
     for sign, ramp in ((1, (195, 159, 117, 75)), (-1, (230, 223, 215, 209)))
 }
 _DIM, _BAD = "2", "38;5;16;48;5;203"
+
+
+Values = Sequence[float] | np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,13 +52,12 @@ class Marks:
     """What to draw besides the alignment. Positive values are blue, negative ones orange."""
 
     names: tuple[str, str] = ("A", "B")
-    # [n] and [m] as sampled; a Side forgets ids outside the spans
+    # [n] and [m] as sampled; a Side has no ids outside the spans
     ids: tuple[Sequence[int], Sequence[int]] | None = None
     seam: int | None = None  # bytes of the prompt, when the text holds prompt and completion
-    stop: tuple[str, str] | None = None  # how each side ended: a name, with its log p if you like
-    # [n] and [m], e.g. credit or per-token KL
-    token_values: tuple[Sequence[float], Sequence[float]] | None = None
-    span_values: Sequence[float] | None = None  # [K], e.g. T_k - S_k; NaN: none
+    stop: tuple[str, str] | None = None  # how each side ended: a name, a log p
+    token_values: tuple[Values, Values] | None = None  # [n] and [m], e.g. credit or token KL
+    span_values: Values | None = None  # [S], e.g. T_k - S_k; NaN: none
     token_label: str = "token value"
     span_label: str = "span value"
 
@@ -84,14 +86,12 @@ class Box:
 
 @dataclass(frozen=True)
 class Column:
-    """One span and its tokens on both lanes; tokens outside spans stand in front of the next one of
-    their lane.
-    """
+    """One span and its tokens on both lanes; a token outside stands before the next span."""
 
     span: int  # -1: what comes after the last boundary
     start: int
     end: int
-    mark: str  # "", or the sign in MEANINGS that tells why this span is not scored
+    mark: str  # "", or the sign of MEANINGS: why this span is not scored
     lanes: tuple[tuple[Box, ...], tuple[Box, ...]]
     value: float | None
 
@@ -104,18 +104,22 @@ class Column:
 def columns(
     side_a: Side, side_b: Side, alignment: Alignment, marks: Marks = NO_MARKS
 ) -> list[Column]:
-    """The picture before it is drawn: every token of both sides once, in order. ValueError: values
-    of a wrong length.
+    """Every token of both sides once, in order, before it is drawn.
+
+    ValueError: values of a wrong length.
     """
-    spans, num = (alignment.span_a, alignment.span_b), alignment.num_spans
+    num = alignment.num_spans
     span_values = _checked(marks.span_values, num, "span_values", "span")
-    lanes = [_boxes(lane, (side_a, side_b)[lane], spans[lane], marks) for lane in (0, 1)]
+    lanes = (
+        _boxes(0, side_a, alignment.span_a, marks),
+        _boxes(1, side_b, alignment.span_b, marks),
+    )
     cells: list[tuple[list[Box], list[Box]]] = [([], []) for _ in range(num + 1)]
     for boxes in lanes:
-        home = num  # tokens outside go in front of the next span of their lane
+        span = num  # tokens outside go in front of the next span of their lane
         for box in reversed(boxes):
-            home = box.span if box.span >= 0 else home
-            cells[home][box.lane].append(box)
+            span = box.span if box.span >= 0 else span
+            cells[span][box.lane].append(box)
     bounds = [0, *alignment.bounds.tolist()]
     out = []
     for k, cell in enumerate(cells):
@@ -123,7 +127,8 @@ def columns(
         if k < num:
             inside = marks.seam is not None and bounds[k] < marks.seam < bounds[k + 1]
             mark = "≠" if not alignment.exact[k] else "§" if inside else ""
-            value = None if span_values[k] is None or np.isnan(span_values[k]) else span_values[k]
+            value = span_values[k]
+            value = None if value is None or np.isnan(value) else value
             out.append(Column(k, bounds[k], bounds[k + 1], mark, pair, value))
         elif any(pair):
             end = max(alignment.bytes_a, alignment.bytes_b)
@@ -134,12 +139,8 @@ def columns(
 def _boxes(lane: int, side: Side, span: np.ndarray, marks: Marks) -> list[Box]:
     lens, known = side.lens.tolist(), side.ids.tolist()
     ids = known if marks.ids is None else [int(i) for i in marks.ids[lane]]
-    values = _checked(
-        marks.token_values and marks.token_values[lane],
-        len(known),
-        f"token_values[{lane}]",
-        "token",
-    )
+    given = None if marks.token_values is None else marks.token_values[lane]
+    values = _checked(given, len(known), f"token_values[{lane}]", "token")
     _checked(ids, len(known), f"ids[{lane}]", "token")
     out, start, skips = [], 0, set(side.skips.tolist())
     for i, size in enumerate(lens):
@@ -150,7 +151,9 @@ def _boxes(lane: int, side: Side, span: np.ndarray, marks: Marks) -> list[Box]:
     return out
 
 
-def _checked(values: Sequence[float] | None, count: int, name: str, unit: str) -> Sequence:
+def _checked(
+    values: Values | None, count: int, name: str, unit: str
+) -> Sequence[float | None] | np.ndarray:
     if values is not None and len(values) != count:
         raise ValueError(
             f"view: {len(values)} {name} for {count} {unit}s; want one per {unit} of this "
@@ -160,7 +163,7 @@ def _checked(values: Sequence[float] | None, count: int, name: str, unit: str) -
 
 
 def visible(piece: bytes) -> list[tuple[str, str]]:
-    """What a person sees of a piece, as (class, characters): "text", "space", "escape" or "hex".
+    """A piece as it is shown, in runs of (class, characters): "text", "space", "escape" or "hex".
     Nothing in it is invisible.
     """
     out = []
@@ -168,18 +171,14 @@ def visible(piece: bytes) -> list[tuple[str, str]]:
         if broken:
             out.append(("hex", f"<{broken.encode(errors='surrogateescape').hex(' ')}>"))
         elif space:
+            count = len(space)
             out.append(
-                (
-                    "space",
-                    _SPACE[one] * len(space)
-                    if len(space) <= _RUN
-                    else f"{_SPACE[one]}×{len(space)}",
-                )
+                ("space", _SPACE[one] * count if count <= _RUN else f"{_SPACE[one]}×{count}")
             )
-        elif not char.isprintable() or unicodedata.name(char, "").startswith("VARIATION SELECTOR"):
-            out.append(
-                ("escape", repr(char)[1:-1] if not char.isprintable() else f"\\u{ord(char):04x}")
-            )
+        elif not char.isprintable():
+            out.append(("escape", repr(char)[1:-1]))
+        elif unicodedata.name(char, "").startswith("VARIATION SELECTOR"):
+            out.append(("escape", f"\\u{ord(char):04x}"))
         elif char_width(char) == 0 and (not out or out[-1][0] != "text"):
             # a mark that begins a token stands on a dotted circle
             out.append(("text", "\u25cc" + char))
@@ -191,8 +190,8 @@ def visible(piece: bytes) -> list[tuple[str, str]]:
 
 
 def char_width(char: str) -> int:
-    """Terminal columns of one character: 2 for East Asian wide and emoji, 0 for combining marks and
-    joined jamo, else 1.
+    """Terminal columns: 2 for East Asian wide and emoji, 0 for combining marks and joined jamo,
+    else 1.
     """
     if unicodedata.category(char) in ("Mn", "Me", "Cf") or "\u1160" <= char <= "\u11ff":
         return 0
@@ -222,9 +221,9 @@ class _Block:
 
     def gap(self, position: int) -> str:
         """What stands before it in its line."""
-        return (
-            ("seam‖ " if self.seam else "") if position == 0 else " ‖seam‖ " if self.seam else " ‖ "
-        )
+        if position == 0:
+            return "seam‖ " if self.seam else ""
+        return " ‖seam‖ " if self.seam else " ‖ "
 
 
 def to_terminal(
@@ -245,50 +244,38 @@ def to_terminal(
     if width < 20:
         raise ValueError(f"to_terminal: width = {width}; want at least 20 columns.")
     picture = columns(side_a, side_b, alignment, marks)
-    heat = largest(box.value for column in picture for lane in column.lanes for box in lane)
+    peak = largest(box.value for column in picture for lane in column.lanes for box in lane)
     room = width - 2 - len("seam‖ ")
-    blocks = [block for column in picture for block in _blocks(column, heat, room, marks.seam)]
+    blocks = [block for column in picture for block in _blocks(column, peak, room, marks.seam)]
     if marks.stop:
         seam = marks.seam is not None and marks.seam == alignment.bytes_a
-        blocks.append(
-            _Block(
-                "end",
-                tuple(_chop(_glyphs(f"■{name}", _DIM), room)[0] for name in marks.stop),
-                seam=seam,
-            )
-        )
+        end_a, end_b = (_chop(_glyphs(f"■{name}", _DIM), room)[0] for name in marks.stop)
+        blocks.append(_Block("end", (end_a, end_b), seam=seam))
     lines = [line for row in _rows(blocks, width - 2) for line in _draw(row, color, width - 2)]
     return "\n".join([*lines, *(f"{mark} {MEANINGS[mark]}" for mark in used_marks(picture, marks))])
 
 
-def _blocks(column: Column, heat: float, room: int, seam: int | None) -> list[_Block]:
-    chopped = [_chop(_cell(column, lane, heat), room) for lane in (0, 1)]
+def _blocks(column: Column, peak: float, room: int, seam: int | None) -> list[_Block]:
+    lines_a, lines_b = (_chop(_cell(column, lane, peak), room) for lane in (0, 1))
     value = "" if column.value is None else f"{column.value:+.2f}"
-    first = _Block(
-        str(column.start),
-        (chopped[0][0], chopped[1][0]),
-        value,
-        seam is not None and seam == column.start > 0,
-    )
-    return [
-        first,
-        *(_Block("⋯", pair) for pair in zip_longest(chopped[0][1:], chopped[1][1:], fillvalue=[])),
-    ]
+    after_seam = seam is not None and seam == column.start > 0
+    blocks = [_Block(str(column.start), (lines_a[0], lines_b[0]), value, after_seam)]
+    for one, other in zip_longest(lines_a[1:], lines_b[1:]):
+        blocks.append(_Block("⋯", (one or [], other or [])))
+    return blocks
 
 
-def _cell(column: Column, lane: int, heat: float) -> list[Glyph]:
-    base = (
-        _BAD
-        if column.mark in ("≠", "§")
-        else _DIM
-        if column.span < 0
-        else _SPAN_COLORS[column.span % len(_SPAN_COLORS)]
-    )
+def _cell(column: Column, lane: int, peak: float) -> list[Glyph]:
+    base = _SPAN_COLORS[column.span % len(_SPAN_COLORS)]
+    if column.mark in ("≠", "§"):
+        base = _BAD
+    elif column.span < 0:
+        base = _DIM
     out = _glyphs(column.mark, base)
     for position, box in enumerate(column.lanes[lane]):
         style = base if box.span >= 0 else _DIM
-        if heat and box.value is not None:
-            style = _heat_color(box.value / heat)
+        if peak and box.value is not None:
+            style = _value_color(box.value / peak)
         shown = "".join(text for _, text in visible(box.piece)) or ("" if box.outside else "∅")
         out += _glyphs("|", base) if position else []
         out += _glyphs(("⊘" if box.outside else "") + shown, style)
@@ -331,11 +318,12 @@ def _rows(blocks: list[_Block], room: int) -> list[list[_Block]]:
 
 def _draw(row: list[_Block], color: bool, room: int) -> list[str]:
     """The lines of one row of blocks, every block as wide in each of them."""
-    ruler, values, lanes, at = "", "", ([], []), 0
+    ruler, values, at = "", "", 0
+    lanes: tuple[list[Glyph], list[Glyph]] = ([], [])
     for position, block in enumerate(row):
         gap = block.gap(position)
         at += len(gap)
-        # no number beats half a number
+        # a number that does not fit is left out
         if (len(ruler) < at or not ruler) and at + len(block.ruler) <= room:
             ruler = ruler.ljust(at) + block.ruler
         values = values.ljust(at) + block.value
@@ -372,13 +360,13 @@ def used_marks(picture: list[Column], marks: Marks) -> list[str]:
     return [mark for mark in MEANINGS if mark in used]
 
 
-def _heat_color(share: float) -> str:
-    """Of a value as a share of the largest; no colour for 0 and for what is no number."""
-    if not share or np.isnan(share):
+def _value_color(fraction: float) -> str:
+    """Of a value as a fraction of the largest; none for 0 and NaN."""
+    if not fraction or np.isnan(fraction):
         return ""
-    return _HEAT_COLORS[1 if share > 0 else -1][min(3, int(4 * abs(share)))]
+    return _VALUE_COLORS[1 if fraction > 0 else -1][min(3, int(4 * abs(fraction)))]
 
 
 def largest(values: Iterable[float | None]) -> float:
-    """The largest finite size of a value; 0 when there is none to show."""
+    """The largest finite |value|; 0 without any."""
     return max((abs(v) for v in values if v is not None and np.isfinite(v)), default=0.0)

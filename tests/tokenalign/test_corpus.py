@@ -16,7 +16,7 @@ from reflux.tokenalign.byte_table import CONTROL, TEXT, ByteTable
 from reflux.tokenalign.corpus import (
     Counts,
     Document,
-    Tokenizer,
+    LoadedTokenizer,
     as_json,
     count,
     documents,
@@ -28,7 +28,7 @@ from reflux.tokenalign.spans import align_spans
 
 
 def tokenizer(name, loaded):
-    return Tokenizer(name, loaded)
+    return LoadedTokenizer(name, loaded)
 
 
 def texts(*given):
@@ -43,17 +43,19 @@ def counted(pieces_a, pieces_b, skip_a=0):
 def test_counts_of_one_text():
     c = counted([b" ", b"the", b" cat", b"alog", b"!"], [b"the", b" ca", b"talog", b"!"], skip_a=1)
     assert c == Counts(1, 0, 12, 12, 5, 4, 1, 0, 5, 4, 3, 1, (8, " catalog"))
-    assert c.coverage == 1.0 and c.one_to_one_share == 1 / 3 and c.tokens_per_span == (5 / 3, 4 / 3)
+    assert (
+        c.coverage == 1.0 and c.one_to_one_fraction == 1 / 3 and c.tokens_per_span == (5 / 3, 4 / 3)
+    )
 
 
-def test_tokens_outside_the_spans_are_counted_apart():
+def test_tokens_outside_the_spans_have_counts_of_their_own():
     table = ByteTable((b"<s>", b"a"), np.array([CONTROL, TEXT], np.int8), "byte_level")
     one, other = side(table, [0, 1], b"a"), side(table, [1], b"a")
     c = count(b"a", one, other, align_spans([one], [other])[0])
     assert (c.tokens_a, c.inside_a, c.empty_a, c.one_to_one) == (2, 1, 0, 1)
 
 
-def test_of_two_control_names_the_longer_one_is_met():
+def test_of_two_control_names_the_longer_one_counts():
     table = ByteTable(
         (b"<s", b"<s>", b"a"), np.array([CONTROL, CONTROL, TEXT], np.int8), "byte_level"
     )
@@ -86,8 +88,10 @@ def test_documents_of_a_folder(tmp_path):
     )
     (tmp_path / "sub" / "c.md").write_bytes(b"\xff\xfe")
     (tmp_path / "sub" / "d.jsonl").write_bytes(b'{"text": "\xff"}\n')
-    found = [(d.where.removeprefix(f"{tmp_path}/"), d.text, d.problem) for d in documents(tmp_path)]
-    assert [f[:2] for f in found] == [
+    results = [
+        (d.where.removeprefix(f"{tmp_path}/"), d.text, d.problem) for d in documents(tmp_path)
+    ]
+    assert [f[:2] for f in results] == [
         ("a.jsonl:1", "t"),
         ("a.jsonl:2", "é"),
         ("a.jsonl:3", None),
@@ -97,7 +101,7 @@ def test_documents_of_a_folder(tmp_path):
         ("sub/c.md", None),
         ("sub/d.jsonl:1", None),
     ]
-    assert [f[2] for f in found if f[1] is None] == [
+    assert [f[2] for f in results if f[1] is None] == [
         "no field text or prompt that holds a string",
         "the line is not JSON",
         "no field text or prompt that holds a string",
@@ -110,11 +114,11 @@ def test_a_long_text_file_is_cut_at_line_ends_and_read_lazily(tmp_path, monkeypa
     monkeypatch.setattr(corpus, "CUT", 100)
     text = "".join(f"line {i} é\n" for i in range(50))
     (tmp_path / "x.txt").write_text(text)
-    found = list(documents(tmp_path / "x.txt"))
-    assert "".join(d.text for d in found) == text and len(found) > 3
-    assert all(d.text.endswith("\n") and len(d.text) < 120 for d in found) and len(
-        {d.where for d in found}
-    ) == len(found)
+    results = list(documents(tmp_path / "x.txt"))
+    assert "".join(d.text for d in results) == text and len(results) > 3
+    assert all(d.text.endswith("\n") and len(d.text) < 120 for d in results) and len(
+        {d.where for d in results}
+    ) == len(results)
 
 
 def test_nothing_to_read_is_an_error(tmp_path):
@@ -179,11 +183,11 @@ def test_the_report_for_people_and_machines():
         {p for p, k in zip(t.table.pieces, t.table.kind, strict=True) if k == 0} for t in (a, b)
     ]
     assert report.common == len(pieces[0] & pieces[1]) > 256
-    told = summary(report, "left", "right")
+    report_text = summary(report, "left", "right")
     assert (
-        "3 aligned, 0 of them in part; 0 failures" in told
-        and "of no bytes        A 1, B 0" in told
-        and "A: <s> x 2, </s> x 1" in told
+        "3 aligned, 0 of them in part; 0 failures" in report_text
+        and "of no bytes        A 1, B 0" in report_text
+        and "A: <s> x 2, </s> x 1" in report_text
     )
     data = json.loads(json.dumps(as_json(report, "left", "right")))
     assert data["documents"] == 3 and data["coverage"] == 1.0 and data["tokens_per_s"]["align"] > 0

@@ -10,7 +10,7 @@ import pytest
 from tokenizer_fixtures import byte_level, metaspace
 
 from reflux.tokenalign.byte_table import encode_text
-from reflux.tokenalign.corpus import Tokenizer
+from reflux.tokenalign.corpus import LoadedTokenizer
 
 command = import_module("reflux.tokenalign.__main__")
 
@@ -47,7 +47,9 @@ def run(folders, monkeypatch, capsys):
 
 
 def pair():
-    return [Tokenizer(name, t) for name, t in (("A", byte_level()), ("B", byte_level(size=300)))]
+    return [
+        LoadedTokenizer(name, t) for name, t in (("A", byte_level()), ("B", byte_level(size=300)))
+    ]
 
 
 def test_a_text_and_its_counts(run):
@@ -80,7 +82,8 @@ def test_color_when_asked_for(run):
 
 def test_the_terminal_decides_color_and_width(monkeypatch):
     class Terminal(io.StringIO):
-        isatty = lambda self: True
+        def isatty(self):
+            return True
 
     def printed(**environment):
         for name in ("NO_COLOR", "TERM", "COLUMNS"):
@@ -129,8 +132,8 @@ def test_scores_give_bits_and_span_differences(run, tmp_path):
 def test_sampled_ids_are_not_encoded_again():
     a, b = pair()
     ids = [a.table.pieces.index(piece) for piece in (b"1", b"2", b"3")]
-    seen = command.look(a, b, {"ids_a": ids})
-    assert seen.side_a.ids.tolist() == ids != a.encode("123") and seen.counts.num_bytes == 3
+    aligned = command.align_text(a, b, {"ids_a": ids})
+    assert aligned.side_a.ids.tolist() == ids != a.encode("123") and aligned.counts.num_bytes == 3
 
 
 @pytest.mark.parametrize(
@@ -145,13 +148,13 @@ def test_sampled_ids_are_not_encoded_again():
 )
 def test_scores_that_cannot_be_shown(given, message):
     with pytest.raises(ValueError, match=message):
-        command.look(*pair(), given)
+        command.align_text(*pair(), given)
 
 
 def test_ids_that_are_no_text_are_refused():
     a, b = pair()
     with pytest.raises(ValueError, match="ids_a do not spell UTF-8"):
-        command.look(a, b, {"ids_a": [a.table.pieces.index(b"\xff")]})
+        command.align_text(a, b, {"ids_a": [a.table.pieces.index(b"\xff")]})
 
 
 def test_a_corpus(run, tmp_path):
@@ -176,7 +179,7 @@ def test_a_tokenizer_file_with_a_normaliser(run):
     assert code == 0 and "≠" not in out and "coverage 100.0%" in out
 
 
-def test_ids_of_another_text_are_shown_and_told(run, tmp_path):
+def test_ids_of_another_text_are_shown_and_named(run, tmp_path):
     (tmp_path / "s.json").write_text(
         json.dumps({"text": "12345 hence", "ids_a": encode_text(byte_level(), "12345 whence")})
     )
@@ -192,7 +195,10 @@ def test_ids_of_another_text_are_shown_and_told(run, tmp_path):
 def test_a_prompt_is_no_part_of_the_scores():
     a, b = pair()
     given = {"text": "12345 hence", "logp_a": [-5.0, -1.0], "logp_b": [-1.0] * 5}
-    whole, behind = command.look(a, b, given), command.look(a, b, given | {"prompt_bytes": 5})
+    whole, behind = (
+        command.align_text(a, b, given),
+        command.align_text(a, b, given | {"prompt_bytes": 5}),
+    )
     assert (
         np.isnan(behind.marks.span_values).tolist() == [True, False]
         and not np.isnan(whole.marks.span_values).any()
@@ -203,7 +209,7 @@ def test_a_prompt_is_no_part_of_the_scores():
 def test_a_page_has_a_limit(run, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "PAGE_TOKENS", 3)
     code, _, err = run("--text", "12345 hence", "--html", tmp_path / "out.html")
-    assert code == 2 and "7 tokens make a page no browser likes; want at most 3" in err
+    assert code == 2 and "7 tokens are too many for a browser; want at most 3" in err
 
 
 @pytest.mark.parametrize(
@@ -232,6 +238,7 @@ def test_a_tokenizer_that_is_not_there(run, folders):
 
 def test_metaspace_against_byte_level():
     a, b = (
-        Tokenizer(name, t) for name, t in (("A", metaspace("bpe", "always")), ("B", byte_level()))
+        LoadedTokenizer(name, t)
+        for name, t in (("A", metaspace("bpe", "always")), ("B", byte_level()))
     )
-    assert command.look(a, b, {"text": "\nfoo"}).counts.empty_a == 1
+    assert command.align_text(a, b, {"text": "\nfoo"}).counts.empty_a == 1

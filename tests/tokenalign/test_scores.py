@@ -38,7 +38,7 @@ def test_span_sums_add_up_to_the_sequence(sides, seed):
     for k in range(alignment.num_spans):
         assert scores.span_logp_a[k] == pytest.approx(a[alignment.span_a == k].sum(), rel=1e-12)
     assert scores.log_ratio == pytest.approx(a.sum() - b.sum(), rel=1e-9, abs=1e-9)
-    assert (scores.coverage, scores.clipped_share, scores.num_bytes) == (
+    assert (scores.coverage, scores.clipped_fraction, scores.num_bytes) == (
         1.0,
         0.0,
         len(b"".join(sides[0])),
@@ -57,7 +57,7 @@ def test_swapping_the_models_turns_the_ratio_around(sides, seed):
         one.log_ratio == pytest.approx(-two.log_ratio)
         and one.bits_per_byte_a == two.bits_per_byte_b
     )
-    assert one.clipped_share == two.clipped_share
+    assert one.clipped_fraction == two.clipped_fraction
 
 
 @given(tokenizations(), SEEDS, st.sampled_from([0.5, 2.0, 10.0]))
@@ -69,7 +69,7 @@ def test_the_clip_bounds_every_span_and_reports_what_it_did(sides, seed, clip):
     assert (np.abs(scores.span_ratio) <= clip).all()
     inside = np.abs(raw) <= clip
     assert np.array_equal(scores.span_ratio[inside], raw[inside])
-    assert scores.clipped_share == pytest.approx((~inside).mean())
+    assert scores.clipped_fraction == pytest.approx((~inside).mean())
     assert scores.log_ratio_unclipped == pytest.approx(a.sum() - b.sum())
 
 
@@ -103,7 +103,7 @@ def test_an_inexact_span_is_not_looked_at_at_all():
     scores = sequence_scores(
         alignment, [-9, math.nan, -50, math.nan], [-2, -math.inf, math.nan], clip=1.0
     )
-    assert (scores.tokens_a, scores.tokens_b, scores.clipped_share, scores.log_ratio) == (
+    assert (scores.tokens_a, scores.tokens_b, scores.clipped_fraction, scores.log_ratio) == (
         1,
         1,
         1.0,
@@ -138,8 +138,8 @@ def test_span_sums_of_a_caller_give_the_scores_of_the_alignment(sides, seed, nor
     )
     two = sequence_scores(alignment, a, b, stop_a=-1.0, stop_b=-2.5, clip=clip)
     assert one.ratio(norm) == two.ratio(norm) and one.log_ratio_unclipped == two.log_ratio_unclipped
-    assert (one.clipped_share, one.num_bytes, one.coverage) == (
-        two.clipped_share,
+    assert (one.clipped_fraction, one.num_bytes, one.coverage) == (
+        two.clipped_fraction,
         two.num_bytes,
         two.coverage,
     )
@@ -160,7 +160,7 @@ def test_the_three_norms_by_hand():
     assert scores.ratio("per_token") == -21 / 3 + 5 / 2, "knows neither clip nor stop"
     assert (
         scores.log_ratio_unclipped == 2 - 18 - 0.5
-        and scores.clipped_share == 0.5
+        and scores.clipped_fraction == 0.5
         and scores.stop_ratio == -0.5
     )
 

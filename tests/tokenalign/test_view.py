@@ -230,7 +230,7 @@ def test_control_tokens_stand_outside():
     ]
 
 
-def test_an_open_tail_is_told_apart():
+def test_an_open_tail_has_a_column_of_its_own():
     assert drawn([b"ab", b"cd"], [b"ab"]) == [
         "  0    2",
         "A ab ‖ …cd",

@@ -130,7 +130,7 @@ def test_empty_tokens_are_ticks_and_bytes_are_counted_by_the_ruler():
     assert page.of("ruler")[0]["style"] == "--bytes:2"
 
 
-def test_heat_is_a_share_of_the_largest_value():
+def test_the_tint_is_a_fraction_of_the_largest_value():
     a, b, alignment = aligned([b"a", b"b", b"c"], [b"abc"])
     styles = [
         e.get("style")
@@ -138,4 +138,4 @@ def test_heat_is_a_share_of_the_largest_value():
             to_html(a, b, alignment, Marks(token_values=([4.0, -2.0, np.nan], [0.0])))
         ).of("token")
     ]
-    assert styles == ["--heat:var(--more)/0.75", "--heat:var(--less)/0.38", "", ""]
+    assert styles == ["--tint:var(--more)/0.75", "--tint:var(--less)/0.38", "", ""]

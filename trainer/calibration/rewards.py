@@ -37,6 +37,6 @@ def calibration_score(
         span=span,
         stop=scores.stop_ratio,
         n_bytes=scores.num_bytes,
-        clipped=scores.clipped_share,
+        clipped=scores.clipped_fraction,
         scored=True,
     )
