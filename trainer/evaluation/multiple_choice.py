@@ -84,7 +84,7 @@ def list_options(
     *before, last = prompt.messages
     return replace(
         prompt,
-        messages=(*before, last | {"content": f"{last['content']}\n{shown}"}),
+        messages=(*before, {**last, "content": f"{last['content']}\n{shown}"}),
         answer=answers[answer_is],
         extra={**prompt.extra, column: {"label": list(options.labels), "text": texts}},
     )

@@ -1,11 +1,10 @@
 """How reports write numbers down: Markdown tables, estimates in words, pages from templates."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import write_json, write_whole  # noqa: F401
 from .stats import Estimate
 
 
@@ -25,21 +24,19 @@ def with_interval(e: Estimate, form: str = "{:.3f}") -> str:
     return f"{form.format(e.mean)} {interval(e, form)}".rstrip()
 
 
-def mean_and_std(e: Mapping[str, float] | Estimate) -> str:
+def mean_and_std(e: Estimate) -> str:
     """0.123 +- 0.004 of an estimate over seeds; without a std for one, empty for none."""
-    e = _estimate(e)
     return "" if not e.n else f"{e.mean:.3f}" + (f" +- {e.std:.3f}" if e.n > 1 else "")
 
 
-def points(e: Mapping[str, float] | Estimate) -> str:
+def points(e: Estimate) -> str:
     """A difference of accuracies in points of 100."""
-    e = _estimate(e)
     return "" if not e.n else f"{100 * e.mean:+.1f}" + (f" +- {100 * e.std:.1f}" if e.n > 1 else "")
 
 
-def score(e: Mapping[str, float] | Estimate | None) -> str:
+def score(e: Estimate | None) -> str:
     """0.50 [0.42, 0.58]; empty where it could not be measured."""
-    return "" if e is None else with_interval(_estimate(e), "{:.2f}")
+    return "" if e is None else with_interval(e, "{:.2f}")
 
 
 def render_template(template: Path, **values: Any) -> str:
@@ -56,14 +53,3 @@ def render_template(template: Path, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     return environment.get_template(template.name).render(values)
-
-
-def _estimate(e: Mapping[str, float] | Estimate) -> Estimate:
-    """Also from a table of its fields, of which those that are not shown may be missing."""
-    if isinstance(e, Estimate):
-        return e
-    mean, std, low, high = (e.get(name, math.nan) for name in ("mean", "std", "low", "high"))
-    return Estimate(mean, std, low, high, int(e.get("n", 1)))
-
-
-mean_and_spread = mean_and_std

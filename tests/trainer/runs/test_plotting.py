@@ -1,39 +1,21 @@
 import struct
 
-from reflux.trainer.runs.plotting import plot_all
+from reflux.trainer.runs.plotting import panels, save_figure
 
 
-def test_without_anything_to_draw_nothing_is_written(tmp_path):
-    assert plot_all(tmp_path, [], {"students": {}, "teachers": {}}) == {} and not list(
-        tmp_path.iterdir()
-    )
+def test_a_grid_of_panels_in_a_file(tmp_path):
+    figure, axes = panels(3, 2, width=2.0, height=1.0)
+    assert axes.shape == (2, 3) and tuple(figure.get_size_inches()) == (6.0, 2.0)
+    axes[1, 2].plot([0, 1], [0, 1])
+    save_figure(figure, tmp_path / "x.png")
+    data = (tmp_path / "x.png").read_bytes()
+    width, height = struct.unpack(">II", data[16:24])
+    assert data[:4] == b"\x89PNG" and 1.5 < width / height < 4
 
 
-def test_a_student_table_alone_gives_one_picture(tmp_path):
-    cell = {"sampled": {"mean": 0.5, "std": 0.1, "n": 2}}
-    made = plot_all(
-        tmp_path,
-        [],
-        {"students": {"kd": {"original": cell}}, "teachers": {"original": {"styles": {}}}},
-    )
-    assert (
-        list(made) == ["students.png"]
-        and (tmp_path / "students.png").read_bytes()[:4] == b"\x89PNG"
-    )
+def test_no_figure_is_left_open():
+    from matplotlib import pyplot
 
-
-def test_many_attacks_are_wrapped(tmp_path):
-    """Twenty attacks as three rows of bars, not as one that nobody can read."""
-    cell = {"sampled": {"mean": 0.5, "std": 0.1, "n": 2}}
-    size = {}
-    for count in (7, 20):
-        plot_all(
-            tmp_path,
-            [],
-            {
-                "students": {f"a{i}": {"original": cell} for i in range(count)},
-                "teachers": {"original": {"styles": {}}},
-            },
-        )
-        size[count] = struct.unpack(">II", (tmp_path / "students.png").read_bytes()[16:24])
-    assert size[20][0] < 1.2 * size[7][0] and 2.5 < size[20][1] / size[7][1] < 3.6
+    before = pyplot.get_fignums()
+    panels(1)
+    assert pyplot.get_fignums() == before
