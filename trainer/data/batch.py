@@ -1,47 +1,63 @@
-"""The nouns of a step, each frozen and each built from the one before: Prompt -> Rollout -> Sample
--> Batch.
+"""The data of a step, each frozen and built from the one before: Prompt -> Rollout -> Sample ->
+Batch.
 
 Shapes: N rows, L row length, T response tokens of a batch (the positions that carry loss), S spans,
-P places at which two tokenizations are compared, n tokens of one response.
+P aligned positions of a student and a teacher, n tokens of one response.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
+class FrozenDict(dict):
+    """A dict that cannot be changed. Still a dict, for json and for chat templates."""
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("a prompt is frozen; make another one with dataclasses.replace")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+
 @dataclass(frozen=True)
 class Prompt:
-    """One question. `index` is its place in the data set: it identifies the prompt and seeds its
+    """One question. `index` is its row in the data set: it identifies the prompt and seeds its
     rollouts.
     """
 
     index: int
     # [{"role": ..., "content": ...}], the last one is the user's
-    messages: tuple[dict[str, str], ...]
-    answer: str | None = None  # what the task's verifier compares with
+    messages: tuple[Mapping[str, str], ...]
+    answer: str | None = None  # what the grader compares with
     response: str | None = None  # a given text (SFT, KD on given text)
     extra: Mapping[str, Any] = field(default_factory=dict)  # the row's other columns
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "messages", tuple(map(FrozenDict, self.messages)))
+        object.__setattr__(self, "extra", FrozenDict(self.extra))
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One text for a prompt, by ids of the model that produced it; never re-encoded by that
-    model.
-    """
+    """One response, by ids of the model that sampled it; that model never encodes it again."""
 
     prompt: Prompt
     prompt_ids: tuple[int, ...]
     ids: tuple[int, ...]  # response tokens; the last one is a stop token iff `ended`
-    # log p of each id under the distribution really sampled (nats); 0.0 for given texts
+    # log p of each id under the distribution that was sampled from (nats); 0.0 for given texts
     logp: tuple[float, ...]
-    stop_logp: float  # log of the stop set's probability where the text ended; 0.0 if it was cut
+    stop_logp: float  # log of the stop set's probability at the end; 0.0 if truncated
     text: str  # what `ids` spell, without the stop token
-    ended: bool  # False: cut at the length limit
+    ended: bool  # False: truncated at the length limit
 
     @property
     def content_ids(self) -> tuple[int, ...]:
@@ -51,13 +67,16 @@ class Rollout:
 
 @dataclass(frozen=True, eq=False)
 class TeacherView:
-    """How one teacher reads a response, where its template or its tokens are not the student's."""
+    """A response as one teacher reads it, where its template or its tokens are not the student's.
+
+    The aligned positions: [P] response tokens of each model whose predictions are compared. None:
+    all of them, one by one.
+    """
 
     prompt_ids: tuple[int, ...]
     ids: tuple[int, ...] | None = None  # the response in the teacher's tokens; None: the student's
-    # [P] response tokens whose predictions are compared; None: all, one by one
     student_positions: np.ndarray | None = None
-    teacher_positions: np.ndarray | None = None  # [P] the same places among the teacher's tokens
+    teacher_positions: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +86,7 @@ class Sample:
     rollout: Rollout
     advantage: np.ndarray | None = None  # [n] calibrate: A of equation (4)
     old_logp: np.ndarray | None = None  # [n] log-probabilities of the behaviour policy, nats
-    off_policy: bool = False  # distill: the text is not the student's own
+    off_policy: bool = False  # distill: the student did not sample the text
     span: np.ndarray | None = None  # [n] span of each token, -1 = outside every span
     # [S] the teacher's log-probability of each span, nats
     teacher_span_logp: np.ndarray | None = None
@@ -81,23 +100,22 @@ class BatchView(NamedTuple):
     input_NL: Tensor
     position_NL: Tensor
     row_P: Tensor  # flattened positions of its predictors, as Batch.row_T
-    # which of the student's T tokens they belong to; None: all of them, in order
-    aligned_P: Tensor | None
+    aligned_P: Tensor | None  # their tokens among the student's T; None: all of them, in order
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One micro-batch of one rank. Response tokens are listed flat; `row_T` finds each one's
-    predictor.
+    """One micro-batch of one rank. Response tokens are listed flat: the logits at `row_T` predict
+    `target_T`.
     """
 
     input_NL: Tensor
     position_NL: Tensor  # restarts at 0 with every document of a packed row
-    row_T: Tensor  # index into the flattened [N * L] positions: the logits there predict target_T
+    row_T: Tensor  # of each token's predictor, among the flattened [N * L] positions
     target_T: Tensor
     advantage_T: Tensor
     old_logp_T: Tensor
-    off_policy_T: Tensor  # 1.0 where the text is not the student's own
+    off_policy_T: Tensor  # 1.0 where the student did not sample the text
     span_T: Tensor  # global in the batch, -1 = outside
     teacher_span_logp_S: Tensor
     sample_T: Tensor  # which of the packed samples a token belongs to
@@ -110,28 +128,24 @@ class Batch:
         return len(self.target_T)
 
     def to(self, device: torch.device) -> "Batch":
-        move = lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
-        moved = {f.name: move(getattr(self, f.name)) for f in fields(self)}
+        def move(x: Any) -> Any:
+            return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
+
+        moved: dict[str, Any] = {f.name: move(getattr(self, f.name)) for f in fields(self)}
         moved["teacher_views"] = tuple(v and BatchView(*map(move, v)) for v in self.teacher_views)
         return replace(self, **moved)
 
     def for_teacher(self, teacher: int = 0) -> "Batch":
-        """The same response behind the teacher's own rendering of the prompts, and in its own
+        """The same responses behind the teacher's own rendering of the prompts, and in its own
         tokens if they differ.
         """
         view = self._view(teacher)
-        return (
-            self
-            if view is None
-            else replace(
-                self, input_NL=view.input_NL, position_NL=view.position_NL, row_T=view.row_P
-            )
-        )
+        if view is None:
+            return self
+        return replace(self, input_NL=view.input_NL, position_NL=view.position_NL, row_T=view.row_P)
 
     def aligned_positions(self, teacher: int = 0) -> Tensor | None:
-        """[P] of the student's tokens that the teacher's predictors are compared with; None: all
-        T.
-        """
+        """[P] tokens among the student's T at which the teacher is compared; None: all of them."""
         view = self._view(teacher)
         return None if view is None else view.aligned_P
 
@@ -142,13 +156,13 @@ class Batch:
 def pack(
     samples: Sequence[Sample], *, tokens: int, seq_len: int, joined: bool = False
 ) -> list[Batch]:
-    """Ragged samples, all different objects -> micro-batches of at most `tokens` positions (one row
-    at least), padding included.
+    """Ragged samples -> micro-batches of at most `tokens` positions, padding included; one row at
+    least. No two samples may be the same object.
 
-    A sequence is prompt + response; its inputs are all but the last token, its targets the response
-    tokens, so the first target is predicted at the last prompt position. Long rows come first, so
-    that rows of one length share a batch. With `joined`, short sequences share rows of `seq_len`.  Raises
-    ValueError for a sequence longer than `seq_len`.
+    A sequence is prompt + response. Its inputs are all but the last token, its targets the response
+    tokens: the first target is predicted at the last prompt position. Long rows come first, so that
+    rows of one length share a batch. With `joined`, short sequences share rows of `seq_len`.
+    ValueError for a sequence longer than `seq_len` + 1.
     """
     for s in samples:
         length = len(s.rollout.prompt_ids) + len(s.rollout.ids)
@@ -160,11 +174,10 @@ def pack(
                 "rollout.max_tokens"
             )
     order = {id(s): i for i, s in enumerate(samples)}
-    rows = (
-        _join(samples, seq_len)
-        if joined
-        else [[s] for s in sorted(samples, key=_length, reverse=True)]
-    )
+    if joined:
+        rows = _join(samples, seq_len)
+    else:
+        rows = [[s] for s in sorted(samples, key=_length, reverse=True)]
     batches, start = [], 0
     while start < len(rows):
         width = _width(rows[start])
@@ -175,38 +188,39 @@ def pack(
 
 
 def empty_batch() -> Batch:
-    """A row of one token and no targets: keeps a rank that ran dry in step with the others."""
+    """A row of one token and no targets, for a rank with fewer batches than the others."""
     long, real = torch.zeros(0, dtype=torch.long), torch.zeros(0)
     zero_NL = torch.zeros(1, 1, dtype=torch.long)
     return Batch(zero_NL, zero_NL, long, long, real, real, real, long, real, long)
 
 
 def _length(sample: Sample) -> int:
-    """Inputs of the longest rendering: a teacher's template or tokens may be the longer ones, and
-    its forward has to fit too.
+    """Inputs of the longest rendering. A teacher's may be longer than the student's, and its
+    forward has to fit too.
     """
-    own = sample.rollout
-    return (
-        max(
-            len(p) + len(r)
-            for p, r, _ in [
-                (own.prompt_ids, own.ids, None),
-                *(_read_by(sample, i) for i in range(len(sample.teacher_views))),
-            ]
-        )
-        - 1
-    )
+    texts = [_own_text(sample), *(_text_of(sample, i) for i in range(len(sample.teacher_views)))]
+    return max(len(t.prompt_ids) + len(t.ids) for t in texts) - 1
 
 
-def _read_by(
-    sample: Sample, teacher: int
-) -> tuple[tuple[int, ...], tuple[int, ...], np.ndarray | None]:
-    """(prompt, response, compared places) as a teacher reads them."""
-    own, views = sample.rollout, sample.teacher_views
+class _Text(NamedTuple):
+    """A sample as one model reads it; None: it predicts every response token."""
+
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+    positions: np.ndarray | None
+
+
+def _own_text(sample: Sample) -> _Text:
+    return _Text(sample.rollout.prompt_ids, sample.rollout.ids, None)
+
+
+def _text_of(sample: Sample, teacher: int) -> _Text:
+    views = sample.teacher_views
     view = views[teacher] if teacher < len(views) else None
     if view is None:
-        return own.prompt_ids, own.ids, None
-    return view.prompt_ids, own.ids if view.ids is None else view.ids, view.teacher_positions
+        return _own_text(sample)
+    ids = sample.rollout.ids if view.ids is None else view.ids
+    return _Text(view.prompt_ids, ids, view.teacher_positions)
 
 
 def _width(row: list[Sample]) -> int:
@@ -219,13 +233,13 @@ def _join(samples: Sequence[Sample], seq_len: int) -> list[list[Sample]]:
     free: list[int] = []
     for sample in sorted(samples, key=_length, reverse=True):
         need = _length(sample)
-        at = next((i for i, room in enumerate(free) if room >= need), None)
-        if at is None:
+        row = next((i for i, room in enumerate(free) if room >= need), None)
+        if row is None:
             rows.append([sample])
             free.append(seq_len - need)
         else:
-            rows[at].append(sample)
-            free[at] -= need
+            rows[row].append(sample)
+            free[row] -= need
     return sorted(rows, key=_width, reverse=True)
 
 
@@ -248,8 +262,7 @@ def _batch(rows: list[list[Sample]], packed: bool, order: dict[int, int]) -> Bat
             spans.append(np.asarray(sample.teacher_span_logp, np.float32))
             offset += len(sample.teacher_span_logp)
     whole = {k: np.concatenate(v) for k, v in columns.items()}
-    own = lambda s: (s.rollout.prompt_ids, s.rollout.ids, None)
-    input_NL, position_NL, row_T = _lay_out(rows, own)
+    input_NL, position_NL, row_T = _lay_out(rows, _own_text)
     teachers = max(len(s.teacher_views) for row in rows for s in row)
     return Batch(
         input_NL,
@@ -272,52 +285,39 @@ def _view(rows: list[list[Sample]], teacher: int) -> BatchView | None:
     views = [s.teacher_views[teacher] if teacher < len(s.teacher_views) else None for s in samples]
     if not any(views):
         return None
-    aligned_P, at = [], 0
+    positions, first = [], 0  # first: response token of the sample, among the batch's T
     for sample, view in zip(samples, views):
-        chosen = (
-            np.arange(len(sample.rollout.ids))
-            if view is None or view.student_positions is None
-            else view.student_positions
-        )
-        aligned_P.append(chosen + at)
-        at += len(sample.rollout.ids)
-    compared = any(v is not None and v.student_positions is not None for v in views)
-    return BatchView(
-        *_lay_out(rows, lambda s: _read_by(s, teacher)),
-        _long(np.concatenate(aligned_P)) if compared else None,
-    )
+        own = None if view is None else view.student_positions
+        positions.append(first + (np.arange(len(sample.rollout.ids)) if own is None else own))
+        first += len(sample.rollout.ids)
+    all_of_them = all(v is None or v.student_positions is None for v in views)
+    aligned_P = None if all_of_them else _long(np.concatenate(positions))
+    return BatchView(*_lay_out(rows, partial(_text_of, teacher=teacher)), aligned_P)
 
 
 def _lay_out(
-    rows: list[list[Sample]], text_of: Callable[[Sample], tuple]
+    rows: list[list[Sample]], text_of: Callable[[Sample], _Text]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs and positions [N, L], and where each response token, or each chosen one, is
-    predicted.
+    """Inputs and positions [N, L], and the predictor of each response token, or of each aligned
+    one.
     """
     texts = [list(map(text_of, row)) for row in rows]
-    # 1: a model reads something
-    width = max(1, *(sum(len(p) + len(r) - 1 for p, r, _ in row) for row in texts))
-    input_NL, position_NL = (
-        np.zeros((len(rows), width), np.int64),
-        np.zeros((len(rows), width), np.int64),
-    )
+    # at least 1: a model takes no empty row
+    width = max(1, *(sum(len(t.prompt_ids) + len(t.ids) - 1 for t in row) for row in texts))
+    input_NL = np.zeros((len(rows), width), np.int64)
+    position_NL = np.zeros((len(rows), width), np.int64)
     predictors = []
     for n, row in enumerate(texts):
-        at = 0
-        for prompt, response, chosen in row:
-            length = len(prompt) + len(response) - 1
-            input_NL[n, at : at + length] = (prompt + response)[:-1]
-            position_NL[n, at : at + length] = np.arange(length)
-            predictors.append(
-                n * width
-                + at
-                + len(prompt)
-                - 1
-                + (np.arange(len(response)) if chosen is None else chosen)
-            )
-            at += length
+        start = 0
+        for prompt_ids, ids, positions in row:
+            end = start + len(prompt_ids) + len(ids) - 1
+            input_NL[n, start:end] = (prompt_ids + ids)[:-1]
+            position_NL[n, start:end] = np.arange(end - start)
+            first = n * width + start + len(prompt_ids) - 1
+            predictors.append(first + (np.arange(len(ids)) if positions is None else positions))
+            start = end
         # padding: a document of its own, behind all others
-        position_NL[n, at:] = np.arange(width - at)
+        position_NL[n, start:] = np.arange(width - start)
     return _long(input_NL), _long(position_NL), _long(np.concatenate(predictors))
 
 

@@ -5,7 +5,7 @@ response bytes are shared (docs/method.md, "Templates").
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class Chat:
         """Ids the tokenizer can produce; a model's head may be padded beyond it."""
         return len(self.tokenizer)
 
-    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """The rendered conversation up to where the response begins.
 
         Never empty, for the first response token needs a predictor: ValueError.

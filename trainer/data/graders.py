@@ -1,5 +1,5 @@
-"""What a text is worth: one grader a task, (prompt, text) -> Grade. They may raise and take long;
-tasks.py puts them under limits. `cannot_hang` marks those whose time is linear in the text.
+"""One grader per task, (prompt, text) -> Grade. They may raise and take long; tasks.py puts them
+under limits. `cannot_hang` marks those whose time is linear in the text.
 """
 
 import logging
@@ -17,20 +17,18 @@ from .batch import Prompt
 
 @dataclass(frozen=True)
 class Grade:
-    """`correct` is None where right and wrong do not exist (reward models); `extracted` None: no
-    answer was found.
-    """
+    """What a grader says of a response."""
 
     reward: float
-    correct: bool | None
-    extracted: str | None = None
-    error: str | None = None
+    correct: bool | None  # None: the task has no correct and incorrect (reward models)
+    extracted: str | None = None  # the answer; None: the response has none
+    error: str | None = None  # why grading failed
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Where the answer stands in a text: after the last `marker`, in group 1 of the last match of
-    the regular expression `pattern`, or, without either, the whole text.
+    """The answer within a text: what follows the last `marker`, group 1 of the last match of the
+    regular expression `pattern`, or, without either, the whole text.
     """
 
     marker: str | None = None
@@ -69,22 +67,24 @@ class Answer:
 
 @dataclass(frozen=True)
 class Exact(Answer):
-    """Right if the extracted text is the prompt's answer, both stripped."""
+    """Correct if the extracted text is the prompt's answer, both stripped."""
 
     ignore_case: bool = False
 
     def __call__(self, prompt: Prompt, text: str) -> Grade:
-        found, answer = self.extract(text), _answer(prompt).strip()
-        if found is None:
+        extracted, answer = self.extract(text), _answer(prompt).strip()
+        if extracted is None:
             return Grade(0.0, False)
-        correct = found.casefold() == answer.casefold() if self.ignore_case else found == answer
-        return Grade(float(correct), correct, found)
+        correct = extracted == answer
+        if self.ignore_case:
+            correct = extracted.casefold() == answer.casefold()
+        return Grade(float(correct), correct, extracted)
 
 
 @dataclass(frozen=True)
 class Math(Answer):
-    """Right if math_verify finds the expressions equal, or the texts are. A bare answer is read as
-    LaTeX.
+    """Correct if the expressions are equal by math_verify, or the texts are. A bare answer is read
+    as LaTeX.
     """
 
     cannot_hang: ClassVar[bool] = False  # simplification of a hostile expression has no bound
@@ -93,16 +93,16 @@ class Math(Answer):
         from math_verify import verify
 
         answer = _answer(prompt).strip()
-        found = self.extract(text)
-        if found is None:
+        extracted = self.extract(text)
+        if extracted is None:
             return Grade(0.0, False)
-        if found == answer:
-            return Grade(1.0, True, found)
+        if extracted == answer:
+            return Grade(1.0, True, extracted)
         whole_text = self.marker is None and self.pattern is None
-        parsed = _parse(found) if whole_text else _parse(_as_latex(found))
+        parsed = _parse(extracted) if whole_text else _parse(_as_latex(extracted))
         if not parsed:
-            return Grade(0.0, False, None if whole_text else found)
-        spelled = next((part for part in parsed if isinstance(part, str)), found)
+            return Grade(0.0, False, None if whole_text else extracted)
+        spelled = next((part for part in parsed if isinstance(part, str)), extracted)
         # Its own timeouts are off: they are whole seconds, share SIGALRM with ours and work in no
         # other thread.
         correct = spelled == answer or verify(_parse_answer(answer), parsed, timeout_seconds=None)
@@ -111,14 +111,14 @@ class Math(Answer):
 
 @dataclass(frozen=True)
 class MultipleChoice:
-    """Right if the text settles on the right letter. Read in this order, the last of its kind:
+    """Correct if the last letter that the text names is the answer's. Forms in order of precedence:
     \\boxed{B}; "answer is B", "Answer: (B)"; "(B)"; a last or first line "B", "B.", "B) because".
     """
 
     cannot_hang: ClassVar[bool] = True
     # the column with the options: a list of texts, or {"label": [...], "text": [...]}
     choices: str = "choices"
-    # what the answer column holds: letter | index (from 0) | text (of the choice)
+    # what the answer column holds: letter | index (from 0) | text (of the option)
     answer_is: str = "letter"
 
     def __post_init__(self):
@@ -136,8 +136,8 @@ class MultipleChoice:
             raise ValueError(
                 f"answer {answer!r} is none of {letters}; set answer_is to index or text"
             )
-        found = _letter(text, letters)
-        return Grade(float(found == answer.upper()), found == answer.upper(), found)
+        letter = _letter(text, letters)
+        return Grade(float(letter == answer.upper()), letter == answer.upper(), letter)
 
     def _options(self, prompt: Prompt) -> tuple[str, list[str]]:
         given = prompt.extra.get(self.choices)
@@ -155,8 +155,9 @@ class MultipleChoice:
 
 @dataclass(frozen=True)
 class ReasoningGym(Answer):
-    """reward: the data set's own score_answer, in [0, 1]; right from `threshold` on. The answer is
-    taken by marker or pattern, else from the last <answer>...</answer>, or from the whole text.
+    """Reward: the data set's own score_answer, in [0, 1]; correct from `threshold` on. The answer
+    is extracted by marker or pattern, else from the last <answer>...</answer>, or is the whole
+    text.
     """
 
     cannot_hang: ClassVar[bool] = False
@@ -169,30 +170,31 @@ class ReasoningGym(Answer):
             raise ValueError(f"threshold = {self.threshold}; want 0 < threshold <= 1")
 
     def __call__(self, prompt: Prompt, text: str) -> Grade:
-        kept = prompt.extra.get("reasoning_gym")
-        if kept is None:
+        generated = prompt.extra.get("reasoning_gym")
+        if generated is None:
             raise ValueError(
                 "the prompt is no reasoning_gym entry; load it from reasoning_gym:NAME?size=..."
             )
         tagged = self.marker is None and self.pattern is None and not self.whole_text
-        found = self._tagged(text) if tagged else self.extract(text)
-        if found is None:
+        extracted = self._tagged(text) if tagged else self.extract(text)
+        if extracted is None:
             return Grade(0.0, False)
-        source = _generator(kept["dataset"], tuple(sorted(kept["options"].items(), key=str)))
-        reward = float(source.score_answer(found, kept["entry"]))
-        return Grade(reward, reward >= self.threshold, found)
+        options = tuple(sorted(generated["options"].items(), key=str))
+        source = _generator(generated["dataset"], options)
+        reward = float(source.score_answer(extracted, generated["entry"]))
+        return Grade(reward, reward >= self.threshold, extracted)
 
     @staticmethod
     def _tagged(text: str) -> str | None:
-        before, opening, rest = text.rpartition("<answer>")
-        inside, closing, _ = rest.partition("</answer>")
+        _, opening, behind = text.rpartition("<answer>")
+        inside, closing, _ = behind.partition("</answer>")
         return (inside.strip() or None) if opening and closing else None
 
 
 @dataclass(frozen=True)
 class Function:
-    """A user's f(prompt, text). bool: right or wrong. float: a reward, right from `threshold` on if
-    that is set.
+    """A user's f(prompt, text). bool: correct or not. float: a reward, correct from `threshold` on
+    if that is set.
     """
 
     function: Callable[[Prompt, str], "bool | float | Grade"]
@@ -214,22 +216,22 @@ def _letter(text: str, letters: str) -> str | None:
     lines = [line.strip() for line in text.splitlines()] or [""]
     flat = re.sub(r"\s+", " ", text)  # bounded gaps below: no quadratic search in a page of blanks
     for pattern in _letter_patterns(letters):
-        if found := re.findall(pattern, flat):
-            return found[-1].upper()
+        if matches := re.findall(pattern, flat):
+            return matches[-1].upper()
     for line in (lines[-1], lines[0]):
-        if found := re.match(rf"\(?([{letters}])(?:$|[.):,](?:\s|$))", line, re.I):
-            return found[1].upper()
+        if match := re.match(rf"\(?([{letters}])(?:$|[.):,](?:\s|$))", line, re.I):
+            return match[1].upper()
     return None
 
 
 @lru_cache
 def _letter_patterns(letters: str) -> tuple[str, ...]:
     both = letters + letters.lower()
-    said = r"(?i:answer|choice|option)(?i: is)? ?[:=]? ?(?i:(?:option|choice) )?"
+    announced = r"(?i:answer|choice|option)(?i: is)? ?[:=]? ?(?i:(?:option|choice) )?"
     # a small letter needs brackets: "the answer is a matter of taste"
     return (
         rf"\\boxed ?\{{[ ({{]{{0,3}}([{both}])[ )}}.]{{0,3}}\}}",
-        rf"{said}(?:\((?=[{both}]\))|(?=[{letters}](?![\w'])))([{both}])",
+        rf"{announced}(?:\((?=[{both}]\))|(?=[{letters}](?![\w'])))([{both}])",
         rf"\(([{letters}])\)",
     )
 
@@ -260,7 +262,7 @@ def _generator(name: str, options: tuple):
 
 
 def read_grade(result: Any, threshold: float | None = None) -> Grade:
-    """What a user's function or a reward model gave, as a Grade of a finite reward."""
+    """The result of a user's function or of a reward model as a Grade of a finite reward."""
     if isinstance(result, Exception):
         raise result
     if isinstance(result, Grade):

@@ -1,5 +1,5 @@
-"""Prompts from files, folders, procedural generators or a user's function; the batch of a step
-without any state.
+"""Prompts from files, folders, procedural generators or a user's function; the batch of a step as a
+function of seed and step.
 
 A row has a `prompt` (text: one user message) or `messages` ([{"role", "content"}, ...]; a last
 message of the assistant becomes the response), and optionally `answer` and `response`. Every other
@@ -14,19 +14,21 @@ import os
 import re
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from difflib import get_close_matches
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar, overload
 from urllib.parse import parse_qsl
 
 import numpy as np
 
+from reflux.trainer.config.fit import nearest
+
 from .batch import Prompt
 
+Item = TypeVar("Item")
 ROLES = ("prompt", "messages", "answer", "response")  # what a column can be; the rest is extra
 FORMS = (
     "a .jsonl or .parquet file, a folder of a data set, reasoning_gym:NAME?size=1000&seed=7 "
@@ -34,20 +36,35 @@ FORMS = (
 )
 
 
-class Prompts(Sequence):
-    """Rows seen as prompts, each read when it is asked for. `location(i)` says in words where row i
-    comes from.
-    """
+class Rows(Protocol):
+    """Rows of a source, each read on access."""
 
-    def __init__(
-        self, rows: Sequence[Mapping], columns: Mapping[str, str], location: Callable[[int], str]
-    ):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Any: ...
+
+
+Location = Callable[[int], str]  # row number -> where it comes from, for error messages
+
+
+class Prompts(Sequence[Prompt]):
+    """Rows as prompts, each read on access."""
+
+    def __init__(self, rows: Rows, columns: Mapping[str, str], location: Location):
         self._rows, self._columns, self._location = rows, columns, location
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, i: int) -> Prompt:
+    @overload
+    def __getitem__(self, i: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[Prompt]: ...
+
+    def __getitem__(self, i: int | slice) -> Prompt | list[Prompt]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
         if not -len(self) <= i < len(self):
             raise IndexError(f"prompt {i} of {len(self)}")
         i = i % len(self)
@@ -68,22 +85,21 @@ def epoch_indices(
     """
     if step < 0 or count < 1:
         raise ValueError(f"batch: step = {step}, count = {count}; want step >= 0 and count >= 1")
-    spots = (divmod(k, length) for k in range(step * count, (step + 1) * count))
-    return [_permutation(length, seed, epoch)[row] if shuffle else row for epoch, row in spots]
+    entries = (divmod(k, length) for k in range(step * count, (step + 1) * count))
+    return [_permutation(length, seed, epoch)[k] if shuffle else k for epoch, k in entries]
 
 
 @lru_cache(maxsize=4)  # a batch can touch two epochs
 def _permutation(length: int, seed: int, epoch: int) -> list[int]:
-    # RandomState's stream is frozen by numpy's policy (NEP 19); the newer generators may change
-    # with a release, and a run resumed after an upgrade would then repeat some prompts and skip
-    # others.
+    # RandomState's stream is frozen by numpy's policy (NEP 19). The newer generators may change in
+    # a release: a run resumed after an upgrade would repeat some prompts and skip others.
     words = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, epoch]
     return np.random.RandomState(words).permutation(length).tolist()
 
 
-def shard(prompts: Sequence[Prompt], rank: int, world: int) -> list[Prompt]:
-    """The contiguous part of a global batch that belongs to `rank`; parts are equal, so ranks stay
-    in step.
+def shard(prompts: Sequence[Item], rank: int, world: int) -> list[Item]:
+    """The contiguous part of a global batch that belongs to `rank`. ValueError where the parts
+    would not be equal.
     """
     if len(prompts) % world:
         raise ValueError(
@@ -101,21 +117,17 @@ def load_prompts(
     columns: Mapping[str, str] | None = None,
     limit: int | None = None,
 ) -> Prompts:
-    """Open a source of prompts.
+    """Opens a source of prompts.
 
     source: a JSONL or Parquet file; a folder written by `datasets.save_to_disk` or readable by
-    `datasets.load_dataset`;
-      `reasoning_gym:NAME?size=1000&seed=7&key=value`; or `package.module:function?key=value`, which
-      returns rows (an endless generator needs `limit`).
-    split: the part of a folder that has parts; files and generators have none.
-    columns: where a role is kept under another name, {"prompt": "question"}. A row set with both
-    `prompt` and
-      `messages` is read by `messages` unless `columns` names the prompt.
-    limit: only the first rows.
+    `datasets.load_dataset`; `reasoning_gym:NAME?size=1000&seed=7&key=value`; or
+    `package.module:function?key=value`, which returns rows (an endless generator needs `limit`).
+    split: the part of a folder that has parts; files and generators have none. columns: our name ->
+    the source's, {"prompt": "question"}; a source with both `prompt` and `messages` is read by
+    `messages` unless `columns` names the prompt. limit: only the first rows.
 
-    JSONL rows are all checked here. Tables have a schema, so their columns are checked here and a
-    row when it is read. Raises ValueError naming file, row and column, what was found and what is
-    wanted.
+    JSONL rows are all checked here. Tables have a schema: their columns are checked here, a row
+    when it is read. Raises ValueError with file, row and column, their value, and what is wanted.
     """
     columns = dict(columns or {})
     for role in columns:
@@ -128,26 +140,19 @@ def load_prompts(
     rows, location = _open(source, split, limit)
     if not len(rows):
         raise ValueError(f"{source}: no rows")
-    first = rows.column_names if hasattr(rows, "column_names") else _row(rows[0], location(0))
-    prompts = Prompts(rows, _resolve(columns, list(first), source), location)
+    existing = getattr(rows, "column_names", None) or list(_row(rows[0], location(0)))
+    prompts = Prompts(rows, _resolve(columns, existing, source), location)
     if isinstance(rows, _Lines):
         for _ in prompts:
             pass
     return prompts
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: `, did you mean X?` or a full stop."""
-    near = get_close_matches(name, list(known), n=1)
-    return f", did you mean {near[0]}?" if near else "."
-
-
 def load_function(name: str) -> Callable:
-    """`package.module:function` -> the function; modules in the working directory are found too."""
+    """The function of `package.module:function`; modules in the working directory count, too."""
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
-        # a script's own folder is on the path, where it was started is not
-        sys.path.append(os.getcwd())
+        sys.path.append(os.getcwd())  # a script has its own folder on the path instead
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -161,54 +166,60 @@ def load_function(name: str) -> Callable:
     return getattr(module, attribute)
 
 
-# --- sources: each gives rows (len, [i] -> Mapping) and says where row i is
+# --- sources: each gives rows and their locations
 
 
-def _open(
-    source: str, split: str, limit: int | None
-) -> tuple[Sequence[Mapping], Callable[[int], str]]:
+def _open(source: str, split: str, limit: int | None) -> tuple[Rows, Location]:
     path = Path(source)
     if path.is_dir() or (path.is_file() and path.suffix == ".parquet"):
-        rows = _table(path, split)
-        return rows.select(
-            range(min(limit or len(rows), len(rows)))
-        ), lambda i: f"{source}, row {i} (from 0)"
+        table = _table(path, split)
+        return table.select(range(min(limit or len(table), len(table)))), partial(_row_of, source)
     if path.is_file():
         lines = _Lines(path, limit)
-        return lines, lambda i: f"{source}, line {lines.number[i]}"
+        return lines, lines.location
     name, _, query = source.partition("?")
     if name.startswith("reasoning_gym:"):
-        return _Generated(
-            name.partition(":")[2], _options(source, query), limit
-        ), lambda i: f"{source}, entry {i}"
+        entries = _Generated(name.partition(":")[2], _options(source, query), limit)
+        return entries, partial(_entry_of, source)
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
         rows = load_function(name)(**_options(source, query))
         if not isinstance(rows, Sequence) or limit is not None:
             rows = list(islice(rows, limit))
-        return rows, lambda i: f"{source}, row {i} (from 0)"
+        return rows, partial(_row_of, source)
     raise ValueError(f"{source}: no such file or folder; want {FORMS}")
 
 
-class _Lines(Sequence):
+def _row_of(source: str, i: int) -> str:
+    return f"{source}, row {i} (from 0)"
+
+
+def _entry_of(source: str, i: int) -> str:
+    return f"{source}, entry {i}"
+
+
+class _Lines:
     """The rows of a JSONL file, parsed on access; the ranks of a machine share its pages."""
 
     def __init__(self, path: Path, limit: int | None):
-        self.path, self.number, self._start = path, array("Q"), array("Q")
-        at = 0
+        self._path, self._number, self._start = path, array("Q"), array("Q")
+        start = 0
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.removeprefix(b"\xef\xbb\xbf").strip():
-                    self.number.append(number)
-                    self._start.append(at)
-                at += len(line)
-                if len(self.number) == limit:
+                    self._number.append(number)
+                    self._start.append(start)
+                start += len(line)
+                if len(self._number) == limit:
                     break
-            self._bytes = (
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.number else b""
-            )
+            self._bytes: mmap.mmap | bytes = b""
+            if self._number:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def __len__(self) -> int:
-        return len(self.number)
+        return len(self._number)
+
+    def location(self, i: int) -> str:
+        return f"{self._path}, line {self._number[i]}"
 
     def __getitem__(self, i: int) -> dict:
         end = self._bytes.find(b"\n", self._start[i])
@@ -217,34 +228,31 @@ class _Lines(Sequence):
             row = json.loads(line.decode("utf-8-sig"))
         except ValueError as error:  # not UTF-8, or not JSON
             raise ValueError(
-                f"{self.path}, line {self.number[i]}: {error}; want one JSON object a line, in "
-                "UTF-8"
+                f"{self.location(i)}: {error}; want one JSON object a line, in UTF-8"
             ) from None
         if not isinstance(row, dict):
-            raise ValueError(
-                f"{self.path}, line {self.number[i]}: {_show(row)}; want one JSON object a line"
-            )
+            raise ValueError(f"{self.location(i)}: {_show(row)}; want one JSON object a line")
         return row
 
 
-def _table(path: Path, split: str):
+def _table(path: Path, split: str) -> Any:
     """Memory-mapped Arrow rows; a Parquet file is converted once into the cache of `datasets`."""
-    import datasets  # 1.5 s to import: only who needs it pays
+    import datasets  # here: it takes 1.5 s to import
 
     if path.is_file():
         return datasets.Dataset.from_parquet(str(path))
     saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-    found = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
-    if isinstance(found, datasets.Dataset):
-        return found
-    if split not in found:
+    table = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
+    if isinstance(table, datasets.Dataset):
+        return table
+    if split not in table:
         raise ValueError(
-            f"{path}: no split {split!r}{nearest(split, found)} There are: {', '.join(found)}"
+            f"{path}: no split {split!r}{nearest(split, table)} There are: {', '.join(table)}"
         )
-    return found[split]
+    return table[split]
 
 
-class _Generated(Sequence):
+class _Generated:
     """Entries of a reasoning_gym data set, made on access from (seed, index), with what its scorer
     needs.
     """
@@ -270,7 +278,7 @@ class _Generated(Sequence):
         try:
             self._entries = create_dataset(name, **options)
         except (AssertionError, TypeError, ValueError) as error:
-            raise ValueError(f"reasoning_gym:{name}: {options} was refused: {error}") from error
+            raise ValueError(f"reasoning_gym:{name}: {options} is not accepted: {error}") from error
         self._name, self._options = name, options
         self._length = min(limit or len(self._entries), len(self._entries))
 
@@ -287,7 +295,7 @@ class _Generated(Sequence):
 
 
 def _options(source: str, query: str) -> dict[str, Any]:
-    """`size=1000&ops=["+"]&easy=true` -> Python values; what is no literal stays text."""
+    """The Python values of `size=1000&ops=["+"]&easy=true`; what is no literal stays text."""
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
     except ValueError:
@@ -310,19 +318,19 @@ def _literal(text: str) -> Any:
 
 
 def _resolve(columns: Mapping[str, str], existing: list[str], source: str) -> dict[str, str]:
-    """Role -> column. Roles that nobody renamed keep their own name."""
-    asked = [role for role in ("prompt", "messages") if role in columns]
-    if len(asked) == 2:
+    """Role -> column; a role that `columns` does not name keeps its own name."""
+    named = [role for role in ("prompt", "messages") if role in columns]
+    if len(named) == 2:
         raise ValueError(
             f"columns: both prompt and messages are named; {source} is read by one of them"
         )
-    body = asked[0] if asked else "messages" if "messages" in existing else "prompt"
+    body = named[0] if named else "messages" if "messages" in existing else "prompt"
     roles = {role: columns.get(role, role) for role in (body, "answer", "response")}
     for role, column in roles.items():
         if column not in existing and (role == body or role in columns):
             raise ValueError(
                 f"{source}: no column {column!r}{nearest(column, existing)} There are: "
-                f'{", ".join(existing)}. Name the right one: columns = {{{role} = "..."}}'
+                f'{", ".join(existing)}. Name it: columns = {{{role} = "..."}}'
             )
     return roles
 
@@ -340,21 +348,19 @@ def _prompt(index: int, row: Mapping, columns: Mapping[str, str], location: str)
         text = _text(row[columns[body]], where)
         if not text:
             raise ValueError(f"{where}: {_show(text)}; want a text")
-        messages = ({"role": "user", "content": text},)
+        messages: tuple[dict[str, str], ...] = ({"role": "user", "content": text},)
     else:
-        messages, said = _conversation(row[columns[body]], where)
-        if said is not None and response is not None:
+        messages, last = _conversation(row[columns[body]], where)
+        if last is not None and response is not None:
             raise ValueError(
                 f"{where}: its last message is the assistant's, and column {columns['response']} "
                 "holds a response too; want one of them"
             )
-        response = said if response is None else response
+        response = last if response is None else response
     answer = row.get(columns["answer"])
-    answer = (
-        str(answer)
-        if isinstance(answer, int | float)
-        else _text(answer, f"{location}, column {columns['answer']}")
-    )
+    if isinstance(answer, int | float):
+        answer = str(answer)
+    answer = _text(answer, f"{location}, column {columns['answer']}")
     extra = {key: value for key, value in row.items() if key not in columns.values()}
     return Prompt(index, messages, answer, response, extra)
 
@@ -369,25 +375,22 @@ def _text(value: Any, where: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        fix = (
-            ' Is it a list of messages? Then columns = {messages = "..."}'
-            if isinstance(value, list)
-            else ""
-        )
+        fix = ' Is it a list of messages? Then columns = {messages = "..."}'
+        fix = fix if isinstance(value, list) else ""
         raise ValueError(f"{where}: {_show(value)}; want a text.{fix}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        # half of a \ud83d\ude00 pair: every tokenizer refuses it, but hours later
+        # half of a \ud83d\ude00 pair: no tokenizer takes it, and a run would fail hours later
         raise ValueError(
-            f"{where}: a lone surrogate at character {error.start}, no valid Unicode; repair the "
-            "text"
+            f"{where}: a lone surrogate at character {error.start}, which is no valid Unicode; "
+            "repair the text"
         ) from None
     return value
 
 
 def _conversation(value: Any, where: str) -> tuple[tuple[dict[str, str], ...], str | None]:
-    """The messages up to the last one of the user, and what the assistant answered to it."""
+    """The messages up to the last one of the user, and the assistant's message behind it."""
     if not isinstance(value, list) or not value:
         raise ValueError(
             f'{where}: {_show(value)}; want a list of messages, {{"role": ..., "content": ...}}'
@@ -402,12 +405,12 @@ def _conversation(value: Any, where: str) -> tuple[tuple[dict[str, str], ...], s
                 f"{where}: message {k} has no content; it has {', '.join(map(str, message))}"
             )
     messages = tuple({key: v for key, v in message.items() if v is not None} for message in value)
-    said = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
-    messages = messages if said is None else messages[:-1]
+    last = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
+    messages = messages if last is None else messages[:-1]
     if not messages or messages[-1]["role"] != "user":
-        last = f"the {messages[-1]['role']}'s" if messages else "missing"
-        raise ValueError(f"{where}: the message to answer is {last}; want the user's")
-    return messages, said
+        whose = f"the {messages[-1]['role']}'s" if messages else "missing"
+        raise ValueError(f"{where}: the message to answer is {whose}; want the user's")
+    return messages, last
 
 
 def _show(value: Any) -> str:

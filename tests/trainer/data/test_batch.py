@@ -1,7 +1,9 @@
-"""pack: whatever the split, every response token is there once, and is predicted from its own past
-and nothing else.
+"""pack: every response token is in one batch, once, and is predicted from its own past and nothing
+else; prompts are frozen.
 """
 
+import json
+import pickle
 from dataclasses import fields, replace
 
 import numpy as np
@@ -22,22 +24,18 @@ def sample(prompt=(1,), ids=(2,), **more) -> Sample:
 
 
 def _views(rng, n, teachers):
-    """Teachers with another template, and some with other tokens, too, compared at some places."""
-    found = []
+    """Teachers with another template, some with other tokens, too, and a few aligned positions."""
+    views = []
     for _ in range(teachers):
         prompt, m = tuple(rng.integers(1, 99, rng.integers(1, 6)).tolist()), int(rng.integers(0, 6))
-        places = min(int(rng.integers(0, 4)), n, m)
-        other = (
-            (
-                tuple(rng.integers(1, 99, m).tolist()),
-                np.sort(rng.choice(n, places, replace=False)),
-                np.sort(rng.choice(m, places, replace=False)),
-            )
-            if rng.integers(2) and n
-            else ()
-        )
-        found.append(None if rng.integers(4) == 0 else TeacherView(prompt, *other))
-    return tuple(found)
+        P = min(int(rng.integers(0, 4)), n, m)
+        view = TeacherView(prompt)
+        if rng.integers(2) and n:
+            ids = tuple(rng.integers(1, 99, m).tolist())
+            student, teacher = (np.sort(rng.choice(k, P, replace=False)) for k in (n, m))
+            view = TeacherView(prompt, ids, student, teacher)
+        views.append(None if rng.integers(4) == 0 else view)
+    return tuple(views)
 
 
 @st.composite
@@ -127,40 +125,30 @@ def test_each_target_is_predicted_from_its_own_past_in_both_views(samples_N, tok
 
 
 @given(samples(), BUDGETS, st.booleans())
-def test_each_teacher_predicts_from_its_own_past_at_the_compared_places(samples_N, tokens, joined):
-    """Sample by sample, in the batch's order: the teacher's rows are its predictors of the chosen
-    places, and `places` names the student's tokens that they are compared with.
+def test_each_teacher_predicts_from_its_own_past_at_the_aligned_positions(
+    samples_N, tokens, joined
+):
+    """Sample by sample, in the batch's order: the teacher's rows are its predictors at the aligned
+    positions, and `aligned_positions` are the student's tokens that they are compared with.
     """
     for batch in pack(samples_N, tokens=tokens, seq_len=SEQ_LEN, joined=joined):
         order = list(dict.fromkeys(batch.sample_T.tolist()))
         for teacher in range(2):
-            view, places = batch.for_teacher(teacher), batch.aligned_positions(teacher)
+            view, aligned_P = batch.for_teacher(teacher), batch.aligned_positions(teacher)
             known = states(view.input_NL, view.position_NL)
             got = [known[row] for row in view.row_T.tolist()]
-            rows = torch.arange(batch.tokens) if places is None else places
+            rows = torch.arange(batch.tokens) if aligned_P is None else aligned_P
             assert len(got) == len(rows)
             wanted, mine = [], []
             for i in order:
                 r, views = samples_N[i].rollout, samples_N[i].teacher_views
-                v = views[teacher] if teacher < len(views) else None
-                prompt, ids = (
-                    (r.prompt_ids, r.ids)
-                    if v is None
-                    else (v.prompt_ids, r.ids if v.ids is None else v.ids)
-                )
-                all_of_them = past(prompt, ids)
-                chosen = (
-                    range(len(r.ids))
-                    if v is None or v.student_positions is None
-                    else v.student_positions
-                )
-                theirs = (
-                    range(len(ids))
-                    if v is None or v.teacher_positions is None
-                    else v.teacher_positions
-                )
-                wanted += [all_of_them[k] for k in theirs]
-                mine += [int((batch.sample_T == i).nonzero()[k, 0]) for k in chosen]
+                v = (views[teacher] if teacher < len(views) else None) or TeacherView(r.prompt_ids)
+                ids = r.ids if v.ids is None else v.ids
+                student, theirs = v.student_positions, v.teacher_positions
+                student = range(len(r.ids)) if student is None else student
+                theirs = range(len(ids)) if theirs is None else theirs
+                wanted += [past(v.prompt_ids, ids)[k] for k in theirs]
+                mine += [int((batch.sample_T == i).nonzero()[k, 0]) for k in student]
             assert got == wanted and rows.tolist() == mine
 
 
@@ -174,7 +162,7 @@ def test_the_budget_holds_for_both_views_or_the_batch_is_one_row(samples_N, toke
 
 
 @given(samples(), st.booleans())
-def test_unjoined_rows_of_one_batch_waste_nothing_beyond_their_longest(samples_N, joined):
+def test_unjoined_rows_are_padded_to_the_longest_and_no_further(samples_N, joined):
     (batch,) = pack(samples_N, tokens=10**6, seq_len=SEQ_LEN, joined=joined)
     lengths = [max(1, len(s.rollout.prompt_ids) + len(s.rollout.ids) - 1) for s in samples_N]
     if not joined:
@@ -201,11 +189,8 @@ def test_the_last_token_is_a_target_and_never_an_input():
     (a,) = pack([sample((5, 6), (7, 8))], tokens=64, seq_len=SEQ_LEN)
     (b,) = pack([sample((5, 6), (7, 99))], tokens=64, seq_len=SEQ_LEN)
     assert torch.equal(a.input_NL, b.input_NL) and a.input_NL.tolist() == [[5, 6, 7]]
-    assert (
-        a.row_T.tolist() == [1, 2]
-        and a.target_T.tolist() == [7, 8]
-        and b.target_T.tolist() == [7, 99]
-    )
+    assert a.row_T.tolist() == [1, 2]
+    assert a.target_T.tolist() == [7, 8] and b.target_T.tolist() == [7, 99]
 
 
 def test_joined_rows_by_hand():
@@ -224,7 +209,7 @@ def test_joining_saves_rows():
 
 
 @pytest.mark.parametrize("prompt, ids", [((), (1,)), ((1,) * 7, (1,) * 7)])
-def test_what_does_not_fit_is_refused_with_the_fix(prompt, ids):
+def test_what_does_not_fit_is_an_error_with_the_fix(prompt, ids):
     with pytest.raises(
         ValueError,
         match=f"prompt 7: {len(prompt)} prompt and {len(ids)} response tokens; want .* at most "
@@ -234,7 +219,7 @@ def test_what_does_not_fit_is_refused_with_the_fix(prompt, ids):
     pack([sample((1,) * 7, (1,) * 6)], tokens=1, seq_len=SEQ_LEN)  # one row, whatever the budget
 
 
-def test_nothing_in_nothing_out():
+def test_no_samples_give_no_batch():
     assert pack([], tokens=64, seq_len=SEQ_LEN) == []
     empty = empty_batch()
     assert empty.tokens == 0 and empty.input_NL.numel() == 1
@@ -248,17 +233,28 @@ def test_a_batch_moves_with_its_teacher_view():
         [sample((1,), (2,), teacher_views=(None, TeacherView((3, 4))))], tokens=64, seq_len=SEQ_LEN
     )
     moved = batch.to(torch.device("meta"))
-    assert (
-        moved.target_T.is_meta
-        and all(x.is_meta for x in moved.teacher_views[1][:3])
-        and not moved.packed
-    )
-    assert batch.for_teacher(1).input_NL.tolist() == [[3, 4]] and batch.for_teacher(
-        1
-    ).row_T.tolist() == [1]
-    assert batch.aligned_positions(1) is None and all(
-        batch.for_teacher(i).input_NL.tolist() == [[1]] for i in (0, 2)
-    )
+    assert moved.target_T.is_meta and not moved.packed
+    assert all(x.is_meta for x in moved.teacher_views[1][:3])
+    view = batch.for_teacher(1)
+    assert view.input_NL.tolist() == [[3, 4]] and view.row_T.tolist() == [1]
+    assert batch.aligned_positions(1) is None
+    assert all(batch.for_teacher(i).input_NL.tolist() == [[1]] for i in (0, 2))
+
+
+def test_a_prompt_is_frozen_and_still_plain_data():
+    message, extra = {"role": "user", "content": "?"}, {"level": 3}
+    prompt = Prompt(0, (message,), extra=extra)
+    for change in (
+        lambda: prompt.messages[0].update(content="!"),
+        lambda: prompt.extra.pop("level"),
+        lambda: prompt.extra.__setitem__("level", 4),
+    ):
+        with pytest.raises(TypeError, match="a prompt is frozen"):
+            change()
+    message["content"], extra["level"] = "!", 4  # of the caller, not of the prompt
+    assert prompt.messages[0]["content"] == "?" and prompt.extra == {"level": 3}
+    assert json.loads(json.dumps(prompt.messages)) == [{"role": "user", "content": "?"}]
+    assert pickle.loads(pickle.dumps(prompt)) == prompt == replace(prompt)
 
 
 def test_content_is_the_response_without_its_stop():

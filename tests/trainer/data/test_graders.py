@@ -1,4 +1,4 @@
-"""What each grader takes for the answer, and what it calls right."""
+"""Which answer each grader extracts, and what it calls correct."""
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def test_math_compares_values(answer, text, correct):
     assert Math()(prompt(answer), text).correct is correct
 
 
-def test_math_reads_what_the_marker_marks_and_tells_a_format_failure():
+def test_math_extracts_by_marker_and_an_answer_without_it_is_none():
     assert Math(marker="Answer:")(prompt("3"), "5 apples. Answer: 6/2").correct
     assert not Math(marker="Answer:")(prompt("5"), "5 apples. Answer: 6/2").correct
     assert Math(marker="Answer:")(prompt("5"), "5").extracted is None
@@ -85,7 +85,7 @@ def test_math_reads_what_the_marker_marks_and_tells_a_format_failure():
         ("The answer is Everest", None),
     ],
 )
-def test_multiple_choice_reads_the_letter_that_is_settled_on(text, letter):
+def test_multiple_choice_extracts_the_letter_that_the_text_decides_for(text, letter):
     grade = MultipleChoice()(prompt("B", choices=["w", "x", "y", "z"]), text)
     assert grade == Grade(float(letter == "B"), letter == "B", letter)
 
@@ -132,7 +132,7 @@ def test_reasoning_gym_scores_by_the_data_sets_own_rule(countdown):
     assert ReasoningGym(marker="=>")(countdown, f"so => {answer}").correct
 
 
-def test_reasoning_gym_keeps_partial_scores_and_a_threshold_decides(countdown):
+def test_reasoning_gym_has_partial_rewards_and_a_threshold(countdown):
     close = ReasoningGym(threshold=0.01)(countdown, "<answer>1 + 1</answer>")
     assert 0 < close.reward < 1 and close.correct
     assert not ReasoningGym()(countdown, "<answer>1 + 1</answer>").correct
@@ -156,7 +156,7 @@ def test_a_users_function_may_return_three_kinds(result, grade):
     assert Function(lambda p, t: result)(prompt(), "") == grade
 
 
-def test_a_threshold_turns_a_reward_into_right_and_wrong():
+def test_a_threshold_decides_what_is_correct():
     assert [
         Function(lambda p, t: float(t), threshold=0.5)(prompt(), t).correct for t in ("0.4", "0.5")
     ] == [False, True]

@@ -1,4 +1,4 @@
-"""Sources, wrong rows, and the laws of batches and shards."""
+"""Sources, wrong rows, batches and shards."""
 
 import json
 import sys
@@ -45,7 +45,7 @@ def test_blank_lines_and_a_byte_order_mark_are_no_rows(file):
     assert [p.messages[0]["content"] for p in load_prompts(str(file))] == ["café", "b"]
 
 
-def test_a_conversation_ends_with_the_user_and_the_assistants_last_word_is_the_response(file):
+def test_a_conversation_ends_with_the_user_and_the_assistants_last_message_is_the_response(file):
     talk = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     row = {
         "messages": [{"role": r, "content": c, "tool_calls": None} for r, c in talk],
@@ -105,7 +105,7 @@ def test_wrong_messages_are_located(file, messages, part):
     assert "line 1, column messages" in message and part in message
 
 
-def test_two_responses_are_refused(file):
+def test_two_responses_are_an_error(file):
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert "want one of them" in wrong(file, {"messages": talk, "response": "c"})
 
@@ -119,7 +119,7 @@ def test_a_missing_column_names_the_nearest_and_the_existing(file):
     assert "no column 'gold'" in wrong(file, ROWS[0], columns={"answer": "gold"})
 
 
-def test_bytes_that_are_not_utf8_are_refused(file):
+def test_bytes_that_are_not_utf8_are_an_error(file):
     file.write_bytes(b'{"prompt": "caf\xe9"}\n')
     with pytest.raises(ValueError, match="line 1.*UTF-8"):
         load_prompts(str(file))
@@ -170,15 +170,14 @@ def test_splits_and_columns_of_tables(tables):
         load_prompts(str(tables / "saved"), columns={"prompt": "level"})[0]
 
 
-def test_reasoning_gym_keeps_what_its_scorer_needs():
+def test_a_reasoning_gym_prompt_has_what_its_scorer_needs():
     source = "reasoning_gym:chain_sum?size=5&seed=7&max_terms=3&allow_negation=true"
     prompts = load_prompts(source)
-    kept = prompts[3].extra["reasoning_gym"]
+    generated = prompts[3].extra["reasoning_gym"]
     assert len(prompts) == 5 and list(prompts) == list(load_prompts(source))
-    assert kept["dataset"] == "chain_sum" and kept["options"]["allow_negation"] is True
-    assert (
-        kept["entry"]["answer"] == prompts[3].answer and kept["entry"]["metadata"]["num_terms"] <= 3
-    )
+    assert generated["dataset"] == "chain_sum" and generated["options"]["allow_negation"] is True
+    entry = generated["entry"]
+    assert entry["answer"] == prompts[3].answer and entry["metadata"]["num_terms"] <= 3
     assert (
         load_prompts("reasoning_gym:chain_sum?size=3")[0]
         == load_prompts("reasoning_gym:chain_sum?size=3")[0]
@@ -190,7 +189,7 @@ def test_reasoning_gym_keeps_what_its_scorer_needs():
     [
         ("chain_sun", "did you mean chain_sum?"),
         ("chain_sum?sise=3", "unknown option sise, did you mean size?"),
-        ("chain_sum?min_terms=9&max_terms=2", "refused"),
+        ("chain_sum?min_terms=9&max_terms=2", "not accepted"),
         ("chain_sum?seed=None", "want an integer"),
         ("chain_sum?size", "key=value"),
     ],

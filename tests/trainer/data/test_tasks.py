@@ -1,4 +1,4 @@
-"""No sample stops a run: raising, hanging, exiting and crashing graders, in every thread."""
+"""No response stops a run: raising, hanging, exiting and crashing graders, in every thread."""
 
 import logging
 import signal
@@ -66,7 +66,7 @@ def user(tmp_path_factory):
 
 
 def graded(task, *texts):
-    """The bad texts between two good ones, which must not notice."""
+    """The grades of bad texts between two good ones, whose grades must not change."""
     started = time.monotonic()
     first, *middle, last = task.grade([rollout(text) for text in ("42", *texts, "42")])
     assert first == last == Grade(1.0, True)
@@ -86,7 +86,7 @@ def graded(task, *texts):
         ("swallow", "timeout"),
     ],
 )
-def test_a_bad_sample_fails_alone(user, text, reason):
+def test_a_bad_response_fails_alone(user, text, reason):
     handler = signal.getsignal(signal.SIGALRM)
     (error,), seconds = graded(build_task(user, {"timeout_s": 0.2}), text)
     assert error.startswith(reason) and seconds < 2
@@ -131,7 +131,7 @@ def test_a_catastrophic_pattern_ends_in_time():
     assert [g.correct for g in grades] == [False, True] and grades[0].error.startswith("timeout")
 
 
-def test_ctrl_c_is_not_a_failed_sample(user, monkeypatch):
+def test_ctrl_c_is_not_a_failed_response(user, monkeypatch):
     import user_task
 
     def interrupted(prompt, text):
@@ -154,10 +154,12 @@ def test_an_outer_alarm_is_put_back(user):
         signal.signal(signal.SIGALRM, handler)
 
 
-def test_cut_texts_are_wrong_unless_asked():
-    cut = rollout("42", ended=False)
-    assert build_task("exact", {}).grade([cut]) == [Grade(0.0, False)]
-    assert build_task("exact", {"grade_truncated": True}).grade([cut]) == [Grade(1.0, True, "42")]
+def test_truncated_texts_are_not_correct_unless_graded():
+    truncated = rollout("42", ended=False)
+    assert build_task("exact", {}).grade([truncated]) == [Grade(0.0, False)]
+    assert build_task("exact", {"grade_truncated": True}).grade([truncated]) == [
+        Grade(1.0, True, "42")
+    ]
 
 
 def test_warnings_thin_out(user, caplog):
@@ -183,7 +185,7 @@ def test_two_thousand_short_texts_take_under_50_ms():
     [
         ("exat", {}, "unknown task 'exat', did you mean exact?"),
         ("exact", {"makrer": "#"}, "unknown option makrer, did you mean marker?"),
-        ("exact", {"marker": 3}, "marker = 3; want str or none"),
+        ("exact", {"marker": 3}, "marker = 3; want str | none (leave it out)"),
         ("exact", {"ignore_case": 1}, "ignore_case = 1; want bool"),
         ("exact", {"timeout_s": 0}, "want more than 0 seconds"),
         ("exact", {"marker": "#", "pattern": "(a)"}, "want a marker, a pattern or neither"),
