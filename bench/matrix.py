@@ -1,54 +1,63 @@
-"""Keep what the runs of a matrix found as a record: python -m bench.matrix FOLDER NAME
+"""The reports of a matrix folder as one record: python -m bench.matrix FOLDER NAME
 
-The record holds every report of the folder that is there (attacks, knob, ablations, diagnoses), the
-commits and versions that the runs wrote into their own logs, and which cells had not ended. A run
-from a tree with changes that are not committed makes it refuse.
+The record holds every report of the folder that is there (attacks, eta sweep, ablations,
+diagnoses), the commits and versions that the runs wrote into their own logs, and the cells that had
+not ended. Runs of a tree with uncommitted changes are not recorded.
 """
 
 import json
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from .records import FOLDER, device, write
 
-REPORTS = ("report", "knob", "ablations", "diagnoses")
+# <name>.json of the folder; "knob" is what the eta sweep was called before
+REPORTS = ("report", "eta_sweep", "knob", "ablations", "diagnoses")
 
 
-def collect(folder: Path) -> dict:
-    """The record's content. ValueError where a run is of a dirty tree, or nothing has ended."""
+def collect(folder: Path) -> dict[str, Any]:
+    """The content of the record. ValueError where a run is of a dirty tree, or none has ended."""
     matrix = json.loads((folder / "matrix.json").read_text())
-    heads, missing = [], []
-    for cell in matrix["cells"]:
-        run = folder / cell["folder"]
-        if not (run / "summary.json").exists():
-            missing.append(cell["name"])
-        elif (run / "run.jsonl").exists():  # a cell of another module keeps no log
-            with open(run / "run.jsonl") as lines:
-                heads.append((cell["name"], json.loads(next(lines))))
-    if dirty := [name for name, head in heads if head["code"]["dirty"] is not False]:
+    heads, not_ended = _read_heads(folder, matrix["cells"])
+    if dirty := [name for name, head in heads.items() if head["code"]["dirty"] is not False]:
         raise ValueError(
             f"{folder}: {len(dirty)} runs, such as {dirty[0]}, are of a tree with changes that "
-            "were not committed; want numbers that somebody else can make again. Commit, delete "
-            "these runs' folders, and run the matrix again"
+            "were not committed; want numbers that can be reproduced. Commit, delete these runs' "
+            "folders, and run the matrix again"
         )
     if not heads:
         raise ValueError(f"{folder}: no run has ended; want the folder of a matrix that has run")
-    commits = Counter(head["code"]["commit"] for _, head in heads)
-    found = {
-        name: json.loads((folder / f"{name}.json").read_text())
-        for name in REPORTS
-        if (folder / f"{name}.json").exists()
-    }
     return {
         "title": matrix["title"],
         "cells": len(matrix["cells"]),
-        "not_ended": missing,
-        "commits_of_runs": dict(commits),
-        "versions_of_runs": heads[0][1]["versions"],
+        "not_ended": not_ended,
+        "commits_of_runs": dict(Counter(head["code"]["commit"] for head in heads.values())),
+        "versions_of_runs": next(iter(heads.values()))["versions"],
         **device(),
-        **found,
+        **_read_reports(folder),
     }
+
+
+def _read_heads(
+    folder: Path, cells: list[dict[str, Any]]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """(head line of each finished run's log, names of the cells that have not ended)."""
+    heads, not_ended = {}, []
+    for cell in cells:
+        run = folder / cell["folder"]
+        if not (run / "summary.json").exists():
+            not_ended.append(cell["name"])
+        elif (run / "run.jsonl").exists():  # a cell of another module has no log
+            with open(run / "run.jsonl") as lines:
+                heads[cell["name"]] = json.loads(next(lines))
+    return heads, not_ended
+
+
+def _read_reports(folder: Path) -> dict[str, Any]:
+    paths = {name: folder / f"{name}.json" for name in REPORTS}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
 def main(arguments: list[str], records: Path = FOLDER) -> int:
@@ -58,9 +67,9 @@ def main(arguments: list[str], records: Path = FOLDER) -> int:
         content = collect(Path(arguments[0]))
     except (OSError, ValueError) as error:
         sys.exit(f"No record: {error}")
+    path = write(arguments[1], content, records, command="python -m bench.matrix")
     print(
-        f"Recorded in {write(arguments[1], content, records, command='python -m bench.matrix')}; "
-        f"{len(content['not_ended'])} of {content['cells']} cells had not ended"
+        f"Recorded in {path}; {len(content['not_ended'])} of {content['cells']} cells had not ended"
     )
     return 0
 

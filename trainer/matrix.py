@@ -39,13 +39,14 @@ import signal
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 from reflux.trainer.config.loader import deep_merge, toml_value
+from reflux.trainer.runs.progress import ShowItem, duration, item_progress
 
 POLL_S = 0.1
 STOP_S = 60.0  # how long Ctrl-C waits for a cell that saves its step
@@ -61,7 +62,6 @@ REPORTS = {
 }
 
 Names = Mapping[str, Any]  # what {name} stands for in a cell
-ShowCell = Callable[["Cell", int | None], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,7 +270,7 @@ class _Schedule:
             self.running[cell] = context.Process(target=run_cell, args=(cell,), name=cell.name)
             self.running[cell].start()
 
-    def collect(self, show: ShowCell) -> None:
+    def collect(self, show: ShowItem) -> None:
         """Sorts the cells whose process has ended into done and failed."""
         for cell, process in list(self.running.items()):
             if process.is_alive():
@@ -281,7 +281,12 @@ class _Schedule:
                 self.done.add(cell.name)
             else:
                 self.failed.append(cell.name)
-            show(cell, process.exitcode)
+            result = "done"
+            if process.exitcode != 0:
+                log = cell.folder / "console.log"
+                result = f"failed (exit {process.exitcode}), see {log}"
+            running = ", ".join(c.name for c in self.running)
+            show(len(self.done), f"{cell.name}: {result}", running=running)
 
 
 def run_matrix(cells: Sequence[Cell], parallel: int) -> list[str]:
@@ -295,7 +300,10 @@ def run_matrix(cells: Sequence[Cell], parallel: int) -> list[str]:
         parallel=parallel,
         done={c.name for c in cells if c.done},
     )
-    with _stop_children(schedule.running), _progress(len(cells), schedule) as show:
+    with (
+        _stop_children(schedule.running),
+        item_progress(len(cells), len(schedule.done)) as show,
+    ):
         while schedule.waiting or schedule.running:
             schedule.drop_blocked()
             schedule.start_ready(context)
@@ -325,37 +333,6 @@ def _stop_children(running: Mapping[Cell, ForkServerProcess]) -> Iterator[None]:
         raise
 
 
-@contextlib.contextmanager
-def _progress(total: int, schedule: _Schedule) -> Iterator[ShowCell]:
-    """A bar on a terminal that names the running cells; a line per finished cell everywhere.
-    runs/progress.py, which counts the items of one stage, has neither.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console()
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    start = time.monotonic()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=total, completed=len(schedule.done))
-
-        def show(cell: Cell, code: int | None) -> None:
-            done = len(schedule.done)
-            names = ", ".join(c.name for c in schedule.running)
-            bar.update(task, completed=done, description=names or "waiting")
-            log = cell.folder / "console.log"
-            result = "done" if code == 0 else f"failed (exit {code}), see {log}"
-            seconds = time.monotonic() - start
-            console.print(f"[{done}/{total}] {cell.name}: {result} after {seconds:.0f} s")
-
-        yield show
-
-
 # --- the command
 
 
@@ -379,10 +356,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     write_reports(matrix)
     done = len(matrix.cells) - len(failed)
-    print(
-        f"{done} of {len(matrix.cells)} cells done in {time.monotonic() - start:.0f} s; reports: "
-        f"{matrix.folder}"
-    )
+    took = duration(time.monotonic() - start)
+    print(f"{done} of {len(matrix.cells)} cells done in {took}; reports: {matrix.folder}")
     return 1 if failed else 0
 
 

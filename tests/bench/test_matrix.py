@@ -1,9 +1,11 @@
-"""A matrix folder as a record: what the runs say of themselves, and no number from a dirty tree."""
+"""A matrix folder as a record: the runs' own commits and versions, and no number from a dirty
+tree.
+"""
 
 import json
 
 import pytest
-from report_runs import write_matrix
+from report_runs import edit_logs, write_matrix
 
 from bench.matrix import collect, main
 from reflux.trainer.studies.attack_report import write_report
@@ -13,34 +15,29 @@ from reflux.trainer.studies.attack_report import write_report
 def folder(tmp_path):
     write_matrix(tmp_path / "m", {"original": 0.5, "distillable": 0.6})
     write_report(tmp_path / "m")
-    for log in (tmp_path / "m").glob("*/run.jsonl"):
-        log.write_text(
-            log.read_text().replace('{"commit": "c0ffee"}', '{"commit": "c0ffee", "dirty": false}')
-        )
+    set_dirty(tmp_path / "m", "", False)
     return tmp_path / "m"
 
 
-def test_the_record_says_where_its_numbers_come_from(folder, tmp_path):
+def set_dirty(folder, name, dirty):
+    code = {"commit": "c0ffee", "dirty": dirty}
+    edit_logs(folder, [name], lambda row: row | {"code": code} if "schema" in row else row)
+
+
+def test_a_record_holds_the_reports_and_where_their_numbers_come_from(folder, tmp_path):
     (folder / "s-original-0" / "summary.json").unlink()
+    (folder / "knob.json").write_text('{"points": []}')  # of an older version
     assert main([str(folder), "toy_cpu"], tmp_path / "records") == 0
     (record,) = [json.loads(p.read_text()) for p in (tmp_path / "records").iterdir()]
-    assert (
-        record["commits_of_runs"] == {"c0ffee": 9}
-        and record["not_ended"] == ["s-original-0"]
-        and record["cells"] == 10
-    )
-    assert record["versions_of_runs"] == {"torch": "2"} and record["command"].startswith(
-        "python -m bench.matrix"
-    )
-    assert (
-        record["report"] == json.loads((folder / "report.json").read_text())
-        and "knob" not in record
-    )
+    assert record["commits_of_runs"] == {"c0ffee": 9} and record["not_ended"] == ["s-original-0"]
+    assert record["cells"] == 10 and record["versions_of_runs"] == {"torch": "2"}
+    assert record["command"].startswith("python -m bench.matrix")
+    assert record["report"] == json.loads((folder / "report.json").read_text())
+    assert record["knob"] == {"points": []} and "eta_sweep" not in record
 
 
-def test_a_run_from_a_dirty_tree_is_refused(folder, tmp_path):
-    log = folder / "t-original-1" / "run.jsonl"
-    log.write_text(log.read_text().replace('"dirty": false', '"dirty": true'))
+def test_a_run_from_a_dirty_tree_is_not_recorded(folder, tmp_path):
+    set_dirty(folder, "t-original-1", True)
     with pytest.raises(
         SystemExit, match="1 runs, such as t-original-1, are of a tree with changes"
     ):
@@ -48,7 +45,7 @@ def test_a_run_from_a_dirty_tree_is_refused(folder, tmp_path):
     assert not (tmp_path / "records").exists()
 
 
-def test_nothing_to_record_says_so(folder):
+def test_a_folder_without_a_finished_run_is_an_error(folder):
     for path in folder.glob("*/summary.json"):
         path.unlink()
     with pytest.raises(ValueError, match="no run has ended"):

@@ -1,217 +1,208 @@
-"""What else a report says of a protected teacher: other defences beside it, whether the collapse is
-more than broken form, and what the result owes to the proxy.
+"""What else a report holds on a protected teacher: other defences beside it, whether the collapse
+is more than broken form, and how much the result depends on the proxy.
 
-A defence is a run with a label `defence`: its teacher as served (role `defence`) and students of
-that. Two of the attacks are also what a provider could serve: colder text, and answers without the
-way to them.
+A defence is a run with a label `defence`: its teacher as served (role `defence`) and the students
+of that. Two of the attacks are also what a provider could serve: text at a lower temperature, and
+answers without the reasoning.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from reflux.trainer.runs.stats import may_be_zero, over_seeds
+from reflux.trainer.runs.stats import Estimate, may_be_zero, over_seeds
 
 from .finished_runs import (
     FinishedRun,
+    accuracy_by_prompt,
+    accuracy_change,
     before_attack,
-    change,
     gain_ratio,
-    items,
+    gap_by_seed,
     labelled,
+    mean_accuracy,
     with_role,
 )
+from .results import CalibratedByProxy, DefenceResult, ProxyResult
 
 ATTACK = "seq_kd"  # every defence is judged by students of sampled text
 ATTACKS_AS_DEFENCE = {
     "seq_kd_cold": "temperature 0.5",
     "answers_only": "answers only, reasoning withheld",
 }
-# by construction as right as the teacher's own text: nothing to measure
-KEEPS_ANSWERS = "answers_only"
-REPAIRED = -0.5  # A5: the relative drop that has to survive a repair of the form
+# by construction as correct as the teacher's own text: nothing to measure
+PRESERVES_ANSWERS = "answers_only"
+MIN_DROP = -0.5  # A5: the relative drop that has to survive a repair of the form
 PROXY_ATTACKS = ("seq_kd", "gkd_reverse")  # that the teachers of other proxies are tried with
-OPEN = " in the mean; the spread over seeds allows no difference"
-SIDES = ("distillable", "undistillable")
+INCONCLUSIVE = " in the mean, inconclusive over seeds"
+CALIBRATED = ("distillable", "undistillable")
 
 
-def defence_rows(entries: Sequence[FinishedRun]) -> dict[str, dict[str, Any]]:
-    """defence -> accuracy of what is served, accuracy of its students, their change against the
-    undefended original's, and score.
+# --- other defences
+
+
+def defence_results(runs: Sequence[FinishedRun]) -> dict[str, DefenceResult]:
+    """defence -> result; "none" is the undefended original, "undistillable" the calibrated
+    teacher.
     """
-    plain = [e for e in entries if "defence" not in e.labels]
-    base, starts = (
-        _students(plain, "original", ATTACK),
-        items(labelled(plain, role="start", student="student")),
-    )
-    original = labelled(plain, role="teacher", teacher="original")
-    rows = {
-        "none": (original, base),
-        "undistillable": (
-            labelled(plain, role="teacher", teacher="undistillable"),
-            _students(plain, "undistillable", ATTACK),
-        ),
-    }
-    for attack, name in ATTACKS_AS_DEFENCE.items():
-        rows[name] = (
-            original
-            if attack == KEEPS_ANSWERS
-            else labelled(entries, role="defence", defence=name),
-            _students(plain, "original", attack),
-        )
-    for name in dict.fromkeys(e.labels["defence"] for e in entries if "defence" in e.labels):
-        mine = labelled(entries, defence=name)
-        rows.setdefault(name, (with_role(mine, "defence"), with_role(mine, "student")))
+    undefended = [r for r in runs if "defence" not in r.labels]
+    base = _students(undefended, "original", ATTACK)
+    start = accuracy_by_prompt(labelled(undefended, role="start", student="student"))
     return {
-        name: {
-            "served": over_seeds([e.score("sampled") for e in served])._asdict(),
-            "student": over_seeds([e.score("sampled") for e in students])._asdict(),
-            "change": change(students, base)["sampled"],
-            "score": gain_ratio(students, base, starts),
-        }
-        for name, (served, students) in rows.items()
+        name: DefenceResult(
+            served=mean_accuracy(served),
+            student=mean_accuracy(students),
+            change=accuracy_change(students, base).sampled,
+            score=gain_ratio(students, base, start),
+        )
+        for name, (served, students) in _defences(runs, undefended).items()
         if students
     }
 
 
-def _students(entries: Sequence[FinishedRun], teacher: str, attack: str) -> list[FinishedRun]:
-    return labelled(entries, role="student", teacher=teacher, attack=attack)
-
-
-def check_lines(entries: Sequence[FinishedRun]) -> list[str]:
-    """A5 beyond the shares of found answers: a repair of the form, and the likelihood of
-    options.
-    """
-    lines = []
-    repaired = {
-        t: labelled(entries, role="repair", teacher=t) for t in ("original", "undistillable")
+def _defences(
+    runs: Sequence[FinishedRun], undefended: Sequence[FinishedRun]
+) -> dict[str, tuple[list[FinishedRun], list[FinishedRun]]]:
+    """defence -> (runs of what is served, students of that)."""
+    served = {
+        teacher: labelled(undefended, role="teacher", teacher=teacher)
+        for teacher in ("original", "undistillable")
     }
-    if all(repaired.values()):
-        e = change(repaired["undistillable"], repaired["original"])["sampled"]
-        means = {
-            t: over_seeds([x.score("sampled") for x in rows]).mean for t, rows in repaired.items()
-        }
-        lines.append(
-            f"after {_examples(repaired['undistillable'][0])} worked examples to repair the form, the student of the undistillable teacher "
-            f"has {means['undistillable']:.3f}, that of the original "
-            f"{means['original']:.3f} ({e['mean']:+.0%}): the drop "
-            f"{('survives' + OPEN * may_be_zero(e)) if e['n'] and e['mean'] <= REPAIRED else 'does not survive'}"
-        )
-    chosen = {
-        t: labelled(entries, role="choices", teacher=t)
-        for t in ("original", "distillable", "undistillable")
-    }
-    means = {
-        t: over_seeds([x.score("likelihood_sum") for x in rows]).mean
-        for t, rows in chosen.items()
-        if rows
-    }
-    if {"original", "undistillable"} <= means.keys():
-        gap = _gap(chosen["undistillable"], chosen["original"], "likelihood_sum")
-        word = (
-            "lower" + (OPEN if may_be_zero(gap) else ", too")
-            if gap["mean"] < 0
-            else "not lower: generation and likelihood disagree"
-        )
-        word = word if gap["n"] else "not compared: no seed has both"
-        lines.append(
-            "by the likelihood of options, without generating: "
-            + ", ".join(f"student of {t} {m:.3f}" for t, m in means.items())
-            + f" (chance {_chance(chosen['original'][0])})"
-            + f"; the undistillable teacher's is {word}"
-        )
-    return lines
-
-
-def _gap(
-    after: Sequence[FinishedRun], before: Sequence[FinishedRun], reading: str
-) -> dict[str, float]:
-    """Difference by seed."""
-    base = {e.labels["seed"]: e.score(reading) for e in before}
-    return over_seeds(
-        [e.score(reading) - base[e.labels["seed"]] for e in after if e.labels["seed"] in base]
-    )._asdict()
-
-
-def _examples(entry: FinishedRun) -> int:
-    return entry.run.head["config"]["data"]["limit"]
-
-
-def _chance(entry: FinishedRun) -> str:
-    """Accuracy of a blind choice among a prompt's options."""
-    shares = [1 / len(p["logp"]) for p in entry.predictions() if "logp" in p]
-    return f"{sum(shares) / len(shares):.2f}" if shares else "unknown"
-
-
-def proxy_rows(entries: Sequence[FinishedRun]) -> dict[str, dict[str, Any]]:
-    """proxy -> its own accuracy, and for each direction the teachers calibrated against it and
-    their distillability by attack.
-
-    `default` is the proxy of the main teachers; the others are named by the label `proxy`, their
-    teachers by the same name as `ablation`.
-    """
-    entries = [e for e in entries if not {"eta", "defence"} & set(e.labels)]
-    names = [
-        "default",
-        *dict.fromkeys(
-            e.labels["proxy"] for e in with_role(entries, "proxy") if "proxy" in e.labels
+    rows = {
+        "none": (served["original"], _students(undefended, "original", ATTACK)),
+        "undistillable": (
+            served["undistillable"],
+            _students(undefended, "undistillable", ATTACK),
         ),
-    ]
-    rows = {}
-    for name in names:
-        modes = {
-            m: _proxy_cell(entries, name, m)
-            for m in SIDES
-            if _calibrated(entries, name, role="student", teacher=m)
-        }
-        if modes:
-            own = [
-                e for e in with_role(entries, "proxy") if e.labels.get("proxy", "default") == name
-            ]
-            rows[name] = {
-                "accuracy": over_seeds([e.score("sampled") for e in own])._asdict(),
-                "modes": modes,
-            }
+    }
+    for attack, name in ATTACKS_AS_DEFENCE.items():
+        measured = labelled(runs, role="defence", defence=name)
+        rows[name] = (
+            served["original"] if attack == PRESERVES_ANSWERS else measured,
+            _students(undefended, "original", attack),
+        )
+    for name in dict.fromkeys(r.labels["defence"] for r in runs if "defence" in r.labels):
+        mine = labelled(runs, defence=name)
+        rows.setdefault(name, (with_role(mine, "defence"), with_role(mine, "student")))
     return rows
 
 
-def _proxy_cell(entries: Sequence[FinishedRun], name: str, mode: str) -> dict[str, Any]:
-    originals = [e for e in entries if "ablation" not in e.labels]
-    scores = {}
-    for attack in PROXY_ATTACKS:
-        rows = _calibrated(entries, name, role="student", teacher=mode, attack=attack)
-        found = (
-            gain_ratio(rows, _students(originals, "original", attack), before_attack(rows, entries))
-            if rows
-            else None
-        )
-        scores |= {attack: found} if found else {}
-    return {
-        "teacher": over_seeds(
-            [e.score("sampled") for e in _calibrated(entries, name, role="teacher", teacher=mode)]
-        )._asdict(),
-        "scores": scores,
+def _students(runs: Sequence[FinishedRun], teacher: str, attack: str) -> list[FinishedRun]:
+    return labelled(runs, role="student", teacher=teacher, attack=attack)
+
+
+# --- is it more than the form?
+
+
+def check_lines(runs: Sequence[FinishedRun]) -> list[str]:
+    """A5 beyond the fraction of answers found: a repair of the form, and the likelihood of
+    options. Each line only where its runs are there.
+    """
+    return [*_repair_lines(runs), *_likelihood_lines(runs)]
+
+
+def _repair_lines(runs: Sequence[FinishedRun]) -> list[str]:
+    original = labelled(runs, role="repair", teacher="original")
+    undistillable = labelled(runs, role="repair", teacher="undistillable")
+    if not original or not undistillable:
+        return []
+    change = accuracy_change(undistillable, original).sampled
+    examples = undistillable[0].run.head["config"]["data"]["limit"]
+    result = "does not survive"
+    if change.n and change.mean <= MIN_DROP:
+        result = "survives" + (INCONCLUSIVE if may_be_zero(change) else "")
+    return [
+        f"after {examples} worked examples to repair the form, the student of the undistillable "
+        f"teacher has {mean_accuracy(undistillable).mean:.3f}, that of the original "
+        f"{mean_accuracy(original).mean:.3f} ({change.mean:+.0%}): the drop {result}"
+    ]
+
+
+def _likelihood_lines(runs: Sequence[FinishedRun]) -> list[str]:
+    chosen = {
+        teacher: rows
+        for teacher in ("original", *CALIBRATED)
+        if (rows := labelled(runs, role="choices", teacher=teacher))
     }
+    if not {"original", "undistillable"} <= chosen.keys():
+        return []
+    gap = over_seeds(gap_by_seed(chosen["undistillable"], chosen["original"], "likelihood_sum"))
+    if not gap.n:
+        result = "not compared: no seed has both"
+    elif gap.mean < 0:
+        result = "lower" + (INCONCLUSIVE if may_be_zero(gap) else ", too")
+    else:
+        result = "not lower: generation and likelihood disagree"
+    means = {t: mean_accuracy(rows, "likelihood_sum").mean for t, rows in chosen.items()}
+    return [
+        "by the likelihood of options, without generating: "
+        + ", ".join(f"student of {t} {mean:.3f}" for t, mean in means.items())
+        + f" (chance {_chance(chosen['original'][0])})"
+        + f"; the undistillable teacher's is {result}"
+    ]
 
 
-def _calibrated(entries: Sequence[FinishedRun], proxy: str, **labels: str) -> list[FinishedRun]:
-    return [e for e in labelled(entries, **labels) if e.labels.get("ablation", "default") == proxy]
+def _chance(run: FinishedRun) -> str:
+    """Accuracy of a blind choice among a prompt's options."""
+    chances = [1 / len(p["logp"]) for p in run.predictions() if "logp" in p]
+    return f"{sum(chances) / len(chances):.2f}" if chances else "unknown"
 
 
-def proxy_lines(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Sensitivity to the proxy: the range of a score over the proxies, attack by attack."""
+# --- how much does it depend on the proxy?
+
+
+def proxy_results(runs: Sequence[FinishedRun]) -> dict[str, ProxyResult]:
+    """proxy -> result. `default` is the proxy of the main teachers; the others are named by the
+    label `proxy`, and their teachers by the same name as `ablation`. A proxy without students is
+    left out.
+    """
+    runs = [r for r in runs if not {"eta", "defence"} & set(r.labels)]
+    others = (r.labels["proxy"] for r in with_role(runs, "proxy") if "proxy" in r.labels)
+    results = {}
+    for name in ("default", *dict.fromkeys(others)):
+        modes = {
+            mode: _calibrated_by(runs, name, mode)
+            for mode in CALIBRATED
+            if _calibrated(runs, name, role="student", teacher=mode)
+        }
+        own = [r for r in with_role(runs, "proxy") if r.labels.get("proxy", "default") == name]
+        if modes:
+            results[name] = ProxyResult(mean_accuracy(own), modes)
+    return results
+
+
+def _calibrated_by(runs: Sequence[FinishedRun], proxy: str, mode: str) -> CalibratedByProxy:
+    originals = [r for r in runs if "ablation" not in r.labels]
+    scores: dict[str, Estimate] = {}
+    for attack in PROXY_ATTACKS:
+        rows = _calibrated(runs, proxy, role="student", teacher=mode, attack=attack)
+        if not rows:
+            continue
+        base = _students(originals, "original", attack)
+        score = gain_ratio(rows, base, before_attack(rows, runs))
+        if score is not None:
+            scores[attack] = score
+    teachers = _calibrated(runs, proxy, role="teacher", teacher=mode)
+    return CalibratedByProxy(mean_accuracy(teachers), scores)
+
+
+def _calibrated(runs: Sequence[FinishedRun], proxy: str, **labels: str) -> list[FinishedRun]:
+    return [r for r in labelled(runs, **labels) if r.labels.get("ablation", "default") == proxy]
+
+
+def proxy_lines(proxies: Mapping[str, ProxyResult]) -> list[str]:
+    """The range of distillability over the proxies, one line for each mode and attack."""
     lines = []
-    for mode in SIDES if len(rows) > 1 else ():
+    for mode in CALIBRATED if len(proxies) > 1 else ():
         for attack in PROXY_ATTACKS:
-            found = {
-                name: r["modes"][mode]["scores"][attack]["mean"]
-                for name, r in rows.items()
-                if attack in r["modes"].get(mode, {"scores": ()})["scores"]
+            means = {
+                name: p.modes[mode].scores[attack].mean
+                for name, p in proxies.items()
+                if mode in p.modes and attack in p.modes[mode].scores
             }
-            if len(found) > 1:
-                low, high = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
+            if len(means) > 1:
+                low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
                 lines.append(
                     f"sensitivity to the proxy, {mode} by {attack}: distillability from "
-                    f"{found[low]:.2f} ({low}) to {found[high]:.2f} ({high}), a range of "
-                    f"{found[high] - found[low]:.2f} over {len(found)} proxies"
+                    f"{means[low]:.2f} ({low}) to {means[high]:.2f} ({high}), a range of "
+                    f"{means[high] - means[low]:.2f} over {len(means)} proxies"
                 )
     return lines

@@ -1,131 +1,134 @@
 """The diagnoses of a matrix folder side by side: one column a teacher-student pair, estimates over
 seeds.
 
-    python -m reflux.trainer.studies.diagnosis_table FOLDER       # of a matrix whose diagnoses
-        carry a label `pair`, like configs/diagnoses.toml
+    python -m reflux.trainer.studies.diagnosis_table FOLDER
+
+for a matrix whose diagnoses carry a label `pair`, like configs/diagnoses.toml.
 """
 
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reflux.trainer.runs.markdown_table import mean_and_spread, table, write_json
-from reflux.trainer.runs.stats import over_seeds
+from reflux.trainer.runs.files import to_json, write_json
+from reflux.trainer.runs.markdown_table import mean_and_std, render_template
+from reflux.trainer.runs.stats import Estimate, over_seeds
 
-Found = Mapping[str, Any]
-# how a row reads -> where a diagnosis.json has it
-MEASURES: dict[str, Callable[[Found], float | None]] = {
-    "forward KL, teacher's prefixes, nats/token": lambda f: f["grid"]["forward"]["teacher"][
-        "per_token"
-    ]["mean"],
-    "reverse KL, student's prefixes, nats/token": lambda f: f["grid"]["reverse"]["student"][
-        "per_token"
-    ]["mean"],
-    "wrong-trace preference": lambda f: f["gap"]["wrong_trace"]["pair"]["mean"],
-    "pull towards wrong texts, nats/byte": lambda f: f["gap"]["wrong_trace"]["pull"]["mean"],
-    "reverse KL on wrong / on right texts": lambda f: f["gap"]["degraded_prefix"],
-    "teacher mass in the student's top K": lambda f: f["gap"]["teachable"]["mean"],
-    "wrong with confidence >= 0.9": lambda f: f["symptoms"]["confidence"]["confident_wrong"],
-    "recovery after an inserted error": lambda f: f["symptoms"]["correction"]["recovery"],
-    "repeated 4-grams": lambda f: f["symptoms"]["repeated_4grams"],
+TEMPLATE = Path(__file__).with_name("diagnoses.md.jinja")
+Diagnosis = Mapping[str, Any]  # a diagnosis.json
+# title of a row -> the keys that lead to its number in a diagnosis.json
+MEASURES = {
+    "forward KL, teacher's prefixes, nats/token": "grid forward teacher per_token mean",
+    "reverse KL, student's prefixes, nats/token": "grid reverse student per_token mean",
+    "wrong-trace preference": "gap wrong_trace pair mean",
+    "pull towards wrong texts, nats/byte": "gap wrong_trace pull mean",
+    "reverse KL on wrong / on correct texts": "gap degraded_prefix",
+    "teacher mass in the student's top K": "gap teachable mean",
+    "wrong with confidence >= 0.9": "symptoms confidence confident_wrong",
+    "recovery after an inserted error": "symptoms correction recovery",
+    "repeated 4-grams": "symptoms repeated_4grams",
 }
 
 
-def diagnosis_columns(folder: Path) -> dict[str, list[Found]]:
+@dataclass(frozen=True)
+class DiagnosisRow:
+    """One measure of all pairs, over the seeds that have it."""
+
+    measure: str
+    pairs: Mapping[str, Estimate]
+    # pair -> seeds in which the trap was detected; empty where the measure decides no trap
+    detected: Mapping[str, int] = field(default_factory=dict)
+
+    def cell(self, pair: str) -> str:
+        e = self.pairs.get(pair)
+        if e is None or not e.n:
+            return ""
+        count = f" ({self.detected[pair]} of {e.n})" if pair in self.detected else ""
+        return mean_and_std(e) + count
+
+
+def load_diagnoses(folder: Path) -> dict[str, list[Diagnosis]]:
     """pair -> the finished diagnoses of its seeds."""
-    cells = json.loads((folder / "matrix.json").read_text())["cells"]
-    found: dict[str, list[Found]] = {}
-    for cell in cells:
+    pairs: dict[str, list[Diagnosis]] = {}
+    for cell in json.loads((folder / "matrix.json").read_text())["cells"]:
         path = folder / cell["folder"] / "diagnosis.json"
         if "pair" in cell["labels"] and path.exists() and (path.parent / "summary.json").exists():
-            found.setdefault(cell["labels"]["pair"], []).append(json.loads(path.read_text()))
-    return found
+            pairs.setdefault(cell["labels"]["pair"], []).append(json.loads(path.read_text()))
+    return pairs
 
 
-def diagnosis_rows(columns: Mapping[str, Sequence[Found]]) -> dict[str, dict[str, Any]]:
-    """measure -> pair -> estimate over the seeds that have it; the three traps first, with how many
-    seeds caught them.
-    """
-    traps = list(
-        dict.fromkeys(t["trap"] for seeds in columns.values() for f in seeds for t in f["verdict"])
-    )
-    rows: dict[str, dict[str, Any]] = {}
-    for trap in traps:
-        name = next(
-            t["measure"]
-            for seeds in columns.values()
-            for f in seeds
-            for t in f["verdict"]
-            if t["trap"] == trap
-        )
-        rows[f"{trap}: {name.split(',')[0].split('(')[0].strip()}"] = {
-            pair: _estimate([t["mean"] for t in said])
-            | {"caught": sum(t["present"] is True for t in said)}
-            for pair, seeds in columns.items()
-            if (said := [t for f in seeds for t in f["verdict"] if t["trap"] == trap])
-        }
-    for name, read in MEASURES.items():
-        rows[name] = {
-            pair: _estimate([_read(read, f) for f in seeds]) for pair, seeds in columns.items()
-        }
+def diagnosis_rows(pairs: Mapping[str, Sequence[Diagnosis]]) -> list[DiagnosisRow]:
+    """The traps first, then MEASURES."""
+    verdicts = [t for seeds in pairs.values() for d in seeds for t in d["verdict"]]
+    traps = dict.fromkeys(t["trap"] for t in verdicts)
+    rows = [_trap_row(trap, pairs) for trap in traps]
+    for title, keys in MEASURES.items():
+        estimates = {pair: _estimate([_number(d, keys) for d in ds]) for pair, ds in pairs.items()}
+        rows.append(DiagnosisRow(title, estimates))
     return rows
 
 
-def _read(read: Callable[[Found], float | None], found: Found) -> float | None:
-    """None where this diagnosis has no such number: no task, or no prompt with right and wrong
+def _trap_row(trap: str, pairs: Mapping[str, Sequence[Diagnosis]]) -> DiagnosisRow:
+    """Titled by the measure that decides the trap. Pairs without that verdict are left out."""
+    verdicts = {
+        pair: [t for d in diagnoses for t in d["verdict"] if t["trap"] == trap]
+        for pair, diagnoses in pairs.items()
+    }
+    verdicts = {pair: of_pair for pair, of_pair in verdicts.items() if of_pair}
+    measure = next(iter(verdicts.values()))[0]["measure"]
+    return DiagnosisRow(
+        measure=f"{trap}: {measure.split(',')[0].split('(')[0].strip()}",
+        pairs={pair: _estimate([t["mean"] for t in ts]) for pair, ts in verdicts.items()},
+        detected={pair: sum(t["present"] is True for t in ts) for pair, ts in verdicts.items()},
+    )
+
+
+def _number(diagnosis: Diagnosis, keys: str) -> float | None:
+    """None where this diagnosis has no such number: no task, or no prompt with correct and wrong
     texts.
     """
-    try:
-        return read(found)
-    except KeyError:
-        return None
+    value: Any = diagnosis
+    for key in keys.split():
+        if not isinstance(value, Mapping) or key not in value:
+            return None
+        value = value[key]
+    return value
 
 
-def _estimate(values: Sequence[float | None]) -> dict[str, float]:
-    return over_seeds([v for v in values if v is not None and math.isfinite(v)])._asdict()
+def _estimate(values: Sequence[float | None]) -> Estimate:
+    return over_seeds([v for v in values if v is not None and math.isfinite(v)])
 
 
-def render(rows: Mapping[str, Mapping[str, Any]], pairs: Sequence[str]) -> str:
-    lines = [
-        "# Diagnoses",
-        "",
-        "Mean +- standard deviation over seeds; in brackets in how many of them the trap was "
-        "caught (docs/method.md, "
-        '"Diagnose").',
-        "",
-        table(
-            ("", *pairs),
-            [(name, *(_cell(row.get(pair)) for pair in pairs)) for name, row in rows.items()],
-        ),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(e: Mapping[str, float] | None) -> str:
-    if not e or not e["n"]:
-        return ""
-    return mean_and_spread(e) + (f" ({e['caught']} of {e['n']})" if "caught" in e else "")
+def render(rows: Sequence[DiagnosisRow], pairs: Sequence[str]) -> str:
+    return render_template(TEMPLATE, rows=rows, pairs=pairs)
 
 
 def write_diagnoses(folder: Path) -> str:
-    """diagnoses.md and diagnoses.json in the matrix folder; returns the table. ValueError without a
+    """diagnoses.md and diagnoses.json in the matrix folder; returns the page. ValueError without a
     label pair.
     """
     folder = Path(folder)
-    columns = diagnosis_columns(folder)
-    if not columns:
+    pairs = load_diagnoses(folder)
+    if not pairs:
         raise ValueError(
             f"{folder}: no finished diagnosis carries a label pair; want the folder of a matrix "
             "like configs/diagnoses.toml"
         )
-    rows = diagnosis_rows(columns)
-    write_json(folder / "diagnoses.json", rows)
-    text = render(rows, list(columns))
+    rows = diagnosis_rows(pairs)
+    text = render(rows, list(pairs))
+    write_json(folder / "diagnoses.json", {row.measure: _json(row) for row in rows})
     (folder / "diagnoses.md").write_text(text)
     return text
+
+
+def _json(row: DiagnosisRow) -> dict[str, Any]:
+    """pair -> its estimate, with the seeds in which a trap was detected beside it."""
+    counts = {pair: {"detected": n} for pair, n in row.detected.items()}
+    return {pair: to_json(e) | counts.get(pair, {}) for pair, e in row.pairs.items()}
 
 
 if __name__ == "__main__":

@@ -4,219 +4,232 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from reflux.trainer.runs.logger import Run, load_run
 from reflux.trainer.runs.stats import Estimate, bootstrap_ratio, over_seeds, paired_difference
 
+from .results import Change, QueryCost
+
 MODES = ("sampled", "greedy")
+# (seed, prompt) -> fraction of the prompt's sampled answers that are correct
+AccuracyByPrompt = Mapping[tuple[str, int], float]
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """One finished run of the matrix: its labels, log, and last predictions."""
+    """A run of the matrix that has ended and was evaluated: its labels, log, and predictions."""
 
     labels: Mapping[str, str]
     run: Run
     folder: Path
 
-    def evals(self) -> list[dict]:
+    @property
+    def seconds(self) -> float:
+        assert self.run.summary is not None, f"{self.folder}: has not ended"
+        return self.run.summary["wall_s"]
+
+    def evals(self) -> list[dict[str, Any]]:
         return [e for e in self.run.events if e["event"] == "eval"]
 
-    def score(self, mode: str) -> float:
+    def accuracy(self, mode: str) -> float:
+        """Of the last evaluation; `mode`: sampled, greedy, likelihood_sum, ..."""
         return self.evals()[-1][f"eval/{mode}"]
 
-    def best(self) -> float:
-        """Sampled accuracy of the best checkpoint that was evaluated after the start: an attacker
-        who stops early keeps that one.
+    def best_accuracy(self) -> float:
+        """Sampled accuracy of the best checkpoint after the start: what an attacker gets who stops
+        early.
         """
-        return max(
-            (e["eval/sampled"] for e in self.evals() if e["step"]), default=self.score("sampled")
-        )
+        after_start = (e["eval/sampled"] for e in self.evals() if e["step"])
+        return max(after_start, default=self.accuracy("sampled"))
 
-    def predictions(self, step: int | None = None) -> list[dict]:
-        """Those of the last evaluation, or of the one at `step`; empty where there are none of that
-        step.
-        """
-        file = (
-            self.folder
-            / "predictions"
-            / f"step-{self.evals()[-1]['step'] if step is None else step}.jsonl"
-        )
-        return (
-            [json.loads(line) for line in file.read_text().splitlines()]
-            if step is None or file.exists()
-            else []
-        )
+    def predictions(self, step: int | None = None) -> list[dict[str, Any]]:
+        """Of the last evaluation, or of the one at `step`; empty if there was none at that step."""
+        last = self.evals()[-1]["step"]
+        file = self.folder / "predictions" / f"step-{last if step is None else step}.jsonl"
+        if step is not None and not file.exists():
+            return []
+        return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-READINGS = {
-    "sampled": lambda e: e.score("sampled"),
-    "greedy": lambda e: e.score("greedy"),
-    "best": FinishedRun.best,
-}
+# --- finding runs
 
 
 def load_finished_runs(folder: Path) -> list[FinishedRun]:
-    """The runs of a matrix folder that have ended, were evaluated, and have a role."""
+    """The runs of a matrix folder that have ended, were evaluated, and have a label `role`."""
     cells = json.loads((folder / "matrix.json").read_text())["cells"]
-    entries = [
+    runs = [
         FinishedRun(c["labels"], load_run(folder / c["folder"]), folder / c["folder"])
         for c in cells
         if (folder / c["folder"] / "run.jsonl").exists()
         and (folder / c["folder"] / "summary.json").exists()
     ]
-    return [e for e in entries if e.evals() and "role" in e.labels]
+    return [r for r in runs if r.evals() and "role" in r.labels]
 
 
-def with_role(entries: Iterable[FinishedRun], role: str) -> list[FinishedRun]:
-    return [e for e in entries if e.labels["role"] == role]
+def with_role(runs: Iterable[FinishedRun], role: str) -> list[FinishedRun]:
+    return [r for r in runs if r.labels["role"] == role]
 
 
-def labelled(entries: Iterable[FinishedRun], **labels: str) -> list[FinishedRun]:
-    return [e for e in entries if all(e.labels.get(k) == v for k, v in labels.items())]
+def labelled(runs: Iterable[FinishedRun], **labels: str) -> list[FinishedRun]:
+    return [r for r in runs if all(r.labels.get(k) == v for k, v in labels.items())]
 
 
-def grouped(entries: Iterable[FinishedRun], label: str) -> dict[str, list[FinishedRun]]:
+def grouped(runs: Iterable[FinishedRun], label: str) -> dict[str, list[FinishedRun]]:
     groups = defaultdict(list)
-    for e in entries:
-        groups[e.labels[label]].append(e)
+    for r in runs:
+        groups[r.labels[label]].append(r)
     return dict(groups)
 
 
-def paired(pairs: list[tuple[FinishedRun, FinishedRun]], mode: str) -> Estimate:
-    """Accuracy difference to the original on the same prompts, items of all seeds pooled."""
-    after, before = [], []
-    for entry, base in pairs:
-        mine = {
-            (p["prompt"], p["sample"]): p["correct"]
-            for p in entry.predictions()
-            if p["mode"] == mode
-        }
-        theirs = {
-            (p["prompt"], p["sample"]): p["correct"]
-            for p in base.predictions()
-            if p["mode"] == mode
-        }
-        after += [float(mine[k]) for k in sorted(mine) if k in theirs]
-        before += [float(theirs[k]) for k in sorted(mine) if k in theirs]
+def same_seed(
+    after: Iterable[FinishedRun], before: Iterable[FinishedRun]
+) -> list[tuple[FinishedRun, FinishedRun]]:
+    """Pairs of runs with the same seed, in the order of `after`."""
+    base = {r.labels["seed"]: r for r in before}
+    return [(r, base[r.labels["seed"]]) for r in after if r.labels["seed"] in base]
+
+
+# --- comparing them
+
+
+def mean_accuracy(runs: Iterable[FinishedRun], mode: str = "sampled") -> Estimate:
+    return over_seeds([r.accuracy(mode) for r in runs])
+
+
+def gap_by_seed(
+    after: Iterable[FinishedRun], before: Iterable[FinishedRun], mode: str = "sampled"
+) -> list[float]:
+    """Differences of accuracy between runs of the same seed."""
+    return [a.accuracy(mode) - b.accuracy(mode) for a, b in same_seed(after, before)]
+
+
+def paired_by_prompt(pairs: Iterable[tuple[FinishedRun, FinishedRun]], mode: str) -> Estimate:
+    """Accuracy difference on the same prompts, items of all seeds pooled."""
+    after: list[float] = []
+    before: list[float] = []
+    for run, base in pairs:
+        mine, others = _correct(run, mode), _correct(base, mode)
+        keys = sorted(mine.keys() & others.keys())
+        after += [mine[k] for k in keys]
+        before += [others[k] for k in keys]
     return paired_difference(after, before)
 
 
-def change(after: list[FinishedRun], before: list[FinishedRun]) -> dict:
-    """Relative change against the same attack on the original teacher: the mean difference over
-    seeds, pairwise, divided by the original's mean (a mean of per-seed ratios would be ruled by
-    whichever seed's baseline is lowest). `best`: of each run's best checkpoint, sampled.
-    """
-    base = {e.labels["seed"]: e for e in before}
-    pairs = [(e, base[e.labels["seed"]]) for e in after if e.labels["seed"] in base]
-    return {
-        name: _relative([(read(e), read(b)) for e, b in pairs]) for name, read in READINGS.items()
-    }
+def _correct(run: FinishedRun, mode: str) -> dict[tuple[int, int], float]:
+    rows = (p for p in run.predictions() if p["mode"] == mode)
+    return {(p["prompt"], p["sample"]): float(p["correct"]) for p in rows}
 
 
-def _relative(pairs: Sequence[tuple[float, float]]) -> dict:
-    difference = over_seeds([a - b for a, b in pairs])
-    mean = sum(b for _, b in pairs) / max(len(pairs), 1)
-    return Estimate(
-        *(x / mean if mean else math.nan for x in difference[:4]), difference.n if mean else 0
-    )._asdict()
+def accuracy_change(after: Sequence[FinishedRun], before: Sequence[FinishedRun]) -> Change:
+    """See Change. A mean of per-seed ratios would be ruled by the seed with the lowest baseline."""
+    pairs = same_seed(after, before)
 
+    def change(accuracy: Callable[[FinishedRun], float]) -> Estimate:
+        base = [accuracy(b) for _, b in pairs]
+        gap = over_seeds([accuracy(a) - b for (a, _), b in zip(pairs, base)])
+        return _divided(gap, sum(base) / max(len(base), 1))
 
-def score(entries: list[FinishedRun], attack: str, teacher: str) -> dict | None:
-    """Distillability of a teacher under an attack; see gain_ratio."""
-    rows, originals = (
-        labelled(entries, role="student", attack=attack, teacher=name)
-        for name in (teacher, "original")
+    return Change(
+        sampled=change(lambda r: r.accuracy("sampled")),
+        greedy=change(lambda r: r.accuracy("greedy")),
+        best=change(FinishedRun.best_accuracy),
     )
-    return gain_ratio(rows, originals, before_attack(rows, entries))
 
 
-def before_attack(
-    rows: Sequence[FinishedRun], entries: Sequence[FinishedRun]
-) -> dict[tuple[str, int], float]:
-    """items() of the students before the attack: of the run that the label `start` names, else 0
-    for random weights (which answer nothing), else of their own evaluation at step 0. Empty where
+def _divided(e: Estimate, by: float) -> Estimate:
+    if not by:
+        return over_seeds([])
+    return Estimate(e.mean / by, e.std / by, e.low / by, e.high / by, e.n)
+
+
+# --- distillability
+
+
+def distillability(runs: Sequence[FinishedRun], attack: str, teacher: str) -> Estimate | None:
+    """Of a teacher under an attack; see gain_ratio."""
+    students = labelled(runs, role="student", attack=attack, teacher=teacher)
+    originals = labelled(runs, role="student", attack=attack, teacher="original")
+    return gain_ratio(students, originals, before_attack(students, runs))
+
+
+def before_attack(students: Sequence[FinishedRun], runs: Sequence[FinishedRun]) -> AccuracyByPrompt:
+    """Accuracy of the students before the attack: of the run that the label `start` names, else 0
+    for random weights, which answer nothing, else of their own evaluation at step 0. Empty where
     none of these is there.
     """
-    if start := rows[0].labels.get("start"):
-        return items(labelled(entries, role="start", student=start))
-    if rows[0].run.head["config"].get("model", {}).get("from_scratch"):
-        return dict.fromkeys(items(rows), 0.0)
-    return items(rows, step=0)
+    if start := students[0].labels.get("start"):
+        return accuracy_by_prompt(labelled(runs, role="start", student=start))
+    if students[0].run.head["config"].get("model", {}).get("from_scratch"):
+        return dict.fromkeys(accuracy_by_prompt(students), 0.0)
+    return accuracy_by_prompt(students, step=0)
 
 
 def gain_ratio(
-    rows: list[FinishedRun], originals: list[FinishedRun], before: Mapping[tuple[str, int], float]
-) -> dict | None:
+    students: Sequence[FinishedRun], originals: Sequence[FinishedRun], before: AccuracyByPrompt
+) -> Estimate | None:
     """What students gained from a teacher / what they gained from the original by the same attack
-    at the same budget, sampled answers, 95 % interval over (seed, prompt) pairs. `before`: items()
-    at the start. None without it, or where the gain from the original is less than three of its
-    standard errors.
+    at the same budget, by sampled answers, with a 95 % interval over (seed, prompt) pairs. None
+    without `before`, or where the gain from the original is less than three standard errors.
     """
-    if not before or not originals or not rows:
+    if not before or not originals or not students:
         return None
-    after, base = items(rows), items(originals)
+    after, base = accuracy_by_prompt(students), accuracy_by_prompt(originals)
     keys = sorted(after.keys() & base.keys() & before.keys())
     gain = paired_difference([base[k] for k in keys], [before[k] for k in keys])
     if len(keys) < 2 or not gain.mean > 3 * gain.std / math.sqrt(len(keys)):
         return None
     return bootstrap_ratio(
-        {k: after[k] - before[k] for k in keys}, {k: base[k] - before[k] for k in keys}
-    )._asdict()
-
-
-def cost(entry: FinishedRun) -> dict[str, float]:
-    """What a student's run asked of its teacher: texts written by it, texts it read to give
-    log-probabilities, about how many tokens all of them have (by the mean length of the run's
-    texts); and seconds.
-    """
-    c = entry.run.head["config"]
-    d, r = c.get("distill", {}), c.get("rollout", {})
-    texts = c.get("steps", 0) * r.get("prompts", 0) * r.get("group", 0)
-    own = round(texts * d.get("on_policy", 0))
-    written = (
-        0
-        if d.get("source") != "teacher"
-        else d["query_budget"] * r["group"]
-        if d.get("query_budget")
-        else texts - own
+        {i: after[k] - before[k] for i, k in enumerate(keys)},
+        {i: base[k] - before[k] for i, k in enumerate(keys)},
     )
-    read = {
-        "kl": texts,
-        "class": texts,
-        "span": own if d.get("source") == "teacher" else texts,
-    }.get(d.get("objective"), 0)
-    lengths = [s["length"] for s in entry.run.steps if "length" in s]
-    return {
-        "written": written,
-        "read": read,
-        "tokens": round((written + read) * sum(lengths) / max(len(lengths), 1)),
-        "seconds": entry.run.summary["wall_s"],
-    }
 
 
-def late_spike(entry: FinishedRun) -> float:
+def accuracy_by_prompt(runs: Iterable[FinishedRun], step: int | None = None) -> AccuracyByPrompt:
+    """At the last evaluation, or at that of a step."""
+    answers: dict[tuple[str, int], list[bool]] = defaultdict(list)
+    for r in runs:
+        for p in r.predictions(step):
+            if p["mode"] == "sampled":
+                answers[r.labels["seed"], p["prompt"]].append(p["correct"])
+    return {key: sum(correct) / len(correct) for key, correct in answers.items()}
+
+
+# --- one run
+
+
+def query_cost(run: FinishedRun) -> QueryCost:
+    config = run.run.head["config"]
+    distill, rollout = config.get("distill", {}), config.get("rollout", {})
+    texts = config.get("steps", 0) * rollout.get("prompts", 0) * rollout.get("group", 0)
+    on_policy = round(texts * distill.get("on_policy", 0))
+    written = 0
+    if from_teacher := distill.get("source") == "teacher":
+        budget = distill.get("query_budget")
+        written = budget * rollout["group"] if budget else texts - on_policy
+    read = {"kl": texts, "class": texts, "span": on_policy if from_teacher else texts}
+    n_read = read.get(distill.get("objective"), 0)
+    lengths = [s["length"] for s in run.run.steps if "length" in s]
+    tokens = round((written + n_read) * sum(lengths) / max(len(lengths), 1))
+    return QueryCost(written=written, read=n_read, tokens=tokens, seconds=run.seconds)
+
+
+def last_steps(runs: Iterable[FinishedRun], key: str) -> Estimate:
+    """Over runs: the mean of a metric over the last five steps that logged it."""
+    rows = [[s[key] for s in r.run.steps if key in s][-5:] for r in runs]
+    return over_seeds([sum(row) / len(row) for row in rows if row])
+
+
+def late_spike(run: FinishedRun) -> float:
     """Largest gradient norm of the second half of a run / their median there (the first half holds
     the warm-up); inf where a loss or norm of the run is not finite, NaN without steps.
     """
-    rows = [(s["loss"], s["grad_norm"]) for s in entry.run.steps if "grad_norm" in s]
+    rows = [(s["loss"], s["grad_norm"]) for s in run.run.steps if "grad_norm" in s]
     if not all(math.isfinite(x) for row in rows for x in row):
         return math.inf
     norms = [norm for _, norm in rows[len(rows) // 2 :]]
-    middle = statistics.median(norms) if norms else 0.0
-    return max(norms) / middle if middle else math.nan
-
-
-def items(rows: Sequence[FinishedRun], step: int | None = None) -> dict[tuple[str, int], float]:
-    """(seed, prompt) -> share of its sampled answers that are right, at the last evaluation or that
-    of a step.
-    """
-    found: dict[tuple[str, int], list[bool]] = {}
-    for e in rows:
-        for p in e.predictions(step):
-            if p["mode"] == "sampled":
-                found.setdefault((e.labels["seed"], p["prompt"]), []).append(p["correct"])
-    return {k: sum(v) / len(v) for k, v in found.items()}
+    median = statistics.median(norms) if norms else 0.0
+    return max(norms) / median if median else math.nan

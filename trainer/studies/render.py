@@ -1,199 +1,227 @@
-"""report.md from the numbers of report.py: nothing is computed here."""
+"""A Report as Markdown. Nothing is computed here.
+
+**A section of the report is one function over typed results**, Report -> Section | None, and one
+entry in SECTIONS, which is their order. None leaves the section out. report.md.jinja lays sections
+out and knows none of them. To add one: put what it shows into results.Report, write the function,
+append it to SECTIONS.
+"""
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
-from reflux.trainer.runs.markdown_table import mean_and_spread, score, table
+from reflux.trainer.runs.files import to_json
+from reflux.trainer.runs.markdown_table import mean_and_std, render_template, score
+from reflux.trainer.runs.stats import Estimate
 
-# of the teachers in tables and plots
-ORDER = ("original", "task_only", "distillable", "undistillable")
+from .figures import FIGURES
+from .results import TEACHERS, Report, StudentResult
+
+TEMPLATE = Path(__file__).with_name("report.md.jinja")
 NOTE = (
-    "Accuracies are shares of held-out prompts answered right, sampled at temperature 1 unless "
-    "said otherwise; "
-    '+- is the standard deviation over seeds, intervals are 95 %. "Undistillable" means: '
-    "reduces what the students "
-    "tested here gain through the channels tested here at this budget."
+    "Accuracies are fractions of held-out prompts answered correctly, sampled at temperature 1 "
+    "unless stated otherwise; +- is the standard deviation over seeds, intervals are 95 %. "
+    "Verdicts are from the attacker's side: an attack on the undistillable teacher succeeded, "
+    'failed, or is inconclusive. "Undistillable" means: reduces what the students tested here '
+    "gain through the channels tested here at this budget."
 )
 
 
-def render(found: Mapping[str, Any]) -> str:
+@dataclass(frozen=True)
+class Table:
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One heading. The template writes the parts in this order and leaves empty ones out."""
+
+    title: str
+    text: str = ""  # a paragraph
+    items: tuple[str, ...] = ()  # bullet points
+    table: Table | None = None
+    notes: tuple[str, ...] = ()  # paragraphs behind the table
+    image: str = ""  # file name
+    code: str = ""
+
+
+SectionOf = Callable[[Report], Section | None]
+
+
+def render(report: Report) -> str:
     """report.md."""
-    collapse = found.get("collapse", [])
-    parts = [f"# {found['title'] or 'Report'}"]
-    if found.get("conclusion"):
-        parts += ["## In plain words", found["conclusion"], "## The rules, one by one"]
-    parts += [
-        "\n".join(f"- {line}" for line in found["verdict"] if line not in collapse),
-        NOTE,
-        "## Teachers",
-        teacher_table(found["teachers"]),
-        "## Students",
-        student_table(found),
-    ]
-    if any("score" in c for row in found["students"].values() for c in row.values()):
-        parts += [
-            "## Attacks in detail",
-            "Cost is that of one run. The best checkpoint is the one that scored highest on these "
-            "same prompts, an attacker's luck included. Distillability: what students gain / what "
-            "they gain from the original.",
-            attack_table(found["students"]),
-        ]
-    if collapse:
-        parts += ["## Collapse or format failure", "\n".join(f"- {line}" for line in collapse)]
-    if len(found.get("defences", {})) > 1:
-        parts += [
-            "## Other defences",
-            "By what students of sampled text gain; accuracy is that of the texts served.",
-            defence_table(found["defences"]),
-        ]
-    if len(found.get("proxies", {})) > 1:
-        parts += [
-            "## Sensitivity to the proxy",
-            "Teachers calibrated against other proxies: distillability by attack.",
-            proxy_table(found["proxies"]),
-        ]
-    parts += [f"## {title}\n![{title}]({name})" for name, title in found["plots"].items()]
-    parts += ["## How it was made", "```\n" + json.dumps(found["head"], indent=1) + "\n```"]
-    return "\n\n".join(parts) + "\n"
+    sections = [section for make in SECTIONS if (section := make(report)) is not None]
+    return render_template(TEMPLATE, title=report.title or "Report", sections=sections)
 
 
-def teacher_table(teachers: Mapping[str, dict]) -> str:
-    styles = next(iter(teachers.values()))["styles"] if teachers else {}
+def in_plain_words(report: Report) -> Section | None:
+    return Section("In plain words", report.conclusion) if report.conclusion else None
+
+
+def rules(report: Report) -> Section:
+    lines = tuple(line for line in report.verdict if line not in report.collapse)
+    return Section("The rules, one by one", items=lines, notes=(NOTE,))
+
+
+def teachers(report: Report) -> Section:
+    first = next(iter(report.teachers.values()), None)
+    styles = first.styles if first else {}
+    head = ("teacher", "sampled", "greedy", "difference, points", "KL to original")
+    rows = []
+    for name, t in report.teachers.items():
+        d = t.difference.sampled
+        points = f"{d.mean * 100:+.1f} [{d.low * 100:+.1f}, {d.high * 100:+.1f}] n {d.n}"
+        kl = f"{t.reference_kl.mean:.4f}" if t.reference_kl.n else ""
+        row = (name, mean_and_std(t.sampled), mean_and_std(t.greedy))
+        fractions = (f"{s.fraction:.0%} / {s.correct:.0%}" for s in t.styles.values())
+        rows.append((*row, "" if name == "original" else points, kl, *fractions))
+    columns = (f"{style}: fraction / correct" for style in styles)
+    return Section("Teachers", table=Table((*head, *columns), tuple(rows)))
+
+
+def students(report: Report) -> Section:
+    names = tuple(report.teachers)
     rows = [
-        [
-            "teacher",
-            "sampled",
-            "greedy",
-            "difference, points",
-            "KL to original",
-            *(f"{s}: share / right" for s in styles),
-        ]
+        (
+            attack,
+            *(_with_change(row.get(n)) for n in names),
+            " / ".join(f"{row[n].greedy.mean:.3f}" if n in row else "-" for n in names),
+        )
+        for attack, row in report.students.items()
     ]
-    for name, t in teachers.items():
-        d = t["difference"]["sampled"]
-        gap = (
-            ""
-            if name == "original"
-            else f"{d['mean'] * 100:+.1f} [{d['low'] * 100:+.1f}, {d['high'] * 100:+.1f}] n {d['n']}"
-        )
-        kl = f"{t['reference_kl']['mean']:.4f}" if t["reference_kl"]["n"] else ""
-        rows.append(
-            [
-                name,
-                mean_and_spread(t["sampled"]),
-                mean_and_spread(t["greedy"]),
-                gap,
-                kl,
-                *(f"{v['share']:.0%} / {v['right']:.0%}" for v in t["styles"].values()),
-            ]
-        )
-    return table(rows[0], rows[1:])
+    head = ("attack", *(f"from {n}" for n in names), "greedy: " + " / ".join(names))
+    baselines = (
+        f"Without a teacher, {name}: {mean_and_std(b.sampled)} sampled, {b.greedy.mean:.3f} greedy."
+        for name, b in report.baselines.items()
+    )
+    return Section("Students", table=Table(head, tuple(rows)), notes=tuple(baselines))
 
 
-def student_table(found: Mapping[str, Any]) -> str:
-    names = list(found["teachers"])
-    rows = [["attack", *(f"from {n}" for n in names), "greedy: " + " / ".join(names)]]
-    for attack, row in found["students"].items():
-        greedy = " / ".join(f"{row[n]['greedy']['mean']:.3f}" if n in row else "-" for n in names)
-        rows.append(
-            [attack, *(_with_change(row.get(n), "sampled", "sampled") for n in names), greedy]
-        )
-    lines = [table(rows[0], rows[1:])]
-    for name, b in found["baselines"].items():
-        lines.append(
-            f"Without a teacher, {name}: {mean_and_spread(b['sampled'])} sampled, "
-            f"{b['greedy']['mean']:.3f} greedy."
-        )
-    return "\n\n".join(lines)
+def _with_change(student: StudentResult | None) -> str:
+    """Accuracy, and its change against the original's student."""
+    if student is None:
+        return ""
+    change = student.change.sampled if student.change else None
+    return mean_and_std(student.sampled) + _percent(change)
 
 
-def _with_change(cell: Mapping | None, value: str, change: str) -> str:
-    """Mean, spread, and the change against the original's student."""
-    moved = cell and cell.get("change", {}).get(change)
+def _best_with_change(student: StudentResult | None) -> str:
+    if student is None:
+        return ""
+    change = student.change.best if student.change else None
+    return mean_and_std(student.best) + _percent(change)
+
+
+def _percent(change: Estimate | None) -> str:
+    return f" ({change.mean:+.0%})" if change is not None and change.n else ""
+
+
+def attacks(report: Report) -> Section | None:
+    """Query cost, the best checkpoint of an attacker who stops early, and distillability."""
+    if not any(s.change for row in report.students.values() for s in row.values()):
+        return None
+    names = [n for n in TEACHERS if any(n in row for row in report.students.values())]
+    calibrated = [n for n in names if n != "original"]
+    head = (
+        *("attack", "teacher texts written / read", "their tokens, about", "seconds"),
+        *(f"best, {n}" for n in names),
+        *(f"distillability, {n}" for n in calibrated),
+    )
+    rows = tuple(
+        _attack_row(attack, row, names, calibrated) for attack, row in report.students.items()
+    )
+    text = (
+        "Cost is that of one run. The best checkpoint is the one that scored highest on these "
+        "same prompts, an attacker's luck included. Distillability: what students gain / what "
+        "they gain from the original."
+    )
+    return Section("Attacks in detail", text, table=Table(head, rows))
+
+
+def _attack_row(
+    attack: str, row: Mapping[str, StudentResult], names: list[str], calibrated: list[str]
+) -> tuple[str, ...]:
+    first = next(iter(row.values()))
     return (
-        ""
-        if not cell
-        else mean_and_spread(cell[value])
-        + (f" ({moved['mean']:+.0%})" if moved and moved["n"] else "")
+        attack,
+        f"{first.cost.written} / {first.cost.read}",
+        f"{first.cost.tokens}",
+        f"{first.seconds.mean:.0f}",
+        *(_best_with_change(row.get(n)) for n in names),
+        *(score(row[n].score if n in row else None) for n in calibrated),
     )
 
 
-def attack_table(students: Mapping[str, Mapping[str, dict]]) -> str:
-    """What an attack asked of the teacher, the best checkpoint of an attacker who stops early, and
-    the distillability score.
-    """
-    names = [n for n in ORDER if any(n in row for row in students.values())]
-    rows = [
-        [
-            "attack",
-            "teacher texts written / read",
-            "their tokens, about",
-            "seconds",
-            *(f"best, {n}" for n in names),
-            *(f"distillability, {n}" for n in names if n != "original"),
-        ]
-    ]
-    for attack, row in students.items():
-        cost = next(iter(row.values()))["cost"]
-        rows.append(
-            [
-                attack,
-                f"{cost['written']} / {cost['read']}",
-                f"{cost['tokens']}",
-                f"{next(iter(row.values()))['seconds']['mean']:.0f}",
-                *(_with_change(row.get(n), "best", "best") for n in names),
-                *(score(row.get(n, {}).get("score")) for n in names if n != "original"),
-            ]
-        )
-    return table(rows[0], rows[1:])
+def collapse(report: Report) -> Section | None:
+    if not report.collapse:
+        return None
+    return Section("Collapse or format failure", items=report.collapse)
 
 
-def defence_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = [
-        [
-            "defence",
-            "accuracy of what is served",
-            "student by sampled text",
-            "change",
-            "distillability",
-        ]
-    ]
-    for name, r in rows.items():
-        c = r["change"]
-        lines.append(
-            [
-                name,
-                mean_and_spread(r["served"]),
-                mean_and_spread(r["student"]),
-                "" if name == "none" or not c["n"] else f"{c['mean']:+.0%}",
-                score(r["score"]),
-            ]
-        )
-    return table(lines[0], lines[1:])
-
-
-def proxy_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Proxies down; teachers and scores of both modes across."""
-    modes = [m for m in ORDER if any(m in r["modes"] for r in rows.values())]
-    attacks = list(
-        dict.fromkeys(a for r in rows.values() for m in r["modes"].values() for a in m["scores"])
+def defences(report: Report) -> Section | None:
+    if len(report.defences) < 2:
+        return None
+    head = (
+        *("defence", "accuracy of what is served", "student by sampled text", "change"),
+        "distillability",
     )
-    lines = [
-        [
-            "proxy",
-            "its accuracy",
-            *(x for m in modes for x in (f"teacher, {m}", *(f"{m}: {a}" for a in attacks))),
-        ]
-    ]
-    for name, r in rows.items():
-        cells = (
-            x
-            for m in modes
-            for x in (
-                mean_and_spread(r["modes"][m]["teacher"]) if m in r["modes"] else "",
-                *(score(r["modes"].get(m, {"scores": {}})["scores"].get(a)) for a in attacks),
-            )
+    rows = tuple(
+        (
+            name,
+            mean_and_std(d.served),
+            mean_and_std(d.student),
+            "" if name == "none" or not d.change.n else f"{d.change.mean:+.0%}",
+            score(d.score),
         )
-        lines.append([name, mean_and_spread(r["accuracy"]), *cells])
-    return table(lines[0], lines[1:])
+        for name, d in report.defences.items()
+    )
+    text = "By what students of sampled text gain; accuracy is that of the texts served."
+    return Section("Other defences", text, table=Table(head, rows))
+
+
+def proxies(report: Report) -> Section | None:
+    """Proxies down; for each mode the teacher and its scores across."""
+    if len(report.proxies) < 2:
+        return None
+    rows = report.proxies.values()
+    modes = [m for m in TEACHERS if any(m in p.modes for p in rows)]
+    scores = [a for p in rows for m in p.modes.values() for a in m.scores]
+    names = list(dict.fromkeys(scores))
+    head = ["proxy", "its accuracy"]
+    for mode in modes:
+        head += [f"teacher, {mode}", *(f"{mode}: {attack}" for attack in names)]
+    table = []
+    for name, p in report.proxies.items():
+        row = [name, mean_and_std(p.accuracy)]
+        for mode in modes:
+            teacher = p.modes.get(mode)
+            row.append(mean_and_std(teacher.teacher) if teacher else "")
+            row += [score(teacher.scores.get(a) if teacher else None) for a in names]
+        table.append(tuple(row))
+    text = "Teachers calibrated against other proxies: distillability by attack."
+    return Section("Sensitivity to the proxy", text, table=Table(tuple(head), tuple(table)))
+
+
+def figure(report: Report, file: str) -> Section | None:
+    return Section(report.plots[file], image=file) if file in report.plots else None
+
+
+def how_it_was_made(report: Report) -> Section:
+    return Section("How it was made", code=json.dumps(to_json(report.head), indent=1))
+
+
+SECTIONS: tuple[SectionOf, ...] = (
+    in_plain_words,
+    rules,
+    teachers,
+    students,
+    attacks,
+    collapse,
+    defences,
+    proxies,
+    *(partial(figure, file=file) for file in FIGURES),
+    how_it_was_made,
+)

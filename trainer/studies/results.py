@@ -1,0 +1,164 @@
+"""What a report holds: the results of a matrix folder's finished runs as typed data.
+
+Accuracies and fractions are in [0, 1], KLs in nats per token. An Estimate is a mean over seeds with
+its standard deviation and 95 % interval, unless its field says otherwise. Attacks, teachers,
+defences and proxies are named by the labels of the matrix file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from reflux.trainer.runs.stats import Estimate
+
+Checkpoint = Literal["last", "best"]  # of a student's run
+Verdict = Literal["succeeded", "failed", "inconclusive"]  # of an attack
+TEACHERS = ("original", "task_only", "distillable", "undistillable")  # in this order in a report
+
+
+@dataclass(frozen=True)
+class StyleFraction:
+    """One answer style among the texts of a model."""
+
+    fraction: float  # of the texts
+    correct: float  # fraction of these that are correct
+
+
+@dataclass(frozen=True)
+class QueryCost:
+    """The queries of one student run to its teacher."""
+
+    written: int  # texts that the teacher sampled
+    read: int  # texts that the teacher read to give log-probabilities
+    tokens: int  # of both, estimated from the mean length of the run's texts
+    seconds: float  # of the run
+
+
+@dataclass(frozen=True)
+class Change:
+    """Relative change of accuracy against the same attack on the original teacher: the mean
+    difference over seeds, paired, divided by the original's mean. n = 0 where that mean is 0.
+    """
+
+    sampled: Estimate
+    greedy: Estimate
+    best: Estimate  # sampled, of the best checkpoint
+
+    def at(self, checkpoint: Checkpoint) -> Estimate:
+        """By sampled answers."""
+        return self.best if checkpoint == "best" else self.sampled
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Accuracy minus the original teacher's on the same prompts, with a 95 % interval over all
+    (seed, prompt, sample) items.
+    """
+
+    sampled: Estimate
+    greedy: Estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelResult:
+    """A trained model: the runs of all seeds."""
+
+    sampled: Estimate  # accuracy of sampled answers
+    greedy: Estimate
+    answered: float  # fraction of sampled texts with an answer
+    correct_if_answered: float  # fraction of these that are correct
+    best: Estimate  # sampled accuracy of the best checkpoint
+    styles: Mapping[str, StyleFraction]  # of sampled texts
+    greedy_styles: Mapping[str, StyleFraction]
+    seconds: Estimate  # of a run
+    cost: QueryCost  # of the first run
+    late_spike: float  # see finished_runs.late_spike; the largest of all runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherResult(ModelResult):
+    reference_kl: Estimate  # at the last step
+    difference: Difference
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentResult(ModelResult):
+    """Both fields are None for students of the original teacher, and without these."""
+
+    change: Change | None = None
+    score: Estimate | None = None  # distillability, over (seed, prompt) pairs; None if unmeasured
+
+
+@dataclass(frozen=True)
+class DefenceResult:
+    """What a provider serves instead of its model, and the students of that."""
+
+    served: Estimate  # accuracy of the served texts
+    student: Estimate  # accuracy of the students
+    change: Estimate  # relative, against the students of the undefended original
+    score: Estimate | None  # distillability
+
+
+@dataclass(frozen=True)
+class CalibratedByProxy:
+    """A teacher calibrated against one proxy in one mode."""
+
+    teacher: Estimate  # accuracy
+    scores: Mapping[str, Estimate]  # attack -> distillability
+
+
+@dataclass(frozen=True)
+class ProxyResult:
+    accuracy: Estimate  # of the proxy itself
+    modes: Mapping[str, CalibratedByProxy]  # calibration.mode -> teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """All numbers of a report."""
+
+    teachers: Mapping[str, TeacherResult]
+    students: Mapping[str, Mapping[str, StudentResult]]  # attack -> teacher -> students
+    baselines: Mapping[str, ModelResult]  # trained without a teacher
+    defences: Mapping[str, DefenceResult] = field(default_factory=dict)
+    proxies: Mapping[str, ProxyResult] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One run of the matrix: what a record can be checked by."""
+
+    labels: Mapping[str, str]
+    accuracy: Mapping[str, float]  # of the last evaluation, by how answers were chosen
+    reference_kl: float | None
+    seconds: float
+
+    def flat(self) -> dict[str, Any]:
+        """As report.json has it: one object, labels beside numbers."""
+        numbers = {"reference_kl": self.reference_kl, "seconds": self.seconds}
+        return {**self.labels, **self.accuracy, **numbers}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How the runs were made. Code and versions are those of the first run."""
+
+    code: Mapping[str, Any] | None
+    versions: Mapping[str, Any] | None
+    seeds: tuple[str, ...]
+    runs: int
+    run_seconds: int  # of all runs together
+    commands: tuple[str, ...]  # the first ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Results):
+    """Numbers and the sentences about them; report.json."""
+
+    title: str
+    collapse: tuple[str, ...]  # one line per attack: wrong answers, or none at all?
+    verdict: tuple[str, ...]  # the acceptance rules, one line each; the collapse lines among them
+    conclusion: str
+    head: Provenance
+    runs: tuple[RunRow, ...]
+    plots: Mapping[str, str]  # file -> title
