@@ -1,0 +1,210 @@
+"""What teachers of other templates and tokenizers say of a text."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distillation_cases import GIVEN, KL_KEYS, kl, mean_over_tokens
+from runs import config, run_here
+from transformers import AutoModelForCausalLM
+
+from reflux.kernels.teacher_topk import teacher_topk_ref
+from reflux.tokenalign import vocab_map
+from reflux.tokenalign.class_losses import class_kl, hybrid, partition_index, uld
+from reflux.tokenalign.projection import Projection
+from reflux.tokenalign.vocab_map import Vocabulary
+from reflux.trainer.data.chat import Chat
+
+pytestmark = pytest.mark.usefixtures("titan_process")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, GIVEN, {"on_policy": 0.0}, {"on_policy": 0.5}],
+    ids=["student", "dataset", "teacher", "mixed"],
+)
+def test_spans_carry_the_teachers_likelihood_whoever_wrote(talkers, tmp_path, seen, options):
+    """Teacher and student of different tokenizers; by transformers: span sums of the teacher add up
+    to its sequence score.
+    """
+    run = run_here(
+        config(
+            talkers,
+            tmp_path / "run",
+            "distill",
+            steps=3,
+            teacher={"path": str(talkers / "proxy")},
+            rollout={"prompts": 4},
+            distill={"objective": "span", **options},
+        )
+    )
+    chat, model = (
+        Chat(str(talkers / "proxy")),
+        AutoModelForCausalLM.from_pretrained(talkers / "proxy"),
+    )
+    samples = [s for s in seen["score"][0] if s.rollout.ended and s.rollout.text]
+    assert samples and run.steps[2]["loss"] != run.steps[0]["loss"]
+    for s in samples[:4]:
+        prompt, ids = chat.prompt_ids(s.rollout.prompt.messages), chat.encode(s.rollout.text)
+        with torch.no_grad():
+            logp = (
+                model(torch.tensor([prompt + ids]))
+                .logits[0, len(prompt) - 1 :]
+                .double()
+                .log_softmax(-1)
+            )
+        want = logp[:-1].gather(1, torch.tensor(ids)[:, None]).sum() + logp[
+            -1, list(chat.stop_ids)
+        ].logsumexp(0)
+        # a teacher's own sample need not be its canonical encoding
+        if not s.off_policy or options == GIVEN:
+            assert np.sum(s.teacher_span_logp) == pytest.approx(want.item(), abs=1e-3)
+        assert s.span.max() == len(s.teacher_span_logp) - 1 and len(s.span) == len(s.rollout.ids)
+
+
+CLASS_LOSSES = {
+    "first_byte": {"divergence": "forward"},
+    "common": {"divergence": "jsd", "beta": 0.3},
+    "prefix": {"divergence": "reverse"},
+    "projection": {"divergence": "forward"},
+    "uld": {},
+    "hybrid": {"divergence": "forward", "temperature": 2.0, "scale_t2": True},
+    "topk": {"divergence": "forward", "tail": "bucket", "top_k": 6},
+}
+
+
+def class_loss_of(student: Chat, teacher: Chat, kind: str, z_SV, u_SW, options) -> torch.Tensor:
+    """The definition on whole logits, by the plain functions of reflux.tokenalign (their gradients
+    are proven in their own tests).
+    """
+    sides = Vocabulary(student.table, student.stop_ids), Vocabulary(teacher.table, teacher.stop_ids)
+    T = options.get("temperature", 1.0)
+    given = {
+        "divergence": options.get("divergence", "reverse"),
+        "beta": options.get("beta", 0.5),
+        "temperature": T,
+    }
+    if kind == "uld":
+        return uld(z_SV, u_SW).sum()
+    if kind == "topk":
+        topk = teacher_topk_ref(u_SW, torch.eye(u_SW.shape[1], dtype=u_SW.dtype), 6)
+        return class_kl(z_SV, topk, partition_index(vocab_map.common(*sides)), **given).sum()
+    built = (
+        Projection.build(*sides)
+        if kind == "projection"
+        else getattr(vocab_map, "common" if kind == "hybrid" else kind)(*sides)
+    )
+    loss = hybrid if kind == "hybrid" else class_kl
+    return loss(z_SV, u_SW, partition_index(built), **given).sum() * (
+        T**2 if options.get("scale_t2") else 1
+    )
+
+
+@pytest.mark.parametrize("kind", CLASS_LOSSES)
+@pytest.mark.parametrize(
+    "texts", [{}, GIVEN, {"on_policy": 0.0}], ids=["student", "dataset", "teacher"]
+)
+def test_class_losses_compare_both_models_where_both_have_read_the_same_bytes(
+    talkers, tmp_path, seen, kind, texts
+):
+    options = {"partition": "common" if kind == "topk" else kind} | CLASS_LOSSES[kind]
+    run = run_here(
+        config(
+            talkers,
+            tmp_path / "run",
+            "distill",
+            steps=1,
+            rollout={"prompts": 2, "group": 2},
+            teacher={"path": str(talkers / "proxy"), "dtype": "float32"},
+            distill={"objective": "class"} | options | texts,
+        )
+    )
+    chats = [Chat(str(talkers / name)) for name in ("policy", "proxy")]
+    models = [AutoModelForCausalLM.from_pretrained(talkers / name) for name in ("policy", "proxy")]
+    total, tokens, places = 0.0, 0, 0
+    for s in seen["score"][0]:
+        view, r = s.teacher_views[0], s.rollout
+        logits = []
+        for model, prompt, ids, place in zip(
+            models,
+            (r.prompt_ids, view.prompt_ids),
+            (r.ids, view.ids),
+            (view.student_positions, view.teacher_positions),
+        ):
+            with torch.no_grad():
+                logits.append(
+                    model(torch.tensor([prompt + ids]))
+                    .logits[0, len(prompt) - 1 : -1]
+                    .double()[place]
+                )
+        z_SV, u_SW = (x[:, : c.vocab_size] for x, c in zip(logits, chats))
+        total += float(class_loss_of(*chats, kind, z_SV, u_SW, options))
+        tokens, places = tokens + len(r.ids), places + len(view.student_positions)
+    assert run.steps[0]["loss"] == pytest.approx(total / tokens, rel=1e-4)
+    assert (
+        run.steps[0]["aligned_positions"] == pytest.approx(places / tokens) and 0 < places <= tokens
+    )
+
+
+def test_classes_of_one_vocabulary_are_its_tokens_the_stop_included(talkers, tmp_path):
+    """Every id a class of its own, every token a place: the class loss is the KL, step after
+    step.
+    """
+    options = {"divergence": "forward", "on_policy": 0.0, "partition": "common"}
+    runs = [
+        run_here(
+            config(
+                talkers,
+                tmp_path / objective,
+                "distill",
+                steps=3,
+                distill=options | {"objective": objective},
+            )
+        )
+        for objective in ("kl", "class")
+    ]
+    for token, classes in zip(*(run.steps for run in runs)):
+        assert classes["aligned_positions"] == 1 and all(
+            classes[key] == pytest.approx(token[key], rel=1e-3) for key in KL_KEYS
+        )
+
+
+def test_another_vocabulary_is_refused_with_the_way_out(talkers, tmp_path):
+    with pytest.raises(ValueError, match="different vocabularies.*'class' or 'span'"):
+        run_here(
+            config(talkers, tmp_path / "run", "distill", teacher={"path": str(talkers / "proxy")})
+        )
+
+
+def test_a_teacher_with_another_template_reads_its_own_prompt(talkers, tmp_path, seen):
+    """T20: the same response ids behind the teacher's rendering; the loss is what transformers
+    computes from it.
+    """
+    shutil.copytree(talkers / "teacher", tmp_path / "teacher")
+    settings = tmp_path / "teacher" / "tokenizer_config.json"
+    template = Path(tmp_path / "teacher" / "chat_template.jinja")
+    (template if template.exists() else settings).write_text(
+        (template if template.exists() else settings)
+        .read_text()
+        .replace("assistant: ", "Well, the answer is ")
+    )
+    run = run_here(
+        config(
+            talkers,
+            tmp_path / "run",
+            "distill",
+            steps=1,
+            teacher={"path": str(tmp_path / "teacher")},
+            distill={"divergence": "forward"},
+            rollout={"prompts": 4, "group": 2},
+        )
+    )
+    assert all(
+        s.teacher_views and s.teacher_views[0].prompt_ids != s.rollout.prompt_ids
+        for s in seen["score"][0]
+    )
+    assert run.steps[0]["loss"] == pytest.approx(
+        mean_over_tokens(talkers, seen["score"][0], lambda s, t, _: kl(t, s)), rel=2e-5
+    )
