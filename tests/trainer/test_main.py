@@ -1,5 +1,5 @@
-"""The command line: from any folder, as a script, a module or under torchrun; errors in words and
-an exit code.
+"""The command line: from any folder, as a script, a module or under torchrun; error messages and
+exit codes.
 """
 
 import os
@@ -15,7 +15,7 @@ from runs import MAIN, command, config, environment
 from reflux.trainer import main
 from reflux.trainer.config import loader as config_file
 from reflux.trainer.config.loader import to_toml
-from reflux.trainer.diagnosis.phase import Diagnose
+from reflux.trainer.diagnosis.phase import DiagnosePhase
 from reflux.trainer.runs.logger import load_run
 
 
@@ -39,21 +39,16 @@ def file(talkers, tmp_path):
     return path
 
 
-def test_a_run_as_a_script_from_a_folder_full_of_traps(file, tmp_path):
-    """The working directory holds modules named like ours and like the standard library's; neither
-    may be found.
-    """
+def test_a_script_imports_no_module_of_the_working_directory(file, tmp_path):
+    """Not even one that is named like one of ours or of the standard library."""
     for name in ("tokenize.py", "kernels.py", "prompts.py"):
         (tmp_path / name).write_text("raise SystemExit('the wrong module')\n")
     done = start(str(MAIN), "--config", "run.toml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "step 1/1" in done.stdout and load_run(tmp_path / "run").summary["step"] == 1
     again = start(str(MAIN), "--config", "run.toml", cwd=tmp_path)
-    assert (
-        again.returncode == 2
-        and "holds a run already" in again.stderr
-        and "Traceback" not in again.stderr
-    )
+    assert again.returncode == 2
+    assert "holds a run already" in again.stderr and "Traceback" not in again.stderr
 
 
 def test_torchrun_from_another_folder(talkers, tmp_path):
@@ -67,17 +62,9 @@ def test_torchrun_from_another_folder(talkers, tmp_path):
     assert run.head["ranks"] == 2 and len(run.steps) == 1
 
 
-def test_as_a_module_it_prints_every_knob_and_reads_them_back(file, tmp_path):
-    done = start(
-        "-m",
-        "reflux.trainer.main",
-        "--config",
-        str(file),
-        "--set",
-        "optim.lr=0.5",
-        "--print-config",
-        cwd="/",
-    )
+def test_as_a_module_it_prints_every_option_and_reads_them_back(file, tmp_path):
+    words = ("--config", str(file), "--set", "optim.lr=0.5", "--print-config")
+    done = start("-m", "reflux.trainer.main", *words, cwd="/")
     assert done.returncode == 0, done.stderr
     (tmp_path / "printed.toml").write_text(done.stdout)
     printed = config_file.load(tmp_path / "printed.toml")
@@ -98,7 +85,7 @@ def test_as_a_module_it_prints_every_knob_and_reads_them_back(file, tmp_path):
         (["--set", "task.name=exakt"], "did you mean exact?"),
     ],
 )
-def test_mistakes_are_told_in_words_with_exit_code_2(
+def test_mistakes_are_named_with_exit_code_2(
     file, capsys, monkeypatch, titan_process, words, message
 ):
     monkeypatch.delenv("REFLUX_TRACEBACK", raising=False)
@@ -109,7 +96,7 @@ def test_mistakes_are_told_in_words_with_exit_code_2(
     _leave_group()
 
 
-def test_a_traceback_can_be_had(file, monkeypatch):
+def test_the_traceback_of_a_mistake_is_shown_with_reflux_traceback(file, monkeypatch):
     monkeypatch.setenv("REFLUX_TRACEBACK", "1")
     with pytest.raises(ValueError, match="want a.b=value"):
         main.main(["--config", str(file), "--set", "nonsense"])
@@ -130,14 +117,14 @@ def _leave_group() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_ctrl_c_where_nothing_is_trained_stops_at_once_and_is_told(
+def test_ctrl_c_where_nothing_is_trained_stops_at_once(
     talkers, tmp_path, monkeypatch, capsys, titan_process
 ):
-    """There is no step to finish: the first signal counts, and the same command goes on later."""
+    """There is no step to finish: the first signal counts, and the same command resumes later."""
     over = {
         "task": {"name": "runs:is_even"},
         "data": {"limit": 2},
-        "diagnose": {"student_texts": 2, "heat": 0},
+        "diagnose": {"student_texts": 2, "heatmap_texts": 0},
         "on_existing_run": "resume",
     }
     cfg = config(talkers, tmp_path / "run", "diagnose", **over)
@@ -145,10 +132,10 @@ def test_ctrl_c_where_nothing_is_trained_stops_at_once_and_is_told(
     file.write_text(to_toml(cfg))
     with monkeypatch.context() as patch:
         patch.setattr(
-            Diagnose, "run", lambda self: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5)
+            DiagnosePhase, "run", lambda self: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5)
         )
         assert main.main(["--config", str(file)]) == 130
-    assert "goes on from what has been saved" in capsys.readouterr().err
+    assert "resumes from the last save" in capsys.readouterr().err
     assert (
         load_run(tmp_path / "run").summary is None and not (tmp_path / "run" / "report.md").exists()
     )
