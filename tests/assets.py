@@ -3,7 +3,7 @@ torchtitan may run.
 
     assets            fixture: folder with a subfolder per name in MODELS, in transformers' format,
                       and text.jsonl
-    titan_process     fixture: a world of one process; undoes what torchtitan leaves behind
+    titan_process     fixture: a world of one process; resets the globals that torchtitan changes
 """
 
 import gc
@@ -74,12 +74,8 @@ MODELS = {  # name -> (model_type, config over BASE); gemma3 has the other token
 def sentences(count: int) -> list[str]:
     """Generated arithmetic sentences, the same on every call."""
     rng = random.Random(0)
-    words = [
-        "".join(
-            rng.choices([c + v for c in "bdfgklmnprstvz" for v in "aeiou"], k=rng.randint(1, 4))
-        )
-        for _ in range(500)
-    ]
+    syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(500)]
     return [
         f"{rng.choice(words).title()} has {a} {what} and gives {b} to {rng.choice(words).title()}, "
         f"so {a - b} {what} remain."
@@ -135,7 +131,7 @@ def save_model(path, model_type: str, seed: int = 0, **config) -> None:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **BASE | config))
         with torch.no_grad():
-            for weight in model.parameters():  # norms of ones would hide a norm that was never read
+            for weight in model.parameters():  # norms of ones would hide a norm that is not used
                 if weight.dim() == 1:
                     weight.add_(torch.randn_like(weight) * 0.1)
     model.save_pretrained(path)
@@ -165,8 +161,8 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def titan_process():
-    """RANK, WORLD_SIZE ... of a single process; afterwards no process group, and Python's and
-    torch's defaults again.
+    """RANK, WORLD_SIZE ... of a single process. Afterwards there is no process group, and Python's
+    and torch's defaults are back.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     before = {name: os.environ.get(name) for name in names}
@@ -183,41 +179,21 @@ def titan_process():
 
 
 def make_trainer(path, dump_folder, *, backend="auto", seq_len=64, **sections):
-    """torchtitan's own Trainer on one of the checkpoints, loaded, as a host for what is under
-    test.
-    """
-    from dataclasses import dataclass
-
+    """torchtitan's own Trainer on one of the checkpoints, loaded, as a host for tests."""
     # first: it prepares torchtitan for this machine
-    from reflux.trainer.engine import model_builder as titan_models
+    from reflux.trainer.engine.model_builder import build_spec
 
     from torchtitan.components.checkpoint import CheckpointManager  # isort: skip
-    from torchtitan.components.dataloader import BaseDataLoader
     from torchtitan.components.loss import CrossEntropyLoss
     from torchtitan.components.optimizer import default_adamw
     from torchtitan.config import DebugConfig, ParallelismConfig, TrainingConfig
     from torchtitan.trainer import Trainer
 
-    class NoData(BaseDataLoader):
-        @dataclass(kw_only=True, slots=True)
-        class Config(BaseDataLoader.Config):
-            pass
-
-        def __init__(self, config, **_):
-            pass
-
-        def __iter__(self):
-            return iter(())
-
-        def state_dict(self):
-            return {}
-
-        def load_state_dict(self, state):
-            pass
+    from reflux.trainer.engine.torchtitan_host import NoData
 
     path = str(path)
     config = dict(
-        model_spec=titan_models.build_spec(path, backend=backend),
+        model_spec=build_spec(path, backend=backend),
         hf_assets_path=path,
         dump_folder=str(dump_folder),
         loss=CrossEntropyLoss.Config(global_vocab_size=LARGE_VOCAB),

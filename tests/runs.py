@@ -1,8 +1,8 @@
 """Whole runs of the trainer for tests: tiny data, tiny models, in this process or under torchrun,
 read back from the log.
 
-`python tests/runs.py FOLDER` makes what configs/debug_cpu_*.toml read: random models, vowels.jsonl
-and vowel_choices.jsonl.
+`python tests/runs.py FOLDER` makes the data of configs/debug_cpu_*.toml: random models,
+vowels.jsonl and vowel_choices.jsonl.
 """
 
 import json
@@ -22,34 +22,34 @@ from reflux.trainer.config.schema import Config
 from reflux.trainer.runs.logger import Run, load_run
 
 MAIN = Path(__file__).parents[1] / "trainer" / "main.py"
-# clocks, and the process's size
+# durations, and the process's memory
 NOT_REPEATABLE = ("wall_s", "tokens_per_s", "sample_s", "score_s", "step_s", "memory_gib")
-# a random model earns something with it, unlike with a verifier
+# random models get some reward for it; they hardly ever answer a question correctly
 REWARD_VOWELS = "runs:reward_vowels"
 
 
 def reward_vowels(prompt, text: str) -> float:
-    """A task that a random model can partly solve: the share of vowels."""
+    """A task that a random model can partly solve: the fraction of vowels."""
     return sum(c in "aeiou" for c in text) / max(len(text), 1)
 
 
 def is_even(prompt, text: str) -> bool:
-    """Right for about half of all texts."""
+    """Correct for about half of all texts."""
     return sum(map(ord, text)) % 2 == 0
 
 
 def is_easy(prompt, text: str) -> bool:
-    """All right, all wrong, or mixed, by prompt."""
+    """All correct, all incorrect, or mixed, by prompt."""
     return (True, False, is_even(prompt, text))[prompt.index % 3]
 
 
 def is_answer_of_prompt_0(prompt, text: str) -> bool:
-    """Right for one prompt only."""
+    """Correct for one prompt only."""
     return prompt.index == 0
 
 
 def raise_sometimes(prompt, text: str) -> float:
-    """The grader of a user who did not expect short texts."""
+    """A grader that fails on short texts."""
     return 1.0 / (len(text) // 20)
 
 
@@ -69,8 +69,8 @@ def write_data(folder: Path, count: int = 24) -> Path:
 
 
 def make_talker(source: Path, out: Path, data: Path, steps: int = 60) -> None:
-    """The checkpoint `source` after a few steps of plain fine-tuning on the data's responses: texts
-    that spell and end.
+    """The checkpoint `source` after a few steps of fine-tuning on the data's responses: it answers
+    with texts that end.
     """
     from transformers import AutoModelForCausalLM
 
@@ -81,10 +81,8 @@ def make_talker(source: Path, out: Path, data: Path, steps: int = 60) -> None:
     chat, model = Chat(str(source)), AutoModelForCausalLM.from_pretrained(source)
     rows = []
     for prompt in load_prompts(str(data)):
-        before, response = (
-            chat.prompt_ids(prompt.messages),
-            (*chat.encode(prompt.response), chat.stop_id),
-        )
+        before = chat.prompt_ids(prompt.messages)
+        response = (*chat.encode(prompt.response), chat.stop_id)
         rows.append((before + response, (-100,) * len(before) + response))
     width = max(len(ids) for ids, _ in rows)
     ids_NL = torch.tensor([ids + (0,) * (width - len(ids)) for ids, _ in rows])
@@ -99,21 +97,18 @@ def make_talker(source: Path, out: Path, data: Path, steps: int = 60) -> None:
 
 @pytest.fixture(scope="session")
 def talkers(assets, tmp_path_factory) -> Path:
-    """Folder with `policy` (tied qwen3), `teacher` (untied) and `proxy` (gemma3, another
-    tokenizer): models that answer.
+    """A folder of models that answer: `policy` (tied qwen3), `teacher` (untied), `proxy` (gemma3,
+    another tokenizer).
     """
     folder = tmp_path_factory.mktemp("talkers")
-    for name, source, steps in (
-        ("policy", "qwen3_tied", 32),
-        ("teacher", "qwen3", 50),
-        ("proxy", "gemma3", 40),
-    ):
+    models = (("policy", "qwen3_tied", 32), ("teacher", "qwen3", 50), ("proxy", "gemma3", 40))
+    for name, source, steps in models:
         make_talker(assets / source, folder / name, write_data(folder), steps)
     return folder
 
 
 def make_debug(folder: Path) -> None:
-    """Random models, and a task that even they solve now and then: the last vowel of the text."""
+    """Random models, and a task that they solve now and then: the last vowel of the text."""
     folder.mkdir(parents=True, exist_ok=True)
     make_assets(folder)
     rows = [
@@ -136,15 +131,16 @@ def make_debug(folder: Path) -> None:
 
 def table(talkers: Path, folder: Path, phase: str, **over) -> dict:
     """The tables of a small run; `over` holds more of them, laid on top."""
+    teacher = {"path": str(talkers / "teacher"), "dtype": "float32"}
     roles = {
         "calibrate": {
             "proxy": {"path": str(talkers / "proxy"), "dtype": "float32"},
             "reference": {"dtype": "float32"},
-            # barely trained models also write bytes that are no text
+            # barely trained models also sample bytes that are no text
             "calibration": {"max_unaligned": 1.0},
         },
-        "distill": {"teacher": {"path": str(talkers / "teacher"), "dtype": "float32"}},
-        "diagnose": {"teacher": {"path": str(talkers / "teacher"), "dtype": "float32"}},
+        "distill": {"teacher": teacher},
+        "diagnose": {"teacher": teacher},
         "evaluate": {},
     }[phase]
     base = {
@@ -172,7 +168,7 @@ def config(talkers: Path, folder: Path, phase: str, **over) -> Config:
 
 
 def run_here(cfg: Config, expect: int = 0) -> Run:
-    """The run in this process (fixture titan_process), read back."""
+    """The log of the run, made in this process (fixture titan_process)."""
     from reflux.trainer import loop
 
     os.environ["MASTER_PORT"] = str(free_port())
@@ -181,7 +177,7 @@ def run_here(cfg: Config, expect: int = 0) -> Run:
 
 
 def numbers(step: Mapping) -> dict:
-    """A line of the log without what a clock put there."""
+    """A line of the log without durations and memory."""
     return {k: v for k, v in step.items() if k not in NOT_REPEATABLE}
 
 
@@ -201,24 +197,15 @@ def environment() -> dict:
 def command(cfg: Config, file: Path, ranks: int = 0) -> list[str]:
     """The command line of a run: plain python, or torchrun with that many processes."""
     file.write_text(to_toml(cfg))
-    start = (
-        [sys.executable]
-        if not ranks
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(ranks),
-            "--master-port",
-            str(free_port()),
-        ]
-    )
+    start = [sys.executable]
+    if ranks:
+        start += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        start += ["--master-port", str(free_port())]
     return [*start, str(MAIN), "--config", str(file)]
 
 
 def run_ranks(cfg: Config, ranks: int = 2) -> Run:
-    """The run under torchrun, read back."""
+    """The log of the run, made under torchrun."""
     done = subprocess.run(
         command(cfg, Path(cfg.folder + ".toml"), ranks),
         capture_output=True,
