@@ -1,18 +1,24 @@
-"""What several test files share: token stats cases."""
+"""Token stats of texts with numbers chosen by hand, for the tests of several files."""
 
 import numpy as np
 
 from reflux.trainer.data.batch import Prompt, Rollout
-from reflux.trainer.diagnosis.measure import Curves, TokenStats
+from reflux.trainer.diagnosis.measure import KLCurves, TokenStats
+from reflux.trainer.diagnosis.results import BothModels, CrossTokenizer
 from reflux.trainer.diagnosis.token_classes import TYPES
+from reflux.trainer.runs.stats import Estimate
 
 FUNCTION, CONTENT = TYPES.index("function"), TYPES.index("content")
 
 
-def reading(
+def rollout_of(prompt, ids, ended=True):
+    return Rollout(Prompt(prompt, ()), (1,), ids, (0.0,) * len(ids), 0.0, "ab", ended)
+
+
+def token_stats(
     prompt=0,
-    writer="student",
-    right=None,
+    sampled_by="student",
+    correct=None,
     student=(-1.0, -1.0),
     teacher=(-2.0, -1.0),
     forward=(0.2, 0.4),
@@ -25,35 +31,83 @@ def reading(
     ids=(5, 6, 9),
     bands=(0, 4),
     outside=(False, True),
-):
+    answer=None,
+) -> TokenStats:
+    """student, teacher: log-probabilities; first_sums: of the first ten classes, by type as
+    type_sums.
+    """
     n = len(student)
     whole, first = np.zeros(len(TYPES)), np.zeros(len(TYPES))
     whole[[FUNCTION, CONTENT]], first[[FUNCTION, CONTENT]] = type_sums, first_sums
-    curve = Curves(
+    curves = KLCurves(
         (1, 10),
-        np.array([0.9, 0.6]),
-        np.array(bucket),
-        np.array([0.4 * n, 0.0]),
-        whole,
-        first,
-        np.array([0.3, 0, 0, 0, 0.3]),
-        np.array([0.1, 0, 0, 0, 0.3]),
+        raw_K=np.array([0.9, 0.6]),
+        bucket_K=np.array(bucket),
+        gradient_tail_K=np.array([0.4 * n, 0.0]),
+        type_N=whole,
+        type_at_10_N=first,
+        band_M=np.array([0.3, 0, 0, 0, 0.3]),
+        band_at_10_M=np.array([0.1, 0, 0, 0, 0.3]),
     )
-    rollout = Rollout(Prompt(prompt, ()), (1,), ids, (0.0,) * len(ids), 0.0, "ab", ended)
     return TokenStats(
-        rollout,
-        writer,
-        right,
-        np.arange(n),
-        n,
-        np.array(types),
-        np.array(student),
-        np.array(teacher),
-        {"forward": np.array(forward), "reverse": np.array(reverse)},
-        {"forward": curve, "reverse": curve},
-        np.full(n, 0.5),
-        np.full(n, 0.8),
-        np.full(n, -0.1),
-        np.array(bands),
-        np.array(outside),
+        rollout_of(prompt, ids, ended),
+        sampled_by,
+        correct,
+        start_n=np.arange(n),
+        n_bytes=n,
+        type_n=np.array(types),
+        student_logp_n=np.array(student),
+        teacher_logp_n=np.array(teacher),
+        kl={"forward": np.array(forward), "reverse": np.array(reverse)},
+        curves={"forward": curves, "reverse": curves},
+        overlap_n=np.full(n, 0.5),
+        teachable_n=np.full(n, 0.8),
+        entropy_gap_n=np.full(n, -0.1),
+        band_n=np.array(bands),
+        outside_n=np.array(outside),
+        answer=answer,
+    )
+
+
+def student_diagnosis_cases(tail: bool, ratio: float, prefers_wrong: bool) -> list[TokenStats]:
+    """Twelve prompts of one kind: tail noise or not, KL on student prefixes `ratio` times that on
+    the teacher's, a teacher that prefers wrong texts or not.
+    """
+    stats = []
+    liked, other = (-1.0, -1.0), (-5.0, -5.0)
+    first = (0.1, 0.5) if tail else (0.5, 0.1)
+    for i in range(12):
+        on_teacher = (0.1, 0.1 + 0.01 * i)
+        on_student = (0.1 * ratio, 0.1 * ratio + 0.01 * i)
+        stats.append(
+            token_stats(i, "teacher", forward=on_teacher, reverse=on_teacher, first_sums=first)
+        )
+        for correct in (True, False):
+            stats.append(
+                token_stats(
+                    i,
+                    "student",
+                    correct=correct,
+                    forward=on_student,
+                    reverse=on_student,
+                    teacher=other if correct == prefers_wrong else liked,
+                    first_sums=first,
+                )
+            )
+    return stats
+
+
+def cross_tokenizer(teacher_mass: float) -> CrossTokenizer:
+    """What two tokenizers can compare, with that much of the teacher's mass on common tokens."""
+    return CrossTokenizer(
+        spans=9,
+        unaligned=3,
+        unaligned_by={"student": 2, "teacher": 1},
+        compared_bytes=0.5,
+        bits_per_byte_gap={"student": Estimate(0.5, 0.1, 0.4, 0.6, 3)},
+        aligned_positions=7,
+        compared=0.75,
+        student_tokens_per_span=1.25,
+        teacher_tokens_per_span=1.5,
+        common_mass=BothModels(0.9, teacher_mass),
     )

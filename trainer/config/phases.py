@@ -101,7 +101,7 @@ PHASES: dict[str, PhaseSpec] = {
         pair_advice=distill_advice,
     ),
     "diagnose": PhaseSpec(
-        "reflux.trainer.diagnosis.phase:Diagnose",
+        "reflux.trainer.diagnosis.phase:DiagnosePhase",
         model_role="student",
         check=check_diagnose,
         frozen_roles=diagnose_roles,

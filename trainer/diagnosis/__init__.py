@@ -1,1 +1,3 @@
-"""Phase diagnose: the three traps of a teacher-student pair, measured with weights held still."""
+"""Phase diagnose: tail noise, off-policy instability and teacher-student gap of a pair, measured
+without moving a weight.
+"""

@@ -4,13 +4,13 @@ up.
 Both models read the same ids, each behind its own rendering of the prompt. Nothing of size [T, V]
 outlives a micro-batch.
 
-Shapes: n response tokens of one text (stop token included), K grid of kept classes, N token types,
-M frequency bands, T tokens of a batch, V vocabulary.
+Shapes: n response tokens of one text (stop token included), K grid of top-k sizes, N token types,
+M frequency bands, P aligned positions, T tokens of a batch, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,120 +20,142 @@ from reflux.trainer.data.batch import Rollout, Sample, TeacherView, pack
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.graders import Grade
 from reflux.trainer.losses import HeadInputs, token_logprob_of
-from reflux.trainer.runs.progress import Advance, ignore
+from reflux.trainer.phase import Advance, Engine, FrozenModel
+from reflux.trainer.runs.progress import ignore
 
-from .frequency_bands import BANDS
-from .metrics import KLProfile, kl_profile, off_nucleus, top_overlap
-from .token_classes import TYPES
+from .metrics import (
+    DIVERGENCES,
+    Divergence,
+    KLProfile,
+    TopOverlap,
+    kl_profile,
+    off_nucleus,
+    top_overlap,
+)
+from .token_classes import BANDS, TYPES
 
-DIRECTIONS = ("forward", "reverse")  # KL(teacher || student), KL(student || teacher)
+SampledBy = Literal["dataset", "teacher", "student"]
+
+
+@dataclass(frozen=True)
+class GradedText:
+    """A text to measure, in the ids of the model that sampled it."""
+
+    rollout: Rollout
+    sampled_by: SampledBy
+    grade: Grade
 
 
 @dataclass(frozen=True, eq=False)
-class Curves:
-    """Sums over a text's tokens of one direction's profile."""
+class KLCurves:
+    """Sums over a text's positions of one divergence's profile; divide by their number."""
 
     k: tuple[int, ...]
     raw_K: np.ndarray
     bucket_K: np.ndarray
-    gradient_tail_K: np.ndarray  # divide by the number of tokens
+    gradient_tail_K: np.ndarray
     type_N: np.ndarray
     type_at_10_N: np.ndarray
-    band_M: np.ndarray | None = None  # None: not measured
-    band_at_10_M: np.ndarray | None = None
+    band_M: np.ndarray  # [0] where bands are not measured
+    band_at_10_M: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
-class Across:
-    """How two tokenizers meet in one text: the teacher's tokens, the span of every token, and where
+class SpanAlignment:
+    """One text in two tokenizers: the teacher's tokens, the span of every token, and where
     distributions were compared.
     """
 
     teacher_ids: tuple[int, ...]  # without the stop token
     student_span: np.ndarray  # [n] of the content tokens, -1 outside
     teacher_span: np.ndarray
-    # [P] the span that begins at each place; the number of spans behind the text
-    place_span: np.ndarray
+    # [P] the span that begins at each aligned position; the number of spans behind the text
+    start_span: np.ndarray
     common_P2: np.ndarray  # mass of the tokens that both have, under student and teacher
 
 
 @dataclass(frozen=True, eq=False)
 class TokenStats:
-    """One text. Per-token arrays are [n], nats. Of two tokenizers (`across`) log-probabilities are
-    per span, and what compares distributions is per place.
+    """One text under both models. Arrays are per token, [n], nats. Of two tokenizers (`alignment`)
+    log-probabilities are per span, and what compares distributions is per aligned position, [P].
     """
 
     rollout: Rollout
-    writer: str  # "student", "teacher" or "dataset"
-    right: bool | None  # None where nothing grades it
+    sampled_by: SampledBy
+    correct: bool | None  # None: not graded
     start_n: np.ndarray  # byte of the text at which each token begins
     n_bytes: int
     type_n: np.ndarray  # index into TYPES
-    student_n: np.ndarray  # log-probability of the token
-    teacher_n: np.ndarray
-    kl: dict[str, np.ndarray]  # direction -> [n]
-    curves: dict[str, Curves]
+    student_logp_n: np.ndarray
+    teacher_logp_n: np.ndarray
+    kl: Mapping[Divergence, np.ndarray]
+    curves: Mapping[Divergence, KLCurves]
     overlap_n: np.ndarray  # of the two top-K sets
     teachable_n: np.ndarray  # teacher mass inside the student's top K
     entropy_gap_n: np.ndarray  # H(teacher) - H(student)
     band_n: np.ndarray | None = None  # index into BANDS; None: not measured
     outside_n: np.ndarray | None = None  # bool: outside the teacher's top-p set; None: not measured
     answer: str | None = None  # what the grader took for the answer
-    across: Across | None = None
+    alignment: SpanAlignment | None = None  # None: one tokenizer
+
+    @property
+    def prompt(self) -> int:
+        return self.rollout.prompt.index
 
     @property
     def tokens(self) -> int:
         """Of the student."""
-        return len(self.student_n if self.across is None else self.rollout.ids)
+        return len(self.student_logp_n if self.alignment is None else self.rollout.ids)
 
     @property
-    def states(self) -> int:
-        """At how many places distributions were compared: at every token, where both models have
-        one vocabulary.
-        """
+    def positions(self) -> int:
+        """Number of aligned positions: every token, where both models have one vocabulary."""
         return len(self.overlap_n)
 
     @property
-    def state_start_n(self) -> np.ndarray:
-        """Byte at which each of them lies."""
-        return self.start_n if self.across is None else self.start_n[self.across.place_span]
+    def position_start_n(self) -> np.ndarray:
+        """Byte at which each aligned position lies."""
+        a = self.alignment
+        return self.start_n if a is None else self.start_n[a.start_span]
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """What is asked of every state beside its KL."""
+class StatsSpec:
+    """What is measured at every position beside its KL."""
 
-    top: int  # K of the overlap of most likely classes
+    overlap_k: int  # K of the overlap of top-K sets
     type_V: Tensor  # index into TYPES
     band_V: Tensor  # index into BANDS
 
-    def to(self, device: torch.device) -> "Asked":
-        return Asked(self.top, self.type_V.to(device), self.band_V.to(device))
+    def to(self, device: torch.device) -> "StatsSpec":
+        return StatsSpec(self.overlap_k, self.type_V.to(device), self.band_V.to(device))
 
 
-def read_texts(
-    engine: Any,
-    teacher: Any,
-    texts: Sequence[tuple[Rollout, str, Grade]],
+def measure_texts(
+    engine: Engine,
+    teacher: FrozenModel,
+    texts: Sequence[GradedText],
     chats: tuple[Chat, Chat],
     *,
     tokens: int,
-    asked: Asked,
+    spec: StatsSpec,
     joined: bool = False,
     advance: Advance = ignore,
 ) -> list[TokenStats]:
-    """Readings of (rollout in the student's ids, writer, its grade), in their order. chats:
-    student's and teacher's. Collective.
-
-    advance: told how many texts are new after every micro-batch.
+    """Token stats of texts in the student's ids, in their order. chats: student's and teacher's.
+    tokens, joined: of a micro-batch, as in `pack`. Collective.
     """
     student_chat, teacher_chat = chats
     samples = [
-        Sample(r, teacher_views=(TeacherView(teacher_chat.prompt_ids(r.prompt.messages)),))
-        for r, _, _ in texts
+        Sample(
+            t.rollout,
+            teacher_views=(TeacherView(teacher_chat.prompt_ids(t.rollout.prompt.messages)),),
+        )
+        for t in texts
     ]
-    found: list[TokenStats | None] = [None] * len(samples)
+    stats: dict[int, TokenStats] = {}
     V = min(student_chat.vocab_size, teacher_chat.vocab_size)
+    spec_here = spec.to(engine.device)
     for batch in engine.pad_across_ranks(
         pack(samples, tokens=tokens, seq_len=engine.seq_len, joined=joined)
     ):
@@ -142,107 +164,91 @@ def read_texts(
             engine.forward_no_grad(engine, batch, V) as student,
             engine.forward_no_grad(teacher, batch.for_teacher(), V) as other,
         ):
-            measured = _measure(student, other, batch.target_T, asked.to(engine.device))
-        which = batch.sample_T.cpu().numpy()
-        for i in np.unique(which):
-            found[i] = _reading(texts[i], student_chat, asked, measured, np.flatnonzero(which == i))
-        advance(len(np.unique(which)))
-    return found
+            measured = _measure(student, other, batch.target_T, spec_here)
+        sample_T = batch.sample_T.cpu().numpy()
+        here = np.unique(sample_T).tolist()
+        for i in here:
+            rows = np.flatnonzero(sample_T == i)
+            stats[i] = _token_stats(texts[i], student_chat, spec, measured, rows)
+        advance(len(here))
+    return [stats[i] for i in range(len(texts))]
 
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
     """A micro-batch's numbers on the host."""
 
-    student_T: np.ndarray
-    teacher_T: np.ndarray
-    profiles: dict[str, KLProfile]
-    overlap_T: np.ndarray
-    teachable_T: np.ndarray
-    entropy_gap_T: np.ndarray
+    student_logp_T: np.ndarray
+    teacher_logp_T: np.ndarray
+    profiles: Mapping[Divergence, KLProfile]
+    overlap: TopOverlap
     outside_T: np.ndarray
 
 
-def _measure(student: HeadInputs, teacher: HeadInputs, target_T: Tensor, asked: Asked) -> _Measured:
-    with torch.no_grad():
-        profiles = {
-            d: on_host(
-                kl_profile(student, teacher, d, asked.type_V, len(TYPES), asked.band_V, len(BANDS))
-            )
-            for d in DIRECTIONS
-        }
-        meeting, outside_T = (
-            top_overlap(student, teacher, asked.top),
-            off_nucleus(teacher, target_T),
-        )
-        logps = [
-            token_logprob_of(out, target_T).logp.double().cpu().numpy()
-            for out in (student, teacher)
-        ]
-    return _Measured(
-        *logps, profiles, *(x.cpu().numpy() for x in (*vars(meeting).values(), outside_T))
+@torch.no_grad()
+def _measure(
+    student: HeadInputs, teacher: HeadInputs, target_T: Tensor, spec: StatsSpec
+) -> _Measured:
+    profiles = {
+        d: kl_profile(student, teacher, d, spec.type_V, len(TYPES), spec.band_V, len(BANDS)).cpu()
+        for d in DIVERGENCES
+    }
+    overlap = top_overlap(student, teacher, spec.overlap_k).cpu()
+    outside_T = off_nucleus(teacher, target_T).cpu().numpy()
+    student_T, teacher_T = (
+        token_logprob_of(out, target_T).logp.double().cpu().numpy() for out in (student, teacher)
+    )
+    return _Measured(student_T, teacher_T, profiles, overlap, outside_T)
+
+
+def curves_of(profile: KLProfile) -> KLCurves:
+    """Of one text's positions, on the host."""
+    sums = profile.map(lambda x: x.sum(0))
+    return KLCurves(
+        sums.k,
+        sums.raw_TK.numpy(),
+        sums.bucket_TK.numpy(),
+        sums.gradient_tail_TK.numpy(),
+        sums.type_TN.numpy(),
+        sums.type_at_10_TN.numpy(),
+        sums.band_TM.numpy(),
+        sums.band_at_10_TM.numpy(),
     )
 
 
-def on_host(profile: KLProfile) -> KLProfile:
-    return KLProfile(profile.k, *(x.cpu() for name, x in vars(profile).items() if name != "k"))
-
-
-def curves_of(profile: KLProfile) -> Curves:
-    """Of one text's states, on the host."""
-    return Curves(
-        profile.k,
-        *(
-            getattr(profile, name).sum(0).numpy()
-            for name in (
-                "raw_TK",
-                "bucket_TK",
-                "gradient_tail_TK",
-                "type_TN",
-                "type_at_10_TN",
-                "band_TM",
-                "band_at_10_TM",
-            )
-        ),
-    )
-
-
-def _reading(
-    text: tuple[Rollout, str, Grade], chat: Chat, asked: Asked, m: _Measured, rows: np.ndarray
+def _token_stats(
+    text: GradedText, chat: Chat, spec: StatsSpec, m: _Measured, rows: np.ndarray
 ) -> TokenStats:
-    rollout, writer, grade = text
-    ids = list(rollout.ids)
+    ids = list(text.rollout.ids)
     length_n = chat.table.lens[ids]
-    kl = {d: p.kl_T[rows].numpy() for d, p in m.profiles.items()}
-    curves = {d: curves_of(p.rows(rows)) for d, p in m.profiles.items()}
-    type_n, band_n = (x.cpu().numpy()[ids] for x in (asked.type_V, asked.band_V))
+    profiles = {d: p.rows(rows) for d, p in m.profiles.items()}
     return TokenStats(
-        rollout,
-        writer,
-        grade.correct,
-        np.cumsum(length_n) - length_n,
-        int(length_n.sum()),
-        type_n,
-        m.student_T[rows],
-        m.teacher_T[rows],
-        kl,
-        curves,
-        m.overlap_T[rows],
-        m.teachable_T[rows],
-        m.entropy_gap_T[rows],
-        band_n,
-        m.outside_T[rows],
-        grade.extracted,
+        text.rollout,
+        text.sampled_by,
+        text.grade.correct,
+        start_n=np.cumsum(length_n) - length_n,
+        n_bytes=int(length_n.sum()),
+        type_n=spec.type_V.cpu().numpy()[ids],
+        student_logp_n=m.student_logp_T[rows],
+        teacher_logp_n=m.teacher_logp_T[rows],
+        kl={d: p.kl_T.numpy() for d, p in profiles.items()},
+        curves={d: curves_of(p) for d, p in profiles.items()},
+        overlap_n=m.overlap.overlap_T.numpy()[rows],
+        teachable_n=m.overlap.teachable_T.numpy()[rows],
+        entropy_gap_n=m.overlap.entropy_gap_T.numpy()[rows],
+        band_n=spec.band_V.cpu().numpy()[ids],
+        outside_n=m.outside_T[rows],
+        answer=text.grade.extracted,
     )
 
 
 def per_prompt(
-    readings: Sequence[TokenStats], value: Callable[[TokenStats], float]
+    stats: Sequence[TokenStats], value: Callable[[TokenStats], float]
 ) -> dict[int, float]:
     """Sums of a text's value over the texts of each prompt: what a bootstrap over prompts draws
     from.
     """
     sums: dict[int, float] = {}
-    for r in readings:
-        sums[r.rollout.prompt.index] = sums.get(r.rollout.prompt.index, 0.0) + value(r)
+    for s in stats:
+        sums[s.prompt] = sums.get(s.prompt, 0.0) + value(s)
     return sums

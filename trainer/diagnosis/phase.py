@@ -1,12 +1,13 @@
-"""Phase 3: which trap is this teacher-student pair in? Weights held still; writes report.md, plots,
-JSON, tokens.jsonl, heat.html.
+"""Phase diagnose: which of the three traps is this teacher-student pair in? No weight moves; writes
+report.md with its plots, diagnosis.json, tokens.jsonl and heatmap.html.
 
     model = the student, teacher = the teacher, data = any prompts, task = what grades texts
         (optional: without it no gap)
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,21 +21,21 @@ from reflux.trainer.data.chat import Chat, same_vocabulary
 from reflux.trainer.data.graders import Grade
 from reflux.trainer.data.prompts import load_prompts
 from reflux.trainer.data.tasks import build_task
-from reflux.trainer.phase import Sampling
-from reflux.trainer.rollouts.generate import generate, given_rollout
+from reflux.trainer.phase import Engine, Grader, Phase, ReadableModel, Sampler, Sampling
+from reflux.trainer.rollouts.generate import EmbeddedSampler, given_rollout
 from reflux.trainer.rollouts.scoring import score_ids
-from reflux.trainer.runs.progress import progress
+from reflux.trainer.runs.progress import Stage, progress
 
-from .answers import answer_symptoms, own_errors
-from .frequency_bands import count_ids, frequency_bands
-from .gradient_snr import deal, gradient_noise, gradients_of
-from .measure import Asked, TokenStats, read_texts
-from .measure_cross_tokenizer import pair_of, read_across
+from .gradient_snr import GradientNoise, deal, gradient_noise, gradients_of
+from .measure import GradedText, SampledBy, StatsSpec, TokenStats, measure_texts
+from .measure_cross_tokenizer import measure_texts_cross_tokenizer, pair_of
 from .report import write_diagnosis
-from .summary import diagnose_readings, flatten, verdict
-from .symptoms import insert_error, recovery, revises
-from .token_classes import token_types
+from .results import Diagnosis
+from .summary import diagnose_token_stats
+from .symptoms import CutOutcome, correction, insert_error, own_error, revises, with_answers
+from .token_classes import count_ids, frequency_bands, token_types
 from .training_stability import read_stability
+from .verdict import flatten, with_verdict
 
 STREAM = {
     "student": 1 << 29,
@@ -44,88 +45,101 @@ STREAM = {
     "own": (1 << 29) + 4,
     "cut": 1 << 28,
 }
-CUTS = (0.25, 0.5, 0.75)  # of a right text's tokens
+CUTS = (0.25, 0.5, 0.75)  # of a correct text's tokens
 
 
-class Diagnose:
-    """Reads, adds up, writes. Everything it does is collective."""
+@dataclass(frozen=True)
+class Cut:
+    """The beginning of a correct text, as it is and with one error at its end."""
 
-    def __init__(self, cfg: Config, engine):
-        self.cfg, self.engine, self.spec = cfg, engine, cfg.diagnose
-        self.runs = read_stability(cfg)  # a wrong folder is told before anything is loaded
+    rollout: Rollout
+    clean: str
+    wrong: str
+
+
+class DiagnosePhase:
+    """Measures, adds up, writes: a Phase. Everything it does is collective."""
+
+    exit_code = 0
+
+    def __init__(self, cfg: Config, engine: Engine):
+        self.cfg, self.engine, self.section = cfg, engine, cfg.diagnose
+        self.stability = read_stability(cfg)  # a wrong folder is an error before anything is loaded
         self.chat, self.teacher_chat = Chat(cfg.model.path), Chat(cfg.teacher.path)
-        self.same = same_vocabulary(self.chat, self.teacher_chat)
         engine.vocab_size = min(engine.vocab_size, self.chat.vocab_size)
         self.teacher = engine.frozen(cfg.teacher)
-        # texts of this rank that the two tokenizers do not spell alike
-        self.unaligned: list[TokenStats] = []
         rows = engine.vocab_size, min(self.teacher.vocab_size, self.teacher_chat.vocab_size)
+        # None: one vocabulary
         self.pair = (
-            None if self.same else pair_of(self.chat, self.teacher_chat, rows, engine.device)
+            None
+            if same_vocabulary(self.chat, self.teacher_chat)
+            else pair_of(self.chat, self.teacher_chat, rows, engine.device)
         )
         prompts = load_prompts(
             cfg.data.source, split=cfg.data.split, columns=cfg.data.columns, limit=cfg.data.limit
         )
         self.prompts = [prompts[i] for i in range(engine.rank, len(prompts), engine.world)]
-        self.task = build_task(cfg.task.name, cfg.task.options) if cfg.task.name else None
+        self.grader: Grader | None = None
+        if cfg.task.name:
+            self.grader = build_task(cfg.task.name, cfg.task.options)
+        self.sampler = EmbeddedSampler(engine.gathered_weights, self.chat)
+        self.teacher_sampler = EmbeddedSampler(
+            partial(engine.gathered_frozen_weights, self.teacher), self.teacher_chat
+        )
 
-    def close_step(self, step: int, stats: dict[str, float]) -> dict[str, float]:
+    def close_step(self, step: int, stats: Mapping[str, float]) -> dict[str, Any]:
         return self.run()
 
     def run(self) -> dict[str, float]:
         """The whole diagnosis; returns the verdict's numbers on every rank."""
-        with progress(self.engine.is_main and not self.cfg.log.quiet) as self._stage:
-            found, readings = self._measure()
-        found["verdict"] = verdict(found)
+        with progress(self.engine.is_main and not self.cfg.log.quiet) as stage:
+            diagnosis, stats = self._diagnose(stage)
         if self.engine.is_main:
-            write_diagnosis(
-                Path(self.cfg.folder), self.cfg, found, readings, (self.chat, self.teacher_chat)
-            )
-        return flatten(found)
+            chats = self.chat, self.teacher_chat
+            write_diagnosis(Path(self.cfg.folder), self.cfg, diagnosis, stats, chats)
+        return flatten(diagnosis)
 
-    def _measure(self) -> tuple[dict[str, Any], list[TokenStats]]:
-        gather, students = (
-            self.engine.gather,
-            lambda rows: [r for r in rows if r.writer == "student"],
+    def _diagnose(self, stage: Stage) -> tuple[Diagnosis, list[TokenStats]]:
+        """From all ranks' texts, the same on every rank."""
+        gather = self.engine.gather
+        mine, unaligned = self._measure(stage)
+        students = [s for s in mine if s.sampled_by == "student"]
+        cuts = gather(self._correction(stage, mine))
+        own_errors = dict(gather(self._own_errors(stage, students)))
+        greedy = dict(gather(self._greedy(stage, students)))
+        stats = sorted(gather(mine), key=lambda s: (s.sampled_by, s.prompt))  # stable in a prompt
+        unaligned = gather(unaligned)
+        diagnosis = diagnose_token_stats(
+            stats, kl_fraction=self.section.kl_fraction, unaligned=unaligned
         )
-        texts = {writer: self._texts(writer) for writer in self.spec.prefixes}
-        asked = self._asked(chain.from_iterable(texts.values())) if self.same else None
-        mine = list(
-            chain.from_iterable(
-                self._read(writer, rollouts, asked) for writer, rollouts in texts.items()
-            )
-        )
-        probe = self._correction([r for r in mine if r.right and r.rollout.ended])
-        own = dict(
-            gather(
-                self._own_errors(
-                    [r for r in students(mine) if r.right is False and r.rollout.ended]
-                )
-            )
-        )
-        greedy = dict(gather(self._greedy(students(mine))))
-        # stable inside a prompt
-        readings = sorted(gather(mine), key=lambda r: (r.writer, r.rollout.prompt.index))
-        unread = gather(self.unaligned)
-        found = diagnose_readings(readings, share=self.spec.kl_fraction, unread=unread)
         # a text need not align to have an answer
-        written = sorted(students(readings + unread), key=lambda r: r.rollout.prompt.index)
-        answers = answer_symptoms(written, greedy, names_answers=self._names_answers(written))
-        found["symptoms"] |= answers | _recovery(gather(probe)) | own_errors(own, written)
-        if gradient := self._gradient(readings):
-            found["off_policy"]["gradient"] = gradient
-        if self.runs:
-            found["runs"] = self.runs
-        return found, readings
-
-    def _gradient(self, readings: Sequence[TokenStats]) -> dict[str, Any]:
-        """Of the token KL, which two vocabularies do not have."""
-        groups = (
-            deal(readings, self.spec.gradient_batches)
-            if self.spec.gradient_batches and self.same
-            else {}
+        answered = sorted(
+            (s for s in stats + unaligned if s.sampled_by == "student"), key=lambda s: s.prompt
         )
-        with self._stage("gradients", gradients_of(groups)) as advance:
+        symptoms = with_answers(
+            diagnosis.symptoms, answered, greedy, names_answers=self._names_answers(answered)
+        )
+        diagnosis = replace(
+            diagnosis,
+            symptoms=replace(
+                symptoms, correction=correction(cuts), own_error=own_error(own_errors, answered)
+            ),
+            off_policy=replace(diagnosis.off_policy, gradient=self._gradient(stage, stats)),
+            runs=self.stability,
+        )
+        return with_verdict(diagnosis), stats
+
+    def _names_answers(self, stats: Sequence[TokenStats]) -> bool:
+        """A user's function may grade without naming an answer."""
+        return self.grader is not None and (
+            ":" not in self.cfg.task.name or any(s.answer is not None for s in stats)
+        )
+
+    def _gradient(self, stage: Stage, stats: Sequence[TokenStats]) -> GradientNoise | None:
+        """Of the token KL, which two vocabularies do not have."""
+        batches = self.section.gradient_batches
+        groups = deal(stats, batches) if batches and self.pair is None else {}
+        with stage("gradients", gradients_of(groups)) as advance:
             return gradient_noise(
                 self.engine,
                 self.teacher,
@@ -136,240 +150,204 @@ class Diagnose:
                 advance=advance,
             )
 
-    def _names_answers(self, readings: Sequence[TokenStats]) -> bool:
-        return self.task is not None and (
-            ":" not in self.cfg.task.name or any(r.answer is not None for r in readings)
-        )
+    # sampling and measuring
+    def _measure(self, stage: Stage) -> tuple[list[TokenStats], list[TokenStats]]:
+        """Token stats of this rank's texts, and of those that are unaligned."""
+        texts = {source: self._sample(stage, source) for source in self.section.prefixes}
+        spec = self._stats_spec(chain.from_iterable(texts.values())) if self.pair is None else None
+        stats, unaligned = [], []
+        for source, rollouts in texts.items():
+            graded = self._graded(source, rollouts)
+            with stage(f"measuring texts by the {source}", len(rollouts)) as advance:
+                if spec is not None:
+                    stats += measure_texts(
+                        self.engine,
+                        self.teacher,
+                        graded,
+                        (self.chat, self.teacher_chat),
+                        tokens=self.cfg.batch.tokens,
+                        spec=spec,
+                        joined=self.cfg.batch.pack,
+                        advance=advance,
+                    )
+                elif self.pair is not None:
+                    aligned, others = measure_texts_cross_tokenizer(
+                        self.engine,
+                        self.teacher,
+                        graded,
+                        self.pair,
+                        tokens=self.cfg.batch.tokens,
+                        overlap_k=self.section.overlap_k,
+                        joined=self.cfg.batch.pack,
+                        advance=advance,
+                    )
+                    stats += aligned
+                    unaligned += others
+        return stats, unaligned
 
-    # the texts
-    def _asked(self, rollouts: Iterable[Rollout]) -> Asked:
+    def _stats_spec(self, rollouts: Iterable[Rollout]) -> StatsSpec:
         """Frequencies count all texts of all ranks, so every text has to exist before the first is
-        read.
+        measured.
         """
         counts = self.engine.gather([count_ids((r.ids for r in rollouts), len(self.chat.table))])
-        return Asked(
-            self.spec.overlap_k,
+        return StatsSpec(
+            self.section.overlap_k,
             torch.from_numpy(token_types(self.chat.table, self.chat.stop_ids)),
             torch.from_numpy(frequency_bands(sum(counts))),
         )
 
-    def _read(
-        self, writer: str, rollouts: Sequence[Rollout], asked: Asked | None
-    ) -> list[TokenStats]:
-        """asked: None where the two vocabularies differ."""
-        grades = self.task.grade(rollouts) if self.task else [Grade(0.0, None)] * len(rollouts)
-        texts = [(x, writer, g) for x, g in zip(rollouts, grades)]
-        with self._stage(f"reading texts by the {writer}", len(rollouts)) as advance:
-            options = {
-                "tokens": self.cfg.batch.tokens,
-                "joined": self.cfg.batch.pack,
-                "advance": advance,
-            }
-            if asked is None:
-                readings, lost = read_across(
-                    self.engine, self.teacher, texts, self.pair, top=self.spec.overlap_k, **options
-                )
-                self.unaligned += lost  # a list: they keep their text and grade
-                return readings
-            return read_texts(
-                self.engine,
-                self.teacher,
-                texts,
-                (self.chat, self.teacher_chat),
-                asked=asked,
-                **options,
-            )
+    def _graded(self, source: SampledBy, rollouts: Sequence[Rollout]) -> list[GradedText]:
+        no_grades = [Grade(0.0, None)] * len(rollouts)
+        grades = self.grader.grade(rollouts) if self.grader else no_grades
+        return [GradedText(r, source, g) for r, g in zip(rollouts, grades)]
 
-    def _texts(self, writer: str) -> list[Rollout]:
-        """In the student's ids, behind its own prompt; the teacher's own in its own, where it has
-        another vocabulary.
+    def _sample(self, stage: Stage, source: SampledBy) -> list[Rollout]:
+        """In the student's ids, behind its own prompt; the teacher's own texts in its own, where it
+        has another vocabulary.
         """
-        if writer == "dataset":
-            return [given_rollout(self.chat, p, self.cfg.rollout.max_tokens) for p in self.prompts]
-        count = self.spec.student_texts if writer == "student" else self.spec.teacher_texts
-        with self._stage(f"texts by the {writer}", count * len(self.prompts)) as advance:
-            if writer == "student":
-                with self.engine.gathered_weights() as decode:
-                    groups = generate(
-                        decode, self.chat, self.prompts, count, self._draw(writer), advance
-                    )
-                return list(chain.from_iterable(groups))
-            with self.engine.gathered_frozen_weights(self.teacher) as decode:
-                groups = generate(
-                    decode, self.teacher_chat, self.prompts, count, self._draw(writer), advance
-                )
-        if not self.same:
-            return list(chain.from_iterable(groups))
-        return [
-            replace(x, prompt_ids=self.chat.prompt_ids(x.prompt.messages))
-            for x in chain.from_iterable(groups)
-        ]
+        if source == "dataset":
+            max_tokens = self.cfg.rollout.max_tokens
+            return [given_rollout(self.chat, p, max_tokens) for p in self.prompts]
+        if source == "student":
+            return self._texts(stage, source, self.sampler, self.section.student_texts)
+        rollouts = self._texts(stage, source, self.teacher_sampler, self.section.teacher_texts)
+        if self.pair is not None:
+            return rollouts
+        return [replace(r, prompt_ids=self.chat.prompt_ids(r.prompt.messages)) for r in rollouts]
 
-    def _greedy(self, students: Sequence[TokenStats]) -> list[tuple[int, bool]]:
-        """(prompt, is the student's likeliest text right?), where its sampled texts have grades to
-        compare with.
-        """
-        if self.task is None or "student" not in self.spec.prefixes:
-            return []
-        graded = {r.rollout.prompt.index for r in students if r.right is not None}
-        prompts = [p for p in self.prompts if p.index in graded]
-        sampling = replace(self._draw("student"), greedy=True)
-        with (
-            self._stage("greedy texts by the student", len(prompts)) as advance,
-            self.engine.gathered_weights() as decode,
-        ):
-            texts = list(
-                chain.from_iterable(generate(decode, self.chat, prompts, 1, sampling, advance))
-            )
-        return [(x.prompt.index, bool(g.correct)) for x, g in zip(texts, self.task.grade(texts))]
+    def _texts(
+        self, stage: Stage, source: SampledBy, sampler: Sampler, count: int
+    ) -> list[Rollout]:
+        with stage(f"texts by the {source}", count * len(self.prompts)) as advance:
+            groups = sampler.sample(self.prompts, count, self._sampling(source), advance)
+        return list(chain.from_iterable(groups))
 
-    def _draw(self, stream: str) -> Sampling:
+    def _sampling(self, stream: str) -> Sampling:
         r = self.cfg.rollout
         return Sampling(r.max_tokens, self.cfg.seed, STREAM[stream], rows=r.rows)
 
-    # self-correction
-    def _correction(self, right: Sequence[TokenStats]) -> list[dict]:
-        """Right texts cut short, with and without an error at the cut: does the student still
-        arrive?
+    def _greedy(self, stage: Stage, students: Sequence[TokenStats]) -> list[tuple[int, bool]]:
+        """(prompt, is the student's likeliest text correct?), where its sampled texts have grades
+        to compare with.
         """
-        if not self.spec.correction or self.task is None:
+        if self.grader is None or "student" not in self.section.prefixes:
+            return []
+        graded = {s.prompt for s in students if s.correct is not None}
+        prompts = [p for p in self.prompts if p.index in graded]
+        sampling = replace(self._sampling("student"), greedy=True)
+        with stage("greedy texts by the student", len(prompts)) as advance:
+            groups = self.sampler.sample(prompts, 1, sampling, advance)
+        texts = list(chain.from_iterable(groups))
+        return [(x.prompt.index, bool(g.correct)) for x, g in zip(texts, self.grader.grade(texts))]
+
+    # self-correction
+    def _correction(self, stage: Stage, stats: Sequence[TokenStats]) -> list[CutOutcome]:
+        """Correct texts cut short, with and without an error at the cut: is the student still
+        correct?
+        """
+        if not self.section.correction or self.grader is None:
             return []
         draw = np.random.default_rng(self.cfg.seed << 8 ^ STREAM["cut"] ^ self.engine.rank)
-        first = {r.rollout.prompt.index: r.rollout for r in reversed(right)}  # one text a prompt
-        cut = [
-            (rollout, share, *ends)
-            for rollout in first.values()
-            for share in CUTS
-            if (ends := _cut(self.chat, rollout, share, draw))
+        cuts = list(_cuts(self.chat, [s for s in stats if s.correct and s.rollout.ended], draw))
+        clean = [(c.rollout.prompt, c.clean) for c in cuts]
+        wrong = [(c.rollout.prompt, c.wrong) for c in cuts]
+        return [
+            CutOutcome(after_clean, after_error, revises(text), student_gain, teacher_gain)
+            for (after_clean, _), (after_error, text), student_gain, teacher_gain in zip(
+                self._continue(stage, self.grader, clean, "clean"),
+                self._continue(stage, self.grader, wrong, "error"),
+                self._correcting_gain(self.engine, self.chat, cuts),
+                self._correcting_gain(self.teacher, self.teacher_chat, cuts),
+            )
         ]
-        rows = [{"prompt": x.prompt.index, "cut": share} for x, share, *_ in cut]
-        for name, at in (("clean", 2), ("error", 3)):
-            prefixes = [(c[0].prompt, c[at]) for c in cut]
-            for row, (right_again, text) in zip(rows, self._continue(prefixes, name)):
-                row |= {name: right_again, f"{name}_revises": revises(text)}
-        for who, reader, chat in (
-            ("student", self.engine, self.chat),
-            ("teacher", self.teacher, self.teacher_chat),
-        ):
-            for row, gain in zip(rows, self._correcting_gain(reader, chat, cut)):
-                row[f"{who}_gain"] = gain
-        return rows
 
-    def _own_errors(self, wrong: Sequence[TokenStats]) -> list[tuple[int, bool]]:
-        """(prompt, right after all?) of the student's own wrong texts, one a prompt, cut in the
+    def _own_errors(self, stage: Stage, students: Sequence[TokenStats]) -> list[tuple[int, bool]]:
+        """(prompt, correct after all?) of the student's own wrong texts, one a prompt, cut in the
         middle and continued.
         """
-        if not self.spec.correction or self.task is None:
+        if not self.section.correction or self.grader is None:
             return []
-        first = {r.rollout.prompt.index: r.rollout for r in reversed(wrong)}
+        wrong = [s for s in students if s.correct is False and s.rollout.ended]
         halves = [
-            (x.prompt, half) for x in first.values() if (half := _beginning(self.chat, x, 0.5))
+            (r.prompt, half)
+            for r in _first_of_prompts(wrong)
+            if (half := _beginning(self.chat, r, 0.5))
         ]
-        return [
-            (p.index, right) for (p, _), (right, _) in zip(halves, self._continue(halves, "own"))
-        ]
+        outcomes = self._continue(stage, self.grader, halves, "own")
+        return [(p.index, correct) for (p, _), (correct, _) in zip(halves, outcomes)]
 
     def _continue(
-        self, prefixes: Sequence[tuple[Prompt, str]], stream: str
+        self, stage: Stage, grader: Grader, prefixes: Sequence[tuple[Prompt, str]], stream: str
     ) -> list[tuple[bool, str]]:
-        asked = [
+        """(is the whole text correct?, the continuation) of each prefix of an answer."""
+        prompts = [
             replace(p, messages=(*p.messages, {"role": "assistant", "content": prefix}))
             for p, prefix in prefixes
         ]
-        with (
-            self._stage(f"continued texts, {stream}", len(asked)) as advance,
-            self.engine.gathered_weights() as decode,
-        ):
-            groups = generate(decode, _Continued(self.chat), asked, 1, self._draw(stream), advance)
+        sampler = EmbeddedSampler(self.engine.gathered_weights, ContinuedChat(self.chat))
+        with stage(f"continued texts, {stream}", len(prompts)) as advance:
+            groups = sampler.sample(prompts, 1, self._sampling(stream), advance)
+        continued = [g[0] for g in groups]
         whole = [
-            replace(g[0], prompt=p, text=prefix + g[0].text)
-            for g, (p, prefix) in zip(groups, prefixes)
+            replace(r, prompt=p, text=prefix + r.text)
+            for r, (p, prefix) in zip(continued, prefixes)
         ]
-        return [
-            (bool(grade.correct), g[0].text) for grade, g in zip(self.task.grade(whole), groups)
-        ]
+        return [(bool(g.correct), r.text) for g, r in zip(grader.grade(whole), continued)]
 
-    def _correcting_gain(self, reader, chat: Chat, cut: Sequence[tuple]) -> list[float]:
+    def _correcting_gain(
+        self, model: ReadableModel, chat: Chat, cuts: Sequence[Cut]
+    ) -> list[float]:
         """log p(correction | error) - log p(the text goes on as if nothing had happened | error),
-        nats, in the reader's own tokens behind its own template; collective.
+        nats, in the model's own tokens behind its own template. Collective.
         """
-        jobs = []
-        for rollout, _, clean, wrong in cut:
-            rest = rollout.text[len(clean) :]
-            start = _Continued(chat).prompt_ids(
-                (*rollout.prompt.messages, {"role": "assistant", "content": wrong})
-            )
-            jobs += [
-                (
-                    start,
-                    chat.encode(
-                        self.spec.correction_marker
-                        + clean[_first_difference(clean, wrong) :]
-                        + rest
-                    ),
-                ),
-                (start, chat.encode(rest)),
-            ]
-        scored = score_ids(
-            reader, self.engine, jobs, chat, tokens=self.cfg.batch.tokens, stop=False
-        )
-        sums = [float(s.logp.sum()) for s in scored]
-        return [sums[2 * i] - sums[2 * i + 1] for i in range(len(cut))]
+        continued, jobs = ContinuedChat(chat), []
+        for c in cuts:
+            goes_on = c.rollout.text[len(c.clean) :]
+            corrected = c.clean[_first_difference(c.clean, c.wrong) :] + goes_on
+            turn = {"role": "assistant", "content": c.wrong}
+            start = continued.prompt_ids((*c.rollout.prompt.messages, turn))
+            jobs.append((start, chat.encode(self.section.correction_marker + corrected)))
+            jobs.append((start, chat.encode(goes_on)))
+        scores = score_ids(model, self.engine, jobs, chat, tokens=self.cfg.batch.tokens, stop=False)
+        sums = [float(s.logp.sum()) for s in scores]
+        return [a - b for a, b in zip(sums[::2], sums[1::2])]
 
 
-class _Continued:
-    """A Chat whose last message is the beginning of the answer."""
+class ContinuedChat(Chat):
+    """A chat whose last message is the beginning of the answer."""
 
     def __init__(self, chat: Chat):
-        self._chat = chat
+        self.__dict__ = chat.__dict__  # one tokenizer, one table, one cache
 
-    def __getattr__(self, name: str):
-        return getattr(self._chat, name)
-
-    def prompt_ids(self, messages) -> tuple[int, ...]:
-        return self._chat.prompt_ids(messages[:-1]) + self._chat.encode(messages[-1]["content"])
+    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        return super().prompt_ids(messages[:-1]) + self.encode(messages[-1]["content"])
 
 
-def _cut(
-    chat: Chat, rollout: Rollout, share: float, draw: np.random.Generator
-) -> tuple[str, str] | None:
-    """(the text's beginning, the same with one error at its end), or None where there is nothing to
-    break.
-    """
-    clean = _beginning(chat, rollout, share)
-    wrong = insert_error(clean, draw) if clean else None
-    return None if wrong is None else (clean, wrong)
+def _first_of_prompts(stats: Sequence[TokenStats]) -> list[Rollout]:
+    """The first text of each prompt."""
+    return list({s.prompt: s.rollout for s in reversed(stats)}.values())
 
 
-def _beginning(chat: Chat, rollout: Rollout, share: float) -> str | None:
+def _cuts(chat: Chat, stats: Sequence[TokenStats], draw: np.random.Generator) -> Iterator[Cut]:
+    """One text a prompt at every fraction of CUTS where there is something to break."""
+    for rollout in _first_of_prompts(stats):
+        for fraction in CUTS:
+            clean = _beginning(chat, rollout, fraction)
+            wrong = insert_error(clean, draw) if clean else None
+            if clean and wrong is not None:
+                yield Cut(rollout, clean, wrong)
+
+
+def _beginning(chat: Chat, rollout: Rollout, fraction: float) -> str | None:
     """The text's first tokens, spelled; None where they are no true beginning of it."""
     ids = rollout.content_ids
-    text = chat.decode(ids[: max(1, round(share * len(ids)))])
-    return (
-        text if text and rollout.text.startswith(text) and len(text) < len(rollout.text) else None
-    )
+    text = chat.decode(ids[: max(1, round(fraction * len(ids)))])
+    begins = text and rollout.text.startswith(text) and len(text) < len(rollout.text)
+    return text if begins else None
 
 
 def _first_difference(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def _recovery(rows: Sequence[dict]) -> dict:
-    if not rows:
-        return {}
-    clean, wrong = ([row[name] for row in rows] for name in ("clean", "error"))
-    revised = [row["error"] for row in rows if row["error_revises"]]
-    return {
-        "correction": {
-            "cuts": len(rows),
-            "right_after_clean": float(np.mean(clean)),
-            "right_after_error": float(np.mean(wrong)),
-            "recovery": recovery(wrong, clean),
-            "revises": float(np.mean([row["error_revises"] for row in rows])),
-            "right_if_revised": float(np.mean(revised)) if revised else float("nan"),
-            **{
-                f"{who}_gain": float(np.mean([row[f"{who}_gain"] for row in rows]))
-                for who in ("student", "teacher")
-            },
-        }
-    }
+_PHASE: type[Phase] = DiagnosePhase  # mypy proves that it keeps the contract

@@ -1,27 +1,159 @@
-"""What a student looks like from outside when a trap has worked: pure functions of texts,
-confidences and grades.
+"""What an undistillable pair does to a student, seen from outside: pure functions of texts,
+confidences, answers and grades.
 
     overconfident hallucination   wrong, and sure of it
-    self-correction collapse      an error in the prefix is not recovered from (the prompts for it
+    self-correction collapse      an error in the prefix is not recovered from (the prefixes for it
                                   are made here)
     local decoding degradation    repetition, loops, broken characters, texts cut at the limit
+    votes                         a confidence that does not look at probabilities: how many of n
+                                  samples agree on the answer
+    format breaks                 finished texts in which the grader found no answer
+    sampling gap                  accuracy of the most likely text - accuracy at temperature 1
 """
 
+import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from reflux.trainer.runs.stats import Estimate, mean_over_prompts
+
+from .measure import TokenStats
+
+CONFIDENT = 0.9
 REVISIONS = re.compile(
     r"\b(wait|actually|hold on|let me (re)?check|correction|mistake|on second thought)\b",
     re.IGNORECASE,
 )
 
 
+@dataclass(frozen=True)
+class Confidence:
+    """How well confidence agrees with being correct, over all prompts."""
+
+    accuracy: float
+    mean: float
+    confident_wrong: float  # fraction of all prompts answered wrong with confidence >= CONFIDENT
+    ece: float  # expected calibration error over equally filled bins
+    # chance that a correct answer is held with more confidence than a wrong one; NaN without both
+    auroc: float
+    overconfidence: float  # mean - accuracy
+
+
+@dataclass(frozen=True)
+class SamplingGap:
+    """Accuracy greedy, at temperature 1, and their difference."""
+
+    greedy: Estimate
+    sampled: Estimate
+    gap: Estimate
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Correct texts cut short and continued, as they are and with one error at the cut."""
+
+    cuts: int
+    correct_after_clean: float
+    correct_after_error: float
+    recovery: float
+    revises: float  # fraction of the texts after an error that revise themselves
+    correct_if_revised: float
+    student_gain: float  # log p(correcting) - log p(going on), nats
+    teacher_gain: float
+
+
+@dataclass(frozen=True)
+class OwnError:
+    """Half of the student's own wrong text, continued; the same prompts from the start."""
+
+    texts: int
+    correct_after: Estimate
+    correct_from_the_start: Estimate
+
+
+@dataclass(frozen=True)
+class Symptoms:
+    """Of the student's texts. Numbers are fractions of texts or tokens; None: not measured."""
+
+    repeated_4grams: float | None = None
+    looping: float | None = None
+    truncated: float | None = None
+    broken_text: float | None = None
+    off_nucleus: float | None = None
+    confidence: Confidence | None = None
+    sampling: SamplingGap | None = None
+    format_breaks: float | None = None
+    vote_confidence: Confidence | None = None
+    correction: Correction | None = None
+    own_error: OwnError | None = None
+
+
+def text_symptoms(students: Sequence[TokenStats]) -> Symptoms:
+    """What the student's sampled texts and their probabilities say."""
+    if not students:
+        return Symptoms()
+    ids = [s.rollout.content_ids for s in students]
+    outside = [s.outside_n for s in students if s.outside_n is not None]
+    off_nucleus = None
+    if len(outside) == len(students):
+        tokens = sum(map(len, outside))
+        off_nucleus = float(sum(int(x.sum()) for x in outside) / tokens) if tokens else math.nan
+    graded = [(s, s.correct) for s in students if s.correct is not None and len(s.student_logp_n)]
+    confidence = [math.exp(float(s.student_logp_n.sum()) / s.tokens) for s, _ in graded]
+    return Symptoms(
+        repeated_4grams=float(np.mean([repeated_ngrams(i) for i in ids])),
+        looping=float(np.mean([loops(i) for i in ids])),
+        truncated=float(np.mean([not s.rollout.ended for s in students])),
+        broken_text=float(np.mean(["\ufffd" in s.rollout.text for s in students])),
+        off_nucleus=off_nucleus,
+        confidence=confidence_report(confidence, [c for _, c in graded]) if graded else None,
+    )
+
+
+def with_answers(
+    symptoms: Symptoms,
+    students: Sequence[TokenStats],
+    greedy: Mapping[int, bool],
+    *,
+    names_answers: bool,
+) -> Symptoms:
+    """Adds the sampling gap, format breaks and votes of the student's graded texts.
+
+    greedy: prompt -> is the most likely text correct? names_answers: does the grader say what it
+    took for the answer?
+    """
+    of_prompt: dict[int, list[TokenStats]] = {}
+    for s in students:
+        if s.correct is not None:
+            of_prompt.setdefault(s.prompt, []).append(s)
+    if of_prompt and greedy:
+        grades = {i: [bool(s.correct) for s in rows] for i, rows in of_prompt.items()}
+        symptoms = replace(symptoms, sampling=sampling_gap(greedy, grades))
+    if of_prompt and names_answers:
+        breaks = [
+            s.rollout.ended and not s.correct and s.answer is None
+            for rows in of_prompt.values()
+            for s in rows
+        ]
+        votes = [
+            vote([s.answer for s in rows], [bool(s.correct) for s in rows])
+            for rows in of_prompt.values()
+        ]
+        symptoms = replace(
+            symptoms,
+            format_breaks=float(np.mean(breaks)),
+            vote_confidence=confidence_report([v for v, _ in votes], [c for _, c in votes]),
+        )
+    return symptoms
+
+
 def repeated_ngrams(ids: Sequence[int], n: int = 4) -> float:
-    """Share of the n-grams that have occurred before in the text; 0 for texts shorter than n +
-    1.
+    """Fraction of the n-grams that have occurred before in the text; 0 for texts shorter than
+    n + 1.
     """
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
@@ -35,64 +167,112 @@ def loops(ids: Sequence[int], window: int = 64, longest: int = 16) -> bool:
     return len(end) == window and any(end[p:] == end[:-p] for p in range(1, longest + 1))
 
 
-@dataclass(frozen=True)
-class Confidence:
-    """How well confidence agrees with being right, over all prompts."""
-
-    accuracy: float
-    mean: float
-    confident_wrong: float  # share of all prompts answered wrong with confidence >= 0.9
-    ece: float  # expected calibration error over equally filled bins
-    # chance that a right answer is held with more confidence than a wrong one; NaN if all are equal
-    auroc: float
-
-    @property
-    def overconfidence(self) -> float:
-        return self.mean - self.accuracy
-
-
 def confidence_report(
-    confidence: Sequence[float], right: Sequence[bool], *, sure: float = 0.9, bins: int = 15
+    confidence: Sequence[float], correct: Sequence[bool], *, bins: int = 15
 ) -> Confidence:
     """confidence: 0 to 1 per prompt, e.g. the geometric mean of the answer's token probabilities,
-    or a vote share.
+    or the fraction of votes. ValueError unless there is one grade for each, at least one.
     """
-    c, r = np.asarray(confidence, float), np.asarray(right, bool)
-    if len(c) != len(r) or not len(c):
+    c, right = np.asarray(confidence, float), np.asarray(correct, bool)
+    if len(c) != len(right) or not len(c):
         raise ValueError(
-            f"confidence_report: {len(c)} confidences and {len(r)} grades; want one of each per "
-            "prompt, at least one"
+            f"confidence_report: {len(c)} confidences and {len(right)} grades; want one of each "
+            "per prompt, at least one"
         )
     order = np.argsort(c, kind="stable")
-    ece = sum(
-        len(b) * abs(c[b].mean() - r[b].mean()) for b in np.array_split(order, min(bins, len(c)))
-    ) / len(c)
+    binned = np.array_split(order, min(bins, len(c)))
     return Confidence(
-        float(r.mean()),
-        float(c.mean()),
-        float((~r & (c >= sure)).mean()),
-        float(ece),
-        auroc(c[r], c[~r]),
+        accuracy=float(right.mean()),
+        mean=float(c.mean()),
+        confident_wrong=float((~right & (c >= CONFIDENT)).mean()),
+        ece=float(sum(len(b) * abs(c[b].mean() - right[b].mean()) for b in binned) / len(c)),
+        auroc=auroc(c[right], c[~right]),
+        overconfidence=float(c.mean()) - float(right.mean()),
     )
 
 
-def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
+def auroc(positive: Sequence[float] | np.ndarray, negative: Sequence[float] | np.ndarray) -> float:
     """P(positive > negative) + half of ties; NaN when one side is empty. Mann-Whitney by ranks."""
     a, b = np.asarray(positive, float), np.asarray(negative, float)
     if not len(a) or not len(b):
         return float("nan")
-    values, inverse, count = np.unique(
-        np.concatenate([a, b]), return_inverse=True, return_counts=True
-    )
+    _, inverse, count = np.unique(np.concatenate([a, b]), return_inverse=True, return_counts=True)
     rank = np.cumsum(count) - (count - 1) / 2
     return float((rank[inverse[: len(a)]].sum() - len(a) * (len(a) + 1) / 2) / (len(a) * len(b)))
 
 
+def vote(answers: Sequence[str | None], correct: Sequence[bool]) -> tuple[float, bool]:
+    """(fraction of the samples that gave the most frequent answer, is it correct?); of equally
+    frequent ones the first.
+
+    None is no answer and gets no votes; without any answer (0.0, False).
+    """
+    votes = Counter(a for a in answers if a is not None)
+    if not votes:
+        return 0.0, False
+    winner, count = votes.most_common(1)[0]
+    return count / len(answers), bool(correct[answers.index(winner)])
+
+
+def sampling_gap(greedy: Mapping[int, bool], sampled: Mapping[int, Sequence[bool]]) -> SamplingGap:
+    """Over the prompts that have both; intervals over prompts."""
+    mean = {i: float(np.mean(sampled[i])) for i in greedy if sampled.get(i)}
+    likeliest = {i: float(greedy[i]) for i in mean}
+    return SamplingGap(
+        mean_over_prompts(likeliest),
+        mean_over_prompts(mean),
+        mean_over_prompts({i: likeliest[i] - mean[i] for i in mean}),
+    )
+
+
+def own_error(continued: Mapping[int, bool], students: Sequence[TokenStats]) -> OwnError | None:
+    """continued: prompt -> correct after half of the student's own wrong text? Beside it what the
+    student gets on the same prompts from the start. None without any.
+    """
+    if not continued:
+        return None
+    from_the_start = {
+        i: float(np.mean([bool(s.correct) for s in students if s.prompt == i])) for i in continued
+    }
+    return OwnError(
+        len(continued),
+        mean_over_prompts({i: float(x) for i, x in continued.items()}),
+        mean_over_prompts(from_the_start),
+    )
+
+
+@dataclass(frozen=True)
+class CutOutcome:
+    """What became of one cut text. Gains: log p(correcting) - log p(going on), nats."""
+
+    correct_after_clean: bool
+    correct_after_error: bool
+    revises: bool  # after the error
+    student_gain: float
+    teacher_gain: float
+
+
+def correction(cuts: Sequence[CutOutcome]) -> Correction | None:
+    """Means over all cuts; None without any."""
+    if not cuts:
+        return None
+    clean, wrong = [c.correct_after_clean for c in cuts], [c.correct_after_error for c in cuts]
+    revised = [c.correct_after_error for c in cuts if c.revises]
+    return Correction(
+        cuts=len(cuts),
+        correct_after_clean=float(np.mean(clean)),
+        correct_after_error=float(np.mean(wrong)),
+        recovery=recovery(wrong, clean),
+        revises=float(np.mean([c.revises for c in cuts])),
+        correct_if_revised=float(np.mean(revised)) if revised else math.nan,
+        student_gain=float(np.mean([c.student_gain for c in cuts])),
+        teacher_gain=float(np.mean([c.teacher_gain for c in cuts])),
+    )
+
+
 def insert_error(text: str, draw: np.random.Generator) -> str | None:
     """The text with one controlled error at its end: its last number off by one, or else its last
-    operator or option swapped.
-
-    None where there is nothing to break.
+    operator or option swapped. None where there is nothing to break.
     """
     if numbers := list(re.finditer(r"\d+", text)):
         m = numbers[-1]
@@ -110,14 +290,12 @@ def insert_error(text: str, draw: np.random.Generator) -> str | None:
 
 
 def recovery(after_error: Sequence[bool], clean: Sequence[bool]) -> float:
-    """acc(prefix with an error) / acc(the same prefix clean); NaN when the clean prefixes lead
-    nowhere.
+    """acc(prefix with an error) / acc(the same prefix clean); NaN when no clean prefix leads to a
+    correct answer.
     """
-    return (
-        float(np.mean(after_error) / np.mean(clean))
-        if len(clean) and np.mean(clean) > 0
-        else float("nan")
-    )
+    if not len(clean) or np.mean(clean) <= 0:
+        return math.nan
+    return float(np.mean(after_error) / np.mean(clean))
 
 
 def revises(text: str) -> bool:

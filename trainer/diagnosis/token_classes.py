@@ -1,8 +1,16 @@
-"""What kind of token is it? Decided on its bytes, so that two tokenizers are asked the same
-question.
+"""What kind of token is it, and how often does it occur?
 
-First match wins: stop or control, whitespace, digit, operator, punctuation, function word, code or
-markup, content word, other (half a character, emoji, mixtures).
+Types are decided on a token's bytes, so that they mean the same for two tokenizers. First match
+wins: stop or control, whitespace, digit, operator, punctuation, function word, code or markup,
+content word, other (half a character, emoji, mixtures).
+
+Frequency bands rank the ids over all texts of a diagnosis, so that they are the same for every
+text:
+    top 10, 11-100, 101-1000    ids by number of occurrences, the most frequent first; of equally
+                                frequent ones the smaller id
+    rest seen, never seen       all others that occur, and what is left of the vocabulary
+
+Shapes: V vocabulary.
 """
 
 import unicodedata
@@ -23,19 +31,25 @@ TYPES = (
     "content",
     "other",
 )
+BANDS = ("top 10", "11-100", "101-1000", "rest seen", "never seen")
+BAND_ENDS = (10, 100, 1000)  # rank at which a band ends
 OPERATORS = set("+-*/=<>^%±×÷≤≥≠≈√∑∏∫∞∂∈∉∪∩⊂⊆→←↔⇒⇔¬∧∨∀∃·−∓∝≡")
 CODE = set("{}[]\\_#$@&|~`<>")
 # The closed classes of English: articles, pronouns, prepositions, conjunctions, auxiliaries,
 # particles.
 FUNCTION_WORDS = frozenset(
     """
-a an the this that these those some any no every each either neither all both half such what which whose
-i me my mine myself we us our ours ourselves you your yours yourself yourselves he him his himself she her hers herself it its
-itself they them their theirs themselves one ones who whom there here
-of in to for with on at from by about as into like through after over between out against during without before under around
-among within along across behind beyond up down off above near since until upon toward towards onto via per
-and or but nor so yet if because although though while whereas unless than whether when where why how then thus hence
-be am is are was were been being have has had having do does did doing done will would shall should can could may might must ought
+a an the this that these those some any no every each either neither all both half such what which
+whose
+i me my mine myself we us our ours ourselves you your yours yourself yourselves he him his himself
+she her hers herself it its itself they them their theirs themselves one ones who whom there here
+of in to for with on at from by about as into like through after over between out against during
+without before under around among within along across behind beyond up down off above near since
+until upon toward towards onto via per
+and or but nor so yet if because although though while whereas unless than whether when where why
+how then thus hence
+be am is are was were been being have has had having do does did doing done will would shall should
+can could may might must ought
 not n't 's 're 've 'll 'd 'm too also just only very even still again ever never now
 """.split()
 )
@@ -71,9 +85,26 @@ def token_types(table: ByteTable, stop_ids: Iterable[int] = ()) -> np.ndarray:
     """int8 [V], an index into TYPES for every id of a tokenizer. CONTROL, UNKNOWN and UNUSED ids
     and the stop set are "stop".
     """
-    found = np.zeros(len(table), np.int8)
-    at = {name: i for i, name in enumerate(TYPES)}
-    for i in np.flatnonzero(table.kind == TEXT):
-        found[i] = at[type_of(table.pieces[i])]
-    found[[i for i in stop_ids if i < len(found)]] = at["stop"]
-    return found
+    type_V = np.zeros(len(table), np.int8)
+    index = {name: i for i, name in enumerate(TYPES)}
+    for i in np.flatnonzero(table.kind == TEXT).tolist():
+        type_V[i] = index[type_of(table.pieces[i])]
+    type_V[[i for i in stop_ids if i < len(type_V)]] = index["stop"]
+    return type_V
+
+
+def count_ids(texts: Iterable[Iterable[int]], vocab_size: int) -> np.ndarray:
+    """int64 [V] occurrences of every id. Counts of parts of the texts add up."""
+    count_V = np.zeros(vocab_size, np.int64)
+    for ids in texts:
+        count_V += np.bincount(np.fromiter(ids, np.int64), minlength=vocab_size)
+    return count_V
+
+
+def frequency_bands(count_V: np.ndarray) -> np.ndarray:
+    """int8 [V], an index into BANDS for every id, from its occurrences."""
+    order_V = np.argsort(-count_V, kind="stable")
+    band_V = np.full(len(count_V), BANDS.index("never seen"), np.int8)
+    band_V[order_V] = np.searchsorted(BAND_ENDS, np.arange(len(count_V)), side="right")
+    band_V[count_V == 0] = BANDS.index("never seen")
+    return band_V

@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,69 +19,105 @@ SCORES = ("eval/sampled", "eval/greedy")
 
 
 @dataclass(frozen=True)
-class Stability:
+class NormStability:
     """Gradient norms of one run."""
 
     steps: int
-    # share of steps whose norm is over SPIKE times the median of the steps so far, or not finite
+    # fraction of steps whose norm is over SPIKE times the median of the steps so far, or not finite
     unstable: float
     worst: float  # largest norm / median of all
 
 
-def norm_stability(norms: Sequence[float]) -> Stability:
+@dataclass(frozen=True)
+class RunStability:
+    """One finished distillation."""
+
+    folder: str
+    seed: int
+    steps: int
+    unstable: float  # as in NormStability
+    worst: float
+    scores: dict[str, float]  # of the last evaluation, by log field
+
+
+@dataclass(frozen=True)
+class FinalScore:
+    """One log field of the last evaluation over all runs, with Student's t interval."""
+
+    metric: str
+    mean: float
+    std: float
+    low: float
+    high: float
+    n: int
+    range: float
+
+
+@dataclass(frozen=True)
+class TrainingStability:
+    """Over all runs: fraction of unstable steps, the worst norm, and the final score."""
+
+    runs: tuple[RunStability, ...]
+    unstable: float
+    worst: float
+    score: FinalScore | None  # None: no field that every run has
+
+
+def norm_stability(norms: Sequence[float]) -> NormStability:
     """Norms in the order of the steps, before clipping. The running median is that of all finite
     ones up to and with the step.
     """
-    seen: list[float] = []
+    finite: list[float] = []
     spikes = 0
     for norm in norms:
         if math.isfinite(norm):
-            insort(seen, norm)
-        spikes += not math.isfinite(norm) or norm > SPIKE * statistics.median(seen)
-    middle = statistics.median(seen) if seen else math.nan
+            insort(finite, norm)
+        spikes += not math.isfinite(norm) or norm > SPIKE * statistics.median(finite)
+    middle = statistics.median(finite) if finite else math.nan
     worst = max((x if math.isfinite(x) else math.inf for x in norms), default=math.nan)
-    return Stability(
+    return NormStability(
         len(norms),
         spikes / len(norms) if norms else math.nan,
         worst / middle if middle > 0 else math.nan,
     )
 
 
-def read_stability(cfg: Config) -> dict[str, Any] | None:
-    """diagnose.runs -> one row a run, and over the runs the share of unstable steps and the spread
-    of the final score.
-
-    None without runs. ValueError for a folder that is no finished distillation of this pair.
+def read_stability(cfg: Config) -> TrainingStability | None:
+    """The runs of diagnose.runs, and all of them together. None without runs. ValueError for a
+    folder that is no finished distillation of this pair.
     """
     if not cfg.diagnose.runs:
         return None
-    rows = [_row(cfg, folder, _finished(cfg, folder)) for folder in cfg.diagnose.runs]
-    steps = sum(r["steps"] for r in rows)
-    metric = next((m for m in SCORES if all(m in r["scores"] for r in rows)), None)
-    scores = [r["scores"][metric] for r in rows] if metric else []
-    return {
-        "runs": rows,
-        "unstable": sum(r["unstable"] * r["steps"] for r in rows) / steps,
-        "worst": max(r["worst"] for r in rows),
-        "score": {
-            "metric": metric,
-            **over_seeds(scores)._asdict(),
-            "range": max(scores) - min(scores),
-        }
-        if scores
-        else None,
-    }
+    runs = tuple(_stability(folder, _finished(cfg, folder)) for folder in cfg.diagnose.runs)
+    steps = sum(r.steps for r in runs)
+    return TrainingStability(
+        runs,
+        unstable=sum(r.unstable * r.steps for r in runs) / steps,
+        worst=max(r.worst for r in runs),
+        score=_final_score(runs),
+    )
 
 
-def _row(cfg: Config, folder: str, run: Run) -> dict[str, Any]:
-    norms = [s["grad_norm"] for s in run.steps]
-    last = next((e for e in reversed(run.events) if e["event"] == "eval"), {})
-    return {
-        "folder": folder,
-        "seed": run.head["config"].get("seed", 0),
-        **vars(norm_stability(norms)),
-        "scores": {m: last[m] for m in SCORES if m in last},
-    }
+def _final_score(runs: Sequence[RunStability]) -> FinalScore | None:
+    metric = next((m for m in SCORES if all(m in r.scores for r in runs)), None)
+    if metric is None:
+        return None
+    scores = [r.scores[metric] for r in runs]
+    e = over_seeds(scores)
+    return FinalScore(metric, e.mean, e.std, e.low, e.high, e.n, max(scores) - min(scores))
+
+
+def _stability(folder: str, run: Run) -> RunStability:
+    norms = norm_stability([s["grad_norm"] for s in run.steps])
+    last: Mapping[str, Any] = next((e for e in reversed(run.events) if e["event"] == "eval"), {})
+    return RunStability(
+        folder,
+        run.head["config"].get("seed", 0),
+        norms.steps,
+        norms.unstable,
+        norms.worst,
+        {m: last[m] for m in SCORES if m in last},
+    )
 
 
 def _finished(cfg: Config, folder: str) -> Run:

@@ -15,7 +15,7 @@ from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.diagnosis.gradient_snr import (
     Moments,
-    compare_writers,
+    compare_gradients,
     deal,
     gradient_noise,
     gradients_of,
@@ -34,7 +34,7 @@ def moments(vectors_BD) -> Moments:
     return Moments((g**2).sum(1), g @ g.sum(0))
 
 
-def reading(prompt=0, writer="student", ids=(5, 6), prompt_ids=(1, 4)) -> TokenStats:
+def text(prompt=0, sampled_by="student", ids=(5, 6), prompt_ids=(1, 4)) -> TokenStats:
     rollout = Rollout(
         Prompt(prompt, ({"role": "user", "content": f"Ask {prompt}"},)),
         prompt_ids,
@@ -44,7 +44,7 @@ def reading(prompt=0, writer="student", ids=(5, 6), prompt_ids=(1, 4)) -> TokenS
         "ab",
         True,
     )
-    return TokenStats(rollout, writer, None, *[None] * 10)
+    return TokenStats(rollout, sampled_by, None, *[None] * 10)
 
 
 def test_two_gradients_by_hand():
@@ -57,10 +57,9 @@ def test_two_gradients_by_hand():
         assert signal_to_noise(*m.all()) == pytest.approx((1 - e**2) / (2 * e**2))
 
 
-def test_no_spread_and_too_few_have_no_ratio():
-    assert math.isnan(signal_to_noise(*moments([[1.0], [1.0]]).all())) and math.isnan(
-        signal_to_noise(*moments([[1.0]]).all())
-    )
+def test_equal_gradients_and_too_few_have_no_ratio():
+    assert math.isnan(signal_to_noise(*moments([[1.0], [1.0]]).all()))
+    assert math.isnan(signal_to_noise(*moments([[1.0]]).all()))
     assert math.isnan(signal_to_noise(*moments([[0.0], [0.0]]).all(), unbiased=False))
 
 
@@ -74,11 +73,10 @@ def test_unbiased_is_the_mean_product_of_different_gradients():
 def test_pure_noise_has_no_signal_on_average():
     # 1 / v has a bias of its own in few dimensions
     draws = np.random.default_rng(1).normal(size=(2000, 8, 200))
-    found = [signal_to_noise(*moments(g).all()) for g in draws]
+    unbiased = [signal_to_noise(*moments(g).all()) for g in draws]
     plain = [signal_to_noise(*moments(g).all(), unbiased=False) for g in draws]
-    assert abs(np.mean(found)) < 4 * np.std(found) / math.sqrt(2000) and np.mean(
-        plain
-    ) == pytest.approx(1 / 7, rel=0.02)
+    assert abs(np.mean(unbiased)) < 4 * np.std(unbiased) / math.sqrt(2000)
+    assert np.mean(plain) == pytest.approx(1 / 7, rel=0.02)
 
 
 def test_moments_without_a_gradient_are_those_of_the_others():
@@ -89,27 +87,28 @@ def test_moments_without_a_gradient_are_those_of_the_others():
 
 def test_scale_and_order_change_nothing():
     g = np.random.default_rng(3).normal(0.5, 1, (6, 4))
-    want = compare_writers({"student": moments(g)})["student"]["unbiased"]
+    want = compare_gradients({"student": moments(g)}).student.unbiased
     for other in (7.0 * g, g[::-1]):
-        assert compare_writers({"student": moments(other)})["student"]["unbiased"] == pytest.approx(
-            want
-        )
+        got = compare_gradients({"student": moments(other)}).student.unbiased
+        assert got == pytest.approx(want)
 
 
-def test_writers_are_compared_in_pairs():
+def test_sources_are_compared_in_pairs():
     """The same noise in both: the interval of the difference is far narrower than those of the
     two.
     """
     g = np.random.default_rng(4).normal(1, 1, (16, 50))
-    found = compare_writers({"student": moments(1.1 + g), "teacher": moments(g)})
-    apart, alone = found["on_minus_off"], found["student"]["unbiased"]
-    assert apart["off"] == "teacher" and apart["n"] == 16
-    assert apart["mean"] == pytest.approx(
-        found["student"]["unbiased"]["mean"] - found["teacher"]["unbiased"]["mean"]
+    compared = compare_gradients({"student": moments(1.1 + g), "teacher": moments(g)})
+    on, off, difference = (
+        compared.student.unbiased,
+        compared.teacher.unbiased,
+        compared.on_minus_off,
     )
-    same = compare_writers({"student": moments(g), "dataset": moments(g)})["on_minus_off"]
-    assert same["mean"] == 0 and same["low"] == same["high"] == 0 and alone["high"] > alone["low"]
-    assert apart["low"] > 0 and "on_minus_off" not in compare_writers({"teacher": moments(g)})
+    assert difference.off == "teacher" and difference.n == 16
+    assert difference.mean == pytest.approx(on.mean - off.mean) and difference.low > 0
+    same = compare_gradients({"student": moments(g), "dataset": moments(g)}).on_minus_off
+    assert same.mean == same.low == same.high == 0 and on.high > on.low
+    assert compare_gradients({"teacher": moments(g)}).on_minus_off is None
 
 
 def test_jackknife_of_a_mean_is_students_t():
@@ -119,18 +118,14 @@ def test_jackknife_of_a_mean_is_students_t():
 
 
 def test_prompts_are_dealt_whole_and_alike():
-    rows = [reading(i, "student") for i in (0, 1, 2, 3, 4) for _ in range(3)] + [
-        reading(i, "teacher") for i in (4, 3, 1, 0) for _ in range(2)
-    ]
-    got = deal(rows, 3)
-    prompts = {
-        w: [[r.rollout.prompt.index for r in g] for g in groups] for w, groups in got.items()
-    }
-    # nobody else answered prompt 2
+    stats = [text(i, "student") for i in (0, 1, 2, 3, 4) for _ in range(3)]
+    stats += [text(i, "teacher") for i in (4, 3, 1, 0) for _ in range(2)]
+    prompts = {w: [[s.prompt for s in g] for g in groups] for w, groups in deal(stats, 3).items()}
+    # prompt 2 has no text by the teacher
     assert prompts == {w: [[0, 0, 4, 4], [1, 1], [3, 3]] for w in ("student", "teacher")}
-    assert len(deal(rows, 99)["student"]) == 4 and deal(
-        [reading(0, "student"), reading(1, "teacher")], 4
-    ) == {"student": [], "teacher": []}
+    assert len(deal(stats, 99)["student"]) == 4 and deal([], 4) == {}
+    apart = [text(0, "student"), text(1, "teacher")]
+    assert deal(apart, 4) == {"student": [], "teacher": []}
 
 
 @pytest.fixture
@@ -143,7 +138,7 @@ def pair(talkers, tmp_path, titan_process):
     engine.close()
 
 
-def by_transformers(talkers, chat, ids, direction) -> torch.Tensor:
+def by_transformers(talkers, chat, ids, divergence) -> torch.Tensor:
     """The gradient of one text's KL in the last block and the head, flat, on one process; the
     embedding is a given.
     """
@@ -167,7 +162,7 @@ def by_transformers(talkers, chat, ids, direction) -> torch.Tensor:
     )
     kl = (
         (logq.exp() * (logq - logp)).sum()
-        if direction == "forward"
+        if divergence == "forward"
         else (logp.exp() * (logp - logq)).sum()
     )
     return torch.cat([g.flatten() for g in torch.autograd.grad(kl, watched)]).double()
@@ -177,30 +172,29 @@ def by_transformers(talkers, chat, ids, direction) -> torch.Tensor:
 def test_gradients_are_those_of_transformers_and_leave_nothing_behind(talkers, pair):
     engine, teacher, chats = pair
     before = {n: p.full_tensor().clone() for n, p in engine.model.state_dict().items()}
-    rows = [
-        reading(i, "student", ids, chats[0].prompt_ids(({"role": "user", "content": f"Ask {i}"},)))
+    stats = [
+        text(i, "student", ids, chats[0].prompt_ids(({"role": "user", "content": f"Ask {i}"},)))
         for i, ids in enumerate(TEXTS)
     ]
-    told = []
-    found = gradient_noise(engine, teacher, deal(rows, 4), chats, tokens=999, advance=told.append)
+    advanced = []
+
+    def noise_of(stats, **options):
+        return gradient_noise(engine, teacher, deal(stats, 4), chats, **options)
+
+    noise = noise_of(stats, tokens=999, advance=advanced.append)
     for d in ("forward", "reverse"):
         vectors = torch.stack([by_transformers(talkers, chats[0], ids, d) for ids in TEXTS]).numpy()
         want = signal_to_noise(*moments(vectors).all())
-        assert found[d]["student"]["unbiased"]["mean"] == pytest.approx(want, rel=1e-4), d
-    assert (
-        found["batches"] == found["texts_of_each"] == 4
-        and found["tokens"] == {"student": 11}
-        and sum(told) == gradients_of(deal(rows, 4)) == 16
-    )
+        assert noise.of(d).student.unbiased.mean == pytest.approx(want, rel=1e-4), d
+    assert noise.batches == noise.texts_of_each == 4 and noise.tokens == {"student": 11}
+    assert sum(advanced) == gradients_of(deal(stats, 4)) == 16
     assert all(p.grad is None for p in engine.model.parameters()) and torch.is_grad_enabled()
     assert all(
         torch.equal(p.full_tensor(), before[n]) for n, p in engine.model.state_dict().items()
     )
-    assert gradient_noise(engine, teacher, deal(rows[:1], 4), chats, tokens=999) == {}
-    again = gradient_noise(engine, teacher, deal(rows[::-1], 4), chats, tokens=8)
-    assert again["reverse"]["student"]["unbiased"] == pytest.approx(
-        found["reverse"]["student"]["unbiased"], rel=1e-5
-    )
+    assert noise_of(stats[:1], tokens=999) is None
+    again = noise_of(stats[::-1], tokens=8).reverse.student.unbiased
+    assert again == pytest.approx(noise.reverse.student.unbiased, rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")

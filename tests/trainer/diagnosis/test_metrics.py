@@ -1,4 +1,4 @@
-"""Trap metrics on cases that a hand can compute, and streamed = direct in float64."""
+"""Metrics on cases that a hand can compute, and chunk by chunk = at once in float64."""
 
 import math
 
@@ -8,15 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reflux.trainer.diagnosis import metrics as traps
+from reflux.trainer.diagnosis import metrics
 from reflux.trainer.diagnosis.metrics import (
-    Graded,
+    GradedLogProb,
     by_decile,
     effective_samples,
-    keeps,
     kl_profile,
     off_nucleus,
     slope,
+    smallest_k,
     sparsity,
     tail_noise_index,
     top_overlap,
@@ -40,21 +40,21 @@ def random_pair(T, V, seed, scale=2.0):
     return [outputs(scale * torch.randn(T, V, generator=g, dtype=torch.float64)) for _ in range(2)]
 
 
-def kl_by_definition(p_V, q_V, mode):
-    w_V, o_V = (q_V, p_V) if mode == "forward" else (p_V, q_V)
+def kl_by_definition(p_V, q_V, divergence):
+    w_V, o_V = (q_V, p_V) if divergence == "forward" else (p_V, q_V)
     return w_V * (w_V.log() - o_V.log())
 
 
 @given(
     T=st.integers(0, 4),
     V=st.integers(2, 40),
-    mode=st.sampled_from(["forward", "reverse"]),
+    divergence=st.sampled_from(["forward", "reverse"]),
     seed=st.integers(0, 9999),
 )
-def test_the_profile_is_the_definition(T, V, mode, seed):
+def test_the_profile_is_the_definition(T, V, divergence, seed):
     student, teacher = random_pair(T, V, seed)
     types_V, bands_V = torch.arange(V) % 3, torch.arange(V) // 7
-    got = kl_profile(student, teacher, mode, types_V, 3, bands_V, 6)
+    got = kl_profile(student, teacher, divergence, types_V, 3, bands_V, 6)
     assert (
         got.k[-1] == V
         and len(got.kl_T) == T
@@ -62,17 +62,17 @@ def test_the_profile_is_the_definition(T, V, mode, seed):
     )
     for t in range(T):
         p_V, q_V = student.hidden_TD[t].softmax(0), teacher.hidden_TD[t].softmax(0)
-        term_V = kl_by_definition(p_V, q_V, mode)
-        weight_V = q_V if mode == "forward" else p_V
+        term_V = kl_by_definition(p_V, q_V, divergence)
+        weight_V = q_V if divergence == "forward" else p_V
         logits_V = student.hidden_TD[t].clone().requires_grad_()
-        kl_by_definition(logits_V.softmax(0), q_V, mode).sum().backward()
+        kl_by_definition(logits_V.softmax(0), q_V, divergence).sum().backward()
         rank_V = weight_V.argsort(descending=True, stable=True)
         assert got.kl_T[t] == pytest.approx(float(term_V.sum()))
         for i, k in enumerate(got.k):
             head, tail = rank_V[:k], rank_V[k:]
             bucket = 0.0
             if len(tail):
-                o_V = p_V if mode == "forward" else q_V
+                o_V = p_V if divergence == "forward" else q_V
                 bucket = float(
                     weight_V[tail].sum() * (weight_V[tail].sum() / o_V[tail].sum()).log()
                 )
@@ -86,17 +86,17 @@ def test_the_profile_is_the_definition(T, V, mode, seed):
             )
         for n in range(3):
             assert got.type_TN[t, n] == pytest.approx(float(term_V[types_V == n].sum()), abs=1e-12)
-            kept = [v for v in rank_V[:10].tolist() if v % 3 == n]
-            assert got.type_at_10_TN[t, n] == pytest.approx(float(term_V[kept].sum()), abs=1e-12)
+            first = [v for v in rank_V[:10].tolist() if v % 3 == n]
+            assert got.type_at_10_TN[t, n] == pytest.approx(float(term_V[first].sum()), abs=1e-12)
         for m in range(6):
             assert got.band_TM[t, m] == pytest.approx(float(term_V[bands_V == m].sum()), abs=1e-12)
-            kept = [v for v in rank_V[:10].tolist() if v // 7 == m]
-            assert got.band_at_10_TM[t, m] == pytest.approx(float(term_V[kept].sum()), abs=1e-12)
+            first = [v for v in rank_V[:10].tolist() if v // 7 == m]
+            assert got.band_at_10_TM[t, m] == pytest.approx(float(term_V[first].sum()), abs=1e-12)
 
 
-@given(mode=st.sampled_from(["forward", "reverse"]), seed=st.integers(0, 9999))
-def test_the_ghost_curve_rises_to_the_full_kl(mode, seed):
-    got = kl_profile(*random_pair(3, 300, seed), mode, torch.zeros(300), 1)
+@given(divergence=st.sampled_from(["forward", "reverse"]), seed=st.integers(0, 9999))
+def test_the_bucket_curve_rises_to_the_full_kl(divergence, seed):
+    got = kl_profile(*random_pair(3, 300, seed), divergence, torch.zeros(300), 1)
     steps = got.bucket_TK.diff(dim=1)
     assert (got.bucket_TK >= -1e-12).all() and (steps >= -1e-12).all()
     torch.testing.assert_close(got.bucket_TK[:, -1], got.kl_T)
@@ -107,7 +107,7 @@ def test_the_ghost_curve_rises_to_the_full_kl(mode, seed):
 def test_chunks_change_nothing(monkeypatch):
     pair = random_pair(7, 50, 1)
     whole = kl_profile(*pair, "reverse", torch.zeros(50), 1)
-    monkeypatch.setattr(traps, "CHUNK_MIB", 2 * 50 * 8 / 2**20)  # two rows
+    monkeypatch.setattr(metrics, "CHUNK_MIB", 2 * 50 * 8 / 2**20)  # two rows
     parts = kl_profile(*pair, "reverse", torch.zeros(50), 1)
     for name in ("kl_T", "raw_TK", "bucket_TK", "gradient_tail_TK", "type_TN"):
         torch.testing.assert_close(
@@ -117,12 +117,12 @@ def test_chunks_change_nothing(monkeypatch):
 
 def test_banned_tokens_and_equal_models_give_numbers():
     p = [[0.0, 1.0, -math.inf, 2.0]]
-    for mode in ("forward", "reverse"):
-        same = kl_profile(outputs(p), outputs(p), mode, torch.zeros(4), 1)
+    for divergence in ("forward", "reverse"):
+        same = kl_profile(outputs(p), outputs(p), divergence, torch.zeros(4), 1)
         assert same.kl_T[0] == 0 and same.gradient_tail_TK.isfinite().all()
 
 
-def test_a_mode_without_a_meaning_is_refused():
+def test_other_divergences_are_an_error():
     with pytest.raises(ValueError, match="want 'forward' or 'reverse'"):
         kl_profile(*random_pair(1, 3, 0), "jsd", torch.zeros(3), 1)
 
@@ -155,10 +155,8 @@ def test_two_tokens_by_hand():
 
 
 def test_curve_index_and_sparsity():
-    assert (
-        keeps([0.5, 0.94, 0.96, 1.0], (1, 2, 5, 10), 0.95) == 5
-        and keeps([0.0, 0.0], (1, 2), 0.95) == 1
-    )
+    assert smallest_k([0.5, 0.94, 0.96, 1.0], (1, 2, 5, 10), 0.95) == 5
+    assert smallest_k([0.0, 0.0], (1, 2), 0.95) == 1
     # the noisy type holds 1/2 of the KL over all classes and 1/4 in the first ten: twice as much
     assert tail_noise_index(
         np.array([5.0, 5.0]), np.array([1.0, 3.0]), np.array([0.3, 0.7]), [0]
@@ -192,22 +190,24 @@ def test_deciles_and_slope():
 
 
 def test_wrong_trace_preference_by_hand():
-    # wrong: -0.5 a byte, right: -1
+    # wrong: -0.5 a byte, correct: -1
     texts = [
-        Graded(0, True, -10.0, -5.0, 10),
-        Graded(0, False, -5.0, -7.0, 10),
-        # right preferred; lengths far apart
-        Graded(1, True, -1.0, -5.0, 10),
-        Graded(1, False, -40.0, -20.0, 20),
-        Graded(2, False, -3.0, -1.0, 10),
-        Graded(3, True, -1.0, -1.0, 1),
+        GradedLogProb(0, True, -10.0, -5.0, 10),
+        GradedLogProb(0, False, -5.0, -7.0, 10),
+        # correct preferred; lengths far apart
+        GradedLogProb(1, True, -1.0, -5.0, 10),
+        GradedLogProb(1, False, -40.0, -20.0, 20),
+        GradedLogProb(2, False, -3.0, -1.0, 10),
+        GradedLogProb(3, True, -1.0, -1.0, 1),
     ]
     got = wrong_trace_preference(texts)
     assert got.pair == {0: 1.0, 1: 0.0} and got.matched_pair == {0: 1.0}
     assert got.margin == pytest.approx({0: 0.5, 1: -1.9})
     assert got.pull == pytest.approx({0: 0.2, 1: -1.0, 2: -0.2})
     assert got.length_gap == pytest.approx(1.5)
-    tie = wrong_trace_preference([Graded(0, True, -1.0, 0.0, 1), Graded(0, False, -2.0, 0.0, 2)])
+    tie = wrong_trace_preference(
+        [GradedLogProb(0, True, -1.0, 0.0, 1), GradedLogProb(0, False, -2.0, 0.0, 2)]
+    )
     assert tie.pair == {0: 0.5}
     nothing = wrong_trace_preference([])
     assert nothing.pair == {} and math.isnan(nothing.length_gap)
@@ -238,24 +238,24 @@ def test_the_nucleus_by_hand():
         == [True, False, False]
     )
     assert off_nucleus(out, targets, 0.95).tolist() == [False] * 3
-    even = outputs(torch.zeros(4, 4))  # equal masses: the smaller id comes first
-    assert off_nucleus(even, torch.arange(4), 0.5).tolist() == [False, False, True, True]
+    uniform = outputs(torch.zeros(4, 4))  # equal masses: the smaller id comes first
+    assert off_nucleus(uniform, torch.arange(4), 0.5).tolist() == [False, False, True, True]
     assert off_nucleus(out._replace(hidden_TD=out.hidden_TD[:0]), targets[:0]).tolist() == []
 
 
 @given(top_p=st.floats(0.05, 0.999), seed=st.integers(0, 9999))
 def test_the_nucleus_is_what_the_sampler_keeps(top_p, seed):
     out = random_pair(12, 12, seed)[0]
-    kept_TV = _truncate(out.hidden_TD, Sampling(1, top_p=top_p)) > -math.inf
+    nucleus_TV = _truncate(out.hidden_TD, Sampling(1, top_p=top_p)) > -math.inf
     for v in range(12):
-        assert (off_nucleus(out, torch.full((12,), v), top_p) == ~kept_TV[:, v]).all()
+        assert (off_nucleus(out, torch.full((12,), v), top_p) == ~nucleus_TV[:, v]).all()
 
 
 def test_chunks_of_the_nucleus_change_nothing(monkeypatch):
     out = random_pair(7, 50, 1)[0]
     targets = torch.where(torch.arange(7) % 3 == 0, torch.arange(7), out.hidden_TD.argmax(1))
     whole = off_nucleus(out, targets, 0.8)
-    monkeypatch.setattr(traps, "CHUNK_MIB", 2 * 50 * 8 / 2**20)  # two rows
+    monkeypatch.setattr(metrics, "CHUNK_MIB", 2 * 50 * 8 / 2**20)  # two rows
     assert (
         whole.any()
         and not whole.all()

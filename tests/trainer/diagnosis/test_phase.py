@@ -1,5 +1,5 @@
-"""The phase `diagnose` on small models: what lies on disk agrees with itself, and a model has no
-trap with itself.
+"""The phase `diagnose` on small models: the files agree with each other, and a model has no trap
+with itself.
 """
 
 import json
@@ -17,7 +17,7 @@ def diagnose(talkers, folder, run=run_here, **over):
     options = {
         "prefixes": ["dataset", "teacher", "student"],
         "student_texts": 4,
-        "heat": 3,
+        "heatmap_texts": 3,
     } | over.pop("diagnose", {})
     log = run(config(talkers, folder, "diagnose", diagnose=options, **TASK | over))
     rows = [json.loads(line) for line in (folder / "tokens.jsonl").read_text().splitlines()]
@@ -25,109 +25,94 @@ def diagnose(talkers, folder, run=run_here, **over):
 
 
 def test_the_files_agree_with_each_other(talkers, tmp_path):
-    log, found, rows = diagnose(talkers, tmp_path / "run")
-    by_writer = {
-        w: [r for r in rows if r["writer"] == w] for w in ("dataset", "teacher", "student")
+    log, diagnosis, rows = diagnose(talkers, tmp_path / "run")
+    by_source = {
+        w: [r for r in rows if r["sampled_by"] == w] for w in ("dataset", "teacher", "student")
     }
-    assert {w: len(v) for w, v in by_writer.items()} == {"dataset": 5, "teacher": 10, "student": 20}
-    for w, texts in by_writer.items():
+    assert {w: len(v) for w, v in by_source.items()} == {"dataset": 5, "teacher": 10, "student": 20}
+    for w, texts in by_source.items():
         tokens = sum(len(r["ids"]) for r in texts)
-        assert found["texts"][w] == {"texts": len(texts), "prompts": 5, "tokens": tokens}
+        assert diagnosis["texts"][w] == {"texts": len(texts), "prompts": 5, "tokens": tokens}
         for d in ("forward", "reverse"):
             total = sum(sum(r[f"kl_{d}"]) for r in texts)
-            assert (
-                found["grid"][d][w]["per_token"]["mean"] == pytest.approx(total / tokens, rel=1e-4)
-                and total > 0
-            )
+            mean = diagnosis["grid"][d][w]["per_token"]["mean"]
+            assert mean == pytest.approx(total / tokens, rel=1e-4) and total > 0
     assert all(
         len(r["ids"]) == len(r["kl_forward"]) == len(r["student_logp"]) == len(r["pieces"])
         for r in rows
     )
     for r in rows:  # pieces spell the text, up to the stop token and characters cut in half
         assert r["text"].startswith("".join(r["pieces"][:3])) or "\ufffd" in "".join(r["pieces"])
-    assert_bands(found, by_writer)
-    outside = [x for r in by_writer["student"] for x in r["outside_nucleus"]]
-    assert found["symptoms"]["off_nucleus"] == pytest.approx(
-        sum(outside) / len(outside)
-    ) and 0 < sum(outside) < len(outside)
+    assert_bands(diagnosis, by_source)
+    outside = [x for r in by_source["student"] for x in r["outside_nucleus"]]
+    assert 0 < sum(outside) < len(outside)
+    off_nucleus = diagnosis["symptoms"]["off_nucleus"]
+    assert off_nucleus == pytest.approx(sum(outside) / len(outside))
     size = [
         abs(a - b)
-        for r in by_writer["teacher"]
+        for r in by_source["teacher"]
         for a, b in zip(r["student_logp"], r["teacher_logp"])
     ]
-    assert found["off_policy"]["log_ratio"]["mean"]["mean"] == pytest.approx(
-        sum(size) / len(size), abs=1e-5
-    )
-    assert found["off_policy"]["log_ratio"]["max"] == pytest.approx(max(size), abs=1e-5)
-    assert_symptoms_and_gap(found, by_writer)
-    gradient = found["off_policy"]["gradient"]
+    log_ratio = diagnosis["off_policy"]["log_ratio"]
+    assert log_ratio["mean"]["mean"] == pytest.approx(sum(size) / len(size), abs=1e-5)
+    assert log_ratio["max"] == pytest.approx(max(size), abs=1e-5)
+    assert_symptoms_and_gap(diagnosis, by_source)
+    gradient = diagnosis["off_policy"]["gradient"]
     # the data set has one text a prompt
     assert gradient["batches"] == 5 and gradient["texts_of_each"] == 5
-    for w, texts in by_writer.items():
+    for w, texts in by_source.items():
         first = {r["prompt"]: len(r["ids"]) for r in reversed(texts)}
         assert gradient["tokens"][w] == sum(first.values())
         assert gradient["reverse"][w]["plain"] > 0 and gradient["reverse"][w]["unbiased"]["n"] == 5
     event = next(e for e in log.events if e["event"] == "eval")
-    assert event["diagnose/tail_noise"] == pytest.approx(found["verdict"][0]["mean"])
-    assert (
-        log.steps == [] and not (tmp_path / "run" / "export").exists() and log.summary is not None
-    )
+    assert event["diagnose/tail_noise"] == pytest.approx(diagnosis["verdict"][0]["mean"])
+    assert log.steps == [] and log.summary is not None
+    assert not (tmp_path / "run" / "export").exists()
 
 
-def assert_bands(found, by_writer):
+def assert_bands(diagnosis, by_source):
     """Frequencies counted again, from the ids in tokens.jsonl: over all texts for the ranks, over a
-    direction's own for its shares.
+    divergence's own for its fractions.
     """
-    count = Counter(i for texts in by_writer.values() for r in texts for i in r["ids"])
+    count = Counter(i for texts in by_source.values() for r in texts for i in r["ids"])
     rank = {i: k for k, (i, _) in enumerate(sorted(count.items(), key=lambda x: (-x[1], x[0])))}
-    for d, writer in (("forward", "teacher"), ("reverse", "student")):
-        bands, ids = found["tail"][d]["bands"], [i for r in by_writer[writer] for i in r["ids"]]
-        assert bands["top 10"]["frequency"] == pytest.approx(
-            sum(rank[i] < 10 for i in ids) / len(ids)
-        )
-        assert (
-            bands["never seen"]["frequency"] == 0
-            and bands["never seen"]["lift"] is None
-            and bands["never seen"]["share"] > 0
-        )
-        for key in ("share", "share_at_10", "frequency"):
+    for d, source in (("forward", "teacher"), ("reverse", "student")):
+        bands, ids = diagnosis["tail"][d]["bands"], [i for r in by_source[source] for i in r["ids"]]
+        frequency = bands["top 10"]["frequency"]
+        assert frequency == pytest.approx(sum(rank[i] < 10 for i in ids) / len(ids))
+        never_seen = bands["never seen"]
+        assert never_seen["frequency"] == 0 and never_seen["lift"] is None
+        assert never_seen["fraction"] > 0
+        for key in ("fraction", "fraction_at_10", "frequency"):
             assert sum(b[key] for b in bands.values()) == pytest.approx(1.0)
 
 
-def assert_symptoms_and_gap(found, by_writer):
-    right = {
-        w: {i: [r["right"] for r in by_writer[w] if r["prompt"] == i] for i in range(5)}
+def assert_symptoms_and_gap(diagnosis, by_source):
+    correct = {
+        w: {i: [r["correct"] for r in by_source[w] if r["prompt"] == i] for i in range(5)}
         for w in ("student", "teacher")
     }
-    solved = [i for i in range(5) if any(right["teacher"][i])]
-    asked = found["gap"]["on_solved_by_teacher"]
-    assert (
-        asked["pass_at_n"]["mean"]
-        == pytest.approx(sum(any(right["student"][i]) for i in solved) / len(solved))
-        and asked["n"] == 4
-    )
-    sampling = found["symptoms"]["sampling"]
-    assert sampling["sampled"]["mean"] == pytest.approx(
-        sum(map(sum, right["student"].values())) / 20
-    )
-    assert sampling["gap"]["mean"] == pytest.approx(
-        sampling["greedy"]["mean"] - sampling["sampled"]["mean"]
-    )
-    assert (
-        found["symptoms"]["own_error"]["texts"] >= 1
-        and 0 <= found["symptoms"]["own_error"]["right_after"]["mean"] <= 1
-    )
+    solved = [i for i in range(5) if any(correct["teacher"][i])]
+    solved_by_teacher = diagnosis["gap"]["on_solved_by_teacher"]
+    by_student = sum(any(correct["student"][i]) for i in solved)
+    assert solved_by_teacher["pass_at_n"]["mean"] == pytest.approx(by_student / len(solved))
+    assert solved_by_teacher["n"] == 4
+    sampling = diagnosis["symptoms"]["sampling"]
+    greedy, sampled = sampling["greedy"]["mean"], sampling["sampled"]["mean"]
+    assert sampled == pytest.approx(sum(map(sum, correct["student"].values())) / 20)
+    assert sampling["gap"]["mean"] == pytest.approx(greedy - sampled)
+    own_error = diagnosis["symptoms"]["own_error"]
+    assert own_error["texts"] >= 1 and 0 <= own_error["correct_after"]["mean"] <= 1
     # a function that returns a bool does not say what the answer was
-    assert "format_breaks" not in found["symptoms"]
+    assert "format_breaks" not in diagnosis["symptoms"]
 
 
 def test_the_report_shows_what_was_measured(talkers, tmp_path):
-    _, found, _ = diagnose(talkers, tmp_path / "run")
+    _, diagnosis, _ = diagnose(talkers, tmp_path / "run")
     report = (tmp_path / "run" / "report.md").read_text()
-    for trap in found["verdict"]:
-        assert (
-            trap["trap"] in report and trap["advice"] in report and f"{trap['mean']:.3f}" in report
-        )
+    for trap in diagnosis["verdict"]:
+        assert trap["trap"] in report and trap["advice"] in report
+        assert f"{trap['mean']:.3f}" in report
     for name in re.findall(r"\]\(([^)]+)\)", report):
         assert (tmp_path / "run" / name).stat().st_size > 1000, name
     assert "None" not in report and "{" not in report
@@ -141,25 +126,25 @@ def test_the_report_shows_what_was_measured(talkers, tmp_path):
         "bits per byte",
         "top-p 0.999",
         "accuracy greedy - at temperature 1",
-        "right after half of its own wrong text",
+        "correct after half of its own wrong text",
     ):
         assert words in report, words
-    assert "signal to noise" in found["verdict"][1]["advice"]
+    assert "signal to noise" in diagnosis["verdict"][1]["advice"]
 
 
 def test_a_model_has_nothing_to_learn_from_itself(talkers, tmp_path):
     over = {"teacher": {"path": str(talkers / "policy")}}
-    _, found, rows = diagnose(talkers, tmp_path / "run", **over)
+    _, diagnosis, rows = diagnose(talkers, tmp_path / "run", **over)
     assert max(max(map(abs, r["kl_forward"] + r["kl_reverse"])) for r in rows) < 1e-9
     assert all(
         a == pytest.approx(b, abs=1e-4)
         for r in rows
         for a, b in zip(r["student_logp"], r["teacher_logp"])
     )
-    assert (
-        found["gap"]["overlap"]["mean"] == 1.0 and abs(found["gap"]["entropy_gap"]["mean"]) < 1e-9
-    )
-    assert found["off_policy"]["effective_samples"]["whole"]["mean"] == pytest.approx(1.0, abs=1e-3)
+    gap = diagnosis["gap"]
+    assert gap["overlap"]["mean"] == 1.0 and abs(gap["entropy_gap"]["mean"]) < 1e-9
+    effective = diagnosis["off_policy"]["effective_samples"]["whole"]["mean"]
+    assert effective == pytest.approx(1.0, abs=1e-3)
 
 
 def test_two_ranks_find_what_one_finds(talkers, tmp_path):
@@ -167,22 +152,18 @@ def test_two_ranks_find_what_one_finds(talkers, tmp_path):
     _, two, others = diagnose(talkers, tmp_path / "two", run=run_ranks)
     assert sorted(r["text"] for r in rows) == sorted(r["text"] for r in others)
     for d in ("forward", "reverse"):
-        assert two["grid"][d]["student"]["per_token"]["mean"] == pytest.approx(
-            one["grid"][d]["student"]["per_token"]["mean"], rel=1e-5
-        )
-        assert two["tail"][d]["bands"]["top 10"] == pytest.approx(
-            one["tail"][d]["bands"]["top 10"], rel=1e-5
-        )
+        got, want = (x["grid"][d]["student"]["per_token"]["mean"] for x in (two, one))
+        assert got == pytest.approx(want, rel=1e-5)
+        got, want = (x["tail"][d]["bands"]["top 10"] for x in (two, one))
+        assert got == pytest.approx(want, rel=1e-5)
         for w in ("student", "teacher", "on_minus_off"):
-            ours, theirs = (x["off_policy"]["gradient"][d][w] for x in (one, two))
-            ours, theirs = (x.get("unbiased", x) for x in (ours, theirs))
-            assert theirs["mean"] == pytest.approx(ours["mean"], rel=1e-3, abs=1e-5) and theirs[
-                "low"
-            ] == pytest.approx(ours["low"], rel=1e-3)
+            got, want = (x["off_policy"]["gradient"][d][w] for x in (two, one))
+            got, want = (x.get("unbiased", x) for x in (got, want))
+            assert got["mean"] == pytest.approx(want["mean"], rel=1e-3, abs=1e-5)
+            assert got["low"] == pytest.approx(want["low"], rel=1e-3)
     assert all(two["symptoms"][key] == one["symptoms"][key] for key in ("sampling", "own_error"))
-    assert two["gap"]["wrong_trace"]["pair"]["mean"] == pytest.approx(
-        one["gap"]["wrong_trace"]["pair"]["mean"]
-    )
+    got, want = (x["gap"]["wrong_trace"]["pair"]["mean"] for x in (two, one))
+    assert got == pytest.approx(want)
 
 
 def test_without_a_task_there_is_no_gap_and_no_probe(talkers, tmp_path):
@@ -194,21 +175,18 @@ def test_without_a_task_there_is_no_gap_and_no_probe(talkers, tmp_path):
             "diagnose",
             task={"name": ""},
             data={"limit": 2},
-            diagnose={"student_texts": 2, "heat": 0},
+            diagnose={"student_texts": 2, "heatmap_texts": 0},
         )
     )
     rows = [json.loads(line) for line in (folder / "tokens.jsonl").read_text().splitlines()]
-    found = json.loads((folder / "diagnosis.json").read_text())
-    assert (
-        all(r["right"] is None for r in rows)
-        and "wrong_trace" not in found["gap"]
-        and "correction" not in found["symptoms"]
-    )
-    assert not (folder / "heat.html").exists()
+    diagnosis = json.loads((folder / "diagnosis.json").read_text())
+    assert all(r["correct"] is None for r in rows)
+    assert "wrong_trace" not in diagnosis["gap"] and "correction" not in diagnosis["symptoms"]
+    assert not (folder / "heatmap.html").exists()
 
 
-def test_the_correction_probe_cuts_right_texts(talkers, tmp_path):
-    """The talkers answer "a+b is => c": every right text holds digits to break."""
+def test_the_correction_probe_cuts_correct_texts(talkers, tmp_path):
+    """The talkers answer "a+b is => c": every correct text holds digits to break."""
     cfg = config(
         talkers,
         tmp_path / "run",
@@ -220,12 +198,12 @@ def test_the_correction_probe_cuts_right_texts(talkers, tmp_path):
     )
     run_here(cfg)
     probe = json.loads((tmp_path / "run" / "diagnosis.json").read_text())["symptoms"]["correction"]
-    assert 1 <= probe["cuts"] <= 12 and 0 <= probe["right_after_error"] <= 1
+    assert 1 <= probe["cuts"] <= 12 and 0 <= probe["correct_after_error"] <= 1
     assert probe["student_gain"] != probe["teacher_gain"]
 
 
 def test_graders_that_name_answers_give_votes_and_format_breaks(talkers, tmp_path):
-    _, found, rows = diagnose(
+    _, diagnosis, rows = diagnose(
         talkers,
         tmp_path / "run",
         task={"name": "exact", "options": {"marker": "=>"}},
@@ -238,9 +216,10 @@ def test_graders_that_name_answers_give_votes_and_format_breaks(talkers, tmp_pat
         for i in range(5)
     }
     votes = [max(c.values(), default=0) / 4 for c in by_prompt.values()]
-    assert found["symptoms"]["vote_confidence"]["mean"] == pytest.approx(sum(votes) / 5)
-    breaks = found["symptoms"]["format_breaks"]
-    assert 0 <= breaks <= 1 - len(answered) / len(rows) and "gradient" not in found["off_policy"]
+    assert diagnosis["symptoms"]["vote_confidence"]["mean"] == pytest.approx(sum(votes) / 5)
+    breaks = diagnosis["symptoms"]["format_breaks"]
+    assert 0 <= breaks <= 1 - len(answered) / len(rows)
+    assert "gradient" not in diagnosis["off_policy"]
     assert "votes as confidence" in (tmp_path / "run" / "report.md").read_text()
 
 
@@ -253,7 +232,7 @@ def test_finished_runs_of_the_pair_say_whether_training_was_stable(talkers, tmp_
             eval={"source": str(write_data(tmp_path)), "limit": 2},
         )
     )
-    _, found, _ = diagnose(
+    _, diagnosis, _ = diagnose(
         talkers,
         tmp_path / "run",
         data={"limit": 2},
@@ -264,10 +243,8 @@ def test_finished_runs_of_the_pair_say_whether_training_was_stable(talkers, tmp_
         },
     )
     norms = [s["grad_norm"] for s in run.steps]
-    assert found["runs"]["runs"][0]["steps"] == 2 and found["runs"]["worst"] == pytest.approx(
-        max(norms) / (sum(norms) / 2)
-    )
-    assert (
-        found["runs"]["score"]["metric"] == "eval/sampled"
-        and str(tmp_path / "distilled") in (tmp_path / "run" / "report.md").read_text()
-    )
+    stability = diagnosis["runs"]
+    assert stability["runs"][0]["steps"] == 2
+    assert stability["worst"] == pytest.approx(max(norms) / (sum(norms) / 2))
+    assert stability["score"]["metric"] == "eval/sampled"
+    assert str(tmp_path / "distilled") in (tmp_path / "run" / "report.md").read_text()

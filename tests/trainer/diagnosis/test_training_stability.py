@@ -52,7 +52,7 @@ def finished(folder, norms, score=None, phase="distill", ended=True, seed=0, tea
     return str(folder)
 
 
-def asked(*runs) -> Config:
+def config_of(*runs) -> Config:
     return fill(
         Config,
         {
@@ -74,30 +74,26 @@ def test_seeds_are_put_together(tmp_path):
             [([1.0, 1.0, 30.0, 1.0], 0.5), ([1.0] * 12, 0.7), ([2.0] * 4, 0.6)]
         )
     ]
-    got = read_stability(asked(*runs))
-    assert [r["unstable"] for r in got["runs"]] == [0.25, 0, 0] and [
-        r["seed"] for r in got["runs"]
-    ] == [0, 1, 2]
-    assert got["unstable"] == pytest.approx(1 / 20) and got["worst"] == 30.0
-    score = got["score"]
-    assert (
-        score["metric"] == "eval/sampled"
-        and score["mean"] == pytest.approx(0.6)
-        and score["std"] == pytest.approx(0.1)
-    )
-    assert score["range"] == pytest.approx(0.2) and score["low"] < 0.6 < score["high"]
-    assert read_stability(asked()) is None
+    got = read_stability(config_of(*runs))
+    assert [r.unstable for r in got.runs] == [0.25, 0, 0]
+    assert [r.seed for r in got.runs] == [0, 1, 2]
+    assert got.unstable == pytest.approx(1 / 20) and got.worst == 30.0
+    score = got.score
+    assert score.metric == "eval/sampled" and score.mean == pytest.approx(0.6)
+    assert score.std == pytest.approx(0.1)
+    assert score.range == pytest.approx(0.2) and score.low < 0.6 < score.high
+    assert read_stability(config_of()) is None
 
 
 def test_runs_without_an_evaluation_have_no_score(tmp_path):
     folder = finished(tmp_path / "a", [1.0])
     text = (tmp_path / "a" / "run.jsonl").read_text().splitlines()
     (tmp_path / "a" / "run.jsonl").write_text("\n".join(text[:2]) + "\n")
-    assert read_stability(asked(folder))["score"] is None
+    assert read_stability(config_of(folder)).score is None
 
 
 @pytest.mark.parametrize(
-    "over, says",
+    "over, words",
     [
         ({"phase": "calibrate"}, "phase = 'calibrate' with 1 steps; want a distillation"),
         ({"norms": []}, "with 0 steps; want a distillation"),
@@ -105,15 +101,15 @@ def test_runs_without_an_evaluation_have_no_score(tmp_path):
         ({"teacher": "u"}, "has teacher.path = 'u'; want this diagnosis' pair, 't'"),
     ],
 )
-def test_other_folders_are_refused(tmp_path, over, says):
+def test_other_folders_are_an_error(tmp_path, over, words):
     folder = finished(tmp_path / "a", **{"norms": [1.0]} | over)
     with pytest.raises(ValueError, match="diagnose.runs: ") as error:
-        read_stability(asked(folder))
-    assert says in str(error.value)
+        read_stability(config_of(folder))
+    assert words in str(error.value)
 
 
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(
         ValueError, match="diagnose.runs: .*/nothing: no run.jsonl; want the folder of a run"
     ):
-        read_stability(asked(str(tmp_path / "nothing")))
+        read_stability(config_of(str(tmp_path / "nothing")))

@@ -1,0 +1,67 @@
+"""The report of a diagnosis of hand-made token stats: only what was measured has a row."""
+
+from dataclasses import replace
+
+import pytest
+from token_stats_cases import cross_tokenizer, student_diagnosis_cases, token_stats
+
+from reflux.trainer.config.loader import fill
+from reflux.trainer.config.schema import Config
+from reflux.trainer.diagnosis.report import estimate_text, render
+from reflux.trainer.diagnosis.summary import diagnose_token_stats
+from reflux.trainer.diagnosis.verdict import with_verdict
+from reflux.trainer.runs.stats import Estimate
+
+
+@pytest.fixture
+def cfg():
+    table = {
+        "phase": "diagnose",
+        "folder": "f",
+        "model": {"path": "m"},
+        "teacher": {"path": "t"},
+        "data": {"source": "d"},
+    }
+    return fill(Config, table, "x.toml")
+
+
+def sections(report):
+    return [line[3:] for line in report.splitlines() if line.startswith("## ")]
+
+
+def test_estimates_have_their_interval():
+    assert estimate_text(Estimate(0.5, 0.1, 0.4, 0.6, 3)) == "0.500 [0.400, 0.600]"
+
+
+def test_a_section_is_there_only_with_rows(cfg):
+    diagnosis = with_verdict(diagnose_token_stats(student_diagnosis_cases(True, 4.0, True)))
+    report = render(cfg, diagnosis, {"tail.png": "Tail"}, heatmap=True)
+    assert report.startswith("# Diagnosis: student `m`, teacher `t`\n\n| trap |")
+    assert sections(report) == [
+        "KL by divergence and prefix",
+        "Tail noise",
+        "Off-policy instability",
+        "Teacher-student gap",
+        "Symptoms of the student",
+    ]
+    assert "\n\n![Tail](tail.png)\n\nSome texts" in report and report.endswith("method.md.\n")
+    teacher_only = [replace(token_stats(i, "teacher"), band_n=None) for i in range(2)]
+    report = render(cfg, with_verdict(diagnose_token_stats(teacher_only)), {}, heatmap=False)
+    assert "Symptoms of the student" not in sections(report) and "heatmap" not in report
+    assert "classes by frequency" not in report
+
+
+def test_blocks_are_one_blank_line_apart(cfg):
+    diagnosis = with_verdict(diagnose_token_stats(student_diagnosis_cases(True, 4.0, True)))
+    diagnosis = replace(diagnosis, cross_tokenizer=cross_tokenizer(0.8))
+    report = render(cfg, diagnosis, {"a.png": "A"}, heatmap=True)
+    assert "\n\n\n" not in report and "None" not in report
+    paragraph = next(line for line in report.splitlines() if line.startswith("Two tokenizers."))
+    for words in (
+        "9 common byte spans (1.25 tokens of the student and 1.50 of the teacher each",
+        "at 7 aligned positions (75% of the spans, 50% of the bytes)",
+        "90.0% of the student's mass there and 80.0% of the teacher's",
+        "3 texts (2 by the student, 1 by the teacher) could not be aligned",
+        "0.500 [0.400, 0.600] on texts by the student.",
+    ):
+        assert words in paragraph, words

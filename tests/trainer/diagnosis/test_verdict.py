@@ -1,0 +1,92 @@
+"""Verdicts on pairs of known numbers: present, absent, and inconclusive without an interval."""
+
+import re
+from dataclasses import replace
+
+import pytest
+from token_stats_cases import cross_tokenizer, student_diagnosis_cases, token_stats
+
+from reflux.trainer.config.distillation import DistillSection
+from reflux.trainer.diagnosis.gradient_snr import (
+    GradientComparison,
+    GradientNoise,
+    OnMinusOff,
+    SignalToNoise,
+)
+from reflux.trainer.diagnosis.summary import diagnose_token_stats
+from reflux.trainer.diagnosis.verdict import flatten, with_verdict
+from reflux.trainer.runs.stats import Estimate
+
+
+def verdict(stats):
+    return with_verdict(diagnose_token_stats(stats)).verdict
+
+
+def test_verdicts_go_both_ways():
+    sick = verdict(student_diagnosis_cases(True, 4.0, True))
+    healthy = verdict(student_diagnosis_cases(False, 0.5, False))
+    traps = ["tail noise", "off-policy instability", "teacher-student gap"]
+    assert [t.trap for t in sick] == [t.trap for t in healthy] == traps
+    assert all(t.present for t in sick) and not any(t.present for t in healthy)
+    for trap, words in zip(sick, ("bucket", "on_policy", "distillable")):
+        assert words in trap.advice
+    assert all(t.low <= t.mean <= t.high for t in sick + healthy)
+
+
+def test_a_number_without_an_interval_is_inconclusive():
+    one = verdict(
+        [
+            token_stats(0, "teacher"),
+            token_stats(0, "student", correct=True),
+            token_stats(0, "student", correct=False),
+        ]
+    )
+    assert [t.present for t in one] == [None] * 3
+    assert all("cannot be decided from 1 prompts" in t.advice for t in one)
+    # no prompt has correct and wrong texts
+    unusable = verdict([token_stats(i, "student", correct=True) for i in range(3)])[-1]
+    assert unusable.present is None and unusable.n == 0
+
+
+@pytest.mark.parametrize(
+    "low, high, words",
+    [(0.1, 0.3, "cleaner on the student's"), (-0.3, -0.1, "noisier on"), (-0.1, 0.3, "much alike")],
+)
+def test_the_gradient_joins_the_advice_and_not_the_verdict(low, high, words):
+    diagnosis = diagnose_token_stats(student_diagnosis_cases(False, 4.0, False))
+    plain = with_verdict(diagnosis).verdict
+
+    def ratio(mean):
+        return SignalToNoise(Estimate(mean, 0.1, 0.0, 1.0, 8), plain=1.0)
+
+    difference = OnMinusOff(0.2, 0.1, low, high, 8, "teacher")
+    one = GradientComparison(ratio(0.4), ratio(0.2), on_minus_off=difference)
+    noise = GradientNoise(one, one, batches=8, texts_of_each=8, tokens={})
+    diagnosis = replace(diagnosis, off_policy=replace(diagnosis.off_policy, gradient=noise))
+    joined = with_verdict(diagnosis).verdict
+    assert words in joined[1].advice
+    assert "signal to noise 0.4, and 0.2 on the teacher's" in joined[1].advice
+    assert joined[0] == plain[0]
+    assert [replace(t, advice="") for t in joined] == [replace(t, advice="") for t in plain]
+
+
+def test_without_student_texts_there_is_only_the_first_verdict():
+    stats = [token_stats(i, "teacher") for i in range(3)]
+    diagnosis = with_verdict(diagnose_token_stats(stats))
+    assert [t.trap for t in diagnosis.verdict] == ["tail noise"]
+    assert flatten(diagnosis) == {"diagnose/tail_noise": pytest.approx(3.0)}
+
+
+def test_the_advice_for_two_tokenizers_is_a_config_that_exists():
+    """Token KL between vocabularies is an error, and so is a top-k teacher for `prefix`."""
+    diagnosis = diagnose_token_stats(student_diagnosis_cases(True, 4.0, True))
+    common = replace(diagnosis, cross_tokenizer=cross_tokenizer(teacher_mass=0.99))
+    advice = with_verdict(common).verdict[0].advice
+    options = dict(re.findall(r"(\w+) = '(\w+)'", advice))
+    assert options == {"objective": "class", "partition": "common", "tail": "bucket"}
+    top_k = int(re.search(r"top_k = (\d+)", advice)[1])
+    assert DistillSection(**options, top_k=top_k).objective == "class"
+    rare = replace(diagnosis, cross_tokenizer=cross_tokenizer(teacher_mass=0.6))
+    advice = with_verdict(rare).verdict[0].advice
+    assert advice.startswith("all classes (distill.objective = 'class', partition = 'prefix')")
+    assert "only 60.0% of the teacher's mass" in advice

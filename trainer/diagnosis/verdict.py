@@ -1,0 +1,141 @@
+"""What a diagnosis says: for each of the three traps its number, the value of a healthy pair, and
+what to do.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from reflux.trainer.runs.stats import Estimate
+
+from .gradient_snr import GradientNoise
+from .metrics import DIVERGENCES, Divergence
+from .results import Diagnosis, TrapVerdict
+
+# of the teacher's mass on tokens that both vocabularies have, for the partition `common`
+COMMON_ENOUGH = 0.98
+
+
+def with_verdict(diagnosis: Diagnosis) -> Diagnosis:
+    """Adds the verdict on every trap that was measured."""
+    traps = _tail(diagnosis), _off_policy(diagnosis), _gap(diagnosis)
+    return replace(diagnosis, verdict=tuple(t for t in traps if t is not None))
+
+
+def flatten(diagnosis: Diagnosis) -> dict[str, float]:
+    """The few numbers of a log line: "diagnose/<trap>" -> mean."""
+    return {f"diagnose/{t.trap.replace(' ', '_')}": t.mean for t in diagnosis.verdict}
+
+
+def _tail(diagnosis: Diagnosis) -> TrapVerdict:
+    divergence = _worse({d: tail.tail_noise_index for d, tail in diagnosis.tail.items()})
+    tail = diagnosis.tail[divergence]
+    # token KL needs one vocabulary, and only `common` is exact with a top-k teacher
+    option, everything = "distill.tail = 'bucket'", "the full vocabulary"
+    cross = diagnosis.cross_tokenizer
+    if cross:
+        option = "distill.objective = 'class', partition = 'common', tail = 'bucket'"
+        everything = "all classes (distill.objective = 'class', partition = 'prefix')"
+    advice = (
+        f"{option} and top_k = {tail.top_k}: the first {tail.top_k} classes hold "
+        f"{tail.kl_fraction:.0%} of the {divergence} KL, the tail bucket holds the rest; "
+        f"{tail.gradient_outside:.0%} of the gradient comes from outside them"
+    )
+    if cross and cross.common_mass.teacher < COMMON_ENOUGH:
+        advice = (
+            f"{everything}: a top-k teacher needs partition = 'common', and only "
+            f"{cross.common_mass.teacher:.1%} of the teacher's mass lies on tokens that both have; "
+            "for the rest the student would be trained towards its own uncommon tokens"
+        )
+    return _verdict(
+        "tail noise",
+        f"tail-noise index, {divergence} KL",
+        tail.tail_noise_index,
+        1.0,
+        advice,
+        f"keep {everything}: function words and punctuation weigh no more in the tail than in the "
+        "first ten classes",
+    )
+
+
+def _off_policy(diagnosis: Diagnosis) -> TrapVerdict | None:
+    off = diagnosis.off_policy
+    if off.prefix_ratio is None or off.effective_samples is None:
+        return None
+    divergence = _worse(off.prefix_ratio)
+    gradient = _gradient_words(off.gradient, divergence)
+    return _verdict(
+        "off-policy instability",
+        f"{divergence} KL on student prefixes / on teacher prefixes",
+        off.prefix_ratio[divergence],
+        1.0,
+        "distill.on_policy > 0: the pair differs more on the student's own prefixes than on the "
+        "teacher's, and off-policy texts never reach those (effective fraction of the teacher's "
+        f"texts under the student: {off.effective_samples['whole'].mean:.0%}){gradient}",
+        "off-policy texts are as good to learn from as the student's own, and cheaper" + gradient,
+    )
+
+
+def _worse(estimates: dict[Divergence, Estimate]) -> Divergence:
+    return max(DIVERGENCES, key=lambda d: np.nan_to_num(estimates[d].mean))
+
+
+def _gradient_words(gradient: GradientNoise | None, divergence: Divergence) -> str:
+    if gradient is None:
+        return ""
+    compared = gradient.of(divergence)
+    difference = compared.on_minus_off
+    if difference is None or math.isnan(difference.mean):
+        return ""
+    on, off = compared.of("student"), compared.of(difference.off)
+    assert on is not None and off is not None  # there is no difference without both
+    which = "much alike"
+    if difference.low > 0:
+        which = "cleaner on the student's texts"
+    elif difference.high < 0:
+        which = "noisier on the student's texts"
+    return (
+        f"; a gradient is {which}: signal to noise {on.unbiased.mean:.3g}, and "
+        f"{off.unbiased.mean:.3g} on the {difference.off}'s"
+    )
+
+
+def _gap(diagnosis: Diagnosis) -> TrapVerdict | None:
+    wrong = diagnosis.gap.wrong_trace
+    if wrong is None:
+        return None
+    return _verdict(
+        "teacher-student gap",
+        "wrong-trace preference (0 = always prefers correct texts)",
+        wrong.pair,
+        0.5,
+        "distill.correct_only = true, or calibrate the teacher (calibration.mode = "
+        "'distillable'): it likes wrong student texts at least as well as correct ones, so its "
+        "signal on the student's own texts teaches little or the wrong thing",
+        "the teacher tells correct student texts from wrong ones: on-policy distillation has a "
+        "signal",
+        present=lambda e: not e.high < 0.5,
+    )
+
+
+def _verdict(
+    trap: str,
+    measure: str,
+    e: Estimate,
+    reference: float,
+    advice: str,
+    healthy: str,
+    present: Callable[[Estimate], bool] | None = None,
+) -> TrapVerdict:
+    """present: is the trap there? Default: the interval lies above `reference`."""
+    detected = None
+    text = (
+        f"cannot be decided from {e.n} prompts: it has no interval. Give it more prompts "
+        "(data.limit), or more texts of each (diagnose.student_texts)"
+    )
+    if not math.isnan(e.low):
+        detected = bool(present(e) if present else e.low > reference)
+        text = advice if detected else healthy
+    return TrapVerdict(trap, measure, e.mean, e.std, e.low, e.high, e.n, reference, detected, text)
