@@ -1,4 +1,4 @@
-"""What several test files share: gguf files."""
+"""GGUF files, byte by byte."""
 
 import struct
 

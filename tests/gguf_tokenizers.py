@@ -1,4 +1,4 @@
-"""What several test files share: gguf tokenizers."""
+"""GGUF files of trained tokenizers."""
 
 from gguf_files import gguf
 

@@ -5,13 +5,13 @@ hand, from the root.
 
 A stream is a text drawn from words, digits, spaces, joiners, combining marks, scripts and half-open
 tags, or what random ids of one tokenizer spell (never a canonical encoding; often cut inside a
-character). One tokenizer of a drawn pair writes it, the other reads it. Tokenizers: those that the
-tests train in process, and the real ones of installed packages (real_tokenizers.py).
+character). One tokenizer of a drawn pair produces it, the other encodes it. Tokenizers: those that
+the tests train in process, and the real ones of installed packages (real_tokenizers.py).
 
 For every stream: no exception; both sides reproduce the source (through their normaliser where they
 have one); every span is exact; boundaries and spans equal align_spans_ref, the definition; the
-joined pieces are the source's bytes by Python's own arithmetic; the torch path gives the same
-spans. --record writes bench/records/<date>_align_long_run_cpu.json (a clean tree only).
+joined pieces are the source's bytes by Python's own arithmetic; align_batch gives the same spans.
+--record writes bench/records/<date>_align_long_run_cpu.json (a clean tree only).
 """
 
 import argparse
@@ -39,7 +39,6 @@ from tokenizer_fixtures import byte_level, metaspace, sentencepiece
 
 from reflux.tokenalign.byte_table import PROBES, TEXT, ByteTable, encode_text, normalizer_of
 from reflux.tokenalign.offsets import Side, side, spell
-from reflux.tokenalign.prefix_hash import PieceHashes, exact_spans, prefix_hashes
 from reflux.tokenalign.spans import Alignment, align_batch, align_spans, align_spans_ref
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +47,7 @@ ALIGNER = [
     "tokenalign/native",
     *(
         f"tokenalign/{x}.py"
-        for x in ("offsets", "spans", "prefix_hash", "norm_map", "byte_table", "table_readers")
+        for x in ("offsets", "spans", "norm_map", "byte_table", "table_readers")
     ),
 ]
 BATCH = 200  # streams of one pair, aligned by one call
@@ -107,40 +106,37 @@ WORDS = [
 
 
 @dataclass(frozen=True, eq=False)
-class Tokenizer:
+class DrawnTokenizer:
     name: str
     encoder: Any
     table: ByteTable
-    hashes: PieceHashes
-
-    @classmethod
-    def of(cls, name: str, encoder: Any, table: ByteTable | None = None) -> "Tokenizer":
-        table = table or ByteTable.of(encoder)
-        return cls(name, encoder, table, PieceHashes.of(table))
 
     def side(self, ids: list[int], source: bytes) -> Side:
         return side(self.table, ids, source, normalize=normalizer_of(self.encoder), strict=True)
 
 
-def tokenizers() -> tuple[list[Tokenizer], dict[str, str]]:
-    """Those there are, and why the others are not."""
-    found, absent = [Tokenizer.of(name, make()) for name, make in TRAINED.items()], {}
+def tokenizers() -> tuple[list[DrawnTokenizer], dict[str, str]]:
+    """All that are installed, and the reasons why others are not."""
+    present, absent = [], {}
+    for name, make in TRAINED.items():
+        encoder = make()
+        present.append(DrawnTokenizer(name, encoder, ByteTable.of(encoder)))
     for name in SOURCES:
         try:
             one = real(name)
-            found.append(Tokenizer.of(name, one.tokenizer, one.table))
+            present.append(DrawnTokenizer(name, one.tokenizer, one.table))
         except pytest.skip.Exception as reason:
             absent[name] = str(reason)
-    return found, absent
+    return present, absent
 
 
-def draw(rng: np.random.Generator, writer: Tokenizer) -> tuple[list[int], bytes] | None:
-    """Ids of the writer and their source, or None when the ids spell no text."""
+def draw(rng: np.random.Generator, producer: DrawnTokenizer) -> tuple[list[int], bytes] | None:
+    """Ids of the producer and their source, or None when the ids spell no text."""
     if rng.random() < 0.5:
         text = "".join(WORDS[i] for i in rng.integers(0, len(WORDS), rng.integers(1, 9)))
-        return encode_text(writer.encoder, text), text.encode()
-    ids = rng.choice(np.flatnonzero(writer.table.kind == TEXT), rng.integers(1, 17)).tolist()
-    spelled = spell(writer.table, ids)
+        return encode_text(producer.encoder, text), text.encode()
+    ids = rng.choice(np.flatnonzero(producer.table.kind == TEXT), rng.integers(1, 17)).tolist()
+    spelled = spell(producer.table, ids)
     return (ids, spelled.bytes) if spelled.text else None
 
 
@@ -158,7 +154,7 @@ def check(got: Alignment, a: Side, b: Side, source: bytes) -> None:
             for at in one.skips.tolist():
                 raw[at] = raw[at][1:]
             assert b"".join(raw)[: len(source)] == source, "other bytes than the source"
-    # else the writer's last character was cut: an open tail
+    # else the producer's last character was cut: an open tail
     if a.lens.sum() == b.lens.sum() == len(source):
         span_a, span_b, num = align_spans_ref(*pieces)
         assert (got.span_a.tolist(), got.span_b.tolist(), got.num_spans) == (span_a, span_b, num), (
@@ -169,101 +165,103 @@ def check(got: Alignment, a: Side, b: Side, source: bytes) -> None:
     ), "other boundaries"
 
 
-def check_torch(
-    rows: list[Alignment], sides: tuple[list[Side], list[Side]], pair: tuple[Tokenizer, Tokenizer]
-) -> int:
-    """The padded device path over the rows that need no position map; how many there were."""
+def check_batch(rows: list[Alignment], sides: tuple[list[Side], list[Side]]) -> int:
+    """align_batch over the rows that need no position map; returns how many there were."""
     plain = [
         r
-        for r in range(len(rows))
-        if sides[0][r].ends is None
-        and sides[1][r].ends is None
-        and not (sides[0][r].later_skips or sides[1][r].later_skips)
+        for r, (a, b) in enumerate(zip(*sides, strict=True))
+        if a.ends is None and b.ends is None and not (a.later_skips or b.later_skips)
     ]
     if not plain:
         return 0
-    found = []
-    for tokenizer, chosen in zip(pair, sides, strict=True):
-        ids = torch.nn.utils.rnn.pad_sequence(
-            [torch.from_numpy(chosen[r].ids) for r in plain], batch_first=True, padding_value=-1
-        )
-        found += [
-            ids >= 0,
-            *prefix_hashes(
-                tokenizer.hashes, ids, ids >= 0, torch.tensor([chosen[r].skip for r in plain])
-            ),
-        ]
-    mask_a, len_a, hash_a, mask_b, len_b, hash_b = found
+    (len_a, mask_a), (len_b, mask_b) = (padded([side[r] for r in plain]) for side in sides)
     span_a, span_b, num = align_batch(len_a, len_b, mask_a, mask_b)
-    exact = exact_spans(hash_a, span_a, hash_b, span_b)
     for k, r in enumerate(plain):
         got = rows[r]
-        assert (
-            num[k] == got.num_spans and exact[k, : got.num_spans].tolist() == got.exact.tolist()
-        ), "torch: other exact spans"
-        assert span_a[k, : len(got.span_a)].tolist() == got.span_a.tolist(), "torch: other spans"
-        assert span_b[k, : len(got.span_b)].tolist() == got.span_b.tolist(), "torch: other spans"
+        assert num[k] == got.num_spans, "align_batch: another number of spans"
+        for name, span, want in (("a", span_a[k], got.span_a), ("b", span_b[k], got.span_b)):
+            assert span[: len(want)].tolist() == want.tolist(), (
+                f"align_batch: other spans of {name}"
+            )
     return len(plain)
+
+
+def padded(sides: list[Side]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bytes of each token [B, n], and which of them are tokens of the text."""
+    lens, ids = (
+        torch.nn.utils.rnn.pad_sequence(
+            [torch.from_numpy(x) for x in rows], batch_first=True, padding_value=-1
+        )
+        for rows in ([side.lens for side in sides], [side.ids for side in sides])
+    )
+    return lens, ids >= 0
+
+
+def align_drawn(
+    rng: np.random.Generator, pair: tuple[DrawnTokenizer, DrawnTokenizer], counts: Counter
+) -> list[str]:
+    """Draw, align and check one batch; returns what is wrong."""
+    (producer, other), problems = pair, []
+    sources, sides = [], ([], [])
+    for _ in range(BATCH):
+        drawn = draw(rng, producer)
+        if drawn is None:
+            counts["not text"] += 1
+            continue
+        ids, source = drawn
+        try:
+            a = producer.side(ids, source)
+            b = other.side(encode_text(other.encoder, source.decode()), source)
+        except Exception as error:  # every exception is a finding
+            problems.append(f"{source!r}: {type(error).__name__}: {error}")
+            continue
+        sources.append(source)
+        sides[0].append(a)
+        sides[1].append(b)
+    try:
+        rows = align_spans(*sides)
+        counts["torch rows"] += check_batch(rows, sides)
+    except Exception as error:
+        return [*problems, f"a batch: {type(error).__name__}: {error}"]
+    for got, a, b, source in zip(rows, *sides, sources, strict=True):
+        try:
+            check(got, a, b, source)
+        except AssertionError as error:
+            problems.append(f"{source!r}: {error}")
+        counts["streams"] += 1
+        counts["tokens"] += len(a.ids) + len(b.ids)
+        counts["bytes"] += len(source)
+        counts["spans"] += got.num_spans
+        counts["through a normaliser"] += a.ends is not None or b.ends is not None
+        counts["a space in front"] += bool(a.skip or b.skip)
+        counts["cut inside a character"] += got.bytes_a != len(source)
+    return problems
 
 
 def run(streams: int, seed: int) -> dict:
     rng, counts, problems = np.random.default_rng(seed), Counter(), []
-    found, absent = tokenizers()
-    pairs = list(itertools.permutations(found, 2))
+    present, absent = tokenizers()
+    pairs = list(itertools.permutations(present, 2))
     start = time.perf_counter()
     while counts["streams"] < streams:
-        pair = writer, reader = pairs[rng.integers(len(pairs))]
-        batch, sides = [], ([], [])
-        for _ in range(BATCH):
-            drawn = draw(rng, writer)
-            if drawn is None:
-                counts["not text"] += 1
-                continue
-            ids, source = drawn
-            try:
-                both = (
-                    writer.side(ids, source),
-                    reader.side(encode_text(reader.encoder, source.decode()), source),
-                )
-            except Exception as error:  # every exception is a finding
-                problems.append(
-                    f"{writer.name} -> {reader.name}, {source!r}: {type(error).__name__}: {error}"
-                )
-                continue
-            batch.append(source), sides[0].append(both[0]), sides[1].append(both[1])
-        try:
-            rows = align_spans(*sides)
-            counts["torch rows"] += check_torch(rows, sides, pair)
-        except Exception as error:
-            problems.append(
-                f"{writer.name} -> {reader.name}, a batch: {type(error).__name__}: {error}"
-            )
-            continue
-        for got, a, b, source in zip(rows, *sides, batch, strict=True):
-            try:
-                check(got, a, b, source)
-            except AssertionError as error:
-                problems.append(f"{writer.name} -> {reader.name}, {source!r}: {error}")
-            counts.update(
-                {
-                    "streams": 1,
-                    "tokens": len(a.ids) + len(b.ids),
-                    "bytes": len(source),
-                    "spans": got.num_spans,
-                    "through a normaliser": a.ends is not None or b.ends is not None,
-                    "a space in front": bool(a.skip or b.skip),
-                    "cut inside a character": got.bytes_a != len(source),
-                }
-            )
+        pair = pairs[rng.integers(len(pairs))]
+        names = " -> ".join(tokenizer.name for tokenizer in pair)
+        problems += [f"{names}, {problem}" for problem in align_drawn(rng, pair, counts)]
     return {
         "seconds": round(time.perf_counter() - start, 1),
-        "tokenizers": [t.name for t in found],
+        "tokenizers": [t.name for t in present],
         "absent": absent,
         "pairs": len(pairs),
         **counts,
         "findings": len(problems),
         "first_findings": problems[:20],
     }
+
+
+def git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return result.stdout.strip()
 
 
 def main() -> None:
@@ -274,9 +272,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
-    git = lambda *args: subprocess.run(
-        ["git", *args], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
     commit = git("rev-parse", "HEAD")
     changed = git("status", "--porcelain", "--", *ALIGNER, "tests/long_run_align.py")
     if arguments.record and changed:

@@ -1,4 +1,4 @@
-"""What several test files share: span cases."""
+"""Drawn tokenizations of one text, and their spans by brute force."""
 
 import itertools
 from itertools import accumulate
@@ -39,9 +39,7 @@ def ends(pieces):
 
 
 def by_brute_force(pieces_a, pieces_b):
-    """Boundaries and spans by the sentences of spans.py's docstring, for sides of any two
-    lengths.
-    """
+    """Boundaries and spans by the definition in spans.py, for sides of any two lengths."""
     bounds = sorted(set(ends(pieces_a)) & set(ends(pieces_b)) - {0})
 
     def spans(pieces):
@@ -52,6 +50,11 @@ def by_brute_force(pieces_a, pieces_b):
         ]
 
     return bounds, spans(pieces_a), spans(pieces_b)
+
+
+def span_bytes(got):
+    """(begin, end) of each span in the source."""
+    return list(zip([0, *got.bounds.tolist()], got.bounds.tolist(), strict=False))
 
 
 def same(one, two):

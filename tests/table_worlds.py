@@ -1,4 +1,4 @@
-"""What several test files share: table worlds."""
+"""Pieces of a small vocabulary, and RWKV's tokenizer on them."""
 
 SINGLE = {bytes([b]): b for b in range(256)}
 

@@ -1,4 +1,4 @@
-"""What several test files share: tokenizer fixtures."""
+"""Small tokenizers trained in the test process, and their tables."""
 
 import functools
 import io

@@ -1,4 +1,4 @@
-"""What several test files share: view cases."""
+"""Aligned pairs to draw."""
 
 from span_cases import side_of
 from tokenizer_fixtures import table_of

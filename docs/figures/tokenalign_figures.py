@@ -16,14 +16,24 @@ from reflux.tokenalign.view import Box, Column, Marks, columns, visible
 
 CELL, LEFT, LANE, RULER = 30, 92, 26, 22  # pixels: a byte, the names, a lane's height, the ruler's
 STYLE = """
-text { font: 13px ui-monospace, 'DejaVu Sans Mono', monospace; fill: #1b1f24; text-anchor: middle; dominant-baseline: central }
-.name { text-anchor: start; font: 12px system-ui, sans-serif } .byte, .hex, .space { fill: #57606a } .byte, .hex { font-size: 10px }
-.c0 { fill: #dbe9fb } .c1 { fill: #fbe6c8 } .c2 { fill: #d8f0d8 } .c3 { fill: #f8dbe6 } .c4 { fill: #e6e0f8 } .c5 { fill: #e9ecc6 }
-rect { stroke: #8c959f } .out { fill: none; stroke-dasharray: 3 2 } .bad { fill: url(#hatch) } line { stroke: #1b1f24 } .tick, .seam { stroke-width: 3 } .seam { stroke: #cf222e }
-@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .byte, .hex, .space { fill: #9da7b1 } .c0 { fill: #1c3353 } .c1 { fill: #4a3413 }
-.c2 { fill: #193d24 } .c3 { fill: #4b2135 } .c4 { fill: #33295a } .c5 { fill: #3a3d14 } line { stroke: #e6edf3 } .seam { stroke: #ff7b72 } }
+text { font: 13px ui-monospace, 'DejaVu Sans Mono', monospace; fill: #1b1f24;
+  text-anchor: middle; dominant-baseline: central }
+.name { text-anchor: start; font: 12px system-ui, sans-serif } .byte, .hex, .space { fill: #57606a }
+.byte, .hex { font-size: 10px }
+.c0 { fill: #dbe9fb } .c1 { fill: #fbe6c8 } .c2 { fill: #d8f0d8 }
+.c3 { fill: #f8dbe6 } .c4 { fill: #e6e0f8 } .c5 { fill: #e9ecc6 }
+rect { stroke: #8c959f } .out { fill: none; stroke-dasharray: 3 2 } .bad { fill: url(#hatch) }
+line { stroke: #1b1f24 } .tick, .seam { stroke-width: 3 } .seam { stroke: #cf222e }
+@media (prefers-color-scheme: dark) {
+text { fill: #e6edf3 } .byte, .hex, .space { fill: #9da7b1 }
+.c0 { fill: #1c3353 } .c1 { fill: #4a3413 } .c2 { fill: #193d24 }
+.c3 { fill: #4b2135 } .c4 { fill: #33295a } .c5 { fill: #3a3d14 }
+line { stroke: #e6edf3 } .seam { stroke: #ff7b72 } }
 """
-HATCH = '<pattern id="hatch" width="7" height="7" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><rect width="2" height="7" class="c3" stroke="none"/></pattern>'
+HATCH = (
+    '<pattern id="hatch" width="7" height="7" patternUnits="userSpaceOnUse" '
+    'patternTransform="rotate(45)"><rect width="2" height="7" class="c3" stroke="none"/></pattern>'
+)
 
 
 def lane_of(pieces: list[bytes], *, skip: int = 0, control: bytes = b"") -> tuple[Side, list[int]]:
@@ -31,14 +41,14 @@ def lane_of(pieces: list[bytes], *, skip: int = 0, control: bytes = b"") -> tupl
     named = [*pieces, *[control] * bool(control)]
     kind = np.array([TEXT] * len(pieces) + [CONTROL] * bool(control), np.int8)
     ids = np.where(kind == TEXT, np.arange(len(named)), -1).astype(np.int32)
-    return Side(ByteTable(tuple(named), kind, "byte_level"), ids, skip, True), list(
-        range(len(named))
-    )
+    table = ByteTable(tuple(named), kind, "byte_level")
+    return Side(table, ids, skip, True), list(range(len(named)))
 
 
 def draw(a: tuple[Side, list[int]], b: tuple[Side, list[int]], marks: Marks) -> str:
-    """Both lanes with boxes as wide as their bytes, the bytes between them. Tokens of no bytes are
-    bars, control tokens dashed.
+    """Both lanes with boxes as wide as their bytes, the bytes between them.
+
+    Tokens of no bytes are bars, control tokens dashed.
     """
     alignment = align_spans([a[0]], [b[0]])[0]
     picture = columns(a[0], b[0], alignment, Marks(marks.names, (a[1], b[1]), marks.seam))
@@ -61,8 +71,9 @@ def draw(a: tuple[Side, list[int]], b: tuple[Side, list[int]], marks: Marks) -> 
     if marks.seam is not None:
         body.append(_line(LEFT + marks.seam * CELL, 0, 2 * LANE + RULER, "seam"))
     width = LEFT + len(source) * CELL + (3 * CELL if picture[-1].span < 0 else 2)
+    height = 2 * LANE + RULER
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {2 * LANE + RULER}" width="{width}">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}">'
         f"<style>{STYLE}</style>{HATCH}\n" + "\n".join(body) + "\n</svg>\n"
     )
 
@@ -79,17 +90,14 @@ def _box(box: Box, column: Column, y: int) -> str:
         text.strip("<>") if part == "hex" else text for part, text in visible(box.piece)
     )
     return (
-        f'<rect class="{kind}" x="{x + 1.5:g}" y="{y + 1.5:g}" width="{width - 3:g}" height="{LANE - 3}" rx="4"/>'
-        + _text(x + width / 2, y + LANE / 2, shown, hexed.strip())
+        f'<rect class="{kind}" x="{x + 1.5:g}" y="{y + 1.5:g}" width="{width - 3:g}" '
+        f'height="{LANE - 3}" rx="4"/>' + _text(x + width / 2, y + LANE / 2, shown, hexed.strip())
     )
 
 
 def _text(x: float, y: float, text: str, kind: str) -> str:
-    return (
-        f'<text x="{x:g}" y="{y:g}" class="{kind}">{escape(text)}</text>'
-        if kind
-        else f'<text x="{x:g}" y="{y:g}">{escape(text)}</text>'
-    )
+    classes = f' class="{kind}"' if kind else ""
+    return f'<text x="{x:g}" y="{y:g}"{classes}>{escape(text)}</text>'
 
 
 def _line(x: float, y: float, end: float, kind: str = "edge") -> str:

@@ -246,7 +246,7 @@ def test_a_skip_can_empty_a_token():
 
 
 def test_results_do_not_share_memory_between_rows():
-    """A row kept for later must not keep the batch alive, nor change with another."""
+    """A stored row must not keep the memory of its batch, nor change with another."""
     first, second = align_spans(*random_batch(rows=2, tokens=5))
     assert first.span_a.base is None and second.bounds.base is None
 

@@ -113,7 +113,7 @@ def test_a_baseline_by_span_number_keeps_the_expected_gradient():
     to_go(another's) at the same span, averaged over pairs of texts, gives the gradient of the
     expected reward.
     """
-    logits = np.array([0.3, -0.7])  # of token 1 at each place
+    logits = np.array([0.3, -0.7])  # of token 1 at each position
     p = 1 / (1 + np.exp(-logits))
     reward = {(x, y): np.array([0.5 * x - 0.2, 1.5 * x * y - y]) for x in (0, 1) for y in (0, 1)}
     prob = {t: np.prod(np.where(t, p, 1 - p)) for t in reward}

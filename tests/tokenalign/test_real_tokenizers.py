@@ -1,5 +1,5 @@
-"""Seven real tokenizers, five families: whole tables, all pairs. golden/tokenalign.json holds what
-was counted once.
+"""Seven real tokenizers of five families: whole tables, all pairs. Expected counts are in
+golden/tokenalign.json.
 """
 
 import itertools
@@ -21,15 +21,18 @@ PAIRS = list(itertools.combinations(SOURCES, 2))
 SPM = ("mistral_v1", "mistral_v3")
 each = pytest.mark.parametrize("name", SOURCES)
 HARD = {
-    "emoji": "👩🏽\u200d🚀👨\u200d👩\u200d👧\u200d👦 🏴\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f 🇩🇪🇨🇭❤\ufe0f\u200d🔥1\ufe0f\u20e3",
-    "marks": "Z\u0337\u0321\u031b\u0341a\u0334\u0349\u0358l\u0335go, e\u0301\u0323 n\u0303 ṩ ﬁ Å\u212b"
-    + "x"
+    "emoji": "👩🏽\u200d🚀👨\u200d👩\u200d👧\u200d👦 "
+    "🏴\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f "
+    "🇩🇪🇨🇭❤\ufe0f\u200d🔥1\ufe0f\u20e3",
+    "marks": "Z\u0337\u0321\u031b\u0341a\u0334\u0349\u0358l\u0335go, e\u0301\u0323 n\u0303 ṩ ﬁ "
+    + "Å\u212bx"
     + "\u0301" * 200,
     "cjk": "「龘靐齉」と言った。한국어 문장, 𠮷野家で𩸽を食べる。全角ＡＢＣ１２３",
     "right to left": "שָׁלוֹם עֲלֵיכֶם 123 العَرَبِيَّةُ \u202bמימין\u202c, \u061cأهلاً!",
     "line ends": "a\r\nb\r\n\r\n\tc\rd\n\r\u2028e\u0085f\x0b\x0cg",
     "whitespace": "x" + " " * 3000 + "\n" * 500 + "\t" * 300 + "\u3000\u00a0\u2009" * 40 + "y  ",
-    "code": "#include <x.h>\r\nint main(void) {\n\tfor (int i=0;i<10;++i)\n        a[i] <<= 0x1F & ~mask; // done\n}\n\n\n",
+    "code": "#include <x.h>\r\nint main(void) {\n\tfor (int i=0;i<10;++i)\n"
+    "        a[i] <<= 0x1F & ~mask; // done\n}\n\n\n",
     "numbers": "3.14159265358979 1,000,000 -0x7fffffff 6.02e+23 00012 ١٢٣٤ ½² 10" + "0" * 300,
     "names": "<|im_end|></s><s>[INST]<0x41><|endoftext|><|begin_of_text|><unk>",
     "rare": "\ufffd\ufeff\u0000\u001b[0m\ue000\U0010ffff\U0001f9ff𐍈ꙮ Ã©â€™",
@@ -192,23 +195,21 @@ def test_versions_of_one_vocabulary_differ_where_they_say():
 
 
 def test_xtoken_equal_strings_are_not_equal_bytes():
-    """Matching by piece strings, Ġ for U+2581: finds a sixth too few, and 143 of what it finds are
-    other bytes.
-    """
+    """Matching by piece strings, Ġ for U+2581: a sixth too few pairs, and 143 of other bytes."""
     spm, bpe = real("mistral_v1"), real("deepseek")
     vocab = bpe.tokenizer.get_vocab(with_added_tokens=False)
     strings = {p.replace("Ġ", "\u2581"): i for p, i in vocab.items()}
     names = [spm.tokenizer.id_to_piece(i) for i in range(len(spm.table))]
-    found = [(i, strings[p]) for i, p in enumerate(names) if p in strings]
+    pairs = [(i, strings[p]) for i, p in enumerate(names) if p in strings]
     wrong = [
         (i, j)
-        for i, j in found
+        for i, j in pairs
         if spm.table.kind[i] == TEXT and spm.table.pieces[i] != bpe.table.pieces[j]
     ]
     want = GOLDEN["equal_strings"]
-    assert (len(found), len(wrong)) == (want["with_marks_exchanged"], want["of_these_other_bytes"])
+    assert (len(pairs), len(wrong)) == (want["with_marks_exchanged"], want["of_these_other_bytes"])
     assert sum(p in vocab for p in names) == want["as_they_are"]
-    assert GOLDEN["common"]["mistral_v1 deepseek"] > len(found) - len(wrong)
+    assert GOLDEN["common"]["mistral_v1 deepseek"] > len(pairs) - len(wrong)
 
 
 @pytest.mark.parametrize("name", ["qwen", "cl100k", "deepseek"])
@@ -255,8 +256,8 @@ def test_dskdv2_a_span_of_several_tokens_does_not_swallow_the_token_after_it():
 
 
 def test_dpca_a_space_before_the_text_costs_no_boundary():
-    """Decoding a growing window of SentencePiece ids drops the first space: 96 % of tokens found no
-    partner.
+    """Decoding a growing window of SentencePiece ids drops the first space: 96 % of the tokens had
+    no partner.
     """
     text = "the cat sat on the mat, the dog on the log"
     words = [
@@ -288,7 +289,7 @@ def test_areal_character_offsets_repeat_inside_a_character():
     one, text = real("deepseek"), "a𐍈ꙮ"
     one.tokenizer.encode_special_tokens = False
     offsets = one.tokenizer.encode(text, add_special_tokens=False).offsets
-    assert len(set(offsets)) < len(offsets), "several tokens of one character share its offsets"
+    assert len(set(offsets)) < len(offsets), "several tokens of one character have its offsets"
     lens = side_of("deepseek", text).lens
     assert (lens > 0).all() and lens.sum() == len(text.encode())
 

@@ -44,10 +44,10 @@ def test_the_value_is_the_definition_and_the_sum(spans, tau):
     want = 0.0
     for s, t in spans:
         u = math.exp(t / tau)
-        rest = -math.expm1(t / tau) * (
+        complement = -math.expm1(t / tau) * (
             math.log(-math.expm1(t / tau)) - math.log(-math.expm1(s / tau))
         )
-        want += u * (t - s) / tau + rest
+        want += u * (t - s) / tau + complement
     torch.testing.assert_close(
         span_likelihood_kl(student, teacher, temperature=tau, scale=False).item(),
         want,
@@ -114,26 +114,23 @@ def test_k2_and_k3_in_closed_form(spans):
 
 
 def test_expected_gradients_on_the_students_own_text():
-    """Enumerated over four texts: k2 descends the reverse KL, k3 the forward KL, the limit
-    neither.
-    """
+    """Over all of four texts: k2 descends the reverse KL, k3 the forward KL, the limit neither."""
     z = torch.tensor([0.3, -1.0, 0.8, 0.1], dtype=torch.float64, requires_grad=True)
     teacher = torch.tensor([0.5, -0.2, -0.9, 0.4], dtype=torch.float64).log_softmax(0)
     logp = z.log_softmax(0)
-    grad = lambda loss: torch.autograd.grad(loss, z, retain_graph=True)[0]
-    found = {
-        kind: grad(
-            (
-                logp.detach().exp() * span_likelihood_kl(logp, teacher, kind=kind, reduction="none")
-            ).sum()
-        )
-        for kind in ("k2", "k3", "limit")
-    }
+
+    def grad(loss):
+        return torch.autograd.grad(loss, z, retain_graph=True)[0]
+
+    expected = {}
+    for kind in ("k2", "k3", "limit"):
+        loss = span_likelihood_kl(logp, teacher, kind=kind, reduction="none")
+        expected[kind] = grad((logp.detach().exp() * loss).sum())
     reverse = grad((logp.exp() * (logp - teacher)).sum())
     forward = grad((teacher.exp() * (teacher - logp)).sum())
-    torch.testing.assert_close(found["k2"], reverse, rtol=0, atol=1e-12)
-    torch.testing.assert_close(found["k3"], forward, rtol=0, atol=1e-12)
-    assert min((found["limit"] - x).abs().max() for x in (reverse, forward)) > 1e-2
+    torch.testing.assert_close(expected["k2"], reverse, rtol=0, atol=1e-12)
+    torch.testing.assert_close(expected["k3"], forward, rtol=0, atol=1e-12)
+    assert min((expected["limit"] - x).abs().max() for x in (reverse, forward)) > 1e-2
 
 
 @given(spans=SPANS, tau=TAU, kind=st.sampled_from([k for k in KINDS if k != "k3"]))

@@ -19,19 +19,19 @@ def starts(a, b, **options):
     return span_starts(align_spans([a], [b])[0], a, b, **options)
 
 
-def as_tuples(found):
-    return list(zip(found.a.tolist(), found.b.tolist(), found.span.tolist(), strict=True))
+def as_tuples(at):
+    return list(zip(at.a.tolist(), at.b.tolist(), at.span.tolist(), strict=True))
 
 
 @given(tokenizations())
-def test_both_sides_have_consumed_the_same_bytes(sides):
-    found = starts(side_of(sides[0]), side_of(sides[1]), ended=True)
-    for a, b, _ in as_tuples(found):
+def test_both_sides_have_read_the_same_bytes(sides):
+    at = starts(side_of(sides[0]), side_of(sides[1]), ended=True)
+    for a, b, _ in as_tuples(at):
         assert b"".join(sides[0][:a]) == b"".join(sides[1][:b])
     assert (
-        found.span.tolist() == list(range(len(found.span)))
-        and (np.diff(found.a) > 0).all()
-        and (np.diff(found.b) > 0).all()
+        at.span.tolist() == list(range(len(at.span)))
+        and (np.diff(at.a) > 0).all()
+        and (np.diff(at.b) > 0).all()
     )
 
 
@@ -40,12 +40,12 @@ def test_no_position_is_missing(sides):
     """Every pair of tokens with bytes that start at the same byte is a span start, unless only
     empty tokens part them.
     """
-    found = {
+    starts_at = {
         (len(b"".join(sides[0][:a])), k)
         for a, _, k in as_tuples(starts(side_of(sides[0]), side_of(sides[1])))
     }
     begin = [{0, *accumulate(map(len, pieces))} - {len(b"".join(pieces))} for pieces in sides]
-    assert {at for at, _ in found} == begin[0] & begin[1]
+    assert {byte for byte, _ in starts_at} == begin[0] & begin[1]
 
 
 @given(tokenizations(), st.integers(0, 5), st.integers(0, 5))
@@ -75,11 +75,11 @@ def test_without_a_predictor_the_span_is_left_out_on_both_sides():
 def test_spans_before_the_seam_are_left_out(sides, data):
     """P19: what is left starts at or after the prompt's end on both sides, in bytes."""
     seam = data.draw(st.integers(0, 45))
-    found = starts(side_of(sides[0]), side_of(sides[1]), seam=seam)
-    for a, b, _ in as_tuples(found):
+    at = starts(side_of(sides[0]), side_of(sides[1]), seam=seam)
+    for a, b, _ in as_tuples(at):
         assert len(b"".join(sides[0][:a])) >= seam and len(b"".join(sides[1][:b])) >= seam
     everything = starts(side_of(sides[0]), side_of(sides[1]))
-    assert len(found.a) == sum(len(b"".join(sides[0][:a])) >= seam for a in everything.a)
+    assert len(at.a) == sum(len(b"".join(sides[0][:a])) >= seam for a in everything.a)
 
 
 def test_a_token_across_the_seam_is_left_out():
@@ -110,12 +110,12 @@ def test_a_space_put_in_front_of_a_later_stretch_spoils_that_position():
     assert as_tuples(starts(a, b)) == [(3, 2, 2)]
 
 
-def test_what_a_normaliser_changed_is_no_place_to_compare():
+def test_what_a_normaliser_changed_is_not_compared():
     table = side_of([b"two", b" re", b"main"]).table
     text = b"Two remain"
-    reader = side(table, [0, 1, 2], text, normalize=str.lower)
-    writer = side_of([b"Two", b" remain"])
-    assert reader.reproduces and as_tuples(starts(writer, reader)) == [(1, 1, 1)], (
+    lowered = side(table, [0, 1, 2], text, normalize=str.lower)
+    plain = side_of([b"Two", b" remain"])
+    assert lowered.reproduces and as_tuples(starts(plain, lowered)) == [(1, 1, 1)], (
         "the model of `two` never saw a T"
     )
     assert as_tuples(
@@ -139,8 +139,8 @@ def test_unequal_bytes_are_left_out(sides, data):
         side_of([bytes(changed[e - len(p) : e]) for e, p in zip(ends, other, strict=True)]),
     )
     alignment = align_spans([a], [b])[0]
-    found = span_starts(alignment, a, b, ended=True)
-    assert all(alignment.bounds[k] <= at for k in found.span)
+    compared = span_starts(alignment, a, b, ended=True)
+    assert all(alignment.bounds[k] <= at for k in compared.span)
 
 
 def test_the_stop_position_needs_both_texts_to_end_together():
