@@ -21,15 +21,7 @@ from reflux.tokenalign.spans import Alignment, align_spans
 from reflux.trainer.data.batch import Batch, Prompt, Rollout, Sample, pack
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.losses import token_logprob_of
-from reflux.trainer.phase import Engine, ReadableModel
-
-
-@dataclass(frozen=True, eq=False)
-class TextScore:
-    """log p of each content token [n], and of the stop set right behind them; nats."""
-
-    logp: np.ndarray
-    stop: float
+from reflux.trainer.phase import Engine, ReadableModel, TextScore
 
 
 @dataclass(frozen=True, eq=False)
