@@ -1,5 +1,5 @@
 # make quickstart   the paper's claim in miniature, end to end (about 10 minutes on two cores)
-# make report       everything the miniature has to say: attacks, knob curve, ablations, diagnoses (hours; Ctrl-C and again goes on)
+# make report       everything the miniature has to say: attacks, eta sweep, ablations, diagnoses (hours; Ctrl-C and again goes on)
 # make test         everything that must hold before a commit lands
 # make bench        kernels against floors and peers (needs a GPU for numbers; on a CPU it proves the harness)
 # make bench-gpu    the same on a machine with a GPU where nothing of this is installed: no network, about 8 minutes, see bench/gpu.py
