@@ -55,6 +55,10 @@ class TaskSection:
     # exact | math | multiple_choice | reasoning_gym | reward_model | package.module:function
     name: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    max_failed: float = 0.05  # fraction of failed grades above which a run ends; they leave groups
+
+    def __post_init__(self):
+        fraction(self, "max_failed")
 
 
 @dataclass(frozen=True)

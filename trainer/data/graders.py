@@ -22,7 +22,13 @@ class Grade:
     reward: float
     correct: bool | None  # None: the task has no correct and incorrect (reward models)
     extracted: str | None = None  # the answer; None: the response has none
-    error: str | None = None  # why grading failed
+    error: str | None = None  # why grading failed; reward and correct mean nothing then
+    graded: bool = True  # False: a truncated text that no grader saw
+
+    @property
+    def failed(self) -> bool:
+        """It leaves its group: see failed_grades.py."""
+        return self.error is not None
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class LimitedGrader:
 
     def _one(self, grader: GradeText, rollout: Rollout) -> Grade:
         if not rollout.ended and not self._limits.grade_truncated:
-            return Grade(0.0, False)
+            return Grade(0.0, False, graded=False)
         return _attempt(grader, rollout.prompt, rollout.text)
 
     def _counted(self, prompt: Prompt, grade: Grade) -> Grade:

@@ -156,7 +156,7 @@ def test_an_outer_alarm_is_put_back(user):
 
 def test_truncated_texts_are_not_correct_unless_graded():
     truncated = rollout("42", ended=False)
-    assert build_task("exact", {}).grade([truncated]) == [Grade(0.0, False)]
+    assert build_task("exact", {}).grade([truncated]) == [Grade(0.0, False, graded=False)]
     assert build_task("exact", {"grade_truncated": True}).grade([truncated]) == [
         Grade(1.0, True, "42")
     ]
