@@ -35,7 +35,7 @@ from .checkpoints import restore
 from .decoding import decoder_of, gathered
 from .export import export_hf
 from .forward import hidden_states
-from .frozen import FrozenModel, build_frozen, verify_loaded
+from .frozen import FrozenModel, build_frozen
 from .gradients import accumulate_gradients, forward_no_grad, token_means
 from .head import head_rows, logit_softcap, open_head
 from .metrics import MetricSums
@@ -43,6 +43,7 @@ from .model_builder import build_spec
 from .ranks import RankGroup
 from .torchtitan_host import RefluxTrainer
 from .trainer_config import titan_config
+from .weights import check_fit, verify_weights
 
 NATIVE_CACHE_LIMIT = 32768  # positions of a frozen native model's rotary cache
 
@@ -55,18 +56,18 @@ class Engine:
     def __init__(self, cfg: Config):
         """Builds the model and loads its weights, or the newest checkpoint of the run's folder."""
         self.cfg = cfg
-        spec = build_spec(
-            _model_folder(cfg.model.path, "model.path"),
-            backend=cfg.model.backend,
-            attention=cfg.model.attention,
-        )
+        path = _model_folder(cfg.model.path, "model.path")
+        spec = build_spec(path, backend=cfg.model.backend, attention=cfg.model.attention)
         self._config = titan_config(cfg, spec)
         self._trainer = RefluxTrainer(self._config)
         fresh = not (Path(self._config.dump_folder) / self._config.checkpoint.folder).exists()
+        from_folder = fresh and not cfg.model.from_scratch
+        if from_folder:
+            check_fit(self.model, spec, path)
         self._trainer.checkpointer.load(step=self._config.checkpoint.load_step)
         self.resumed_step = self._trainer.step
-        if fresh and not cfg.model.from_scratch:
-            verify_loaded(self.model, spec, cfg.model.path)
+        if from_folder:
+            verify_weights(self.model, spec, path)
         dims = self._trainer.parallel_dims
         group = dims.get_mesh("batch").get_group() if dims.dp_enabled else None
         self._ranks = RankGroup(group, self.device)

@@ -1,10 +1,8 @@
 """Frozen models beside the trained one (reference, proxy, teacher): sharded alike, seen by no
 optimizer or checkpoint.
 
-Weights come from the Hugging Face folder straight into the shards; no rank holds the whole model. A
-missing, extra or misshapen tensor is an error that names it, before anything is read. One tensor is
-compared with the file afterwards: torchtitan silently starts from random weights when no load is
-configured.
+Weights come from the Hugging Face folder straight into the shards (weights.py); no rank holds the
+whole model.
 
 Shapes: N rows, L row length, D hidden size, V vocabulary.
 """
@@ -12,17 +10,12 @@ Shapes: N rows, L row length, D hidden size, V vocabulary.
 import contextlib
 import copy
 import dataclasses
-import glob
 import hashlib
-import os
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torchtitan.components.checkpoint import ModelWrapper
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools import utils
@@ -30,17 +23,18 @@ from torchtitan.tools import utils
 from .decoding import run_root
 from .forward import hidden_states
 from .head import logit_softcap, open_head
-from .hf_models import text_config
+from .hf_models import positions_of, text_config
+from .weights import load_weights
 
 
 class FrozenModel:
     """A model that is only read; built by build_frozen. Every method is collective.
 
-    model: the sharded module. vocab_size: V. softcap: of the logits, see head.py.
+    model: the sharded module. path: its folder. vocab_size: V. softcap: of the logits, see head.py.
     """
 
-    def __init__(self, model: nn.Module, vocab_size: int):
-        self.model, self.vocab_size = model, vocab_size
+    def __init__(self, model: nn.Module, path: str, vocab_size: int):
+        self.model, self.path, self.vocab_size = model, path, vocab_size
         self.softcap = logit_softcap(model)
 
     @torch.no_grad()
@@ -95,8 +89,8 @@ def build_frozen(
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"{path}: dtype = {dtype!r}; want 'float32' or 'bfloat16'")
-    limit = text_config(path).max_position_embeddings
-    if seq_len > limit:
+    limit = positions_of(text_config(path))
+    if limit is not None and seq_len > limit:
         raise ValueError(
             f"{path}: seq_len = {seq_len}; the model has {limit} positions "
             "(max_position_embeddings). Shorten prompt or response, or take a model with a longer "
@@ -113,7 +107,7 @@ def build_frozen(
     model = _sharded(spec, config, parallel_dims, device, TORCH_DTYPE_MAP[dtype])
     load_weights(model, spec, path)
     run_root(model)
-    return FrozenModel(model, text_config(path).vocab_size)
+    return FrozenModel(model, path, text_config(path).vocab_size)
 
 
 def _sharded(spec: ModelSpec, config, parallel_dims, device: torch.device, dtype: torch.dtype):
@@ -137,77 +131,3 @@ def _sharded(spec: ModelSpec, config, parallel_dims, device: torch.device, dtype
     with torch.no_grad():
         model.init_weights(buffer_device=device if offload else None)
     return model.eval()
-
-
-def load_weights(model, spec: ModelSpec, path: str) -> None:
-    """Reads the folder's safetensors into the shards through the spec's adapter. Collective.
-
-    ValueError naming the tensor for a missing, an extra or a misshapen one; RuntimeError if the
-    weights did not change.
-    """
-    adapter = spec.state_dict_adapter(spec.model, path)
-    weights = adapter.to_hf(ModelWrapper(model).state_dict())
-    check_weights(weights, path)
-    dcp.load(weights, storage_reader=adapter.get_hf_storage_reader(path))
-    ModelWrapper(model).load_state_dict(adapter.from_hf(weights))
-    verify_loaded(model, spec, path)
-
-
-def file_shapes(path: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Tensor name -> (file, shape), from the headers of the folder's safetensors."""
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for file in sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors"))):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():
-                shapes[name] = file, tuple(tensors.get_slice(name).get_shape())
-    if not shapes:
-        raise ValueError(
-            f"{path}: no *.safetensors there; convert the weights with save_pretrained"
-        )
-    return shapes
-
-
-def check_weights(weights: dict[str, Tensor], path: str) -> None:
-    """ValueError unless the folder's tensors are exactly those of the model (global shapes, Hugging
-    Face's names).
-    """
-    stored = file_shapes(path)
-    for name, weight in weights.items():
-        if name not in stored:
-            raise ValueError(
-                f"{path}: no tensor {name!r} {tuple(weight.shape)} in its safetensors; the "
-                "folder's config.json describes another model, or a file is missing"
-            )
-        if stored[name][1] != tuple(weight.shape):
-            raise ValueError(
-                f"{path}: tensor {name!r} is {stored[name][1]}; the model of its config.json wants "
-                f"{tuple(weight.shape)}"
-            )
-    # a tied head stored twice; buffers of old exports
-    known = ("lm_head.weight", "rotary_emb.inv_freq")
-    extra = sorted(name for name in stored.keys() - weights.keys() if not name.endswith(known))
-    if extra:
-        raise ValueError(
-            f"{path}: {len(extra)} tensors that the model does not have, first {extra[0]!r}; the "
-            "architecture in its config.json lacks them (multimodal folders: export the text model)"
-        )
-
-
-def verify_loaded(model, spec: ModelSpec, path: str) -> None:
-    """Compares the smallest matrix with the file. RuntimeError if they differ, for then nothing was
-    read. Collective.
-
-    A matrix, because freshly initialised norms are ones and so are many stored ones.
-    """
-    weights = spec.state_dict_adapter(spec.model, path).to_hf(ModelWrapper(model).state_dict())
-    name = min(
-        (name for name in weights if weights[name].dim() == 2),
-        key=lambda name: (weights[name].numel(), name),
-    )
-    with safe_open(file_shapes(path)[name][0], framework="pt") as tensors:
-        want = tensors.get_tensor(name)
-    got = weights[name].full_tensor() if isinstance(weights[name], DTensor) else weights[name]
-    if not torch.equal(got.detach().cpu(), want.to(got.dtype)):
-        raise RuntimeError(
-            f"{path}: {name!r} in the model is not the one in the file: the weights were not loaded"
-        )

@@ -3,21 +3,70 @@
 Shapes: N rows, L row length, D hidden size, V vocabulary.
 """
 
+import logging
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torchtitan.protocols.model import BaseModel
-from torchtitan.protocols.state_dict_adapter import StateDictAdapter
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+)
 
 from .head import head_logits
+from .weights import FolderAdapter
+
+log = logging.getLogger(__name__)
+
+# config.json's rates of what makes a training forward random: attention_dropout, resid_pdrop,
+# layerdrop, drop_path_rate, router_jitter_noise
+RANDOM_RATE = re.compile(r"drop|jitter")
 
 
 def text_config(path: str) -> PreTrainedConfig:
-    """The folder's language-model config (of a multimodal model: its text part)."""
-    config = AutoConfig.from_pretrained(path)
-    return config if hasattr(config, "num_hidden_layers") else config.text_config
+    """The folder's language-model config (of a multimodal model: its text part). ValueError for a
+    config.json that transformers cannot read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:  # transformers raises what its parsers raise
+        raise ValueError(
+            f"{path}/config.json: transformers cannot read it ({type(error).__name__}: {error})"
+        ) from error
+    if hasattr(config, "num_hidden_layers"):
+        return config
+    if not hasattr(config, "text_config"):
+        raise ValueError(f"{path}/config.json describes no language model")
+    return config.text_config
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """Tokens of the longest row; None where the architecture sets no limit."""
+    return getattr(config, "max_position_embeddings", None)
+
+
+def switch_off_dropout(config: PreTrainedConfig) -> dict[str, float]:
+    """Sets every rate of RANDOM_RATE to 0, in `config` and the configs inside of it. Returns those
+    that were not 0.
+
+    They are for pre-training. Here the sampled and the trained model have to be the same function.
+    """
+    rates: dict[str, float] = {}
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            rates |= switch_off_dropout(value)
+        elif RANDOM_RATE.search(name) and isinstance(value, float | int) and value:
+            if not isinstance(value, bool):
+                rates[name] = float(value)
+    for name in rates:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    return rates
 
 
 class HFDecoder(BaseModel):
@@ -33,8 +82,8 @@ class HFDecoder(BaseModel):
         attention: str | None = None  # transformers' choice: sdpa where the model allows it
 
         def update_from_config(self, *, config, **_):
-            limit, seq_len = text_config(self.path).max_position_embeddings, config.training.seq_len
-            if seq_len > limit:
+            limit, seq_len = positions_of(text_config(self.path)), config.training.seq_len
+            if limit is not None and seq_len > limit:
                 raise ValueError(
                     f"{self.path}: training.seq_len = {seq_len}; the model has {limit} positions "
                     "(max_position_embeddings). Shorten the rows"
@@ -53,10 +102,15 @@ class HFDecoder(BaseModel):
     def __init__(self, config: Config):
         super().__init__()
         hf_config = text_config(config.path)
+        if rates := switch_off_dropout(hf_config):
+            log.info("%s: dropout is off, whatever config.json says: %s", config.path, rates)
         self.hf = AutoModelForCausalLM.from_config(
             hf_config, attn_implementation=config.attention, dtype=torch.get_default_dtype()
         )
-        self.enable_weight_tying = bool(hf_config.tie_word_embeddings)
+        for module in self.hf.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.p = 0.0  # some rates are written in the code
+        self.enable_weight_tying = bool(tied_names(hf_config))
         # transformers lets flash attention see document bounds only in batches of one row
         self.flattens_packed_rows = config.attention == "flash_attention_2"
         if not hasattr(self.decoder, "layers") or getattr(self.lm_head, "bias", None) is not None:
@@ -112,23 +166,35 @@ class HFDecoder(BaseModel):
         return hidden_NLD if self._skip_lm_head else head_logits(self, hidden_NLD)
 
 
-class HFAdapter(StateDictAdapter):
+def tied_names(config: PreTrainedConfig) -> Mapping[str, str]:
+    """Tensor without weights of its own -> the one whose weights it has, in transformers' names."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    tied = getattr(config, "tie_word_embeddings", False)
+    return dict(kind._tied_weights_keys or {}) if tied else {}
+
+
+class HFAdapter(FolderAdapter):
     """Parameter names are Hugging Face's already; only the prefix and the tied head differ."""
 
     @property
-    def _tied(self) -> bool:
-        return bool(text_config(self.model_config.path).tie_word_embeddings)
+    def tied(self) -> Mapping[str, str]:
+        return tied_names(text_config(self.model_config.path))
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config(self.model_config.path))]
+        return (*super().ignored, *(kind._keys_to_ignore_on_load_unexpected or ()))
 
     def to_hf(self, state_dict):
         out = {name.removeprefix("hf."): value for name, value in state_dict.items()}
-        if self._tied:
-            out.pop("lm_head.weight", None)
+        for name in self.tied:
+            out.pop(name, None)
             if self.fqn_to_index_mapping:
-                self.fqn_to_index_mapping.pop("lm_head.weight", None)
+                self.fqn_to_index_mapping.pop(name, None)
         return out
 
     def from_hf(self, hf_state_dict):
         out = {"hf." + name: value for name, value in hf_state_dict.items()}
-        if self._tied:
-            out.setdefault("hf.lm_head.weight", out["hf.model.embed_tokens.weight"])
+        for name, of in self.tied.items():
+            out.setdefault("hf." + name, out["hf." + of])
         return out

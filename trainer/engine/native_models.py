@@ -4,6 +4,7 @@ attention can decode with a KV cache.
 Shapes: N rows, L row length, D hidden size, V vocabulary, H query heads, K key heads, C head size.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,12 +23,29 @@ from torchtitan.models.qwen3.model import Qwen3TransformerBlock
 from torchtitan.models.qwen3.state_dict_adapter import Qwen3StateDictAdapter
 from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.module import Module
-from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 from transformers import PreTrainedConfig
 
+from .weights import FolderAdapter
+
+
+class NativeAdapter(FolderAdapter):
+    @property
+    def tied(self) -> Mapping[str, str]:
+        head = {"lm_head.weight": "model.embed_tokens.weight"}
+        return head if self.model_config.enable_weight_tying else {}
+
+
+class Qwen3Adapter(NativeAdapter, Qwen3StateDictAdapter):
+    pass
+
+
+class LlamaAdapter(NativeAdapter, Llama3StateDictAdapter):
+    pass
+
+
 NATIVE = {
-    "qwen3": (Qwen3Model, Qwen3TransformerBlock, Qwen3StateDictAdapter),
-    "llama": (Llama3Model, Llama3TransformerBlock, Llama3StateDictAdapter),
+    "qwen3": (Qwen3Model, Qwen3TransformerBlock, Qwen3Adapter),
+    "llama": (Llama3Model, Llama3TransformerBlock, LlamaAdapter),
 }
 
 
@@ -169,7 +187,7 @@ def _rope(config: PreTrainedConfig, head_dim: int):
 
 def native_model(
     config: PreTrainedConfig, attention: str
-) -> tuple[BaseModel.Config, type[StateDictAdapter]]:
+) -> tuple[BaseModel.Config, type[NativeAdapter]]:
     """torchtitan's model config and state-dict adapter; only where native_obstacle is None."""
     model_class, block_class, adapter = NATIVE[config.model_type]
     D, V, H = config.hidden_size, config.vocab_size, config.num_attention_heads

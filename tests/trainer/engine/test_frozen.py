@@ -10,7 +10,7 @@ from engine_cases import load_frozen, positions, random_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from reflux.trainer.engine import frozen as frozen_models
+from reflux.trainer.engine import weights as weights_module
 from reflux.trainer.engine.decoding import gathered
 from reflux.trainer.engine.forward import hidden_states
 from reflux.trainer.engine.head import head_weight
@@ -142,7 +142,7 @@ def test_a_tied_head_stored_twice_is_accepted(host, assets, tmp_path):
 
 
 def test_a_load_that_did_nothing_is_noticed(host, assets, monkeypatch):
-    monkeypatch.setattr(frozen_models.dcp, "load", lambda *_, **__: None)
+    monkeypatch.setattr(weights_module.dcp, "load", lambda *_, **__: None)
     with pytest.raises(RuntimeError, match="were not loaded"):
         load_frozen(host, assets / "qwen3")
 

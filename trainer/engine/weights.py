@@ -1,0 +1,251 @@
+"""The one check of every model that is loaded, trained or frozen: the tensors in its folder are
+those of the model, all of them and no others, and finite numbers.
+
+    check_weights    names, shapes, dtypes, number of layers, tied head: by the headers
+    load_weights     the check, the weights into the shards, then verify_weights
+    verify_weights   no NaN or inf, and really read: torchtitan silently starts from random weights
+                     when no load is configured
+
+Every error is a ValueError that names the file and the tensor. transformers would train a missing
+tensor from random numbers and drop an extra one.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.tensor import DTensor
+from torchtitan.components.checkpoint import ModelWrapper
+from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.protocols.state_dict_adapter import StateDictAdapter
+
+from .agreement import agreed, is_first_rank
+from .weight_files import Stored, opened, read_index, stored_tensors, weight_files
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
+ROWS = 4096  # of a tied head, compared at a time
+
+
+class FolderAdapter(StateDictAdapter):
+    """torchtitan's adapter of a Hugging Face folder, of the files of weight_files only."""
+
+    def __init__(self, model_config: Any, hf_assets_path: str | None):
+        super().__init__(model_config, None)
+        self.hf_assets_path = hf_assets_path
+        # tensor -> number of its file, for checkpoints in Hugging Face's format
+        self.fqn_to_index_mapping = _shard_numbers(hf_assets_path) if hf_assets_path else None
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """Tensor without weights of its own -> the one whose weights it has."""
+        return {}
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Regular expressions: buffers that old exports stored and no model reads."""
+        return (r"rotary_emb\.inv_freq$",)
+
+    def get_hf_storage_reader(
+        self, path: str, from_quantized: bool = False
+    ) -> HuggingFaceStorageReader:
+        return _FolderReader(path)
+
+
+class _FolderReader(HuggingFaceStorageReader):
+    def __init__(self, path: str):
+        super().__init__(path)
+        self.fs = _Listing(weight_files(path))
+
+
+class _Listing(FileSystem):
+    """A file system in which the folder holds these files."""
+
+    def __init__(self, files: tuple[str, ...]):
+        self._files = files
+
+    def ls(self, path: Any) -> list[str]:
+        return list(self._files)
+
+
+def _shard_numbers(path: str) -> dict[Any, int] | None:
+    index = read_index(path)
+    numbers = {file: i for i, file in enumerate(sorted(set(index.values())), 1)}
+    return {name: numbers[file] for name, file in index.items()} or None
+
+
+# --- before anything is read
+
+
+def check_weights(weights: Mapping[str, Tensor], path: str, adapter: FolderAdapter) -> None:
+    """ValueError unless the folder's tensors are exactly those of the model.
+
+    weights: Hugging Face name -> tensor of the global shape; its values do not matter.
+    """
+    stored = stored_tensors(path)
+    for name, weight in weights.items():
+        if name not in stored:
+            raise ValueError(
+                f"{path}: no tensor {name!r} {tuple(weight.shape)} in {_files(stored)}; "
+                f"{_layers_differ(weights, stored) or 'its config.json describes another model'}"
+            )
+        _check_tensor(name, weight, stored[name])
+    extra = sorted(
+        name
+        for name in stored.keys() - weights.keys() - adapter.tied.keys()
+        if not _is_buffer(name, stored[name], adapter.ignored)
+    )
+    if extra:
+        why = _layers_differ(weights, stored) or (
+            "the architecture in its config.json lacks them (multimodal folders: export the text "
+            "model)"
+        )
+        raise ValueError(
+            f"{stored[extra[0]].file}: {len(extra)} tensors that the model does not have, first "
+            f"{extra[0]!r}; {why}"
+        )
+    for name, of in adapter.tied.items():
+        if name in stored and is_first_rank():
+            _check_tied(name, stored[name], of, stored[of])
+
+
+def _files(stored: Mapping[str, Stored]) -> str:
+    files = sorted({s.file.rpartition("/")[2] for s in stored.values()})
+    return files[0] if len(files) == 1 else f"{files[0]} to {files[-1]}"
+
+
+def _layers_differ(weights: Iterable[str], stored: Iterable[str]) -> str:
+    """A sentence where the numbers of layers differ, else nothing."""
+    ours, theirs = _layers(weights), _layers(stored)
+    if ours == theirs:
+        return ""
+    return f"config.json describes {ours} layers, the file holds {theirs}: take its own config.json"
+
+
+def _layers(names: Iterable[str]) -> int:
+    numbers = (re.search(r"\.(\d+)\.", name) for name in names)
+    return max((int(n[1]) + 1 for n in numbers if n), default=0)
+
+
+def _check_tensor(name: str, weight: Tensor, stored: Stored) -> None:
+    if weight.is_floating_point() and stored.dtype not in FLOATS:
+        raise ValueError(
+            f"{stored.file}: tensor {name!r} is {stored.dtype}; want float32, float16 or bfloat16. "
+            "Quantised weights mean nothing without their scales: take the model they were made "
+            "from"
+        )
+    if stored.shape != tuple(weight.shape):
+        raise ValueError(
+            f"{stored.file}: tensor {name!r} is {stored.shape}; the model of its config.json wants "
+            f"{tuple(weight.shape)}"
+        )
+
+
+def _is_buffer(name: str, stored: Stored, ignored: Iterable[str]) -> bool:
+    """Of an old export. A float matrix is a weight, whatever its name."""
+    matrix = len(stored.shape) > 1 and stored.dtype in FLOATS
+    return not matrix and any(re.search(pattern, name) for pattern in ignored)
+
+
+def _check_tied(name: str, stored: Stored, of: str, original: Stored) -> None:
+    """transformers 5 does not tie where both tensors are in the file and differ: it computes
+    another model than config.json says.
+    """
+    if stored.shape != original.shape or not _equal(name, stored, of, original):
+        raise ValueError(
+            f"{stored.file}: tensor {name!r} differs from {of!r}, but config.json ties them "
+            "(tie_word_embeddings). Set tie_word_embeddings = false there to use the head of the "
+            f"file, or remove {name!r} from it"
+        )
+
+
+def _equal(name: str, stored: Stored, of: str, original: Stored) -> bool:
+    with opened(stored.file) as a, opened(original.file) as b:
+        x, y = a.get_slice(name), b.get_slice(of)
+        starts = range(0, stored.shape[0], ROWS)
+        return all(torch.equal(x[i : i + ROWS], y[i : i + ROWS]) for i in starts)
+
+
+# --- reading
+
+
+def load_weights(model: nn.Module, spec: ModelSpec, path: str) -> None:
+    """Reads the folder's weights into the shards through the spec's adapter: each rank its own.
+    Collective.
+    """
+    adapter = _adapter(spec, path)
+    weights = adapter.to_hf(ModelWrapper(model).state_dict())
+    agreed(partial(check_weights, weights, path, adapter))
+    try:
+        dcp.load(weights, storage_reader=adapter.get_hf_storage_reader(path))
+    except CheckpointException as error:
+        causes = "; ".join(str(cause[0]) for cause in error.failures.values())
+        raise ValueError(f"{path}: the weights cannot be read: {causes}") from error
+    ModelWrapper(model).load_state_dict(adapter.from_hf(weights))
+    verify_weights(model, spec, path)
+
+
+def check_fit(model: nn.Module, spec: ModelSpec, path: str) -> None:
+    """check_weights for a model that torchtitan's checkpointer is about to load. Collective."""
+    adapter = _adapter(spec, path)
+    weights = adapter.to_hf(ModelWrapper(model).state_dict())
+    agreed(partial(check_weights, weights, path, adapter))
+
+
+def verify_weights(model: nn.Module, spec: ModelSpec, path: str) -> None:
+    """ValueError for NaN or inf. RuntimeError where the smallest matrix is not the one in the file,
+    for then nothing was read. Collective.
+
+    A matrix, because freshly initialised norms are ones and so are many stored ones.
+    """
+    adapter = _adapter(spec, path)
+    weights = adapter.to_hf(ModelWrapper(model).state_dict())
+    stored = agreed(partial(stored_tensors, path))
+    agreed(partial(check_finite, weights, {name: s.file for name, s in stored.items()}))
+    name = min(
+        (name for name in weights if weights[name].dim() == 2),
+        key=lambda name: (weights[name].numel(), name),
+    )
+    with opened(stored[name].file) as tensors:
+        want = tensors.get_tensor(name)
+    weight = weights[name]
+    got = weight.full_tensor() if isinstance(weight, DTensor) else weight
+    if not torch.equal(got.detach().cpu(), want.to(got.dtype)):
+        raise RuntimeError(
+            f"{path}: {name!r} in the model is not the one in the file: the weights were not loaded"
+        )
+
+
+@torch.no_grad()
+def check_finite(weights: Mapping[str, Tensor], source: Mapping[str, str]) -> None:
+    """ValueError, naming tensor and source, for NaN or inf in this rank's shards. One pass over the
+    memory and one host sync.
+    """
+    names, extremes = [], []
+    for name, weight in weights.items():
+        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        if local.is_floating_point() and local.numel():
+            names.append(name)
+            extremes.append(torch.stack(torch.aminmax(local)).float())
+    if not names:
+        return
+    finite = torch.stack(extremes).isfinite().all(1).tolist()
+    bad = [name for name, ok in zip(names, finite) if not ok]
+    if bad:
+        raise ValueError(
+            f"{source.get(bad[0], 'the weights')}: tensor {bad[0]!r} holds NaN or inf"
+            f"{f', and {len(bad) - 1} others do' if bad[1:] else ''}. Take a folder with whole "
+            "weights"
+        )
+
+
+def _adapter(spec: ModelSpec, path: str) -> FolderAdapter:
+    adapter = spec.state_dict_adapter(spec.model, path)
+    assert isinstance(adapter, FolderAdapter)  # build_spec makes no others
+    return adapter
