@@ -173,21 +173,21 @@ def confidence_report(
     """confidence: 0 to 1 per prompt, e.g. the geometric mean of the answer's token probabilities,
     or the fraction of votes. ValueError unless there is one grade for each, at least one.
     """
-    c, right = np.asarray(confidence, float), np.asarray(correct, bool)
-    if len(c) != len(right) or not len(c):
+    c, is_correct = np.asarray(confidence, float), np.asarray(correct, bool)
+    if len(c) != len(is_correct) or not len(c):
         raise ValueError(
-            f"confidence_report: {len(c)} confidences and {len(right)} grades; want one of each "
-            "per prompt, at least one"
+            f"confidence_report: {len(c)} confidences and {len(is_correct)} grades; want one of "
+            "each per prompt, at least one"
         )
     order = np.argsort(c, kind="stable")
     binned = np.array_split(order, min(bins, len(c)))
     return Confidence(
-        accuracy=float(right.mean()),
+        accuracy=float(is_correct.mean()),
         mean=float(c.mean()),
-        confident_wrong=float((~right & (c >= CONFIDENT)).mean()),
-        ece=float(sum(len(b) * abs(c[b].mean() - right[b].mean()) for b in binned) / len(c)),
-        auroc=auroc(c[right], c[~right]),
-        overconfidence=float(c.mean()) - float(right.mean()),
+        confident_wrong=float((~is_correct & (c >= CONFIDENT)).mean()),
+        ece=float(sum(len(b) * abs(c[b].mean() - is_correct[b].mean()) for b in binned) / len(c)),
+        auroc=auroc(c[is_correct], c[~is_correct]),
+        overconfidence=float(c.mean()) - float(is_correct.mean()),
     )
 
 

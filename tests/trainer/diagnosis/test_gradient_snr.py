@@ -124,8 +124,8 @@ def test_prompts_are_dealt_whole_and_alike():
     # prompt 2 has no text by the teacher
     assert prompts == {w: [[0, 0, 4, 4], [1, 1], [3, 3]] for w in ("student", "teacher")}
     assert len(deal(stats, 99)["student"]) == 4 and deal([], 4) == {}
-    apart = [text(0, "student"), text(1, "teacher")]
-    assert deal(apart, 4) == {"student": [], "teacher": []}
+    disjoint = [text(0, "student"), text(1, "teacher")]
+    assert deal(disjoint, 4) == {"student": [], "teacher": []}
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""The report of a diagnosis of hand-made token stats: only what was measured has a row."""
+"""The report of a diagnosis of hand-made token stats: only what was measured has a row, and its
+plots.
+"""
 
 from dataclasses import replace
 
@@ -7,6 +9,7 @@ from token_stats_cases import cross_tokenizer, student_diagnosis_cases, token_st
 
 from reflux.trainer.config.loader import fill
 from reflux.trainer.config.schema import Config
+from reflux.trainer.diagnosis.plots import plot_diagnosis
 from reflux.trainer.diagnosis.report import estimate_text, render
 from reflux.trainer.diagnosis.summary import diagnose_token_stats
 from reflux.trainer.diagnosis.verdict import with_verdict
@@ -65,3 +68,11 @@ def test_blocks_are_one_blank_line_apart(cfg):
         "0.500 [0.400, 0.600] on texts by the student.",
     ):
         assert words in paragraph, words
+
+
+def test_every_plot_is_written(tmp_path):
+    diagnosis = diagnose_token_stats(student_diagnosis_cases(True, 4.0, True))
+    plots = plot_diagnosis(tmp_path, diagnosis)
+    assert set(plots) == {"tail.png", "types.png", "positions.png"}
+    for name in plots:
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG"), name
