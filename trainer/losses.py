@@ -22,6 +22,8 @@ from reflux.kernels.teacher_topk import TopK, teacher_topk
 from reflux.tokenalign.span_losses import span_likelihood_kl
 from reflux.trainer.config.distillation import DistillSection
 
+MAX_LOG_RATIO = 20.0  # nats; exp(20) = 4.9e8
+
 Loss = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -50,9 +52,13 @@ def token_logprob_of(
 
 
 def policy_gradient(logp_T: Tensor, old_logp_T: Tensor, advantage_T: Tensor, clip: float) -> Loss:
-    """Equation (5): - sum min(rho A, clip(rho, 1 - clip, 1 + clip) A), rho = exp(logp - old)."""
+    """Equation (5): - sum min(rho A, clip(rho, 1 - clip, 1 + clip) A), rho = exp(logp - old).
+
+    Finite at any log-ratio: beyond MAX_LOG_RATIO it is constant, so that one stale token cannot
+    make a step infinite.
+    """
     log_ratio_T = logp_T - old_logp_T
-    ratio_T = log_ratio_T.exp()
+    ratio_T = log_ratio_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     clipped_T = ratio_T.clamp(1 - clip, 1 + clip)
     gain_T = torch.minimum(ratio_T * advantage_T, clipped_T * advantage_T)
     with torch.no_grad():

@@ -217,18 +217,23 @@ def test_the_kl_budget_ends_the_run_in_good_order(talkers, tmp_path):
         "calibrate",
         steps=8,
         guard={"kl_budget": 0.001},
-        export={"enable": True},
+        checkpoint={"interval": 1},
+        export={"enable": True, "dtype": "float32"},
     )
-    run = run_here(cfg)
+    run = run_here(cfg, expect=4)
     stopped = next(e for e in run.events if e["event"] == "stopped")
-    assert (
-        len(run.steps) < 8
-        and "kl_budget = 0.001" in stopped["reason"]
-        and stopped["restored_step"] is None
-    )
+    accepted = len(run.steps) - 1
+    assert accepted < 7 and "kl_budget = 0.001" in stopped["reason"]
+    assert stopped["restored_step"] == accepted, "the last weights within the budget"
     assert run.summary["step"] == len(run.steps) and run.events[-1]["event"] == "export"
-    assert (tmp_path / "run/checkpoint" / f"step-{len(run.steps)}" / ".metadata").exists()
-    assert weights(cfg.folder)
+    card = (tmp_path / "run/export/README.md").read_text()
+    assert f"in {accepted} of the 8 steps" in card and "A guard ended the run" in card
+    short = replace(cfg, folder=str(tmp_path / "short"), steps=accepted)
+    if accepted:
+        run_here(short)
+    want = weights(short.folder) if accepted else load_file(talkers / "policy/model.safetensors")
+    got = weights(cfg.folder)
+    assert all(torch.equal(got[name], want[name]) for name in got)
 
 
 @pytest.mark.parametrize("interval, restored", [(1, 2), (1000, 0)])
@@ -251,7 +256,7 @@ def test_the_utility_gate_restores_what_still_passed(
         checkpoint={"interval": interval, "keep_latest_k": 5},
         export={"enable": True, "dtype": "float32"},
     )
-    run = run_here(cfg)
+    run = run_here(cfg, expect=4)
     stopped = next(e for e in run.events if e["event"] == "stopped")
     assert len(run.steps) == 4 and stopped["restored_step"] == restored
     short = replace(cfg, folder=str(tmp_path / "short"), steps=2)
@@ -282,11 +287,26 @@ def test_a_grader_that_raises_costs_its_sample_and_nothing_else(talkers, tmp_pat
             talkers,
             tmp_path / "run",
             "calibrate",
-            task={"name": "runs:raise_sometimes"},
+            task={"name": "runs:raise_sometimes", "max_failed": 1.0},
             rollout={"max_tokens": 24},
         )
     )
     assert 0 < run.steps[0]["grader_error"] <= 1 and len(run.steps) == 2 and run.summary is not None
+
+
+def test_a_grader_that_always_raises_ends_the_run(talkers, tmp_path):
+    """Nothing is learned from failed grades, and no export pretends so."""
+    cfg = config(
+        talkers,
+        tmp_path / "run",
+        "calibrate",
+        task={"name": "runs:raise_sometimes"},
+        rollout={"max_tokens": 2},
+        export={"enable": True},
+    )
+    with pytest.raises(ValueError, match="runs:raise_sometimes.*more than task.max_failed = 0.05"):
+        run_here(cfg)
+    assert not (tmp_path / "run" / "export").exists()
 
 
 def test_a_saved_config_repeats_the_run(talkers, tmp_path):

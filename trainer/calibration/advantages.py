@@ -10,7 +10,7 @@ Everything here is float64 numpy: P prompts, G rollouts of each, n tokens of one
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class Groups:
     task_PG: np.ndarray  # r_task
     correct_PG: np.ndarray  # bool
     lengths_PG: np.ndarray  # response tokens, the stop token included
+    graded_PG: np.ndarray  # bool; False where grading failed: out of the group, advantage 0
     scores_PG: Sequence[Sequence[CalibrationScore]] | None = None  # None: eta is 0
 
 
@@ -61,11 +62,13 @@ def advantages(
     groups: Groups, part: CalibrationPart | None, cal: CalibrationSection, eta: float
 ) -> TokenAdvantages:
     """Equation (4), per token. Without calibration rewards, or with eta = 0, plain GRPO."""
-    task_PG = task_part(groups.task_PG)
+    task_PG = task_part(groups.task_PG, groups.graded_PG)
     if part is None or eta == 0:
         return spread_over_tokens(task_PG, groups.lengths_PG)
     if cal.normalise == "joint":
-        total_PG = group_normalise(joint_reward(groups, part, eta), TASK_STD_FLOOR)
+        total_PG = group_normalise(
+            joint_reward(groups, part, eta), TASK_STD_FLOOR, groups.graded_PG
+        )
         return spread_over_tokens(total_PG, groups.lengths_PG)
     if cal.credit == "sequence":
         cal_PG = group_normalise(part.value_PG, part.floor_P1, part.scored_PG)
@@ -74,9 +77,9 @@ def advantages(
     return span_credit(groups, part, task_PG, eta)
 
 
-def task_part(task_PG: np.ndarray) -> np.ndarray:
+def task_part(task_PG: np.ndarray, graded_PG: np.ndarray | None = None) -> np.ndarray:
     """norm(r_task), equation (3): all there is in plain GRPO."""
-    return group_normalise(task_PG, TASK_STD_FLOOR)
+    return group_normalise(task_PG, TASK_STD_FLOOR, graded_PG)
 
 
 def calibration_part(groups: Groups, cal: CalibrationSection) -> CalibrationPart | None:
@@ -86,13 +89,13 @@ def calibration_part(groups: Groups, cal: CalibrationSection) -> CalibrationPart
     if groups.scores_PG is None:
         return None
     value_PG = _array(groups.scores_PG, "value")
-    scored_PG = _array(groups.scores_PG, "scored").astype(bool)
+    scored_PG = _array(groups.scores_PG, "scored").astype(bool) & groups.graded_PG
     bytes_PG = _array(groups.scores_PG, "n_bytes")
     mean_bytes_P1 = _mean_scored(bytes_PG, scored_PG)
     unit_P1 = mean_bytes_P1 if cal.score_norm == "sum" else np.ones_like(mean_bytes_P1)
     floor_P1 = cal.std_floor * unit_P1
-    task_std_P = group_std(groups.task_PG, np.ones_like(scored_PG))
-    weight_P = gate(groups.correct_PG, task_std_P, cal.cal_gate)
+    task_std_P = group_std(groups.task_PG, groups.graded_PG)
+    weight_P = gate(groups.correct_PG, task_std_P, cal.cal_gate, groups.graded_PG)
     return CalibrationPart(
         winsorise(value_PG, cal.winsor, floor_P1, scored_PG),
         scored_PG,
@@ -128,7 +131,7 @@ def span_credit(
             + eta * part.weight_P[p] * span_advantage(scores_G, g, int(n)) / scale_P1[p, 0]
             for g, (task, n) in enumerate(zip(task_PG[p], groups.lengths_PG[p]))
         ]
-        for p, scores_G in enumerate(groups.scores_PG)
+        for p, scores_G in enumerate(_scored_only(groups.scores_PG, part.scored_PG))
     ]
 
 
@@ -157,8 +160,7 @@ def std_nats(groups: Groups, part: CalibrationPart, cal: CalibrationSection, eta
     """
     scale_P1 = _scale(part)
     if cal.normalise == "joint":
-        everyone_PG = np.ones_like(part.scored_PG)
-        std_P = group_std(joint_reward(groups, part, eta), everyone_PG)
+        std_P = group_std(joint_reward(groups, part, eta), groups.graded_PG)
         scale_P1 = np.maximum(std_P[:, None], TASK_STD_FLOOR)
     return mean_over(scale_P1[:, 0] * _mean_divisor(groups, part.scored_PG, cal), part.used_P)
 
@@ -213,14 +215,17 @@ def winsorise(
     return out_PG
 
 
-def gate(correct_PG: np.ndarray, task_std_P: np.ndarray, rule: str) -> np.ndarray:
-    """[P] weight of the calibration term per group: what to do where all rollouts are correct, or
-    none is.
+def gate(
+    correct_PG: np.ndarray, task_std_P: np.ndarray, rule: str, graded_PG: np.ndarray
+) -> np.ndarray:
+    """[P] weight of the calibration term per group: what to do where all graded rollouts are
+    correct, or none is.
 
     scale_by_task_std: the std of the task rewards in units of a half-correct 0/1 group's, at most
     1. It looks at one group alone, so that ranks and batches cannot change it.
     """
-    none_correct_P, all_correct_P = ~correct_PG.any(1), correct_PG.all(1)
+    none_correct_P = ~(correct_PG & graded_PG).any(1)
+    all_correct_P = (correct_PG | ~graded_PG).all(1)
     return {
         "none": np.ones(len(correct_PG)),
         "skip_all_wrong": (~none_correct_P).astype(float),
@@ -262,6 +267,16 @@ def _mean_divisor(groups: Groups, scored_PG: np.ndarray, cal: CalibrationSection
         "per_byte": _array(groups.scores_PG, "n_bytes"),
     }[cal.score_norm]
     return _mean_scored(size_PG, scored_PG)[:, 0]
+
+
+def _scored_only(
+    scores_PG: Sequence[Sequence[CalibrationScore]], scored_PG: np.ndarray
+) -> list[list[CalibrationScore]]:
+    """The scores, those of rollouts without a calibration reward marked as such."""
+    return [
+        [replace(s, scored=bool(ok)) for s, ok in zip(row_G, scored_G)]
+        for row_G, scored_G in zip(scores_PG, scored_PG)
+    ]
 
 
 def _array(scores_PG: Sequence[Sequence[CalibrationScore]], name: str) -> np.ndarray:

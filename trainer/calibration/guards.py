@@ -11,6 +11,7 @@ from reflux.trainer.phase import Engine, Stop
 
 log = logging.getLogger(__name__)
 KL_DECAY = 0.8  # of the moving average that is compared with the budget
+KL_MARKS = (0.5, 0.75, 0.9)  # of the budget: a checkpoint is written where one is passed
 
 
 class Guards:
@@ -53,16 +54,28 @@ class Guards:
         self.notes["reference_kl"] = average
         if not average <= budget:  # NaN stops too
             raise Stop(
-                f"KL(policy || reference) reached {average:.3f} nats per token, over "
-                f"guard.kl_budget = {budget}"
+                f"KL(policy || reference) reached {average:.3f} nats per token in step "
+                f"{step}, over guard.kl_budget = {budget}",
+                restore=int(self.notes.get("kl_accepted", 0)),
             )
-        if average > budget / 2 and not self.notes.get("kl_warned"):
-            self.notes["kl_warned"] = 1.0
+        self.notes["kl_accepted"] = float(step)
+        self._approach(step, average, budget)
+
+    def _approach(self, step: int, average: float, budget: float) -> None:
+        """Saves at each mark on the way to the budget, so that the weights to go back to are near;
+        warns at the first.
+        """
+        passed = sum(average > mark * budget for mark in KL_MARKS)
+        if passed <= self.notes.get("kl_marks", 0):
+            return
+        if not self.notes.get("kl_marks"):
             log.warning(
                 "step %d: KL(policy || reference) is %.3f nats per token, half of guard.kl_budget",
                 step,
                 average,
             )
+        self.notes["kl_marks"] = float(passed)
+        self.engine.checkpoint()
 
     def _check_utility(self, step: int, results: Mapping[str, float]) -> None:
         accuracy = results.get("eval/sampled", results.get("eval/greedy"))

@@ -2,7 +2,9 @@
 teacher's text, against the teacher itself (equation (2) of docs/method.md).
 
 Policy and reference model score the sampled ids; only the proxy tokenizes the text. Both sides are
-summed over the byte spans that the two tokenizations share, so they cover the same bytes.
+summed over the byte spans that the two tokenizations share, so they cover the same bytes. All
+log-probabilities are those at rollout.temperature: a proxy that is the policy leaves nothing to
+calibrate, whatever the temperature.
 
 Shapes: n tokens of one response, S spans.
 """
@@ -77,8 +79,14 @@ class LikelihoodRatio:
             (self.proxy_chat.prompt_ids(rollouts[i].prompt.messages), aligned[i].scorer_ids)
             for i in scorable
         ]
-        tokens = self.cfg.batch.tokens
-        scores = score_ids(self.proxy, self.engine, jobs, self.proxy_chat, tokens=tokens)
+        scores = score_ids(
+            self.proxy,
+            self.engine,
+            jobs,
+            self.proxy_chat,
+            tokens=self.cfg.batch.tokens,
+            temperature=self.cfg.rollout.temperature,
+        )
         return dict(zip(scorable, scores))
 
     def _score_one(

@@ -21,6 +21,7 @@ from reflux.trainer.config.roles import calibrate_roles
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Batch, Rollout, Sample
 from reflux.trainer.data.chat import Chat
+from reflux.trainer.data.failed_grades import FailedGradesBudget, count_failed
 from reflux.trainer.data.graders import Grade
 from reflux.trainer.data.prompts import load_prompts, shard
 from reflux.trainer.data.tasks import build_task
@@ -71,6 +72,7 @@ class CalibratePhase:
         d = cfg.data
         self.prompts = load_prompts(d.source, split=d.split, columns=d.columns, limit=d.limit)
         self.task = build_task(cfg.task.name, cfg.task.options)
+        self.failed_grades = FailedGradesBudget(cfg.task.name, cfg.task.max_failed)
         self.evaluator = Evaluator(cfg, engine, self.chat, self.task)
         self.guards = Guards(cfg, engine)
         self.sampler = EmbeddedSampler(engine.gathered_weights, self.chat)
@@ -98,6 +100,7 @@ class CalibratePhase:
         self.metric_sums = MetricSums()
         flat = list(chain.from_iterable(rollouts_PG))
         grades = self.task.grade(flat)
+        self._count_failed(grades)
         behaviour_logp = self._behaviour_logp(flat)
         reference_logp = self._reference_logp(flat)
         scores = None
@@ -111,7 +114,8 @@ class CalibratePhase:
         if part is not None:
             self._report_calibration(part, eta)
         advantage = list(chain.from_iterable(token_advantages))
-        return self._samples(flat, advantage, behaviour_logp, reference_logp)
+        graded = [not g.failed for g in grades]
+        return self._samples(flat, graded, advantage, behaviour_logp, reference_logp)
 
     def loss(self, out: HeadInputs, batch: Batch) -> Loss:
         """Equation (5), summed over the batch's tokens."""
@@ -171,12 +175,14 @@ class CalibratePhase:
             np.array([g.reward for g in grades]).reshape(-1, G),
             np.array([is_correct(g) for g in grades]).reshape(-1, G),
             np.array([len(r.ids) for r in flat]).reshape(-1, G),
+            np.array([not g.failed for g in grades]).reshape(-1, G),
             None if scores is None else [scores[i : i + G] for i in range(0, len(flat), G)],
         )
 
     def _samples(
         self,
         flat: Sequence[Rollout],
+        graded: Sequence[bool],
         advantage: Sequence[np.ndarray],
         behaviour_logp: Sequence[np.ndarray],
         reference_logp: Sequence[np.ndarray] | None,
@@ -184,7 +190,7 @@ class CalibratePhase:
         drop = self.cfg.calibration.truncated == "drop"
         samples = []
         for i, rollout in enumerate(flat):
-            if drop and not rollout.ended:
+            if not graded[i] or (drop and not rollout.ended):
                 continue
             advantage_n = advantage[i]
             if self.cfg.reference.estimator == "k1_reward" and reference_logp is not None:
@@ -193,6 +199,11 @@ class CalibratePhase:
                 advantage_n = advantage_n - self.cfg.reference.beta * to_go_n
             samples.append(Sample(rollout, advantage_n, behaviour_logp[i]))
         return samples
+
+    def _count_failed(self, grades: Sequence[Grade]) -> None:
+        """ValueError on every rank where more grades failed than task.max_failed allows."""
+        mine = count_failed(g.error for g in grades if g.graded)
+        self.failed_grades.add(self.engine.gather([mine]))
 
     # eta
     def _eta_in_use(self, groups: Groups, part: CalibrationPart | None) -> float:
@@ -259,14 +270,16 @@ class CalibratePhase:
         scores: Sequence[CalibrationScore] | None,
     ) -> None:
         add = self.metric_sums.add
-        add("reward/task", [g.reward for g in grades])
-        add("accuracy", [float(is_correct(g)) for g in grades])
-        add("no_answer", [float(g.extracted is None and g.correct is not None) for g in grades])
-        add("grader_error", [float(g.error is not None) for g in grades])
+        graded = [g for g in grades if not g.failed]
+        add("reward/task", [g.reward for g in graded])
+        add("accuracy", [float(is_correct(g)) for g in graded])
+        add("no_answer", [float(g.extracted is None and g.correct is not None) for g in graded])
+        add("grader_error", [float(g.failed) for g in grades])
         add("length", [len(r.ids) for r in flat])
         add("truncated", [float(not r.ended) for r in flat])
-        add("groups/all_correct", groups.correct_PG.all(1).astype(float))
-        add("groups/all_wrong", (~groups.correct_PG.any(1)).astype(float))
+        all_correct_P = (groups.correct_PG | ~groups.graded_PG).all(1)
+        add("groups/all_correct", all_correct_P.astype(float))
+        add("groups/all_wrong", (~(groups.correct_PG & groups.graded_PG).any(1)).astype(float))
         if scores is not None:
             scored = [s for s in scores if s.scored]
             add("reward/cal", [s.value for s in scored])

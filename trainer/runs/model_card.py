@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from reflux.trainer.config.loader import to_toml
@@ -16,7 +17,20 @@ LIMITS = (
 )
 
 
-def model_card(cfg: Config, stats: Mapping[str, float], title: str, story: str) -> str:
+@dataclass(frozen=True)
+class Outcome:
+    """How a training run ended: the steps that the exported weights have seen, why it ended before
+    the last one, and what it was warned of.
+    """
+
+    steps: int
+    stopped: str | None = None  # a guard's reason
+    alarms: tuple[str, ...] = ()
+
+
+def model_card(
+    cfg: Config, stats: Mapping[str, float], title: str, story: str, outcome: Outcome
+) -> str:
     """Markdown with a YAML head, as the Hugging Face hub reads it. title, story: what the phase
     says of the model (its `card`); stats: the numbers of the last step.
     """
@@ -30,8 +44,8 @@ tags: [reflux, {cfg.phase}]
 
 {story}
 
-Made with reflux-llm {_version()} in {cfg.steps} steps, seed {cfg.seed}. Method: {PAPER}.
-
+Made with reflux-llm {_version()} in {_steps(cfg, outcome)}, seed {cfg.seed}. Method: {PAPER}.
+{_warnings(outcome)}
 | last step | |
 |---|--:|
 {numbers}
@@ -43,6 +57,19 @@ Made with reflux-llm {_version()} in {cfg.steps} steps, seed {cfg.seed}. Method:
 ```toml
 {to_toml(cfg)}```
 """
+
+
+def _steps(cfg: Config, outcome: Outcome) -> str:
+    if outcome.steps == cfg.steps:
+        return f"{outcome.steps} steps"
+    return f"{outcome.steps} of the {cfg.steps} steps that were planned"
+
+
+def _warnings(outcome: Outcome) -> str:
+    lines = list(outcome.alarms)
+    if outcome.stopped is not None:
+        lines.insert(0, f"A guard ended the run: {outcome.stopped}. These are the weights before.")
+    return "\n## Warnings\n" + "".join(f"- {line}\n" for line in lines) if lines else ""
 
 
 def _version() -> str:

@@ -70,7 +70,7 @@ class Solved(NamedTuple):
 
 def solve(task, correct, lengths, scores, cal, eta) -> Solved:
     """Advantages of a step, and the statistics that belong to them."""
-    groups = Groups(task, correct, lengths, scores)
+    groups = Groups(task, correct, lengths, np.ones_like(correct), scores)
     part = calibration_part(groups, cal)
     token = advantages(groups, part, cal, eta)
     if part is None:
@@ -263,6 +263,49 @@ def test_std_cal_nats_is_what_eta_is_divided_by(norm, n_bytes, spread):
     assert slope == pytest.approx(0.5 / adv.std_cal_nats, rel=1e-9)
 
 
+# failed grades
+def test_failed_grades_leave_their_group():
+    """[1, 1, 1, failed]: nothing to choose between; a failure that counted as 0 would pay three."""
+    task, graded = np.array([[1.0, 1.0, 1.0, 0.0]]), np.array([[True, True, True, False]])
+    groups = Groups(task, task > 0, np.ones((1, 4), int), graded)
+    token = advantages(groups, calibration_part(groups, RAW), RAW, 0.5)
+    assert np.concatenate(token[0]).tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("options", [{}, {"credit": "span"}, {"normalise": "joint"}])
+@given(seed=SEEDS)
+def test_what_a_failed_grade_says_counts_nothing(options, seed):
+    """Neither its reward nor its calibration score reaches the others, whatever they are: they get
+    what a group without it gets.
+    """
+    task, correct, lengths, scores = group(seed)
+    cal = replace(RAW, cal_gate="skip_degenerate", **options)
+    graded = np.random.default_rng(seed).random(task.shape) < 0.7
+    junk = [
+        [s if g else replace(s, value=1e6) for s, g in zip(*row)] for row in zip(scores, graded)
+    ]
+
+    def token_of(task_PG, correct_PG, scores_PG):
+        groups = Groups(task_PG, correct_PG, lengths, graded, scores_PG)
+        return advantages(groups, calibration_part(groups, cal), cal, 0.5)
+
+    got = token_of(task, correct, scores)
+    other = token_of(np.where(graded, task, 7.0), np.where(graded, correct, True), junk)
+    for p, row in enumerate(map(np.flatnonzero, graded)):
+        alone = Groups(
+            task[p : p + 1, row],
+            correct[p : p + 1, row],
+            lengths[p : p + 1, row],
+            np.ones((1, len(row)), bool),
+            [[scores[p][g] for g in row]],
+        )
+        if len(row):
+            want = advantages(alone, calibration_part(alone, cal), cal, 0.5)[0]
+            for g, advantage_n in zip(row, want):
+                np.testing.assert_allclose(got[p][g], advantage_n, atol=1e-12)
+                np.testing.assert_allclose(got[p][g], other[p][g], atol=1e-12)
+
+
 # outliers and gates
 def test_winsorising_by_hand():
     keep, floor = np.ones((1, 5), bool), np.zeros((1, 1))
@@ -309,7 +352,7 @@ GATES = {
 def test_gates(rule):
     correct = np.array([[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 0]], bool)
     task_std = group_std(correct.astype(float), np.ones_like(correct))
-    assert gate(correct, task_std, rule).tolist() == GATES[rule]
+    assert gate(correct, task_std, rule, np.ones_like(correct)).tolist() == GATES[rule]
     scores = [[score(v) for v in (1.0, 2.0, 3.0, 5.0)]] * 3
     got = solve(
         correct.astype(float),
@@ -327,9 +370,10 @@ def test_gates(rule):
 def test_scaling_by_spread_does_not_look_at_other_groups():
     correct = np.array([[1, 0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]], bool)
     std = group_std(correct.astype(float), np.ones_like(correct))
-    both = gate(correct, std, "scale_by_task_std")
+    both = gate(correct, std, "scale_by_task_std", np.ones_like(correct))
     assert both.tolist() == [
-        gate(correct[p : p + 1], std[p : p + 1], "scale_by_task_std")[0] for p in (0, 1)
+        gate(correct[p : p + 1], std[p : p + 1], "scale_by_task_std", np.ones((1, 8), bool))[0]
+        for p in (0, 1)
     ]
     assert 0 < both[0] < both[1] == 1
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from reflux.trainer.calibration.guards import KL_DECAY, Guards
+from reflux.trainer.calibration.guards import KL_DECAY, KL_MARKS, Guards
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import (
     CalibrationSection,
@@ -38,17 +38,23 @@ def stops_at(stats, *, guard=None, resume_at=None) -> tuple[int, Stop] | None:
     """Feeds (stats, found) step by step from step 1 on; resume_at: goes on from saved notes in a
     new process.
     """
-    engine = SimpleNamespace(notes={})
+    engine = engine_with({})
     guards = Guards(config(guard=guard or GuardSection()), engine)
     for step, (numbers, found) in enumerate(stats, 1):
         if step == resume_at:
-            engine = SimpleNamespace(notes=json.loads(json.dumps(engine.notes)))
+            engine = engine_with(json.loads(json.dumps(engine.notes)), engine.saved)
             guards = Guards(config(guard=guard or GuardSection()), engine)
         try:
             guards.check(step, numbers, found)
         except Stop as stop:
             return step, stop
     return None
+
+
+def engine_with(notes, saved=None):
+    """The part of an engine that the guards use; `saved` counts the checkpoints they ask for."""
+    saved = [] if saved is None else saved
+    return SimpleNamespace(notes=notes, saved=saved, checkpoint=lambda: saved.append(1))
 
 
 def kl(*values):
@@ -66,7 +72,8 @@ def test_the_moving_average_of_the_kl_is_held_to_the_budget():
     )
     want = next(step for step, average in enumerate(averages, 1) if average > 0.10)
     step, stop = stops_at(kl(*path))
-    assert step == want > 3 and "over guard.kl_budget = 0.1" in str(stop) and stop.restore is None
+    assert step == want > 3 and f"in step {want}, over guard.kl_budget = 0.1" in str(stop)
+    assert stop.restore == want - 1, "the last step within the budget"
     assert stops_at(kl(*[0.099] * 50)) is None
     assert (
         stops_at(kl(5.0, 5.0), guard=GuardSection(kl_budget=0.0)) is None
@@ -76,6 +83,20 @@ def test_the_moving_average_of_the_kl_is_held_to_the_budget():
 
 def test_a_kl_that_is_no_number_stops():
     assert stops_at(kl(0.01, float("nan")))[0] == 2
+
+
+def test_marks_on_the_way_to_the_budget_save_once_each():
+    engine = engine_with({})
+    guards = Guards(config(guard=GuardSection(kl_budget=1.0)), engine)
+    saved = []
+    for step, value in enumerate([0.4, 0.6, 0.6, 0.7, 2.0, 2.0]):
+        try:
+            guards.check(step, {"reference_kl": value}, {})
+        except Stop:
+            break
+        saved.append(len(engine.saved))
+    averages = accumulate([0.4, 0.6, 0.6, 0.7, 2.0], lambda m, x: KL_DECAY * m + (1 - KL_DECAY) * x)
+    assert saved == [sum(a > mark for mark in KL_MARKS) for a in averages] and saved[-1] > 0
 
 
 def test_half_the_budget_warns_once(caplog):
@@ -116,7 +137,7 @@ def test_a_resumed_run_spends_the_same_budget(resume_at):
 
 
 def test_a_restored_checkpoint_brings_its_own_notes():
-    engine = SimpleNamespace(notes={})
+    engine = engine_with({})
     guards = Guards(config(), engine)
     guards.check(1, {"reference_kl": 0.09}, {})
     engine.notes = {"reference_kl": 0.0}  # what loading does

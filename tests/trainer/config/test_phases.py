@@ -14,7 +14,7 @@ from reflux.trainer.preflight.check import examine
 from reflux.trainer.preflight.dry_run import plan
 from reflux.trainer.preflight.report import has_errors
 from reflux.trainer.runs.logger import load_run
-from reflux.trainer.runs.model_card import model_card
+from reflux.trainer.runs.model_card import Outcome, model_card
 
 EVERYTHING = {  # enough for every phase
     "folder": "r",
@@ -53,7 +53,9 @@ def test_a_new_phase_is_one_line(toy):
     assert not toy.trains and not toy.needs_teacher and pair_of(toy) is None
     (own,) = roles(toy)
     assert (own.name, own.section, own.own, own.trained) == ("model", "model", True, False)
-    assert "tags: [reflux, toy]" in model_card(toy, {}, "A toy", "Made for a test.")
+    assert "tags: [reflux, toy]" in model_card(
+        toy, {}, "A toy", "Made for a test.", Outcome(toy.steps)
+    )
     report = plan(toy)
     assert not report.failed and [t.title for t in report.tables][0] == "models"
 

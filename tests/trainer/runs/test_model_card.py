@@ -16,7 +16,7 @@ from reflux.trainer.config.sections import (
     ModelSection,
     TaskSection,
 )
-from reflux.trainer.runs.model_card import model_card
+from reflux.trainer.runs.model_card import Outcome, model_card
 
 
 def config(phase="calibrate", **parts) -> Config:
@@ -71,7 +71,7 @@ def card_of(cfg: Config) -> tuple[str, str]:
 )
 def test_what_a_card_says(cfg, says):
     stats = {"loss": 0.123456789, "reference_kl": 0.01, "eta": "words", "step_s": 3.0}
-    card = model_card(cfg, stats, *card_of(cfg))
+    card = model_card(cfg, stats, *card_of(cfg), Outcome(cfg.steps))
     assert all(text in card for text in says)
     assert "no\nclaim that the model cannot be copied" in card
     assert "| loss | 0.12346 |" in card and "| reference_kl | 0.01 |" in card
@@ -88,5 +88,5 @@ def test_what_a_card_says(cfg, says):
 
 def test_mode_off_does_not_name_a_proxy_it_never_read():
     cfg = config(calibration=CalibrationSection("off"))
-    story = model_card(cfg, {}, *card_of(cfg)).partition("## Configuration")[0]
+    story = model_card(cfg, {}, *card_of(cfg), Outcome(cfg.steps)).partition("## Configuration")[0]
     assert "the-proxy" not in story and "the-teacher" not in story

@@ -1,0 +1,79 @@
+"""Alarms: after three steps, once each, and not for a run that is well."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reflux.trainer.runs.alarms import STEPS, Alarms
+
+CFG = SimpleNamespace(rollout=SimpleNamespace(max_tokens=7))
+WELL = {"grad_norm": 0.5, "truncated": 0.01, "entropy": 2.0, "length": 20.0, "accuracy": 0.5}
+WELL |= {"groups/all_correct": 0.2, "groups/all_wrong": 0.2}
+ILL = {
+    "no_learning": ({"grad_norm": 0.0}, "gradient has been 0"),
+    "groups_alike": ({"groups/all_correct": 0.8}, "100% of the groups"),
+    "truncation": ({"truncated": 0.3}, "30% of the texts are truncated at rollout.max_tokens = 7"),
+}
+
+
+def spoken(steps, notes=None) -> list[list[str]]:
+    alarms = Alarms(CFG, lambda: notes)
+    return [[a.name for a in alarms.check(stats)] for stats in steps]
+
+
+def test_a_run_that_is_well_hears_nothing():
+    assert spoken([WELL] * 10, {}) == [[]] * 10
+
+
+@pytest.mark.parametrize("name", ILL)
+def test_an_alarm_speaks_after_three_steps_and_only_once(name):
+    bad = WELL | ILL[name][0]
+    assert spoken([WELL, *[bad] * 8], {}) == [[]] * STEPS + [[name]] + [[]] * (8 - STEPS)
+    (alarm,) = [a for _ in range(STEPS) for a in ALARMS.check(bad)]
+    assert ILL[name][1] in alarm.message
+    ALARMS._notes().clear()
+
+
+NOTES: dict = {}
+ALARMS = Alarms(CFG, lambda: NOTES)
+
+
+def test_a_condition_that_passes_starts_anew():
+    bad = WELL | {"truncated": 0.5}
+    assert spoken([bad, bad, WELL, bad, bad], {}) == [[]] * 5
+
+
+@given(cut=st.integers(0, 6))
+def test_a_resumed_run_neither_repeats_nor_forgets(cut):
+    steps = [WELL, *[WELL | {"entropy": 0.1, "grad_norm": 0.0}] * 5]
+    notes: dict = {}
+    first = spoken(steps[:cut], notes)
+    notes = json.loads(json.dumps(notes))
+    assert first + spoken(steps[cut:], notes) == spoken(steps, {})
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        ({"truncated": 1.0}, "rollout.max_tokens = 7, and a truncated text has no reward"),
+        ({"groups/all_correct": 1.0, "groups/all_wrong": 0.0}, "All rewards of a group are equal"),
+        ({"passed_filter": 0.0}, "distill.correct_only"),
+        ({}, "optim.lr"),
+    ],
+)
+def test_nothing_learned_says_why(more, says):
+    alarms, notes = None, {}
+    alarms = Alarms(CFG, lambda: notes)
+    messages = [a for _ in range(STEPS) for a in alarms.check(WELL | {"grad_norm": 0.0} | more)]
+    assert says in next(a.message for a in messages if a.name == "no_learning")
+
+
+@pytest.mark.parametrize("field", ["entropy", "length"])
+@pytest.mark.parametrize("factor, speaks", [(2.9, False), (3.1, True), (0.4, False), (0.3, True)])
+def test_drift_is_measured_from_the_first_step(field, factor, speaks):
+    steps = [WELL, *[WELL | {field: factor * WELL[field]}] * 4]
+    names = [name for step in spoken(steps, {}) for name in step]
+    assert names == ([f"{field}_drift"] if speaks else [])

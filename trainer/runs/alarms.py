@@ -1,0 +1,107 @@
+"""Warnings about a run that goes on but should not be trusted: each is reported once, in words.
+
+A guard ends a run; an alarm only speaks, in the console, in run.jsonl (event `alarm`) and in the
+model card. The numbers are those of the log line, the same on every rank.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+
+from reflux.trainer.config.schema import Config
+
+STEPS = 3  # in a row before an alarm
+NO_GRADIENT = 1e-6  # gradient norm
+ALIKE = 0.95  # of the groups
+TRUNCATED = 0.05  # of the texts
+DRIFT = 3.0  # times, or a third of, the first step's value
+DRIFTING = {"entropy": "nats per token", "length": "tokens"}  # log field -> unit
+
+
+@dataclass(frozen=True)
+class Alarm:
+    name: str
+    message: str
+
+
+class Alarms:
+    """`check` after every step. Counts and first values live in `notes` (Engine.notes), so that a
+    resumed run neither repeats an alarm nor forgets where it started.
+    """
+
+    def __init__(self, cfg: Config, notes: Callable[[], MutableMapping[str, float]]):
+        self.cfg, self._notes = cfg, notes
+
+    def check(self, stats: Mapping[str, float]) -> list[Alarm]:
+        """The alarms that are due now and have not been reported."""
+        notes, due = self._notes(), []
+        for name, message in self._conditions(stats, notes):
+            count = notes.get(f"alarm/{name}", 0.0)
+            if message is None:
+                notes[f"alarm/{name}"] = min(count, 0.0)  # -1: reported already
+            elif count >= 0:
+                reached = count + 1 >= STEPS
+                notes[f"alarm/{name}"] = -1.0 if reached else count + 1
+                due += [Alarm(name, message)] if reached else []
+        return due
+
+    def _conditions(
+        self, stats: Mapping[str, float], notes: MutableMapping[str, float]
+    ) -> Iterator[tuple[str, str | None]]:
+        """(name, message) of every alarm; None where its condition does not hold."""
+        yield "no_learning", self._no_learning(stats)
+        yield "groups_alike", self._groups_alike(stats)
+        yield "truncation", self._truncation(stats)
+        for field, unit in DRIFTING.items():
+            if field in stats:
+                first = notes.setdefault(f"alarm/first/{field}", stats[field])
+                yield f"{field}_drift", _drift(field, unit, first, stats[field])
+
+    def _no_learning(self, stats: Mapping[str, float]) -> str | None:
+        if stats.get("grad_norm", 1.0) > NO_GRADIENT:
+            return None
+        return f"nothing is learned: the gradient has been 0 for {STEPS} steps. {self._why(stats)}"
+
+    def _why(self, stats: Mapping[str, float]) -> str:
+        limit = self.cfg.rollout.max_tokens
+        if stats.get("truncated", 0.0) > 1 - TRUNCATED:
+            return (
+                f"All texts are truncated at rollout.max_tokens = {limit}, and a truncated text "
+                "has no reward: raise it, or set task.options.grade_truncated = true"
+            )
+        if stats.get("passed_filter", 1.0) == 0:
+            return "No text passed distill.correct_only: see task.name and its options"
+        if _alike(stats) > ALIKE:
+            return "All rewards of a group are equal: see the prompts, task.name and the samples"
+        return "See the rewards and samples in the log, and optim.lr"
+
+    def _groups_alike(self, stats: Mapping[str, float]) -> str | None:
+        alike = _alike(stats)
+        if alike <= ALIKE:
+            return None
+        return (
+            f"{alike:.0%} of the groups are all correct or all wrong: the task reward teaches "
+            "nothing there. Take prompts of another difficulty, or a larger rollout.group"
+        )
+
+    def _truncation(self, stats: Mapping[str, float]) -> str | None:
+        truncated = stats.get("truncated", 0.0)
+        if truncated <= TRUNCATED:
+            return None
+        return (
+            f"{truncated:.0%} of the texts are truncated at rollout.max_tokens = "
+            f"{self.cfg.rollout.max_tokens}; want at most {TRUNCATED:.0%}, or length decides what "
+            "is learned. Raise rollout.max_tokens"
+        )
+
+
+def _alike(stats: Mapping[str, float]) -> float:
+    return stats.get("groups/all_correct", 0.0) + stats.get("groups/all_wrong", 0.0)
+
+
+def _drift(field: str, unit: str, first: float, now: float) -> str | None:
+    if first <= 0 or first / DRIFT <= now <= first * DRIFT:
+        return None
+    return (
+        f"{field} went from {first:.3g} to {now:.3g} {unit}: read samples.jsonl for what the texts "
+        "have become; a smaller optim.lr, or a larger reference.beta, slows the drift"
+    )
