@@ -40,6 +40,7 @@ from .gradients import accumulate_gradients, forward_no_grad, token_means
 from .head import head_rows, logit_softcap, open_head
 from .metrics import MetricSums
 from .model_builder import build_spec
+from .probe import prove_decoding, prove_forward
 from .ranks import RankGroup
 from .torchtitan_host import RefluxTrainer
 from .trainer_config import titan_config
@@ -68,6 +69,8 @@ class Engine:
         self.resumed_step = self._trainer.step
         if from_folder:
             verify_weights(self.model, spec, path)
+        packed = cfg.trains and cfg.batch.pack
+        prove_forward(self.model, path, packed=packed, trains=cfg.trains)
         dims = self._trainer.parallel_dims
         group = dims.get_mesh("batch").get_group() if dims.dp_enabled else None
         self._ranks = RankGroup(group, self.device)
@@ -107,7 +110,7 @@ class Engine:
         longest: the longest row it has to take, at most the positions it has.
         """
         path = _model_folder(role.path, "path of a frozen model")
-        return build_frozen(
+        frozen = build_frozen(
             build_spec(path, backend=role.backend, attention=role.attention),
             path,
             self._config,
@@ -117,6 +120,8 @@ class Engine:
             seq_len=min(_positions(path, longest), longest),
             offload=role.offload,
         )
+        prove_forward(frozen.model, path, packed=self.cfg.trains and self.cfg.batch.pack)
+        return frozen
 
     # The loop
 
@@ -199,12 +204,14 @@ class Engine:
         of (step, device).
         """
         with gathered(self.model, self._config.parallelism.fsdp_reshard_after_forward):
+            prove_decoding(self.model, self.cfg.model.path)
             yield decoder_of(self.model, self.device)
 
     @contextlib.contextmanager
     def gathered_frozen_weights(self, frozen: contracts.FrozenModel) -> Iterator[contracts.Decode]:
         """The same for a frozen model."""
         with gathered(frozen.model, self._config.parallelism.fsdp_reshard_after_forward):
+            prove_decoding(frozen.model, frozen.path)
             yield decoder_of(frozen.model, self.device)
 
     @torch.no_grad()
