@@ -7,7 +7,8 @@ keyed by (seed, step): the same on every rank, and after a resume.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.prompts import Prompts, epoch_indices, load_function, load_prompts, shard
 from reflux.trainer.phase import Engine, Grader, Sampling, Teacher
 from reflux.trainer.rollouts.generate import EmbeddedSampler, given_rollout
+
+from .teacher_texts import load_teacher_texts, recipe_of, save_teacher_texts
 
 # Streams of random numbers beside those of the rollouts, which are keyed by (prompt, group member)
 ON_POLICY_STREAM = 1 << 63
@@ -63,7 +66,7 @@ class TextSource:
             load_function(self.spec.rewrite) if self.spec.rewrite else None
         )
         budget = self.spec.query_budget if self.spec.source == "teacher" else 0
-        self.teacher_texts = self._sample_query_budget(budget) if budget else []
+        self.teacher_texts = self._query_budget(budget) if budget else []
 
     def sample(self, step: int) -> Groups:
         """[P][G] texts of this rank's part of the step's prompts, on-policy ones first."""
@@ -117,6 +120,40 @@ class TextSource:
         texts = [(x, self.rewrite(x.prompt, x.text)) for x in group]
         limit = self.cfg.rollout.max_tokens
         return [replace_text(chat, x, text, limit) for x, text in texts if text is not None]
+
+    def _query_budget(self, count: int) -> Groups:
+        """The texts of the budget: from the run folder where an earlier start has left them, else
+        sampled and left there. Every rank holds all of them.
+        """
+        folder, recipe = Path(self.cfg.folder), self._recipe(count)
+        # one rank looks, so that all of them either sample or do not
+        found = load_teacher_texts(folder, recipe, self.prompts) if self.engine.rank == 0 else None
+        stored = self.engine.gather([found])[0]
+        if stored is not None:
+            return [[Text(x, "teacher", t) for t, x in group] for group in stored]
+        groups = self._sample_query_budget(count)
+        if self.engine.is_main:
+            plain = [[(text.teacher, text.rollout) for text in group] for group in groups]
+            save_teacher_texts(folder, recipe, plain)
+        return groups
+
+    def _recipe(self, count: int) -> dict[str, Any]:
+        """Everything that the texts of the budget depend on."""
+        cfg = self.cfg
+        return recipe_of(
+            query_budget=count,
+            seed=cfg.seed,
+            teacher=cfg.teacher,
+            data=cfg.data,
+            task=cfg.task,
+            rollout=cfg.rollout,
+            defence=cfg.defence,
+            more_teachers=self.spec.more_teachers,
+            teacher_weights=self.spec.teacher_weights,
+            rewrite=self.spec.rewrite,
+            dedup=self.spec.dedup,
+            correct_only=self.spec.correct_only,
+        )
 
     def _sample_query_budget(self, count: int) -> Groups:
         """The teachers' answers to the first `count` prompts of the shuffled data; every rank holds
