@@ -149,6 +149,7 @@ class ReadableModel(Protocol):
 class FrozenModel(ReadableModel, Protocol):
     """A model that is only read, in no optimizer and no checkpoint."""
 
+    path: str  # its folder
     vocab_size: int
 
 
