@@ -32,9 +32,7 @@ def value(kind, x):
 
 
 def gguf(fields, version=3, tensors=0):
-    """The bytes of a file; fields: key -> (value type, value), an array's value being (element
-    type, elements).
-    """
+    """A file of {key: (value type, value)}; an array's value is (element type, elements)."""
     head = b"GGUF" + struct.pack("<IQQ", version, tensors, len(fields))
     return head + b"".join(
         string(k) + struct.pack("<I", kind) + value(kind, x) for k, (kind, x) in fields.items()

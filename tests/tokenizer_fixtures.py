@@ -75,9 +75,7 @@ def sentencepiece(kind, prefix=True, byte_fallback=True):
 
 @functools.cache
 def metaspace(kind, scheme):
-    """A SentencePiece model as `tokenizers` holds it; scheme "legacy" is Llama-2's Prepend +
-    Replace.
-    """
+    """A SentencePiece model of `tokenizers`; "legacy" is Llama-2's Prepend and Replace."""
     processor = sentencepiece(kind)
     n = processor.vocab_size()
     vocab = {processor.id_to_piece(i): i for i in range(n)}

@@ -27,9 +27,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from .corpus import (
+    CorpusReport,
     Counts,
     LoadedTokenizer,
-    Report,
     as_json,
     count,
     documents,
@@ -248,7 +248,7 @@ def _show(a: LoadedTokenizer, b: LoadedTokenizer, arguments: argparse.Namespace)
 
 
 def _measure(a: LoadedTokenizer, b: LoadedTokenizer, arguments: argparse.Namespace) -> None:
-    def show_progress(report: Report) -> None:
+    def show_progress(report: CorpusReport) -> None:
         print(f"\r{report.counts.documents:,} documents", end="", file=sys.stderr, flush=True)
 
     terminal = sys.stderr.isatty()

@@ -173,9 +173,7 @@ class ByteTable:
     def _observed(
         self, described: TokenizerDescription, encode: Callable[[str], Sequence[int]]
     ) -> "ByteTable":
-        """With space prefix and normaliser as `encode` shows them (descriptions name them in half a
-        dozen ways), verified on the probes.
-        """
+        """Verified on the probes, with the space prefix and normaliser that `encode` shows."""
         prefix = described.space_prefix
         if prefix is None:
             prefix = self.bytes_of(encode("x")) == b" x"
@@ -230,9 +228,7 @@ class ByteTable:
         ].tobytes()
 
     def by_bytes(self) -> dict[bytes, int]:
-        """Bytes -> id over TEXT. Of equal spellings the ordinary piece goes before the byte's own
-        token, then the lowest id.
-        """
+        """Bytes -> id over TEXT. Of equal spellings: the ordinary piece, then the lowest id."""
         text = np.flatnonzero(self.lens > 0)
         last = np.isin(text, self.byte_ids)
         order = np.concatenate([text[~last], text[last]])[::-1]  # the first choice is set last

@@ -51,9 +51,7 @@ from .vocab_map import OUT, Partition
 
 
 class ClassLogProb(NamedTuple):
-    """A teacher by its class masses: what an offline teacher stores for `first_byte` and `prefix`,
-    N numbers instead of W.
-    """
+    """A teacher by its class masses, N numbers instead of W: to store an offline teacher."""
 
     logp_SN: Tensor  # nats, computed before any truncation, at the temperature of the loss
 

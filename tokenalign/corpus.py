@@ -164,9 +164,7 @@ class LoadedTokenizer:
         return side(self.table, ids, source, normalize=self.normalize)
 
     def explain(self, ids: Sequence[int], source: bytes) -> tuple[str, str]:
-        """Why a side does not reproduce the source: the kind of reason, and the reason with its
-        location.
-        """
+        """Why a side does not reproduce the source: the kind of reason, and where."""
         spelled, image = self.table.bytes_of(ids), self.normalize(source.decode()).encode()
         if self.table.space_prefix and not image.startswith(b" "):
             spelled = spelled.removeprefix(b" ")
@@ -183,7 +181,7 @@ class LoadedTokenizer:
 
 
 @dataclass
-class Report:
+class CorpusReport:
     """What `measure` has counted so far."""
 
     counts: Counts = Counts()
@@ -219,8 +217,8 @@ def measure(
     b: LoadedTokenizer,
     texts: Iterable[Document],
     *,
-    progress: Callable[[Report], None] | None = None,
-) -> Report:
+    progress: Callable[[CorpusReport], None] | None = None,
+) -> CorpusReport:
     """Encode, check and align every document.
 
     One that cannot be read is counted with its reason and left out of all other numbers. One whose
@@ -228,7 +226,7 @@ def measure(
     (`Counts.coverage`). Text is encoded as content: a control token's name in it is plain
     characters, and counted. progress: called after every BATCH documents.
     """
-    report, stream = Report(common=common_spellings(a.table, b.table)), iter(texts)
+    report, stream = CorpusReport(common=common_spellings(a.table, b.table)), iter(texts)
     names = _control_names(a.table), _control_names(b.table)
     while batch := list(islice(stream, BATCH)):
         good = [sides for document in batch if (sides := _sides(a, b, document, report))]
@@ -245,7 +243,7 @@ def measure(
 
 
 def _sides(
-    a: LoadedTokenizer, b: LoadedTokenizer, document: Document, report: Report
+    a: LoadedTokenizer, b: LoadedTokenizer, document: Document, report: CorpusReport
 ) -> tuple[bytes, Side, Side] | None:
     """The source and both sides of a document, or None and a failure in the report."""
     if document.text is None:
@@ -280,7 +278,7 @@ def _control_names(table: ByteTable) -> re.Pattern[bytes]:
     return re.compile(b"|".join(map(re.escape, sorted(names, key=len, reverse=True))) or b"(?!)")
 
 
-def summary(report: Report, name_a: str, name_b: str) -> str:
+def summary(report: CorpusReport, name_a: str, name_b: str) -> str:
     """The report as text."""
     c, (per_a, per_b) = report.counts, report.counts.tokens_per_span
     bytes_a, bytes_b = c.num_bytes / max(1, c.tokens_a), c.num_bytes / max(1, c.tokens_b)
@@ -324,7 +322,7 @@ def _top(controls: Counter[str]) -> str:
     return ", ".join(f"{name} x {n:,}" for name, n in controls.most_common(5)) or "none"
 
 
-def as_json(report: Report, name_a: str, name_b: str) -> dict[str, Any]:
+def as_json(report: CorpusReport, name_a: str, name_b: str) -> dict[str, Any]:
     """The report as JSON data; seconds and rates are of this machine and run."""
     c = report.counts
     return {

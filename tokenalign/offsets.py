@@ -245,9 +245,7 @@ def _find_skips(
 def _skips_of_stretches(
     ids: np.ndarray, lens: np.ndarray, raw: bytes, wanted: list[bytes], starts: Sequence[int]
 ) -> tuple[int, ...] | None:
-    """Every stretch between tokens left out was encoded by itself, and may begin with a space that
-    the tokenizer put there.
-    """
+    """Every stretch between tokens left out was encoded by itself, maybe with a space in front."""
     heads = np.unique([0, *starts, *(np.flatnonzero(ids < 0) + 1), len(ids)])
     byte_at = np.concatenate([[0], np.cumsum(lens, dtype=np.int64)])[heads]
     for want in wanted:

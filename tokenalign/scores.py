@@ -77,9 +77,7 @@ class Scores:
 
     @property
     def bits_per_byte_a(self) -> float:
-        """-log2 p of the text under a, per byte, without the stop; NaN for no bytes. For a corpus
-        divide the sums.
-        """
+        """-log2 p of the text under a per byte, without the stop; NaN for no bytes."""
         return bits_per_byte(self.logp_a, self.num_bytes)
 
     @property

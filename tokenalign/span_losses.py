@@ -85,9 +85,7 @@ def _distances(student_S: Tensor, teacher_S: Tensor, temperature: float, kind: s
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, and its gradient -exp(x) / (1 - exp(x)), without cancellation
-    (split at -log 2).
-    """
+    """log(1 - exp(x)) for x < 0 and its gradient, without cancellation (split at -log 2)."""
     near = x > -math.log(2)
     # each branch gets an argument at which it is finite: a NaN times the 0 of `where` would reach
     # the gradient

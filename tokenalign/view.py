@@ -163,9 +163,7 @@ def _checked(
 
 
 def visible(piece: bytes) -> list[tuple[str, str]]:
-    """A piece as it is shown, in runs of (class, characters): "text", "space", "escape" or "hex".
-    Nothing in it is invisible.
-    """
+    """A piece in visible runs of (class, characters): "text", "space", "escape" or "hex"."""
     out = []
     for broken, space, one, char in _PIECES.findall(piece.decode(errors="surrogateescape")):
         if broken:
@@ -190,9 +188,7 @@ def visible(piece: bytes) -> list[tuple[str, str]]:
 
 
 def char_width(char: str) -> int:
-    """Terminal columns: 2 for East Asian wide and emoji, 0 for combining marks and joined jamo,
-    else 1.
-    """
+    """Terminal columns: 2 for East Asian wide and emoji, 0 for what combines, else 1."""
     if unicodedata.category(char) in ("Mn", "Me", "Cf") or "\u1160" <= char <= "\u11ff":
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1

@@ -1,6 +1,4 @@
-"""The native core at its edges: what it refuses, that threads change nothing, that Python runs
-meanwhile.
-"""
+"""The native core at its edges: errors, threads, the interpreter's lock."""
 
 import sys
 import threading
@@ -19,9 +17,7 @@ from reflux.tokenalign.spans import align_spans, align_spans_ref
 
 
 def random_batch(rows, tokens, seed=0):
-    """Two cuts of the same random bytes into pieces of 1 to 3, over small alphabets so that tables
-    are small.
-    """
+    """Two cuts of equal random bytes into pieces of 1 to 3, over small alphabets."""
     rng = np.random.default_rng(seed)
     alphabet = [bytes(x) for n in (1, 2, 3) for x in np.ndindex(*[4] * n)]
     table, number = (
@@ -176,9 +172,7 @@ def test_masking_by_kind(ids):
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 3, 17, 40]))
 def test_rows_longer_than_a_window_are_cut_like_short_ones(seed, longest):
-    """The core walks in windows of 512 tokens or 8 KiB; the definition knows nothing of that.
-    Masked tokens and a changed byte too.
-    """
+    """The core walks in windows of 512 tokens or 8 KiB; with masked tokens and a changed byte."""
     rng = np.random.default_rng(seed)
     text = rng.integers(0, 3, rng.integers(1, 6000) * (longest // 3 + 1), dtype=np.uint8).tobytes()
     sides = []
@@ -269,9 +263,7 @@ def test_what_people_get_wrong():
 
 
 def test_python_runs_while_the_core_works():
-    """Timestamps from this thread fall into the middle of the other thread's call only if it let go
-    of the interpreter's lock.
-    """
+    """This thread runs in the middle of the other's call: the call has released the lock."""
     ids = np.zeros(20_000_000, np.int32)
     one_row = arrays(ids=ids, row=(0, len(ids)))
     call, ticks = [], []

@@ -1,4 +1,4 @@
-"""Tables built from tokenizers trained on the spot. P14, P15 and P20 of the aligner's laws."""
+"""Tables built from tokenizers that are trained in the test."""
 
 import functools
 
@@ -68,7 +68,7 @@ def test_one_byte_pieces_are_bytes_and_their_names_in_a_text_are_characters():
 
 @given(text=TEXTS.filter(bool), data=st.data())
 def test_no_character_is_ever_decoded_on_the_way(text, data):
-    """P15: ids cut anywhere, inside a character too, spell exactly a prefix of the text's bytes."""
+    """Ids cut anywhere, inside a character too, spell exactly a prefix of the text's bytes."""
     table, ids = table_of(byte_level(size=258)), encode_text(byte_level(size=258), text)
     cut = data.draw(st.integers(0, len(ids)))
     assert table.bytes_of(ids[:cut]) == text.encode()[:cut]
@@ -107,9 +107,7 @@ def test_an_added_token_is_literal_utf8():
 
 
 def test_a_piece_spells_bytes_not_the_string_that_shows_it():
-    """The string `©` is byte A9 in byte-level BPE and C2 A9 in SentencePiece: 186 false matches
-    between two real models.
-    """
+    """The string `©` is byte A9 in byte-level BPE and C2 A9 in SentencePiece."""
     table = table_of(byte_level())
     assert table.pieces[byte_level().token_to_id("©")] == b"\xa9"
     assert "©".encode() == b"\xc2\xa9"
@@ -126,7 +124,6 @@ def test_half_a_character_has_its_own_bytes():
 
 
 def test_the_fingerprint_is_stable_and_sees_every_change():
-    """P20."""
     base = byte_level()
     prints = [ByteTable.of(byte_level(**options)).fingerprint() for options in BYTE_LEVEL]
     extended = Tokenizer.from_str(base.to_str())

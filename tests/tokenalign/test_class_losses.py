@@ -1,6 +1,4 @@
-"""The losses against dense definitions and closed-form gradients in float64, their laws, and the
-traps they avoid.
-"""
+"""Losses against dense definitions and closed-form gradients in float64, and their laws."""
 
 import math
 from functools import partial
@@ -94,9 +92,7 @@ def test_value_and_gradient_are_those_of_the_dense_definition(
 
 @given(pair=pairs, kind=KIND, temperature=TEMPERATURE, seed=SEEDS)
 def test_the_closed_form_gradient_of_the_forward_kl(pair, kind, temperature, seed):
-    """dL/dz = p - p W (Q / P); for a class map p_i (1 - Q_c(i) / P_c(i)). Both over the
-    temperature.
-    """
+    """dL/dz = p - p W (Q / P), over the temperature; one-hot W: p_i (1 - Q_c(i) / P_c(i))."""
     built = PARTITIONS[kind](*pair)
     W_s, W_t = dense(built)
     z, u = logits_of(pair[0], seed), logits_of(pair[1], seed + 1)
@@ -117,9 +113,7 @@ def test_the_closed_form_gradient_of_the_forward_kl(pair, kind, temperature, see
     seed=SEEDS,
 )
 def test_at_rest_when_masses_agree(pair, kind, divergence, seed):
-    """Equal class masses: value 0 and gradient 0 in every divergence, whatever happens inside a
-    class.
-    """
+    """Equal class masses: value 0 and gradient 0 in every divergence."""
     built = PARTITIONS[kind](*pair)
     z = logits_of(pair[0], seed)
     P = class_logprob_of_logits(z, partition_index(built).student)
@@ -190,9 +184,7 @@ def test_banned_ids():
 
 
 def test_a_class_of_vanishing_mass_keeps_its_gradient():
-    """Class sums in fp64: in fp32 a probability of e^-200 is 0, and its logit would never come
-    back.
-    """
+    """In fp32 a probability of e^-200 is 0, and its logit would have no gradient."""
     table = table_of([b"a", b"b"], controls=0)
     partition = partition_index(PARTITIONS["first_byte"](Vocabulary(table), Vocabulary(table)))
     value, grad = gradient(
@@ -218,9 +210,7 @@ def test_fp32_and_bf16_are_close_to_fp64(pair, kind, seed):
 
 
 def test_the_partial_kl_is_no_divergence():
-    """Why only bucketed forms exist: it goes below zero and pushes every unmatched token down by
-    p_i Q_C, agreement or not.
-    """
+    """It goes below zero and pushes every unmatched token down by p_i Q_C at agreement."""
     z = torch.tensor([0.4, 0.4, 0.2], dtype=f64).log().requires_grad_()
     q = torch.tensor([0.2, 0.2, 0.6], dtype=f64)
     partial_kl = (q[:2] * (q[:2].log() - z.softmax(0)[:2].log())).sum()
@@ -257,9 +247,7 @@ def test_a_first_piece_projection_is_infinite_and_the_real_one_is_not():
     seed=SEEDS,
 )
 def test_a_top_k_teacher_grows_to_the_whole_one(pair, kind, divergence, temperature, seed):
-    """Refinement: D over {top-k classes, tail bucket} rises with k up to the loss of the whole
-    teacher.
-    """
+    """Refinement: D over {top-k classes, tail bucket} rises with k to the whole loss."""
     built = PARTITIONS[kind](*pair)
     z, u = logits_of(pair[0], seed), logits_of(pair[1], seed + 1)[:, : len(pair[1].table)]
     u = torch.nn.functional.pad(u, (0, pair[1].num_rows - u.shape[1]), value=-math.inf)
@@ -284,8 +272,9 @@ def test_a_top_k_teacher_grows_to_the_whole_one(pair, kind, divergence, temperat
 
 @given(pair=pairs, k=st.integers(1, 5), seed=SEEDS)
 def test_the_projection_of_a_top_k_teacher_in_closed_form(pair, k, seed):
-    """Tail term tau log(tau / (1 - sum_A p_hat)); y_i gains tau p_i (1 - sum_A W_it) / (1 - sum_A
-    p_hat) (9.2 of the design).
+    """Tail term tau log(tau / (1 - sum_A p_hat)).
+
+    y_i gains tau p_i (1 - sum_A W_it) / (1 - sum_A p_hat).
     """
     built = Projection.build(*pair)
     W, W_t = dense(built)

@@ -1,6 +1,4 @@
-"""Statistics of a body of text: every number by hand, every failure with its reason, files
-streamed.
-"""
+"""Statistics of a body of text: numbers by hand, failures with reasons, streamed files."""
 
 import json
 from collections import Counter

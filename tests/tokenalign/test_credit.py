@@ -1,4 +1,4 @@
-"""P13: whatever the rule, a span's value is conserved. And reward-to-go against the definition."""
+"""By every rule a span's value is conserved; reward-to-go against the definition."""
 
 import numpy as np
 import pytest
@@ -71,9 +71,7 @@ def test_reward_to_go_is_the_sum_at_and_after(sides, seed):
 
 @given(tokenizations(), SEEDS)
 def test_reward_to_go_keeps_the_expected_gradient(sides, seed):
-    """A span's value reaches exactly the tokens that could have changed it: those in it and before
-    it.
-    """
+    """A span's value reaches exactly the tokens that could have changed it."""
     value, span, _ = case(sides, seed)
     k = seed % len(value)
     bump = np.zeros(len(value))

@@ -1,6 +1,4 @@
-"""GGUF metadata: files written here byte by byte, and the errors for one that is cut off or no
-GGUF.
-"""
+"""GGUF metadata of files written byte by byte, whole, cut off, or no GGUF."""
 
 import struct
 

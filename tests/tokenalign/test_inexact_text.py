@@ -1,6 +1,4 @@
-"""P16: texts that do not come back from their ids. Spans outside the change are exact, touched ones
-are not, never the other way round.
-"""
+"""Texts that do not come back from their ids: exactly the spans of changes are not exact."""
 
 import re
 from itertools import accumulate
@@ -25,9 +23,7 @@ def distinct(n, seed):
 
 @st.composite
 def edited(draw):
-    """A source, what a side spells instead, and the edits as (begin, end) in the source; equal
-    parts are long enough to be known.
-    """
+    """A source, what a side spells instead, and the edits as (begin, end) in the source."""
     parts = [
         distinct(draw(st.integers(24, 40)), draw(st.integers(0, 2**32 - 1)))
         for _ in range(draw(st.integers(2, 4)))
@@ -55,7 +51,6 @@ def edited(draw):
 
 @given(edited(), st.data())
 def test_spans_outside_the_edits_are_exact_and_no_others(case, data):
-    """P16."""
     source, spelled, windows = case
     a, b = cut(data.draw, spelled), cut(data.draw, source)
     one, other = (side(side_of(pieces).table, range(len(pieces)), source) for pieces in (a, b))
@@ -123,9 +118,7 @@ def test_a_wrong_exact_span_is_never_found(one, two, repeat, data):
     st.data(),
 )
 def test_one_edit_costs_the_spans_it_touches(seed, kind, k, data):
-    """Byte by byte on both sides, so every span is one byte: all but the edited ones and their
-    neighbours stay exact.
-    """
+    """Every span is one byte: all but the edited ones and their neighbours stay exact."""
     source = bytes(
         x
         for x in np.random.default_rng(seed).permutation(200).astype(np.uint8).tolist()

@@ -1,6 +1,4 @@
-"""The chunked driver against the losses on whole logits: values, both gradients, chunks, weights,
-padding, soft caps.
-"""
+"""The chunked driver gives the values and gradients of the losses on whole logits."""
 
 import math
 from functools import partial

@@ -1,4 +1,4 @@
-"""Positions of a normalised text in its source. P17 of the aligner's laws."""
+"""Positions of a normalised text in its source."""
 
 import time
 
@@ -73,9 +73,7 @@ def test_unchanged_text_maps_to_itself(name, text, cuts):
 @each_normalizer
 @given(text=TEXTS, cuts=st.lists(st.integers(0, 999), max_size=12))
 def test_every_mapped_end_is_an_edge_or_lies_in_bytes_that_did_not_change(name, text, cuts):
-    """By a loop over all positions: the bytes up to a mapped end are N's image, or equal bytes on
-    both sides.
-    """
+    """The bytes up to a mapped end are N's image, or equal bytes on both sides."""
     normalize = NORMALIZERS[name].normalize_str
     pairs = [(c.encode(), n.encode()) for c, n in clusters(text, normalize)]
     known, at, image_at = {0: 0}, 0, 0
@@ -110,9 +108,7 @@ def test_a_composed_letter_leaves_the_positions_around_it():
 
 
 def test_a_token_without_a_position_leaves_its_bytes_to_the_next():
-    """It ends with the last token before it, not at the last cluster edge: 4 is an edge here, but
-    no token ends there.
-    """
+    """It ends with the last token before it; 4 is a cluster edge, but no token ends there."""
     normalize = normalizers.NFKC().normalize_str
     text = "abcd\ufb01e"
     assert source_ends(text, normalize, np.array([3, 5, 7])).tolist() == [3, 3, 8]

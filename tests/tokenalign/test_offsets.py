@@ -68,9 +68,7 @@ def test_encoding_a_text_gives_a_side_that_reproduces_it(tokenizer, text):
 
 
 def test_the_same_ids_with_and_without_a_space_in_front():
-    """Metaspace "always" gives "hello" and " hello" the same ids: only the source tells whether a
-    space was added.
-    """
+    """Metaspace "always" gives "hello" and " hello" equal ids: only the source decides."""
     tokenizer = metaspace("bpe", "always")
     table, ids = table_of(tokenizer), encode_text(tokenizer, "hello")
     assert ids == encode_text(tokenizer, " hello")
@@ -140,9 +138,7 @@ def test_an_empty_text_is_a_side():
 
 
 def legacy_rows(stretches):
-    """Ids of a SentencePiece pipeline that puts a mark behind every control token, as `tokenizers`
-    runs Prepend.
-    """
+    """Ids of a SentencePiece pipeline that puts a mark behind every control token."""
     tokenizer = metaspace("bpe", "legacy")
     stop = tokenizer.token_to_id("</s>")
     ids = []
@@ -274,9 +270,7 @@ def test_tokens_behind_a_cut_character_are_outside():
 
 @given(st.binary(max_size=20))
 def test_any_bytes_have_a_verdict(raw):
-    """Invalid UTF-8 has no text; text cut inside a character has its whole characters; the producer
-    reproduces both.
-    """
+    """Invalid UTF-8 has no text, a cut text its whole characters; both are reproduced."""
     tokenizer = byte_level(size=258)
     table = table_of(tokenizer)
     one_byte = {piece: i for i, piece in enumerate(table.pieces)}
@@ -361,14 +355,14 @@ def test_a_cut_character_behind_a_normalised_text():
     )
 
 
-# P19: the seam
+# The seam
 
 
 @given(
     TEXTS.filter(lambda t: t and "\u2581" not in t), TEXTS.filter(lambda t: t and "\u2581" not in t)
 )
 def test_usable_spans_lie_behind_the_prompt_on_both_sides(prompt, completion):
-    """P19: one side encoded as one text, the other apart, in absolute bytes."""
+    """One side encoded as one text, the other apart, in absolute bytes."""
     joint, apart = byte_level(), sentencepiece("bpe")
     source, seam = (prompt + completion).encode(), len(prompt.encode())
     head = encode_text(apart, prompt)
@@ -389,9 +383,7 @@ def test_usable_spans_lie_behind_the_prompt_on_both_sides(prompt, completion):
 
 
 def test_a_token_across_the_seam_takes_its_span_with_it():
-    """lm-eval PR 242: encode(context + continuation) cut at len(encode(context)) is wrong when a
-    merge crosses the seam.
-    """
+    """lm-eval PR 242: cutting at len(encode(context)) is wrong when a merge crosses the seam."""
     joint, apart = side_of([b"2+2", b"=4", b"."]), side_of([b"2+2=", b"4", b"."])
     got = after_prompt(align_spans([joint], [apart])[0], 4)
     assert got.bounds.tolist() == [5, 6] and got.exact.tolist() == [False, True]

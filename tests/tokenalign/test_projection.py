@@ -1,6 +1,4 @@
-"""The projection by hand, by its laws on drawn vocabularies, and the trap that its backward pass
-closes.
-"""
+"""The projection by hand, by its laws, and why it has a backward pass."""
 
 import numpy as np
 import pytest

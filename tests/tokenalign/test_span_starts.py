@@ -1,6 +1,4 @@
-"""Span starts: equal bytes consumed on both sides, by brute force over drawn cuts; and every reason
-to leave a position out.
-"""
+"""Span starts by brute force over drawn cuts, and every reason to leave one out."""
 
 from itertools import accumulate
 
@@ -37,9 +35,7 @@ def test_both_sides_have_read_the_same_bytes(sides):
 
 @given(tokenizations())
 def test_no_position_is_missing(sides):
-    """Every pair of tokens with bytes that start at the same byte is a span start, unless only
-    empty tokens part them.
-    """
+    """Tokens with bytes that start at the same byte are a span start."""
     starts_at = {
         (len(b"".join(sides[0][:a])), k)
         for a, _, k in as_tuples(starts(side_of(sides[0]), side_of(sides[1])))
@@ -73,7 +69,7 @@ def test_without_a_predictor_the_span_is_left_out_on_both_sides():
 
 @given(tokenizations(), st.data())
 def test_spans_before_the_seam_are_left_out(sides, data):
-    """P19: what is left starts at or after the prompt's end on both sides, in bytes."""
+    """What is left starts at or after the prompt's end on both sides, in bytes."""
     seam = data.draw(st.integers(0, 45))
     at = starts(side_of(sides[0]), side_of(sides[1]), seam=seam)
     for a, b, _ in as_tuples(at):
@@ -101,9 +97,7 @@ def test_a_real_space_prefix():
 
 
 def test_a_space_put_in_front_of_a_later_stretch_spoils_that_position():
-    """Legacy SentencePiece puts its mark behind every control token: that token's distribution is
-    over another first byte.
-    """
+    """Legacy SentencePiece puts its mark behind every control token: another first byte."""
     pieces = side_of([b" a", b" b", b"c"])
     a = Side(pieces.table, np.array([0, -1, 1, 2], np.int32), 1, True, later_skips=(2,))
     b = side_of([b"a", b"b", b"c"])

@@ -1,6 +1,4 @@
-"""Laws of the alignment over drawn texts and cuts (P1-P10), its three forms against each other
-(P12), and real encodings.
-"""
+"""Laws of the alignment over drawn cuts, its three forms as one, and real encodings."""
 
 import numpy as np
 import pytest
@@ -225,7 +223,7 @@ def test_every_form_agrees_on_encoded_texts(text, pair):
 
 @given(TEXTS.filter(bool), st.data())
 def test_a_text_cut_inside_a_character_leaves_an_open_tail(text, data):
-    """P15: nothing is decoded on the way; what lies past the last common boundary is outside."""
+    """Nothing is decoded on the way; what lies past the last common boundary is outside."""
     tokenizer, characters = byte_level(), byte_level(size=258)
     raw = text.encode()
     at = data.draw(st.integers(1, len(raw)))

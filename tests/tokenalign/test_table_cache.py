@@ -1,6 +1,4 @@
-"""Tables on disk: the same table again, verified by the tokenizer, and no file used that is not
-whole and of that tokenizer.
-"""
+"""Tables on disk: the same table again, verified by its tokenizer, or a new one."""
 
 import os
 import time

@@ -222,9 +222,7 @@ def test_files_that_are_not_what_they_say(tmp_path, name, data, says):
 
 
 def test_a_file_may_lack_bytes_that_no_text_has(tmp_path):
-    """SmolLM2's vocabulary has no piece for six control characters and two lead bytes of empty
-    planes.
-    """
+    """SmolLM2 has no piece for six control characters and two lead bytes of empty planes."""
     unneeded = (4, 6, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2)
     (path := tmp_path / "a.tiktoken").write_bytes(
         rank_lines({p: i for p, i in RANKS.items() if p not in {bytes([b]) for b in unneeded}})

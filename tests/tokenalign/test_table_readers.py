@@ -1,6 +1,4 @@
-"""What each family of tokenizer objects says of itself. Tokenizers are trained or spelled out on
-the spot; T18 of the peers' list.
-"""
+"""What each family of tokenizer objects says of itself; trained or built in the test."""
 
 import functools
 import string
@@ -285,9 +283,7 @@ def test_an_added_token_matched_in_the_normalised_text_spells_the_normalised_tex
 
 
 def test_a_model_piece_that_is_an_added_token_too_keeps_its_spaces():
-    """Gemma lists its runs of marks twice; read literally, every text with two spaces would be
-    three-byte marks.
-    """
+    """Gemma lists its runs of marks twice: one list is literal, the other is of spaces."""
     tokenizer = Tokenizer.from_str(metaspace("bpe", "never").to_str())
     vocab = tokenizer.get_vocab()
     piece = next(p for p in vocab if p.startswith("\u2581") and len(p) > 2)
@@ -374,9 +370,7 @@ def test_a_reading_without_an_encoder_has_a_table_and_cannot_encode():
 
 @pytest.mark.parametrize("text", PROBES)
 def test_every_probe_is_a_trap_of_its_own(text):
-    """None may be dropped as covered by another: they are all different texts, and each is spelled
-    by a plain table.
-    """
+    """All probes are different texts, and each is spelled by a plain table."""
     assert PROBES.count(text) == 1
     assert table_of(byte_level()).bytes_of(encode_text(byte_level(), text)) == text.encode()
     assert normalize_of(byte_level())(text) == text

@@ -1,6 +1,4 @@
-"""ULD and the hybrid of class KL and ULD: closed-form gradients in float64, and what each of them
-cannot see.
-"""
+"""ULD and hybrid: closed-form gradients in float64, and what each of them cannot see."""
 
 import math
 from functools import partial
@@ -100,9 +98,7 @@ def test_hybrid_is_its_two_parts_and_its_gradient_is_closed(pair, temperature, s
 
 @given(pair=pairs, seed=SEEDS)
 def test_hybrid_is_zero_at_agreement(pair, seed):
-    """One vocabulary, partitioned against another one so that the tail bucket has ids, and equal
-    logits.
-    """
+    """Equal logits of one vocabulary, partitioned against another: the tail bucket has ids."""
     built = vocab_map.common(*pair)
     same = partition_index(
         vocab_map.Partition(

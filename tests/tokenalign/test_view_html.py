@@ -1,6 +1,4 @@
-"""The page: whole, self-contained, well-formed, and with everything in it that the terminal cannot
-show.
-"""
+"""The page: self-contained, well-formed, with everything that the terminal shows, and more."""
 
 from html.parser import HTMLParser
 

@@ -1,6 +1,4 @@
-"""Vocabulary partitions against brute force on drawn vocabularies, on trained tokenizers, and on
-the traps they exist for.
-"""
+"""Partitions against brute force on drawn vocabularies, and on trained tokenizers."""
 
 import numpy as np
 import pytest
@@ -113,9 +111,7 @@ def test_common_ids_pair_each_spelling_once(pair):
 
 
 def test_bytes_and_not_characters():
-    """`©` as a piece of byte-level BPE is byte A9, in SentencePiece C2 A9: equal strings, 186 wrong
-    matches on a real pair.
-    """
+    """`©` as a piece of byte-level BPE is byte A9, in SentencePiece C2 A9."""
     level, piece = byte_level(), sentencepiece("bpe")
     a, b = ByteTable.of(level), ByteTable.of(piece)
     half = level.token_to_id("©")
@@ -195,9 +191,7 @@ def test_a_stop_set_on_one_side_only_is_no_class():
 
 
 def test_mapped_ids_leave_out_stop_text_and_ids_without_a_row():
-    """The teacher's stop token is text in its table; the student has the same letters as an
-    ordinary token.
-    """
+    """The teacher's stop token is text; the student has its letters as an ordinary token."""
     student, teacher = table_of([b"a", b"<|im_end|>", b"b"]), table_of([b"<|im_end|>", b"b", b"a"])
     assert student_id_of(Vocabulary(student, (3,)), Vocabulary(teacher, (0,))).tolist() == [
         3,

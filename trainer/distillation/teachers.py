@@ -62,9 +62,7 @@ class ClassLoss:
     student_id_W: Tensor | None  # of a top-k teacher with `common`: its ids in the student's
 
     def __call__(self, student: HeadInputs, teacher: HeadInputs) -> Loss:
-        """(sum over the aligned positions, metrics as sums over them). Row t of both is one
-        position.
-        """
+        """(sum over the aligned positions, metrics as sums). Row t of both is one position."""
         spec = self.spec
         if self.student_id_W is not None:
             topk = map_topk(teacher_topk_of(teacher, spec), self.student_id_W)
@@ -200,9 +198,7 @@ def _class_loss(spec: DistillSection, student: Chat, teacher: Chat, engine: Engi
 def _refuse_a_tail_of_control_ids(
     spec: DistillSection, built: Partition, student: Vocabulary, teacher: Vocabulary
 ) -> None:
-    """ValueError where the student has only control ids to follow the teacher into the tail
-    bucket.
-    """
+    """ValueError where the student's tail bucket has control ids only, and the teacher's text."""
     student_tail, teacher_tail = (
         [x for x, c in zip(side.spellings, class_V.tolist()) if c == built.control_class]
         for side, class_V in ((student, built.student_class), (teacher, built.teacher_class))

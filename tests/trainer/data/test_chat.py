@@ -1,6 +1,4 @@
-"""One model's side of a conversation: prompts, stop tokens, and text that is never taken for a
-control token.
-"""
+"""Prompts, stop tokens, and text that is never taken for a control token."""
 
 import json
 
@@ -82,7 +80,7 @@ def test_the_stop_set_is_all_that_ends_a_response(make):
     assert chat.stop_ids == (EOS, 7, 299), "ids that the tokenizer does not have can never be drawn"
     assert make("number", stops=7).stop_ids == (EOS, 7)
     assert make("pad", pad_token="<|eos|>").stop_ids == (EOS,), (
-        "T14: EOS stays EOS when it is padding too"
+        "EOS stays EOS when it is padding too"
     )
 
 

@@ -1,6 +1,4 @@
-"""Which class losses a pair of vocabularies cannot have, and that fused ones are the plain form's;
-what a run computes is in test_phase.py.
-"""
+"""Class losses that a pair of vocabularies cannot have; fused ones equal the plain form."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -32,9 +30,7 @@ def chat_of(*pieces):
 
 @pytest.mark.parametrize("partition", ["common", "hybrid"])
 def test_a_student_whose_tail_bucket_is_control_ids_is_not_sent_there(partition):
-    """The teacher's "ab" would be asked of the student's tail bucket, in which only <0> is; with a
-    piece of its own there it may be.
-    """
+    """The student's tail bucket has only <0> for the teacher's "ab"; with a piece it may."""
     with pytest.raises(
         ValueError,
         match=r"1 tokens that the student lacks, such as b'ab'.*1 control ids.*"
