@@ -1,5 +1,5 @@
-"""Answers held-out prompts with the engine's model and says how well: greedy, sampled, and by the
-likelihood of options. Every answer is saved. Used by the phase `evaluate` and by those that train.
+"""Answers held-out prompts with the engine's model and measures the answers: greedy, sampled, and
+by the likelihood of options. Used by the phase `evaluate` and by those that train.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -62,11 +62,11 @@ class Evaluator:
         grader: Grader | None,
         *,
         defence: DefendedDecoding | None = None,
-        keep_unfinished: bool = False,
+        resumable: bool = False,
     ):
         """grader: None only where nothing is evaluated (eval.source is empty). defence: what the
-        model is served with. keep_unfinished: on disk, so that a killed evaluation goes on.
-        ValueError, before anything is answered, for options that cannot be read and for an
+        model is served with. resumable: caches answers on disk, so that a killed evaluation goes
+        on. ValueError, before anything is answered, for options that cannot be read and for an
         eval.against with other questions.
         """
         self.cfg, self.engine, self.chat, self.grader = cfg, engine, chat, grader
@@ -89,7 +89,7 @@ class Evaluator:
         if e.against:
             self._theirs = load_predictions(e.against, "eval.against")
             check_same(self.expected(), self._theirs, e.against)
-        if keep_unfinished:
+        if resumable:
             self._unfinished = Unfinished(Path(cfg.folder), self._spec())
 
     def due(self, step: int) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class Evaluator:
         every = e.every and step and step % e.every == 0
         if not self.prompts or not (last or every or at_start):
             return {}
-        return log_fields(self.evaluation(self.answer(step)), e.metrics)
+        return log_fields(self.measure(self.answer(step)), e.metrics)
 
     def expected(self) -> list[Question]:
         """The questions, before anything is answered."""
@@ -131,8 +131,8 @@ class Evaluator:
                 unfinished.close()
         return predictions
 
-    def evaluation(self, predictions: Sequence[Prediction]) -> Evaluation:
-        """The numbers of `answer`, and their differences to eval.against."""
+    def measure(self, predictions: Sequence[Prediction]) -> Evaluation:
+        """The numbers of all predictions, and their differences to eval.against."""
         metrics, differences = self.cfg.eval.metrics, dict[str, Difference]()
         if self._theirs is not None:
             differences = {

@@ -41,7 +41,7 @@ class EvaluatePhase:
         engine.vocab_size = min(engine.vocab_size, chat.vocab_size)
         grader = build_task(cfg.task.name, cfg.task.options)
         defence = DefendedDecoding(cfg, engine, [chat])
-        self.evaluator = Evaluator(cfg, engine, chat, grader, defence=defence, keep_unfinished=True)
+        self.evaluator = Evaluator(cfg, engine, chat, grader, defence=defence, resumable=True)
         for name, rule in cfg.accept.items():
             check_rule(name, rule, self.evaluator.expected())
 
@@ -50,7 +50,7 @@ class EvaluatePhase:
         cfg = self.cfg
         predictions = self.evaluator.answer(step)
         evaluation = replace(
-            self.evaluator.evaluation(predictions),
+            self.evaluator.measure(predictions),
             harness=self._harness(),
             verdicts=tuple(judge(name, rule, predictions) for name, rule in cfg.accept.items()),
         )

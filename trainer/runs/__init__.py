@@ -1,3 +1,3 @@
-"""What a run leaves behind: log, folder, card, numbers with intervals, tables, pictures. Knows no
-model.
+"""What a run leaves behind: its folder, log and model card; and what all rooms write results with:
+statistics, JSON, tables, figures, progress. Nothing here knows a model or a phase.
 """

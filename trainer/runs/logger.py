@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .files import write_whole
+from .lock import LockLost
 from .progress import stdout_console, time_left
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
+LOG_ONLY = ("head", "resume", "directory")  # fields of events that the console does not show
 RESERVED = ("step", "wall_s", "event", "schema")
 PACKAGES = ("reflux-llm", "torch", "transformers", "triton", "torchtitan", "datasets", "numpy")
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -114,7 +116,8 @@ class Record:
     _last_metrics: dict[str, Any] = field(default_factory=dict, init=False)
     _step: int = field(default=0, init=False)
     _events: Counter[str] = field(default_factory=Counter, init=False)
-    _last_s: deque[float] = field(default_factory=lambda: deque(maxlen=20), init=False)  # a step
+    # seconds of each of the last steps
+    _last_s: deque[float] = field(default_factory=lambda: deque(maxlen=20), init=False)
     _console: "Console | None" = field(default=None, init=False)
 
     def __enter__(self) -> "Record":
@@ -166,13 +169,13 @@ class Record:
         self._events[name] += 1
         at = {"step": self._step, "wall_s": self._wall_s()}
         self._write(self._log, {"event": name, **at, **fields})
-        shown = (f"{key} {_word(value)}" for key, value in fields.items() if key != "head")
-        self._print(f"{name}: {', '.join(shown)}")
+        shown = [f"{key} {_word(v)}" for key, v in fields.items() if key not in LOG_ONLY]
+        self._print(f"{name}: {', '.join(shown)}" if shown else name)
 
     def __exit__(self, kind, error, _) -> None:
         if not self.is_main:
             return
-        if kind is not None:
+        if kind is not None and not issubclass(kind, LockLost):  # then the log is another run's
             self.event("failed", error=f"{kind.__name__}: {error}"[:1000])
         self._log.close()
         self._samples.close()

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+if TYPE_CHECKING:  # also for the signatures of what draws
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.figure import Figure as Figure
 
 
 def panels(

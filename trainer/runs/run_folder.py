@@ -1,8 +1,12 @@
-"""What to do about a run folder that exists: nothing is ever deleted or silently mixed."""
+"""What to do about a run folder that exists: nothing is ever deleted or silently mixed, and one
+process at a time writes there.
+"""
 
+import contextlib
+import itertools
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +14,14 @@ from typing import Any
 from reflux.trainer.config.loader import as_table, load, to_toml
 from reflux.trainer.config.schema import Config
 
+from . import commands
+from .lock import InUse, RunLock, hold, refuse_if_held
+
+# tables and keys in which a resumed run may differ
 MAY_CHANGE = (
     "steps",
     "on_existing_run",
+    "take_over_lock",
     "log",
     "eval",
     "guard",
@@ -23,25 +32,69 @@ MAY_CHANGE = (
     "metrics",
     "compile",
     "folder",
-)  # a resumed run may differ in these
+)
+
+
+@contextlib.contextmanager
+def claim(cfg: Config) -> Iterator[tuple[Config, RunLock]]:
+    """Owns the folder of a run inside: yields the configuration as `settle` returns it, and the
+    lock. Nothing is written before the lock. Called by one rank.
+
+    ValueError as from `settle`, where another process owns the folder, and where nobody may write.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            settled, lock = _settle_and_hold(cfg, stack)
+        except InUse as error:
+            raise _with_command(error) from None
+        yield settled, lock
+
+
+def _settle_and_hold(cfg: Config, stack: contextlib.ExitStack) -> tuple[Config, RunLock]:
+    base = Path(cfg.folder)
+    if cfg.on_existing_run != "new":  # before any question about the run that is there
+        refuse_if_held(base, take_over=cfg.take_over_lock)
+    while True:
+        settled = settle(cfg)
+        fresh = not _holds_run(Path(settled.folder))
+        with contextlib.ExitStack() as attempt:
+            try:
+                lock = attempt.enter_context(hold(settled.folder, take_over=cfg.take_over_lock))
+            except InUse:
+                if cfg.on_existing_run != "new":
+                    raise
+                cfg = replace(cfg, folder=str(_free(base)))
+                continue
+            if fresh and _holds_run(Path(settled.folder)):  # one that began and ended just now
+                continue
+            stack.enter_context(attempt.pop_all())
+            return settled, lock
+
+
+def _with_command(error: InUse) -> InUse:
+    """With the command that takes the folder over, where that may be right."""
+    if error.state != "unknown":
+        return error
+    return InUse(f"{error}:\n  {commands.resume(take_over=True)}", error.state)
 
 
 def settle(cfg: Config) -> Config:
-    """The configuration with the folder the run will really use. Every rank decides the same before
+    """The configuration with the folder that the run will use. Every rank decides the same before
     anything is written.
 
-    Raises ValueError when the folder holds a run and on_existing_run does not say what to do, or
-    when the resumed run would not be the same experiment.
+    ValueError if the folder holds a run and on_existing_run does not say what to do, or if the
+    resumed run would not be the same experiment.
     """
     folder = Path(cfg.folder)
-    if not (folder / "run.jsonl").exists() and not (folder / "checkpoint").exists():
+    if not _holds_run(folder):
         return cfg
     asks = cfg.on_existing_run == "ask"
     choice = _ask(folder) if asks else cfg.on_existing_run
     if choice == "fail":
         raise ValueError(
             f"{folder} holds a run already. Set on_existing_run = 'resume' to continue it, 'new' "
-            "for a fresh folder beside it, or another folder"
+            "for a fresh folder beside it, or another folder. To continue it:\n"
+            f"  {commands.resume()}"
         )
     if choice == "new":
         return replace(cfg, folder=str(_free(folder)))
@@ -50,30 +103,30 @@ def settle(cfg: Config) -> Config:
 
 
 def save_config(cfg: Config) -> None:
-    """The resolved configuration beside the log; `--config <folder>/config.toml` repeats the
-    run.
-    """
+    """Writes the resolved configuration: `--config <folder>/config.toml` repeats the run."""
     Path(cfg.folder).mkdir(parents=True, exist_ok=True)
-    (Path(cfg.folder) / "config.toml").write_text(to_toml(cfg))
+    once = replace(cfg, take_over_lock=False)  # a decision about this start only
+    (Path(cfg.folder) / "config.toml").write_text(to_toml(once))
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / "run.jsonl").exists() or (folder / "checkpoint").exists()
 
 
 def _ask(folder: Path) -> str:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not sys.stdin.isatty():
         return "fail"  # nobody there to answer, or several ranks would ask at once
     while True:
-        answer = (
-            input(f"{folder} holds a run already: [r]esume it, [n]ew folder, [q]uit? ")
-            .strip()
-            .lower()[:1]
-        )
+        line = input(f"{folder} holds a run already: [r]esume it, [n]ew folder, [q]uit? ")
+        answer = line.strip().lower()[:1]
         if answer in ("r", "n", "q"):
             return {"r": "resume", "n": "new", "q": "fail"}[answer]
 
 
 def _free(folder: Path) -> Path:
-    return next(
-        p for i in range(2, 10**6) if not (p := folder.with_name(f"{folder.name}-{i}")).exists()
-    )
+    """The first of folder-2, folder-3, ... that does not exist."""
+    names = (folder.with_name(f"{folder.name}-{i}") for i in itertools.count(2))
+    return next(path for path in names if not path.exists())
 
 
 def _refuse_another_experiment(cfg: Config, folder: Path) -> None:
