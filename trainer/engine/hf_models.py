@@ -101,6 +101,7 @@ class HFDecoder(BaseModel):
 
     def __init__(self, config: Config):
         super().__init__()
+        self.path = config.path
         hf_config = text_config(config.path)
         if rates := switch_off_dropout(hf_config):
             log.info("%s: dropout is off, whatever config.json says: %s", config.path, rates)
@@ -143,8 +144,15 @@ class HFDecoder(BaseModel):
             module._is_hf_initialized = False
         if self.enable_weight_tying:
             self.hf.tie_weights()
-        with torch.no_grad():
-            self.hf.initialize_weights()  # also recomputes the rotary buffers that to_empty() wiped
+        try:
+            with torch.no_grad():
+                # also recomputes the rotary buffers that to_empty() wiped
+                self.hf.initialize_weights()
+        except RuntimeError as error:  # state-space models mix sharded and plain tensors
+            raise ValueError(
+                f"{self.path}: {type(self.hf).__name__} cannot be initialised in shards ({error}). "
+                "Want a transformer with dense attention"
+            ) from error
 
     def forward(self, tokens, positions=None, attention_masks=None, cache=None, packed=False):
         """Logits, or hidden states with the head skipped. attention_masks: [N, L'] of real tokens

@@ -91,9 +91,9 @@ def check_weights(weights: Mapping[str, Tensor], path: str, adapter: FolderAdapt
     stored = stored_tensors(path)
     for name, weight in weights.items():
         if name not in stored:
+            why = _layers_differ(weights, stored) or _other_names(weights, stored)
             raise ValueError(
-                f"{path}: no tensor {name!r} {tuple(weight.shape)} in {_files(stored)}; "
-                f"{_layers_differ(weights, stored) or 'its config.json describes another model'}"
+                f"{path}: no tensor {name!r} {tuple(weight.shape)} in {_files(stored)}; {why}"
             )
         _check_tensor(name, weight, stored[name])
     extra = sorted(
@@ -118,6 +118,12 @@ def check_weights(weights: Mapping[str, Tensor], path: str, adapter: FolderAdapt
 def _files(stored: Mapping[str, Stored]) -> str:
     files = sorted({s.file.rpartition("/")[2] for s in stored.values()})
     return files[0] if len(files) == 1 else f"{files[0]} to {files[-1]}"
+
+
+def _other_names(weights: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> str:
+    others = sorted(stored.keys() - weights.keys())
+    there = f", but {others[0]!r}" if others else ""
+    return f"its config.json describes another model{there}"
 
 
 def _layers_differ(weights: Iterable[str], stored: Iterable[str]) -> str:

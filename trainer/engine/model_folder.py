@@ -1,0 +1,108 @@
+"""The Hugging Face folder of every role, before anything is loaded: it is there, its JSON files are
+whole, its weights can be read, and the head has a row for every id of the tokenizer.
+
+What only the built model can tell, names and shapes of the tensors, is in weights.py. Every error
+is a ValueError that names the option or the file.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from reflux.trainer.config.phases import roles
+from reflux.trainer.config.schema import Config
+
+from .hf_models import text_config
+from .model_builder import build_spec
+from .weight_files import stored_tensors
+
+JSON_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def check_folders(cfg: Config) -> None:
+    """The folders of all roles. Reads no weights but their headers."""
+    done = set()
+    for role in roles(cfg):
+        model = role.model
+        path = model_folder(model.path, _option(role.section))
+        random = role.own and cfg.model.from_scratch
+        if (path, random) not in done:
+            check_files(path, weights=not random)
+        build_spec(path, backend=model.backend, attention=model.attention)
+        done.add((path, random))
+
+
+def _option(section: str) -> str:
+    return section if "." in section else f"{section}.path"
+
+
+def model_folder(path: str, option: str) -> str:
+    """The absolute path. option: what names it in the configuration."""
+    full = os.path.abspath(os.path.expanduser(path))
+    if os.path.isfile(os.path.join(full, "config.json")):
+        return full
+    hint = "want a Hugging Face model folder"
+    if HUB_ID.fullmatch(path) and not os.path.exists(full):
+        hint += f". Ids of the hub are not downloaded: hf download {path} --local-dir FOLDER"
+    raise ValueError(f"{option} = {path!r}: no config.json there; {hint}")
+
+
+def check_files(path: str, *, weights: bool = True) -> None:
+    """weights: the headers of the weight files too."""
+    tables = {name: _table(file) for name in JSON_FILES if (file := Path(path) / name).is_file()}
+    if weights:
+        stored_tensors(path)
+    if "tokenizer.json" in tables:
+        _check_ids(Path(path) / "tokenizer.json", tables["tokenizer.json"], path)
+
+
+def _table(file: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file}: no JSON ({error}); it is torn or was edited. Copy or download it again"
+        ) from None
+    if not isinstance(table, dict):
+        raise ValueError(f"{file}: {type(table).__name__} in JSON; want an object")
+    return table
+
+
+def _check_ids(file: Path, tokenizer: dict[str, Any], path: str) -> None:
+    """Control tokens may lie beyond the head: prompts do not hold them (text models made of
+    multimodal ones).
+    """
+    rows = text_config(path).vocab_size
+    try:
+        token, beyond = max(_ids(tokenizer), key=lambda entry: entry[1], default=("", -1))
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file}: no tokenizer ({type(error).__name__}: {error}); want the file that the "
+            "tokenizers library writes"
+        ) from None
+    if beyond >= rows:
+        raise ValueError(
+            f"{file}: the token {token!r} has id {beyond}, but the model of config.json has "
+            f"vocab_size = {rows}. Take the tokenizer that belongs to the weights"
+        )
+
+
+def _ids(tokenizer: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Tokens that a text can become, with their ids."""
+    control = {t["id"] for t in tokenizer.get("added_tokens") or () if t["special"]}
+    vocab = tokenizer["model"]["vocab"]
+    if isinstance(vocab, list):  # Unigram: [piece, score] in the order of ids
+        vocab = {entry[0]: i for i, entry in enumerate(vocab)}
+    added = {t["content"]: t["id"] for t in tokenizer.get("added_tokens") or ()}
+    return ((token, i) for token, i in (vocab | added).items() if i not in control)
