@@ -148,7 +148,7 @@ class WrongTrace:
 
 
 @dataclass(frozen=True)
-class Gap:
+class TeacherStudentGap:
     """Teacher-student gap. None: no task, or no texts of the kind."""
 
     overlap: Estimate  # of the top-K sets
@@ -186,7 +186,7 @@ class Diagnosis:
     sequence: dict[Divergence, SequenceKL]
     tail: dict[Divergence, Tail]
     off_policy: OffPolicy
-    gap: Gap
+    gap: TeacherStudentGap
     symptoms: Symptoms
     runs: TrainingStability | None = None
     verdict: tuple[TrapVerdict, ...] = ()

@@ -36,13 +36,13 @@ from .results import (
     BothModels,
     CrossTokenizer,
     Diagnosis,
-    Gap,
     LogRatio,
     MeanKL,
     OffPolicy,
     SequenceKL,
     SolvedByTeacher,
     Tail,
+    TeacherStudentGap,
     TextCount,
     TypeKL,
     WrongTrace,
@@ -374,7 +374,7 @@ def _prefix_ratio(by_source: Sources, divergence: Divergence) -> Estimate:
 
 
 # teacher-student gap
-def _gap(students: Sequence[TokenStats], stats: Sequence[TokenStats]) -> Gap:
+def _gap(students: Sequence[TokenStats], stats: Sequence[TokenStats]) -> TeacherStudentGap:
     solved = [s for s in stats if s.sampled_by == "teacher" and s.correct]
     bits = None
     if any(s.n_bytes for s in solved):
@@ -382,7 +382,7 @@ def _gap(students: Sequence[TokenStats], stats: Sequence[TokenStats]) -> Gap:
             _ratio(solved, _student_bits, _bytes), _ratio(solved, _teacher_bits, _bytes)
         )
     graded = [s for s in students if s.correct is not None and s.rollout.ended and s.n_bytes]
-    return Gap(
+    return TeacherStudentGap(
         overlap=_ratio(stats, lambda s: float(s.overlap_n.sum()), _positions),
         teachable=_ratio(stats, lambda s: float(s.teachable_n.sum()), _positions),
         entropy_gap=_ratio(stats, lambda s: float(s.entropy_gap_n.sum()), _positions),
