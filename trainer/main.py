@@ -11,46 +11,81 @@ if os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
     del sys.path[0]
 
 import argparse
+import contextlib
 import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NoReturn
 
 # absolute imports: a script has no package to be relative to
 from reflux.trainer.config import loader
 from reflux.trainer.config.schema import Config
-from reflux.trainer.runs import run_folder
+from reflux.trainer.runs import commands, first_rank, output, run_folder, signals
+from reflux.trainer.runs.lock import RunLock
 
+PROGRAM = "torchrun trainer/main.py"
 EXIT_CODES = """exit codes
   0    done; phase = "evaluate": every [accept] rule holds
   2    a mistake in the command line, the configuration or the data; the message says which
   3    phase = "evaluate": an [accept] rule does not hold (report.md says which and by how much)
+  4    a guard ended the run (KL budget, utility); the export holds the weights before
   130  stopped by a signal: the first one saves the current step, the second one does not;
        a phase that trains nothing stops at the first
 torchrun itself turns every code but 0 into 1; evaluation.json has "accepted" for scripts around it.
 REFLUX_TRACEBACK=1 shows the traceback of an error."""
 
 
+INTERRUPTED = 130
+READER_LOST = (
+    "nobody reads the standard output any more; the run goes on without it, see run.jsonl in its "
+    "folder"
+)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs what the command line says. Returns the exit code."""
-    parser = _parser()
-    args = parser.parse_args(arguments)
+    args = _parser().parse_args(arguments)
+    commands.remember(arguments)
+    if sys.stdout is sys.__stdout__:  # nobody captures it
+        quiet = args.print_config or args.dry_run or args.check
+        output.survive_lost_reader("" if quiet else READER_LOST)
     _set_single_rank()
-    try:
-        cfg = loader.load(args.config, tuple(args.set))
-        if args.print_config:
-            print(loader.to_toml(cfg), end="")
-            return 0
-        return _run(cfg, args)
-    except KeyboardInterrupt:
-        print("stopped; the same command resumes from the last save", file=sys.stderr)
-        return 130
-    except (OSError, ValueError) as error:
-        if os.environ.get("REFLUX_TRACEBACK"):
-            raise
-        parser.error(f"{error}\n(REFLUX_TRACEBACK=1 shows where)")
+    with signals.handled_by(signals.raise_interrupt):
+        try:
+            cfg = loader.load(args.config, tuple(args.set))
+            if args.print_config:
+                print(loader.to_toml(cfg), end="")
+                return 0
+            return _run(cfg, args, arguments)
+        except KeyboardInterrupt as signal:
+            _print_once(f"stopped at once ({signal or 'Ctrl-C'}); what is saved stays. {_hint()}")
+            return INTERRUPTED
+        except (OSError, ValueError) as error:
+            _refuse(error)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    """A mistake in words, by one of the ranks that find it, and exit code 2."""
+    if os.environ.get("REFLUX_TRACEBACK"):
+        raise error
+    message = f"{PROGRAM}: error: {error}\n(REFLUX_TRACEBACK=1 shows where)"
+    if first_rank.is_first_to_say(message):
+        print(message, file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def _hint() -> str:
+    return f"To go on, in {commands.directory()}:\n  {commands.resume()}"
+
+
+def _print_once(text: str) -> None:
+    if first_rank.is_first():
+        print(text, file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="torchrun trainer/main.py",
+        prog=PROGRAM,
         description="Calibrate a teacher, distil a student, diagnose a pair or evaluate a model.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=EXIT_CODES,
@@ -85,7 +120,7 @@ def _set_single_rank() -> None:
         os.environ.setdefault(name, value)
 
 
-def _run(cfg: Config, args: argparse.Namespace) -> int:
+def _run(cfg: Config, args: argparse.Namespace, arguments: list[str] | None) -> int:
     """Imports only what the action needs: torch and transformers take seconds."""
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
@@ -97,10 +132,36 @@ def _run(cfg: Config, args: argparse.Namespace) -> int:
         from reflux.trainer.preflight.check import check
 
         return check(cfg)
-    cfg = run_folder.settle(cfg)
-    from reflux.trainer import loop
+    with _claimed(cfg) as (settled, lock):
+        if settled.folder != cfg.folder:
+            commands.remember(arguments, folder=settled.folder)
+        from reflux.trainer import loop
 
-    return loop.train(cfg)
+        code = loop.train(settled, lock)
+    if code == INTERRUPTED:
+        _print_once(_hint())
+    return code
+
+
+@contextlib.contextmanager
+def _claimed(cfg: Config) -> Iterator[tuple[Config, RunLock | None]]:
+    """The first rank owns the folder inside, and the others take what it decides, or end."""
+    if not first_rank.is_first():
+        folder = first_rank.wait_for_decision()
+        if folder is None:
+            raise SystemExit(2)
+        yield replace(cfg, folder=folder), None
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            claimed = stack.enter_context(run_folder.claim(cfg))
+        except (OSError, ValueError) as error:
+            try:
+                _refuse(error)
+            finally:  # after the message: the launcher ends all ranks when the others end
+                first_rank.decide(None)
+        first_rank.decide(claimed[0].folder)
+        yield claimed
 
 
 def _free_port() -> int:

@@ -51,6 +51,8 @@ class Config:
     steps: int = 100  # optimizer updates
     seed: int = 0
     on_existing_run: Literal["ask", "resume", "fail", "new"] = "ask"
+    # with "resume": also from an owner on another host, which is known to have ended
+    take_over_lock: bool = False
     activation_checkpoint: Literal["none", "selective", "full"] = "none"
     model: ModelSection = ModelSection()
     teacher: FrozenSection = FrozenSection()  # distill, diagnose
@@ -79,6 +81,11 @@ class Config:
         not_negative(self, "steps")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed = {self.seed}; want 0 to 2**32 - 1")
+        if self.take_over_lock and self.on_existing_run != "resume":
+            raise ValueError(
+                f"take_over_lock = true with on_existing_run = {self.on_existing_run!r}; want "
+                "'resume': taking over a folder is going on with its run"
+            )
         check_phase(self)
 
     @property

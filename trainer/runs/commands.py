@@ -1,0 +1,102 @@
+"""Commands that messages print. Each works as printed, in the folder that `directory()` names: what
+was started is started again, with the same interpreter, launcher and arguments.
+"""
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+MAIN = Path(__file__).parents[1] / "main.py"
+LAUNCHERS = ("torchrun", "torch.distributed.run")  # the last part of a word of their command
+
+_called_with: list[str] | None = None
+_folder: str | None = None
+
+
+def remember(arguments: Sequence[str] | None, folder: str | None = None) -> None:
+    """What trainer/main.py was called with; None: the words of the command line. folder: where the
+    run is, if the same words would settle on another one.
+    """
+    global _called_with, _folder
+    _called_with = None if arguments is None else list(arguments)
+    _folder = folder
+
+
+def directory() -> str:
+    """Where the commands work: relative names in them are relative to it."""
+    return os.getcwd()
+
+
+def resume(*, take_over: bool = False) -> str:
+    """Goes on with this run. take_over: from an owner of its folder that is known to have ended."""
+    sets = {"on_existing_run": "resume"}
+    sets |= {"folder": _folder} if _folder else {}
+    sets |= {"take_over_lock": "true"} if take_over else {}
+    return shlex.join(_with_sets(_drop_set(_started(), "take_over_lock"), sets))
+
+
+def again(*more: str) -> str:
+    """What was started, with more arguments."""
+    return shlex.join([*_started(), *more])
+
+
+def module(name: str, *arguments: str) -> str:
+    """`python -m name arguments`, with this interpreter."""
+    return shlex.join([_python(), "-m", name, *arguments])
+
+
+def script(*arguments: str) -> str:
+    """trainer/main.py with these arguments, with this interpreter."""
+    return shlex.join([_python(), _short(MAIN), *arguments])
+
+
+def _started() -> list[str]:
+    if _called_with is not None:
+        return [_python(), _short(MAIN), *_called_with]
+    return _launcher() or list(sys.orig_argv)
+
+
+def _launcher() -> list[str] | None:
+    """The command of the torchrun that is this process's parent; None without one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    try:
+        line = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        line = b""
+    words = [os.fsdecode(word) for word in line.split(b"\0")[:-1]]
+    if any(os.path.basename(word) in LAUNCHERS for word in words):
+        return words
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return [_python(), "-m", LAUNCHERS[1], "--nproc-per-node", ranks, *sys.argv]
+
+
+def _with_sets(words: list[str], sets: Mapping[str, str]) -> list[str]:
+    for key in sets:
+        words = _drop_set(words, key)
+    return [*words, *(word for key, value in sets.items() for word in ("--set", f"{key}={value}"))]
+
+
+def _drop_set(words: Sequence[str], key: str) -> list[str]:
+    """Without `--set key=...` and `--set=key=...`."""
+    out: list[str] = []
+    for word in words:
+        if out and out[-1] == "--set" and word.startswith(f"{key}="):
+            out.pop()
+        elif not word.startswith(f"--set={key}="):
+            out.append(word)
+    return out
+
+
+def _python() -> str:
+    found = shutil.which("python")
+    same = found is not None and os.path.abspath(found) == sys.executable
+    return "python" if same else _short(Path(sys.executable))
+
+
+def _short(path: Path) -> str:
+    """Relative to the working directory where it lies inside."""
+    return str(path.relative_to(directory()) if path.is_relative_to(directory()) else path)

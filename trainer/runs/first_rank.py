@@ -1,0 +1,65 @@
+"""What the first rank decides for all of them before there is a process group.
+
+The ranks meet in the key-value store that torch.distributed starts from anyway.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+POLL_S = 0.1
+DECIDED = "reflux/folder"
+
+
+def is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def decide(folder: str | None) -> None:
+    """Called once by the first rank; None: the run is refused, in words that are printed."""
+    if _several():
+        _store().set(DECIDED, json.dumps(folder))
+
+
+def wait_for_decision() -> str | None:
+    """What the first rank has decided. ValueError when it ended without a decision."""
+    try:
+        while not _store().check([DECIDED]):  # a blocking get would not see Ctrl-C
+            time.sleep(POLL_S)
+        return json.loads(_store().get(DECIDED))
+    except RuntimeError as error:
+        raise ValueError(f"the first rank has ended before the start ({error})") from None
+
+
+def is_first_to_say(message: str) -> bool:
+    """Whether no other rank has said the same: one mistake, one message. Where it is not the first,
+    it waits a moment, so that the launcher does not end the first one before it has spoken.
+    """
+    if not _several() or _store.cache_info().currsize == 0:
+        return True
+    key = f"reflux/said/{hashlib.sha256(message.encode()).hexdigest()}"
+    try:
+        first = _store().add(key, 1) == 1
+    except RuntimeError:  # the rank that had the store has ended
+        return True
+    if not first:
+        time.sleep(1.0)
+    return first
+
+
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@functools.cache
+def _store() -> "Store":
+    """Stays open: the process group of the engine uses the same server."""
+    from torch.distributed import rendezvous
+
+    return next(rendezvous("env://"))[0]

@@ -1,0 +1,40 @@
+"""The signals that ask a process to end: Ctrl-C, a scheduler's SIGTERM, a closed terminal's SIGHUP.
+
+One that the process was told to ignore (SIGHUP under nohup) stays ignored.
+"""
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# a terminal signals every process of a job, and launchers pass the same signal on
+SAME_SIGNAL_S = 2.0
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+@contextlib.contextmanager
+def handled_by(handler: Handler) -> Iterator[None]:
+    """Inside, the stop signals call `handler(signal number, frame)`; afterwards, what they called
+    before. Outside the main thread nothing changes: whoever embeds the code keeps its handlers.
+    """
+    before = {}
+    try:
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+
+
+def raise_interrupt(number: int, frame: FrameType | None) -> None:
+    """A handler that treats every stop signal as Ctrl-C: what is open is closed, then the end."""
+    raise KeyboardInterrupt(signal.Signals(number).name)
