@@ -19,6 +19,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "configs/README.md",
     ROOT / "tests/README.md",
+    ROOT / "CONTRIBUTING.md",
 ]
 KERNELS = (ROOT / "docs/kernels.md").read_text()
 BLOCK = re.compile(
