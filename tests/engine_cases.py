@@ -2,9 +2,14 @@
 samples and the loss of a step.
 """
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import torch
 from assets import MODELS
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from reflux.trainer.data.batch import Batch, Prompt, Rollout, Sample
@@ -32,6 +37,21 @@ def load_frozen(
         dtype=dtype,
         seq_len=seq_len,
     )
+
+
+def edited(assets, name, tmp_path, edit):
+    """A copy of a checkpoint after edit(tensors)."""
+    path = tmp_path / name
+    shutil.copytree(assets / name, path)
+    tensors = load_file(path / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def edit_config(path: Path, **changes) -> None:
+    table = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(table | changes))
 
 
 def random_ids(*shape, seed=0):

@@ -86,7 +86,7 @@ def _check_ids(file: Path, tokenizer: dict[str, Any], path: str) -> None:
     rows = text_config(path).vocab_size
     try:
         token, beyond = max(_ids(tokenizer), key=lambda entry: entry[1], default=("", -1))
-    except (LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{file}: no tokenizer ({type(error).__name__}: {error}); want the file that the "
             "tokenizers library writes"
@@ -105,4 +105,4 @@ def _ids(tokenizer: dict[str, Any]) -> Iterator[tuple[str, int]]:
     if isinstance(vocab, list):  # Unigram: [piece, score] in the order of ids
         vocab = {entry[0]: i for i, entry in enumerate(vocab)}
     added = {t["content"]: t["id"] for t in tokenizer.get("added_tokens") or ()}
-    return ((token, i) for token, i in (vocab | added).items() if i not in control)
+    return ((token, int(i)) for token, i in (vocab | added).items() if i not in control)

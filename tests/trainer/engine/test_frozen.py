@@ -1,16 +1,13 @@
-"""Frozen models: loaded, or an error that names the tensor; never changed, never trained."""
+"""Frozen models: loaded or an error, never changed, never trained."""
 
 import json
-import shutil
 
 import pytest
 import torch
-from assets import save_model
-from engine_cases import load_frozen, positions, random_ids
-from safetensors.torch import load_file, save_file
+from engine_cases import edited, load_frozen, positions, random_ids
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from reflux.trainer.engine import weights as weights_module
 from reflux.trainer.engine.decoding import gathered
 from reflux.trainer.engine.forward import hidden_states
 from reflux.trainer.engine.head import head_weight
@@ -19,16 +16,6 @@ from reflux.trainer.engine.model_builder import build_spec
 
 def ids_and_positions(L=16):
     return random_ids(2, L), positions(L, rows=2)
-
-
-def edited(assets, name, tmp_path, edit):
-    """A copy of a checkpoint after edit(tensors)."""
-    path = tmp_path / name
-    shutil.copytree(assets / name, path)
-    tensors = load_file(path / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    return path
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
@@ -102,51 +89,6 @@ def test_a_bfloat16_file_becomes_float32_exactly(host, assets, tmp_path):
         assert torch.equal(head_VD, load_file(path / "model.safetensors")["lm_head.weight"].float())
 
 
-@pytest.mark.parametrize("name", ["qwen3", "mistral"])
-@pytest.mark.parametrize(
-    "edit, message",
-    [
-        (
-            lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
-            "no tensor 'model.layers.1.mlp.up_proj.weight'",
-        ),
-        (
-            lambda t: t.update({"model.norm.weight": torch.ones(32)}),
-            r"'model.norm.weight' is \(32,\).*wants \(64,\)",
-        ),
-        (
-            lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(8)}),
-            "1 tensors that the model does not have",
-        ),
-    ],
-)
-def test_weights_that_do_not_fit_are_errors_that_name_the_tensor(
-    host, assets, tmp_path, name, edit, message
-):
-    path = edited(assets, name, tmp_path, edit)
-    with pytest.raises(ValueError, match=message):
-        load_frozen(host, path)
-
-
-def test_a_tied_head_stored_twice_is_accepted(host, assets, tmp_path):
-    path = edited(
-        assets,
-        "qwen3_tied",
-        tmp_path,
-        lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}),
-    )
-    assert (
-        load_frozen(host, path).weights_hash()
-        == load_frozen(host, assets / "qwen3_tied").weights_hash()
-    )
-
-
-def test_a_load_that_did_nothing_is_noticed(host, assets, monkeypatch):
-    monkeypatch.setattr(weights_module.dcp, "load", lambda *_, **__: None)
-    with pytest.raises(RuntimeError, match="were not loaded"):
-        load_frozen(host, assets / "qwen3")
-
-
 def test_other_choices_that_cannot_work_are_errors(host, assets, tmp_path):
     with pytest.raises(ValueError, match="seq_len = 300; the model has 256 positions"):
         load_frozen(host, assets / "qwen3", seq_len=300)
@@ -176,13 +118,3 @@ def test_one_spec_serves_models_of_several_row_lengths(host, assets):
         )
     assert (long.hidden(ids_NL, positions_NL) - reference).abs().max() < 1e-5
     assert short.weights_hash() == long.weights_hash()
-
-
-def test_a_sharded_source_of_several_files_loads(host, tmp_path):
-    save_model(tmp_path, "qwen3", head_dim=32)
-    single = load_frozen(host, tmp_path).weights_hash()
-    AutoModelForCausalLM.from_pretrained(tmp_path).save_pretrained(
-        tmp_path / "parts", max_shard_size="100kB"
-    )
-    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
-    assert load_frozen(host, tmp_path / "parts").weights_hash() == single
