@@ -29,7 +29,8 @@ ROOMS = {  # room or file of trainer/ -> the rooms that it may import, beside th
     "preflight": "config runs data losses engine phase rollouts",
     "main": "config runs loop preflight",
     "studies": "config runs data",
-    "matrix": "config runs main studies",
+    "cells": "runs main",
+    "matrix": "config runs cells studies",
 }
 OPS = sorted(p.stem for p in (ROOT / "kernels").glob("[!_]*.py"))
 TORCHTITAN_DOOR = "trainer/engine/"

@@ -29,9 +29,9 @@ EXIT_CODES = """exit codes
   2    a mistake in the command line, the configuration or the data; the message says which
   3    phase = "evaluate": an [accept] rule does not hold (report.md says which and by how much)
   4    a guard ended the run (KL budget, utility); the export holds the weights before
-  130  stopped by a signal: the first one saves the current step, the second one does not;
-       a phase that trains nothing stops at the first
-torchrun itself turns every code but 0 into 1; evaluation.json has "accepted" for scripts around it.
+  130  stopped by a signal (Ctrl-C, SIGTERM, SIGHUP): the first one saves the current step, the
+       second one does not; a phase that trains nothing stops at the first
+torchrun ends with the same code where reflux is installed, and with 1 where it only lies in a folder.
 REFLUX_TRACEBACK=1 shows the traceback of an error."""
 
 
@@ -134,7 +134,7 @@ def _run(cfg: Config, args: argparse.Namespace, arguments: list[str] | None) -> 
         return check(cfg)
     with _claimed(cfg) as (settled, lock):
         if settled.folder != cfg.folder:
-            commands.remember(arguments, folder=settled.folder)
+            commands.remember(arguments, run_folder=settled.folder)
         from reflux.trainer import loop
 
         code = loop.train(settled, lock)

@@ -20,36 +20,31 @@ A matrix file lists cells. A cell is one `trainer/main.py --config FILE --set ..
 same folder, and its other keys over that one's. A cell that several bases share is one cell.
 
 A cell is done when its folder holds summary.json; done cells are skipped. A cell that fails stops
-only the cells that depend on it. Children are forked from one process that has imported
-everything, which saves the seconds of `import torch`.
+only the cells that depend on it. A cell whose folder another process is using waits (cells.py).
 
 Reports are written at the end, one for each label in REPORTS that a finished cell carries. A new
 report is one function, Path -> str, and one line there.
 """
 
 import argparse
-import contextlib
 import importlib
 import itertools
-import json
-import multiprocessing
 import os
-import shlex
-import signal
 import sys
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reflux.trainer.cells import INTERRUPTED, Cell, run_matrix
 from reflux.trainer.config.loader import deep_merge, toml_value
-from reflux.trainer.runs.progress import ShowItem, duration, item_progress
+from reflux.trainer.runs import commands, output
+from reflux.trainer.runs.files import write_json
+from reflux.trainer.runs.progress import duration
 
-POLL_S = 0.1
-STOP_S = 60.0  # how long Ctrl-C waits for a cell that saves its step
+NAME = "reflux.trainer.matrix"
 KEYS = ("folder", "seeds", "parallel", "cell", "styles", "title")
 
 # label of a cell in the matrix file -> "module:function" that writes its report into the folder of
@@ -62,27 +57,6 @@ REPORTS = {
 }
 
 Names = Mapping[str, Any]  # what {name} stands for in a cell
-
-
-@dataclass(frozen=True, eq=False)
-class Cell:
-    """One command and the cells that have to be done before it."""
-
-    name: str  # unique in the matrix, seed included
-    folder: Path
-    arguments: tuple[str, ...]  # of main, or of the module
-    module: str  # "" for trainer/main.py
-    after: tuple[str, ...]
-    labels: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def done(self) -> bool:
-        return (self.folder / "summary.json").exists()
-
-    @property
-    def command(self) -> str:
-        start = f"python -m {self.module}" if self.module else "torchrun trainer/main.py"
-        return f"{start} {shlex.join(self.arguments)}"
 
 
 @dataclass(frozen=True)
@@ -218,126 +192,14 @@ def fill_in(value: Any, names: Names) -> Any:
     return names[value[1:-1]] if whole else value.format_map(names)
 
 
-# --- running
-
-
-def run_cell(cell: Cell) -> None:
-    """Runs the cell in this process, a child of its own, with its output in console.log of its
-    folder. Ends the process.
-    """
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    with open(cell.folder / "console.log", "a", buffering=1) as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        print(f"$ {cell.command}", flush=True)
-        code = _run_module(cell) if cell.module else _run_main(cell)
-    sys.exit(code or 0)
-
-
-def _run_module(cell: Cell) -> int:
-    code = importlib.import_module(cell.module).main(list(cell.arguments))
-    if not code:  # a module writes no summary of its own
-        (cell.folder / "summary.json").write_text(json.dumps({"command": cell.command}) + "\n")
-    return code
-
-
-def _run_main(cell: Cell) -> int:
-    from . import main
-
-    return main.main(list(cell.arguments))
-
-
-@dataclass
-class _Schedule:
-    """Which cells wait, run, are done and have failed, while a matrix runs."""
-
-    waiting: list[Cell]
-    parallel: int
-    done: set[str]
-    running: dict[Cell, ForkServerProcess] = field(default_factory=dict)
-    failed: list[str] = field(default_factory=list)  # cells behind a failed one among them
-
-    def drop_blocked(self) -> None:
-        """Cells behind a failed one fail without a start."""
-        for cell in [c for c in self.waiting if set(c.after) & set(self.failed)]:
-            self.waiting.remove(cell)
-            self.failed.append(cell.name)
-
-    def start_ready(self, context: ForkServerContext) -> None:
-        free = max(self.parallel - len(self.running), 0)
-        for cell in [c for c in self.waiting if set(c.after) <= self.done][:free]:
-            self.waiting.remove(cell)
-            self.running[cell] = context.Process(target=run_cell, args=(cell,), name=cell.name)
-            self.running[cell].start()
-
-    def collect(self, show: ShowItem) -> None:
-        """Sorts the cells whose process has ended into done and failed."""
-        for cell, process in list(self.running.items()):
-            if process.is_alive():
-                continue
-            process.join()
-            del self.running[cell]
-            if cell.done and process.exitcode == 0:
-                self.done.add(cell.name)
-            else:
-                self.failed.append(cell.name)
-            result = "done"
-            if process.exitcode != 0:
-                log = cell.folder / "console.log"
-                result = f"failed (exit {process.exitcode}), see {log}"
-            running = ", ".join(c.name for c in self.running)
-            show(len(self.done), f"{cell.name}: {result}", running=running)
-
-
-def run_matrix(cells: Sequence[Cell], parallel: int) -> list[str]:
-    """Runs what is not done, `parallel` cells at a time, prerequisites first. Returns the names
-    of the cells that failed or could not start.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["reflux.trainer.loop"])
-    schedule = _Schedule(
-        waiting=[c for c in cells if not c.done],
-        parallel=parallel,
-        done={c.name for c in cells if c.done},
-    )
-    with (
-        _stop_children(schedule.running),
-        item_progress(len(cells), len(schedule.done)) as show,
-    ):
-        while schedule.waiting or schedule.running:
-            schedule.drop_blocked()
-            schedule.start_ready(context)
-            schedule.collect(show)
-            time.sleep(POLL_S)
-    return schedule.failed
-
-
-@contextlib.contextmanager
-def _stop_children(running: Mapping[Cell, ForkServerProcess]) -> Iterator[None]:
-    """Ctrl-C lets every running cell finish its step and save it."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(
-            "\nstopping: the running cells finish their step and save; run the same command to go "
-            "on",
-            file=sys.stderr,
-        )
-        # the signal may have come while one was being started: it has no pid
-        started = {p.pid: p for p in running.values() if p.pid is not None}
-        for pid in started:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGINT)
-        for process in started.values():
-            process.join(STOP_S)
-        raise
-
-
 # --- the command
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser, args = _parse(arguments)
+    commands.remember(arguments, name=NAME)
+    if sys.stdout is sys.__stdout__:  # nobody captures it
+        output.survive_lost_reader()
     try:
         matrix = read_matrix(args.matrix, tomllib.loads("\n".join(args.set)))
     except (OSError, KeyError, ValueError) as error:
@@ -351,9 +213,10 @@ def main(arguments: list[str] | None = None) -> int:
     _write_cells(matrix)
     start = time.monotonic()
     try:
-        failed = run_matrix(matrix.cells, matrix.parallel)
+        failed = run_matrix(matrix.cells, matrix.parallel, args.take_over_lock)
     except KeyboardInterrupt:
-        return 130
+        print(f"To go on, in {commands.directory()}:\n  {commands.again()}", file=sys.stderr)
+        return INTERRUPTED
     write_reports(matrix)
     done = len(matrix.cells) - len(failed)
     took = duration(time.monotonic() - start)
@@ -363,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(
-        prog="python -m reflux.trainer.matrix", description="Run a table of runs, then report."
+        prog=f"python -m {NAME}", description="Run a table of runs, then report."
     )
     parser.add_argument("matrix", type=Path)
     parser.add_argument(
@@ -374,6 +237,11 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpar
         help="e.g. folder='\"runs/x\"', seeds=[0,1,2]",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
+    parser.add_argument(
+        "--take-over-lock",
+        action="store_true",
+        help="also run cells whose folder a process on another host owned that is known to be dead",
+    )
     return parser, parser.parse_args(arguments)
 
 
@@ -390,7 +258,7 @@ def _write_cells(matrix: Matrix) -> None:
         for c in matrix.cells
     ]
     table = {"title": matrix.title, "styles": matrix.styles, "cells": cells}
-    (matrix.folder / "matrix.json").write_text(json.dumps(table, indent=1) + "\n")
+    write_json(matrix.folder / "matrix.json", table)
 
 
 def write_reports(matrix: Matrix) -> None:

@@ -12,17 +12,19 @@ from pathlib import Path
 MAIN = Path(__file__).parents[1] / "main.py"
 LAUNCHERS = ("torchrun", "torch.distributed.run")  # the last part of a word of their command
 
-_called_with: list[str] | None = None
+_command: list[str] | None = None  # None: the words of this process's command line
 _folder: str | None = None
 
 
-def remember(arguments: Sequence[str] | None, folder: str | None = None) -> None:
-    """What trainer/main.py was called with; None: the words of the command line. folder: where the
-    run is, if the same words would settle on another one.
+def remember(arguments: Sequence[str] | None, *, name: str = "", run_folder: str = "") -> None:
+    """What a program was called with; None: the words of the command line. name: of a module;
+    default: trainer/main.py. run_folder: where the run is, if the same words would settle on
+    another one.
     """
-    global _called_with, _folder
-    _called_with = None if arguments is None else list(arguments)
-    _folder = folder
+    global _command, _folder
+    start = [_python(), "-m", name] if name else [_python(), _short(MAIN)]
+    _command = None if arguments is None else [*start, *arguments]
+    _folder = run_folder or None
 
 
 def directory() -> str:
@@ -54,9 +56,7 @@ def script(*arguments: str) -> str:
 
 
 def _started() -> list[str]:
-    if _called_with is not None:
-        return [_python(), _short(MAIN), *_called_with]
-    return _launcher() or list(sys.orig_argv)
+    return _command or _launcher() or list(sys.orig_argv)
 
 
 def _launcher() -> list[str] | None:

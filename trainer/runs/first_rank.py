@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 POLL_S = 0.1
 DECIDED = "reflux/folder"
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 
 
 def is_first() -> bool:
@@ -41,7 +42,9 @@ def is_first_to_say(message: str) -> bool:
     """Whether no other rank has said the same: one mistake, one message. Where it is not the first,
     it waits a moment, so that the launcher does not end the first one before it has spoken.
     """
-    if not _several() or _store.cache_info().currsize == 0:
+    is_open = _store.cache_info().currsize > 0
+    # torchrun's own store is always there; another would end with the first rank
+    if not _several() or not (is_open or os.environ.get(AGENT_STORE) == "True"):
         return True
     key = f"reflux/said/{hashlib.sha256(message.encode()).hexdigest()}"
     try:

@@ -1,0 +1,307 @@
+"""Runs the cells of a matrix: some at a time, prerequisites first, each in a process of its own.
+
+No cell outlives the runner. A stop signal is passed on to every cell, which finishes its step and
+saves it; what has not ended after STOP_S is killed. A runner that is killed itself is missed by its
+cells, which then stop by themselves. Cells are forked from one server process that has imported
+everything; the runner knows them by process id and start time, so that the end of that server hides
+none.
+
+No folder has two writers: a cell owns its folder (runs/lock.py) before it writes there. One whose
+folder is in use, by a cell that an earlier runner left behind or by another runner, waits.
+"""
+
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+
+from reflux.trainer.runs import commands, signals
+from reflux.trainer.runs.lock import InUse, hold, process_start, refuse_if_held
+from reflux.trainer.runs.progress import ShowItem, item_progress
+
+POLL_S = 0.1
+LOOK_S = 2.0  # between two looks at a folder that is in use
+STOP_S = 60.0  # how long a stop waits for cells that save their step
+STOP_AT_ONCE_S = 5.0  # the same after a second signal
+IN_USE, INTERRUPTED = 75, 130  # exit codes; the first as EX_TEMPFAIL of sysexits.h
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One command and the cells that have to be done before it."""
+
+    name: str  # unique in the matrix, seed included
+    folder: Path
+    arguments: tuple[str, ...]  # of main, or of the module
+    module: str  # "" for trainer/main.py
+    after: tuple[str, ...]
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "summary.json").exists()
+
+    @property
+    def command(self) -> str:
+        """Works as printed, in the folder where the matrix was started."""
+        if self.module:
+            return commands.module(self.module, *self.arguments)
+        return commands.script(*self.arguments)
+
+
+# --- in the process of a cell
+
+
+def run_cell(cell: Cell, take_over: bool) -> None:
+    """Runs the cell in this process, a child of its own, with its output in console.log of its
+    folder. Ends the process.
+    """
+    with signals.handled_by(signals.raise_interrupt):
+        _end_with_runner()
+        sys.exit(_own_and_run(cell, take_over))
+
+
+def _own_and_run(cell: Cell, take_over: bool) -> int:
+    try:
+        with hold(cell.folder, take_over=take_over):
+            # another runner may have done it while this process was started
+            return 0 if cell.done else _run_logged(cell)
+    except InUse:
+        return IN_USE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _run_logged(cell: Cell) -> int:
+    with open(cell.folder / "console.log", "a", buffering=1) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    print(f"$ {cell.command}", flush=True)
+    return (_run_module(cell) if cell.module else _run_main(cell)) or 0
+
+
+def _run_module(cell: Cell) -> int:
+    code = importlib.import_module(cell.module).main(list(cell.arguments))
+    if not code:  # a module writes no summary of its own
+        (cell.folder / "summary.json").write_text(json.dumps({"command": cell.command}) + "\n")
+    return code
+
+
+def _run_main(cell: Cell) -> int:
+    from . import main
+
+    return main.main(list(cell.arguments))
+
+
+def _end_with_runner() -> None:
+    """Stops this process, as a scheduler would, when the runner's has ended without a word."""
+    runner = multiprocessing.parent_process()
+    assert runner is not None, "a cell is a child of the runner"
+
+    def watch() -> None:
+        wait([runner.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(STOP_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# --- in the process of the runner
+
+
+class _Child:
+    """The process of a cell."""
+
+    def __init__(self, process: ForkServerProcess):
+        self._process = process
+        process.start()
+        self._start = process_start(process.pid) if process.pid else None
+
+    @property
+    def ended(self) -> bool:
+        """Its own end, not only that of the server between it and the runner."""
+        return not self._process.is_alive() and not self._exists()
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.exitcode
+
+    def send(self, number: int) -> None:
+        if self._process.pid is not None and (self._process.is_alive() or self._exists()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, number)
+
+    def _exists(self) -> bool:
+        start, pid = self._start, self._process.pid
+        return start is not None and pid is not None and process_start(pid) == start
+
+
+@dataclass
+class _Schedule:
+    """Which cells wait, run, are done and have failed, while a matrix runs."""
+
+    waiting: list[Cell]
+    parallel: int
+    take_over: bool
+    done: set[str]
+    show: ShowItem
+    running: dict[Cell, _Child] = field(default_factory=dict)
+    held: dict[Cell, float] = field(default_factory=dict)  # in use elsewhere; time of the next look
+    failed: list[str] = field(default_factory=list)  # cells behind a failed one among them
+
+    def drop_blocked(self) -> None:
+        """Cells behind a failed one fail without a start."""
+        for cell in [c for c in self.waiting if set(c.after) & set(self.failed)]:
+            self.waiting.remove(cell)
+            self.failed.append(cell.name)
+
+    def start_ready(self, context: ForkServerContext) -> None:
+        for cell in [c for c in self.waiting if set(c.after) <= self.done]:
+            looked_at = cell in self.held
+            # a cell of another runner is on this machine too and takes a place
+            if not looked_at and len(self.running) + len(self.held) >= self.parallel:
+                continue
+            if time.monotonic() < self.held.get(cell, 0.0) or not self._is_free(cell):
+                continue
+            self.held.pop(cell, None)
+            self.waiting.remove(cell)
+            if cell.done:  # by another runner
+                self._finish(cell, "done elsewhere")
+            else:
+                process = context.Process(
+                    target=run_cell, args=(cell, self.take_over), name=cell.name
+                )
+                self.running[cell] = _Child(process)
+
+    def _is_free(self, cell: Cell) -> bool:
+        """Whether nobody owns the cell's folder. A cell that nobody here may own fails."""
+        try:
+            refuse_if_held(cell.folder, take_over=self.take_over)
+            return True
+        except InUse as error:
+            if error.state == "alive":
+                if cell not in self.held:
+                    self._report(f"{cell.name}: waits: {error}")
+                self.held[cell] = time.monotonic() + LOOK_S
+                return False
+            self._fail(cell, f"{error}:\n  {commands.again('--take-over-lock')}")
+        except ValueError as error:
+            self._fail(cell, str(error))
+        return False
+
+    def collect(self) -> None:
+        """Sorts the cells whose process has ended into done and failed."""
+        for cell, child in [(c, child) for c, child in self.running.items() if child.ended]:
+            del self.running[cell]
+            if child.exit_code == IN_USE:  # another process was faster
+                self.waiting.append(cell)
+                self.held[cell] = 0.0
+            elif cell.done and child.exit_code == 0:
+                self._finish(cell, "done")
+            else:
+                log = cell.folder / "console.log"
+                self._fail(cell, f"failed (exit {child.exit_code}), see {log}")
+
+    def _finish(self, cell: Cell, result: str) -> None:
+        self.done.add(cell.name)
+        self._report(f"{cell.name}: {result}")
+
+    def _fail(self, cell: Cell, reason: str) -> None:
+        if cell in self.waiting:
+            self.waiting.remove(cell)
+        self.held.pop(cell, None)
+        self.failed.append(cell.name)
+        self._report(f"{cell.name}: {reason}")
+
+    def _report(self, line: str) -> None:
+        self.show(len(self.done), line, running=", ".join(c.name for c in self.running))
+
+
+def run_matrix(cells: Sequence[Cell], parallel: int, take_over: bool = False) -> list[str]:
+    """Runs what is not done, `parallel` cells at a time, prerequisites first. Returns the names
+    of the cells that failed or could not start. KeyboardInterrupt after a stop signal.
+
+    take_over: also folders whose owner may be alive on another host (runs/lock.py).
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["reflux.trainer.loop"])
+    caught: list[int] = []
+    with (
+        signals.handled_by(lambda number, frame: caught.append(number)),
+        item_progress(len(cells), sum(c.done for c in cells)) as show,
+    ):
+        schedule = _Schedule(
+            waiting=[c for c in cells if not c.done],
+            parallel=parallel,
+            take_over=take_over,
+            done={c.name for c in cells if c.done},
+            show=show,
+        )
+        with _no_orphans(schedule.running, caught):
+            while (schedule.waiting or schedule.running) and not caught:
+                schedule.drop_blocked()
+                schedule.start_ready(context)
+                schedule.collect()
+                time.sleep(POLL_S)
+    if caught:
+        raise KeyboardInterrupt(signal.Signals(caught[0]).name)
+    return schedule.failed
+
+
+@contextlib.contextmanager
+def _no_orphans(running: Mapping[Cell, _Child], caught: Sequence[int]) -> Iterator[None]:
+    """However the inside ends, afterwards no cell runs."""
+    try:
+        yield
+    finally:
+        children = list(running.values())
+        if children:
+            _stop(children, caught)
+
+
+def _stop(children: Sequence[_Child], caught: Sequence[int]) -> None:
+    """Passes the caught signals on, waits, and kills what is left. caught: grows meanwhile."""
+    with contextlib.suppress(OSError):  # the terminal may be what has gone
+        print(
+            "\nstopping: the running cells finish their step and save it, which may take "
+            f"{STOP_S:.0f} s; once more to stop them at once",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def all_ended() -> bool:
+        return all(child.ended for child in children)
+
+    def second_signal() -> bool:  # not the same one, sent to every process of a job
+        return len(caught) > 1 and time.monotonic() > started + signals.SAME_SIGNAL_S
+
+    started = time.monotonic()
+    _send(children, caught[0] if caught else signal.SIGTERM)
+    _wait_until(lambda: all_ended() or second_signal(), STOP_S)
+    if second_signal():
+        _send(children, caught[-1])
+        _wait_until(all_ended, STOP_AT_ONCE_S)
+    _send(children, signal.SIGKILL)
+    _wait_until(all_ended, STOP_AT_ONCE_S)
+
+
+def _send(children: Sequence[_Child], number: int) -> None:
+    for child in children:
+        child.send(number)
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(POLL_S)
