@@ -173,6 +173,11 @@ class Engine(ReadableModel, Protocol):
     def seq_len(self) -> int: ...
 
     @property
+    def inputs(self) -> dict[str, Any]:
+        """What the run reads, by hash: the head of run.jsonl."""
+        ...
+
+    @property
     def notes(self) -> dict[str, float]:
         """Numbers that survive a restart, the same on every rank (moving averages of guards)."""
         ...

@@ -51,6 +51,8 @@ class Config:
     steps: int = 100  # optimizer updates
     seed: int = 0
     on_existing_run: Literal["ask", "resume", "fail", "new"] = "ask"
+    # a resumed run whose models, data or grader are other files than before
+    on_changed_input: Literal["fail", "accept"] = "fail"
     # with "resume": also from an owner on another host, which is known to have ended
     take_over_lock: bool = False
     activation_checkpoint: Literal["none", "selective", "full"] = "none"

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -174,11 +175,15 @@ class HFDecoder(BaseModel):
         return hidden_NLD if self._skip_lm_head else head_logits(self, hidden_NLD)
 
 
+def _architecture(config: PreTrainedConfig) -> Any:
+    """transformers' class of the causal language model."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
 def tied_names(config: PreTrainedConfig) -> Mapping[str, str]:
     """Tensor without weights of its own -> the one whose weights it has, in transformers' names."""
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     tied = getattr(config, "tie_word_embeddings", False)
-    return dict(kind._tied_weights_keys or {}) if tied else {}
+    return dict(_architecture(config)._tied_weights_keys or {}) if tied else {}
 
 
 class HFAdapter(FolderAdapter):
@@ -190,7 +195,7 @@ class HFAdapter(FolderAdapter):
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config(self.model_config.path))]
+        kind = _architecture(text_config(self.model_config.path))
         return (*super().ignored, *(kind._keys_to_ignore_on_load_unexpected or ()))
 
     def to_hf(self, state_dict):

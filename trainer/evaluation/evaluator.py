@@ -160,7 +160,8 @@ class Evaluator:
         c = self.cfg
         sections = (("model", c.model), ("defence", c.defence), ("task", c.task))
         spec = {name: asdict(section) for name, section in (*sections, ("rollout", c.rollout))}
-        return {**spec, "seed": c.seed, **{key: getattr(c.eval, key) for key in SPEC}}
+        chosen = {key: getattr(c.eval, key) for key in SPEC}
+        return {**spec, "seed": c.seed, **chosen, "inputs": self.engine.inputs}
 
     def _blocks(self, done: Sequence[Prediction]) -> Iterator[tuple[list[Prompt], Answer]]:
         """What is still to be answered: prompts of all ranks, and how."""

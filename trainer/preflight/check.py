@@ -116,7 +116,7 @@ def _scratch_engine(cfg: Config) -> Iterator[Engine]:
             log=replace(cfg.log, tensorboard=False, wandb=False),
         )
         try:
-            engine = Engine(quiet)
+            engine = Engine(quiet, hashes_inputs=False)
             engine.vocab_size = min(engine.vocab_size, Chat(cfg.model.path).vocab_size)
             yield engine
             engine.close()

@@ -1,8 +1,8 @@
 """What a run leaves behind, and what it prints.
 
-  run.jsonl      a head line {"schema", "config", "command", "code", "versions", ...}, then one line
-                 a step {"step", "wall_s", metrics...} and one an event {"event", "step", "wall_s",
-                 ...}, appended and flushed
+  run.jsonl      a head line {"schema", "config", "command", "code", "versions", "inputs", ...},
+                 then one line a step {"step", "wall_s", metrics...} and one an event {"event",
+                 "step", "wall_s", ...}, appended and flushed
   samples.jsonl  rollouts of every samples_every-th step
   code.diff      uncommitted changes of the code, if there were any
   summary.json   exists iff the run ended cleanly
@@ -95,7 +95,7 @@ class Record:
 
     resumed_step: of the checkpoint this process starts from, 0 for none. Lines of later steps,
     which no checkpoint has, are cut, so that the log has one line a step.
-    samples_every: steps between saved samples; 0: never.
+    samples_every: steps between saved samples; 0: never. inputs: hashes of what the run reads.
     on_step: called with (step, metrics) on the main rank, for an experiment tracker; an exception
     of it is only logged.
     """
@@ -108,6 +108,7 @@ class Record:
     resumed_step: int = 0
     is_main: bool = True
     quiet: bool = False
+    inputs: Mapping[str, Any] = field(default_factory=dict)
     on_step: Callable[[int, Mapping[str, Any]], None] | None = None
 
     # set where a run is interrupted: then there is no summary.json
@@ -202,7 +203,7 @@ class Record:
         self._samples = open(folder / "samples.jsonl", "ab")
         self._before_s = max((line.get("wall_s", 0.0) for line in before), default=0.0)
         self._events.update(line["event"] for line in before if "event" in line)
-        head = _head(self.config, self.command, folder)
+        head = _head(self.config, self.command, folder) | {"inputs": self.inputs}
         if not before:
             self._write(self._log, head)
         if before or self.resumed_step:

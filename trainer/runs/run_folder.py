@@ -21,6 +21,7 @@ from .lock import InUse, RunLock, hold, refuse_if_held
 MAY_CHANGE = (
     "steps",
     "on_existing_run",
+    "on_changed_input",
     "take_over_lock",
     "log",
     "eval",
