@@ -5,45 +5,16 @@ Shapes: N rows, L row length, T response tokens of a batch (the positions that c
 P aligned positions of a student and a teacher, n tokens of one response.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-class FrozenDict(dict):
-    """A dict that cannot be changed. Still a dict, for json and for chat templates."""
-
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError("a prompt is frozen; make another one with dataclasses.replace")
-
-    __setitem__ = __delitem__ = __ior__ = _refuse
-    clear = pop = popitem = setdefault = update = _refuse
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (dict(self),)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One question. `index` is its row in the data set: it identifies the prompt and seeds its
-    rollouts.
-    """
-
-    index: int
-    # [{"role": ..., "content": ...}], the last one is the user's
-    messages: tuple[Mapping[str, str], ...]
-    answer: str | None = None  # what the grader compares with
-    response: str | None = None  # a given text (SFT, KD on given text)
-    extra: Mapping[str, Any] = field(default_factory=dict)  # the row's other columns
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "messages", tuple(map(FrozenDict, self.messages)))
-        object.__setattr__(self, "extra", FrozenDict(self.extra))
+from .prompt import Prompt
 
 
 @dataclass(frozen=True)

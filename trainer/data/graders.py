@@ -1,5 +1,6 @@
 """One grader per task, (prompt, text) -> Grade. They may raise and take long; tasks.py puts them
-under limits. `cannot_hang` marks those whose time is linear in the text.
+under limits. `cannot_hang` marks those whose time is linear in the text, `evaluates` those that may
+run what it says, themselves or by a library.
 """
 
 import logging
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .batch import Prompt
+from .prompt import GeneratedEntry, Prompt
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Answer:
     regular expression `pattern`, or, without either, the whole text.
     """
 
+    evaluates: ClassVar[bool] = False  # may run what the text says
     marker: str | None = None
     pattern: str | None = None
 
@@ -70,15 +72,32 @@ class Answer:
                 return None
         return text.strip() or None
 
+    def gold(self, prompt: Prompt) -> str:
+        """The prompt's answer, or what follows the last marker in it: a worked solution, as GSM8K
+        has it ("... #### 42").
+        """
+        answer = _answer(prompt)
+        if self.marker is None or self.marker not in answer:
+            return answer.strip()
+        gold = answer.rpartition(self.marker)[2].strip()
+        if not gold:
+            raise ValueError(
+                f"the prompt's answer ends with the marker {self.marker!r}: {answer[-60:]!r}; want "
+                "the answer behind it"
+            )
+        return gold
+
 
 @dataclass(frozen=True)
 class Exact(Answer):
-    """Correct if the extracted text is the prompt's answer, both stripped."""
+    """Correct if the extracted text is the prompt's answer, both stripped. A marker is applied to
+    both.
+    """
 
     ignore_case: bool = False
 
     def __call__(self, prompt: Prompt, text: str) -> Grade:
-        extracted, answer = self.extract(text), _answer(prompt).strip()
+        extracted, answer = self.extract(text), self.gold(prompt)
         if extracted is None:
             return Grade(0.0, False)
         correct = extracted == answer
@@ -93,12 +112,17 @@ class Math(Answer):
     as LaTeX.
     """
 
+    evaluates: ClassVar[bool] = True
     cannot_hang: ClassVar[bool] = False  # simplification of a hostile expression has no bound
+
+    def warm_up(self) -> None:
+        """Imports what grading needs."""
+        _parse("$1$")
 
     def __call__(self, prompt: Prompt, text: str) -> Grade:
         from math_verify import verify
 
-        answer = _answer(prompt).strip()
+        answer = self.gold(prompt)
         extracted = self.extract(text)
         if extracted is None:
             return Grade(0.0, False)
@@ -121,6 +145,7 @@ class MultipleChoice:
     \\boxed{B}; "answer is B", "Answer: (B)"; "(B)"; a last or first line "B", "B.", "B) because".
     """
 
+    evaluates: ClassVar[bool] = False
     cannot_hang: ClassVar[bool] = True
     # the column with the options: a list of texts, or {"label": [...], "text": [...]}
     choices: str = "choices"
@@ -161,11 +186,12 @@ class MultipleChoice:
 
 @dataclass(frozen=True)
 class ReasoningGym(Answer):
-    """Reward: the data set's own score_answer, in [0, 1]; correct from `threshold` on. The answer
-    is extracted by marker or pattern, else from the last <answer>...</answer>, or is the whole
-    text.
+    """Reward: the data set's score of the answer, in [0, 1]; correct from `threshold` on. The
+    answer is extracted by marker or pattern, else from the last <answer>...</answer>, or is the
+    whole text.
     """
 
+    evaluates: ClassVar[bool] = True
     cannot_hang: ClassVar[bool] = False
     whole_text: bool = False  # True: no tags, the text is the answer
     threshold: float = 0.99
@@ -175,9 +201,15 @@ class ReasoningGym(Answer):
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold = {self.threshold}; want 0 < threshold <= 1")
 
+    def warm_up(self) -> None:
+        """Imports what grading needs."""
+        import reasoning_gym.factory  # noqa: F401
+
     def __call__(self, prompt: Prompt, text: str) -> Grade:
+        from .reasoning_gym_scorers import score_answer
+
         generated = prompt.extra.get("reasoning_gym")
-        if generated is None:
+        if not isinstance(generated, GeneratedEntry):
             raise ValueError(
                 "the prompt is no reasoning_gym entry; load it from reasoning_gym:NAME?size=..."
             )
@@ -185,9 +217,7 @@ class ReasoningGym(Answer):
         extracted = self._tagged(text) if tagged else self.extract(text)
         if extracted is None:
             return Grade(0.0, False)
-        options = tuple(sorted(generated["options"].items(), key=str))
-        source = _generator(generated["dataset"], options)
-        reward = float(source.score_answer(extracted, generated["entry"]))
+        reward = score_answer(_source(generated), extracted, generated.entry)
         return Grade(reward, reward >= self.threshold, extracted)
 
     @staticmethod
@@ -260,11 +290,16 @@ def _as_latex(text: str) -> str:
     return text if "$" in text or "\\boxed" in text else f"${text}$"
 
 
-@lru_cache(maxsize=16)
-def _generator(name: str, options: tuple):
-    from reasoning_gym.factory import create_dataset
+_sources: dict[str, Any] = {}  # the data sets that entries came from, of which a run has few
 
-    return create_dataset(name, **dict(options))
+
+def _source(generated: GeneratedEntry) -> Any:
+    key = repr((generated.dataset, generated.options))
+    if key not in _sources:
+        from reasoning_gym.factory import create_dataset
+
+        _sources[key] = create_dataset(generated.dataset, **generated.options)
+    return _sources[key]
 
 
 def read_grade(result: Any, threshold: float | None = None) -> Grade:

@@ -3,12 +3,13 @@ function of seed and step.
 
 A row has a `prompt` (text: one user message) or `messages` ([{"role", "content"}, ...]; a last
 message of the assistant becomes the response), and optionally `answer` and `response`. Every other
-column goes to Prompt.extra.
+column goes to Prompt.extra; those that mostly are part of what is asked are named in a warning.
 """
 
 import ast
 import importlib
 import json
+import logging
 import mmap
 import os
 import re
@@ -26,10 +27,15 @@ import numpy as np
 
 from reflux.trainer.config.fit import nearest
 
-from .batch import Prompt
+from .prompt import GeneratedEntry, Prompt
+
+log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 ROLES = ("prompt", "messages", "answer", "response")  # what a column can be; the rest is extra
+# columns without which a row asks for something else
+ASKING = ("instruction", "input", "context", "passage", "document", "system", "history", "schema")
+ALPACA = ("instruction", "input", "output")
 FORMS = (
     "a .jsonl or .parquet file, a folder of a data set, reasoning_gym:NAME?size=1000&seed=7 "
     "or package.module:function"
@@ -124,7 +130,9 @@ def load_prompts(
     `package.module:function?key=value`, which returns rows (an endless generator needs `limit`).
     split: the part of a folder that has parts; files and generators have none. columns: our name ->
     the source's, {"prompt": "question"}; a source with both `prompt` and `messages` is read by
-    `messages` unless `columns` names the prompt. limit: only the first rows.
+    `messages` unless `columns` names the prompt. limit: only the first rows. In a source with the
+    columns instruction, input and output (Alpaca) whose prompt is `instruction`, an input that is
+    not empty is joined to it as in Alpaca's template: instruction, "### Input:", input.
 
     JSONL rows are all checked here. Tables have a schema: their columns are checked here, a row
     when it is read. Raises ValueError with file, row and column, their value, and what is wanted.
@@ -141,11 +149,26 @@ def load_prompts(
     if not len(rows):
         raise ValueError(f"{source}: no rows")
     existing = getattr(rows, "column_names", None) or list(_row(rows[0], location(0)))
-    prompts = Prompts(rows, _resolve(columns, existing, source), location)
+    roles = _resolve(columns, existing, source)
+    unused = tuple(name for name in ASKING if name in existing and name not in roles.values())
+    if unused:
+        _warn_of_unused(source, unused, next(iter(roles.values())))
+    prompts = Prompts(rows, roles, location)
     if isinstance(rows, _Lines):
         for _ in prompts:
             pass
     return prompts
+
+
+@lru_cache  # once each
+def _warn_of_unused(source: str, columns: tuple[str, ...], body: str) -> None:
+    log.warning(
+        "%s: column%s not in the prompt, which is column %s alone; write what belongs to the "
+        "question into one column",
+        source,
+        f"s {', '.join(columns)} are" if len(columns) > 1 else f" {columns[0]} is",
+        body,
+    )
 
 
 def load_function(name: str) -> Callable:
@@ -290,7 +313,7 @@ class _Generated:
         return {
             "prompt": entry["question"],
             "answer": entry["answer"],
-            "reasoning_gym": {"dataset": self._name, "options": self._options, "entry": entry},
+            "reasoning_gym": GeneratedEntry(self._name, self._options, entry),
         }
 
 
@@ -332,6 +355,8 @@ def _resolve(columns: Mapping[str, str], existing: list[str], source: str) -> di
                 f"{source}: no column {column!r}{nearest(column, existing)} There are: "
                 f'{", ".join(existing)}. Name it: columns = {{{role} = "..."}}'
             )
+    if roles.get("prompt") == "instruction" and all(name in existing for name in ALPACA):
+        roles["input"] = "input"
     return roles
 
 
@@ -348,6 +373,9 @@ def _prompt(index: int, row: Mapping, columns: Mapping[str, str], location: str)
         text = _text(row[columns[body]], where)
         if not text:
             raise ValueError(f"{where}: {_show(text)}; want a text")
+        if "input" in columns:
+            more = _text(row.get(columns["input"]), f"{location}, column {columns['input']}")
+            text += f"\n\n### Input:\n{more}" if more and more.strip() else ""
         messages: tuple[dict[str, str], ...] = ({"role": "user", "content": text},)
     else:
         messages, last = _conversation(row[columns[body]], where)

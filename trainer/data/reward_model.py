@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from .batch import Prompt
+from .prompt import Prompt
 
 
 @dataclass(frozen=True)

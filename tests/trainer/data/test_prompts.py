@@ -175,8 +175,8 @@ def test_a_reasoning_gym_prompt_has_what_its_scorer_needs():
     prompts = load_prompts(source)
     generated = prompts[3].extra["reasoning_gym"]
     assert len(prompts) == 5 and list(prompts) == list(load_prompts(source))
-    assert generated["dataset"] == "chain_sum" and generated["options"]["allow_negation"] is True
-    entry = generated["entry"]
+    assert generated.dataset == "chain_sum" and generated.options["allow_negation"] is True
+    entry = generated.entry
     assert entry["answer"] == prompts[3].answer and entry["metadata"]["num_terms"] <= 3
     assert (
         load_prompts("reasoning_gym:chain_sum?size=3")[0]

@@ -1,6 +1,7 @@
 """No response stops a run: raising, hanging, exiting and crashing graders, in every thread."""
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -74,6 +75,7 @@ def graded(task, *texts):
     return [g.error for g in middle], time.monotonic() - started
 
 
+@pytest.mark.parametrize("isolate", [True, False])
 @pytest.mark.parametrize(
     "text, reason",
     [
@@ -86,9 +88,11 @@ def graded(task, *texts):
         ("swallow", "timeout"),
     ],
 )
-def test_a_bad_response_fails_alone(user, text, reason):
+def test_a_bad_response_fails_alone(user, text, reason, isolate):
     handler = signal.getsignal(signal.SIGALRM)
-    (error,), seconds = graded(build_task(user, {"timeout_s": 0.2}), text)
+    task = build_task(user, {"timeout_s": 0.2, "isolate": isolate})
+    graded(task)  # it starts
+    (error,), seconds = graded(task, text)
     assert error.startswith(reason) and seconds < 2
     assert signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL) == (
         0.0,
@@ -96,9 +100,10 @@ def test_a_bad_response_fails_alone(user, text, reason):
     )
 
 
-def test_in_another_thread_a_worker_process_stops_even_what_the_main_thread_cannot(user):
+@pytest.mark.parametrize("isolate", [True, False])
+def test_in_another_thread_a_process_stops_even_what_an_alarm_cannot(user, isolate):
     results = []
-    task = build_task(user, {"timeout_s": 0.2})
+    task = build_task(user, {"timeout_s": 0.2, "isolate": isolate})
     thread = threading.Thread(target=lambda: results.append(graded(task, "raise", "loop", "deaf")))
     thread.start()
     thread.join(120)
@@ -106,9 +111,44 @@ def test_in_another_thread_a_worker_process_stops_even_what_the_main_thread_cann
     assert raised.startswith("KeyError") and loop.startswith("timeout") and "killed" in deaf
 
 
-def test_an_isolated_grader_may_crash(user):
-    (grade,) = build_task(user, {"isolate": True}).grade([rollout("crash")])
-    assert (grade.reward, grade.correct) == (0.0, False) and "ended with code 7" in grade.error
+def test_the_process_outlives_the_thread_that_started_it(user):
+    """bubblewrap ends with its parent's thread."""
+    task = build_task(user, {})
+    pids = []
+    for _ in range(3):
+        thread = threading.Thread(target=lambda: graded(task, "raise"))
+        thread.start()
+        thread.join()
+        pids.append(task._process._live.process.pid)
+    assert len(set(pids)) == 1
+
+
+def test_a_grader_may_crash(user):
+    (error,), _ = graded(build_task(user, {}), "crash")
+    assert "ended with code 7" in error
+
+
+def test_a_process_that_ended_between_two_texts_is_started_again(user):
+    task = build_task(user, {})
+    graded(task)
+    task._process._live.process.kill()
+    task._process._live.process.wait()
+    graded(task)
+
+
+def test_a_grader_that_cannot_start_says_why_and_is_not_started_for_every_text(
+    user, monkeypatch, tmp_path
+):
+    (tmp_path / "needs_parent.py").write_text(
+        "import os\nif 'SECRET' not in os.environ:\n    raise ImportError('no SECRET here')\n"
+        "def grade(prompt, text):\n    return True\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("SECRET", "1")
+    started = time.monotonic()
+    grades = build_task("needs_parent:grade", {}).grade([rollout("x")] * 500)
+    assert all("did not start" in g.error and "no SECRET here" in g.error for g in grades)
+    assert time.monotonic() - started < 10
 
 
 def test_hostile_mathematics_ends_in_time():
@@ -139,7 +179,18 @@ def test_ctrl_c_is_not_a_failed_response(user, monkeypatch):
 
     monkeypatch.setattr(user_task, "grade", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        build_task(user, {}).grade([rollout("42")])
+        build_task(user, {"isolate": False}).grade([rollout("42")])
+
+
+def test_ctrl_c_ends_the_wait_for_a_process_and_the_process(user):
+    task = build_task(user, {"timeout_s": 60})
+    graded(task)
+    process = task._process._live.process
+    threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        task.grade([rollout("deaf")])
+    assert process.poll() is not None
+    graded(task)
 
 
 def test_an_outer_alarm_is_put_back(user):
@@ -147,7 +198,7 @@ def test_an_outer_alarm_is_put_back(user):
     handler = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
     signal.setitimer(signal.ITIMER_REAL, 60)
     try:
-        build_task(user, {}).grade([rollout("42")])
+        build_task(user, {"isolate": False}).grade([rollout("42")])
         assert 50 < signal.getitimer(signal.ITIMER_REAL)[0] <= 60 and not rung
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -188,6 +239,9 @@ def test_two_thousand_short_texts_take_under_50_ms():
         ("exact", {"marker": 3}, "marker = 3; want str | none (leave it out)"),
         ("exact", {"ignore_case": 1}, "ignore_case = 1; want bool"),
         ("exact", {"timeout_s": 0}, "want more than 0 seconds"),
+        ("exact", {"memory_gib": 0}, "want more than 0 GiB"),
+        ("math", {"isolate": False}, "isolate = false is for graders of your own"),
+        ("reasoning_gym", {"isolate": False}, "trust_model_text = true"),
         ("exact", {"marker": "#", "pattern": "(a)"}, "want a marker, a pattern or neither"),
         ("exact", {"pattern": "a"}, "no group"),
         ("exact", {"pattern": "(a"}, "unterminated"),

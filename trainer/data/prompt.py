@@ -1,0 +1,47 @@
+"""One question of a data set. Imports no torch: the process that grades starts with it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+
+class FrozenDict(dict):
+    """A dict that cannot be changed. Still a dict, for json and for chat templates."""
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("a prompt is frozen; make another one with dataclasses.replace")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question. `index` is its row in the data set: it identifies the prompt and seeds its
+    rollouts.
+    """
+
+    index: int
+    # [{"role": ..., "content": ...}], the last one is the user's
+    messages: tuple[Mapping[str, str], ...]
+    answer: str | None = None  # what the grader compares with
+    response: str | None = None  # a given text (SFT, KD on given text)
+    extra: Mapping[str, Any] = field(default_factory=dict)  # the row's other columns
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "messages", tuple(map(FrozenDict, self.messages)))
+        object.__setattr__(self, "extra", FrozenDict(self.extra))
+
+
+@dataclass(frozen=True)
+class GeneratedEntry:
+    """What a scorer of reasoning_gym needs, in Prompt.extra["reasoning_gym"]. A type of its own: a
+    row of a file cannot pose as one.
+    """
+
+    dataset: str
+    options: Mapping[str, Any]
+    entry: Mapping[str, Any]

