@@ -31,7 +31,7 @@ EXIT_CODES = """exit codes
   4    a guard ended the run (KL budget, utility); the export holds the weights before
   130  stopped by a signal (Ctrl-C, SIGTERM, SIGHUP): the first one saves the current step, the
        second one does not; a phase that trains nothing stops at the first
-torchrun ends with the same code where reflux is installed, and with 1 where it only lies in a folder.
+torchrun ends with the same code where reflux is installed; where it is not, with 1.
 REFLUX_TRACEBACK=1 shows the traceback of an error."""
 
 

@@ -204,7 +204,9 @@ def _state(path: Path, owner: Owner | None) -> State:
     if owner is None:
         return "dead" if _is_torn(path) else "alive"
     me = _identity()
-    if owner.boot_id and owner.boot_id == me.boot_id:
+    if owner.boot_id is None or me.boot_id is None:
+        return "unknown"
+    if owner.boot_id == me.boot_id:
         state = _state_by_pid(owner) if owner.pid_namespace == me.pid_namespace else "unknown"
         return _state_by_flock(path, owner) if state == "unknown" else state
     restarted = owner.machine_id and (owner.machine_id, owner.host) == (me.machine_id, me.host)
