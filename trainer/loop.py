@@ -1,7 +1,7 @@
 """The loop, the same for every phase: sample -> score -> pack -> step -> record."""
 
 import contextlib
-import signal
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,53 +11,71 @@ from .config.loader import as_table
 from .config.phases import spec_of
 from .config.schema import Config
 from .data.batch import pack
+from .engine.agreement import agreed
 from .engine.engine import Engine
 from .phase import Phase, Stop, TrainingPhase
+from .runs import commands
+from .runs.alarms import Alarms
+from .runs.lock import LockLost, RunLock
 from .runs.logger import Record
-from .runs.model_card import model_card
+from .runs.model_card import Outcome, model_card
 from .runs.run_folder import save_config
+from .runs.signals import SAME_SIGNAL_S, handled_by
 
-SAME_SIGNAL_S = 2.0
+INTERRUPTED, STOPPED_BY_GUARD = 130, 4  # exit codes
 
 
-def train(cfg: Config) -> int:
+def train(cfg: Config, lock: RunLock | None = None) -> int:
     """Runs a whole configuration. Returns the exit code: 0; the phase's own (3 where an [accept]
-    rule does not hold); 130 when a signal ended the run after a saved step.
+    rule does not hold); 4 when a guard ended the run; 130 when a signal did, after a saved step.
+
+    lock: the main rank's, on the folder. Raises LockLost when another process has taken it over.
     """
     engine = Engine(cfg)
     try:
-        phase: Phase = spec_of(cfg.phase).load()(cfg, engine)
-        if engine.is_main:
-            save_config(cfg)
-        with _record(cfg, engine) as record:
-            if cfg.trains:
-                return _train(cfg, engine, cast(TrainingPhase, phase), record)
-            _record_results(record, phase.close_step(0, {}))
-        return phase.exit_code
+        with engine.keeps_last_step(unless=LockLost):
+            return _run(cfg, engine, lock)
     finally:
         engine.close()
 
 
-def _train(cfg: Config, engine: Engine, phase: TrainingPhase, record: Record) -> int:
+def _run(cfg: Config, engine: Engine, lock: RunLock | None) -> int:
+    phase: Phase = spec_of(cfg.phase).load()(cfg, engine)
+    if engine.is_main:
+        save_config(cfg)
+    with _record(cfg, engine) as record:
+        for message in engine.resume_messages:
+            record.event("checkpoint", message=message)
+        if cfg.trains:
+            return _train(cfg, engine, cast(TrainingPhase, phase), record, lock)
+        _record_results(record, phase.close_step(0, {}))
+    return phase.exit_code
+
+
+def _train(
+    cfg: Config, engine: Engine, phase: TrainingPhase, record: Record, lock: RunLock | None
+) -> int:
     with _finish_step_on_signal(engine):
         if cfg.steps == 0 or engine.resumed_step == 0:
             # what the guards compare with later
             _record_results(record, phase.close_step(0, {}))
-        stats = _run_steps(cfg, engine, phase, record)
+        stats, outcome = _run_steps(cfg, engine, phase, record, lock)
         if engine.wants_to_stop:
-            record.event("interrupted", resume="run the same command again")
+            record.event("interrupted", resume=commands.resume(), directory=commands.directory())
             record.to_be_continued = True
-            return 130
+            return INTERRUPTED
         if cfg.export.enable:
-            folder = engine.export(model_card(cfg, stats, *phase.card()))
-            record.event("export", folder=folder)
-    return phase.exit_code
+            folder = engine.export(model_card(cfg, stats, *phase.card(), outcome))
+            record.event("export", folder=folder, steps=outcome.steps)
+    return phase.exit_code if outcome.stopped is None else STOPPED_BY_GUARD
 
 
 def _run_steps(
-    cfg: Config, engine: Engine, phase: TrainingPhase, record: Record
-) -> dict[str, float]:
+    cfg: Config, engine: Engine, phase: TrainingPhase, record: Record, lock: RunLock | None
+) -> tuple[dict[str, float], Outcome]:
+    """The numbers of the last step, and how the steps ended."""
     stats: dict[str, float] = {}
+    step, alarms, reported = engine.resumed_step, Alarms(cfg, lambda: engine.notes), list[str]()
     for step in engine.steps():  # resumes where the checkpoint left off
         start = time.perf_counter()
         texts_PG = phase.sample(step)  # P prompts -> G texts each
@@ -69,8 +87,12 @@ def _run_steps(
         )
         stats = engine.step(batches, phase.loss)  # forward, loss, backward, clip, AdamW
         stats |= engine.mean(phase.metric_sums) | _timing(stats, start, sampled, scored, engine)
+        _check_ownership(lock)
         examples = _examples(texts_PG) if cfg.log.samples_every else None
         record(step, phase.log_fields(stats), examples)
+        for alarm in alarms.check(stats):
+            record.event("alarm", alarm=alarm.name, message=alarm.message)
+            reported.append(alarm.message)
         try:
             _record_results(record, phase.close_step(step, stats))  # evaluation and guards
         except Stop as stop:
@@ -78,8 +100,21 @@ def _run_steps(
             if restored is None:
                 engine.checkpoint()
             record.event("stopped", reason=str(stop), restored_step=restored)
-            break
-    return stats
+            steps = step if restored is None else restored
+            return stats, Outcome(steps, str(stop), tuple(reported))
+    return stats, Outcome(step, None, tuple(reported))
+
+
+def _check_ownership(lock: RunLock | None) -> None:
+    """LockLost on every rank, before the step is logged or saved. Collective."""
+    try:
+        agreed(lock.check if lock else _nothing)
+    except ValueError as error:
+        raise LockLost(str(error)) from None
+
+
+def _nothing() -> None:
+    pass
 
 
 def _record_results(record: Record, results: Mapping[str, Any]) -> None:
@@ -131,18 +166,19 @@ def _record(cfg: Config, engine: Engine) -> Record:
         resumed_step=engine.resumed_step,
         is_main=engine.is_main,
         quiet=cfg.log.quiet,
+        inputs=engine.inputs,
         on_step=track if cfg.log.tensorboard or cfg.log.wandb else None,
     )
 
 
 @contextlib.contextmanager
 def _finish_step_on_signal(engine: Engine) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) lets the step end and saves it; another one, later, stops at
-    once. A phase without steps has no such handler and stops at once.
+    """The first stop signal lets the step end and saves it; another one, later, stops at once. A
+    phase without steps has no such handler and stops at once.
     """
     first_at: float | None = None
 
-    def stop(signum: int, frame: Any) -> None:
+    def stop(number: int, frame: Any) -> None:
         nonlocal first_at
         if first_at is not None:
             # a terminal signals torchrun's workers, and torchrun passes the same Ctrl-C on to them
@@ -152,19 +188,8 @@ def _finish_step_on_signal(engine: Engine) -> Iterator[None]:
         first_at = time.monotonic()
         engine.asked_to_stop = True
         if engine.is_main:
-            print(
-                "finishing this step, then saving; once more to stop at once",
-                file=sys.stderr,
-                flush=True,
-            )
+            with contextlib.suppress(OSError):  # not print: it may be what was interrupted
+                os.write(2, b"finishing this step, then saving; once more to stop at once\n")
 
-    try:
-        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever embeds the loop keeps its own handlers
+    with handled_by(stop):
         yield
-        return
-    try:
-        yield
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)

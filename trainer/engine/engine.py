@@ -12,12 +12,13 @@ T response tokens, D hidden size, V vocabulary.
 """
 
 import contextlib
-import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,22 +30,29 @@ from reflux.trainer import phase as contracts
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import FrozenSection
 from reflux.trainer.data.batch import Batch
+from reflux.trainer.disk_space import RESUME
 from reflux.trainer.losses import HeadInputs
 
-from .checkpoints import restore
 from .decoding import decoder_of, gathered
 from .export import export_hf
+from .fingerprints import RunInputs
 from .forward import hidden_states
 from .frozen import FrozenModel, build_frozen
 from .gradients import accumulate_gradients, forward_no_grad, token_means
 from .head import head_rows, logit_softcap, open_head
+from .hf_models import positions_of, text_config
+from .last_step import LastStep
 from .metrics import MetricSums
 from .model_builder import build_spec
+from .model_folder import check_folders, model_folder
 from .probe import prove_decoding, prove_forward
 from .ranks import RankGroup
+from .rescue import Announcement, Rescue
 from .torchtitan_host import RefluxTrainer
 from .trainer_config import titan_config
 from .weights import check_fit, verify_weights
+
+log = logging.getLogger(__name__)
 
 NATIVE_CACHE_LIMIT = 32768  # positions of a frozen native model's rotary cache
 
@@ -54,18 +62,30 @@ class Engine:
     collective unless they say otherwise.
     """
 
-    def __init__(self, cfg: Config):
-        """Builds the model and loads its weights, or the newest checkpoint of the run's folder."""
+    def __init__(self, cfg: Config, *, hashes_inputs: bool = True):
+        """Builds the model and loads its weights, or the newest checkpoint of the run's folder.
+
+        hashes_inputs: False for a run that is only tried.
+        """
         self.cfg = cfg
-        path = _model_folder(cfg.model.path, "model.path")
+        check_folders(cfg)
+        path = model_folder(cfg.model.path, "model.path")
         spec = build_spec(path, backend=cfg.model.backend, attention=cfg.model.attention)
         self._config = titan_config(cfg, spec)
         self._trainer = RefluxTrainer(self._config)
-        fresh = not (Path(self._config.dump_folder) / self._config.checkpoint.folder).exists()
-        from_folder = fresh and not cfg.model.from_scratch
+        found = self._trainer.checkpointer.find(self._config.checkpoint.load_step)
+        from_folder = found.step is None and not cfg.model.from_scratch
         if from_folder:
             check_fit(self.model, spec, path)
-        self._trainer.checkpointer.load(step=self._config.checkpoint.load_step)
+        inputs = RunInputs(cfg) if hashes_inputs else None
+        if inputs and found.step is not None:
+            inputs.check_remembered()
+        self._trainer.checkpointer.load_found(found)
+        self.resume_messages = found.messages  # what was wrong with newer checkpoints
+        if inputs:
+            inputs.check(self._trainer.loaded_inputs)
+            self._trainer.inputs = inputs.table
+            self.resume_messages = (*self.resume_messages, *inputs.messages)
         self.resumed_step = self._trainer.step
         if from_folder:
             verify_weights(self.model, spec, path)
@@ -81,6 +101,8 @@ class Engine:
         self.asked_to_stop = False  # set on this rank by a signal
         # agreed on by all ranks at the end of the step: a rank that left alone would hang the rest
         self.wants_to_stop = False
+        self._last = LastStep(self._trainer)
+        self._rescue = self._watch_other_ranks()
 
     # What a phase may look at
 
@@ -91,6 +113,11 @@ class Engine:
     @property
     def device(self) -> torch.device:
         return self._trainer.device
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the run reads, by hash (fingerprints.py)."""
+        return self._trainer.inputs
 
     @property
     def seq_len(self) -> int:
@@ -109,7 +136,8 @@ class Engine:
         """Loads a frozen model, sharded like the trained one, outside optimizer and checkpoint.
         longest: the longest row it has to take, at most the positions it has.
         """
-        path = _model_folder(role.path, "path of a frozen model")
+        path = model_folder(role.path, "path of a frozen model")
+        limit = positions_of(text_config(path))
         frozen = build_frozen(
             build_spec(path, backend=role.backend, attention=role.attention),
             path,
@@ -117,7 +145,7 @@ class Engine:
             self._trainer.parallel_dims,
             self.device,
             dtype=role.dtype,
-            seq_len=min(_positions(path, longest), longest),
+            seq_len=longest if limit is None else min(limit, longest),
             offload=role.offload,
         )
         prove_forward(frozen.model, path, packed=self.cfg.trains and self.cfg.batch.pack)
@@ -133,15 +161,65 @@ class Engine:
         with self._config.profiler.build(
             global_step=trainer.step, base_folder=self._config.dump_folder
         ) as profiler:
+            trainer.random.apply()
             while trainer.step < self.cfg.steps and not self.wants_to_stop:
                 trainer.step += 1
                 trainer.gc_handler.run(trainer.step)
                 yield trainer.step
                 self.wants_to_stop = self._ranks.any(self.asked_to_stop)
-                trainer.checkpointer.save(
-                    trainer.step, last_step=trainer.step == self.cfg.steps or self.wants_to_stop
-                )
+                self._save_if_due()
                 profiler.step()
+
+    def _save_if_due(self) -> None:
+        step, checkpointer = self._trainer.step, self._trainer.checkpointer
+        checkpointer.seal_if_done()
+        if self.wants_to_stop and step < self.cfg.steps:
+            checkpointer.write(step)  # it will go on: with everything, whatever the last one holds
+        else:
+            checkpointer.save(step, last_step=step == self.cfg.steps)
+
+    @contextlib.contextmanager
+    def keeps_last_step(self, unless: type[BaseException] = GeneratorExit) -> Iterator[None]:
+        """Whatever ends the inside, the last finished step is saved first if its weights are whole.
+        On several ranks all of them end, with the words of the one that failed. unless: an error
+        that all ranks raise, and after which nothing may be written.
+        """
+        try:
+            yield
+        except unless:
+            raise
+        except BaseException as error:
+            failed = self._save_last_step(error)
+            if failed is None:
+                raise
+            raise ValueError(f"rank {failed.rank} ended the run: {failed.message}") from error
+
+    def _save_last_step(self, error: BaseException) -> Announcement | None:
+        """Returns which other rank failed first, if it was one."""
+        saved: int | None = None
+        failed: Announcement | None = None
+        if self._rescue is not None:
+            failed, saved = self._rescue.fail(error)
+        else:
+            with contextlib.suppress(ValueError):
+                saved = self._last.unsaved()
+        try:
+            if saved is not None and self._rescue is None:
+                self._last.save()
+        except OSError as second:
+            log.error("step %s could not be saved: %s", saved, second)
+        else:
+            if saved is not None and self.is_main:
+                log.warning("step %d is saved; %s", saved, RESUME)
+        return None if failed is None or failed.rank == dist.get_rank() else failed
+
+    def _watch_other_ranks(self) -> Rescue | None:
+        world = dist.get_world_size()
+        if world == 1:
+            return None
+        store = dist.PrefixStore("reflux-rescue", dist.distributed_c10d._get_default_store())
+        own = store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
+        return Rescue(own, dist.get_rank(), world, self._last.unsaved, self._last.save_beside)
 
     def step(self, batches: Sequence[Batch], loss: contracts.LossFunction) -> dict[str, float]:
         """Forward, loss, backward, one division by the global token count, clip, AdamW;
@@ -165,10 +243,12 @@ class Engine:
             if not (math.isfinite(stats["loss"]) and math.isfinite(float(norm))):
                 self._save_and_raise(batches, stats)
             trainer.checkpointer.maybe_wait_for_staging()
+            self._last.begins_to_move()
             if tokens:
                 trainer.optimizers.step()
         stats["lr"] = trainer.lr_schedulers.schedulers[0].get_last_lr()[0]
         trainer.lr_schedulers.step()
+        self._last.ends()
         return stats
 
     def backward(self, batches: Sequence[Batch], loss: contracts.LossFunction) -> None:
@@ -255,10 +335,13 @@ class Engine:
         """Back to the newest checkpoint that is not after `step`, or to the weights the run started
         from. Returns its step.
         """
-        return restore(self._trainer.checkpointer, self._config.checkpoint, step)
+        self._last.begins_to_move()
+        restored = self._trainer.checkpointer.back_to(step)
+        self._last.is_loaded()
+        return restored
 
     def checkpoint(self) -> None:
-        """Writes a checkpoint of the current step."""
+        """Writes a checkpoint of the current step, the last one of the run."""
         self._trainer.checkpointer.save(self._trainer.step, last_step=True)
 
     def export(self, card: str) -> str:
@@ -278,25 +361,11 @@ class Engine:
         return stats.get("reserved_bytes.all.peak", 0) / 2**30
 
     def close(self) -> None:
+        if self._rescue is not None:
+            self._rescue.close()
         self._trainer.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _model_folder(path: str, name: str) -> str:
-    full = os.path.abspath(os.path.expanduser(path))
-    if not os.path.isfile(os.path.join(full, "config.json")):
-        raise ValueError(
-            f"{name} = {path!r}: no config.json there; want a Hugging Face model folder"
-        )
-    return full
-
-
-def _positions(path: str, default: int) -> int:
-    """max_position_embeddings of the folder's config.json, or of its text part."""
-    config = json.loads((Path(path) / "config.json").read_text())
-    text = config.get("text_config", {})
-    return config.get("max_position_embeddings") or text.get("max_position_embeddings", default)
 
 
 # mypy proves that these keep the contracts of trainer/phase.py

@@ -4,7 +4,9 @@ Data-parallel ranks hold different rows. The ranks of a tensor-parallel group ho
 count once.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,42 @@ from torch import Tensor
 from reflux.trainer.data.batch import Batch, empty_batch
 
 from .metrics import MetricSums
+
+Result = TypeVar("Result")
+
+
+def from_all_ranks(
+    work: Callable[[], Result], group: dist.ProcessGroup | None = None
+) -> list[Result]:
+    """work() of every rank, in rank order, on every rank. Collective over `group` (None: all).
+
+    Where it raises on some, it raises on all: each failed rank its own error, the others the first
+    rank's, as OSError with the same errno, ValueError or RuntimeError.
+    """
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return [work()]
+    result, error, failure = None, None, None
+    try:
+        result = work()
+    except Exception as caught:
+        error, failure = caught, _portable(caught)
+    parts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, (result, failure), group=group)
+    if error is not None:
+        raise error
+    for rank, (_, other) in enumerate(parts):
+        if other is not None:
+            kind, arguments = other
+            raise kind(*arguments[:-1], f"rank {rank}: {arguments[-1]}")
+    return [value for value, _ in parts]
+
+
+def _portable(error: Exception) -> tuple[type[Exception], tuple]:
+    """The error as a class and arguments that pickle takes; a user's class may refuse."""
+    if isinstance(error, OSError) and error.errno is not None:
+        name = f"{error.filename}: " if error.filename else ""
+        return OSError, (error.errno, f"{name}{error.strerror}")
+    return (ValueError if isinstance(error, ValueError) else RuntimeError), (str(error),)
 
 
 class RankGroup:
@@ -77,3 +115,41 @@ class RankGroup:
 
     def _scalar(self, value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float64, device=self._device)
+
+
+class Peers:
+    """The ranks of a run as they read and write the files of checkpoints. Every method but `share`
+    is collective.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        self.group = group  # for collectives on CPU; None: the default one
+
+    @property
+    def is_first(self) -> bool:
+        return dist.get_rank(self.group) == 0
+
+    def from_all(self, work: Callable[[], Result]) -> list[Result]:
+        """work() of every rank; see from_all_ranks."""
+        return from_all_ranks(work, self.group)
+
+    def from_first(self, work: Callable[[], Result]) -> Result:
+        """work() of the first rank, on every rank; its error too."""
+        results = from_all_ranks(lambda: work() if self.is_first else None, self.group)
+        return results[0]  # type: ignore[return-value]  # the first rank's is no None of the others
+
+    def share(self, names: Sequence[str]) -> list[str]:
+        """The files that this rank reads: those it wrote, and its part of the others."""
+        rank, world = dist.get_rank(self.group), dist.get_world_size(self.group)
+        owners = [_writer_of(name) for name in names]
+        return [
+            name
+            for i, (name, owner) in enumerate(zip(names, owners))
+            if (owner if owner is not None and owner < world else i % world) == rank
+        ]
+
+
+def _writer_of(name: str) -> int | None:
+    """The rank in the name of a file of torch's format, __RANK_INDEX.distcp."""
+    match = re.match(r"__(\d+)_", name)
+    return int(match[1]) if match else None

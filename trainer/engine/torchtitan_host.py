@@ -2,18 +2,29 @@
 Data, tokenizer and loss come from elsewhere, so its own are stubs.
 """
 
+import contextlib
 import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
+import torch.distributed as dist
+from torch import Tensor
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.loss import BaseLoss
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.trainer import Trainer
+
+from . import random_state
+from .checkpoints import Checkpointer
+from .random_state import RandomState
+
+INPUTS = "inputs"  # among the notes
+CHECKPOINT_TIMEOUT = timedelta(minutes=60)  # slow file systems, and ranks that write more
 
 
 def _is_worth_logging(record: logging.LogRecord) -> bool:
@@ -75,20 +86,65 @@ class NoLoss(BaseLoss):
         pass
 
 
+@dataclass(frozen=True)
+class Finished:
+    """What a finished step left, beside weights and optimizer."""
+
+    step: int
+    notes: Mapping[str, float]
+    random: Mapping[str, Tensor]
+
+
 class RefluxTrainer(Trainer):
-    """torchtitan's Trainer and `notes`, a dictionary of numbers that survives a restart."""
+    """torchtitan's Trainer; `notes`, a dictionary of numbers, and torch's random state survive a
+    restart. `inputs`, what the run reads (fingerprints.py), is saved beside them; `loaded_inputs`
+    is that of the checkpoint.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
         pass
 
+    checkpointer: Checkpointer
+
     def __init__(self, config: Config):
         self.notes: dict[str, float] = {}
+        self.inputs: dict[str, Any] = {}
+        self.loaded_inputs: dict[str, Any] = {}
+        self._held: Finished | None = None  # what to save instead of the state of now
         super().__init__(config)
+        self.random = RandomState(dist.get_rank(), self.device)
+        self.checkpointer.states[random_state.KEY] = self.random
+        if dist.get_world_size() > 1:
+            # its own, on CPU: it works while a rank waits in a collective of the training
+            self.checkpointer.peers.group = dist.new_group(
+                backend="gloo", timeout=CHECKPOINT_TIMEOUT
+            )
+
+    def finished(self) -> Finished:
+        """The state of now, as the state after this step."""
+        return Finished(self.step, dict(self.notes), self.random.read())
+
+    @contextlib.contextmanager
+    def held(self, finished: Finished) -> Iterator[None]:
+        """Inside, a save writes this state: a later step has begun, but moved no weight."""
+        self._held, self.random.held = finished, dict(finished.random)
+        try:
+            yield
+        finally:
+            self._held, self.random.held = None, None
 
     def state_dict(self) -> dict[str, Any]:
-        return Trainer.state_dict(self) | {"notes": json.dumps(self.notes)}
+        state = Trainer.state_dict(self) | {"notes": self._notes(self.notes)}
+        if self._held is not None:
+            state |= {"step": self._held.step, "notes": self._notes(self._held.notes)}
+        return state
+
+    def _notes(self, notes: Mapping[str, float]) -> str:
+        return json.dumps({**notes, INPUTS: self.inputs})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         Trainer.load_state_dict(self, state_dict)
-        self.notes = json.loads(state_dict["notes"])
+        notes = json.loads(state_dict["notes"])
+        self.loaded_inputs = notes.pop(INPUTS, {})  # checkpoints of older versions have none
+        self.notes = notes

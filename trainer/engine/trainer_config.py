@@ -8,7 +8,6 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 from torchtitan.config import CommConfig, DebugConfig, ParallelismConfig, TrainingConfig
@@ -18,6 +17,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 from reflux.trainer.config.fit import fit, nearest
 from reflux.trainer.config.schema import Config
 
+from .checkpoints import Checkpointer
 from .torchtitan_host import NoData, NoLoss, NoTokenizer, RefluxTrainer
 
 # torchtitan's keys that our own tables decide
@@ -65,7 +65,7 @@ def titan_config(cfg: Config, spec: ModelSpec) -> RefluxTrainer.Config:
             enable_tensorboard=cfg.log.tensorboard,
             enable_wandb=cfg.log.wandb,
         ),
-        checkpoint=CheckpointManager.Config(
+        checkpoint=Checkpointer.Config(
             enable=True, interval=50, keep_latest_k=3, last_save_model_only=False, **initial
         ),
         debug=DebugConfig(seed=cfg.seed, enable_structured_logging=False),
@@ -78,6 +78,9 @@ def titan_config(cfg: Config, spec: ModelSpec) -> RefluxTrainer.Config:
     _check_replaced(cfg.titan)
     for section, values in cfg.titan.items():
         _lay_over(getattr(config, section), values, f"{section}.")
+    if not config.checkpoint.enable:
+        # torchtitan's own meaning: no manager at all, and random weights in place of the model's
+        config.checkpoint.enable = config.checkpoint.load_only = True
     _check_supported(config)
     return config
 
@@ -90,11 +93,6 @@ def _check_replaced(sections: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _check_supported(config: Any) -> None:
-    if not config.checkpoint.enable:
-        raise ValueError(
-            "checkpoint.enable = false: torchtitan would then silently start from random "
-            "weights. Raise checkpoint.interval instead; the last step is always saved"
-        )
     if config.parallelism.spmd_backend != "partial_dtensor":
         raise ValueError(
             f"parallelism.spmd_backend = {config.parallelism.spmd_backend!r}; want "

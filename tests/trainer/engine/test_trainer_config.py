@@ -44,7 +44,6 @@ def test_sections_reach_torchtitans_own_fields(talkers, tmp_path):
         ("training", {"steps": 3}, "set steps instead"),
         ("training", {"local_batch_size": 3}, "set batch.tokens"),
         ("debug", {"seed": 3}, "set seed instead"),
-        ("checkpoint", {"enable": False}, "random weights"),
         ("checkpoint", {"folder": "x"}, "set folder instead"),
         ("parallelism", {"spmd_backend": "spmd_types"}, "partial_dtensor"),
     ],
