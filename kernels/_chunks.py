@@ -1,8 +1,6 @@
-"""What every linear_* op shares: logits of a head, chunk of rows by chunk of rows, and their way
-back.
+"""What every linear_* op shares: the logits of a chunk of rows, and their gradient's way back.
 
-    logits = softcap tanh(logit_scale (hidden @ head.T + bias) / softcap), or without the tanh if
-        softcap is 0
+    logits = softcap tanh(logit_scale (hidden @ head.T + bias) / softcap), no tanh if softcap is 0
 
 [rows, V] logits exist for one chunk of rows at a time. GEMMs accumulate and return fp32 (fp64 when
 given fp64): bf16 logits get a KL of 1e-2 wrong by 13 %.
@@ -30,17 +28,25 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def as_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What nn.Linear would see: autocast does not reach a custom op, so its operands are cast in
-    front of it.
-    """
-    device = tensors[0].device.type
+def as_autocast(
+    hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast as nn.Linear would: autocast does not reach into a custom op."""
+    device = hidden_TD.device.type
     if not torch.is_autocast_enabled(device):
-        return tensors
+        return hidden_TD, head_VD, bias_V
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype)
-        for t in tensors
+
+    def cast(x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype)
+
+    return cast(hidden_TD), cast(head_VD), None if bias_V is None else cast(bias_V)
+
+
+def check_temperature(op: str, temperature: float) -> None:
+    require(
+        temperature > 0,
+        f"{op}: temperature is {temperature}; want > 0. 0 means greedy: take the argmax",
     )
 
 
@@ -52,14 +58,11 @@ def check_linear(
     temperature: float,
     shard: VocabShard | None = None,
 ) -> int:
-    """Refuse what cannot be a hidden state and its head. Returns the vocabulary size in use, of all
-    slices together.
-    """
+    """Refuse what is no hidden state and its head. Returns the size of the whole vocabulary."""
     require(
         hidden_TD.ndim == 2 and head_VD.ndim == 2 and hidden_TD.shape[1] == head_VD.shape[1],
-        f"{op}: hidden is {list(hidden_TD.shape)} and head {list(head_VD.shape)}; want [T, D] "
-        "and [V, D]. "
-        "Flatten batch and time first: hidden.flatten(0, -2)",
+        f"{op}: hidden is {list(hidden_TD.shape)} and head {list(head_VD.shape)}; want [T, D] and "
+        "[V, D]. Flatten batch and time first: hidden.flatten(0, -2)",
     )
     require(
         hidden_TD.dtype == head_VD.dtype and hidden_TD.is_floating_point(),
@@ -68,19 +71,15 @@ def check_linear(
     )
     require(
         not hasattr(hidden_TD, "full_tensor"),
-        f"{op}: hidden is a DTensor; want the plain tensor. If it is replicated, as in front "
-        "of a head sharded over "
-        "the vocabulary, that is hidden.to_local()",
+        f"{op}: hidden is a DTensor; want the plain tensor. If it is replicated, as in front of a "
+        "head sharded over the vocabulary, that is hidden.to_local()",
     )
-    require(
-        temperature > 0,
-        f"{op}: temperature is {temperature}; want > 0. 0 means greedy: take the argmax",
-    )
+    check_temperature(op, temperature)
     require(
         shard is None or (vocab_size is not None and vocab_size > 0 and shard.start >= 0),
-        f"{op}: a shard from row {getattr(shard, 'start', 0)} on and vocab_size {vocab_size}; "
-        "want both >= 0 and "
-        "vocab_size, the size of the whole vocabulary: all ranks must cut the same chunks of rows",
+        f"{op}: a shard from row {getattr(shard, 'start', 0)} on and vocab_size {vocab_size}; want "
+        "both >= 0 and vocab_size, the size of the whole vocabulary: all ranks must cut the same "
+        "chunks of rows",
     )
     V = head_VD.shape[0] if vocab_size is None else vocab_size
     require(
@@ -109,17 +108,14 @@ def check_logit_scale(op: str, logit_scale: float) -> float:
 def check_bias(op: str, bias_V: Tensor | None, head_VD: Tensor) -> Tensor | None:
     require(
         bias_V is None or (bias_V.shape == head_VD.shape[:1] and bias_V.is_floating_point()),
-        f"{op}: bias is {getattr(bias_V, 'dtype', None)} {list(getattr(bias_V, 'shape', []))} "
-        "for a head of "
-        f"{head_VD.shape[0]} rows; want floats, one a row",
+        f"{op}: bias is {getattr(bias_V, 'dtype', None)} {list(getattr(bias_V, 'shape', []))} for "
+        f"a head of {head_VD.shape[0]} rows; want floats, one a row",
     )
     return bias_V
 
 
 def check_rows(op: str, rows_M: Tensor | None, hidden_TD: Tensor) -> Tensor | None:
-    """The rows to work on, int64 [M], or None for all of them. Their values are not read: that
-    would sync.
-    """
+    """The rows to work on, int64 [M], or None for all. Values are not read: that would sync."""
     require(
         rows_M is None or (rows_M.ndim == 1 and rows_M.dtype in (torch.int32, torch.int64)),
         f"{op}: rows is {getattr(rows_M, 'dtype', None)} {list(getattr(rows_M, 'shape', []))}; "
@@ -132,17 +128,14 @@ def check_rows(op: str, rows_M: Tensor | None, hidden_TD: Tensor) -> Tensor | No
 
 
 def fold_scale(temperature: float, logit_scale: float, softcap: float) -> tuple[float, float]:
-    """(what logits are multiplied by, what gradients are multiplied by besides): a cap keeps the
-    scale from joining 1/T.
-    """
+    """(factor of the logits, further factor of the gradients): under a cap, 1/T stays alone."""
     return (1 / temperature, logit_scale) if softcap else (logit_scale / temperature, 1.0)
 
 
 def chunks(
     x: Tensor, V: int, buffers: float, workspace_mb: float, rows_M: Tensor | None = None
 ) -> Iterator[Rows]:
-    """Row ranges of x, or parts of rows if given, whose `buffers` [rows, V] buffers fit
-    workspace_mb MiB.
+    """Row ranges of x, or parts of rows_M, whose `buffers` [rows, V] buffers fit workspace_mb MiB.
 
     Always at least one row; multiples of 128 rows where the budget allows, the tile height of a
     GEMM.
@@ -166,9 +159,7 @@ def logits_ref(
     softcap: float | None = None,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """The definition of logits [T, V] that every <op>_ref of a head starts from. fp32 arithmetic,
-    or fp64 when given fp64.
-    """
+    """The definition of logits [T, V] in every <op>_ref. fp32 arithmetic, or fp64 for fp64."""
     dtype = wide(hidden_TD.dtype)
     logits_TV = hidden_TD.to(dtype) @ head_VD[:vocab_size].to(dtype).t()
     logits_TV = logit_scale * (
@@ -189,11 +180,9 @@ def project(
     bias_V: Tensor | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """logits [C, V] in fp32 or fp64. Without a cap logit_scale is left to the caller
-    (`fold_scale`).
+    """logits [C, V] in fp32 or fp64. Without a cap logit_scale is left to the caller: `fold_scale`.
 
-    Where kernels run, rows lie PAD-aligned in memory with -inf behind the V-th column: `padded` is
-    the view with them.
+    Where kernels run, rows lie PAD-aligned in memory, -inf from column V on: `padded` shows those.
     """
     (C, _), V, dtype = hidden_CD.shape, head_VD.shape[0], wide(hidden_CD.dtype)
     block = hidden_CD.new_empty(C, _width(hidden_CD, V), dtype=dtype)
@@ -215,9 +204,10 @@ def _width(x: Tensor, V: int) -> int:
 
 
 def padded(block_CV: Tensor) -> Tensor:
-    """What `project` and `gradient_block` made, with its pad columns: banned classes, which change
-    no sum of a row kernel, so that its width and stride are multiples of PAD. GEMMs take the block
-    itself.
+    """A block of `project` or `gradient_block` with its pad columns, for row kernels.
+
+    Width and stride are multiples of PAD; the pads are banned tokens, which change no sum. GEMMs
+    take the block itself.
     """
     width = _width(block_CV, block_CV.shape[1])
     return (
@@ -228,9 +218,7 @@ def padded(block_CV: Tensor) -> Tensor:
 
 
 def gradient_block(logits_CV: Tensor, hidden_CD: Tensor) -> Tensor:
-    """Where a row kernel writes dlogits for `backproject`: over the logits, or beside them in bf16
-    for bf16 GEMMs.
-    """
+    """Where a row kernel writes dlogits: over the logits, or beside them in bf16 for bf16 GEMMs."""
     if not (on_tensor_cores(hidden_CD) and hidden_CD.dtype == torch.bfloat16):
         return logits_CV
     C, V = logits_CV.shape
@@ -245,11 +233,11 @@ def backproject(
     dhead_VD: Tensor | None,
     dbias_V: Tensor | None = None,
 ) -> Tensor | None:
-    """dhidden [C, D] = dlogits @ head, or None; dhead += dlogits.T @ hidden and dbias += sum
-    dlogits, both fp32 or fp64.
+    """dhidden [C, D] = dlogits @ head, or None; adds dlogits.T @ hidden to dhead, sum to dbias.
 
-    bf16 gradients go through the GEMMs in bf16, as everywhere in training. fp16 ones would lose all
-    below 6e-8 to it (a loss scale comes only in the backward), so those are multiplied in fp32.
+    dhead and dbias are fp32 or fp64. bf16 gradients go through the GEMMs in bf16, as everywhere in
+    training. fp16 ones would lose all below 6e-8 to it (a loss scale comes only in the backward),
+    so those are multiplied in fp32.
     """
     d_CV = (
         gradient_block(dlogits_CV, hidden_CD) if dlogits_CV.dtype != torch.bfloat16 else dlogits_CV
@@ -277,7 +265,7 @@ def gradient_buffers(
 
 
 def needs_gradient(x: Tensor | None, frozen: bool = False) -> bool:
-    """A custom op cannot see needs_input_grad, so it is told."""
+    """Does the op have to make x's gradient? A custom op cannot see needs_input_grad itself."""
     return x is not None and torch.is_grad_enabled() and x.requires_grad and not frozen
 
 
@@ -286,7 +274,5 @@ def needs_gradients(hidden_TD: Tensor, head_VD: Tensor, frozen_head: bool) -> tu
 
 
 def workspace_buffers(x: Tensor, with_kernel: float, with_torch: float) -> float:
-    """How many [rows, V] buffers a chunk keeps alive: row kernels work in place, PyTorch makes
-    temporaries.
-    """
+    """[rows, V] buffers of a chunk alive at once: kernels work in place, PyTorch needs copies."""
     return with_kernel if runs_triton(x) else with_torch

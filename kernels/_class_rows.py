@@ -1,10 +1,9 @@
-"""Row functions of class probabilities: a [rows, L] block of logits in class order in, a [rows, N]
-block of classes out.
+"""Row functions of class probabilities: [rows, L] logits in class order to [rows, N] classes.
 
 Columns are sorted by class, so class c owns columns first[c] .. first[c + 1]. Its logit is z_c =
-logsumexp of theirs, and softmax over z gives the class probabilities; id i in it has the share
-e^(a_i - z_c) of whatever reaches z_c. z is kept relative to the row's largest logit: likely classes
-then have |z| near 0 and lose no digits to rounding.
+logsumexp of theirs, and softmax over z gives the class probabilities; id i in it receives the
+fraction e^(a_i - z_c) of the gradient of z_c. z is kept relative to the row's largest logit: likely
+classes then have |z| near 0 and lose no digits to rounding.
 
 Classes of up to LONG ids are summed a block of classes at a time, longer ones by a program each:
 one pass over the block in any case. Neither needs atomics. CPU tensors take the PyTorch twin below
@@ -91,7 +90,7 @@ def class_backward(
     logits,
     column_class,
     row_top,
-    shares,
+    class_logit,
     dclass,
     dlogits,
     stride_t,
@@ -105,7 +104,7 @@ def class_backward(
     R: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    # dlogits = e^(a - z_c) dz_c da/dlogits; shares holds z relative to row_top
+    # dlogits = e^(a - z_c) dz_c da/dlogits; class_logit holds z relative to row_top
     t = tl.program_id(0).to(tl.int64)
     M = tl.load(row_top + t)
     row = logits + t * stride_t
@@ -115,12 +114,12 @@ def class_backward(
         v = start + lanes
         raw = tl.load(row + v, mask=v < V, other=float("-inf")).to(WIDE)
         c = tl.load(column_class + v, mask=v < V, other=0)
-        z = tl.load(shares + t * N + c, mask=v < V, other=0.0).to(WIDE)
+        z = tl.load(class_logit + t * N + c, mask=v < V, other=0.0).to(WIDE)
         dz = tl.load(dclass + t * N + c, mask=v < V, other=0.0).to(WIDE)
         d = tl.exp((raw * inv_temp - M) - z) * dz * grad_scale
         if CAPPED:
             d *= 1.0 - (raw * inv_cap) * (raw * inv_cap)
-        # where a whole class is banned dz is 0, and a share would be 0 / 0
+        # where a whole class is banned dz is 0, and the fraction would be 0 / 0
         d = tl.where(dz == 0, 0.0, d)
         tl.store(out + v, d.to(dlogits.dtype.element_ty), mask=v < V)
 
@@ -132,28 +131,24 @@ def _wide_tl(dtype: torch.dtype):
 def class_rows(
     logits_CL: Tensor,
     class_L: Tensor,
-    first_N: Tensor,
+    first_N1: Tensor,
     long_H: Tensor,
     inv_temp: float,
     group: str,
 ) -> tuple[Tensor, Tensor]:
-    """(z [C, N] relative to the row's largest scaled logit, that logit [C]); -inf for a class
-    without ids.
+    """(z [C, N] relative to the row's largest scaled logit, that logit [C]).
 
-    first [N + 1]. Over a group, each rank brings the columns of its slice and all get the same
-    result.
+    -inf for a class without ids. first [N + 1]. Over a group, each rank brings the columns of its
+    slice and all get the same result.
     """
-    (C, _), N, dtype = logits_CL.shape, first_N.shape[0] - 1, wide(logits_CL.dtype)
+    (C, _), N, dtype = logits_CL.shape, first_N1.shape[0] - 1, wide(logits_CL.dtype)
     if runs_triton(logits_CL):
-        top_CN, sums_CN = (
-            logits_CL.new_empty(C, N, dtype=dtype),
-            logits_CL.new_empty(C, N, dtype=dtype),
-        )
+        top_CN, sums_CN = (logits_CL.new_empty(C, N, dtype=dtype) for _ in range(2))
         # an empty grid is no launch
         if C:
             class_sums[(C, triton.cdiv(N, CLASSES))](
                 logits_CL,
-                first_N,
+                first_N1,
                 top_CN,
                 sums_CN,
                 logits_CL.stride(0),
@@ -168,7 +163,7 @@ def class_rows(
         if C and long_H.shape[0]:
             long_class_sums[(C, long_H.shape[0])](
                 logits_CL,
-                first_N,
+                first_N1,
                 long_H,
                 top_CN,
                 sums_CN,
@@ -206,10 +201,10 @@ def class_rows_backward(
     softcap: float,
     out_CL: Tensor,
 ) -> Tensor:
-    """dlogits [C, L] into out, which may be logits, from top and z of class_rows. Both are blocks
-    of `_chunks`.
+    """dlogits [C, L] into out, from top and z of class_rows.
 
-    scales: what logits are multiplied by, and gradients besides.
+    out may be logits; both are blocks of `_chunks`. scales: what logits are multiplied by, and
+    gradients besides.
     """
     (inv_temp, grad_scale), N = scales, z_CN.shape[1]
     if not runs_triton(logits_CL):

@@ -1,4 +1,4 @@
-"""Class maps, and a head in class order: what the ops on class probabilities share.
+"""What the ops on class probabilities share: the class of each id, and a head in class order.
 
 [T, V] logits exist chunk by chunk with their columns sorted by class. For that the head's rows are
 gathered into class order once per call, and its gradient goes back the other way; ids without a
@@ -16,28 +16,16 @@ import torch
 from torch import Tensor
 
 from . import _class_rows
-from ._chunks import (
-    Rows,
-    as_autocast,
-    backproject,
-    check_bias,
-    check_linear,
-    fold_scale,
-    gradient_block,
-    gradient_buffers,
-    project,
-    wide,
-)
+from ._chunks import Rows, gradient_block
 from ._class_rows import class_rows, class_rows_backward
-from ._parallel import VocabShard, all_sum, local_head
+from ._head import Head, HeadGradients, checked_head
+from ._parallel import VocabShard, slice_of
 from ._triton import require, runs_triton
 
 
 @dataclass(frozen=True, eq=False)
 class ClassMap:
-    """The class of each id, prepared by `class_map` for the kernels. Frozen tensors on one
-    device.
-    """
+    """The class of each id of one vocabulary, prepared by `class_map`; tensors on one device."""
 
     num_classes: int
     vocab_size: int  # ids of the whole vocabulary, those without a class too
@@ -52,9 +40,7 @@ class ClassMap:
 
     @property
     def columns(self) -> list[Tensor]:
-        """What the ops need: ids in class order (none: they are in order), class of each column,
-        begins, long classes.
-        """
+        """For the ops: ids in class order (empty: as they are), classes, begins, long classes."""
         return [
             self.order_L[:0] if self.in_order else self.order_L,
             self.column_class_L,
@@ -73,9 +59,7 @@ class ClassMap:
         )
 
     def slice(self, start: int, stop: int) -> "ClassMap":
-        """The map of ids start .. stop - 1, for the rank that holds those rows of the head. Waits
-        for a GPU.
-        """
+        """Of ids start .. stop - 1, for the rank that holds those head rows. Waits for a GPU."""
         require(
             0 <= start <= stop <= self.class_V.shape[0],
             f"ClassMap.slice: {start} .. {stop} of {self.class_V.shape[0]} ids; want 0 <= start <= "
@@ -91,30 +75,26 @@ class ClassMap:
 
 
 def class_map(class_V: Tensor, num_classes: int) -> ClassMap:
-    """Prepare the classes of V ids, once per vocabulary. class_V: integers [V] in -1 .. num_classes
-    - 1; -1: no class.
+    """Prepare the classes of V ids, once per vocabulary.
 
-    The result lies where class_V does; preparing waits for a GPU. A head can be put in class order
-    for good, which saves gathering it in every call: head[classes.order_L] with
-    class_map(class_V[classes.order_L], num_classes). ValueError on shapes, floating values, or a
-    class out of range.
+    class_V: integers [V] in -1 .. num_classes - 1; -1: no class. The result lies where class_V
+    does; preparing waits for a GPU. A head can be put in class order for good, which saves
+    gathering it in every call: head[classes.order_L] with class_map(class_V[classes.order_L],
+    num_classes). ValueError on shapes, floating values, or a class out of range.
     """
     require(
         class_V.ndim == 1 and not class_V.is_floating_point() and num_classes > 0,
         f"class_map: classes are {class_V.dtype} {list(class_V.shape)} of {num_classes}; want "
-        "integers [V], "
-        "one per row of the head, and at least one class",
+        "integers [V], one per row of the head, and at least one class",
     )
-    found = class_V.unique().tolist()
+    used = class_V.unique().tolist()
     require(
-        bool(found) and -1 <= found[0] <= found[-1] < num_classes and found[-1] >= 0,
-        f"class_map: classes from {found[:1]} to {found[-1:]} for {num_classes} classes; want "
-        f"-1 .. {num_classes - 1}, "
-        "-1 for an id that is not in the softmax, and at least one id that is",
+        bool(used) and -1 <= used[0] <= used[-1] < num_classes and used[-1] >= 0,
+        f"class_map: classes from {used[:1]} to {used[-1:]} for {num_classes} classes; want -1 .. "
+        f"{num_classes - 1}, -1 for an id that is not in the softmax, and at least one id that is",
     )
-    return _prepare(
-        class_V.long(), num_classes, class_V.shape[0], 0, frozenset(range(num_classes)) - set(found)
-    )
+    empty = frozenset(range(num_classes)) - set(used)
+    return _prepare(class_V.long(), num_classes, class_V.shape[0], 0, empty)
 
 
 def _prepare(
@@ -141,17 +121,13 @@ def _prepare(
 
 
 def in_class_order(weight: Tensor, columns: list[Tensor]) -> Tensor:
-    """Rows of a head, or entries of a bias, in class order; those of ids without a class are
-    gone.
-    """
+    """Rows of a head, or entries of a bias, in class order, without those of no class."""
     order_L, class_L = columns[:2]
     return weight[order_L] if order_L.numel() else weight[: class_L.shape[0]]
 
 
 def from_class_order(d_L: Tensor, columns: list[Tensor], like: Tensor) -> Tensor:
-    """The gradient of `like` from one in class order, in like's dtype; 0 for ids without a
-    class.
-    """
+    """The gradient of `like` from one in class order, in like's dtype; 0 for ids of no class."""
     d = torch.zeros_like(like, memory_format=torch.contiguous_format)
     if columns[0].numel():
         return d.index_copy_(0, columns[0], d_L.to(like.dtype))
@@ -160,47 +136,28 @@ def from_class_order(d_L: Tensor, columns: list[Tensor], like: Tensor) -> Tensor
 
 
 def row_floats(x: Tensor, columns: int, num_classes: int) -> int:
-    """Numbers that one row of a chunk keeps alive: row kernels work in place, PyTorch makes
-    temporaries.
-    """
+    """Numbers of a chunk's row alive at once: kernels work in place, PyTorch needs copies."""
     return (2 if runs_triton(x) else 6) * columns + 4 * num_classes
 
 
 class Side(NamedTuple):
     """A model's hidden states and its head, in class order."""
 
-    hidden_TD: Tensor
-    head_LD: Tensor
-    bias_L: Tensor | None
+    head: Head  # rows by class, [L, D]
     columns: list[Tensor]
-    logit_scale: float
-    softcap: float
 
     @classmethod
-    def of(
-        cls,
-        hidden_TD: Tensor,
-        head_VD: Tensor,
-        bias_V: Tensor | None,
-        columns: list[Tensor],
-        logit_scale: float,
-        softcap: float,
-    ) -> "Side":
-        bias_L = None if bias_V is None else in_class_order(bias_V, columns)
+    def of(cls, head: Head, columns: list[Tensor]) -> "Side":
+        bias_L = None if head.bias_V is None else in_class_order(head.bias_V, columns)
         return cls(
-            hidden_TD, in_class_order(head_VD, columns), bias_L, columns, logit_scale, softcap
+            head._replace(head_VD=in_class_order(head.head_VD, columns), bias_V=bias_L), columns
         )
-
-    def logits(self, c: Rows) -> Tensor:
-        """[C, L], columns by class."""
-        return project(self.hidden_TD[c], self.head_LD, self.softcap, self.bias_L, self.logit_scale)
-
-    def scales(self, temperature: float) -> tuple[float, float]:
-        return fold_scale(temperature, self.logit_scale, self.softcap)
 
     def classes(self, logits_CL: Tensor, temperature: float, group: str) -> tuple[Tensor, Tensor]:
         """(z [C, N] relative to the row's largest scaled logit, that logit [C])."""
-        return class_rows(logits_CL, *self.columns[1:], self.scales(temperature)[0], group)
+        _, class_L, first_N1, long_H = self.columns
+        inv_temp = self.head.scales(temperature)[0]
+        return class_rows(logits_CL, class_L, first_N1, long_H, inv_temp, group)
 
     def backward(
         self,
@@ -209,11 +166,9 @@ class Side(NamedTuple):
         classes: tuple[Tensor, Tensor],
         dz_CN: Tensor,
         temperature: float,
-        grads: "Gradients",
+        grads: HeadGradients,
     ) -> None:
-        """Add the gradient in z to those in hidden, head and bias. classes: what `classes`
-        returned.
-        """
+        """Add the gradient in z to those of the head. classes: what `classes` returned."""
         z_CN, top_C = classes
         d_CL = class_rows_backward(
             logits_CL,
@@ -221,62 +176,38 @@ class Side(NamedTuple):
             top_C,
             z_CN,
             dz_CN,
-            self.scales(temperature),
-            self.softcap,
-            gradient_block(logits_CL, self.hidden_TD),
+            self.head.scales(temperature),
+            self.head.softcap,
+            gradient_block(logits_CL, self.head.hidden_TD),
         )
-        d_CD = backproject(
-            d_CL,
-            self.hidden_TD[c],
-            self.head_LD,
-            grads.need[0],
-            grads.dhead_LD if grads.need[1] else None,
-            grads.dbias_L if grads.need[2] else None,
-        )
-        if grads.need[0]:
-            grads.dhidden_TD[c] = d_CD
+        grads.add(c, d_CL, self.head)
+
+    def gradients(self, need: tuple[bool, bool, bool]) -> HeadGradients:
+        """Zeros in class order."""
+        return HeadGradients.zeros(self.head.hidden_TD, self.head.head_VD, need)
 
 
-class Gradients(NamedTuple):
-    """Where a call adds its gradients up, in fp32 or fp64 and in class order; empty where not
-    needed.
-    """
-
-    dhidden_TD: Tensor
-    dhead_LD: Tensor
-    dbias_L: Tensor
-    need: tuple[bool, bool, bool]  # hidden, head, bias
-
-    @classmethod
-    def of(cls, side: Side, need: tuple[bool, bool, bool]) -> "Gradients":
-        L, dtype = side.head_LD.shape[0], wide(side.hidden_TD.dtype)
-        return cls(
-            *gradient_buffers(side.hidden_TD, side.head_LD, *need[:2]),
-            side.hidden_TD.new_zeros(L if need[2] else 0, dtype=dtype),
-            need,
-        )
-
-    def finish(
-        self, head_VD: Tensor, bias_V: Tensor | None, columns: list[Tensor], group: str
-    ) -> tuple[Tensor, ...]:
-        """Those of hidden, head and bias, in the dtypes and the order of the inputs."""
-        return (
-            all_sum(self.dhidden_TD, group) if self.need[0] else self.dhidden_TD,
-            from_class_order(self.dhead_LD, columns, head_VD)
-            if self.need[1]
-            else head_VD.new_empty(0),
-            from_class_order(self.dbias_L, columns, bias_V)
-            if self.need[2]
-            else head_VD.new_empty(0),
-        )
+def gradients_by_id(
+    grads: HeadGradients, head_VD: Tensor, bias_V: Tensor | None, columns: list[Tensor], group: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of hidden, head and bias, in dtype and order of the inputs; empty where not needed."""
+    dhead_VD, dbias_V = head_VD.new_empty(0), head_VD.new_empty(0)
+    if grads.need[1]:
+        dhead_VD = from_class_order(grads.dhead_VD, columns, head_VD)
+    if grads.need[2] and bias_V is not None:
+        dbias_V = from_class_order(grads.dbias_V, columns, bias_V)
+    return grads.summed_dhidden(group), dhead_VD, dbias_V
 
 
 def fake_gradients(
     hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None, need: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    return tuple(
-        x.new_empty(x.shape) if n else like.new_empty(0)
-        for x, like, n in zip((hidden_TD, head_VD, bias_V), (hidden_TD, head_VD, head_VD), need)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The shapes and dtypes of `gradients_by_id`."""
+    like_bias = head_VD if bias_V is None else bias_V
+    return (
+        hidden_TD.new_empty(hidden_TD.shape if need[0] else (0,)),
+        head_VD.new_empty(head_VD.shape if need[1] else (0,)),
+        like_bias.new_empty(like_bias.shape) if need[2] else head_VD.new_empty(0),
     )
 
 
@@ -284,31 +215,24 @@ def checked_side(
     op: str,
     hidden_TD: Tensor,
     head_VD: Tensor,
-    classes: ClassMap,
     bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    classes: ClassMap,
     vocab_size: int | None,
-    temperature: float,
     shard: VocabShard | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(hidden, head, bias) as the ops take them: plain tensors, in the dtype of autocast.
-    ValueError for what does not fit.
-    """
-    head_VD, bias = (
-        local_head(op, head_VD, shard),
-        None if bias is None else local_head(f"{op} (bias)", bias, shard),
-    )
-    hidden_TD, head_VD, bias = as_autocast(hidden_TD, head_VD, bias)
-    check_linear(
-        op, hidden_TD, head_VD, classes.vocab_size if shard else vocab_size, temperature, shard
-    )
-    V, rows = classes.class_V.shape[0], head_VD.shape[0] if vocab_size is None else vocab_size
+) -> Head:
+    """The head as the ops take it, still in the order of ids; ValueError for what does not fit."""
+    whole = classes.vocab_size if shard else vocab_size
+    head, _ = checked_head(op, hidden_TD, head_VD, bias, logit_scale, softcap, whole, shard)
+    V, rows = classes.class_V.shape[0], len(head.head_VD) if vocab_size is None else vocab_size
     require(
-        V == rows if shard is None else V <= head_VD.shape[0],
+        V == rows if shard is None else V <= len(head.head_VD),
         f"{op}: the class map has {V} ids and the head {rows} rows; want a class for every row, -1 "
         "for padding. Pass vocab_size if only the first rows are ids, and with a shard the map's "
         "slice(start, stop)",
     )
-    start = 0 if shard is None else shard.start
+    start = slice_of(shard)[1]
     require(
         classes.start == start,
         f"{op}: the class map starts at id {classes.start} and the head at {start}; want both of "
@@ -319,4 +243,4 @@ def checked_side(
         f"{op}: hidden is on {hidden_TD.device} and the class map on {classes.class_V.device}; "
         "want classes.to(device) once",
     )
-    return hidden_TD, head_VD, check_bias(op, bias, head_VD)
+    return head

@@ -1,5 +1,4 @@
-"""The five divergences between a student p and a teacher q, each defined once, and their one chain
-rule.
+"""The five divergences between a student p and a teacher q, each defined once; their chain rule.
 
     forward       KL(q || p)
     reverse       KL(p || q)
@@ -34,8 +33,8 @@ def check_divergence(op: str, divergence: str, beta: float) -> None:
     plain = divergence in ("forward", "reverse")
     require(
         plain or 0 < beta < 1,
-        f"{op}: beta is {beta} in divergence {divergence}; want 0 < beta < 1. "
-        "At 0 and 1 jsd is 0, not a KL: use divergence='forward' or 'reverse'",
+        f"{op}: beta is {beta} with divergence={divergence!r}; want 0 < beta < 1. At 0 and 1 jsd "
+        "is 0, not a KL: use divergence='forward' or 'reverse'",
     )
 
 
@@ -53,9 +52,7 @@ def _log_mix(log_a: Tensor, log_b: Tensor, weight_a: float) -> Tensor:
 
 
 def divergence_ref(logp: Tensor, logq: Tensor, divergence: str, beta: float) -> Tensor:
-    """The definition, summed over the last axis. logp: student, logq: teacher log-probabilities.
-    Differentiable.
-    """
+    """The definition, summed over the last axis; differentiable. logp: student, logq: teacher."""
     p, q = logp.exp(), logq.exp()
     if divergence == "forward":
         return _masked(q, logq - logp).sum(-1)

@@ -1,11 +1,10 @@
-"""Row functions of the full-vocabulary divergences: two [rows, V] blocks of logits in, kl and the
-student's gradient out.
+"""Row functions of the full-vocabulary divergences: two [rows, V] blocks of logits to kl [rows].
 
     kl_stats     per side the max and the sum of e^(logit - max); for forward and reverse also the
                  weighted difference w = sum e^(b - m) (b - a), which with the sums already is the
                  loss
     kl_losses    jsd and skew only: loss and G, which need the normalised probabilities
-    kl_gradient  coeff dkl/dz, which may overwrite the logits
+    kl_gradient  coeff dkl/dz of the student's logits, which it may overwrite
 
 Three launches and not one, so that slices of a vocabulary on several ranks can add up their sums in
 between; at 100,000 classes a row leaves the L2 cache between sweeps anyway. Each sweep keeps its
@@ -18,6 +17,8 @@ log p - log q is formed as (a - b) - (difference of the maxima + difference of t
 Shapes: C rows of a chunk, V vocabulary (this rank's slice of it), stats [5, C]: max z, max u, sum
 z, sum u, w.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -192,45 +193,48 @@ def kl_gradient(
         tl.store(d_row + v, d.to(dz.dtype.element_ty), mask=v < V)
 
 
+class KLSpec(NamedTuple):
+    """Which divergence of which logits."""
+
+    divergence: str
+    beta: float
+    scales: tuple[float, float]  # what z and u are multiplied by
+    softcap: float  # of the student; 0.0: none
+    group: str  # z and u are slices of the vocabulary, the others are on its ranks; "": none
+
+
 def kl_rows(
     z_CV: Tensor,
     u_CV: Tensor,
     coeff_C: Tensor,
-    scales: tuple[float, float],
-    divergence: str,
-    beta: float,
-    softcap: float,
+    spec: KLSpec,
     dz_CV: Tensor | None,
-    group: str = "",
     chosen_C: Tensor | None = None,
 ) -> Tensor:
-    """kl [C] of student logits z and teacher logits u. Writes coeff * dkl/dz into dz, which may be
-    z; None skips it.
+    """kl [C] of student logits z and teacher logits u.
 
-    scales: what z and u are multiplied by. group: z and u are slices of the vocabulary, the others
-    are on its ranks. chosen (kernels only): rows where it is False are not read; their kl and
-    gradient are 0.
+    Writes coeff * dkl/dz into dz, which may be z; None skips it. chosen (kernels only): rows where
+    it is False are not read; their kl and gradient are 0.
     """
     if not runs_triton(z_CV):
-        return _kl_rows_torch(z_CV, u_CV, coeff_C, scales, divergence, beta, softcap, dz_CV, group)
+        return _kl_rows_torch(z_CV, u_CV, coeff_C, spec, dz_CV)
     (C, V), dtype = z_CV.shape, wide(z_CV.dtype)
     options = {
-        "DIVERGENCE": DIVERGENCES.index(divergence),
+        "DIVERGENCE": DIVERGENCES.index(spec.divergence),
         "R": max(1, _triton.BLOCK_V // 8),
         "WIDE": tl.float64 if dtype == torch.float64 else tl.float32,
         **LAUNCH,
     }
     strides, stats_5C = (z_CV.stride(0), u_CV.stride(0)), z_CV.new_empty(5, C, dtype=dtype)
-    kl_stats[(C,)](z_CV, u_CV, stats_5C, chosen_C, *strides, C, V, *scales, **options)
-    stats_5C = _merge(stats_5C, divergence, group)
-    if divergence in ("forward", "reverse"):
-        kl_C, G_C = _loss_and_G(stats_5C, divergence)
+    sizes = *strides, C, V, *spec.scales
+    kl_stats[(C,)](z_CV, u_CV, stats_5C, chosen_C, *sizes, **options)
+    stats_5C = _merge(stats_5C, spec.divergence, spec.group)
+    if spec.divergence in ("forward", "reverse"):
+        kl_C, G_C = _loss_and_G(stats_5C, spec.divergence)
     else:
         sums_2C = z_CV.new_empty(2, C, dtype=dtype)
-        kl_losses[(C,)](
-            z_CV, u_CV, stats_5C, sums_2C, chosen_C, *strides, C, V, *scales, beta, **options
-        )
-        kl_C, G_C = all_sum(sums_2C, group)
+        kl_losses[(C,)](z_CV, u_CV, stats_5C, sums_2C, chosen_C, *sizes, spec.beta, **options)
+        kl_C, G_C = all_sum(sums_2C, spec.group)
     if dz_CV is not None:
         kl_gradient[(C,)](
             z_CV,
@@ -245,19 +249,17 @@ def kl_rows(
             dz_CV.stride(0),
             C,
             V,
-            *scales,
-            1 / softcap if softcap else 0.0,
-            beta,
-            CAPPED=softcap > 0,
+            *spec.scales,
+            1 / spec.softcap if spec.softcap else 0.0,
+            spec.beta,
+            CAPPED=spec.softcap > 0,
             **options,
         )
     return kl_C if chosen_C is None else torch.where(chosen_C, kl_C, 0.0)
 
 
 def _merge(stats_5C: Tensor, divergence: str, group: str) -> Tensor:
-    """The statistics of the whole vocabulary from those of its slices: one MAX and one SUM over the
-    group.
-    """
+    """Statistics of the whole vocabulary from those of its slices: one MAX and one SUM."""
     if not group:
         return stats_5C
     side = 1 if divergence == "forward" else 0  # whose max w is relative to
@@ -267,9 +269,7 @@ def _merge(stats_5C: Tensor, divergence: str, group: str) -> Tensor:
 
 
 def _loss_and_G(stats_5C: Tensor, divergence: str) -> tuple[Tensor, Tensor]:
-    """Forward and reverse need no sweep of their own: KL(q || p) = w / sum u + (lse_z - lse_u), and
-    likewise reversed.
-    """
+    """(kl, G) without another sweep: KL(q || p) = w / sum u + (lse_z - lse_u), reverse likewise."""
     top_z_C, top_u_C, sum_z_C, sum_u_C, w_C = stats_5C
     apart_C = (top_z_C - top_u_C) + (sum_z_C.log() - sum_u_C.log())
     if divergence == "forward":
@@ -279,30 +279,26 @@ def _loss_and_G(stats_5C: Tensor, divergence: str) -> tuple[Tensor, Tensor]:
 
 
 def _kl_rows_torch(
-    z_CV: Tensor,
-    u_CV: Tensor,
-    coeff_C: Tensor,
-    scales: tuple[float, float],
-    divergence: str,
-    beta: float,
-    softcap: float,
-    dz_CV: Tensor | None,
-    group: str,
+    z_CV: Tensor, u_CV: Tensor, coeff_C: Tensor, spec: KLSpec, dz_CV: Tensor | None
 ) -> Tensor:
     x_CV, y_CV = (
         x if by == 1 else x * by
-        for x, by in zip((x.to(wide(z_CV.dtype)) for x in (z_CV, u_CV)), scales)
+        for x, by in zip((x.to(wide(z_CV.dtype)) for x in (z_CV, u_CV)), spec.scales)
     )
-    loss_CV, g_CV, p_CV = divergence_terms(*_log_softmax(x_CV, y_CV, group), divergence, beta)
-    if group:
-        kl_C, G_C = all_sum(torch.stack((loss_CV.sum(1), g_CV.sum(1))), group)
-    else:
-        kl_C, G_C = loss_CV.sum(1), g_CV.sum(1) if dz_CV is not None else None
+    logp_CV, logq_CV = _log_softmax(x_CV, y_CV, spec.group)
+    loss_CV, g_CV, p_CV = divergence_terms(logp_CV, logq_CV, spec.divergence, spec.beta)
+    kl_C = loss_CV.sum(1)
+    if dz_CV is None and not spec.group:
+        return kl_C
+    G_C = g_CV.sum(1)
+    if spec.group:
+        kl_C, G_C = all_sum(torch.stack((kl_C, G_C)), spec.group)
     if dz_CV is None:
         return kl_C
-    d_CV = torch.addcmul(g_CV, p_CV, G_C[:, None], value=-1).mul_((coeff_C * scales[0])[:, None])
-    if softcap:
-        d_CV.mul_(1 - (z_CV / softcap).square_())
+    coeff_C = coeff_C * spec.scales[0]
+    d_CV = torch.addcmul(g_CV, p_CV, G_C[:, None], value=-1).mul_(coeff_C[:, None])
+    if spec.softcap:
+        d_CV.mul_(1 - (z_CV / spec.softcap).square_())
     dz_CV.copy_(d_CV.masked_fill_(~kl_C.isfinite()[:, None], 0.0))
     return kl_C
 

@@ -1,5 +1,4 @@
-"""Row functions of log-probability: a [rows, V] block of logits in, per-row statistics or the
-gradient out.
+"""Row functions of log-probability: [rows, V] logits to per-row statistics, or to the gradient.
 
 One Triton program owns one row and streams it in [R, 8] tiles: axis 1 is 16 bytes of bf16 per
 thread, reduced inside the thread, so the loop needs no barrier. Statistics and gradient are two
@@ -205,9 +204,7 @@ def check_target(op: str, target: Tensor, T: int, V: int) -> Tensor:
 
 
 def local_target(target_TK: Tensor, start: int, width: int, rows_M: Tensor | None = None) -> Tensor:
-    """Ids of the whole vocabulary as rows of the slice start .. start + width. Rows that were not
-    chosen are padding.
-    """
+    """Ids as rows of the slice start .. start + width. Rows that were not chosen are padding."""
     padding_TK = target_TK == PADDING
     if rows_M is not None:
         left_out_T = torch.ones_like(padding_TK[:, 0]).index_fill_(0, rows_M, False)
@@ -222,9 +219,10 @@ def logprob_rows(
     inv_temp: float,
     entropy: bool,
     group: str = "",
-) -> tuple[Tensor, ...]:
-    """logp [C, K], lse [C], entropy [C] or empty; and for the gradient top [C], log_s [C]: lse =
-    top + log_s.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logp [C, K], lse [C], entropy [C] or empty; for the gradient top and log_s [C].
+
+    lse = top + log_s.
     """
     (C, V), K = logits_CV.shape, target_CK.shape[1]
     if not runs_triton(logits_CV):
@@ -257,10 +255,8 @@ def _merge(
     weighted_C: Tensor,
     target_CK: Tensor,
     group: str,
-) -> tuple[Tensor, ...]:
-    """From a slice's statistics to the whole vocabulary's: one MAX and one SUM all-reduce of 3 + K
-    numbers a row.
-    """
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """From a slice's statistics to all slices': one MAX and one SUM of 3 + K numbers a row."""
     peak_C = all_max(top_C.clone(), group) if group else top_C
     x_CK = torch.where(target_CK >= 0, chosen_CK - peak_C[:, None], 0.0)
     if group:
@@ -295,10 +291,10 @@ def upstream(
     g_logp_CK: Tensor,
     g_lse_C: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(g_logp, g_all) for `logprob_gradient_`: what each candidate gets, and what all p_v share,
-    g_lse - sum g_logp.
+    """(g_logp, g_all) for `logprob_gradient_`.
 
-    A candidate whose log-probability is not finite gets nothing and takes nothing from the others.
+    g_logp is what each candidate gets, g_all = g_lse - sum g_logp the factor of all p_v. A
+    candidate whose log-probability is not finite gets nothing and takes nothing from the others.
     """
     g_CK = torch.where((target_CK != PADDING) & logp_CK.isfinite(), g_logp_CK, 0.0).contiguous()
     return g_CK, -g_CK.sum(1) if g_lse_C is None else g_lse_C - g_CK.sum(1)
@@ -313,8 +309,9 @@ def logprob_gradient_(
     softcap: float,
     out_CV: Tensor,
 ) -> Tensor:
-    """Writes dlogits into out, which may be logits. saved: top, log_s, entropy; grads: g_logp,
-    g_all, g_entropy.
+    """Writes dlogits into out, which may be logits.
+
+    saved: top, log_s, entropy; grads: g_logp, g_all, g_entropy.
     """
     (C, V), K = logits_CV.shape, target_CK.shape[1]
     if not runs_triton(logits_CV):
@@ -347,7 +344,7 @@ def _scaled(logits_CV: Tensor, inv_temp: float) -> Tensor:
 
 def _stats_torch(
     logits_CV: Tensor, target_CK: Tensor, inv_temp: float, entropy: bool
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # a slice of nothing but padding: a maximum wants something to look at
     if not logits_CV.shape[1]:
         logits_CV = logits_CV.new_full((logits_CV.shape[0], 1), -torch.inf)

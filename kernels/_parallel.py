@@ -1,5 +1,4 @@
-"""Vocabulary parallelism: every rank of a group holds a slice of the head's rows and sees the same
-hidden states.
+"""Vocabulary parallelism: each rank of a group holds a slice of the head, all see the same hidden.
 
 A softmax over slices needs two things from the others: the largest logit (one MAX all-reduce) and
 the sums taken relative to it (one SUM). A few numbers a token travel; logits never do. Ids are
@@ -34,20 +33,20 @@ class VocabShard:
 
     @classmethod
     def of(cls, head: Tensor) -> "VocabShard":
-        """The slice that a DTensor head with one Shard(0) placement holds on this rank, as tensor
-        parallelism makes it.
-        """
+        """This rank's slice of a DTensor head with one Shard(0), as tensor parallelism makes it."""
         from torch.distributed.tensor import DTensor, Shard
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-        require(
+        if not (
             isinstance(head, DTensor)
             and head.device_mesh.ndim == 1
-            and head.placements == (Shard(0),),
-            f"VocabShard.of: got a {type(head).__name__} with placements "
-            f"{getattr(head, 'placements', None)}; want a DTensor with one Shard(0) over a "
-            "one-dimensional mesh, e.g. the head after ColwiseParallel inside forward",
-        )
+            and head.placements == (Shard(0),)
+        ):
+            raise ValueError(
+                f"VocabShard.of: got a {type(head).__name__} with placements "
+                f"{getattr(head, 'placements', None)}; want a DTensor with one Shard(0) over a "
+                "one-dimensional mesh, e.g. the head after ColwiseParallel inside forward"
+            )
         _, offset = compute_local_shape_and_global_offset(
             head.shape, head.device_mesh, head.placements
         )
@@ -55,10 +54,8 @@ class VocabShard:
 
 
 def local_head(op: str, head: Tensor, shard: VocabShard | None) -> Tensor:
-    """The plain tensor this rank multiplies with; for a bias, too. ValueError for a DTensor without
-    a declared slice.
-    """
-    if not hasattr(head, "full_tensor"):
+    """The plain tensor of a head or bias on this rank. ValueError: a DTensor without a shard."""
+    if not hasattr(head, "to_local"):
         return head
     require(
         shard is not None,
@@ -76,43 +73,43 @@ def local_head(op: str, head: Tensor, shard: VocabShard | None) -> Tensor:
 
 
 def local_width(rows: int, vocab_size: int, start: int) -> int:
-    """How many of a slice's rows are real tokens: vocab_size counts the whole vocabulary, and
-    slices may be padding only.
-    """
+    """How many rows of a slice are tokens, 0 if all are padding. vocab_size: of all slices."""
     return max(0, min(rows, vocab_size - start))
 
 
 def common_width(vocab_size: int, group: str) -> int:
-    """The width to cut chunks by: that of an even slice, so that uneven ones loop, and reduce,
-    equally often.
-    """
-    return (
-        -(-vocab_size // dist.get_world_size(_resolve_process_group(group)))
-        if group
-        else vocab_size
-    )
+    """The width to cut chunks by, the mean of all slices: then all ranks loop equally often."""
+    return -(-vocab_size // dist.get_world_size(process_group(group))) if group else vocab_size
+
+
+def process_group(name: str) -> dist.ProcessGroup:
+    return _resolve_process_group(name)  # type: ignore[arg-type]  # a NewType of str
+
+
+def slice_of(shard: VocabShard | None) -> tuple[str, int]:
+    """(group, first row) as the ops take them: an empty name where there is no group."""
+    return (shard.group, shard.start) if shard else ("", 0)
 
 
 def all_max(x: Tensor, group: str) -> Tensor:
     """Elementwise maximum over the group, in place; without a group, x itself."""
     if group:
-        dist.all_reduce(x, dist.ReduceOp.MAX, group=_resolve_process_group(group))
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=process_group(group))
     return x
 
 
 def all_sum(x: Tensor, group: str) -> Tensor:
     """Elementwise sum over the group, in place; without a group, x itself."""
     if group:
-        dist.all_reduce(x, group=_resolve_process_group(group))
+        dist.all_reduce(x, group=process_group(group))
     return x
 
 
 def merge_sums(local_max_C: Tensor, sums_NC: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """(max over all slices, sums relative to it) from a slice's max [C] or [N, C] and its sums [N,
-    C] of e^(x - that max).
+    """(max, sums relative to it) of all slices.
 
-    The sums may carry any factor. A slice without a finite logit adds nothing, but a NaN on one
-    rank reaches all.
+    Takes a slice's max [C] or [N, C] and its sums [N, C] of e^(x - that max). The sums may carry
+    any factor. A slice without a finite logit adds nothing, but a NaN on one rank reaches all.
     """
     if not group:
         return local_max_C, sums_NC

@@ -1,17 +1,17 @@
-"""Selection in rows of logits: the k largest, with equal ones resolved to the lowest id, on one
-rank or over slices.
+"""The k largest logits of each row, the lowest id first among equal ones, on one rank or several.
 
 torch.topk says nothing about which of several equal values it returns, and GPUs and CPUs differ.
 Its values are right, though; so the ids of the k-th value are looked up again, in a running count
 of how often that value has occurred.
 
-Shapes: C rows of a chunk, V vocabulary (this rank's slice of it), K kept ids.
+Shapes: C rows of a chunk, V vocabulary (this rank's slice of it), K top-k ids.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+
+from ._parallel import process_group
 
 NO_ID = -1  # padding: its value is -inf
 LAST = 2**31 - 1
@@ -26,9 +26,7 @@ def sort_pairs(value_CK: Tensor, ids_CK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def largest(x_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(values [C, k], ids int64 [C, k]) of the k largest of each row, in the order of
-    `sort_pairs`.
-    """
+    """(values [C, k], ids int64 [C, k]) of the k largest of each row, ordered by `sort_pairs`."""
     top_CK, ids_CK = x_CV.topk(k, dim=1)
     last_C1 = top_CK[:, -1:]
     seen_CV = (x_CV == last_C1).cumsum(1, dtype=torch.int32)  # of the k-th value, up to here
@@ -40,9 +38,7 @@ def largest(x_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def largest_of_all(x_CV: Tensor, k: int, start: int, width: int, group: str) -> Tensor:
-    """Ids [C, k] of the whole vocabulary; x holds its columns start .. start + width. k candidates
-    a rank travel.
-    """
+    """Ids [C, k] of the whole vocabulary. x: columns from start on; k candidates a rank travel."""
     if not group:
         return largest(x_CV[:, :width], k)[1]
     value_CK, ids_CK = (
@@ -57,9 +53,9 @@ def largest_of_all(x_CV: Tensor, k: int, start: int, width: int, group: str) -> 
 
 def all_gather(x_CK: Tensor, group: str) -> Tensor:
     """The columns of all ranks side by side [C, ranks * K], in the order of the ranks."""
-    process_group = _resolve_process_group(group)
-    parts = [torch.empty_like(x_CK) for _ in range(dist.get_world_size(process_group))]
-    dist.all_gather(parts, x_CK.contiguous(), group=process_group)
+    ranks = process_group(group)
+    parts = [torch.empty_like(x_CK) for _ in range(dist.get_world_size(ranks))]
+    dist.all_gather(parts, x_CK.contiguous(), group=ranks)
     return torch.cat(parts, 1)
 
 

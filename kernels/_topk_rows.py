@@ -1,15 +1,16 @@
-"""Row functions of the truncated divergences: a [rows, V] block of student logits against kept
-teacher rows.
+"""Row functions of the truncated divergences: [rows, V] student logits against a teacher's top-k.
 
-`lift_` takes the K logits of the support out and writes -inf in their place; the max and the sum of
-the rest, streamed, *are* the tail. No log(1 - sum p), which returns nothing at a tail of 1e-9.
-`topk_terms` makes of these K + 2 numbers kl, the gradients of the K logits, and the share by which
-exp(a - tail max) becomes the gradient of a tail logit a. `spread_` writes both over the logits.
-Between the first two, ranks that hold slices of a vocabulary add up.
+    topk_lift      takes the K logits of the support out and writes -inf in their place; the max and
+                   the sum of what is left, streamed, *are* the tail. No log(1 - sum p), which
+                   returns nothing at a tail of 1e-9
+    topk_terms     from these K + 2 numbers: kl, the gradients of the K logits, and the factor by
+                   which exp(a - tail max) becomes the gradient of a tail logit a
+    topk_gradient  writes both over the logits
 
-Ids are -1 where padded (`kept_rows`), else distinct and < V.
+Between the first two, ranks that hold slices of a vocabulary add up. Ids are -1 where padded
+(`topk_inputs`), else distinct and < V.
 
-Shapes: C rows of a chunk, V vocabulary, K kept ids.
+Shapes: C rows of a chunk, V vocabulary, K top-k ids.
 """
 
 from typing import NamedTuple
@@ -21,12 +22,11 @@ from . import _triton
 from ._chunks import wide
 from ._divergence import DIVERGENCES, divergence_terms, exp_diff, terms
 from ._parallel import all_sum, merge_sums
-from ._triton import LAUNCH, check_ids, require, runs_triton, tl, triton
+from ._topk_inputs import TAILS
+from ._triton import LAUNCH, runs_triton, tl, triton
 
-TAILS = ("bucket", "renorm", "drop", "sampled")  # their index is TAIL in the kernels
 
-
-class Kind(NamedTuple):
+class TopKSpec(NamedTuple):
     """Which truncated divergence of which logits."""
 
     divergence: str
@@ -35,111 +35,7 @@ class Kind(NamedTuple):
     inv_temp: float  # logits are multiplied by this, logit_scale included where there is no cap
     softcap: float  # 0.0: none
     vocab_size: int  # of all slices together
-
-
-def kept_rows(
-    ids_TK: Tensor,
-    logp_TK: Tensor,
-    tail_T: Tensor | None,
-    tail: str,
-    V: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The teacher as the kernels want it: ids and logp with -1 and -inf where padded (ids < 0 or >=
-    V, logp -inf), and the log-mass of its tail, -inf for kinds that give it none. A NaN is no
-    padding: it must reach kl.
-    """
-    live_TK = (ids_TK >= 0) & (ids_TK < V) & (logp_TK != -torch.inf)
-    logp_TK = torch.where(live_TK, logp_TK.detach(), -torch.inf).to(dtype)
-    tail_T = (
-        tail_T.detach().to(dtype).contiguous()
-        if tail == "bucket"
-        else logp_TK.new_full(ids_TK.shape[:1], -torch.inf)
-    )
-    return torch.where(live_TK, ids_TK, -1).contiguous(), logp_TK.contiguous(), tail_T
-
-
-def local_ids(ids_TK: Tensor, start: int, width: int, group: str) -> Tensor:
-    """ids counted from the start of this rank's slice of the vocabulary, -1 for those outside
-    it.
-    """
-    if not group:
-        return ids_TK
-    return torch.where((ids_TK >= start) & (ids_TK < start + width), ids_TK - start, -1)
-
-
-def check_kept(
-    op: str,
-    V: int,
-    T: int,
-    ids_TK: Tensor,
-    teacher_logp_TK: Tensor,
-    teacher_tail_T: Tensor | None,
-    divergence: str,
-    tail: str,
-    allow_drop: bool,
-) -> None:
-    """Refuse what cannot be a teacher's kept classes, and the tails that teach nothing or the wrong
-    thing.
-    """
-    shape = ids_TK.shape
-    require(tail in TAILS, f"{op}: tail is {tail!r}; want one of {', '.join(TAILS)}")
-    require(
-        ids_TK.ndim == 2 and shape[0] == T and teacher_logp_TK.shape == shape,
-        f"{op}: ids is {list(shape)} and teacher_logp {list(teacher_logp_TK.shape)} for {T} rows; "
-        "want [T, K] both",
-    )
-    require(
-        ids_TK.dtype in (torch.int32, torch.int64),
-        f"{op}: ids is {ids_TK.dtype}; want int32 or int64",
-    )
-    require(
-        teacher_logp_TK.dtype in (torch.float32, torch.float64),
-        f"{op}: teacher_logp is {teacher_logp_TK.dtype}; want float32. 16 bits are 0.06 apart "
-        "at 8 nats, so store "
-        "float32; casting here cannot restore them",
-    )
-    require(
-        1 <= shape[1] <= V,
-        f"{op}: K is {shape[1]} of {V} classes; want 1 <= K <= V. Drop the padding columns",
-    )
-    require(
-        tail != "renorm" or shape[1] > 1,
-        f"{op}: renorm at K = 1 is 0 whatever the student says. Keep more ids, or use tail='bucket'",
-    )
-    require(
-        tail not in ("drop", "sampled") or divergence == "forward",
-        f"{op}: tail={tail!r} in divergence {divergence}; want forward. Elsewhere it falls when the whole "
-        "support is pushed "
-        "down: use tail='bucket'",
-    )
-    require(
-        tail != "drop" or allow_drop,
-        f"{op}: tail='drop' is no divergence: it can be negative, and a student equal to the "
-        "teacher still gets a gradient. Use tail='bucket', or pass allow_drop=True to reproduce a "
-        "result that was made with it",
-    )
-    require(
-        tail != "bucket" or teacher_tail_T is not None,
-        f"{op}: bucket needs teacher_tail [T], the log of the teacher's mass outside ids at "
-        "this temperature. "
-        "teacher_topk returns it; without it use tail='renorm'",
-    )
-    require(
-        teacher_tail_T is None or teacher_tail_T.shape == (T,),
-        f"{op}: teacher_tail is {list(getattr(teacher_tail_T, 'shape', []))} for {T} rows; want "
-        "[T]",
-    )
-    check_ids(op, ids_TK, V)
-
-
-def check_temperature(op: str, temperature: float, teacher_temperature: float | None) -> None:
-    require(
-        teacher_temperature in (None, temperature),
-        f"{op}: temperature is {temperature} and the kept teacher rows hold at "
-        f"{teacher_temperature}; want them equal. K log-probabilities at one temperature do not "
-        "tell the tail at another: keep them at this temperature",
-    )
+    group: str  # the logits are a slice of the vocabulary, the others are on its ranks; "": none
 
 
 @triton.jit
@@ -192,7 +88,7 @@ def topk_terms(
     coeff,
     kl,
     d_k,
-    share,
+    factor,
     K,
     V,
     inv_temp,
@@ -252,7 +148,7 @@ def topk_terms(
     tl.store(d_k + t * K + k, tl.where(ok, d, 0.0), mask=k < K)
     if TAIL != 1:
         d_tail = c * (g_tail - G * (s_tail / s))
-        tl.store(share + t, tl.where(ok & (S > 0), d_tail / S, 0.0))
+        tl.store(factor + t, tl.where(ok & (S > 0), d_tail / S, 0.0))
 
 
 @triton.jit
@@ -260,7 +156,7 @@ def topk_gradient(
     z,
     ids,
     d_k,
-    share,
+    factor,
     tail_max,
     dz,
     stride_z,
@@ -278,7 +174,7 @@ def topk_gradient(
     row = z + t * stride_z
     d_row = dz + t * stride_d
     lanes = tl.arange(0, R)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    c = tl.load(share + t).to(WIDE)
+    c = tl.load(factor + t).to(WIDE)
     M = tl.load(tail_max + t).to(WIDE)
     if c == 0:  # renorm, a row without weight, a row that is not finite: nothing to read
         for start in range(0, V, R * 8):
@@ -306,41 +202,39 @@ def topk_rows_(
     logq_CK: Tensor,
     logq_tail_C: Tensor,
     coeff_C: Tensor,
-    kind: Kind,
+    spec: TopKSpec,
     dz_CV: Tensor | None,
-    group: str = "",
 ) -> Tensor:
-    """kl [C] of student logits z, which are overwritten. Writes coeff * dkl/dz into dz, which may
-    be z; None skips it.
+    """kl [C] of student logits z, which are overwritten.
 
-    z is fp32 or fp64; where kernels run, also bf16 or fp16. With a group, z is this rank's slice of
-    the vocabulary, and so are the ids: -1 for those of other ranks, whose logq is here all the
-    same.
+    Writes coeff * dkl/dz into dz, which may be z; None skips it. z is fp32 or fp64; where kernels
+    run, also bf16 or fp16. With a group, z is this rank's slice of the vocabulary, and so are the
+    ids: -1 for those of other ranks, whose logq is here all the same.
     """
-    raw_CK, tail_max_C, tail_sum_C = _lift_(z_CV, ids_CK, kind)
-    raw_CK = all_sum(raw_CK, group)  # one rank has the logit, the others 0
-    if kind.tail != "renorm":
-        tail_max_C, (tail_sum_C,) = merge_sums(tail_max_C, tail_sum_C[None], group)
-    kl_C, d_CK, share_C = topk_terms_of(
-        raw_CK, logq_CK, logq_tail_C, tail_max_C, tail_sum_C, coeff_C, kind
+    raw_CK, tail_max_C, tail_sum_C = _lift_(z_CV, ids_CK, spec)
+    raw_CK = all_sum(raw_CK, spec.group)  # one rank has the logit, the others 0
+    if spec.tail != "renorm":
+        tail_max_C, (tail_sum_C,) = merge_sums(tail_max_C, tail_sum_C[None], spec.group)
+    kl_C, d_CK, factor_C = topk_terms_of(
+        raw_CK, logq_CK, logq_tail_C, tail_max_C, tail_sum_C, coeff_C, spec
     )
     if dz_CV is not None:
-        _spread(z_CV, ids_CK, d_CK, share_C, tail_max_C, kind, dz_CV)
+        _write_gradient(z_CV, ids_CK, d_CK, factor_C, tail_max_C, spec, dz_CV)
     return kl_C
 
 
-def _lift_(z_CV: Tensor, ids_CK: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
-    """(support logits [C, K], 0 where padded; max [C] and sum [C] of e^(a - max) of the tail's a =
-    logit * inv_temp).
+def _lift_(z_CV: Tensor, ids_CK: Tensor, spec: TopKSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """(support logits [C, K], 0 where padded; max [C] and sum [C] of e^(a - max) of the tail).
 
-    Overwrites the support in z with -inf. renorm needs no tail: it gets zeros, and z is left alone.
+    a = logit * inv_temp. Overwrites the support in z with -inf. renorm needs no tail: it gets
+    zeros, and z is left alone.
     """
     (C, V), K, dtype = z_CV.shape, ids_CK.shape[1], wide(z_CV.dtype)
-    if kind.tail == "renorm":
+    if spec.tail == "renorm":
         none_C = z_CV.new_zeros(C, dtype=dtype)
         return _support_torch(z_CV, ids_CK).to(dtype), none_C, none_C
     if not runs_triton(z_CV):
-        return _lift_torch_(z_CV, ids_CK, kind)
+        return _lift_torch_(z_CV, ids_CK, spec)
     raw_CK, tail_max_C, tail_sum_C = (
         z_CV.new_empty(shape, dtype=dtype) for shape in ((C, K), C, C)
     )
@@ -353,7 +247,7 @@ def _lift_(z_CV: Tensor, ids_CK: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Te
         z_CV.stride(0),
         V,
         K,
-        kind.inv_temp,
+        spec.inv_temp,
         KB=triton.next_power_of_2(K),
         R=max(1, _triton.BLOCK_V // 8),
         WIDE=_tl_dtype(dtype),
@@ -369,17 +263,17 @@ def topk_terms_of(
     tail_max_C: Tensor,
     tail_sum_C: Tensor,
     coeff_C: Tensor,
-    kind: Kind,
+    spec: TopKSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(kl [C], coeff * dkl/dlogit of the support [C, K], share [C]).
+    """(kl [C], coeff * dkl/dlogit of the support [C, K], factor [C]).
 
-    share * e^(a - tail max) is coeff * dkl/dlogit of a tail logit; 0 for renorm. A row whose kl is
+    factor * e^(a - tail max) is coeff * dkl/dlogit of a tail logit; 0 for renorm. A row whose kl is
     not finite gets 0 for both.
     """
     if not runs_triton(raw_CK):
-        return _terms_torch(raw_CK, logq_CK, logq_tail_C, tail_max_C, tail_sum_C, coeff_C, kind)
+        return _terms_torch(raw_CK, logq_CK, logq_tail_C, tail_max_C, tail_sum_C, coeff_C, spec)
     C, K = raw_CK.shape
-    kl_C, d_CK, share_C = raw_CK.new_empty(C), raw_CK.new_empty(C, K), raw_CK.new_zeros(C)
+    kl_C, d_CK, factor_C = raw_CK.new_empty(C), raw_CK.new_empty(C, K), raw_CK.new_zeros(C)
     topk_terms[(C,)](
         raw_CK,
         logq_CK,
@@ -389,29 +283,29 @@ def topk_terms_of(
         coeff_C,
         kl_C,
         d_CK,
-        share_C,
+        factor_C,
         K,
-        kind.vocab_size,
-        kind.inv_temp,
-        _inverse(kind.softcap),
-        kind.beta,
-        DIVERGENCE=DIVERGENCES.index(kind.divergence),
-        TAIL=TAILS.index(kind.tail),
-        CAPPED=kind.softcap > 0,
+        spec.vocab_size,
+        spec.inv_temp,
+        _inverse(spec.softcap),
+        spec.beta,
+        DIVERGENCE=DIVERGENCES.index(spec.divergence),
+        TAIL=TAILS.index(spec.tail),
+        CAPPED=spec.softcap > 0,
         KB=triton.next_power_of_2(K),
         WIDE=_tl_dtype(raw_CK.dtype),
         **LAUNCH,
     )
-    return kl_C, d_CK, share_C
+    return kl_C, d_CK, factor_C
 
 
-def _spread(
+def _write_gradient(
     z_CV: Tensor,
     ids_CK: Tensor,
     d_CK: Tensor,
-    share_C: Tensor,
+    factor_C: Tensor,
     tail_max_C: Tensor,
-    kind: Kind,
+    spec: TopKSpec,
     dz_CV: Tensor,
 ) -> None:
     """The gradient of all logits into dz, from z as `_lift_` left it."""
@@ -421,25 +315,25 @@ def _spread(
             z_CV,
             ids_CK,
             d_CK,
-            share_C,
+            factor_C,
             tail_max_C,
             dz_CV,
             z_CV.stride(0),
             dz_CV.stride(0),
             V,
             K,
-            kind.inv_temp,
-            _inverse(kind.softcap),
-            CAPPED=kind.softcap > 0,
+            spec.inv_temp,
+            _inverse(spec.softcap),
+            CAPPED=spec.softcap > 0,
             KB=triton.next_power_of_2(K),
             R=max(1, _triton.BLOCK_V // 8),
             WIDE=_tl_dtype(d_CK.dtype),
             **LAUNCH,
         )
-    elif kind.tail == "renorm":  # the partition function cancels: nothing outside the support moves
+    elif spec.tail == "renorm":  # the partition function cancels: nothing outside the support moves
         _add_support_torch_(dz_CV.zero_(), ids_CK, d_CK)
     else:
-        _spread_torch(z_CV, ids_CK, d_CK, share_C, tail_max_C, kind, dz_CV)
+        _gradient_torch(z_CV, ids_CK, d_CK, factor_C, tail_max_C, spec, dz_CV)
 
 
 def _tl_dtype(dtype: torch.dtype):
@@ -464,10 +358,10 @@ def _add_support_torch_(z_CV: Tensor, ids_CK: Tensor, d_CK: Tensor) -> None:
         )
 
 
-def _lift_torch_(z_CV: Tensor, ids_CK: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
+def _lift_torch_(z_CV: Tensor, ids_CK: Tensor, spec: TopKSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Leaves z multiplied by inv_temp, too."""
     raw_CK = _support_torch(z_CV, ids_CK)
-    a_CV = z_CV.mul_(kind.inv_temp)
+    a_CV = z_CV.mul_(spec.inv_temp)
     _add_support_torch_(a_CV, ids_CK, torch.full_like(raw_CK, -torch.inf))
     max_C = a_CV.amax(1) if a_CV.shape[1] else a_CV.new_full(a_CV.shape[:1], -torch.inf)
     return raw_CK, max_C, (a_CV - _finite(max_C)[:, None]).exp_().sum(1)
@@ -484,19 +378,17 @@ def _log_probs(
     logq_tail_C: Tensor,
     tail_max_C: Tensor,
     tail_sum_C: Tensor,
-    kind: Kind,
+    spec: TopKSpec,
 ) -> tuple[Tensor, Tensor]:
-    """Of student and teacher, over the support [C, K] for renorm, else over support and tail [C, K
-    + 1].
-    """
-    if kind.tail == "renorm":
+    """Of student and teacher: of the support [C, K] for renorm, else with the tail [C, K + 1]."""
+    if spec.tail == "renorm":
         return a_CK.log_softmax(1), logq_CK.log_softmax(1)
     top_C1 = _finite(torch.maximum(a_CK.amax(1), tail_max_C))[:, None]
     tail_C = tail_max_C - top_C1[:, 0]
     log_s_C1 = ((a_CK - top_C1).exp().sum(1) + tail_sum_C * tail_C.exp()).log()[:, None]
     logp_CK = torch.cat([a_CK - top_C1, (tail_C + tail_sum_C.log())[:, None]], 1) - log_s_C1
     # whatever its mass was rounded to
-    no_tail_C = (logq_CK != -torch.inf).sum(1) == kind.vocab_size
+    no_tail_C = (logq_CK != -torch.inf).sum(1) == spec.vocab_size
     return logp_CK, torch.cat([logq_CK, logq_tail_C.masked_fill(no_tail_C, -torch.inf)[:, None]], 1)
 
 
@@ -507,49 +399,47 @@ def _terms_torch(
     tail_max_C: Tensor,
     tail_sum_C: Tensor,
     coeff_C: Tensor,
-    kind: Kind,
+    spec: TopKSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:
     K, live_CK = raw_CK.shape[1], logq_CK != -torch.inf
-    a_CK = (raw_CK * kind.inv_temp).masked_fill_(~live_CK, -torch.inf)
-    logp_CK, logq_CK = _log_probs(a_CK, logq_CK, logq_tail_C, tail_max_C, tail_sum_C, kind)
-    loss, g, p = divergence_terms(logp_CK, logq_CK, kind.divergence, kind.beta)
-    if kind.tail == "sampled":
+    a_CK = (raw_CK * spec.inv_temp).masked_fill_(~live_CK, -torch.inf)
+    logp_CK, logq_CK = _log_probs(a_CK, logq_CK, logq_tail_C, tail_max_C, tail_sum_C, spec)
+    loss, g, p = divergence_terms(logp_CK, logq_CK, spec.divergence, spec.beta)
+    if spec.tail == "sampled":
         loss = torch.where(g == 0, 0.0, g * logp_CK)  # forward: g is -q
     kl_C = loss.sum(1).masked_fill_(~live_CK.any(1), 0.0)
     dead_C1 = ~(kl_C.isfinite() & live_CK.any(1))[:, None]
     d_CK = (
         (g - p * g.sum(1, keepdim=True))
-        .mul_((coeff_C * kind.inv_temp)[:, None])
+        .mul_((coeff_C * spec.inv_temp)[:, None])
         .masked_fill_(dead_C1, 0.0)
     )
-    share_C = (
+    factor_C = (
         (d_CK[:, K:] / tail_sum_C[:, None]).masked_fill_(tail_sum_C[:, None] == 0, 0.0)[:, 0]
-        if kind.tail != "renorm"
+        if spec.tail != "renorm"
         else tail_sum_C
     )
     d_CK = d_CK[:, :K].masked_fill(~live_CK, 0.0)
-    return kl_C, d_CK.mul_(1 - (raw_CK / kind.softcap).square()) if kind.softcap else d_CK, share_C
+    return kl_C, d_CK.mul_(1 - (raw_CK / spec.softcap).square()) if spec.softcap else d_CK, factor_C
 
 
-def _spread_torch(
+def _gradient_torch(
     z_CV: Tensor,
     ids_CK: Tensor,
     d_CK: Tensor,
-    share_C: Tensor,
+    factor_C: Tensor,
     tail_max_C: Tensor,
-    kind: Kind,
+    spec: TopKSpec,
     dz_CV: Tensor,
 ) -> None:
-    """z is already multiplied by inv_temp. Knocked-out logits have a cap factor of 1 - inf, cut to
-    0.
-    """
+    """z is already multiplied by inv_temp. Knocked-out logits have a cap factor of 1 - inf: 0."""
     cap_CV = (
-        (z_CV / (kind.inv_temp * kind.softcap)).square_().neg_().add_(1).clamp_(min=0)
-        if kind.softcap
+        (z_CV / (spec.inv_temp * spec.softcap)).square_().neg_().add_(1).clamp_(min=0)
+        if spec.softcap
         else None
     )
-    torch.sub(z_CV, _finite(tail_max_C)[:, None], out=dz_CV).exp_().mul_(share_C[:, None])
+    torch.sub(z_CV, _finite(tail_max_C)[:, None], out=dz_CV).exp_().mul_(factor_C[:, None])
     if cap_CV is not None:
         dz_CV.mul_(cap_CV)
-    dz_CV.masked_fill_((share_C == 0)[:, None], 0.0)
+    dz_CV.masked_fill_((factor_C == 0)[:, None], 0.0)
     _add_support_torch_(dz_CV, ids_CK, d_CK)

@@ -1,5 +1,4 @@
-"""Cut two tokenizations of the same bytes into the smallest spans both can spell, for a padded
-batch on any device.
+"""Cut two tokenizations of the same bytes into the smallest spans both can spell, batch by batch.
 
     boundary  a byte position where a token of at least one byte ends on both sides
     span      of a token: the number of boundaries at or before its start
@@ -8,8 +7,8 @@ So a token of no bytes goes with what follows it, at the very end with the last 
 every span: masked tokens, and tokens past the last boundary where one side is longer. Lengths only:
 it does not see the bytes.
 
-A few tensor calls, no loop and no host sync: launch-bound at any size that occurs. Ids born on a
-CPU are aligned faster, and with their bytes compared, by tokenalign's native core.
+A few tensor calls, no loop and no host sync: launch-bound at any size that occurs. Ids on a CPU are
+aligned faster, and with their bytes compared, by tokenalign's native core.
 
 Shapes: B rows, n and m (N and M) tokens of a row on side a and b.
 """
@@ -27,34 +26,30 @@ def align_spans_ref(
     len_a_BN: Tensor, len_b_BM: Tensor, mask_a_BN: Tensor, mask_b_BM: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, token by token."""
-    spans, counts = ([], []), []
+    spans_a: list[list[int]] = []
+    spans_b: list[list[int]] = []
+    counts = []
     for row in zip(len_a_BN.tolist(), mask_a_BN.tolist(), len_b_BM.tolist(), mask_b_BM.tolist()):
         sides, ends = [], []
         for lengths, mask in (row[:2], row[2:]):
             starts, at = [], 0
-            for length, kept in zip(lengths, mask):
+            for length, counted in zip(lengths, mask):
                 starts.append(at)
-                at += length if kept else 0
+                at += length if counted else 0
             sides.append((starts, mask, at))
             ends.append({*starts, at} - {0})
         edges = sorted(ends[0] & ends[1])
         counts.append(len(edges))
-        for found, (starts, mask, total) in zip(spans, sides):
+        for spans, (starts, mask, total) in zip((spans_a, spans_b), sides):
             past = len(edges) - 1 if total == max(edges, default=0) else -1
             before = [sum(edge <= start for edge in edges) for start in starts]
-            found.append(
-                [
-                    -1 if not kept else past if k == len(edges) else k
-                    for k, kept in zip(before, mask)
-                ]
-            )
-    as_ids = [
-        torch.tensor(found, dtype=torch.long).reshape(like.shape)
-        for found, like in zip(spans, (len_a_BN, len_b_BM))
-    ]
-    return *(ids.to(len_a_BN.device) for ids in as_ids), torch.tensor(
-        counts, dtype=torch.long, device=len_a_BN.device
+            of_token = [past if k == len(edges) else k for k in before]
+            spans.append([k if counted else -1 for k, counted in zip(of_token, mask)])
+    span_a_BN, span_b_BM = (
+        torch.tensor(spans, dtype=torch.long).reshape(like.shape).to(like.device)
+        for spans, like in ((spans_a, len_a_BN), (spans_b, len_b_BM))
     )
+    return span_a_BN, span_b_BM, torch.tensor(counts, dtype=torch.long, device=len_a_BN.device)
 
 
 @torch.library.custom_op("reflux::align_spans", mutates_args=())
@@ -80,10 +75,8 @@ def _op(
         nearest = torch.searchsorted(others, ends).clamp(max=others.numel() - 1)
         return (others[nearest] == ends).view_as(length) & (length > 0)
 
-    hit_a_BN, hit_b_BM = (
-        ends_on_both(flat_a, flat_b, len_a_BN),
-        ends_on_both(flat_b, flat_a, len_b_BM),
-    )
+    hit_a_BN = ends_on_both(flat_a, flat_b, len_a_BN)
+    hit_b_BM = ends_on_both(flat_b, flat_a, len_b_BM)
     num_B1 = hit_a_BN.sum(1, keepdim=True)
     last_B1 = (end_a_BN * hit_a_BN).amax(1, keepdim=True)
 
@@ -100,10 +93,8 @@ def _op(
 
 
 def _fake(len_a_BN, len_b_BM, mask_a_BN, mask_b_BM):
-    return *(
-        torch.empty_like(x, dtype=torch.long, memory_format=torch.contiguous_format)
-        for x in (len_a_BN, len_b_BM)
-    ), len_a_BN.new_empty(len_a_BN.shape[0], dtype=torch.long)
+    shapes = len_a_BN.shape, len_b_BM.shape, len_a_BN.shape[:1]
+    return tuple(len_a_BN.new_empty(shape, dtype=torch.long) for shape in shapes)
 
 
 _op.register_fake(_fake)
@@ -130,8 +121,8 @@ def align_spans(
         require(
             mask is None or (mask.shape == length.shape and mask.dtype == torch.bool),
             f"align_spans: mask_{side} is {getattr(mask, 'dtype', None)} "
-            f"{list(getattr(mask, 'shape', []))} for lengths "
-            f"{list(length.shape)}; want bool of that shape, True for a token that counts",
+            f"{list(getattr(mask, 'shape', []))} for lengths {list(length.shape)}; want bool of "
+            "that shape, True for a token that counts",
         )
         require(
             not _triton.DEBUG
@@ -143,9 +134,8 @@ def align_spans(
         )
     require(
         len_a_BN.shape[0] == len_b_BM.shape[0] and len_a_BN.device == len_b_BM.device,
-        f"align_spans: {len_a_BN.shape[0]} rows on {len_a_BN.device} and {len_b_BM.shape[0]} "
-        f"on {len_b_BM.device}; want "
-        "row r of both sides to be one text, on one device",
+        f"align_spans: {len_a_BN.shape[0]} rows on {len_a_BN.device} and {len_b_BM.shape[0]} on "
+        f"{len_b_BM.device}; want row r of both sides to be one text, on one device",
     )
     masks = (
         torch.ones_like(x, dtype=torch.bool) if mask is None else mask

@@ -16,10 +16,11 @@ Shapes: T tokens, V ids, N classes, D hidden, C rows of a chunk, M chosen rows.
 import torch
 from torch import Tensor
 
-from ._chunks import check_logit_scale, check_rows, check_softcap, chunks, logits_ref, wide
-from ._classes import ClassMap, Gradients, Side, checked_side, fake_gradients, row_floats
+from ._chunks import WORKSPACE_MB, check_rows, check_temperature, chunks, logits_ref, wide
+from ._classes import ClassMap, Side, checked_side, fake_gradients, gradients_by_id, row_floats
 from ._classes import class_map as class_map
-from ._parallel import VocabShard, common_width
+from ._head import Head
+from ._parallel import VocabShard, common_width, slice_of
 
 
 def class_logprob_ref(
@@ -35,11 +36,8 @@ def class_logprob_ref(
 ) -> Tensor:
     """The definition, with the whole [T, V] in memory. fp32 arithmetic, or fp64 when given fp64."""
     class_V = classes.class_V
-    x_TV = (
-        logits_ref(hidden_TD, head_VD, bias, logit_scale, softcap, class_V.shape[0]) / temperature
-    )
-    x_TV = x_TV.masked_fill(class_V < 0, -torch.inf)
-    logp_TV = x_TV.log_softmax(1)
+    x_TV = logits_ref(hidden_TD, head_VD, bias, logit_scale, softcap, class_V.shape[0])
+    logp_TV = (x_TV / temperature).masked_fill(class_V < 0, -torch.inf).log_softmax(1)
     columns = [
         logp_TV[:, class_V == c].logsumexp(1)
         if c not in classes.empty
@@ -49,9 +47,8 @@ def class_logprob_ref(
     logp_TN = torch.stack(columns, 1)
     if rows is None:
         return logp_TN
-    chosen_T1 = torch.zeros(len(logp_TN), 1, dtype=torch.bool, device=rows.device).index_fill(
-        0, rows.long(), True
-    )
+    chosen_T1 = torch.zeros(len(logp_TN), 1, dtype=torch.bool, device=rows.device)
+    chosen_T1.index_fill_(0, rows.long(), True)
     return torch.where(chosen_T1, logp_TN, 0.0)
 
 
@@ -60,31 +57,24 @@ def _op(
     hidden_TD: Tensor,
     head_VD: Tensor,
     bias_V: Tensor | None,
+    logit_scale: float,
+    softcap: float,
     columns: list[Tensor],
     rows_M: Tensor | None,
     vocab_size: int,
     temperature: float,
-    softcap: float,
-    logit_scale: float,
     group: str,
     workspace_mb: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logp [T, N], and for the backward: largest scaled logit [T], log of the sum relative to it
-    [T].
-    """
+    """logp [T, N]; for the backward the largest scaled logit and the log-sum relative to it [T]."""
     T, N, dtype = hidden_TD.shape[0], columns[2].shape[0] - 1, wide(hidden_TD.dtype)
-    side = Side.of(hidden_TD, head_VD, bias_V, columns, logit_scale, softcap)
+    side = Side.of(Head(hidden_TD, head_VD, bias_V, logit_scale, softcap), columns)
     logp_TN, top_T, log_s_T = (
         hidden_TD.new_zeros(shape, dtype=dtype) for shape in ((T, N), (T,), (T,))
     )
-    for c in chunks(
-        hidden_TD,
-        row_floats(hidden_TD, common_width(vocab_size, group), N),
-        1,
-        workspace_mb,
-        rows_M,
-    ):
-        z_CN, top_T[c] = side.classes(side.logits(c), temperature, group)
+    width = row_floats(hidden_TD, common_width(vocab_size, group), N)
+    for c in chunks(hidden_TD, width, 1, workspace_mb, rows_M):
+        z_CN, top_T[c] = side.classes(side.head.logits(c), temperature, group)
         log_s_C = z_CN.logsumexp(1)
         logp_TN[c], log_s_T[c] = z_CN.sub_(log_s_C[:, None]), log_s_C
     return logp_TN, top_T, log_s_T
@@ -99,20 +89,20 @@ def _op_backward(
     hidden_TD: Tensor,
     head_VD: Tensor,
     bias_V: Tensor | None,
+    logit_scale: float,
+    softcap: float,
     columns: list[Tensor],
     rows_M: Tensor | None,
     vocab_size: int,
     temperature: float,
-    softcap: float,
-    logit_scale: float,
     group: str,
     workspace_mb: float,
     need_dhidden: bool,
     need_dhead: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    side = Side.of(hidden_TD, head_VD, bias_V, columns, logit_scale, softcap)
-    grads = Gradients.of(side, (need_dhidden, need_dhead, need_dbias))
+    side = Side.of(Head(hidden_TD, head_VD, bias_V, logit_scale, softcap), columns)
+    grads = side.gradients((need_dhidden, need_dhead, need_dbias))
     width = row_floats(hidden_TD, common_width(vocab_size, group), logp_TN.shape[1])
     for c in chunks(hidden_TD, width, 1, workspace_mb, rows_M):
         logp_CN = logp_TN[c]
@@ -120,13 +110,12 @@ def _op_backward(
         g_CN = torch.where(logp_CN == -torch.inf, 0.0, g_TN[c].to(top_T.dtype))
         dz_CN = torch.addcmul(g_CN, logp_CN.exp(), g_CN.sum(1, keepdim=True), value=-1)
         dz_CN.masked_fill_(~log_s_T[c].isfinite()[:, None], 0.0)  # no distribution at all
-        side.backward(
-            c, side.logits(c), (logp_CN + log_s_T[c][:, None], top_T[c]), dz_CN, temperature, grads
-        )
-    return grads.finish(head_VD, bias_V, columns, group)
+        classes = logp_CN + log_s_T[c][:, None], top_T[c]
+        side.backward(c, side.head.logits(c), classes, dz_CN, temperature, grads)
+    return gradients_by_id(grads, head_VD, bias_V, columns, group)
 
 
-def _fake(hidden_TD, head_VD, bias_V, columns, *_):
+def _fake(hidden_TD, head_VD, bias_V, logit_scale, softcap, columns, *_):
     T, N, dtype = hidden_TD.shape[0], columns[2].shape[0] - 1, wide(hidden_TD.dtype)
     return tuple(hidden_TD.new_empty(shape, dtype=dtype) for shape in ((T, N), (T,), (T,)))
 
@@ -136,17 +125,19 @@ def _fake_backward(g_TN, logp_TN, top_T, log_s_T, hidden_TD, head_VD, bias_V, *r
 
 
 def _save(ctx, inputs, output):
-    hidden_TD, head_VD, bias_V, columns, rows_M, *ctx.options = inputs
-    ctx.save_for_backward(*output, hidden_TD, head_VD, bias_V, rows_M, *columns)
+    *tensors, logit_scale, softcap, columns, rows_M = inputs[:7]
+    ctx.scales, ctx.options = (logit_scale, softcap), inputs[7:]
+    ctx.save_for_backward(*output, *tensors, rows_M, *columns)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _grad(ctx, g_TN, _top_T, _log_s_T):
     *saved, rows_M = ctx.saved_tensors[:7]
     columns, need = list(ctx.saved_tensors[7:]), ctx.needs_input_grad[:3]
-    grads = _op_backward(g_TN, *saved, columns, rows_M, *ctx.options, *need)
+    grads = _op_backward(g_TN, *saved, *ctx.scales, columns, rows_M, *ctx.options, *need)
     return (
         *(g if needed else None for g, needed in zip(grads, need)),
+        *[None] * len(ctx.scales),
         [None] * len(columns),
         *[None] * (1 + len(ctx.options)),
     )
@@ -170,37 +161,32 @@ def class_logprob(
     rows: Tensor | None = None,
     frozen_head: bool = False,
     shard: VocabShard | None = None,
-    workspace_mb: float = 1200,
+    workspace_mb: float = WORKSPACE_MB,
 ) -> Tensor:
-    """logp [T, N], fp32 (fp64 for fp64), in nats. Differentiable in hidden, head and bias; dhead
-    accumulates in fp32.
+    """logp [T, N], fp32 (fp64 for fp64), in nats. Differentiable in hidden, head and bias.
 
-    hidden [T, D] and head [V, D] share a floating dtype; classes of `class_map` on the same device;
-    bias [V]. logits = softcap tanh(logit_scale (hidden @ head.T + bias) / softcap), without the
-    tanh if softcap is None. rows: distinct row numbers int64 [M]; only they are computed, the
-    others are 0. frozen_head: no gradient in head and bias. shard: head, bias and classes
-    (classes.slice) are this rank's slice of the vocabulary; every rank gets all of logp, and N
-    numbers a row travel twice. workspace_mb (MiB) bounds the logits alive at once; the head is
-    copied once a call into class order. A row whose logits are all -inf has logp NaN and no
-    gradient. ValueError on shapes, dtypes, devices, or an option that has no meaning.
+    dhead accumulates in fp32. hidden [T, D] and head [V, D] share a floating dtype; classes of
+    `class_map` on the same device; bias [V]. logits = softcap tanh(logit_scale (hidden @ head.T +
+    bias) / softcap), without the tanh if softcap is None. rows: distinct row numbers int64 [M];
+    only they are computed, the others are 0. frozen_head: no gradient in head and bias. shard:
+    head, bias and classes (classes.slice) are this rank's slice of the vocabulary; every rank gets
+    all of logp, and N numbers a row travel twice. workspace_mb (MiB) bounds the logits alive at
+    once; the head is copied once a call into class order. A row whose logits are all -inf has logp
+    NaN and no gradient. ValueError on shapes, dtypes, devices, or an option that has no meaning.
     """
     op = "class_logprob"
-    hidden_TD, head_VD, bias = checked_side(
-        op, hidden_TD, head_VD, classes, bias, vocab_size, temperature, shard
-    )
+    check_temperature(op, temperature)
     if frozen_head:
         head_VD, bias = head_VD.detach(), None if bias is None else bias.detach()
+    tensors = hidden_TD, head_VD, bias, logit_scale, softcap
+    head = checked_side(op, *tensors, classes, vocab_size, shard)
     logp_TN, _, _ = _op(
-        hidden_TD,
-        head_VD,
-        bias,
+        *head,
         classes.columns,
-        check_rows(op, rows, hidden_TD),
+        check_rows(op, rows, head.hidden_TD),
         classes.vocab_size,
         temperature,
-        check_softcap(op, softcap),
-        check_logit_scale(op, logit_scale),
-        shard.group if shard else "",
+        slice_of(shard)[0],
         workspace_mb,
     )
     return logp_TN

@@ -1,5 +1,4 @@
-"""Weighted negative log-likelihood of chosen tokens straight from hidden states, with its gradients
-in 3 head GEMMs.
+"""Weighted negative log-likelihood of chosen tokens from hidden states, gradients in 3 head GEMMs.
 
     logp[t, k] as in linear_logprob
     total      = - sum_t sum_k weight[t, k] logp[t, k]
@@ -21,23 +20,22 @@ import torch
 from torch import Tensor
 
 from ._chunks import (
+    WORKSPACE_MB,
     Rows,
-    backproject,
+    check_rows,
+    check_temperature,
     chunks,
-    fold_scale,
     gradient_block,
-    gradient_buffers,
-    needs_gradient,
     padded,
-    project,
     wide,
     workspace_buffers,
 )
-from ._logprob_rows import local_target, logprob_gradient_, logprob_rows, upstream
-from ._parallel import VocabShard, all_sum, common_width, local_width
+from ._head import Head, HeadGradients, checked_head, fake_gradients
+from ._logprob_rows import check_target, local_target, logprob_gradient_, logprob_rows, upstream
+from ._loss import save_gradients, scale_gradients
+from ._parallel import VocabShard, common_width, local_width, slice_of
 from ._triton import require
-from .linear_kl import fake_dbias, save_gradients, scale_gradients
-from .linear_logprob import GRADIENT_BUFFERS, check_inputs, check_scales, linear_logprob_ref
+from .linear_logprob import GRADIENT_BUFFERS, linear_logprob_ref
 
 
 class LinearNLL(NamedTuple):
@@ -48,14 +46,10 @@ class LinearNLL(NamedTuple):
 def linear_nll_ref(
     hidden_TD: Tensor, head_VD: Tensor, target: Tensor, *, weight: Tensor | None = None, **options
 ) -> LinearNLL:
-    """The definition. Options are those of linear_logprob_ref. fp32 arithmetic, or fp64 when given
-    fp64.
-    """
+    """The definition, with the options of linear_logprob_ref. fp32 arithmetic, or fp64 for fp64."""
     logp = linear_logprob_ref(hidden_TD, head_VD, target, **options).logp
-    return LinearNLL(
-        _total(logp, torch.ones_like(logp) if weight is None else weight.to(logp.dtype)),
-        logp.detach(),
-    )
+    weight = torch.ones_like(logp) if weight is None else weight.to(logp.dtype)
+    return LinearNLL(_total(logp, weight), logp.detach())
 
 
 def _total(logp: Tensor, weight: Tensor) -> Tensor:
@@ -68,83 +62,51 @@ def _op(
     hidden_TD: Tensor,
     head_VD: Tensor,
     bias_V: Tensor | None,
+    logit_scale: float,
+    softcap: float,
     target_TK: Tensor,
     rows_M: Tensor | None,
     weight_TK: Tensor,
     temperature: float,
-    logit_scale: float,
-    softcap: float,
     vocab_size: int,
-    vocab_start: int,
     group: str,
+    vocab_start: int,
     workspace_mb: float,
     need_dhidden: bool,
     need_dhead: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """total [], logp [T, K], and the gradients of total in hidden, head and bias (empty where not
-    needed).
-    """
+    """total [], logp [T, K], gradients of total in hidden, head and bias or empty."""
     x_TD, V = hidden_TD, local_width(len(head_VD), vocab_size, vocab_start)
-    head, bias = head_VD[:V], None if bias_V is None else bias_V[:V]
-    scale, d_scale = fold_scale(temperature, logit_scale, softcap)
+    head = Head(x_TD, head_VD, bias_V, logit_scale, softcap).cut(V)
+    grads = HeadGradients.zeros(x_TD, head_VD, (need_dhidden, need_dhead, need_dbias))
+    scale, d_scale = head.scales(temperature)
     target_TK = local_target(target_TK, vocab_start, V, rows_M)
     logp_TK = torch.zeros_like(weight_TK)
-    dx_TD, dhead_VD = gradient_buffers(x_TD, head_VD, need_dhidden, need_dhead)
-    dbias_V = weight_TK.new_zeros(len(head_VD) if need_dbias else 0)
-    needed = need_dhidden or need_dhead or need_dbias
 
     # a function, so that its blocks are free before the next chunk's are made
     def step(c: Rows) -> None:
-        logits_CV = project(x_TD[c], head, softcap, bias, logit_scale)
+        logits_CV = head.logits(c)
         logp_CK, _, empty, *saved = logprob_rows(
             padded(logits_CV), target_TK[c], scale, False, group
         )
         logp_TK[c] = logp_CK
-        if needed:
-            grads = *upstream(target_TK[c], logp_CK, weight_TK[c] * -d_scale), empty
+        if any(grads.need):
+            g_C = *upstream(target_TK[c], logp_CK, weight_TK[c] * -d_scale), empty
             d_CV = gradient_block(logits_CV, x_TD)
-            logprob_gradient_(
-                padded(logits_CV),
-                target_TK[c],
-                (*saved, empty),
-                grads,
-                scale,
-                softcap,
-                padded(d_CV),
-            )
-            dx_CD = backproject(
-                d_CV,
-                x_TD[c],
-                head,
-                need_dhidden,
-                dhead_VD[:V] if need_dhead else None,
-                dbias_V[:V] if need_dbias else None,
-            )
-            if need_dhidden:
-                dx_TD[c] = dx_CD
+            rows = padded(logits_CV), target_TK[c], (*saved, empty), g_C, scale, softcap
+            logprob_gradient_(*rows, padded(d_CV))
+            grads.add(c, d_CV, head)
 
     buffers = workspace_buffers(x_TD, GRADIENT_BUFFERS, 4)
     for c in chunks(x_TD, common_width(vocab_size, group), buffers, workspace_mb, rows_M):
         step(c)
-    return (
-        _total(logp_TK, weight_TK),
-        logp_TK,
-        all_sum(dx_TD, group if need_dhidden else ""),
-        dhead_VD.to(head_VD.dtype),
-        dbias_V if bias_V is None else dbias_V.to(bias_V.dtype),
-    )
+    return _total(logp_TK, weight_TK), logp_TK, *grads.finish(head_VD, bias_V, group)
 
 
-def _fake(hidden_TD, head_VD, bias_V, target_TK, rows_M, weight_TK, *options):
-    *_, need_dhidden, need_dhead, need_dbias = options
-    return (
-        weight_TK.new_empty(()),
-        torch.empty_like(weight_TK),
-        hidden_TD.new_empty(hidden_TD.shape if need_dhidden else (0,)),
-        head_VD.new_empty(head_VD.shape if need_dhead else (0,)),
-        fake_dbias(hidden_TD, head_VD, bias_V, need_dbias),
-    )
+def _fake(hidden_TD, head_VD, bias_V, logit_scale, softcap, target_TK, rows_M, weight_TK, *rest):
+    gradients = fake_gradients(hidden_TD, head_VD, bias_V, rest[-3:])
+    return weight_TK.new_empty(()), torch.empty_like(weight_TK), *gradients
 
 
 _op.register_fake(_fake)
@@ -156,8 +118,7 @@ def _weights(weight: Tensor | None, target_TK: Tensor, dtype: torch.dtype) -> Te
     require(
         weight is None or weight.shape in (target_TK.shape[:1], target_TK.shape),
         f"linear_nll: weight is {list(getattr(weight, 'shape', []))} for targets "
-        f"{list(target_TK.shape)}; "
-        "want [T], or [T, K] like target, 0 for what is to be left out",
+        f"{list(target_TK.shape)}; want [T], or [T, K] like target, 0 for what is to be left out",
     )
     if weight is None:
         return torch.ones_like(target_TK, dtype=dtype)
@@ -179,32 +140,28 @@ def linear_nll(
     softcap: float | None = None,
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    workspace_mb: float = 1200,
+    workspace_mb: float = WORKSPACE_MB,
 ) -> LinearNLL:
-    """(total [], logp [T] or [T, K]), fp32 (fp64 for fp64), in nats. total is differentiable in
-    hidden, head and bias.
+    """(total [], logp [T] or [T, K]), fp32 (fp64 for fp64), in nats.
 
-    weight: constant, [T] or like target, of any sign; ones if None. total is a sum: divide by your
-    own number of tokens, or let weight hold 1 / number. logp is detached. All other arguments are
-    those of linear_logprob.
+    total is differentiable in hidden, head and bias; logp is detached. weight: constant, [T] or
+    like target, of any sign; ones if None. total is a sum: divide by your own number of tokens, or
+    let weight hold 1 / number. All other arguments are those of linear_logprob.
     """
-    scales = check_scales("linear_nll", temperature, logit_scale, softcap)
-    tensors, V = check_inputs(
-        "linear_nll", hidden_TD, head_VD, bias, target, rows, vocab_size, shard
-    )
-    weight_TK = _weights(weight, tensors[3], wide(tensors[0].dtype))
-    needed = [
-        needs_gradient(x, frozen)
-        for x, frozen in zip(tensors[:3], (False, frozen_head, frozen_head))
-    ]
+    op, tensors = "linear_nll", (hidden_TD, head_VD, bias, logit_scale, softcap)
+    check_temperature(op, temperature)
+    head, V = checked_head(op, *tensors, vocab_size, shard)
+    x_TD = head.hidden_TD
+    target_TK = check_target(op, target, len(x_TD), V)
     total, logp_TK, *_ = _op(
-        *tensors,
-        weight_TK,
-        *scales,
+        *head,
+        target_TK,
+        check_rows(op, rows, x_TD),
+        _weights(weight, target_TK, wide(x_TD.dtype)),
+        temperature,
         V,
-        shard.start if shard else 0,
-        shard.group if shard else "",
+        *slice_of(shard),
         workspace_mb,
-        *needed,
+        *head.needs(frozen_head),
     )
     return LinearNLL(total, logp_TK.reshape(target.shape))

@@ -1,5 +1,4 @@
-"""Divergence of student and teacher, each renormalised over K kept ids: no vocabulary GEMM, no [T,
-V] logits.
+"""Divergence of student and teacher, each renormalised over K ids: no GEMM, no [T, V] logits.
 
     z[t, k] = softcap tanh(logit_scale (hidden[t] . head[ids[t, k]] + bias[ids[t, k]]) / softcap),
         no tanh without a softcap
@@ -10,19 +9,19 @@ V] logits.
 
 The partition function cancels, so only K head rows a token are read: twice for hidden, and the K
 hidden rows of an id once for the head, 3 T K D elements in all against three GEMMs of T V D
-multiply-adds. Where kernels run, on a GPU with 184 FLOP a byte, both take equally long at K = V /
-184 if rows stream at full bandwidth; as rows are gathered, `gather_is_cheaper` asks for K <= V /
-600. linear_topk_kl(tail="renorm") follows it by itself.
+multiply-adds. On a GPU with 184 FLOP a byte both take equally long at K = V / 184 if rows stream at
+full bandwidth; as rows are gathered, `gather_is_cheaper` wants K <= V / 600. Where it holds,
+linear_topk_kl(tail="renorm") calls this op by itself.
 
 The head's gradient sorts the (id, token) pairs once and sums the hidden rows of each id in that
 order: no atomics, the same bits every time, and no fp32 copy of the head.
 
 ids < 0 or >= V, and a teacher_logp of -inf, are padding; a row with fewer than two ids has kl 0 and
 no gradient. The ids of a row must be distinct (checked with REFLUX_KERNELS_DEBUG=1). A row whose kl
-is inf or NaN keeps it and contributes a zero gradient. Blind to mass that leaves the ids: see the
-tails of topk_tail_kl.
+is inf or NaN keeps it and contributes a zero gradient. The loss does not see mass that leaves the
+ids: see the tails of topk_tail_kl.
 
-Shapes: T tokens, M chosen rows, K kept ids, D hidden, V vocabulary, N = M K pairs of row and id, C
+Shapes: T tokens, M chosen rows, K top-k ids, D hidden, V vocabulary, N = M K pairs of row and id, C
 rows of a chunk.
 """
 
@@ -32,31 +31,23 @@ import torch
 from torch import Tensor
 
 from . import _triton
-from ._chunks import (
-    CPU_CHUNK_BYTES,
-    as_autocast,
-    check_bias,
-    check_linear,
-    check_logit_scale,
-    check_rows,
-    check_softcap,
-    fold_scale,
-    needs_gradient,
-    wide,
-)
-from ._divergence import check_divergence, divergence_ref
-from ._parallel import VocabShard, all_sum, local_head, local_width
-from ._topk_rows import Kind, check_kept, check_temperature, kept_rows, local_ids, topk_terms_of
-from ._triton import LAUNCH, runs_triton, tl, triton
-from .linear_kl import (
+from ._chunks import CPU_CHUNK_BYTES, wide
+from ._divergence import divergence_ref
+from ._head import Head, checked_head, fake_gradients
+from ._loss import (
     LinearKL,
-    fake_dbias,
-    fake_outputs,
-    row_weights,
+    LossOptions,
+    fake_loss,
+    loss_factor,
+    loss_ref,
     save_gradients,
     scale_gradients,
     weighted_total,
 )
+from ._parallel import VocabShard, all_sum, local_width, slice_of
+from ._topk_inputs import check_tail, check_topk, local_ids, topk_inputs
+from ._topk_rows import TopKSpec, topk_terms_of
+from ._triton import LAUNCH, runs_triton, tl, triton
 
 # of the vocabulary: V / 184 is where both take equally long if gathers stream at full bandwidth
 GATHER_BELOW = 1 / 600
@@ -97,13 +88,7 @@ def renormalised_topk_kl_ref(
         for x in (a_TK, teacher_logp_TK)
     )
     kl_T = torch.where(live_TK.any(1), divergence_ref(logp_TK, logq_TK, divergence, beta), 0.0)
-    kl_T = kl_T * (temperature**2 if scale_t2 else 1.0)
-    if rows is not None:
-        kl_T = torch.zeros_like(kl_T).index_copy(0, rows.long(), kl_T[rows])
-    return LinearKL(
-        weighted_total(kl_T, torch.ones_like(kl_T) if weight is None else weight.to(dtype)),
-        kl_T.detach(),
-    )
+    return loss_ref(kl_T, weight, rows, loss_factor(temperature, scale_t2))
 
 
 @triton.jit
@@ -183,7 +168,7 @@ def sum_pairs(
     d = tl.program_id(1) * DB + tl.arange(0, DB)
     first = tl.load(offset + v)
     end = tl.load(offset + v + 1)
-    if first < end:  # else nobody kept this id, and zeros are there already
+    if first < end:  # else the id is in no top-k, and zeros are there already
         acc = tl.zeros((NB, DB), WIDE)
         for start in range(first, end, NB):
             i = start + tl.arange(0, NB)
@@ -251,9 +236,7 @@ def _dhidden(head_VD: Tensor, ids_MK: Tensor, d_MK: Tensor) -> Tensor:
 
 
 def _dhead(x_MD: Tensor, ids_MK: Tensor, d_MK: Tensor, V: int, dtype: torch.dtype) -> Tensor:
-    """sum of d[m, k] x[m] over the pairs with ids[m, k] = v, [V, D]; added in fp32 or fp64 in the
-    order of m.
-    """
+    """sum of d[m, k] x[m] over the pairs with ids[m, k] = v, [V, D], added in the order of m."""
     (M, K), D = ids_MK.shape, x_MD.shape[1]
     if runs_triton(x_MD) and M:
         dhead_VD, tiles = x_MD.new_zeros(V, D, dtype=dtype), _tiles(d_MK.dtype)
@@ -293,6 +276,8 @@ def _op(
     hidden_TD: Tensor,
     head_VD: Tensor,
     bias_V: Tensor | None,
+    logit_scale: float,
+    softcap: float,
     ids_TK: Tensor,
     teacher_logp_TK: Tensor,
     weight_T: Tensor,
@@ -302,71 +287,56 @@ def _op(
     temperature: float,
     scale_t2: bool,
     vocab_size: int,
-    logit_scale: float,
-    softcap: float,
     group: str,
     vocab_start: int,
     need_dhidden: bool,
     need_dhead: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """total [], kl [T], and the gradients of total in hidden, head and bias (empty where not
-    needed).
-    """
+    """total [], kl [T], gradients of total in hidden, head and bias or empty."""
     rows = slice(None) if rows_M is None else rows_M
-    x_MD, logq_MK, dtype = (
-        hidden_TD[rows].contiguous(),
-        teacher_logp_TK[rows],
-        wide(hidden_TD.dtype),
-    )
-    ids_MK = local_ids(
-        ids_TK[rows], vocab_start, local_width(len(head_VD), vocab_size, vocab_start), group
-    )
-    scale, gradient_scale = fold_scale(temperature, logit_scale, softcap)
-    kind, t2 = (
-        Kind(divergence, "renorm", beta, scale, softcap, vocab_size),
-        temperature**2 if scale_t2 else 1.0,
-    )
-    z_MK = _dots(x_MD, head_VD, ids_MK)
-    if bias_V is not None and len(bias_V):
-        z_MK += bias_V[ids_MK.clamp(min=0).long()].masked_fill(ids_MK < 0, 0.0)
-    z_MK = all_sum(z_MK, group)  # one rank has the logit, the others 0
-    if softcap:
-        z_MK.mul_(logit_scale / softcap).tanh_().mul_(softcap)
-    no_tail = z_MK.new_zeros(len(z_MK))
+    x_MD = hidden_TD[rows].contiguous()
+    head = Head(x_MD, head_VD, bias_V, logit_scale, softcap)
+    V = local_width(len(head_VD), vocab_size, vocab_start)
+    ids_MK = local_ids(ids_TK[rows], vocab_start, V, group)
+    scale, gradient_scale = head.scales(temperature)
+    spec = TopKSpec(divergence, "renorm", beta, scale, softcap, vocab_size, group)
+    t2 = loss_factor(temperature, scale_t2)
+    z_MK = _topk_logits(head, ids_MK, group)
+    no_tail, coeff_M = z_MK.new_zeros(len(z_MK)), weight_T[rows] * (t2 * gradient_scale)
     kl_M, d_MK, _ = topk_terms_of(
-        z_MK, logq_MK, no_tail, no_tail, no_tail, weight_T[rows] * (t2 * gradient_scale), kind
+        z_MK, teacher_logp_TK[rows], no_tail, no_tail, no_tail, coeff_M, spec
     )
-    kl_T = hidden_TD.new_zeros(len(hidden_TD), dtype=dtype)
+    kl_T = hidden_TD.new_zeros(len(hidden_TD), dtype=wide(hidden_TD.dtype))
     kl_T[rows] = kl_M * t2
     dx_TD = hidden_TD.new_zeros(hidden_TD.shape if need_dhidden else (0,))
+    dhead_VD = head_VD.new_empty(0)
+    dbias_V = kl_T.new_empty(0) if bias_V is None else bias_V.new_empty(0)
     if need_dhidden:
         dx_TD[rows] = _dhidden(head_VD, ids_MK, d_MK)
-    dhead_VD = (
-        _dhead(x_MD, ids_MK, d_MK, len(head_VD), head_VD.dtype)
-        if need_dhead
-        else head_VD.new_empty(0)
-    )
-    dbias_V = dhead_VD.new_empty(0, dtype=dtype if bias_V is None else bias_V.dtype)
+        dx_TD = all_sum(dx_TD, group)
+    if need_dhead:
+        dhead_VD = _dhead(x_MD, ids_MK, d_MK, len(head_VD), head_VD.dtype)
     if need_dbias:
-        dbias_V = _dhead(torch.ones_like(x_MD[:, :1]), ids_MK, d_MK, len(head_VD), bias_V.dtype)[
-            :, 0
-        ].contiguous()
-    return (
-        weighted_total(kl_T, weight_T),
-        kl_T,
-        all_sum(dx_TD, group) if need_dhidden else dx_TD,
-        dhead_VD,
-        dbias_V,
-    )
+        ones_M1 = torch.ones_like(x_MD[:, :1])
+        dbias_V1 = _dhead(ones_M1, ids_MK, d_MK, len(head_VD), dbias_V.dtype)
+        dbias_V = dbias_V1[:, 0].contiguous()
+    return weighted_total(kl_T, weight_T), kl_T, dx_TD, dhead_VD, dbias_V
+
+
+def _topk_logits(head: Head, ids_MK: Tensor, group: str) -> Tensor:
+    """[M, K] in fp32 or fp64; without a cap still to be scaled, as in `project`."""
+    z_MK = _dots(head.hidden_TD, head.head_VD, ids_MK)
+    if head.bias_V is not None and len(head.bias_V):
+        z_MK += head.bias_V[ids_MK.clamp(min=0).long()].masked_fill(ids_MK < 0, 0.0)
+    z_MK = all_sum(z_MK, group)  # one rank has the logit, the others 0
+    if head.softcap:
+        z_MK.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap)
+    return z_MK
 
 
 def _fake(hidden_TD, head_VD, bias_V, *rest):
-    *_, need_dhidden, need_dhead, need_dbias = rest
-    return (
-        *fake_outputs(hidden_TD, head_VD, need_dhidden, need_dhead),
-        fake_dbias(hidden_TD, head_VD, bias_V, need_dbias),
-    )
+    return *fake_loss(hidden_TD), *fake_gradients(hidden_TD, head_VD, bias_V, rest[-3:])
 
 
 _op.register_fake(_fake)
@@ -393,46 +363,26 @@ def renormalised_topk_kl(
     shard: VocabShard | None = None,
     frozen_head: bool = False,
 ) -> LinearKL:
-    """(total [], kl [T]), fp32 (fp64 for fp64), in nats. total is differentiable in hidden, head
-    and bias.
+    """(total [], kl [T]), fp32 (fp64 for fp64), in nats. Differentiable in hidden, head and bias.
 
     hidden [T, D], head [V, D] and bias [V] of the student; the head may be transposed or a slice,
     it is not copied. ids int [T, K], K >= 2, distinct within a row, -1 for padding; teacher_logp
-    fp32 [T, K], natural logs at this temperature up to a constant of its row. The options are those
-    of `linear_topk_kl`, which takes this path by itself for tail="renorm" and K <= V / 600.
-    ValueError on shapes, dtypes, or an option that has no meaning.
+    fp32 [T, K], natural logs at this temperature up to a constant of its row. Options as in
+    `linear_kl`. ValueError on shapes, dtypes, or an option that has no meaning.
     """
-    op = "renormalised_topk_kl"
-    check_divergence(op, divergence, beta)
-    head_VD, bias_V = (
-        local_head(op, head_VD, shard),
-        None if bias is None else local_head(f"{op} (bias)", bias, shard),
-    )
-    x_TD, head_VD, bias_V = as_autocast(hidden_TD, head_VD, bias_V)
-    V = check_linear(op, x_TD, head_VD, vocab_size, temperature, shard)
-    check_bias(op, bias_V, head_VD)
-    check_temperature(op, temperature, teacher_temperature)
-    check_kept(op, V, len(x_TD), ids_TK, teacher_logp_TK, None, divergence, "renorm", False)
-    ids_TK, logq_TK, _ = kept_rows(ids_TK, teacher_logp_TK, None, "renorm", V, wide(x_TD.dtype))
+    op, side = "renormalised_topk_kl", (hidden_TD, head_VD, bias, logit_scale, softcap)
+    options = LossOptions(divergence, beta, temperature, weight, rows, scale_t2)
+    student, V = checked_head(op, *side, vocab_size, shard)
+    x_TD = student.hidden_TD
+    check_tail(op, "renorm", options, teacher_temperature)
+    check_topk(op, V, len(x_TD), ids_TK, teacher_logp_TK, None, "renorm")
+    topk = topk_inputs(ids_TK, teacher_logp_TK, None, "renorm", V, wide(x_TD.dtype))
     total, kl_T, *_ = _op(
-        x_TD,
-        head_VD,
-        bias_V,
-        ids_TK,
-        logq_TK,
-        row_weights(op, weight, x_TD),
-        check_rows(op, rows, x_TD),
-        divergence,
-        beta,
-        temperature,
-        scale_t2,
+        *student,
+        *topk[:2],
+        *options.checked(op, x_TD),
         V,
-        check_logit_scale(op, logit_scale),
-        check_softcap(op, softcap),
-        shard.group if shard else "",
-        shard.start if shard else 0,
-        needs_gradient(x_TD),
-        needs_gradient(head_VD, frozen_head),
-        needs_gradient(bias_V, frozen_head),
+        *slice_of(shard),
+        *student.needs(frozen_head),
     )
     return LinearKL(total, kl_T)

@@ -4,8 +4,8 @@
 
 Tokens with span -1, or beyond the last span, lie outside every span; a span without tokens sums to
 0. The backward is a gather: dx[t] = dsums[span[t]]. fp32 accumulation, or fp64 when given fp64, in
-   an order that depends on the span alone: two
-runs are bitwise equal, and so are a span's sums in whatever batch it is packed into.
+an order that depends on the span alone: two runs are bitwise equal, and so are a span's sums in
+whatever batch it is packed into.
 
 Shapes: T tokens, S spans.
 """
@@ -59,14 +59,13 @@ def _op(x_T: Tensor, span_T: Tensor, num_spans: int) -> Tensor:
         return sums_S
     # A stable sort instead of index_add_, whose atomics add in another order every run.
     sorted_T, order_T = torch.sort(span_T, stable=True)
-    offset_S = torch.searchsorted(
-        sorted_T, torch.arange(num_spans + 1, device=x_T.device, dtype=span_T.dtype)
-    )
+    all_spans_S1 = torch.arange(num_spans + 1, device=x_T.device, dtype=span_T.dtype)
+    offset_S1 = torch.searchsorted(sorted_T, all_spans_S1)
     wide_tl = tl.float64 if sums_S.dtype == torch.float64 else tl.float32
     _sum[(triton.cdiv(num_spans, SPANS),)](
         x_T.contiguous(),
         order_T,
-        offset_S,
+        offset_S1,
         sums_S,
         num_spans,
         SPANS=SPANS,
@@ -98,8 +97,7 @@ _op.register_autograd(_grad, setup_context=_save)
 
 
 def span_sum(x_T: Tensor, span_T: Tensor, num_spans: int) -> Tensor:
-    """sums fp32 [S] (fp64 for fp64 x) of x [T] over span int [T]; -1 is outside. Differentiable in
-    x.
+    """sums fp32 [S] (fp64 for fp64 x) of x [T] over span int [T], -1 outside. Differentiable in x.
 
     x is any floating dtype. span values need not be sorted; those outside 0 .. num_spans - 1 belong
     to no span. Weigh tokens by multiplying x. Packed sequences: shift row b's spans by the number

@@ -2,7 +2,7 @@
 
     p = softmax(student logits / temperature),  q = softmax(teacher logits / temperature)
     kl[t] = D(p[t], q[t]), D one of forward, reverse, jsd, skew_forward, skew_reverse (formulas in
-        _divergence.py)
+            _divergence.py)
     total = sum_t weight[t] kl[t]
 
 Gradients are made in the forward, where both rows are at hand, and the backward scales them. A
@@ -17,12 +17,23 @@ Shapes: T tokens, M chosen rows, V vocabulary.
 import torch
 from torch import Tensor
 
-from ._chunks import WORKSPACE_MB, check_rows, chunks, wide
-from ._divergence import check_divergence, divergence_ref
-from ._kl_rows import kl_rows
-from ._parallel import VocabShard, common_width, local_width
+from ._chunks import WORKSPACE_MB, chunks, wide
+from ._divergence import divergence_ref
+from ._kl_rows import KLSpec, kl_rows
+from ._loss import (
+    InPlaceLoss,
+    LinearKL,
+    LossOptions,
+    check_inplace,
+    fake_loss,
+    loss_factor,
+    loss_ref,
+    save_gradients,
+    scale_gradients,
+    weighted_total,
+)
+from ._parallel import VocabShard, common_width, local_width, slice_of
 from ._triton import require, runs_triton
-from .linear_kl import LinearKL, row_weights, weighted_total
 
 
 def token_kl_ref(
@@ -42,15 +53,8 @@ def token_kl_ref(
         (x[:, :vocab_size].to(wide(x.dtype)) / temperature).log_softmax(-1)
         for x in (student_logits_TV, teacher_logits_TV.detach())
     )
-    kl_T = divergence_ref(logp_TV, logq_TV, divergence, beta) * (
-        temperature**2 if scale_t2 else 1.0
-    )
-    if rows is not None:
-        kl_T = torch.zeros_like(kl_T).index_copy(0, rows.long(), kl_T[rows])
-    return LinearKL(
-        weighted_total(kl_T, torch.ones_like(kl_T) if weight is None else weight.to(kl_T.dtype)),
-        kl_T.detach(),
-    )
+    kl_T = divergence_ref(logp_TV, logq_TV, divergence, beta)
+    return loss_ref(kl_T, weight, rows, loss_factor(temperature, scale_t2))
 
 
 def _sweep(
@@ -65,33 +69,29 @@ def _sweep(
     vocab_size: int,
     group: str,
     vocab_start: int,
+    *,
     dz_TV: Tensor | None,
 ) -> Tensor:
     """kl [T]; writes the gradient of sum weight kl into dz, which may be z."""
-    V, t2 = local_width(z_TV.shape[1], vocab_size, vocab_start), temperature**2 if scale_t2 else 1.0
+    V, t2 = local_width(z_TV.shape[1], vocab_size, vocab_start), loss_factor(temperature, scale_t2)
     chosen_T = None
     if rows_M is not None:
-        chosen_T = torch.zeros(len(z_TV), dtype=torch.bool, device=z_TV.device).index_fill_(
-            0, rows_M, True
-        )
+        chosen_T = torch.zeros(len(z_TV), dtype=torch.bool, device=z_TV.device)
+        chosen_T.index_fill_(0, rows_M, True)
     if dz_TV is not None:
         dz_TV[:, V:] = 0
     z_TV, u_TV, d_TV = z_TV[:, :V], u_TV[:, :V], None if dz_TV is None else dz_TV[:, :V]
-    scales = 1 / temperature, 1 / temperature
+    spec = KLSpec(divergence, beta, (1 / temperature, 1 / temperature), 0.0, group)
     if runs_triton(z_TV):
-        return kl_rows(
-            z_TV, u_TV, weight_T * t2, scales, divergence, beta, 0.0, d_TV, group, chosen_T
-        ).mul_(t2)
+        return kl_rows(z_TV, u_TV, weight_T * t2, spec, d_TV, chosen_T).mul_(t2)
     kl_T = weight_T.new_zeros(len(z_TV))
     for c in chunks(z_TV, common_width(vocab_size, group), 8, WORKSPACE_MB, rows_M):
         z_CV = z_TV[c]  # a view, or a copy of the chosen rows, which then takes the gradient
         d_CV = None if d_TV is None else d_TV[c] if rows_M is None else z_CV
-        kl_T[c] = kl_rows(
-            z_CV, u_TV[c], weight_T[c] * t2, scales, divergence, beta, 0.0, d_CV, group
-        )
-        if d_CV is z_CV and d_CV is not None:
+        kl_T[c] = kl_rows(z_CV, u_TV[c], weight_T[c] * t2, spec, d_CV)
+        if d_TV is not None and d_CV is z_CV:
             d_TV[c] = d_CV
-    if rows_M is not None and d_TV is not None:
+    if chosen_T is not None and d_TV is not None:
         d_TV.masked_fill_(~chosen_T[:, None], 0.0)
     return kl_T.mul_(t2)
 
@@ -111,9 +111,7 @@ def _op(
     vocab_start: int,
     need_dlogits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """total [], kl [T], and the gradient of total in the student's logits (empty where not
-    needed).
-    """
+    """total [], kl [T], gradient of total in the student's logits or empty."""
     dz_TV = student_logits_TV.new_empty(student_logits_TV.shape if need_dlogits else (0,))
     kl_T = _sweep(
         student_logits_TV,
@@ -127,59 +125,18 @@ def _op(
         vocab_size,
         group,
         vocab_start,
-        dz_TV if need_dlogits else None,
+        dz_TV=dz_TV if need_dlogits else None,
     )
     return weighted_total(kl_T, weight_T), kl_T, dz_TV
 
 
 def _fake(student_logits_TV, *rest):
-    T, dtype = student_logits_TV.shape[0], wide(student_logits_TV.dtype)
-    return (
-        student_logits_TV.new_empty((), dtype=dtype),
-        student_logits_TV.new_empty(T, dtype=dtype),
-        student_logits_TV.new_empty(student_logits_TV.shape if rest[-1] else (0,)),
-    )
-
-
-def _save(ctx, inputs, output):
-    _, kl_T, dz_TV = output
-    ctx.save_for_backward(dz_TV)
-    ctx.mark_non_differentiable(kl_T, dz_TV)
-    ctx.set_materialize_grads(False)
-    ctx.needed, ctx.num_inputs = inputs[-1], len(inputs)
-
-
-def _grad(ctx, g_total, *_):
-    (dz_TV,) = ctx.saved_tensors
-    return dz_TV * g_total if ctx.needed and g_total is not None else None, *[None] * (
-        ctx.num_inputs - 1
-    )
+    dz_TV = student_logits_TV.new_empty(student_logits_TV.shape if rest[-1] else (0,))
+    return *fake_loss(student_logits_TV), dz_TV
 
 
 _op.register_fake(_fake)
-_op.register_autograd(_grad, setup_context=_save)
-
-
-class _InPlace(torch.autograd.Function):
-    """As the op, with the gradient in the memory of the logits. Eager only: an op that overwrites
-    its differentiable input has no autograd formula in torch.library.
-    """
-
-    @staticmethod
-    def forward(ctx, student_logits_TV, *args):
-        dz_TV = student_logits_TV.detach()
-        kl_T = _sweep(dz_TV, *args, dz_TV)
-        # whoever saved the logits now raises in its backward
-        torch.autograd.graph.increment_version(student_logits_TV)
-        ctx.save_for_backward(student_logits_TV)
-        ctx.mark_non_differentiable(kl_T)
-        ctx.num_args = len(args)
-        return weighted_total(kl_T, args[1]), kl_T
-
-    @staticmethod
-    def backward(ctx, g_total, _):
-        (dz_TV,) = ctx.saved_tensors  # raises in a second backward: the first has scaled it
-        return dz_TV.detach().mul_(g_total), *[None] * ctx.num_args
+_op.register_autograd(scale_gradients, setup_context=save_gradients)
 
 
 def _check_logits(
@@ -188,19 +145,17 @@ def _check_logits(
     vocab_size: int | None,
     shard: VocabShard | None,
 ) -> int:
-    """Returns the vocabulary size in use, of all slices together."""
+    """Returns the size of the whole vocabulary."""
     shapes = [list(x.shape) for x in (student_logits_TV, teacher_logits_TV)]
     require(
         student_logits_TV.ndim == teacher_logits_TV.ndim == 2 and shapes[0][0] == shapes[1][0],
         f"token_kl: student logits are {shapes[0]} and teacher logits {shapes[1]}; want [T, V] "
-        "twice. "
-        "Flatten first: logits.flatten(0, -2)",
+        "twice. Flatten first: logits.flatten(0, -2)",
     )
     require(
         not any(hasattr(x, "full_tensor") for x in (student_logits_TV, teacher_logits_TV)),
         "token_kl: the logits are DTensors; want plain ones. Sharded over the vocabulary: "
-        "logits.to_local() on both "
-        "sides and shard=VocabShard.of(head)",
+        "logits.to_local() on both sides and shard=VocabShard.of(head)",
     )
     require(
         all(x.stride(-1) == 1 or x.shape[1] <= 1 for x in (student_logits_TV, teacher_logits_TV)),
@@ -225,25 +180,6 @@ def _check_logits(
     return V
 
 
-def check_inplace(op: str, student_logits_TV: Tensor) -> None:
-    require(
-        not torch.compiler.is_compiling(),
-        f"{op}: inplace=True under torch.compile; want eager. Leave it out: a "
-        "compiled graph frees the logits by itself",
-    )
-    require(
-        not student_logits_TV.is_leaf,
-        f"{op}: inplace=True would overwrite a leaf, a parameter as it were, with its "
-        "gradient; want logits that a model computed",
-    )
-    T, V = student_logits_TV.shape
-    require(
-        T <= 1 or student_logits_TV.stride(0) >= V,
-        f"{op}: inplace=True on rows that overlap in memory (expanded logits?); want one row per "
-        "token",
-    )
-
-
 def token_kl(
     student_logits_TV: Tensor,
     teacher_logits_TV: Tensor,
@@ -258,39 +194,23 @@ def token_kl(
     shard: VocabShard | None = None,
     inplace: bool = False,
 ) -> LinearKL:
-    """(total [], kl [T]), fp32 (fp64 for fp64), in nats. total is differentiable in the student's
-    logits only.
+    """(total [], kl [T]), fp32 (fp64 for fp64), in nats. Differentiable in the student's logits.
 
     logits [T, V] on both sides, dense along V, any floating dtypes. vocab_size: columns beyond it
-    are padding, and their number may differ. beta: jsd and skew only, 0 < beta < 1. weight [T]:
-    constant, None for ones. rows int64 [M], distinct: only these are read, the others have kl 0 and
-    gradient 0. scale_t2 multiplies kl and gradient by temperature squared. shard: both logits are
-    this rank's slice of the vocabulary, vocab_size counts the whole. inplace: the gradient is
-    written over the student's logits, half the memory. They hold no logits afterwards; if autograd
-    still needs them elsewhere, it raises in the backward, as it does in a second backward. Not
-    under torch.compile. ValueError on shapes, strides, or an option that has no meaning.
+    are padding, and their number may differ. shard: both logits are this rank's slice of the
+    vocabulary, vocab_size counts the whole. inplace: the gradient is written over the student's
+    logits, half the memory. They hold no logits afterwards; if autograd still needs them elsewhere,
+    it raises in the backward, as it does in a second backward. Not under torch.compile. Other
+    options as in `linear_kl`. ValueError on shapes, strides, or an option that has no meaning.
     """
-    check_divergence("token_kl", divergence, beta)
-    require(
-        temperature > 0,
-        f"token_kl: temperature is {temperature}; want > 0. 0 means greedy: take the argmax",
-    )
-    V = _check_logits(student_logits_TV, teacher_logits_TV, vocab_size, shard)
-    args = (
-        teacher_logits_TV.detach(),
-        row_weights("token_kl", weight, student_logits_TV),
-        check_rows("token_kl", rows, student_logits_TV),
-        divergence,
-        beta,
-        temperature,
-        scale_t2,
-        V,
-        shard.group if shard else "",
-        shard.start if shard else 0,
-    )
-    need_dlogits = torch.is_grad_enabled() and student_logits_TV.requires_grad
+    op, z_TV = "token_kl", student_logits_TV
+    V = _check_logits(z_TV, teacher_logits_TV, vocab_size, shard)
+    options = LossOptions(divergence, beta, temperature, weight, rows, scale_t2)
+    losses = options.checked(op, z_TV)
+    args = teacher_logits_TV.detach(), *losses, V, *slice_of(shard)
+    need_dlogits = torch.is_grad_enabled() and z_TV.requires_grad
     if inplace and need_dlogits:
-        check_inplace("token_kl", student_logits_TV)
-        return LinearKL(*_InPlace.apply(student_logits_TV, *args))
-    total, kl_T, _ = _op(student_logits_TV, *args, need_dlogits)
+        check_inplace(op, z_TV)
+        return LinearKL(*InPlaceLoss.apply(z_TV, _sweep, losses[0], *args))
+    total, kl_T, _ = _op(z_TV, *args, need_dlogits)
     return LinearKL(total, kl_T)

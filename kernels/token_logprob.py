@@ -17,7 +17,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ._chunks import Rows, check_rows, chunks, wide
+from ._chunks import WORKSPACE_MB, Rows, check_rows, check_temperature, chunks, wide
 from ._logprob_rows import (
     LogProb,
     check_target,
@@ -26,7 +26,7 @@ from ._logprob_rows import (
     logprob_rows,
     upstream,
 )
-from ._parallel import VocabShard, common_width, local_width
+from ._parallel import VocabShard, common_width, local_width, slice_of
 from ._triton import require, runs_triton
 
 
@@ -50,10 +50,8 @@ def token_logprob_ref(logits_TV: Tensor, target: Tensor, *, temperature: float =
 
 
 def _row_blocks(logits_TV: Tensor, width: int) -> Iterable[Rows]:
-    """A kernel takes all rows at once; PyTorch makes temporaries as large as its input, so it goes
-    block by block.
-    """
-    return [slice(None)] if runs_triton(logits_TV) else chunks(logits_TV, width, 3, 1200)
+    """A kernel takes all rows at once; PyTorch makes copies of its input, so it takes chunks."""
+    return [slice(None)] if runs_triton(logits_TV) else chunks(logits_TV, width, 3, WORKSPACE_MB)
 
 
 @torch.library.custom_op("reflux::token_logprob", mutates_args=())
@@ -65,9 +63,7 @@ def _op(
     vocab_size: int,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logp [T, K], lse [T], entropy [T] or empty, and for the backward: row max [T], log of the
-    shifted sum [T].
-    """
+    """logp [T, K], lse [T], entropy [T] or empty; row max [T] and log of the shifted sum [T]."""
     out = _fake(logits_TV, target_TK, temperature, entropy, vocab_size, group)
     for c in _row_blocks(logits_TV, common_width(vocab_size, group)):
         part = logprob_rows(logits_TV[c], target_TK[c], 1 / temperature, entropy, group)
@@ -145,14 +141,13 @@ def token_logprob(
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
 ) -> LogProb:
-    """(logp [T] or [T, K], lse [T], entropy [T] or None), fp32 (fp64 for fp64), in nats; all
-    differentiable in logits.
+    """(logp [T] or [T, K], lse [T], entropy [T] or None), fp32 (fp64 for fp64), in nats.
 
-    logits [T, V] of any floating dtype, dense along V, any stride along T; target int [T], or [T,
-    K] with candidates that may repeat. rows: distinct row numbers int64 [M]; the others are
-    ignored. vocab_size < V leaves padded columns out, with gradient 0. With shard, logits are this
-    rank's columns [T, V_local], targets stay ids of the whole vocabulary and vocab_size is its
-    size. ValueError on shapes, strides, temperature <= 0.
+    All are differentiable in logits. logits [T, V] of any floating dtype, dense along V, any stride
+    along T; target int [T], or [T, K] with candidates that may repeat. rows: distinct row numbers
+    int64 [M]; the others are ignored. vocab_size < V leaves padded columns out, with gradient 0.
+    With shard, logits are this rank's columns [T, V_local], targets stay ids of the whole
+    vocabulary and vocab_size is its size. ValueError on shapes, strides, temperature <= 0.
     """
     op = "token_logprob"
     require(
@@ -168,15 +163,12 @@ def token_logprob(
         f"{op}: the vocabulary axis must be dense, got strides {logits_TV.stride()}. Try "
         ".contiguous()",
     )
-    require(
-        temperature > 0,
-        f"{op}: temperature is {temperature}; want > 0. 0 means greedy: take the argmax",
-    )
+    check_temperature(op, temperature)
     require(
         shard is None or vocab_size is not None,
         f"{op}: a shard without vocab_size; want the size of the whole vocabulary",
     )
-    V, start = vocab_size or logits_TV.shape[1], shard.start if shard else 0
+    V, (group, start) = vocab_size or logits_TV.shape[1], slice_of(shard)
     require(
         shard is not None or 0 < V <= logits_TV.shape[1],
         f"{op}: vocab_size is {V} and logits have {logits_TV.shape[1]} columns; want 1 <= "
@@ -188,7 +180,5 @@ def token_logprob(
     )
     if width < logits_TV.shape[1]:
         logits_TV = logits_TV[:, :width]
-    logp_TK, lse_T, entropy_T, _, _ = _op(
-        logits_TV, target_TK, temperature, entropy, V, shard.group if shard else ""
-    )
+    logp_TK, lse_T, entropy_T, _, _ = _op(logits_TV, target_TK, temperature, entropy, V, group)
     return LogProb(logp_TK.reshape(target.shape), lse_T, entropy_T if entropy else None)

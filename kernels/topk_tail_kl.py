@@ -1,10 +1,11 @@
-"""Divergence of a student, given as logits, from the K classes kept of a teacher.
+"""Divergence of a student, given as logits, from the top-k of a teacher.
 
 S = the ids of a row, p the student, q the teacher, both at `temperature`; the tail is every class
 outside S; P and Q are the masses that teacher and student have in S.
 
-    bucket    D over K + 1 classes, the last holding the whole tail: 0 <= bucket <= full D, = full at
-             K = V. forward: P renorm + KL(P || Q) of the two masses; reverse: Q renorm + KL(Q || P)
+    bucket   D over K + 1 classes, the last of which holds the whole tail: 0 <= bucket <= full D,
+             equal at K = V. forward: P renorm + KL(P || Q) of the masses; reverse: Q renorm +
+             KL(Q || P)
     renorm   D of p and q, each renormalised over S: blind to mass outside S
     sampled  - sum_S w log p, ids drawn from q with weights w = exp(teacher_logp): its gradient is
              that of the full forward KL in expectation (arXiv:2503.16870); the value is a
@@ -20,19 +21,30 @@ and no gradient. The ids of a row must be distinct (checked with REFLUX_KERNELS_
 whose kl is inf or NaN keeps it and contributes a zero gradient. Traffic with gradient: the logits
 are copied, read without the support, then read and overwritten with the gradient.
 
-Shapes: T tokens, K kept ids, V vocabulary, C rows of a chunk.
+Shapes: T tokens, K top-k ids, V vocabulary, C rows of a chunk.
 """
 
 import torch
 from torch import Tensor
 
-from ._chunks import WORKSPACE_MB, Rows, check_rows, chunks, wide
-from ._divergence import check_divergence, divergence_ref
-from ._parallel import VocabShard, common_width, local_width
-from ._topk_rows import Kind, check_kept, check_temperature, kept_rows, local_ids, topk_rows_
+from ._chunks import WORKSPACE_MB, Rows, chunks, wide
+from ._divergence import divergence_ref
+from ._loss import (
+    InPlaceLoss,
+    LinearKL,
+    LossOptions,
+    check_inplace,
+    fake_loss,
+    loss_factor,
+    loss_ref,
+    save_gradients,
+    scale_gradients,
+    weighted_total,
+)
+from ._parallel import VocabShard, common_width, local_width, slice_of
+from ._topk_inputs import check_tail, check_topk, local_ids, topk_inputs
+from ._topk_rows import TopKSpec, topk_rows_
 from ._triton import require, runs_triton
-from .linear_kl import LinearKL, row_weights, save_gradients, scale_gradients, weighted_total
-from .token_kl import check_inplace
 
 
 def topk_tail_kl_ref(
@@ -54,10 +66,12 @@ def topk_tail_kl_ref(
     dtype = wide(student_logits_TV.dtype)
     a_TV = student_logits_TV[:, :vocab_size].to(dtype) / temperature
     live_TK = (ids_TK >= 0) & (ids_TK < a_TV.shape[1]) & (teacher_logp_TK != -torch.inf)
+    # a row of padding has no gradient, even where its tail makes the divergence infinite
+    a_TV = torch.where(live_TK.any(1, keepdim=True), a_TV, a_TV.detach())
     # Padding points one past the vocabulary, so that one scatter marks the support.
     safe_TK = torch.where(live_TK, ids_TK, a_TV.shape[1]).long()
-    kept_TV = torch.zeros(len(a_TV), a_TV.shape[1] + 1, dtype=torch.bool, device=a_TV.device)
-    kept_TV = kept_TV.scatter(1, safe_TK, True)[:, :-1]
+    in_topk_TV = torch.zeros(len(a_TV), a_TV.shape[1] + 1, dtype=torch.bool, device=a_TV.device)
+    in_topk_TV = in_topk_TV.scatter(1, safe_TK, True)[:, :-1]
     padded_TV = torch.cat([a_TV, a_TV.new_full((len(a_TV), 1), -torch.inf)], 1)
     a_TK, logq_TK = (
         padded_TV.gather(1, safe_TK),
@@ -67,21 +81,16 @@ def topk_tail_kl_ref(
         kl_T = divergence_ref(a_TK.log_softmax(1), logq_TK.log_softmax(1), divergence, beta)
     else:
         logp_TK = a_TK - a_TV.logsumexp(1, keepdim=True)
-        if tail == "bucket":
-            rest_T1 = a_TV.masked_fill(kept_TV, -torch.inf).logsumexp(1, keepdim=True)
-            logq_tail_T = teacher_tail_T.to(dtype).masked_fill(kept_TV.all(1), -torch.inf)
-            logp_TK = torch.cat([logp_TK, rest_T1 - a_TV.logsumexp(1, keepdim=True)], 1)
+        if tail == "bucket" and teacher_tail_T is not None:
+            tail_T1 = a_TV.masked_fill(in_topk_TV, -torch.inf).logsumexp(1, keepdim=True)
+            logq_tail_T = teacher_tail_T.to(dtype).masked_fill(in_topk_TV.all(1), -torch.inf)
+            logp_TK = torch.cat([logp_TK, tail_T1 - a_TV.logsumexp(1, keepdim=True)], 1)
             logq_TK = torch.cat([logq_TK, logq_tail_T[:, None]], 1)
         kl_T = divergence_ref(logp_TK, logq_TK, divergence, beta)
         if tail == "sampled":
             kl_T = -torch.where(logq_TK > -torch.inf, logq_TK.exp() * logp_TK, 0.0).sum(1)
-    kl_T = torch.where(live_TK.any(1), kl_T, 0.0) * (temperature**2 if scale_t2 else 1.0)
-    if rows is not None:
-        kl_T = torch.zeros_like(kl_T).index_copy(0, rows.long(), kl_T[rows])
-    return LinearKL(
-        weighted_total(kl_T, torch.ones_like(kl_T) if weight is None else weight.to(dtype)),
-        kl_T.detach(),
-    )
+    kl_T = torch.where(live_TK.any(1), kl_T, 0.0)
+    return loss_ref(kl_T, weight, rows, loss_factor(temperature, scale_t2))
 
 
 def _sweep(
@@ -92,62 +101,47 @@ def _sweep(
     weight_T: Tensor,
     rows_M: Tensor | None,
     divergence: str,
-    tail: str,
     beta: float,
     temperature: float,
     scale_t2: bool,
+    tail: str,
     vocab_size: int,
     group: str,
     vocab_start: int,
     workspace_mb: float,
+    *,
     dz_TV: Tensor | None,
 ) -> Tensor:
     """kl [T]; writes the gradient of sum weight kl into dz, which may be the logits."""
-    V, with_kernel = (
-        local_width(logits_TV.shape[1], vocab_size, vocab_start),
-        runs_triton(logits_TV),
-    )
-    kind, t2 = (
-        Kind(divergence, tail, beta, 1 / temperature, 0.0, vocab_size),
-        temperature**2 if scale_t2 else 1.0,
-    )
-    ids_TK, coeff_T, kl_T = (
-        local_ids(ids_TK, vocab_start, V, group),
-        weight_T * t2,
-        weight_T.new_zeros(len(logits_TV)),
-    )
+    V = local_width(logits_TV.shape[1], vocab_size, vocab_start)
+    spec = TopKSpec(divergence, tail, beta, 1 / temperature, 0.0, vocab_size, group)
+    t2, with_kernel = loss_factor(temperature, scale_t2), runs_triton(logits_TV)
+    ids_TK, coeff_T = local_ids(ids_TK, vocab_start, V, group), weight_T * t2
+    kl_T = weight_T.new_zeros(len(logits_TV))
     dtype = wide(logits_TV.dtype) if not with_kernel or dz_TV is None else dz_TV.dtype
-    direct = dz_TV is not None and dz_TV.dtype == dtype and rows_M is None
 
     # a function, so that its block is free before the next chunk's is made
     def step(c: Rows) -> None:
-        z_CV = dz_TV[c, :V] if direct else logits_TV[c, :V].to(dtype, copy=True)
-        if direct and dz_TV is not logits_TV:
-            z_CV.copy_(logits_TV[c, :V])
-        kl_T[c] = topk_rows_(
-            z_CV,
-            ids_TK[c],
-            teacher_logp_TK[c],
-            teacher_tail_T[c],
-            coeff_T[c],
-            kind,
-            z_CV if dz_TV is not None else None,
-            group,
-        )
-        if dz_TV is not None and not direct:
+        teacher = ids_TK[c], teacher_logp_TK[c], teacher_tail_T[c], coeff_T[c]
+        if dz_TV is not None and dz_TV.dtype == dtype and rows_M is None:  # work in dz itself
+            z_CV = dz_TV[c, :V]
+            if dz_TV is not logits_TV:
+                z_CV.copy_(logits_TV[c, :V])
+            kl_T[c] = topk_rows_(z_CV, *teacher, spec, z_CV)
+            return
+        z_CV = logits_TV[c, :V].to(dtype, copy=True)
+        kl_T[c] = topk_rows_(z_CV, *teacher, spec, None if dz_TV is None else z_CV)
+        if dz_TV is not None:
             dz_TV[c, :V] = z_CV.to(dz_TV.dtype)
 
-    for c in chunks(
-        logits_TV, common_width(vocab_size, group), 1 if with_kernel else 3, workspace_mb, rows_M
-    ):
+    width, buffers = common_width(vocab_size, group), 1 if with_kernel else 3
+    for c in chunks(logits_TV, width, buffers, workspace_mb, rows_M):
         step(c)
     if dz_TV is not None:
         dz_TV[:, V:] = 0
         if rows_M is not None:
-            dz_TV.masked_fill_(
-                kl_T.new_ones(len(kl_T), dtype=torch.bool).index_fill_(0, rows_M, False)[:, None],
-                0.0,
-            )
+            left_out_T = torch.ones_like(kl_T, dtype=torch.bool).index_fill_(0, rows_M, False)
+            dz_TV.masked_fill_(left_out_T[:, None], 0.0)
     return kl_T.mul_(t2)
 
 
@@ -160,19 +154,17 @@ def _op(
     weight_T: Tensor,
     rows_M: Tensor | None,
     divergence: str,
-    tail: str,
     beta: float,
     temperature: float,
     scale_t2: bool,
+    tail: str,
     vocab_size: int,
     group: str,
     vocab_start: int,
     workspace_mb: float,
     need_dlogits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """total [], kl [T], and the gradient of total in the student's logits (empty where not needed;
-    fp32 for fp16).
-    """
+    """total [], kl [T], gradient of total in the student's logits or empty (fp32 for fp16)."""
     dz_TV = _gradient(student_logits_TV, need_dlogits)
     kl_T = _sweep(
         student_logits_TV,
@@ -182,15 +174,15 @@ def _op(
         weight_T,
         rows_M,
         divergence,
-        tail,
         beta,
         temperature,
         scale_t2,
+        tail,
         vocab_size,
         group,
         vocab_start,
         workspace_mb,
-        dz_TV if need_dlogits else None,
+        dz_TV=dz_TV if need_dlogits else None,
     )
     return weighted_total(kl_T, weight_T), kl_T, dz_TV
 
@@ -202,12 +194,7 @@ def _gradient(logits_TV: Tensor, needed: bool) -> Tensor:
 
 
 def _fake(student_logits_TV, *rest):
-    T, dtype = student_logits_TV.shape[0], wide(student_logits_TV.dtype)
-    return (
-        student_logits_TV.new_empty((), dtype=dtype),
-        student_logits_TV.new_empty(T, dtype=dtype),
-        _gradient(student_logits_TV, rest[-1]),
-    )
+    return *fake_loss(student_logits_TV), _gradient(student_logits_TV, rest[-1])
 
 
 def _save(ctx, inputs, output):
@@ -222,28 +209,6 @@ def _grad(ctx, g_total, *_):
 
 _op.register_fake(_fake)
 _op.register_autograd(_grad, setup_context=_save)
-
-
-class _InPlace(torch.autograd.Function):
-    """As the op, with the gradient in the memory of the logits. Eager only: an op that overwrites
-    its differentiable input has no autograd formula in torch.library.
-    """
-
-    @staticmethod
-    def forward(ctx, student_logits_TV, *args):
-        dz_TV, weight_T = student_logits_TV.detach(), args[3]
-        kl_T = _sweep(dz_TV, *args, dz_TV)
-        # whoever saved the logits now raises in its backward
-        torch.autograd.graph.increment_version(student_logits_TV)
-        ctx.save_for_backward(student_logits_TV)
-        ctx.mark_non_differentiable(kl_T)
-        ctx.num_args = len(args)
-        return weighted_total(kl_T, weight_T), kl_T
-
-    @staticmethod
-    def backward(ctx, g_total, _):
-        (dz_TV,) = ctx.saved_tensors  # raises in a second backward: the first has scaled it
-        return dz_TV.detach().mul_(g_total), *[None] * ctx.num_args
 
 
 def topk_tail_kl(
@@ -266,21 +231,38 @@ def topk_tail_kl(
     workspace_mb: float = WORKSPACE_MB,
     inplace: bool = False,
 ) -> LinearKL:
-    """(total [], kl [T]), fp32 (fp64 for fp64), in nats. total is differentiable in the student's
-    logits only.
+    """(total [], kl [T]), fp32 (fp64 for fp64), in nats. Differentiable in the student's logits.
 
-    logits [T, V], any floating dtype; columns from vocab_size on are padding. The logits are left
-    as they are: with a gradient its buffer is where the op works, else workspace_mb (MiB) bounds
-    copies of them. inplace: the gradient is written over the logits, half the memory and 6 T V
-    instead of 10 T V bytes moved for bf16. They hold no logits afterwards; if autograd still needs
-    them elsewhere, it raises in the backward, as it does in a second backward. Not under
-    torch.compile, not for fp16, whose gradient is kept in fp32 until a loss scale is known. The
-    other arguments are those of `linear_topk_kl`. shard: the logits are this rank's slice of the
-    vocabulary and vocab_size counts the whole; kl and total are the whole vocabulary's, the
-    gradient is the slice's. ValueError on shapes, dtypes, or an option that has no meaning.
+    logits [T, V], any floating dtype. They are left as they are: with a gradient its buffer is
+    where the op works, else workspace_mb bounds copies of them. inplace: the gradient is written
+    over the logits, half the memory and 6 T V instead of 10 T V bytes moved for bf16. They hold no
+    logits afterwards; if autograd still needs them elsewhere, it raises in the backward, as it does
+    in a second backward. Not under torch.compile, not for fp16, whose gradient is kept in fp32
+    until a loss scale is known. With shard the gradient is the slice's. Other arguments as in
+    `linear_topk_kl`. ValueError on shapes, dtypes, or an option that has no meaning.
     """
     op, z_TV = "topk_tail_kl", student_logits_TV
-    check_divergence(op, divergence, beta)
+    V = _check_logits(op, z_TV, vocab_size, shard)
+    options = LossOptions(divergence, beta, temperature, weight, rows, scale_t2)
+    check_tail(op, tail, options, teacher_temperature, allow_drop)
+    check_topk(op, V, len(z_TV), ids_TK, teacher_logp_TK, teacher_tail_T, tail)
+    topk = topk_inputs(ids_TK, teacher_logp_TK, teacher_tail_T, tail, V, wide(z_TV.dtype))
+    losses = options.checked(op, z_TV)
+    args = *topk, *losses, tail, V, *slice_of(shard), workspace_mb
+    need_dlogits = torch.is_grad_enabled() and z_TV.requires_grad
+    if inplace and need_dlogits:
+        check_inplace(op, z_TV)
+        require(
+            z_TV.dtype != torch.float16,
+            f"{op}: inplace=True for float16 logits; want bfloat16 or float32",
+        )
+        return LinearKL(*InPlaceLoss.apply(z_TV, _sweep, losses[0], *args))
+    total, kl_T, _ = _op(z_TV, *args, need_dlogits)
+    return LinearKL(total, kl_T)
+
+
+def _check_logits(op: str, z_TV: Tensor, vocab_size: int | None, shard: VocabShard | None) -> int:
+    """Returns the size of the whole vocabulary."""
     require(
         z_TV.ndim == 2 and z_TV.is_floating_point(),
         f"{op}: logits are {z_TV.dtype} {list(z_TV.shape)}; want floats [T, V]. Flatten first: "
@@ -305,35 +287,4 @@ def topk_tail_kl(
         f"{op}: vocab_size is {V} and the logits have {z_TV.shape[1]} columns; want 1 <= "
         "vocab_size <= columns",
     )
-    require(
-        temperature > 0,
-        f"{op}: temperature is {temperature}; want > 0. 0 means greedy: take the argmax",
-    )
-    check_temperature(op, temperature, teacher_temperature)
-    check_kept(
-        op, V, len(z_TV), ids_TK, teacher_logp_TK, teacher_tail_T, divergence, tail, allow_drop
-    )
-    args = (
-        *kept_rows(ids_TK, teacher_logp_TK, teacher_tail_T, tail, V, wide(z_TV.dtype)),
-        row_weights(op, weight, z_TV),
-        check_rows(op, rows, z_TV),
-        divergence,
-        tail,
-        beta,
-        temperature,
-        scale_t2,
-        V,
-        shard.group if shard else "",
-        shard.start if shard else 0,
-        workspace_mb,
-    )
-    need_dlogits = torch.is_grad_enabled() and z_TV.requires_grad
-    if inplace and need_dlogits:
-        check_inplace(op, z_TV)
-        require(
-            z_TV.dtype != torch.float16,
-            f"{op}: inplace=True for float16 logits; want bfloat16 or float32",
-        )
-        return LinearKL(*_InPlace.apply(z_TV, *args))
-    total, kl_T, _ = _op(z_TV, *args, need_dlogits)
-    return LinearKL(total, kl_T)
+    return V

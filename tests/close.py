@@ -1,7 +1,6 @@
-"""What every kernel test shares: one tolerance rule, poisoned memory, and the switch into Triton's
-interpreter.
-"""
+"""What every kernel test shares: tolerances, poisoned memory, the switch into the interpreter."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -20,11 +19,10 @@ PATHS = ("kernel", "torch") if _triton.HAS_TRITON else ("torch",)
 
 
 def assert_no_worse(got: Tensor, same_dtype: Tensor, truth: Tensor, what: str) -> None:
-    """max|got - truth| <= 2 max|torch at this dtype - truth| + 8 ulp(max(1, largest entry)). truth
-    is fp64.
+    """max|got - truth| <= 2 max|torch at this dtype - truth| + 8 ulp(max(1, largest entry)).
 
-    The ulps pay for exp/log approximations, and for Triton's CPU interpreter, which stores bf16 by
-    truncation.
+    truth is fp64; if got is, too, 16 ulp. They pay for exp/log approximations, and for Triton's CPU
+    interpreter, which stores bf16 by truncation.
     """
     assert got.shape == truth.shape, f"{what}: shape {list(got.shape)}, want {list(truth.shape)}"
     if got.numel() == 0:
@@ -32,16 +30,15 @@ def assert_no_worse(got: Tensor, same_dtype: Tensor, truth: Tensor, what: str) -
     assert not got.isnan().any(), f"{what}: NaN"
     ours = (got.double() - truth).abs().max()
     torchs = (same_dtype.double() - truth).abs().max()
-    allowed = 2 * torchs + 8 * torch.finfo(got.dtype).eps * truth.abs().max().clamp(min=1)
+    ulps = 16 if got.dtype == torch.float64 else 8  # in fp64 the truth is rounded as well
+    allowed = 2 * torchs + ulps * torch.finfo(got.dtype).eps * truth.abs().max().clamp(min=1)
     assert ours <= allowed, (
         f"{what}: error {ours:.1e}, allowed {allowed:.1e} (torch at this dtype: {torchs:.1e})"
     )
 
 
 def assert_gradient_close(got: Tensor, truth: Tensor, what: str, relative: float) -> None:
-    """|got - truth| <= relative |truth| in the Euclidean norm: the tolerance of a gradient that
-    went through GEMMs.
-    """
+    """|got - truth| <= relative |truth| in the Euclidean norm: for gradients through GEMMs."""
     assert got.shape == truth.shape, f"{what}: shape {list(got.shape)}, want {list(truth.shape)}"
     assert not got.isnan().any(), f"{what}: NaN"
     error, size = (got.double() - truth).norm(), truth.norm()
@@ -50,10 +47,26 @@ def assert_gradient_close(got: Tensor, truth: Tensor, what: str, relative: float
     )
 
 
-def _poisoned(allocate, guards: list[Tensor], fill: float | None):
-    """allocate with GUARD NaNs behind what it returns, which holds `fill` (None: what allocate put
-    there).
-    """
+def assert_losses_close(got: list[Tensor], truth: list[Tensor], tolerance: float) -> None:
+    """total and kl, the first two results of a divergence op, against those in fp64."""
+    for name, a, b in zip(("total", "kl"), got, truth):
+        torch.testing.assert_close(
+            a.double(), b, rtol=tolerance, atol=tolerance, msg=lambda m, w=name: f"{w}: {m}"
+        )
+
+
+def assert_compiles(loss: Callable[..., Tensor], leaves: list[Tensor]) -> None:
+    """loss(*leaves) becomes one graph, with the gradients that it has without."""
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    with running("torch"):
+        got = torch.autograd.grad(compiled(*leaves), leaves)
+        torch.testing.assert_close(got, torch.autograd.grad(loss(*leaves), leaves))
+
+
+def _poisoned(
+    allocate: Callable[..., Tensor], guards: list[Tensor], fill: float | None
+) -> Callable[..., Tensor]:
+    """allocate with GUARD NaNs behind its result, which holds `fill` or, if None, what it held."""
 
     def guarded(*args, **options):
         x = allocate(*args, **options)
@@ -71,11 +84,11 @@ def _poisoned(allocate, guards: list[Tensor], fill: float | None):
 
 @contextmanager
 def running(path: str, block_v: int = 2048):
-    """Run kernels (in the interpreter without a GPU) or their PyTorch twins, on memory that
-    torch.empty fills with NaN.
+    """Run kernels, in the interpreter without a GPU, or the PyTorch path.
 
-    An element that nobody wrote then fails loudly, and so does a write behind the end of a tensor.
-    block_v is drawn by tests: a fixed one hides a missing rescale.
+    torch.empty fills its memory with NaN. An element that nobody wrote then fails loudly, and so
+    does a write behind the end of a tensor. block_v is drawn by tests: a fixed one hides a missing
+    rescale.
     """
     assert "new_empty" not in vars(torch.Tensor), (
         "an earlier test left torch.Tensor.new_empty patched"
@@ -98,9 +111,7 @@ def running(path: str, block_v: int = 2048):
 
 
 class NoLargeTensor(TorchDispatchMode):
-    """Fails on any result of `limit` elements or more: the whole [T, V] must never exist. Looks
-    inside our custom ops, too.
-    """
+    """Fails on any result of `limit` elements or more, inside our custom ops, too: no [T, V]."""
 
     def __init__(self, limit: int):
         super().__init__()

@@ -1,14 +1,10 @@
-"""Compile every kernel to a cubin for the GPUs we support, on a machine that has none, and read the
-machine code.
+"""Compile every kernel to a cubin for the GPUs we support, without one, and read the machine code.
 
-    python tests/compile_for_gpus.py                # every configuration for sm_80, sm_90, sm_100
-    python tests/compile_for_gpus.py --quick        # every configuration for sm_90, one of each
-        kernel for the others; reads
-                                                    # PTX where it shows the same, disassembling
-                                                    takes half a second each
-    python tests/compile_for_gpus.py --only kl      # kernels with kl in their names
-    python tests/compile_for_gpus.py --record       # and write
-        bench/records/<date>_compile_gate_triton<version>.json
+    python tests/compile_for_gpus.py            # every configuration for sm_80, sm_90, sm_100
+    python tests/compile_for_gpus.py --quick    # every configuration for sm_90, one of each kernel
+                                                # for the others; reads PTX where it shows the same
+    python tests/compile_for_gpus.py --only kl  # kernels with kl in their names
+    python tests/compile_for_gpus.py --record   # and write a record, named by date and triton
 
 Catches what the interpreter forgives: type errors, branches that do not compile, spills, fp64
 slipping in, 4-byte loads where 16-byte ones were meant, a barrier that went missing. Registers may
@@ -18,8 +14,8 @@ intended, record it. A new configuration may use MAX_REGISTERS.
 Another Triton beside the installed one; the kernels' tests run under it in the same way, without
 any GPU:
 
-    pip install --no-deps --target build/triton36 triton==3.6.0 'numpy<2.4'    # its interpreter
-        wants the older numpy
+    # its interpreter wants the older numpy
+    pip install --no-deps --target build/triton36 triton==3.6.0 'numpy<2.4'
     PYTHONPATH=build/triton36 python tests/compile_for_gpus.py --record
     PYTHONPATH=build/triton36 python -m pytest tests/kernels/test_token_kl.py
 """
@@ -165,13 +161,9 @@ def signature_of(kernel, logits: str, constants: dict) -> dict[str, str]:
             return logits.split("/")[-1 if name.startswith("d") else 0]
         if name in ("target", "order", "offset", "first", "long"):
             return "*i64"
-        return (
-            "*i32"
-            if name in ("ids", "column_class")
-            else "i64"
-            if name.startswith("stride")
-            else SCALARS.get(name, "*fp32")
-        )
+        if name in ("ids", "column_class"):
+            return "*i32"
+        return "i64" if name.startswith("stride") else SCALARS.get(name, "*fp32")
 
     return {name: type_of(name) for name in kernel.arg_names}
 
@@ -189,9 +181,7 @@ SPILL = r"\b(?:STL|LDL)\b"
 
 
 def compile_for(kernel, logits: str, constants: dict, capability: int):
-    """What the launcher would build on that GPU: pointers, strides and sizes divisible by 16, as
-    padded shapes are.
-    """
+    """What the launcher would build: pointers, strides and sizes divisible by 16, as if padded."""
     signature = signature_of(kernel, logits, constants)
     aligned = {
         (i,): [["tt.divisibility", 16]]
@@ -220,9 +210,7 @@ def measure(
 ) -> dict:
     """One line of the table."""
     built = compile_for(kernel, logits, constants, capability)
-    usage, code = (
-        read_cubin(built.asm["cubin"]) if quick else read_cubin(built.asm["cubin"], "-sass")
-    )
+    usage, code = read_cubin(built.asm["cubin"], *([] if quick else ["-sass"]))
     code = built.asm["ptx"] if quick else code
     return {
         "kernel": kernel.__name__,
@@ -239,37 +227,28 @@ def measure(
 
 
 def broken_rules(row: dict, streams_rows: bool, barriers: int, bound: int) -> list[str]:
-    """What is wrong with it, in words. barriers: those the source asks for, before the compiler
-    adds its own.
-    """
-    rules = {
-        "spills to memory: use a smaller block or more warps": row["stack"] or row["spills"],
-        "computes in fp64: a Python float or a constant was promoted, 64 times slower on a consumer GPU": row[
-            "double"
-        ],
-        "reads its rows without 16-byte loads: is a mask or a stride not divisible by 16?": streams_rows
-        and not row["wide_loads"],
-        f"wants more shared memory than {MAX_SHARED} bytes": row["shared"] > MAX_SHARED,
-        f"uses more than {bound} registers: if that is intended, run with --record": row[
-            "registers"
-        ]
-        > bound,
-        f"has {row['barriers']} barriers, want {barriers}: other threads' stores would be read early": row[
-            "barriers"
-        ]
-        < barriers,
-    }
-    return [
-        f"{row['kernel']} ({row['configuration']}, {row['arch']}) {rule}"
-        for rule, broken in rules.items()
-        if broken
-    ]
+    """What is wrong with it, in words. barriers: those of the source, before the compiler's own."""
+    rules = []
+    if row["stack"] or row["spills"]:
+        rules.append("spills to memory: use a smaller block or more warps")
+    if row["double"]:
+        rules.append("computes in fp64: a Python float or a constant was promoted")
+    if streams_rows and not row["wide_loads"]:
+        rules.append("reads its rows without 16-byte loads: a mask or stride not divisible by 16?")
+    if row["shared"] > MAX_SHARED:
+        rules.append(f"wants more shared memory than {MAX_SHARED} bytes")
+    if row["registers"] > bound:
+        rules.append(f"uses more than {bound} registers: if that is intended, run with --record")
+    if row["barriers"] < barriers:
+        rules.append(
+            f"has {row['barriers']} barriers, want {barriers}: other threads' stores would be read "
+            "early"
+        )
+    return [f"{row['kernel']} ({row['configuration']}, {row['arch']}) {rule}" for rule in rules]
 
 
 def recorded_bounds() -> dict[tuple[str, str, str], int]:
-    """Registers of (kernel, configuration, arch) in the newest record of this Triton version, with
-    slack.
-    """
+    """Registers of (kernel, configuration, arch) in this Triton's newest record, with slack."""
     records = sorted(RECORDS.glob(f"*_compile_gate_triton{triton.__version__}.json"))
     rows = json.loads(records[-1].read_text())["rows"] if records else []
     return {(r["kernel"], r["configuration"], r["arch"]): r["registers"] + SLACK for r in rows}

@@ -1,4 +1,4 @@
-"""The row functions behind token_kl and linear_kl: pads, chunks, dtypes and places that the ops
+"""The row functions behind token_kl and linear_kl: pads, chunks, dtypes and locations that the ops
 alone would not vary.
 """
 
@@ -11,14 +11,14 @@ from close import DEVICE, PATHS, running
 from reflux.kernels import _triton
 from reflux.kernels._chunks import padded, project
 from reflux.kernels._divergence import DIVERGENCES
-from reflux.kernels._kl_rows import kl_rows
+from reflux.kernels._kl_rows import KLSpec, kl_rows
 
 # numpy, about -inf - -inf in masked lanes
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.skipif(not _triton.HAS_TRITON, reason="rows of kernels"),
 ]
-each_mode = pytest.mark.parametrize("divergence", DIVERGENCES)
+each_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
 
 
 def block(C, V, seed=0):
@@ -31,12 +31,16 @@ def block(C, V, seed=0):
     )
 
 
+def spec_of(divergence, scale, softcap=0.0):
+    return KLSpec(divergence, 0.25, (scale, scale), softcap, "")
+
+
 def rows_of(z_CV, u_CV, divergence, dz_CV, softcap=0.0):
     coeff_C = torch.linspace(-1, 2, len(z_CV), device=DEVICE)
-    return kl_rows(z_CV, u_CV, coeff_C, (0.5, 0.5), divergence, 0.25, softcap, dz_CV)
+    return kl_rows(z_CV, u_CV, coeff_C, spec_of(divergence, 0.5, softcap), dz_CV)
 
 
-@each_mode
+@each_divergence
 def test_pads_change_nothing_to_the_bit(divergence):
     with running("kernel", 64):
         z_CV, u_CV = block(3, 70), block(3, 70, seed=1)
@@ -53,7 +57,7 @@ def test_pads_change_nothing_to_the_bit(divergence):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@each_mode
+@each_divergence
 def test_a_row_knows_nothing_of_its_neighbours_or_of_where_its_gradient_goes(path, divergence):
     """In a chunk or alone, in place or beside, with a gradient or without: the same bits."""
     with running(path, 128):
@@ -61,7 +65,7 @@ def test_a_row_knows_nothing_of_its_neighbours_or_of_where_its_gradient_goes(pat
         dz_CV, alone_CV = torch.empty_like(z_CV), z_CV[1:2].clone()
         kl_C = rows_of(z_CV, u_CV, divergence, dz_CV)
         coeff_C = torch.linspace(-1, 2, 3, device=DEVICE)[1:2]
-        alone_C = kl_rows(alone_CV, u_CV[1:2], coeff_C, (0.5, 0.5), divergence, 0.25, 0.0, alone_CV)
+        alone_C = kl_rows(alone_CV, u_CV[1:2], coeff_C, spec_of(divergence, 0.5), alone_CV)
         assert alone_C.equal(kl_C[1:2]) and alone_CV.equal(dz_CV[1:2])
         assert rows_of(z_CV[:1], u_CV[:1], divergence, None).equal(kl_C[:1])
 
@@ -81,13 +85,14 @@ def test_a_bf16_gradient_of_fp32_logits_is_the_rounded_one(path):
     ).all() and half_CV.abs().max() > 0
 
 
-@each_mode
+@each_divergence
 def test_a_row_that_was_not_chosen_has_no_gradient_whatever_lay_in_memory(divergence):
-    """Its statistics are never written. NaN there would hide a missing test of the choice, so ones
-    lie there.
-    """
+    """Its statistics are never written: ones lie there, as NaN would hide a missing check."""
     real = torch.Tensor.new_empty
-    ones = lambda x, *args, **options: real(x, *args, **options).fill_(1.0)
+
+    def ones(x, *args, **options):
+        return real(x, *args, **options).fill_(1.0)
+
     with running("kernel", 64), patch.object(torch.Tensor, "new_empty", ones):
         z_CV, u_CV, chosen_C = (
             block(2, 70),
@@ -95,17 +100,8 @@ def test_a_row_that_was_not_chosen_has_no_gradient_whatever_lay_in_memory(diverg
             torch.tensor([False, True], device=DEVICE),
         )
         dz_CV = torch.empty(2, 70, device=DEVICE)
-        kl_C = kl_rows(
-            z_CV,
-            u_CV,
-            torch.ones(2, device=DEVICE),
-            (1.0, 1.0),
-            divergence,
-            0.25,
-            0.0,
-            dz_CV,
-            chosen_C=chosen_C,
-        )
+        coeff_C = torch.ones(2, device=DEVICE)
+        kl_C = kl_rows(z_CV, u_CV, coeff_C, spec_of(divergence, 1.0), dz_CV, chosen_C)
     assert kl_C[0] == 0 and (dz_CV[0] == 0).all() and kl_C[1] > 0 and dz_CV[1].abs().max() > 0
 
 

@@ -1,13 +1,19 @@
-"""linear_kl on both paths: values and gradients against float64 autograd, and the laws of a
-divergence.
-"""
+"""linear_kl on both paths: values and gradients against float64 autograd, laws of a divergence."""
 
 import subprocess
 import sys
 
 import pytest
 import torch
-from close import DEVICE, PATHS, NoLargeTensor, assert_gradient_close, running
+from close import (
+    DEVICE,
+    PATHS,
+    NoLargeTensor,
+    assert_compiles,
+    assert_gradient_close,
+    assert_losses_close,
+    running,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,14 +28,22 @@ SEEDS = st.integers(0, 2**31 - 1)
 LOSS = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}
 # the interpreter truncates bf16
 GRAD = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+OPTIONS = dict(
+    divergence=st.sampled_from(DIVERGENCES),
+    beta=st.sampled_from([0.25, 0.5, 0.9]),
+    temperature=st.sampled_from([0.5, 1.0, 2.0]),
+    student_softcap=st.sampled_from([None, 4.0]),
+    teacher_softcap=st.sampled_from([None, 4.0]),
+    student_logit_scale=st.sampled_from([1.0, 0.5]),
+    teacher_logit_scale=st.sampled_from([1.0, 2.0]),
+    scale_t2=st.booleans(),
+)
 # around tiles and pads
 SIZES = st.sampled_from([1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129]) | st.integers(1, 300)
 
 
 def inputs(T, V, D, E, dtype, seed):
-    """student hidden [T, D] and head [V, D], teacher hidden [T, E] and head [V, E], weight [T] with
-    zeros and signs.
-    """
+    """[student hidden and head, teacher hidden and head], weight [T] with zeros and signs."""
     g = torch.Generator().manual_seed(seed)
     shapes = (T, D), (V, D), (T, E), (V, E)
     weight_T = torch.randn(T, generator=g) * (torch.rand(T, generator=g) > 0.3)
@@ -37,9 +51,7 @@ def inputs(T, V, D, E, dtype, seed):
 
 
 def run(fn, tensors, dtype, biases=None, **options):
-    """total, kl, the student's dhidden and dhead, and dbias if biases (student's, teacher's) are
-    given.
-    """
+    """total, kl, the student's dhidden and dhead; dbias if biases (student, teacher) are given."""
     x_TD, w_VD, *teacher = (t.detach().to(dtype) for t in tensors)
     leaves = [x_TD.requires_grad_(), w_VD.requires_grad_()]
     if biases:
@@ -56,13 +68,8 @@ def run(fn, tensors, dtype, biases=None, **options):
     V=SIZES,
     dims=st.tuples(st.integers(1, 8), st.integers(1, 8)),
     dtype=st.sampled_from(list(LOSS)),
-    divergence=st.sampled_from(DIVERGENCES),
-    beta=st.sampled_from([0.25, 0.5, 0.9]),
-    temperature=st.sampled_from([0.5, 1.0, 2.0]),
-    softcap=st.sampled_from([None, 4.0]),
-    scales=st.sampled_from([(1.0, 1.0), (0.5, 2.0)]),
+    options=st.fixed_dictionaries(OPTIONS),
     biased=st.booleans(),
-    scale_t2=st.booleans(),
     chosen=st.sampled_from([None, [], [1], [2, 0]]),
     padded=st.integers(0, 3),
     strided=st.booleans(),
@@ -71,67 +78,24 @@ def run(fn, tensors, dtype, biases=None, **options):
     seed=SEEDS,
 )
 def test_values_and_gradients_match_float64(
-    path,
-    T,
-    V,
-    dims,
-    dtype,
-    divergence,
-    beta,
-    temperature,
-    softcap,
-    scales,
-    biased,
-    scale_t2,
-    chosen,
-    padded,
-    strided,
-    block_v,
-    workspace_mb,
-    seed,
+    path, T, V, dims, dtype, options, biased, chosen, padded, strided, block_v, workspace_mb, seed
 ):
     tensors, weight_T = inputs(T, V, *dims, dtype, seed)
     for head in (1, 3):  # junk in padded columns, another on each side (T15)
         junk = torch.full((padded, tensors[head].shape[1]), 33.0 * head, device=DEVICE, dtype=dtype)
         tensors[head] = torch.cat([tensors[head], junk])
-    biases = (
-        [
-            torch.randn(
-                V + padded, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(seed)
-            ).to(dtype)
-            * i
-            for i in (1, 2)
-        ]
-        if biased
-        else None
-    )
-    rows_M = (
-        None
-        if chosen is None
-        else torch.tensor([t for t in chosen if t < T], dtype=torch.long, device=DEVICE)
-    )
-    options = dict(
-        divergence=divergence,
-        beta=beta,
-        temperature=temperature,
-        weight=weight_T,
-        vocab_size=V,
-        rows=rows_M,
-        scale_t2=scale_t2,
-        student_softcap=softcap,
-        teacher_softcap=softcap,
-        student_logit_scale=scales[0],
-        teacher_logit_scale=scales[1],
-        biases=biases,
-    )
+    options = options | dict(weight=weight_T, vocab_size=V)
+    if biased:
+        bias_V = torch.randn(V + padded, generator=torch.Generator().manual_seed(seed))
+        options["biases"] = [(bias_V * i).to(DEVICE, dtype) for i in (1, 2)]
+    if chosen is not None:
+        chosen = [t for t in chosen if t < T]
+        options["rows"] = torch.tensor(chosen, dtype=torch.long, device=DEVICE)
     mine = [t.t().contiguous().t() for t in tensors] if strided else tensors
     with running(path, block_v):
         got = run(linear_kl, mine, dtype, workspace_mb=workspace_mb, **options)
     truth = run(linear_kl_ref, tensors, torch.float64, **options)
-    for what, a, b in zip(("total", "kl"), got, truth):
-        torch.testing.assert_close(
-            a.double(), b, rtol=LOSS[dtype], atol=LOSS[dtype], msg=lambda m, w=what: f"{w}: {m}"
-        )
+    assert_losses_close(got, truth, LOSS[dtype])
     for what, a, b in zip(("dhidden", "dhead", "dbias"), got[2:], truth[2:]):
         if V > 1:  # one class: every gradient is 0, and no error is small relative to 0
             assert_gradient_close(a, b, what, GRAD[dtype])
@@ -172,9 +136,7 @@ def test_the_gradient_is_the_slope(path, divergence):
     [(PATHS[0], "jsd"), *((PATHS[-1], divergence) for divergence in DIVERGENCES)],
 )
 def test_laws_of_the_softmax(path, divergence):
-    """A constant on all logits changes nothing, a permuted vocabulary permutes the gradient, and
-    gradients sum to 0.
-    """
+    """Shifted logits change nothing, permuted ones permute the gradient, gradients sum to 0."""
     tensors, weight_T = inputs(3, 70, 5, 4, torch.float64, seed=10)
     order_V = torch.randperm(70, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     bias_V = torch.linspace(-2, 2, 70, device=DEVICE, dtype=torch.float64)
@@ -199,9 +161,7 @@ def test_laws_of_the_softmax(path, divergence):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_rows_that_were_not_chosen_are_not_computed(path):
-    """Their hidden states may hold anything: an ignored prompt costs nothing and spreads
-    nothing.
-    """
+    """Their hidden states may hold anything: an ignored prompt costs and changes nothing."""
     tensors, weight_T = inputs(5, 40, 4, 3, torch.float32, seed=11)
     tensors[0][1], tensors[2][3] = torch.nan, torch.inf
     rows_M = torch.tensor([4, 0, 2], device=DEVICE)
@@ -225,9 +185,7 @@ def test_rows_that_were_not_chosen_are_not_computed(path):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("divergence", ["forward", "jsd"])
 def test_the_loss_of_a_token_does_not_depend_on_its_chunk(path, divergence):
-    """To the bit. Whole numbers make the GEMM exact in any order; what is left is the row
-    function's own.
-    """
+    """To the bit. Whole numbers make the GEMM exact in any order: only the row function is left."""
     tensors, weight_T = inputs(3, 100, 4, 4, torch.float32, seed=12)
     tensors = [(t * 2).round() for t in tensors]
     with running(path, 64):
@@ -256,9 +214,9 @@ def test_equal_distributions_have_no_loss_and_no_gradient(path, divergence):  # 
     seed=SEEDS,
 )
 def test_a_divergence_is_never_negative(divergence, beta, scale, seed):  # T1
-    (x_TD, *rest), _ = inputs(3, 60, 5, 4, torch.float32, seed)
+    (x_TD, *others), _ = inputs(3, 60, 5, 4, torch.float32, seed)
     with running("torch"):
-        kl_T = linear_kl(x_TD * scale, *rest, divergence=divergence, beta=beta).kl
+        kl_T = linear_kl(x_TD * scale, *others, divergence=divergence, beta=beta).kl
     assert (kl_T > -1e-5 * max(1.0, scale)).all()
 
 
@@ -293,7 +251,7 @@ def test_a_row_that_is_not_finite_is_reported_and_left_out(path, divergence):
         _, kl_T, dx_TD, dw_VD = run(
             linear_kl, (x_TD, w_VD, xt_TE, wt_VE), torch.float32, divergence=divergence
         )
-        _, kept_T, dkept_TD, dw_kept_VD = run(
+        _, chosen_T, dchosen_TD, dw_chosen_VD = run(
             linear_kl, (x_TD[rows], w_VD, xt_TE[rows], wt_VE), torch.float32, divergence=divergence
         )
         without = linear_kl(
@@ -305,11 +263,11 @@ def test_a_row_that_is_not_finite_is_reported_and_left_out(path, divergence):
             weight=torch.tensor([1.0, 0, 1, 1], device=DEVICE),
         )
     assert kl_T[1].isnan() and (dx_TD[1] == 0).all()
-    torch.testing.assert_close(kl_T[rows], kept_T)
-    torch.testing.assert_close(dx_TD[rows], dkept_TD)
-    torch.testing.assert_close(dw_VD, dw_kept_VD)
+    torch.testing.assert_close(kl_T[rows], chosen_T)
+    torch.testing.assert_close(dx_TD[rows], dchosen_TD)
+    torch.testing.assert_close(dw_VD, dw_chosen_VD)
     # weight 0 leaves the row out of the total
-    torch.testing.assert_close(without.total, kept_T.sum())
+    torch.testing.assert_close(without.total, chosen_T.sum())
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -332,52 +290,23 @@ def test_the_full_logits_never_exist(divergence, rows_M):  # T25
         ).total.backward()
     with pytest.raises(AssertionError, match="made"), NoLargeTensor(300 * 400 // 2):
         linear_kl_ref(*tensors)
-    with (
-        pytest.raises(AssertionError, match="made"),
-        NoLargeTensor(300 * 400 // 2),
-        running("torch"),
-    ):
-        linear_kl(
-            *tensors, divergence=divergence
-        )  # a workspace that holds all rows is seen inside the op
+    large = pytest.raises(AssertionError, match="made"), NoLargeTensor(300 * 400 // 2)
+    with large[0], large[1], running("torch"):  # a workspace that holds all rows is seen
+        linear_kl(*tensors, divergence=divergence)
 
 
 def test_nothing_waits_for_the_gpu():
-    """Fake tensors have no values: whatever would read one (item, nonzero, boolean indexing)
-    raises.
-    """
+    """Fake tensors have no values: reading one (item, nonzero, boolean indexing) raises."""
     tensors, weight_T = inputs(3, 20, 4, 5, torch.float32, seed=13)
     bias_V, rows_M = torch.zeros(20, device=DEVICE), torch.tensor([2, 0], device=DEVICE)
-    with running("torch"), FakeTensorMode() as divergence:
+    with running("torch"), FakeTensorMode() as mode:
         x_TD, w_VD, y_TE, v_VE, b_V, weight_T, rows_M = (
-            divergence.from_tensor(t) for t in (*tensors, bias_V, weight_T, rows_M)
+            mode.from_tensor(t) for t in (*tensors, bias_V, weight_T, rows_M)
         )
+        sides = x_TD, w_VD, b_V, 1.0, 4.0, y_TE, v_VE, b_V, 1.0, 0.0
         for name in DIVERGENCES:
-            _op._init_fn(
-                x_TD,
-                w_VD,
-                b_V,
-                y_TE,
-                v_VE,
-                b_V,
-                weight_T,
-                rows_M,
-                name,
-                0.5,
-                2.0,
-                True,
-                18,
-                1.0,
-                1.0,
-                4.0,
-                0.0,
-                "",
-                0,
-                0.0001,
-                True,
-                True,
-                True,
-            )
+            options = weight_T, rows_M, name, 0.5, 2.0, True, 18, "", 0, 0.0001
+            _op._init_fn(*sides, *options, True, True, True)
 
 
 def test_no_gradient_is_made_that_nobody_wants():
@@ -434,32 +363,10 @@ def test_the_op_keeps_torch_librarys_contract(path, full):
     tensors, weight_T = inputs(3, 20, 4, 5, torch.float32, seed=7)
     x_TD, w_VD, b_V = (t.requires_grad_() for t in (*tensors[:2], torch.zeros(20, device=DEVICE)))
     rows_M = torch.tensor([2, 1], device=DEVICE) if full else None
-    args = (
-        x_TD,
-        w_VD,
-        b_V if full else None,
-        *tensors[2:],
-        None,
-        weight_T,
-        rows_M,
-        "jsd",
-        0.5,
-        2.0,
-        full,
-        20,
-        1.0,
-        1.0,
-        0.0,
-        0.0,
-        "",
-        0,
-        1200.0,
-        True,
-        True,
-        full,
-    )
+    sides = x_TD, w_VD, b_V if full else None, 1.0, 0.0, *tensors[2:], None, 1.0, 0.0
+    options = weight_T, rows_M, "jsd", 0.5, 2.0, full, 20, "", 0, 1200.0
     with running(path, 64):
-        torch.library.opcheck(_op, args)
+        torch.library.opcheck(_op, (*sides, *options, True, True, full))
 
 
 def test_it_compiles_into_a_full_graph():
@@ -468,14 +375,7 @@ def test_it_compiles_into_a_full_graph():
     def loss(x_TD, w_VD):
         return linear_kl(x_TD * 2, w_VD, *tensors[2:], divergence="jsd", weight=weight_T).total * 3
 
-    x_TD, w_VD = (t.requires_grad_() for t in tensors[:2])
-    with running("torch"):
-        got = torch.autograd.grad(
-            torch.compile(loss, backend="aot_eager", fullgraph=True)(x_TD, w_VD), (x_TD, w_VD)
-        )
-        want = torch.autograd.grad(loss(x_TD, w_VD), (x_TD, w_VD))
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b)
+    assert_compiles(loss, [t.requires_grad_() for t in tensors[:2]])
 
 
 @pytest.mark.parametrize(
@@ -515,16 +415,23 @@ def test_rows_are_checked_when_debugging(monkeypatch):
                 linear_kl(*tensors, rows=torch.tensor(wrong, device=DEVICE))
 
 
+IMPORTS_ALONE = """
+import sys
+
+sys.modules["triton"] = None
+import torch
+
+from reflux.kernels.linear_kl import linear_kl
+
+x, w = torch.randn(3, 4), torch.randn(9, 4)
+assert linear_kl(x, w, x, w).kl.abs().max() < 1e-6
+foreign = ("transformers", "torchtitan", "datasets")
+ours = ("reflux.trainer", "reflux.tokenalign")
+bad = {m for m in sys.modules if m.split(".")[0] in foreign or m.startswith(ours)}
+sys.exit(str(bad) if bad else 0)
+"""
+
+
 def test_the_kernels_import_alone():
-    """Someone who wants one function gets torch and triton, nothing else of this project or of
-    Hugging Face, and without triton still gets the PyTorch path.
-    """
-    code = (
-        "import sys; sys.modules['triton'] = None\n"
-        "import torch; from reflux.kernels.linear_kl import linear_kl\nx, w = torch.randn(3, "
-        "4), torch.randn(9, 4)\nassert linear_kl(x, w, x, w).kl.abs().max() < 1e-6\nbad = {m "
-        "for m in sys.modules if m.split('.')[0] in ('transformers', 'torchtitan', 'datasets') "
-        "or m.startswith(('reflux.trainer', 'reflux.tokenalign'))}\n"
-        "sys.exit(str(bad) if bad else 0)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    """One function needs torch, and triton or not; nothing else of this project or Hugging Face."""
+    subprocess.run([sys.executable, "-c", IMPORTS_ALONE], check=True)

@@ -1,6 +1,4 @@
-"""linear_logprob on both paths: value and gradients against float64, ignored rows, padded heads,
-chunks, slices, rows.
-"""
+"""linear_logprob on both paths: float64 parity, ignored rows, padded heads, chunks, slices."""
 
 import pytest
 import torch
@@ -31,7 +29,7 @@ def inputs(T, V, D, K, dtype, seed):
 
 
 def run(fn, tensors, target, dtype, **options):
-    """HeadInputs and gradients in hidden, head and bias under an upstream gradient of mixed signs."""
+    """Outputs, and gradients in hidden, head and bias for an upstream gradient of mixed signs."""
     x_TD, w_VD, b_V = (t.detach().to(dtype).requires_grad_() for t in tensors)
     out = fn(x_TD, w_VD, target, bias=b_V, **options)
     parts = [o for o in out if o is not None]
@@ -340,62 +338,17 @@ def test_slices_of_a_vocabulary_are_the_whole_one():
 def test_the_op_keeps_torch_librarys_contract(path):
     (x_TD, w_VD, b_V), target_TK = inputs(3, 20, 4, 2, torch.float32, seed=7)
     target_TK, rows_M = target_TK.clamp(max=19), torch.tensor([2, 0], device=DEVICE)
-    scales = 1.0, 1.0, 0.0
+    leaves = [t.requires_grad_() for t in (x_TD, w_VD, b_V)]
+    options = 1.0, True, 20, "", 0, 1200.0
+    direct = target_TK[:, :1].contiguous(), None, 1.0, False, *options[2:]
     with running(path, 16):
-        torch.library.opcheck(
-            _op,
-            (
-                x_TD.requires_grad_(),
-                w_VD.requires_grad_(),
-                b_V.requires_grad_(),
-                target_TK,
-                rows_M,
-                *scales,
-                True,
-                20,
-                0,
-                "",
-                1200.0,
-                False,
-            ),
-        )
-        torch.library.opcheck(
-            _op,
-            (
-                x_TD,
-                w_VD.detach(),
-                None,
-                target_TK[:, :1].contiguous(),
-                None,
-                *scales,
-                False,
-                20,
-                0,
-                "",
-                1200.0,
-                True,
-            ),
-        )
-        plain = x_TD.detach(), w_VD.detach(), b_V.detach(), target_TK, None
-        logp, lse, entropy, top, log_s, _ = _op(*plain, *scales, True, 20, 0, "", 1200.0, False)
-        torch.library.opcheck(
-            _op_backward,
-            (
-                logp,
-                lse,
-                entropy,
-                *plain,
-                top,
-                log_s,
-                entropy,
-                *scales,
-                20,
-                0,
-                "",
-                1200.0,
-                [True, True, True],
-            ),
-        )
+        torch.library.opcheck(_op, (*leaves, 1.0, 0.0, target_TK, rows_M, *options, False))
+        torch.library.opcheck(_op, (x_TD, w_VD.detach(), None, 1.0, 0.0, *direct, True))
+        plain = *(t.detach() for t in leaves), 1.0, 0.0, target_TK, None
+        logp, lse, entropy, top, log_s, _ = _op(*plain, *options, False)
+        grads, saved = (logp, lse, entropy), (top, log_s, entropy)
+        backward = *grads, *plain, *saved, 1.0, *options[2:], [True, True, True]
+        torch.library.opcheck(_op_backward, backward)
 
 
 def test_compiles_into_one_graph_and_under_autocast():

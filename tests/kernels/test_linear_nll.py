@@ -198,16 +198,10 @@ def test_slices_of_a_vocabulary_are_the_whole_one():
 @pytest.mark.parametrize("path", PATHS)
 def test_the_op_keeps_torch_librarys_contract(path):
     (x_TD, w_VD, b_V), target_TK, weight_TK = inputs(3, 20, 4, 2, torch.float32, 5)
-    tensors = (
-        x_TD.requires_grad_(),
-        w_VD.requires_grad_(),
-        b_V,
-        target_TK.clamp(max=19),
-        None,
-        weight_TK,
-    )
+    head = x_TD.requires_grad_(), w_VD.requires_grad_(), b_V, 1.0, 0.0
+    options = target_TK.clamp(max=19), None, weight_TK, 1.0, 20, "", 0, 1200.0
     with running(path, 16):
-        torch.library.opcheck(_op, (*tensors, 1.0, 1.0, 0.0, 20, 0, "", 1200.0, True, True, False))
+        torch.library.opcheck(_op, (*head, *options, True, True, False))
 
 
 def test_compiles_into_one_graph_and_under_autocast():

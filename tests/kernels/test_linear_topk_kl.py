@@ -1,5 +1,4 @@
-"""linear_topk_kl on both paths: float64 parity with every option, and what is the head's: dhead,
-dbias, chunks, slices.
+"""linear_topk_kl on both paths: float64 parity with every option; dhead, dbias, chunks, slices.
 
 The laws of the tails themselves are in test_tail_laws.py.
 """
@@ -10,20 +9,24 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from close import DEVICE, PATHS, NoLargeTensor, running
+from close import DEVICE, PATHS, NoLargeTensor, assert_compiles, assert_losses_close, running
 from hypothesis import given
 from hypothesis import strategies as st
-from kept import (
+from shards import run_on_ranks
+from topk_cases import (
     ALLOWED,
     PROPER,
     assert_gradient_no_worse,
-    keep,
+    floats,
     pad_some,
     randn,
     run,
     signed_weights,
+    student,
+    top_k,
+    with_bias,
+    with_junk,
 )
-from shards import run_on_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reflux.kernels import linear_topk_kl as module
@@ -39,25 +42,14 @@ SEEDS = st.integers(0, 2**31 - 1)
 LOSS = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}
 # the interpreter truncates bf16
 GRAD = {torch.float64: 1e-11, torch.float32: 3e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+OPTIONS = dict(
+    temperature=st.sampled_from([0.5, 1.0, 2.0]),
+    softcap=st.sampled_from([None, 4.0]),
+    logit_scale=st.sampled_from([1.0, 0.25]),
+    scale_t2=st.booleans(),
+)
 both_paths = pytest.mark.parametrize("path", PATHS)
 linear_topk = partial(linear_topk_kl, allow_drop=True)
-
-
-def student(T, V, D, seed, dtype=torch.float64):
-    return [
-        randn(T, D, seed=seed, dtype=dtype),
-        randn(V, D, seed=seed + 1, dtype=dtype),
-        randn(V, seed=seed + 2, dtype=dtype),
-    ]
-
-
-def with_bias(fn):
-    """bias as a third tensor, so that `run` differentiates it."""
-    return lambda x_TD, w_VD, b_V, *kept, **options: fn(x_TD, w_VD, *kept, bias=b_V, **options)
-
-
-def floats(kept, dtype=torch.float32):
-    return [x.to(dtype) if x.is_floating_point() else x for x in kept]
 
 
 @both_paths
@@ -68,76 +60,41 @@ def floats(kept, dtype=torch.float32):
     K=st.integers(2, 9),
     case=st.sampled_from(ALLOWED),
     dtype=st.sampled_from(list(LOSS)),
-    temperature=st.sampled_from([0.5, 1.0, 2.0]),
-    softcap=st.sampled_from([None, 4.0]),
-    logit_scale=st.sampled_from([1.0, 0.25]),
+    drawn=st.fixed_dictionaries(OPTIONS),
     pads=st.booleans(),
     rows=st.booleans(),
-    scale_t2=st.booleans(),
     transposed=st.booleans(),
     block_v=st.sampled_from([64, 256, 2048]),
     workspace_mb=st.sampled_from([0.001, 1200]),
     seed=SEEDS,
 )
 def test_values_and_gradients_match_float64(
-    path,
-    T,
-    V,
-    D,
-    K,
-    case,
-    dtype,
-    temperature,
-    softcap,
-    logit_scale,
-    pads,
-    rows,
-    scale_t2,
-    transposed,
-    block_v,
-    workspace_mb,
-    seed,
+    path, T, V, D, K, case, dtype, drawn, pads, rows, transposed, block_v, workspace_mb, seed
 ):
     (divergence, tail), K = case, min(K, V)
     x_TD, w_VD, b_V = student(T, V, D, seed, dtype)
-    # T15: junk columns
-    w_VD, b_V = (
-        torch.cat([w_VD, w_VD.new_full((2, D), 50.0)]),
-        torch.cat([b_V, b_V.new_full((2,), 9.0)]),
-    )
+    w_VD, b_V = with_junk(w_VD, b_V)
     if transposed:
         x_TD, w_VD = (t.t().contiguous().t() for t in (x_TD, w_VD))
-    ids_TK, logp_TK, tail_T = keep(randn(T, V, seed=seed + 3), K, temperature)
+    leaves = [x_TD, w_VD, b_V]
+    ids_TK, logp_TK, tail_T = top_k(randn(T, V, seed=seed + 3), K, drawn["temperature"])
     if pads:
         ids_TK, logp_TK = pad_some(ids_TK, logp_TK, V)
-    kept = floats((ids_TK, logp_TK, tail_T), torch.promote_types(dtype, torch.float32))
-    options = dict(
+    topk = floats((ids_TK, logp_TK, tail_T), torch.promote_types(dtype, torch.float32))
+    options = drawn | dict(
         divergence=divergence,
         tail=tail,
         beta=0.25,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
         weight=signed_weights(T, seed),
         vocab_size=V,
-        scale_t2=scale_t2,
         rows=torch.arange(T, device=DEVICE)[::2].flip(0) if rows else None,
     )
+    ours = partial(linear_topk, workspace_mb=workspace_mb)
     with running(path, block_v):
-        got = run(
-            with_bias(linear_topk),
-            [x_TD, w_VD, b_V],
-            kept,
-            dtype,
-            workspace_mb=workspace_mb,
-            **options,
-        )
-    same_dtype = run(with_bias(linear_topk_kl_ref), [x_TD, w_VD, b_V], kept, dtype, **options)
-    truth = run(with_bias(linear_topk_kl_ref), [x_TD, w_VD, b_V], kept, torch.float64, **options)
-    for what, a, b in zip(("total", "kl"), got, truth):
-        torch.testing.assert_close(
-            a.double(), b, rtol=LOSS[dtype], atol=LOSS[dtype], msg=lambda m, w=what: f"{w}: {m}"
-        )
+        got = run(with_bias(ours), leaves, topk, dtype, **options)
+    same_dtype = run(with_bias(linear_topk_kl_ref), leaves, topk, dtype, **options)
+    truth = run(with_bias(linear_topk_kl_ref), leaves, topk, torch.float64, **options)
+    assert_losses_close(got, truth, LOSS[dtype])
     for what, a, b, c in zip(
         ("dhidden", "dhead", "dbias"), got[2:], same_dtype[2:], truth[2:], strict=True
     ):
@@ -152,13 +109,13 @@ def test_values_and_gradients_match_float64(
 @both_paths
 @pytest.mark.parametrize("divergence, tail", ALLOWED)
 def test_gradcheck(path, divergence, tail):  # T3
-    kept = keep(randn(3, 20, seed=1), 4, 2.0)
+    topk = top_k(randn(3, 20, seed=1), 4, 2.0)
     with running(path, 64):
         torch.autograd.gradcheck(
             lambda *s: (
                 with_bias(linear_topk)(
                     *s,
-                    *kept,
+                    *topk,
                     divergence=divergence,
                     tail=tail,
                     beta=0.25,
@@ -205,17 +162,15 @@ def test_the_whole_vocabulary_is_the_full_divergence(path):  # T2
 @both_paths
 @pytest.mark.parametrize("tail", ["bucket", "renorm"])
 def test_the_loss_of_a_token_does_not_depend_on_its_chunk(path, tail):
-    """To the bit. Whole numbers make the GEMM exact in any order; what is left is the row
-    functions' own.
-    """
+    """To the bit. Whole numbers make the GEMM exact in any order: only the row kernels are left."""
     x_TD, w_VD, _ = (t.mul(2).round() for t in student(5, 100, 4, 9, torch.float32))
-    kept = floats(keep(randn(5, 100, seed=10), 7))
+    topk = floats(top_k(randn(5, 100, seed=10), 7))
     with running(path, 64):
         first, again, chunked = (
             run(
                 linear_topk,
                 [x_TD, w_VD],
-                kept,
+                topk,
                 torch.float32,
                 divergence="jsd",
                 tail=tail,
@@ -227,9 +182,9 @@ def test_the_loss_of_a_token_does_not_depend_on_its_chunk(path, tail):
     assert torch.equal(first[1], chunked[1])
 
 
-def test_few_kept_ids_are_gathered_and_many_are_not():
+def test_few_ids_are_gathered_and_many_are_not():
     """renorm takes the path that moves fewer bytes, with the same numbers."""
-    (x_TD, w_VD, b_V), kept = student(3, 1300, 4, 11), keep(randn(3, 1300, seed=12), 3)
+    (x_TD, w_VD, b_V), topk = student(3, 1300, 4, 11), top_k(randn(3, 1300, seed=12), 3)
     options = dict(
         divergence="jsd",
         tail="renorm",
@@ -246,7 +201,7 @@ def test_few_kept_ids_are_gathered_and_many_are_not():
             running("torch"),
             patch.object(module, "renormalised_topk_kl", wraps=renormalised_topk_kl) as spy,
         ):
-            some = [x[:, :k] if x.ndim == 2 else x for x in kept]
+            some = [x[:, :k] if x.ndim == 2 else x for x in topk]
             results.append(
                 run(with_bias(linear_topk), [x_TD, w_VD, b_V], some, torch.float64, **options)
             )
@@ -256,63 +211,21 @@ def test_few_kept_ids_are_gathered_and_many_are_not():
         torch.testing.assert_close(other, results[-1], rtol=1e-10, atol=1e-13)
 
 
-def arguments(need=True):
-    x_TD, w_VD, b_V = (t.requires_grad_() for t in student(3, 20, 4, 14, torch.float32))
-    ids_TK, logp_TK, tail_T = floats(keep(randn(3, 20, seed=15), 4))
-    return (
-        x_TD,
-        w_VD,
-        b_V,
-        ids_TK,
-        logp_TK,
-        tail_T,
-        signed_weights(3, 16),
-        None,
-        "jsd",
-        "bucket",
-        0.5,
-        1.0,
-        False,
-        20,
-        1.0,
-        0.0,
-        "",
-        0,
-        1200.0,
-        need,
-        need,
-        need,
-    )
+def arguments():
+    leaves = [t.requires_grad_() for t in student(3, 20, 4, 14, torch.float32)]
+    topk = floats(top_k(randn(3, 20, seed=15), 4))
+    options = signed_weights(3, 16), None, "jsd", 0.5, 1.0, False, "bucket", 20, "", 0, 1200.0
+    return *leaves, 1.0, 0.0, *topk, *options, True, True, True
 
 
-# T25; a dispatch divergence does not see inside an op, so it is unwrapped
+# T25; a dispatch mode does not see inside an op, so it is unwrapped
 def test_the_full_logits_never_exist():
-    x_TD, w_VD, b_V = student(300, 400, 8, 5, torch.float32)
-    kept = floats(keep(randn(300, 400, seed=6), 8))
+    tensors = *student(300, 400, 8, 5, torch.float32), 1.0, 4.0
+    topk = floats(top_k(randn(300, 400, seed=6), 8))
     for tail in ("bucket", "renorm"):
+        options = torch.ones(300), None, "jsd", 0.5, 1.0, False, tail, 400, "", 0, 0.5
         with running("torch"), NoLargeTensor(300 * 400 // 2):
-            _op._init_fn(
-                x_TD,
-                w_VD,
-                b_V,
-                *kept,
-                torch.ones(300),
-                None,
-                "jsd",
-                tail,
-                0.5,
-                1.0,
-                False,
-                400,
-                1.0,
-                4.0,
-                "",
-                0,
-                0.5,
-                True,
-                True,
-                True,
-            )
+            _op._init_fn(*tensors, *topk, *options, True, True, True)
 
 
 @both_paths
@@ -323,52 +236,37 @@ def test_the_op_keeps_torch_librarys_contract(path):
 
 def test_nothing_waits_for_the_device():
     """Fake tensors have no values to wait for: reading one raises."""
-    with running("torch"), FakeTensorMode(allow_non_fake_inputs=True) as divergence:
+    with running("torch"), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         args = [
-            divergence.from_tensor(x.detach()) if isinstance(x, torch.Tensor) else x
-            for x in arguments()
+            mode.from_tensor(x.detach()) if isinstance(x, torch.Tensor) else x for x in arguments()
         ]
         for rows_M in (None, torch.arange(2)):
-            _, kl_T, *gradients = _op._init_fn(*args[:7], rows_M, *args[8:])
-            assert kl_T.shape == (3,) and [list(d.shape) for d in gradients] == [
-                [3, 4],
-                [20, 4],
-                [20],
-            ]
+            _, kl_T, *gradients = _op._init_fn(*args[:9], rows_M, *args[10:])
+            shapes = [list(d.shape) for d in gradients]
+            assert kl_T.shape == (3,) and shapes == [[3, 4], [20, 4], [20]]
 
 
 def test_it_compiles_into_a_full_graph():
-    kept, leaves = (
-        keep(randn(3, 20, seed=18), 4),
-        [t.requires_grad_() for t in student(3, 20, 4, 19)],
-    )
+    topk = top_k(randn(3, 20, seed=18), 4)
+    options = dict(divergence="jsd", rows=torch.tensor([2, 0]))
 
     def loss(x_TD, w_VD, b_V):
-        return (
-            linear_topk_kl(
-                x_TD * 2, w_VD, *kept, bias=b_V, divergence="jsd", rows=torch.tensor([2, 0])
-            ).total
-            * 3
-        )
+        return linear_topk_kl(x_TD * 2, w_VD, *topk, bias=b_V, **options).total * 3
 
-    with running("torch"):
-        got = torch.autograd.grad(
-            torch.compile(loss, backend="aot_eager", fullgraph=True)(*leaves), leaves
-        )
-        torch.testing.assert_close(got, torch.autograd.grad(loss(*leaves), leaves))
+    assert_compiles(loss, [t.requires_grad_() for t in student(3, 20, 4, 19)])
 
 
 def test_who_gets_a_gradient():
-    (x_TD, w_VD, b_V), kept = (
+    (x_TD, w_VD, b_V), topk = (
         (t.requires_grad_() for t in student(3, 20, 4, 20)),
-        keep(randn(3, 20, seed=23), 4),
+        top_k(randn(3, 20, seed=23), 4),
     )
-    kept = [t.requires_grad_() if t.is_floating_point() else t for t in kept]
+    topk = [t.requires_grad_() if t.is_floating_point() else t for t in topk]
     with running("torch"):
-        linear_topk_kl(x_TD, w_VD, *kept, bias=b_V, frozen_student_head=True).total.backward()
+        linear_topk_kl(x_TD, w_VD, *topk, bias=b_V, frozen_student_head=True).total.backward()
         assert x_TD.grad is not None and w_VD.grad is None and b_V.grad is None
         w_VD.grad = torch.ones_like(w_VD)  # a tied embedding's gradient is there first
-        total = linear_topk_kl(x_TD.detach(), w_VD, *kept, bias=b_V).total
+        total = linear_topk_kl(x_TD.detach(), w_VD, *topk, bias=b_V).total
         total.backward(retain_graph=True)
         first_VD = w_VD.grad - 1
         total.backward()
@@ -377,30 +275,30 @@ def test_who_gets_a_gradient():
         assert (
             first_VD.abs().max() > 1e-3
             and b_V.grad is not None
-            and all(t.grad is None for t in kept)
+            and all(t.grad is None for t in topk)
         )
         with torch.no_grad():
-            assert not linear_topk_kl(x_TD, w_VD, *kept).total.requires_grad
+            assert not linear_topk_kl(x_TD, w_VD, *topk).total.requires_grad
 
 
 @both_paths
 @pytest.mark.parametrize("tail", ["bucket", "renorm"])
 def test_autocast_casts_as_a_linear_layer_does(path, tail):
-    (x_TD, w_VD, _), kept = (
+    (x_TD, w_VD, _), topk = (
         student(3, 20, 4, 24, torch.float32),
-        floats(keep(randn(3, 20, seed=25), 4)),
+        floats(top_k(randn(3, 20, seed=25), 4)),
     )
     leaves = [t.detach().requires_grad_() for t in (x_TD, w_VD)]
     with running(path, 64):
-        want = run(linear_topk, [x_TD, w_VD], kept, torch.bfloat16, tail=tail)
+        want = run(linear_topk, [x_TD, w_VD], topk, torch.bfloat16, tail=tail)
         with torch.autocast(DEVICE, torch.bfloat16):
-            out = linear_topk(*leaves, *kept, tail=tail)
+            out = linear_topk(*leaves, *topk, tail=tail)
         gradients = torch.autograd.grad(out.total * -0.7, leaves)
     assert torch.equal(out.kl, want[1]) and all(d.dtype == torch.float32 for d in gradients)
     torch.testing.assert_close(gradients, tuple(d.float() for d in want[2:]), rtol=1e-2, atol=1e-3)
 
 
-def on_a_slice(path: str, cuts: list[int], tensors, kept, weight_T, cases) -> list:
+def on_a_slice(path: str, cuts: list[int], tensors, topk, weight_T, cases) -> list:
     start, end = cuts[dist.get_rank()], cuts[dist.get_rank() + 1]
     shard, (x_TD, w_VD, b_V) = VocabShard(dist.group.WORLD.group_name, start), tensors
     with running(path, 64):
@@ -408,7 +306,7 @@ def on_a_slice(path: str, cuts: list[int], tensors, kept, weight_T, cases) -> li
             run(
                 with_bias(linear_topk),
                 [x_TD, w_VD[start:end], b_V[start:end]],
-                kept,
+                topk,
                 x_TD.dtype,
                 divergence=divergence,
                 tail=tail,
@@ -427,8 +325,8 @@ def on_a_slice(path: str, cuts: list[int], tensors, kept, weight_T, cases) -> li
 @pytest.mark.parametrize("cuts", [[0, 23, 40], [0, 37, 40]], ids=["uneven", "a slice of padding"])
 def test_slices_of_the_vocabulary_give_what_the_whole_gives(path, cuts):
     T, V = 3, 37
-    tensors, (ids_TK, logp_TK, tail_T) = student(T, 40, 5, 26), keep(randn(T, V, seed=29), 6)
-    kept, weight_T = (*pad_some(ids_TK, logp_TK, V), tail_T), signed_weights(T, 30)
+    tensors, (ids_TK, logp_TK, tail_T) = student(T, 40, 5, 26), top_k(randn(T, V, seed=29), 6)
+    topk, weight_T = (*pad_some(ids_TK, logp_TK, V), tail_T), signed_weights(T, 30)
     cases = [
         ("forward", "bucket"),
         ("reverse", "bucket"),
@@ -437,14 +335,14 @@ def test_slices_of_the_vocabulary_give_what_the_whole_gives(path, cuts):
         ("forward", "drop"),
     ]
     ranks = run_on_ranks(
-        on_a_slice, path, cuts, tensors, kept, weight_T, cases if cuts[1] == 23 else cases[:1]
+        on_a_slice, path, cuts, tensors, topk, weight_T, cases if cuts[1] == 23 else cases[:1]
     )
     for (divergence, tail), *parts in zip(cases, *ranks):
         with running("torch"):
             whole = run(
                 with_bias(linear_topk),
                 tensors,
-                kept,
+                topk,
                 torch.float64,
                 divergence=divergence,
                 tail=tail,
@@ -486,7 +384,7 @@ def test_slices_of_the_vocabulary_give_what_the_whole_gives(path, cuts):
         (dict(teacher_logp_TK=torch.zeros(2, 2).bfloat16()), "want float32"),
         (dict(ids_TK=torch.zeros(2, 2)), "want int32 or int64"),
         (dict(temperature=0.0), "want > 0"),
-        (dict(temperature=2.0, teacher_temperature=1.0), "do not tell the tail"),
+        (dict(temperature=2.0, teacher_temperature=1.0), "do not give the tail"),
         (dict(bias=torch.zeros(4)), "one a row"),
         (dict(logit_scale=0.0), "1 for none"),
     ],

@@ -1,6 +1,4 @@
-"""The laws T1-T4 that tell the four tails of a truncated divergence apart, and the sampled tail
-over every outcome of a draw.
-"""
+"""The laws T1-T4 of the four tails of a truncated divergence; the sampled tail over every draw."""
 
 import math
 from functools import partial
@@ -10,8 +8,8 @@ import torch
 from close import DEVICE, PATHS, running
 from hypothesis import given
 from hypothesis import strategies as st
-from kept import ALLOWED, PROPER, keep, randn, run
 from tail_table import SHIFTS, TABLE
+from topk_cases import ALLOWED, PROPER, randn, run, top_k
 
 from reflux.kernels._divergence import DIVERGENCES
 from reflux.kernels.token_kl import token_kl
@@ -33,7 +31,7 @@ def test_equal_distributions_have_no_loss_and_no_gradient(path, divergence, tail
     z_TV = randn(3, 60, seed=2)
     with running(path, 64):
         _, kl_T, dz_TV = run(
-            topk_tail, [z_TV], keep(z_TV, 5), torch.float64, divergence=divergence, tail=tail
+            topk_tail, [z_TV], top_k(z_TV, 5), torch.float64, divergence=divergence, tail=tail
         )
     assert max(kl_T.abs().max(), dz_TV.abs().max()) < 1e-12
 
@@ -41,26 +39,19 @@ def test_equal_distributions_have_no_loss_and_no_gradient(path, divergence, tail
 @given(case=st.sampled_from(PROPER), scale=st.sampled_from([0.1, 1.0, 20.0]), seed=SEEDS)
 def test_a_proper_tail_is_never_negative(case, scale, seed):  # T1
     (divergence, tail), z_TV = case, randn(3, 50, seed=seed, dtype=torch.float32) * scale
+    topk = top_k(randn(3, 50, seed=seed + 1), 6)
     with running("torch"):
-        kl_T = topk_tail(
-            z_TV,
-            *(
-                x.to(torch.promote_types(x.dtype, torch.int32))
-                for x in keep(randn(3, 50, seed=seed + 1), 6)
-            ),
-            divergence=divergence,
-            tail=tail,
-        ).kl
+        kl_T = topk_tail(z_TV, *topk, divergence=divergence, tail=tail).kl
     assert (kl_T > -2e-6 * max(1, scale)).all()
 
 
 @given(divergence=st.sampled_from(DIVERGENCES), V=st.integers(3, 80), seed=SEEDS)
-def test_ghost_grows_with_the_support_up_to_the_full_divergence(divergence, V, seed):  # T2
+def test_bucket_grows_with_the_support_up_to_the_full_divergence(divergence, V, seed):  # T2
     z_TV, u_TV = randn(3, V, seed=seed), 2 * randn(3, V, seed=seed + 1)
     with running("torch"):
         full_T = token_kl(z_TV, u_TV, divergence=divergence).kl
         buckets = [
-            topk_tail(z_TV, *keep(u_TV, k), divergence=divergence).kl
+            topk_tail(z_TV, *top_k(u_TV, k), divergence=divergence).kl
             for k in (1, 2, 1 + V // 2, V - 1, V)
         ]
     bounds = [torch.zeros_like(full_T), *buckets, full_T]
@@ -72,13 +63,13 @@ def test_ghost_grows_with_the_support_up_to_the_full_divergence(divergence, V, s
 @both_paths
 @pytest.mark.parametrize("divergence", ["forward", "reverse"])
 # T2: D = P C + KL_bern, D_r = Q C_r + ...
-def test_ghost_is_renorm_times_the_mass_plus_the_kl_of_the_masses(path, divergence):
-    z_TV, kept = randn(4, 50, seed=1), keep(randn(4, 50, seed=2), 6)
+def test_bucket_is_renorm_times_the_mass_plus_the_kl_of_the_masses(path, divergence):
+    z_TV, topk = randn(4, 50, seed=1), top_k(randn(4, 50, seed=2), 6)
     with running(path, 64):
         bucket_T, renorm_T = (
-            topk_tail(z_TV, *kept, divergence=divergence, tail=t).kl for t in ("bucket", "renorm")
+            topk_tail(z_TV, *topk, divergence=divergence, tail=t).kl for t in ("bucket", "renorm")
         )
-    P_T, Q_T = kept[1].exp().sum(1), z_TV.softmax(1).gather(1, kept[0].long()).sum(1)
+    P_T, Q_T = topk[1].exp().sum(1), z_TV.softmax(1).gather(1, topk[0].long()).sum(1)
     a_T, b_T = (P_T, Q_T) if divergence == "forward" else (Q_T, P_T)
     masses_T = a_T * (a_T / b_T).log() + (1 - a_T) * ((1 - a_T) / (1 - b_T)).log()
     torch.testing.assert_close(bucket_T, a_T * renorm_T + masses_T, rtol=1e-10, atol=1e-12)
@@ -86,20 +77,20 @@ def test_ghost_is_renorm_times_the_mass_plus_the_kl_of_the_masses(path, divergen
 
 # T3: gradients inside and outside the support, written by hand: teacher p with mass P, student q
 # with mass Q in S
-def closed_form(q_TV, p_TV, kept_TV, divergence: str, tail: str):
-    P_T1, Q_T1 = (torch.where(kept_TV, x, 0.0).sum(1, keepdim=True) for x in (p_TV, q_TV))
+def closed_form(q_TV, p_TV, in_topk_TV, divergence: str, tail: str):
+    P_T1, Q_T1 = (torch.where(in_topk_TV, x, 0.0).sum(1, keepdim=True) for x in (p_TV, q_TV))
     if (divergence, tail) in (("forward", "drop"), ("forward", "sampled")):
-        return torch.where(kept_TV, P_T1 * q_TV - p_TV, P_T1 * q_TV)
+        return torch.where(in_topk_TV, P_T1 * q_TV - p_TV, P_T1 * q_TV)
     if divergence == "forward" and tail == "renorm":
-        return torch.where(kept_TV, q_TV / Q_T1 - p_TV / P_T1, 0.0)
+        return torch.where(in_topk_TV, q_TV / Q_T1 - p_TV / P_T1, 0.0)
     if divergence == "forward":
-        return torch.where(kept_TV, q_TV - p_TV, q_TV * (P_T1 - Q_T1) / (1 - Q_T1))
+        return torch.where(in_topk_TV, q_TV - p_TV, q_TV * (P_T1 - Q_T1) / (1 - Q_T1))
     if tail == "renorm":
-        r_TV, s_TV = (torch.where(kept_TV, x, 0.0) / m for x, m in ((p_TV, P_T1), (q_TV, Q_T1)))
-        gap_TV = torch.where(kept_TV, (s_TV / r_TV).log(), 0.0)
+        r_TV, s_TV = (torch.where(in_topk_TV, x, 0.0) / m for x, m in ((p_TV, P_T1), (q_TV, Q_T1)))
+        gap_TV = torch.where(in_topk_TV, (s_TV / r_TV).log(), 0.0)
         return s_TV * (gap_TV - (s_TV * gap_TV).sum(1, keepdim=True))
     tail_gap_T1 = ((1 - Q_T1) / (1 - P_T1)).log()
-    gap_TV = torch.where(kept_TV, (q_TV / p_TV).log(), tail_gap_T1)
+    gap_TV = torch.where(in_topk_TV, (q_TV / p_TV).log(), tail_gap_T1)
     return q_TV * (gap_TV - (q_TV * gap_TV).sum(1, keepdim=True))
 
 
@@ -107,21 +98,24 @@ def closed_form(q_TV, p_TV, kept_TV, divergence: str, tail: str):
 @pytest.mark.parametrize("divergence, tail", [c for c in ALLOWED if c[0] in ("forward", "reverse")])
 def test_gradients_are_the_closed_forms(path, divergence, tail):  # T3
     z_TV, u_TV = randn(3, 40, seed=3), randn(3, 40, seed=4)
-    kept = keep(u_TV, 5, 2.0)
+    topk = top_k(u_TV, 5, 2.0)
     q_TV, p_TV = (z_TV / 2).softmax(1), (u_TV / 2).softmax(1)
-    kept_TV = torch.zeros_like(z_TV, dtype=torch.bool).scatter(1, kept[0].long(), True)
+    in_topk_TV = torch.zeros_like(z_TV, dtype=torch.bool).scatter(1, topk[0].long(), True)
     with running(path, 64):
         _, _, dz_TV = run(
             topk_tail,
             [z_TV],
-            kept,
+            topk,
             torch.float64,
             divergence=divergence,
             tail=tail,
             temperature=2.0,
         )
     torch.testing.assert_close(
-        dz_TV, -0.7 / 2 * closed_form(q_TV, p_TV, kept_TV, divergence, tail), rtol=1e-9, atol=1e-13
+        dz_TV,
+        -0.7 / 2 * closed_form(q_TV, p_TV, in_topk_TV, divergence, tail),
+        rtol=1e-9,
+        atol=1e-13,
     )
     torch.testing.assert_close(
         dz_TV.sum(1), torch.zeros(3, dtype=torch.float64, device=DEVICE), rtol=0, atol=1e-13
@@ -131,21 +125,19 @@ def test_gradients_are_the_closed_forms(path, divergence, tail):  # T3
 # T1's exceptions: a gradient at p = q, a negative value
 def test_dropping_the_tail_is_not_a_divergence():
     z_1V = randn(1, 30, seed=5)
-    kept = keep(z_1V, 4)
+    topk = top_k(z_1V, 4)
     with running("torch"):
-        _, kl_1, dz_1V = run(topk_tail, [z_1V], kept, torch.float64, tail="drop")
+        _, kl_1, dz_1V = run(topk_tail, [z_1V], topk, torch.float64, tail="drop")
         nearer = topk_tail(
-            z_1V.scatter_add(1, kept[0].long(), torch.ones(1, 4, dtype=torch.float64)),
-            *kept,
+            z_1V.scatter_add(1, topk[0].long(), torch.ones(1, 4, dtype=torch.float64)),
+            *topk,
             tail="drop",
         ).kl
     assert kl_1.abs() < 1e-12 and dz_1V.abs().max() > 1e-3 and nearer < -0.1
 
 
 def tilted(n: int, kl: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of two distributions over n classes, KL(first || second) = kl, by
-    bisection.
-    """
+    """Log-probabilities of two distributions over n tokens, KL(first || second) = kl."""
     slope_N, low, high = torch.linspace(-1, 1, n, dtype=torch.float64), 0.0, 10.0
     flat_N = torch.full((n,), -math.log(n), dtype=torch.float64)
     for _ in range(60):
@@ -158,9 +150,7 @@ def tilted(n: int, kl: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def on_the_ray(shifts) -> tuple:
-    """(student logits [shifts, 2000], teacher logits of the same shape, kept rows) with the numbers
-    of the table.
-    """
+    """(student logits [shifts, 2000], teacher logits alike, top-k) with the table's numbers."""
     V, K, P, Q = 2000, 20, 0.228, 0.349
     (in_q, in_p), (out_q, out_p) = tilted(K, 0.227), tilted(V - K, 0.304)
     teacher_V = torch.cat([in_p + math.log(P), out_p + math.log(1 - P)])
@@ -169,23 +159,23 @@ def on_the_ray(shifts) -> tuple:
         torch.arange(V) < K
     )
     n = len(shifts)
-    kept = (
+    topk = (
         torch.arange(K).expand(n, K),
         teacher_V[:K].expand(n, K),
         torch.full((n,), math.log(1 - P)).double(),
     )
-    return student_SV, teacher_V.expand(n, V), kept
+    return student_SV, teacher_V.expand(n, V), topk
 
 
 def test_the_table_of_the_exploit():  # T4
-    student_SV, teacher_SV, kept = on_the_ray(SHIFTS)
+    student_SV, teacher_SV, topk = on_the_ray(SHIFTS)
     logq_SK = student_SV.log_softmax(1)[:, :20]
     with running("torch"):
         values = {
-            "truncated": (logq_SK.exp() * (logq_SK - kept[1])).sum(1),
+            "truncated": (logq_SK.exp() * (logq_SK - topk[1])).sum(1),
             "full": token_kl(student_SV, teacher_SV, divergence="reverse").kl,
             **{
-                tail: topk_tail(student_SV, *kept, divergence="reverse", tail=tail).kl
+                tail: topk_tail(student_SV, *topk, divergence="reverse", tail=tail).kl
                 for tail in ("bucket", "renorm")
             },
         }
@@ -197,9 +187,9 @@ def test_the_table_of_the_exploit():  # T4
 # T4: least at logit Q = logit P - C_r, and rising ever after
 def test_the_bucket_turns_where_the_mass_is_right():
     shifts = torch.linspace(2, -12, 561, dtype=torch.float64)
-    student_SV, _, kept = on_the_ray(shifts.tolist())
+    student_SV, _, topk = on_the_ray(shifts.tolist())
     with running("torch"):
-        bucket_S = topk_tail(student_SV, *kept, divergence="reverse").kl
+        bucket_S = topk_tail(student_SV, *topk, divergence="reverse").kl
     logit_S = torch.log(0.349 / torch.tensor(1 - 0.349)) + shifts
     turn = math.log(0.228 / (1 - 0.228)) - 0.227
     assert abs(logit_S[bucket_S.argmin()] - turn) < 0.03
@@ -207,12 +197,12 @@ def test_the_bucket_turns_where_the_mass_is_right():
     assert (beyond_S.diff() > 0).all() and len(beyond_S) > 300
 
 
-@pytest.mark.parametrize("divergence", [m for m in DIVERGENCES if m != "forward"])
+@pytest.mark.parametrize("divergence", [d for d in DIVERGENCES if d != "forward"])
 @pytest.mark.parametrize("tail", ["drop", "sampled"])
 def test_what_pays_for_leaving_the_support_is_refused(divergence, tail):  # T4
     with pytest.raises(ValueError, match="use tail='bucket'"):
         topk_tail(
-            randn(2, 9, seed=1), *keep(randn(2, 9, seed=2), 3), divergence=divergence, tail=tail
+            randn(2, 9, seed=1), *top_k(randn(2, 9, seed=2), 3), divergence=divergence, tail=tail
         )
 
 

@@ -1,6 +1,4 @@
-"""teacher_sample: the drawn shares are the teacher's probabilities on average, whatever chunks and
-slices do.
-"""
+"""teacher_sample: the drawn fractions are the teacher's probabilities on average."""
 
 import math
 
@@ -28,11 +26,10 @@ def seeded(seed=0):
     return torch.Generator(DEVICE).manual_seed(seed)
 
 
-def shares(kept, V):
+def fractions(drawn, V):
     """exp(logp) at its ids, over the whole vocabulary [T, V]."""
-    return torch.zeros(len(kept.ids), V + 1, dtype=kept.logp.dtype, device=DEVICE).scatter_(
-        1, kept.ids.long() % (V + 1), kept.logp.exp()
-    )[:, :V]
+    all_T = torch.zeros(len(drawn.ids), V + 1, dtype=drawn.logp.dtype, device=DEVICE)
+    return all_T.scatter_(1, drawn.ids.long() % (V + 1), drawn.logp.exp())[:, :V]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -63,41 +60,37 @@ def test_draws_invert_the_distribution_function(
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_shares_are_the_probabilities_on_average():
-    """400 x 50 draws of one row: every class within 5 standard errors, classes of 1e-5 and of no
-    mass included.
-    """
+def test_fractions_are_the_probabilities_on_average():
+    """400 x 50 draws of one row: every token within 5 standard errors, also of 1e-5 and of none."""
     logits_V = torch.tensor([0.0, 2.0, -torch.inf, 3.0, -9.0, 1.0, -torch.inf], device=DEVICE)
-    kept = teacher_sample(logits_V.expand(400, 7), None, 50, generator=seeded())
-    p_V, q_V = logits_V.softmax(0), shares(kept, 7).mean(0)
+    drawn = teacher_sample(logits_V.expand(400, 7), None, 50, generator=seeded())
+    p_V, q_V = logits_V.softmax(0), fractions(drawn, 7).mean(0)
     assert ((q_V - p_V).abs() <= 5 * (p_V * (1 - p_V) / 20_000).sqrt() + 1e-7).all() and (
         q_V[[2, 6]] == 0
     ).all()
-    total_T = kept.logp.exp().sum(1)
+    total_T = drawn.logp.exp().sum(1)
     torch.testing.assert_close(total_T, torch.ones_like(total_T))
-    assert (kept.tail == -torch.inf).all() and ((kept.ids < 0) == (kept.logp == -torch.inf)).all()
+    assert (drawn.tail == -torch.inf).all()
+    assert ((drawn.ids < 0) == (drawn.logp == -torch.inf)).all()
 
 
-def test_the_ends_of_the_unit_interval_draw_classes_that_exist():
+def test_the_ends_of_the_unit_interval_draw_tokens_that_exist():
     logits_TV = torch.full((3, 300), -torch.inf, device=DEVICE)
     logits_TV[0, 130], logits_TV[1, [5, 299]], logits_TV[2, [0, 140]] = 3.0, 0.0, 0.0
-    uniform_TN = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64, device=DEVICE).expand(
-        3, 3
-    )
-    ids, _ = _op(
-        logits_TV, None, None, uniform_TN.contiguous(), None, 1.0, 1.0, 0.0, 300, 0, "", 1200.0
-    )
+    uniform_N = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64, device=DEVICE)
+    source, options = (logits_TV, None, None, 1.0, 0.0), (None, 1.0, 300, "", 0, 1200.0)
+    ids, _ = _op(*source, uniform_N.expand(3, 3).contiguous(), *options)
     assert [sorted(set(row) - {-1}) for row in ids.tolist()] == [[130], [5, 299], [0, 140]]
 
 
 def test_the_loss_has_the_gradient_of_the_full_kl_on_average():
-    """The claim of arXiv:2503.16870, which the 4 largest classes fail."""
+    """The claim of arXiv:2503.16870, which the 4 likeliest tokens fail."""
     (x_TD, w_VD, _), (y_TD, v_VD, _) = inputs(1, 20, 1), inputs(1, 20, 2)
     x_ND, y_ND = x_TD.expand(2000, -1), y_TD.expand(2000, -1)
     w_VD.requires_grad_()
-    kept = teacher_sample(y_ND, v_VD, 12, generator=seeded())
+    drawn = teacher_sample(y_ND, v_VD, 12, generator=seeded())
     (got,) = torch.autograd.grad(
-        linear_topk_kl(x_ND, w_VD, *kept, tail="sampled").total / 2000, w_VD
+        linear_topk_kl(x_ND, w_VD, *drawn, tail="sampled").total / 2000, w_VD
     )
     (want,) = torch.autograd.grad(linear_kl(x_TD, w_VD, y_TD, v_VD).total, w_VD)
     assert (got - want).norm() < 0.02 * want.norm(), f"{(got - want).norm() / want.norm():.3f}"
@@ -149,29 +142,16 @@ def test_slices_of_a_vocabulary_draw_what_the_whole_one_draws():
 def test_the_op_keeps_torch_librarys_contract():
     x_TD, w_VD, b_V = (x.float() for x in inputs(3, 20, 5))
     uniform_TN = torch.rand(3, 4, dtype=torch.float64, device=DEVICE)
+    rows_M = torch.tensor([1, 0], device=DEVICE)
     torch.library.opcheck(
-        _op,
-        (
-            x_TD,
-            w_VD,
-            b_V,
-            uniform_TN,
-            torch.tensor([1, 0], device=DEVICE),
-            1.0,
-            1.0,
-            0.0,
-            20,
-            0,
-            "",
-            1200.0,
-        ),
+        _op, (x_TD, w_VD, b_V, 1.0, 0.0, uniform_TN, rows_M, 1.0, 20, "", 0, 1200.0)
     )
 
 
 def test_compiles_into_one_graph():
     x_TD, w_VD, _ = (x.float() for x in inputs(3, 20, 6))
-    kept = torch.compile(teacher_sample, fullgraph=True, backend="aot_eager")(x_TD, w_VD, 4)
-    total = kept.logp.exp().sum()
+    drawn = torch.compile(teacher_sample, fullgraph=True, backend="aot_eager")(x_TD, w_VD, 4)
+    total = drawn.logp.exp().sum()
     assert math.isclose(total, 3, rel_tol=1e-6)
 
 

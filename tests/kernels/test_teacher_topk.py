@@ -1,6 +1,4 @@
-"""teacher_topk against a full stable sort in float64: who chooses, ties, the exactness of its tail,
-slices of a vocabulary.
-"""
+"""teacher_topk against a full stable sort in float64: supports, ties, the exact tail, slices."""
 
 import pytest
 import torch
@@ -17,8 +15,8 @@ SEEDS = st.integers(0, 2**31 - 1)
 
 
 def inputs(T, V, seed, D=6):
-    """Teacher hidden, head, bias and student hidden, head, of small integers: every GEMM is exact
-    and ties abound.
+    """[hidden, head, bias] of the teacher, [hidden, head] of the student: small integers, so that
+    every GEMM is exact and ties abound.
     """
     g = torch.Generator().manual_seed(seed)
     return [
@@ -99,7 +97,7 @@ def test_is_a_full_stable_sort(
         ([2, 1, 2, 1, 2, 1], 6, [0, 2, 4, 1, 3, 5]),
     ],
 )
-def test_of_equal_logits_the_lowest_ids_are_kept(path, logits, k, ids):
+def test_of_equal_logits_the_lowest_ids_are_chosen(path, logits, k, ids):
     logits_TV = torch.tensor([logits], device=DEVICE, dtype=torch.float32)
     with running(path):
         got = teacher_topk(logits_TV, None, k)
@@ -159,7 +157,7 @@ def test_only_chosen_rows_are_computed(support):
 def test_what_the_loss_takes():
     """Union rows with padding, and rows left out, go into linear_topk_kl as they are."""
     x_TD, w_VD, _, *student = inputs(5, 30, 3)
-    kept = teacher_topk(
+    topk = teacher_topk(
         x_TD,
         w_VD,
         12,
@@ -167,16 +165,16 @@ def test_what_the_loss_takes():
         rows=torch.tensor([0, 2], device=DEVICE),
         **options_of("union", *student),
     )
-    kl_T = linear_topk_kl(*student, *kept).kl
+    kl_T = linear_topk_kl(*student, *topk).kl
     assert (
         kl_T.isfinite().all()
         and (kl_T[[1, 3, 4]] == 0).all()
         and (kl_T[[0, 2]] > 0).all()
-        and (kept.ids[0] == -1).any()
+        and (topk.ids[0] == -1).any()
     )
 
 
-def test_the_full_logits_never_exist_and_nothing_is_drawn_by_lot():
+def test_the_full_logits_never_exist_and_two_calls_agree():
     g = torch.Generator().manual_seed(0)
     x_TD, w_VD = (
         torch.randn(300, 8, generator=g).to(DEVICE),
@@ -217,7 +215,7 @@ def on_all_slices(tensors):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="gloo ranks")
 def test_slices_of_a_vocabulary_are_the_whole_one():
-    """Uneven ones: fewer classes than k in one, nothing but padding in the other."""
+    """Uneven ones: fewer tokens than k in one, nothing but padding in the other."""
     tensors = inputs(4, 40, 4)
     for support, left, right in zip(
         SUPPORTS * 2, *run_on_ranks(on_all_slices, tensors), strict=True
@@ -240,25 +238,12 @@ def test_slices_of_a_vocabulary_are_the_whole_one():
 @pytest.mark.parametrize("path", PATHS)
 def test_the_op_keeps_torch_librarys_contract(path):
     x_TD, w_VD, b_V, *student = (x.float() for x in inputs(3, 20, 0))
-    rest = 1.0, 1.0, 0.0, 20, 0, "", 1200.0
+    rows_M, options = torch.tensor([1, 0], device=DEVICE), (1.0, 20, "", 0, 1200.0)
+    heads = x_TD, w_VD, b_V, 1.0, 0.0, *student, None
+    logits = x_TD @ w_VD.t(), None, None, 1.0, 0.0, None, None, None
     with running(path):
-        torch.library.opcheck(
-            _op,
-            (
-                x_TD,
-                w_VD,
-                b_V,
-                *student,
-                None,
-                torch.tensor([1, 0], device=DEVICE),
-                5,
-                "union",
-                *rest,
-            ),
-        )
-        torch.library.opcheck(
-            _op, (x_TD @ w_VD.t(), None, None, None, None, None, None, 5, "teacher", *rest)
-        )
+        torch.library.opcheck(_op, (*heads, rows_M, 5, "union", *options))
+        torch.library.opcheck(_op, (*logits, None, 5, "teacher", *options))
 
 
 def test_compiles_into_one_graph():

@@ -1,0 +1,147 @@
+"""What every divergence op shares: its options, its total and the gradients made in its forward.
+
+    total = sum_t weight[t] kl[t]
+
+Shapes: T tokens, M chosen rows, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._chunks import check_rows, check_temperature, wide
+from ._divergence import check_divergence
+from ._triton import require
+
+
+class LinearKL(NamedTuple):
+    total: Tensor  # [], differentiable
+    kl: Tensor  # [T], detached
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The options that all divergence ops have in common, as the caller gave them."""
+
+    divergence: str
+    beta: float
+    temperature: float
+    weight: Tensor | None
+    rows: Tensor | None
+    scale_t2: bool
+
+    def checked(
+        self, op: str, x_TD: Tensor
+    ) -> tuple[Tensor, Tensor | None, str, float, float, bool]:
+        """(weight [T], rows [M], divergence, beta, temperature, scale_t2) as the ops take them."""
+        check_divergence(op, self.divergence, self.beta)
+        check_temperature(op, self.temperature)
+        weight_T, rows_M = row_weights(op, self.weight, x_TD), check_rows(op, self.rows, x_TD)
+        return weight_T, rows_M, self.divergence, self.beta, self.temperature, self.scale_t2
+
+
+def loss_factor(temperature: float, scale_t2: bool) -> float:
+    """Temperature squared keeps gradients at one size (Hinton et al., arXiv:1503.02531)."""
+    return temperature**2 if scale_t2 else 1.0
+
+
+def loss_ref(
+    kl_T: Tensor, weight: Tensor | None, rows: Tensor | None, factor: float = 1.0
+) -> LinearKL:
+    """The definition of total. kl [T] differentiable."""
+    kl_T = kl_T * factor
+    if rows is not None:
+        kl_T = torch.zeros_like(kl_T).index_copy(0, rows.long(), kl_T[rows])
+    weight_T = torch.ones_like(kl_T) if weight is None else weight.to(kl_T.dtype)
+    return LinearKL(weighted_total(kl_T, weight_T), kl_T.detach())
+
+
+def weighted_total(kl_T: Tensor, weight_T: Tensor) -> Tensor:
+    """sum weight * kl, where a weight of 0 leaves its row out even if kl is not finite."""
+    return torch.where(weight_T != 0, weight_T * kl_T, 0.0).sum()
+
+
+def row_weights(op: str, weight: Tensor | None, hidden_TD: Tensor) -> Tensor:
+    """weight [T] in the dtype of the losses, constant; ones if None."""
+    T, dtype = hidden_TD.shape[0], wide(hidden_TD.dtype)
+    require(
+        weight is None or weight.shape == (T,),
+        f"{op}: weight is {list(getattr(weight, 'shape', []))} for {T} rows; want [T], 0 for an "
+        "ignored row",
+    )
+    if weight is None:
+        return hidden_TD.new_ones(T, dtype=dtype)
+    return weight.detach().to(dtype).contiguous()
+
+
+def fake_loss(hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """The shapes and dtypes of total [] and kl [T]."""
+    dtype = wide(hidden_TD.dtype)
+    return hidden_TD.new_empty((), dtype=dtype), hidden_TD.new_empty(len(hidden_TD), dtype=dtype)
+
+
+def save_gradients(ctx: Any, inputs: tuple, output: tuple) -> None:
+    """For ops of (*tensors, ..., *flags) that return (total, kl, *gradients of these tensors)."""
+    _, kl_T, *gradients = output
+    ctx.save_for_backward(*gradients)
+    ctx.mark_non_differentiable(kl_T, *gradients)
+    # else autograd makes zero gradients for the saved [T, D] and [V, D] outputs
+    ctx.set_materialize_grads(False)
+    ctx.needed, ctx.num_inputs = inputs[-len(gradients) :], len(inputs)
+
+
+def scale_gradients(ctx: Any, g_total: Tensor | None, *_: Tensor | None) -> tuple:
+    """New tensors, so a retained graph can go backward again; the forward's workspace is free."""
+    if g_total is None:
+        return (None,) * ctx.num_inputs
+    scaled = (d * g_total if needed else None for d, needed in zip(ctx.saved_tensors, ctx.needed))
+    return *scaled, *[None] * (ctx.num_inputs - len(ctx.needed))
+
+
+class InPlaceLoss(torch.autograd.Function):
+    """A loss whose gradient is written over its logits.
+
+    Eager only: an op that overwrites its differentiable input has no autograd formula in
+    torch.library.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_TV: Tensor, sweep: Callable[..., Tensor], weight_T: Tensor, *args: Any
+    ) -> tuple[Tensor, Tensor]:
+        """sweep(logits, *args, dz_TV=logits) returns kl [T]."""
+        dz_TV = logits_TV.detach()
+        kl_T = sweep(dz_TV, *args, dz_TV=dz_TV)
+        # whoever saved the logits now raises in its backward
+        torch.autograd.graph.increment_version(logits_TV)
+        ctx.save_for_backward(logits_TV)
+        ctx.mark_non_differentiable(kl_T)
+        ctx.num_args = len(args) + 2
+        return weighted_total(kl_T, weight_T), kl_T
+
+    @staticmethod
+    def backward(ctx: Any, g_total: Tensor, _: Tensor | None) -> tuple:
+        (dz_TV,) = ctx.saved_tensors  # raises in a second backward: the first has scaled it
+        return dz_TV.detach().mul_(g_total), *[None] * ctx.num_args
+
+
+def check_inplace(op: str, student_logits_TV: Tensor) -> None:
+    require(
+        not torch.compiler.is_compiling(),
+        f"{op}: inplace=True under torch.compile; want eager. Leave it out: a compiled graph frees "
+        "the logits by itself",
+    )
+    require(
+        not student_logits_TV.is_leaf,
+        f"{op}: inplace=True would overwrite a leaf, a parameter as it were, with its gradient; "
+        "want logits that a model computed",
+    )
+    T, V = student_logits_TV.shape
+    require(
+        T <= 1 or student_logits_TV.stride(0) >= V,
+        f"{op}: inplace=True on rows that overlap in memory (expanded logits?); want one row per "
+        "token",
+    )
