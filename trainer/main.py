@@ -58,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
                 return 0
             return _run(cfg, args, arguments)
         except KeyboardInterrupt as signal:
-            _print_once(f"stopped at once ({signal or 'Ctrl-C'}); what is saved stays. {_hint()}")
+            stopped = f"stopped at once ({signal or 'Ctrl-C'}); what is saved stays."
+            _print_once("\n".join([stopped, *_notes(signal), _hint()]))
             return INTERRUPTED
         except (OSError, ValueError) as error:
             _refuse(error)
@@ -68,10 +69,17 @@ def _refuse(error: Exception) -> NoReturn:
     """A mistake in words, by one of the ranks that find it, and exit code 2."""
     if os.environ.get("REFLUX_TRACEBACK"):
         raise error
-    message = f"{PROGRAM}: error: {error}\n(REFLUX_TRACEBACK=1 shows where)"
-    if first_rank.is_first_to_say(message):
-        print(message, file=sys.stderr, flush=True)
+    lines = [f"{PROGRAM}: error: {error}", *_notes(error), "(REFLUX_TRACEBACK=1 shows where)"]
+    message = "\n".join(lines)
+    with contextlib.suppress(KeyboardInterrupt):  # the launcher ends all ranks when one has ended
+        if first_rank.is_first_to_say(message):
+            print(message, file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What was done about it: the step that is saved, the command that goes on."""
+    return getattr(error, "__notes__", [])
 
 
 def _hint() -> str:
