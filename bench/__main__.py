@@ -1,11 +1,9 @@
 """Test the ops, then time them against their floors and their peers, then record the times.
 
-    python -m bench linear_kl                   # one op
-    python -m bench all --seconds 360           # every op; what does not fit into the time is
-        named, not silently left out
+    python -m bench linear_kl                # one op
+    python -m bench all --seconds 360        # every op; what does not fit into the time is named
     python -m bench linear_kl --tokens 1024 4096 16384 32768
-    python -m bench linear_kl --base HEAD~3     # the same cases with that revision's kernels, in
-        turns
+    python -m bench linear_kl --base HEAD~3  # the same cases with that revision's kernels, in turns
 
 A record with plots goes to bench/records (or --out FOLDER) when this is a GPU, the tests pass and
 the tree is clean. On a CPU tiny shapes prove the harness and nothing is recorded.
@@ -27,9 +25,7 @@ from .records import FOLDER, ROOT, commit, device, git, write
 
 
 def _use_kernels_of(folder: str) -> None:
-    """Make reflux.kernels mean folder/reflux/kernels in this process, ahead of an editable
-    install.
-    """
+    """Import reflux.kernels from folder/reflux/kernels, ahead of an editable install."""
     sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__name__.startswith("ScikitBuild")]
     sys.path.insert(0, folder)
 
@@ -62,9 +58,7 @@ def _shapes(tokens: list[int], on_gpu: bool) -> list:
 
 
 def measure(case, title: str, seconds: float, on_gpu: bool) -> dict:
-    """One row of the record: times of ours and of every peer that fits into the memory, memory
-    above the inputs.
-    """
+    """One row of the record: times of ours and of every peer that fits, memory above the inputs."""
     import torch
 
     working, failed = [], {}
@@ -114,13 +108,13 @@ def run_cases(ops: list[str], shapes: list, seconds: float | None, on_gpu: bool)
             continue
         torch.manual_seed(0)
         # compilation takes time, too
-        share = 4.0 if left is None else max(0.5, 0.4 * left / (len(todo) - done))
-        yield measure(OPS[op][variant](shape, "cuda" if on_gpu else "cpu"), title, share, on_gpu)
+        case_s = 4.0 if left is None else max(0.5, 0.4 * left / (len(todo) - done))
+        yield measure(OPS[op][variant](shape, "cuda" if on_gpu else "cpu"), title, case_s, on_gpu)
         torch.compiler.reset()
 
 
 def show(row: dict) -> str:
-    """One line for people: time, share of the floor, rate, best peer, memory, goal."""
+    """One line for people: time, fraction of the floor, rate, best peer, memory, goal."""
     head = f"{row['case']:<30} {row['name']:<12}"
     if "not_measured" in row:
         return f"{head} not measured: {row['not_measured']}"
@@ -146,17 +140,14 @@ def show(row: dict) -> str:
             + (f" (peer {row['extra_mib'][best]:.0f})" if best else "")
         )
     if row["goal_ms"] and row["name"] == "qwen":
-        kept = ms <= row["goal_ms"] and row["extra_mib"].get("ours", 0) <= (
-            row["goal_mib"] or float("inf")
-        )
-        parts.append(f"goal {row['goal_ms']} ms: {'kept' if kept else 'missed'}")
+        mib, goal_mib = row["extra_mib"].get("ours", 0), row["goal_mib"] or float("inf")
+        reached = ms <= row["goal_ms"] and mib <= goal_mib
+        parts.append(f"goal {row['goal_ms']} ms: {'reached' if reached else 'missed'}")
     return ", ".join(parts + [f"{name}: {why}" for name, why in row["failed"].items()])
 
 
 def _rows_of_base(arguments: list[str], ref: str) -> list[dict]:
-    """The same cases in a process whose reflux.kernels is revision `ref`: two copies cannot
-    register one op.
-    """
+    """The same cases with revision `ref`, in another process: an op can be registered once only."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder, "tree")
         git("worktree", "add", "--detach", str(tree), ref)

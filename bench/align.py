@@ -10,7 +10,7 @@
     call+list  the same from Python lists, as `encode` gives them
     walk       a two-pointer loop in Python over byte ends that are ready; it compares no bytes
     offsets    both fast tokenizers encode the text again and their character offsets are merged;
-               text that splits inside a character has no place in it
+               not for text that is split inside a character
 
 "text" is the standard library's source under two byte-level BPEs of 32k and 16k ids trained on it
 in this process, "random" uniform bytes in pieces of 1 to 12 over about 10^5 ids in no order: nearly
@@ -90,8 +90,8 @@ def text_case(tokens: int) -> Case:
     cut = len(text) // ROWS
     rows = [text[r * cut : (r + 1) * cut] for r in range(ROWS)]
     once = sum(len(encode_text(t, row)) for t in tokenizers for row in rows)
-    share = max(1, int(cut * min(1.0, tokens / once)))
-    rows = [row[:share] for row in rows]
+    length = max(1, int(cut * min(1.0, tokens / once)))
+    rows = [row[:length] for row in rows]
     ids = tuple([np.array(encode_text(t, row), np.int32) for row in rows] for t in tokenizers)
     return Case(
         "text",
@@ -112,12 +112,12 @@ def random_case(tokens: int, vocabulary: int = 1 << 17) -> Case:
         cuts = np.unique(np.concatenate([ends[ends < per * ROWS], np.arange(1, ROWS + 1) * per]))
         pieces = [text[a:b] for a, b in zip([0, *cuts], cuts)]
         known = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-        place = rng.permutation(len(known))
+        id_of = rng.permutation(len(known))
         order = [b""] * len(known)
         for piece, i in known.items():
-            order[place[i]] = piece
+            order[id_of[i]] = piece
         tables.append(ByteTable(tuple(order), np.full(len(order), TEXT, np.int8), "byte_level"))
-        flat = place[np.fromiter((known[piece] for piece in pieces), np.int64, len(pieces))].astype(
+        flat = id_of[np.fromiter((known[piece] for piece in pieces), np.int64, len(pieces))].astype(
             np.int32
         )
         ids.append(np.split(flat, np.searchsorted(cuts, np.arange(1, ROWS) * per, side="right")))
@@ -172,7 +172,7 @@ def check(case: Case) -> None:
 
 
 def methods(case: Case) -> dict[str, tuple[Callable[[], object], int]]:
-    """Name -> what to time, and the share of the rows it does (slow ones do few)."""
+    """Name -> what to time, and how many rows it does (slow ones do few)."""
     arrays, lists = case.arrays(), tuple([row.tolist() for row in rows] for rows in case.ids)
     ends = [[np.cumsum(one.lens).tolist() for one in sides[:8]] for sides in case.sides()]
     few = [source.decode() for source in case.sources[:4]] if case.tokenizers else []
@@ -186,7 +186,7 @@ def methods(case: Case) -> dict[str, tuple[Callable[[], object], int]]:
             threads=1,
         )
 
-    found = {
+    timed = {
         "core": (lambda: _native.align_ids(*arrays, 1), ROWS),
         "core, 2 threads": (lambda: _native.align_ids(*arrays, 2), ROWS),
         "call": (lambda: align_spans(*case.sides(), threads=1), ROWS),
@@ -194,14 +194,12 @@ def methods(case: Case) -> dict[str, tuple[Callable[[], object], int]]:
         "walk": (lambda: [walk(a, b) for a, b in zip(*ends)], 8),
     }
     if few:
-        found["offsets"] = (lambda: by_offsets(case.tokenizers, few), 4)
-    return found
+        timed["offsets"] = (lambda: by_offsets(case.tokenizers, few), 4)
+    return timed
 
 
 def measure(case: Case) -> dict[str, dict]:
-    """p20, p50, p80 over interleaved rounds. ns a token and million tokens a second, of the
-    median.
-    """
+    """p20, p50, p80 over interleaved rounds; ns a token and 10^6 tokens a second of the median."""
     todo, seen = methods(case), {}
     for _ in range(ROUNDS):
         for name, (run, _) in todo.items():
@@ -224,14 +222,12 @@ def measure(case: Case) -> dict[str, dict]:
 
 
 def peak_bytes(run: Callable[[], object]) -> int | None:
-    """Peak of this process' memory during `run`, above what it held before; None where the kernel
-    does not tell.
-    """
-    status = Path("/proc/self/status")
-    read = lambda name: (
-        int(next(x for x in status.read_text().splitlines() if x.startswith(name)).split()[1])
-        * 1024
-    )
+    """Peak of this process' memory during `run`, above what it held before; None if not known."""
+
+    def read(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(x for x in lines if x.startswith(name)).split()[1]) * 1024
+
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except OSError:
@@ -242,19 +238,16 @@ def peak_bytes(run: Callable[[], object]) -> int | None:
 
 
 def scale(case: Case) -> list[dict]:
-    """The same rows again and again: time and memory per token must not grow. One long row at the
-    end.
-    """
+    """The same rows repeated: time and memory per token must not grow. At the end one long row."""
     table_a, flat_a, _, none, table_b, flat_b, _, _ = case.arrays()
     out = []
     for total, rows in ((10**5, 8), (10**6, 64), (10**7, 64), (10**8, 64), (10**8, 1)):
         times = max(1, total // case.tokens)
-        share = min(1.0, total / case.tokens)
-        if share < 1:
-            keep = max(1, int(ROWS * share))
-            flat = [np.concatenate(rows_of[:keep]) for rows_of in case.ids]
+        if total < case.tokens:
+            few = max(1, int(ROWS * total / case.tokens))
+            flat = [np.concatenate(rows_of[:few]) for rows_of in case.ids]
             begin = [
-                np.cumsum([0, *map(len, rows_of[:keep])], dtype=np.int64) for rows_of in case.ids
+                np.cumsum([0, *map(len, rows_of[:few])], dtype=np.int64) for rows_of in case.ids
             ]
         else:
             flat = [np.tile(x, times) for x in (flat_a, flat_b)]
@@ -321,14 +314,14 @@ def main() -> None:
     for case in (text_case(arguments.tokens), random_case(arguments.tokens)):
         check(case)
         peak = peak_bytes(lambda: align_spans(*case.sides(), threads=1))  # noqa: B023  called at once
-        found = measure(case)
+        results = measure(case)
         cases[case.name] = {
             "tokens": case.tokens,
             "vocabularies": [len(t) for t in case.tables],
             "call_peak_bytes_per_token": None if peak is None else round(peak / case.tokens, 1),
-            "methods": found,
+            "methods": results,
         }
-        for name, row in found.items():
+        for name, row in results.items():
             p20, p50, p80 = row["ms_p20_p50_p80"]
             print(
                 f"{case.name:6} {name:15} {row['mtokens_per_s']:8.2f} M tokens/s  "

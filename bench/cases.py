@@ -1,11 +1,10 @@
-"""The one list of ops that are timed: shapes, inputs, the work that cannot be avoided, goals,
-peers.
+"""The one list of ops that are timed: shapes, inputs, unavoidable work, goals, peers.
 
 A case's floor is bytes / bandwidth + flop / rate with what an H200 gives: 4.3 TB/s copied, 790
 TFLOP/s in bf16; GEMMs and row sweeps of one chunk follow each other, so they add. Times are of
 forward and backward unless the name says forward.
 
-Shapes: T tokens, V vocabulary, D student hidden, E teacher hidden, K kept ids.
+Shapes: T tokens, V vocabulary, D student hidden, E teacher hidden, K topk ids.
 """
 
 from collections.abc import Callable
@@ -57,9 +56,7 @@ def at_tokens(shape: Shape, T: int) -> Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """`ours` and every peer are called with `args` and return a scalar; leaves of args get their
-    gradients.
-    """
+    """`ours` and every peer are called with `args` and return a scalar; leaves get gradients."""
 
     shape: Shape
     args: tuple
@@ -78,9 +75,7 @@ class Case:
         return (self.bytes / BANDWIDTH + self.flop / FLOPS) * 1e3
 
     def step(self, name: str) -> Callable[[], Tensor]:
-        """One timed call of "ours" or of a peer. Gradients are dropped first, so that every round
-        does the same work.
-        """
+        """One timed call of "ours" or of a peer, without gradients of the round before."""
         fn = self.ours if name == "ours" else self.peers[name]
         args = self.peer_args.get(name, self.args)
         leaves = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
@@ -125,18 +120,18 @@ def _with_compile(ours: Loss) -> dict[str, Loss]:
     return {"torch": ours, "torch.compile": peers.compiled(ours)}
 
 
-def _optional(found: dict[str, Loss | None]) -> dict[str, Loss]:
-    return {name: fn for name, fn in found.items() if fn is not None}
+def _optional(peer_losses: dict[str, Loss | None]) -> dict[str, Loss]:
+    return {name: fn for name, fn in peer_losses.items() if fn is not None}
 
 
 def _linear_kl(s: Shape, device: str, divergence: str = "forward") -> Case:
     options, beta = ({"divergence": divergence}, 0.5 if divergence == "jsd" else None)
-    found = _with_compile(lambda *args: linear_kl_ref(*args, **options).total)
-    found["chunked"] = lambda *args: peers.chunked_kl(*args, beta=beta)
+    peer_losses = _with_compile(lambda *args: linear_kl_ref(*args, **options).total)
+    peer_losses["chunked"] = lambda *args: peers.chunked_kl(*args, beta=beta)
     if trl := peers.trl().get("linear_kl"):
-        found["trl"] = lambda *args: trl(*args, beta or 0.0)
+        peer_losses["trl"] = lambda *args: trl(*args, beta or 0.0)
     if divergence == "jsd":
-        found |= _optional(
+        peer_losses |= _optional(
             {
                 "liger": peers.liger().get("linear_kl jsd"),
                 "liger chunked": peers.liger().get("linear_kl jsd chunked"),
@@ -146,7 +141,7 @@ def _linear_kl(s: Shape, device: str, divergence: str = "forward") -> Case:
         s,
         (*_student(s, device), *_teacher(s, device)),
         lambda *args: linear_kl(*args, **options).total,
-        found,
+        peer_losses,
         bytes=(10 if divergence == "forward" else 14) * s.T * s.V,
         flop=2 * s.T * s.V * (3 * s.D + s.E),
         goal_ms=43,
@@ -155,15 +150,15 @@ def _linear_kl(s: Shape, device: str, divergence: str = "forward") -> Case:
 
 
 def _linear_topk_kl(s: Shape, device: str) -> Case:
-    kept = teacher_topk(*_teacher(s, device), s.K)
-    found = _with_compile(lambda *args: linear_topk_kl_ref(*args).total) | {
+    topk = teacher_topk(*_teacher(s, device), s.K)
+    peer_losses = _with_compile(lambda *args: linear_topk_kl_ref(*args).total) | {
         "chunked": peers.chunked_topk_kl
     }
     return Case(
         s,
-        (*_student(s, device), *kept),
+        (*_student(s, device), *topk),
         lambda *args: linear_topk_kl(*args).total,
-        found,
+        peer_losses,
         bytes=10 * s.T * s.V,
         flop=2 * s.T * s.V * 3 * s.D,
         goal_ms=25,
@@ -173,13 +168,13 @@ def _linear_topk_kl(s: Shape, device: str) -> Case:
 
 def _renormalised_topk_kl(s: Shape, device: str) -> Case:
     ids_TK, logp_TK, _ = teacher_topk(*_teacher(s, device), s.K)
-    found = _with_compile(lambda *args: renormalised_topk_kl_ref(*args).total)
-    found["head GEMM"] = lambda x, w, i, q: linear_topk_kl(x, w, i, q, tail="renorm").total
+    peer_losses = _with_compile(lambda *args: renormalised_topk_kl_ref(*args).total)
+    peer_losses["head GEMM"] = lambda x, w, i, q: linear_topk_kl(x, w, i, q, tail="renorm").total
     return Case(
         s,
         (*_student(s, device), ids_TK, logp_TK),
         lambda *args: renormalised_topk_kl(*args).total,
-        found,
+        peer_losses,
         bytes=3 * s.T * s.K * s.D * 2,
         goal_ms=5,
         goal_mib=1300,
@@ -187,8 +182,8 @@ def _renormalised_topk_kl(s: Shape, device: str) -> Case:
 
 
 def _topk_tail_kl(s: Shape, device: str) -> Case:
-    kept = teacher_topk(*_teacher(s, device), s.K)
-    args = _randn(s.T, s.V, device=device, grad=True), *kept
+    topk = teacher_topk(*_teacher(s, device), s.K)
+    args = _randn(s.T, s.V, device=device, grad=True), *topk
     return Case(
         s,
         args,
@@ -199,14 +194,14 @@ def _topk_tail_kl(s: Shape, device: str) -> Case:
 
 
 def _token_kl(s: Shape, device: str) -> Case:
-    found = _with_compile(lambda *args: token_kl_ref(*args).total) | _optional(
+    peer_losses = _with_compile(lambda *args: token_kl_ref(*args).total) | _optional(
         {"liger": peers.liger().get("token_kl")}
     )
     return Case(
         s,
         (_randn(s.T, s.V, device=device, grad=True), _randn(s.T, s.V, device=device)),
         lambda *args: token_kl(*args).total,
-        found,
+        peer_losses,
         bytes=10 * s.T * s.V,
         goal_ms=3.6,
     )
@@ -215,14 +210,14 @@ def _token_kl(s: Shape, device: str) -> Case:
 def _token_logprob(s: Shape, device: str, backward: bool = True) -> Case:
     logits_PV, target_T = _randn(s.T + 1, s.V, device=device), _targets(s, device)
     args = logits_PV[: s.T].requires_grad_(backward), target_T
-    found = _with_compile(lambda *args: token_logprob_ref(*args).logp.sum())
+    peer_losses = _with_compile(lambda *args: token_logprob_ref(*args).logp.sum())
     if not backward and (liger := peers.liger().get("token_logprob")):
-        found["liger"] = liger
+        peer_losses["liger"] = liger
     return Case(
         s,
         args,
         lambda *args: token_logprob(*args).logp.sum(),
-        found,
+        peer_losses,
         bytes=(6 if backward else 2) * s.T * s.V,
         backward=backward,
         peer_args={"liger": (logits_PV, target_T)},
@@ -233,14 +228,14 @@ def _linear_logprob(s: Shape, device: str, backward: bool = True) -> Case:
     s = replace(s, D=s.E)  # the goal is stated for the larger hidden size
     x_TD, w_VD = _student(s, device)
     args = (x_TD, w_VD) if backward else (x_TD.detach(), w_VD.detach())
-    found = _with_compile(lambda *args: linear_logprob_ref(*args).logp.sum())
-    found["chunked"] = lambda *args: -peers.chunked_nll(*args)
-    found |= _optional({"trl": peers.trl().get("linear_logprob")})
+    peer_losses = _with_compile(lambda *args: linear_logprob_ref(*args).logp.sum())
+    peer_losses["chunked"] = lambda *args: -peers.chunked_nll(*args)
+    peer_losses |= _optional({"trl": peers.trl().get("linear_logprob")})
     return Case(
         s,
         (*args, _targets(s, device)),
         lambda *args: linear_logprob(*args).logp.sum(),
-        found,
+        peer_losses,
         bytes=(10 if backward else 4) * s.T * s.V,
         flop=(4 if backward else 1) * 2 * s.T * s.V * s.D,
         backward=backward,
@@ -249,7 +244,7 @@ def _linear_logprob(s: Shape, device: str, backward: bool = True) -> Case:
 
 
 def _linear_nll(s: Shape, device: str) -> Case:
-    found = (
+    peer_losses = (
         _with_compile(lambda *args: linear_nll_ref(*args).total)
         | {"chunked": peers.chunked_nll}
         | _optional(
@@ -263,7 +258,7 @@ def _linear_nll(s: Shape, device: str) -> Case:
         s,
         (*_student(s, device), _targets(s, device)),
         lambda *args: linear_nll(*args).total,
-        found,
+        peer_losses,
         bytes=10 * s.T * s.V,
         flop=3 * 2 * s.T * s.V * s.D,
     )
@@ -298,9 +293,7 @@ def _teacher_sample(s: Shape, device: str) -> Case:
 
 
 def _first_byte_like(s: Shape, device: str):
-    """257 classes of very different sizes, as first bytes are; fewer where there are fewer ids.
-    None is empty.
-    """
+    """257 classes of very different sizes, as first bytes are; fewer for few ids; none empty."""
     num = min(257, s.V)
     class_V = torch.multinomial(
         torch.arange(1, num + 1).double().reciprocal(), s.V, replacement=True

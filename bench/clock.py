@@ -1,6 +1,4 @@
-"""Times a set of functions against each other in one process: interleaved rounds, cold L2,
-quantiles, peak memory.
-"""
+"""Times functions against each other: interleaved rounds, cold L2, quantiles, peak memory."""
 
 import time
 from collections.abc import Callable
@@ -28,10 +26,10 @@ def _one_ms(fn: Step, flush: torch.Tensor | None) -> float:
 def time_ms(
     functions: dict[str, Step], on_gpu: bool, seconds: float = 4.0
 ) -> dict[str, list[float]]:
-    """{name: [p20, p50, p80]} in ms. Every round runs all functions, in forward and backward order
-    by turns.
+    """{name: [p20, p50, p80]} in ms.
 
-    3 to 50 rounds, as many as fit into `seconds` after a warm-up round that is not counted.
+    Every round runs all functions, in forward and backward order by turns. 3 to 50 rounds, as many
+    as fit into `seconds` after a warm-up round that is not counted.
     """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda") if on_gpu else None
     for _ in range(2 if on_gpu else 1):  # the first call compiles, the second is what a round costs
@@ -53,9 +51,7 @@ def time_ms(
 
 
 def peak_mib(fn: Step) -> float:
-    """Peak GPU memory above what was allocated before, in MiB: workspace, temporaries and the
-    gradients it returns.
-    """
+    """Peak GPU memory in MiB above what was allocated: workspace, temporaries and gradients."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -65,9 +61,7 @@ def peak_mib(fn: Step) -> float:
 
 
 def roofline_now() -> dict[str, float]:
-    """What this GPU gives in this run: bf16 matmul TFLOP/s at 8192 cubed, and copy GB/s of 2
-    GiB.
-    """
+    """What this GPU gives in this run: bf16 matmul TFLOP/s at 8192 cubed, copy GB/s of 2 GiB."""
     # zeros would run faster
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     x = torch.empty(2**31, dtype=torch.int8, device="cuda")

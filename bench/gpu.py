@@ -18,6 +18,12 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+WHERE = """
+import bench.__main__
+import reflux.kernels.span_sum as op
+
+print("reflux.kernels from", op.__file__)
+"""
 
 
 def main() -> None:
@@ -45,22 +51,11 @@ def main() -> None:
             "REFLUX_KERNELS_OF": shim,
         }
         if args.dry_run:
-            code = "import bench.__main__, reflux.kernels.span_sum as op; print('reflux.kernels from', op.__file__)"
-            sys.exit(
-                subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT).returncode
-            )
+            command = [sys.executable, "-c", WHERE]
+            sys.exit(subprocess.run(command, env=environment, cwd=ROOT).returncode)
+        limits = ["--seconds", str(args.seconds), "--out", str(args.out.resolve())]
         sweep = ["--tokens", *args.tokens] if args.tokens else []
-        command = [
-            sys.executable,
-            "-m",
-            "bench",
-            args.op,
-            "--seconds",
-            str(args.seconds),
-            "--out",
-            str(args.out.resolve()),
-            *sweep,
-        ]
+        command = [sys.executable, "-m", "bench", args.op, *limits, *sweep]
         sys.exit(subprocess.run(command, env=environment, cwd=ROOT).returncode)
 
 

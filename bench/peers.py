@@ -1,12 +1,11 @@
-"""What people use today for the same losses, restated from the definitions or called where it is
-installed.
+"""What is used today for the same losses: restated from the definition, or called if installed.
 
-Every peer takes the arguments of our op and returns the same sum (tests/bench/test_bench.py compares
-those that run on a CPU). Liger is called through its public functions; what is named "chunked" is
-the common pattern of public trainers: split the rows, project, log-softmax, checkpoint each piece
-so that the backward recomputes it.
+Every peer takes the arguments of our op and returns the same sum; tests/bench/test_bench.py
+compares those that run on a CPU. Liger is called through its public functions; what is named
+"chunked" is the common pattern of public trainers: split the rows, project, log-softmax, checkpoint
+each piece so that the backward recomputes it.
 
-Shapes: T tokens, V vocabulary, D student hidden, E teacher hidden, K kept ids.
+Shapes: T tokens, V vocabulary, D student hidden, E teacher hidden, K top-k ids.
 """
 
 from collections.abc import Callable
@@ -35,9 +34,7 @@ def _kl_of_rows(x, w, xt, wt, beta: float | None) -> Tensor:
 
 
 def chunked_kl(x_TD, w_VD, xt_TE, wt_VE, beta: float | None = None) -> Tensor:
-    """Divergence chunk by chunk under activation checkpointing: the pattern of TRL's generalised
-    JSD before its own kernels.
-    """
+    """Divergence chunk by chunk, checkpointed: TRL's generalised JSD before its own kernels."""
     return sum(
         checkpoint(_kl_of_rows, x, w_VD, xt, wt_VE, beta, use_reentrant=False)
         for x, xt in _rows(x_TD, xt_TE)
@@ -58,14 +55,14 @@ def _topk_of_rows(x, w, ids, logq, tail) -> Tensor:
     logp = F.linear(x, w).float().log_softmax(-1)
     logp_k = logp.gather(1, ids.long())
     # how public trainers form the tail
-    rest = torch.log1p(-logp_k.exp().sum(1).clamp(max=1 - 1e-7))
-    return (logq.exp() * (logq - logp_k)).sum() + (tail.exp() * (tail - rest)).sum()
+    log_tail = torch.log1p(-logp_k.exp().sum(1).clamp(max=1 - 1e-7))
+    return (logq.exp() * (logq - logp_k)).sum() + (tail.exp() * (tail - log_tail)).sum()
 
 
 def chunked_topk_kl(x_TD, w_VD, ids_TK, logq_TK, tail_T) -> Tensor:
     return sum(
-        checkpoint(_topk_of_rows, x, w_VD, *rest, use_reentrant=False)
-        for x, *rest in _rows(x_TD, ids_TK, logq_TK, tail_T)
+        checkpoint(_topk_of_rows, x, w_VD, *topk, use_reentrant=False)
+        for x, *topk in _rows(x_TD, ids_TK, logq_TK, tail_T)
     )
 
 
@@ -75,9 +72,7 @@ def compiled(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @cache
 def liger() -> dict[str, Callable[..., Tensor]]:
-    """Liger's ops by the name of ours, returning sums; empty where liger-kernel is not
-    installed.
-    """
+    """Liger's ops by the name of ours, returning sums; empty without liger-kernel."""
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
         from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
@@ -111,9 +106,10 @@ def liger() -> dict[str, Callable[..., Tensor]]:
 
 @cache
 def trl() -> dict[str, Callable[..., Tensor]]:
-    """TRL's fused ops (1.16: cuBLAS on tiles of the vocabulary, Triton statistics, tiles made again
-    in the backward), where it is installed. Returns sums by the name of ours; linear_kl takes its
-    beta: 0 is forward KL, between 0 and 1 the generalised JSD.
+    """TRL's fused ops by the name of ours, returning sums; empty without TRL.
+
+    1.16: cuBLAS on tiles of the vocabulary, Triton statistics, tiles made again in the backward.
+    linear_kl takes its beta: 0 is forward KL, between 0 and 1 the generalised JSD.
     """
     try:
         from trl.kernels.chunked_divergence import VOCAB_CHUNK_SIZE, ChunkedDivergenceFunction
@@ -131,9 +127,7 @@ def trl() -> dict[str, Callable[..., Tensor]]:
 
 
 def linear_cross_entropy() -> Callable[..., Tensor] | None:
-    """torch's own fused head + cross-entropy, where this torch has it, with its chunking switched
-    on.
-    """
+    """torch's own fused head and cross-entropy with its chunking on, where this torch has it."""
     if not hasattr(F, "linear_cross_entropy") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         return None
     options = torch.nn.LinearCrossEntropyOptions()

@@ -26,12 +26,12 @@ def bars(rows: list[dict], axes) -> None:
     names = sorted({name for row in rows for name in _p50(row)} - {"ours"})
     height = 0.8 / (len(names) + 1)
     for k, name in enumerate(["ours", *names]):
-        found = [
+        bars_of = [
             (i, _p50(row)[name] / row["floor_ms"])
             for i, row in enumerate(rows)
             if name in _p50(row) and row["floor_ms"]
         ]
-        axes.barh([i + k * height for i, _ in found], [x for _, x in found], height, label=name)
+        axes.barh([i + k * height for i, _ in bars_of], [x for _, x in bars_of], height, label=name)
     axes.set(
         xscale="log",
         xlabel="time / floor",
@@ -46,10 +46,10 @@ def bars(rows: list[dict], axes) -> None:
 def over_tokens(rows: list[dict], axes, what: str) -> None:
     names = sorted({name for row in rows for name in row[what]})
     for name in names:
-        found = sorted((row["T"], row[what][name]) for row in rows if name in row[what])
+        points = sorted((row["T"], row[what][name]) for row in rows if name in row[what])
         axes.plot(
-            [T for T, _ in found],
-            [x[1] if isinstance(x, list) else x for _, x in found],
+            [T for T, _ in points],
+            [x[1] if isinstance(x, list) else x for _, x in points],
             marker="o",
             label=name,
         )

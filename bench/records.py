@@ -1,6 +1,4 @@
-"""Where a record comes from: commit, command, versions, device. A record is written once and never
-edited.
-"""
+"""Where a record comes from: commit, command, versions, device. Written once and never edited."""
 
 import datetime
 import json
@@ -22,9 +20,7 @@ def git(*args: str) -> str:
 
 
 def commit() -> tuple[str, bool]:
-    """(commit, is the tree dirty?). A copy without .git takes REFLUX_COMMIT, which `make bench-gpu`
-    documents.
-    """
+    """(commit, is the tree dirty?). A copy without .git takes REFLUX_COMMIT, see gpu.py."""
     try:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
     except (subprocess.CalledProcessError, FileNotFoundError):
@@ -32,13 +28,13 @@ def commit() -> tuple[str, bool]:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in ("torch", "triton", "numpy", "tokenizers", "liger-kernel", "trl"):
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 def device() -> dict:
@@ -65,9 +61,7 @@ def _cpu() -> str:
 def write(
     name: str, content: dict, folder: Path = FOLDER, command: str = "python -m bench"
 ) -> Path:
-    """<date>_<name>.json; an existing one is never overwritten. The command's arguments are those
-    of this process.
-    """
+    """<date>_<name>.json, never over an existing one. Records this process' own arguments."""
     date = datetime.datetime.now(datetime.UTC)
     revision, dirty = commit()
     record = {

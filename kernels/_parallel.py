@@ -21,11 +21,10 @@ from ._triton import require
 
 @dataclass(frozen=True)
 class VocabShard:
-    """This rank's slice of the vocabulary: rows start .. start + len(head) of the whole head, over
-    `group`.
+    """This rank's slice of the vocabulary: rows start .. start + len(head) of the whole head.
 
-    Ranks must hold consecutive slices without overlap; the last may be shorter. `group` is the name
-    of the group, `process_group.group_name`: a custom op takes strings, not groups.
+    Ranks of `group` must hold consecutive slices without overlap; the last may be shorter. `group`
+    is the name of the group, `process_group.group_name`: a custom op takes strings, not groups.
     """
 
     group: str

@@ -89,7 +89,7 @@ def bucket_kl_ref(
         logit_scale=teacher_logit_scale,
     ).detach()
     kl_T = divergence_ref(logp_TN, logq_TN, divergence, beta)
-    return loss_ref(kl_T, weight, rows, loss_factor(temperature, scale_t2))
+    return loss_ref(kl_T, weight, rows, temperature**2 if scale_t2 else 1.0)
 
 
 @torch.library.custom_op("reflux::bucket_kl", mutates_args=())

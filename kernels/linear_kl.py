@@ -92,7 +92,7 @@ def linear_kl_ref(
     u_TV = logits_ref(teacher_hidden_TE, teacher_head_VE, *teacher_options)
     logp_TV, logq_TV = ((x_TV / temperature).log_softmax(-1) for x_TV in (z_TV, u_TV.detach()))
     kl_T = divergence_ref(logp_TV, logq_TV, divergence, beta)
-    return loss_ref(kl_T, weight, rows, loss_factor(temperature, scale_t2))
+    return loss_ref(kl_T, weight, rows, temperature**2 if scale_t2 else 1.0)
 
 
 @torch.library.custom_op("reflux::linear_kl", mutates_args=())

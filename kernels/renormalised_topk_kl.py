@@ -88,7 +88,7 @@ def renormalised_topk_kl_ref(
         for x in (a_TK, teacher_logp_TK)
     )
     kl_T = torch.where(live_TK.any(1), divergence_ref(logp_TK, logq_TK, divergence, beta), 0.0)
-    return loss_ref(kl_T, weight, rows, loss_factor(temperature, scale_t2))
+    return loss_ref(kl_T, weight, rows, temperature**2 if scale_t2 else 1.0)
 
 
 @triton.jit

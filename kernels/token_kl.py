@@ -54,7 +54,7 @@ def token_kl_ref(
         for x in (student_logits_TV, teacher_logits_TV.detach())
     )
     kl_T = divergence_ref(logp_TV, logq_TV, divergence, beta)
-    return loss_ref(kl_T, weight, rows, loss_factor(temperature, scale_t2))
+    return loss_ref(kl_T, weight, rows, temperature**2 if scale_t2 else 1.0)
 
 
 def _sweep(

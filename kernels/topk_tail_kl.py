@@ -90,7 +90,7 @@ def topk_tail_kl_ref(
         if tail == "sampled":
             kl_T = -torch.where(logq_TK > -torch.inf, logq_TK.exp() * logp_TK, 0.0).sum(1)
     kl_T = torch.where(live_TK.any(1), kl_T, 0.0)
-    return loss_ref(kl_T, weight, rows, loss_factor(temperature, scale_t2))
+    return loss_ref(kl_T, weight, rows, temperature**2 if scale_t2 else 1.0)
 
 
 def _sweep(

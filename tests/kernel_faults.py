@@ -1,6 +1,4 @@
-"""What mutate_kernels.py seeds into the kernels: faults by hand, the tests that should notice, and
-faults that compute the same.
-"""
+"""What mutate_kernels.py seeds into the kernels, the tests that should notice, and equivalents."""
 
 TESTS = {  # file -> its narrow tests, the quickest to fail first
     "_class_rows": "class_logprob bucket_kl",
@@ -10,6 +8,8 @@ TESTS = {  # file -> its narrow tests, the quickest to fail first
     "align_spans": "align_spans",
     "span_sum": "span_sum",
     "_chunks": "chunks linear_kl linear_logprob class_logprob",
+    "_head": "linear_kl parallel linear_logprob class_logprob",
+    "_loss": "linear_kl token_kl topk_tail_kl",
     "_parallel": "parallel linear_logprob class_logprob",
     "_divergence": "token_kl linear_kl",
     "_kl_rows": "kl_rows token_kl parallel linear_kl",
@@ -20,6 +20,7 @@ TESTS = {  # file -> its narrow tests, the quickest to fail first
     "token_logprob": "token_logprob",
     "linear_nll": "linear_nll",
     "_topk_rows": "topk_tail_kl tail_laws linear_topk_kl",
+    "_topk_inputs": "topk_tail_kl linear_topk_kl renormalised_topk_kl",
     "topk_tail_kl": "topk_tail_kl tail_laws",
     "linear_topk_kl": "linear_topk_kl",
     "renormalised_topk_kl": "renormalised_topk_kl",
@@ -28,7 +29,7 @@ TESTS = {  # file -> its narrow tests, the quickest to fail first
     "_select_rows": "teacher_topk teacher_sample",
 }
 GATE = "gate"  # instead of tests: what the interpreter cannot see, the compile gate must
-BY_HAND = [  # file, old text (found once), new text, tests or None for the file's own
+BY_HAND = [  # file, old text (once in it), new text, tests or None for the file's own
     (
         "_class_rows",
         "s = s * exp_diff(m, new) + tl.sum(exp_diff(a, new[:, None]), 1)\n        m = new\n    "
@@ -42,11 +43,11 @@ BY_HAND = [  # file, old text (found once), new text, tests or None for the file
     ("_class_rows", "short = end - begin <= LONG", "short = end - begin < LONG", None),
     ("_class_rows", "at < end[:, None]", "at <= end[:, None]", None),
     ("_class_rows", "tl.sum(s * exp_diff(m, M), 0)", "tl.sum(s, 0)", None),
-    # the shares are relative to the row's max
+    # z is relative to the row's max
     ("_class_rows", "(raw * inv_temp - M) - z", "raw * inv_temp - z", None),
     ("_class_rows", "tl.where(dz == 0, 0.0, d)", "d", None),
     # temperature factor
-    ("_class_rows", "inv_temp, inv_temp * grad_scale,", "inv_temp, grad_scale,", None),
+    ("_class_rows", "inv_temp * grad_scale,", "grad_scale,", None),
     ("_class_rows", "d *= 1.0 - (raw * inv_cap) * (raw * inv_cap)", "pass", None),  # softcap factor
     (
         "_class_rows",
@@ -66,7 +67,6 @@ BY_HAND = [  # file, old text (found once), new text, tests or None for the file
         None,
     ),
     ("_classes", "d.index_copy_(0, columns[0], d_L.to(like.dtype))", "d_L.to(like.dtype)", None),
-    ("_classes", "all_sum(self.dhidden_TD, group) if", "self.dhidden_TD if", None),
     ("class_logprob", "value=-1", "value=1", None),
     (
         "class_logprob",
@@ -79,8 +79,8 @@ BY_HAND = [  # file, old text (found once), new text, tests or None for the file
     ("bucket_kl", "kl_T.mul_(t2)", "pass", None),
     (
         "bucket_kl",
-        '"forward": student.empty - teacher.empty',
-        '"forward": teacher.empty - student.empty',
+        "alone = student.empty - teacher.empty",
+        "alone = teacher.empty - student.empty",
         None,
     ),
     ("bucket_kl", "temperature, teacher_group)", "temperature, student_group)", None),
@@ -171,19 +171,39 @@ BY_HAND = [  # file, old text (found once), new text, tests or None for the file
         "coeff_T = weight_T * gradient_scale",
         None,
     ),
+    ("linear_kl", "loss_factor(temperature, scale_t2)", "1.0", None),
+    ("linear_kl", "Head(*side).cut(V)\n    grads", "Head(*side)\n    grads", None),
     (
-        "linear_kl",
+        "_loss",
         "torch.where(weight_T != 0, weight_T * kl_T, 0.0).sum()",
         "(weight_T * kl_T).sum()",
         None,
     ),
+    ("_loss", "(d * g_total if needed", "(d if needed", None),
+    ("_loss", "return temperature**2 if scale_t2 else 1.0", "return temperature", None),
+    ("_loss", "dz_TV.detach().mul_(g_total)", "dz_TV.detach()", None),
     (
-        "linear_kl",
-        "all_sum(dx_TD, group) if need_dhidden else dx_TD,\n            dhead",
-        "dx_TD,\n            dhead",
+        "_head",
+        "all_sum(self.dhidden_TD, group) if self.need[0] else self.dhidden_TD",
+        "self.dhidden_TD",
+        "parallel",
+    ),
+    (
+        "_head",
+        "all_sum(self.dhidden_TD, group) if self.need[0] else self.dhidden_TD",
+        "self.dhidden_TD",
+        "class_logprob",
+    ),
+    ("_head", "self.dhidden_TD[c] = dhidden_CD", "pass", None),
+    ("_head", "head_VD=self.head_VD[:V]", "head_VD=self.head_VD", None),
+    (
+        "_topk_inputs",
+        "torch.where(live_TK, ids_TK, -1).contiguous()",
+        "ids_TK.contiguous()",
         None,
     ),
-    ("linear_kl", "(d * g_total if needed", "(d if needed", None),
+    ("_topk_inputs", "torch.where(live_TK, logp_TK.detach(), -torch.inf)", "logp_TK", None),
+    ("_topk_inputs", "(ids_TK >= start) & (ids_TK < start + width)", "ids_TK >= start", None),
     ("linear_kl", "kl_T.mul_(t2)", "pass", None),
     ("_logprob_rows", "s = s * scale + tl.sum(e, 1)", "s = s + tl.sum(e, 1)", None),
     # entropy term
@@ -213,7 +233,7 @@ BY_HAND = [  # file, old text (found once), new text, tests or None for the file
         "tl.store(scratch + t * K + first + k, d",
         None,
     ),
-    ("_logprob_rows", "tl.debug_barrier()  # dlogits may be", "pass  # dlogits may be", GATE),
+    ("_logprob_rows", "overwrites it\n    tl.debug_barrier()", "overwrites it\n    pass", GATE),
     ("_logprob_rows", "tl.debug_barrier()\n    for first", "pass\n    for first", GATE),
     (
         "_logprob_rows",
@@ -257,7 +277,7 @@ EQUIVALENT = {  # (file, line of source, old, new): why it computes the same
         "live = tl.maximum(live, tl.max((y != -1).to(tl.int32), 0))",
         "live = tl.maximum(live, tl.max((y != -1).to(tl.int32), 0))",
         "live = 1",
-    ): "an ignored row is then read in vain: the host puts zeros in its place, NaN in its logits included",
+    ): "an ignored row is then read in vain: the host writes zeros over what comes of it, NaN too",
     (
         "span_sum",
         "sorted_T, order_T = torch.sort(span_T, stable=True)",
@@ -278,7 +298,7 @@ EQUIVALENT = {  # (file, line of source, old, new): why it computes the same
     ): "what is read behind the row is not stored",
     (
         "renormalised_topk_kl",
-        "if first < end:  # else nobody kept this id, and zeros are there already",
+        "if first < end:  # else the id is in no top-k, and zeros are there already",
         "<",
         "<=",
     ): "an empty segment stores the zeros it started from",

@@ -1,14 +1,12 @@
 """Seed one fault at a time into the kernels and see whether their tests notice.
 
-    python tests/mutate_kernels.py                        # the mutants below, and --sample drawn by
-        rule from each file
-    python tests/mutate_kernels.py --only class --list    # those of files with class in their
-        names; print, do not run
-    python tests/mutate_kernels.py --sample 40 --seed 1   # more of them, others
-    python tests/mutate_kernels.py --again RECORD --record    # those that survived when RECORD was
-        written, after a test was added
-    python tests/mutate_kernels.py --jobs 2 --record      # two at a time, and write
-        bench/records/<date>_kernel_mutants.json
+    python tests/mutate_kernels.py                # those by hand, and --sample by rule of each file
+    python tests/mutate_kernels.py --only class --list      # of files with class in their names:
+                                                            # print them, do not run
+    python tests/mutate_kernels.py --sample 40 --seed 1     # more of them, others
+    python tests/mutate_kernels.py --again RECORD --record  # the survivors of RECORD, after a test
+                                                            # was added
+    python tests/mutate_kernels.py --jobs 2 --record        # two at a time, and write a record
 
 A fault is one replacement in one file of a copy of the repository; the narrow tests of that file
 then run with -x. One that no test notices survives, and the exit code is 1: either a test is
@@ -106,37 +104,40 @@ def tests_of(file: str) -> tuple[str, ...]:
 
 
 def by_hand(file: str) -> list[Mutant]:
-    """Those of the list above. A text that is not there once is stale: the list must follow the
-    code.
-    """
-    source, found = (ROOT / f"kernels/{file}.py").read_text(), []
+    """Those of BY_HAND. ValueError for a text that does not occur exactly once."""
+    source, mutants = (ROOT / f"kernels/{file}.py").read_text(), []
     for name, old, new, tests in BY_HAND:
-        if name == file:
-            if source.count(old) != 1:
-                sys.exit(
-                    f"BY_HAND: {old!r} is {source.count(old)} times in kernels/{file}.py, want "
-                    "once: refresh the list"
-                )
-            at = source.index(old)
-            start = len(source[:at].encode())
-            found.append(
-                Mutant(
-                    file,
-                    start,
-                    start + len(old.encode()),
-                    old,
-                    new,
-                    source[:at].count("\n") + 1,
-                    source.splitlines()[source[:at].count("\n")].strip(),
-                    (GATE,)
-                    if tests == GATE
-                    else tests_of(file)
-                    if tests is None
-                    else (f"tests/kernels/test_{tests}.py",),
-                    file.strip("_").split("_")[0] if tests == GATE else "",
-                )
+        if name != file:
+            continue
+        if source.count(old) != 1:
+            raise ValueError(
+                f"BY_HAND: {old!r} is {source.count(old)} times in kernels/{file}.py; want once. "
+                "Bring kernel_faults.py up to date with the kernel"
             )
-    return found
+        before = source[: source.index(old)]
+        start, line = len(before.encode()), before.count("\n")
+        only = file.strip("_").split("_")[0] if tests == GATE else ""
+        mutants.append(
+            Mutant(
+                file,
+                start,
+                start + len(old.encode()),
+                old,
+                new,
+                line + 1,
+                source.splitlines()[line].strip(),
+                noticed_by(file, tests),
+                only,
+            )
+        )
+    return mutants
+
+
+def noticed_by(file: str, tests: str | None) -> tuple[str, ...]:
+    """GATE, or the paths of the tests that a fault names; without a name those of its file."""
+    if tests is None:
+        return tests_of(file)
+    return (GATE,) if tests == GATE else (f"tests/kernels/test_{tests}.py",)
 
 
 def by_rule(file: str) -> list[Mutant]:
@@ -146,7 +147,7 @@ def by_rule(file: str) -> list[Mutant]:
     lines = [0]
     for line in raw.splitlines(keepends=True):
         lines.append(lines[-1] + len(line))
-    found = []
+    mutants = []
     for function in ast.walk(ast.parse(source)):
         if not isinstance(function, ast.FunctionDef):
             continue
@@ -155,35 +156,36 @@ def by_rule(file: str) -> list[Mutant]:
             continue
         for node in (n for statement in function.body for n in ast.walk(statement)):
             for start, end, new in edits(node, raw, lines):
-                found.append(
+                line = raw[:start].count(b"\n")
+                mutants.append(
                     Mutant(
                         file,
                         start,
                         end,
                         raw[start:end].decode(),
                         new,
-                        raw[:start].count(b"\n") + 1,
-                        source.splitlines()[raw[:start].count(b"\n")].strip(),
+                        line + 1,
+                        source.splitlines()[line].strip(),
                         tests_of(file),
                         "kernel" if is_kernel else "not kernel",
                     )
                 )
     return list(
-        {(m.start, m.end, m.new): m for m in found if m.old.strip() != m.new.strip()}.values()
+        {(m.start, m.end, m.new): m for m in mutants if m.old.strip() != m.new.strip()}.values()
     )
 
 
 def edits(node: ast.AST, raw: bytes, lines: list[int]) -> list[tuple[int, int, str]]:
     """(start, end, new text) of what can go wrong at one node."""
 
-    def place(n: ast.AST) -> tuple[int, int]:
+    def location(n: ast.AST) -> tuple[int, int]:
         return lines[n.lineno - 1] + n.col_offset, lines[n.end_lineno - 1] + n.end_col_offset
 
     def text(n: ast.AST) -> str:
-        return raw[slice(*place(n))].decode()
+        return raw[slice(*location(n))].decode()
 
     def between(left: ast.AST, right: ast.AST, swap: tuple[str, str]) -> list[tuple[int, int, str]]:
-        at = raw.index(swap[0].encode(), place(left)[1], place(right)[0])
+        at = raw.index(swap[0].encode(), location(left)[1], location(right)[0])
         return [(at, at + len(swap[0]), swap[1])]
 
     if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISONS:
@@ -191,36 +193,34 @@ def edits(node: ast.AST, raw: bytes, lines: list[int]) -> list[tuple[int, int, s
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         return between(node.left, node.right, OPERATORS[type(node.op)])
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return [(*place(node), text(node.operand))]
+        return [(*location(node), text(node.operand))]
     if isinstance(node, (ast.AugAssign, ast.Expr)) and not isinstance(
         getattr(node, "value", None), ast.Constant
     ):
-        return [(*place(node), "pass")]
+        return [(*location(node), "pass")]
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         name = node.func.attr
         if name == "where" and len(node.args) == 3:
-            return [(*place(node), f"({text(arg)})") for arg in node.args[1:]]
+            return [(*location(node), f"({text(arg)})") for arg in node.args[1:]]
         if name in IN_PLACE:
-            return [(*place(node), text(node.func.value))]
+            return [(*location(node), text(node.func.value))]
         if name in CALLS:
-            end = place(node.func)[1]
+            end = location(node.func)[1]
             return [(end - len(name), end, CALLS[name])]
         banned = [k.value for k in node.keywords if k.arg == "other" and "inf" in text(k.value)]
-        return [(*place(value), "0.0") for value in banned]
+        return [(*location(value), "0.0") for value in banned]
     return []
 
 
 def build_copy(folder: Path) -> None:
-    """The kernels and tests of this checkout as reflux.kernels, for this process and those that
-    tests start.
-    """
+    """The kernels and tests of this checkout, for this process and those that tests start."""
     for name in ("kernels", "tests"):
         shutil.copytree(
             ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "conftest.py")
         )
     (folder / "reflux").mkdir()
     (folder / "reflux/kernels").symlink_to(folder / "kernels")
-    # an editable install would lead reflux to the original
+    # an editable install would lead reflux back to this checkout
     (folder / "sitecustomize.py").write_text(
         "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if not "
         "type(f).__name__.startswith('ScikitBuild')]\n"
@@ -255,9 +255,7 @@ def preload() -> None:
 
 
 def tests_pass(folder: Path, mutant: Mutant, examples: int) -> bool:
-    """Do the mutant's tests pass in the copy as it is now? In a fork: reflux must be imported
-    anew.
-    """
+    """Do the mutant's tests pass in the copy as it is? In a fork: reflux must be imported anew."""
     if mutant.tests == (GATE,):
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         command = [
@@ -278,20 +276,8 @@ def tests_pass(folder: Path, mutant: Mutant, examples: int) -> bool:
         hypothesis.settings.load_profile(f"mutants{examples}")
         os.chdir(folder)
         selected = ["-k", mutant.only] if mutant.only else []
-        code = pytest.main(
-            [
-                "-x",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                "--noconftest",
-                "--rootdir",
-                str(folder),
-                *selected,
-                *mutant.tests,
-            ]
-        )
-        os._exit(int(code))
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--noconftest", f"--rootdir={folder}"]
+        os._exit(int(pytest.main([*options, *selected, *mutant.tests])))
     deadline = time.monotonic() + LIMIT_S
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -306,26 +292,24 @@ def tests_pass(folder: Path, mutant: Mutant, examples: int) -> bool:
 
 def survives(folder: Path, mutant: Mutant) -> bool:
     path = folder / f"kernels/{mutant.file}.py"
-    original = path.read_bytes()
+    source = path.read_bytes()
     try:
-        changed = original[: mutant.start] + mutant.new.encode() + original[mutant.end :]
+        changed = source[: mutant.start] + mutant.new.encode() + source[mutant.end :]
         ast.parse(changed)
         path.write_bytes(changed)
         return tests_pass(folder, mutant, FEW) and (
             mutant.tests == (GATE,) or tests_pass(folder, mutant, 25)
         )
     finally:
-        path.write_bytes(original)
+        path.write_bytes(source)
 
 
 def write_record(counts: dict, survivors: list[Mutant], options: argparse.Namespace) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.strip()
-    path = (
-        ROOT
-        / f"bench/records/{datetime.date.today()}_kernel_mutants{'_again' if options.again else ''}.json"
-    )
+    name = f"{datetime.date.today()}_kernel_mutants{'_again' if options.again else ''}.json"
+    path = ROOT / "bench/records" / name
     path.write_text(
         json.dumps(
             {
@@ -350,22 +334,18 @@ def write_record(counts: dict, survivors: list[Mutant], options: argparse.Namesp
 
 
 def in_parallel(mutants: list[Mutant], jobs: int) -> Iterator[tuple[Mutant, bool | None]]:
-    """(mutant, does it survive?) as they come; None for all of a group whose tests are red before
-    any. A process a share of groups.
-    """
+    """(mutant, does it survive?) as they come; None where the tests fail without any mutant."""
     groups: dict[tuple, list[int]] = {}
     for i, mutant in enumerate(mutants):
         groups.setdefault((mutant.tests, mutant.only), []).append(i)
-    shares: list[list[list[int]]] = [[] for _ in range(jobs)]
+    parts: list[list[list[int]]] = [[] for _ in range(jobs)]  # of one process each
     for group in sorted(groups.values(), key=len, reverse=True):
-        min(shares, key=lambda share: sum(map(len, share))).append(group)
+        min(parts, key=lambda part: sum(map(len, part))).append(group)
     # before torch is imported: every process builds and imports a copy of its own
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     workers = [
-        context.Process(target=run_share, args=(mutants, share, results))
-        for share in shares
-        if share
+        context.Process(target=run_groups, args=(mutants, part, results)) for part in parts if part
     ]
     for worker in workers:
         worker.start()
@@ -382,7 +362,7 @@ def in_parallel(mutants: list[Mutant], jobs: int) -> Iterator[tuple[Mutant, bool
         worker.join()
 
 
-def run_share(mutants: list[Mutant], groups: list[list[int]], results) -> None:
+def run_groups(mutants: list[Mutant], groups: list[list[int]], results) -> None:
     with tempfile.TemporaryDirectory(prefix="mutants") as name:
         folder = Path(name)
         build_copy(folder)

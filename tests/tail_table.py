@@ -1,11 +1,9 @@
-"""What several test files share: tail table."""
+"""The table of docs/kernels.md: what each tail pays for leaving the support (T4)."""
 
-# T4: the ray along which all logits of the support fall together, while their shape stays
+# all logits of the support fall together, their shape unchanged
 SHIFTS = [0.0, -1.0, -2.0, -5.0, -10.0, -20.0]
 
-
-# at P = 0.228: the values by which un-renormalised reverse KL was found to pay for leaving the
-# support
+# reverse KL at P = 0.228; without renormalisation ("truncated") it falls as the support is left
 TABLE = {
     "truncated": [0.227, -0.017, -0.067, -0.014, 0.0, 0.0],
     "renorm": [0.227] * 6,

@@ -61,7 +61,9 @@ def test_a_row_names_what_failed_and_what_there_was_no_time_for():
     def too_large(*_):
         raise torch.OutOfMemoryError
 
-    chunked = lambda z, u: peers.F.kl_div(z.log_softmax(-1), u.softmax(-1), reduction="sum")
+    def chunked(z, u):
+        return peers.F.kl_div(z.log_softmax(-1), u.softmax(-1), reduction="sum")
+
     case = replace(case, peers={"hungry": too_large, "chunked": chunked})
     row = measure(case, "token_kl forward", 0.01, on_gpu=False)
     assert row["failed"] == {"hungry": "out of memory"} and set(row["ms_p20_p50_p80"]) == {

@@ -1,6 +1,4 @@
-"""align_spans against its definition on random cuts, and the properties of a minimal common
-segmentation.
-"""
+"""align_spans against its definition on random cuts; properties of a minimal segmentation."""
 
 import pytest
 import torch
@@ -16,9 +14,7 @@ SEEDS = st.integers(0, 2**31 - 1)
 
 
 def cuts(B, n, m, seed, same_length=True):
-    """Lengths with zeros among them, and masks; rows of both sides spell equally many bytes if so
-    wanted.
-    """
+    """Lengths, some 0, and masks; same_length: both sides spell equally many bytes."""
     g = torch.Generator().manual_seed(seed)
     len_a, len_b = (torch.randint(0, 4, (B, k), generator=g) for k in (n, m))
     mask_a, mask_b = (torch.rand(B, k, generator=g) > 0.2 for k in (n, m))

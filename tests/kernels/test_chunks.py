@@ -1,6 +1,4 @@
-"""What the linear_* ops share: chunks cover every row once, logits and their way back, checks of
-values while debugging.
-"""
+"""What the linear_* ops share: chunks, logits and their way back, checks of values."""
 
 import pytest
 import torch
@@ -47,9 +45,7 @@ def test_chunks_cover_every_row_once_within_the_budget(T, V, buffers, workspace_
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
 )
 def test_logits_and_their_way_back(path, C, V, softcap, biased, dtype):
-    """The gradients of sum(logits * d) for an arbitrary d, against autograd; an empty slice of a
-    vocabulary, too.
-    """
+    """The gradients of sum(logits * d) for an arbitrary d, against autograd; V = 0, too."""
     g = torch.Generator().manual_seed(V)
     x_CD, w_VD = (torch.randn(n, 4, generator=g).to(DEVICE, dtype) for n in (C, V))
     b_V = torch.randn(V, generator=g).to(DEVICE, dtype) if biased else None

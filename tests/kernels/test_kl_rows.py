@@ -1,6 +1,4 @@
-"""The row functions behind token_kl and linear_kl: pads, chunks, dtypes and locations that the ops
-alone would not vary.
-"""
+"""The row functions behind token_kl and linear_kl: what the ops alone would not vary."""
 
 from unittest.mock import patch
 
@@ -22,9 +20,7 @@ each_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
 
 
 def block(C, V, seed=0):
-    """What project makes of random hidden states, with its pads, on the kernel path; call it inside
-    running().
-    """
+    """A block with pads, made by project from random hidden states; call it inside running()."""
     g = torch.Generator().manual_seed(seed)
     return project(
         torch.randn(C, 4, generator=g).to(DEVICE), torch.randn(V, 4, generator=g).to(DEVICE)

@@ -97,9 +97,7 @@ def test_gradients_in_float64(path):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("options", [{}, OPTIONS])
 def test_a_frozen_head_takes_the_short_way_to_the_same_gradient(path, options):
-    """One target, no entropy: the forward makes dlogp/dhidden; asking for the gradient of lse, too,
-    recomputes.
-    """
+    """One target, no entropy: the forward makes dlogp/dhidden; a gradient of lse recomputes."""
     (x_TD, w_VD, b_V), target_T = inputs(4, 40, 5, 1, torch.float64, 2)
     target_T[1] = -1
     target_T[2] = 3
@@ -294,9 +292,7 @@ def on_slices(tensors, target, cases):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="gloo ranks, in the interpreter")
 def test_slices_of_a_vocabulary_are_the_whole_one():
-    """Uneven slices; one that is padding only (33 on); chunks of one row; the short way of a frozen
-    head.
-    """
+    """Uneven slices, one of padding only (33 on), chunks of one row, a frozen head."""
     tensors, target_TK = inputs(4, 40, 5, 3, torch.float64, seed=7)
     target_TK = target_TK.clamp(max=33)
     target_TK[1] = -1

@@ -1,6 +1,4 @@
-"""linear_nll on both paths: total and gradients against float64, and against linear_logprob behind
-an op boundary.
-"""
+"""linear_nll on both paths: total and gradients against float64 and linear_logprob."""
 
 import pytest
 import torch
@@ -23,9 +21,7 @@ GRAD = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.f
 
 
 def inputs(T, V, D, K, dtype, seed):
-    """hidden [T, D], head [V, D], bias [V], targets with padding (-1 and V), weights of both signs
-    with zeros.
-    """
+    """[hidden, head, bias], targets with padding (-1 and V), weights of both signs and 0."""
     g = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(s, generator=g).to(DEVICE, dtype) for s in ((T, D), (V, D), (V,))]
     target = torch.randint(-1, V + 1, (T, K) if K > 1 else (T,), generator=g).to(DEVICE)
@@ -79,9 +75,7 @@ def test_total_and_gradients_match_float64(
 
 @pytest.mark.parametrize("path", PATHS)
 def test_it_is_linear_logprob_with_known_weights(path):
-    """With rows, one weight per row for all candidates, and a token left out although it is
-    impossible.
-    """
+    """With rows, one weight per row for all candidates, an impossible token left out."""
     tensors, target_TK, _ = inputs(5, 33, 4, 3, torch.float64, 1)
     tensors[2][7] = -torch.inf
     target_TK[0] = 7

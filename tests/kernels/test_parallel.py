@@ -1,6 +1,4 @@
-"""Slices of a vocabulary on several ranks are the whole vocabulary; a head sharded by FSDP2 is not
-such a slice.
-"""
+"""Slices of a vocabulary on several ranks give what the whole gives; FSDP2 heads are no slices."""
 
 import pytest
 import torch
@@ -144,9 +142,7 @@ class Head(nn.Module):
 
 
 def fsdp_head():
-    """Rank 0 has three tokens, rank 1 has one: gradients of the head summed over ranks, and of this
-    rank's hidden states.
-    """
+    """Gradients of this rank's hidden states and of the whole head; 3 tokens here, 1 there."""
     (x_TD, head_VD, _, y_TE, teacher_VE, _), *_ = inputs()
     mine = slice(0, 3) if dist.get_rank() == 0 else slice(3, 4)
     head = fully_shard(Head(head_VD), mesh=init_device_mesh("cpu", (2,)))
@@ -174,9 +170,7 @@ def test_a_head_under_fsdp2_equals_one_rank():
 
 
 def tensor_parallel_head():
-    """A DTensor head, as ColwiseParallel leaves it: the slice is read off it, and the gradient
-    comes back sharded.
-    """
+    """A DTensor head, as ColwiseParallel leaves it: it knows its slice, its gradient is sharded."""
     tensors, _, _ = inputs()
     x_TD, y_TE, mesh = tensors[0], tensors[3], init_device_mesh("cpu", (2,))
     head, bias, teacher, teacher_bias = (

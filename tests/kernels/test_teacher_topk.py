@@ -15,9 +15,7 @@ SEEDS = st.integers(0, 2**31 - 1)
 
 
 def inputs(T, V, seed, D=6):
-    """[hidden, head, bias] of the teacher, [hidden, head] of the student: small integers, so that
-    every GEMM is exact and ties abound.
-    """
+    """Teacher hidden, head, bias, student hidden, head: small integers, exact GEMMs, many ties."""
     g = torch.Generator().manual_seed(seed)
     return [
         torch.randint(-2, 3, s, generator=g).to(DEVICE, torch.float64)

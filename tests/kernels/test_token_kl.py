@@ -17,9 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def inputs(T, V, dtype, seed, size=3.0):
-    """Normal logits times size on both sides; the last row has all of a side's mass on one token
-    each, far out.
-    """
+    """Normal logits times size on both sides; in the last row each side is sure of one token."""
     g = torch.Generator().manual_seed(seed)
     logits = [torch.randn(T, V, generator=g).mul(size) for _ in range(2)]
     for x in logits if T else []:
@@ -124,9 +122,7 @@ def test_tokens_banned_on_both_sides_change_nothing(path, divergence):  # T16
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_token_banned_on_one_side(path, divergence):
-    """forward is inf where the student bans, reverse where the teacher does; mixtures stay
-    finite.
-    """
+    """forward is inf where the student bans, reverse where the teacher does; mixtures never."""
     for side, infinite in ((0, "forward"), (1, "reverse")):
         logits, _ = inputs(2, 40, torch.float32, 2)
         logits[side][0, 7] = -torch.inf
@@ -138,9 +134,7 @@ def test_a_token_banned_on_one_side(path, divergence):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_close_distributions_keep_their_gradient(path):
-    """Max and log-sum apart: near p = q subtracting two logsumexps would cost most of the
-    digits.
-    """
+    """Max and log-sum apart: near p = q subtracting two logsumexps would lose most digits."""
     logits, _ = inputs(3, 200, torch.float32, 3)
     logits[1] = logits[0] + 50 + 1e-3 * logits[1]
     with running(path, 64):
@@ -173,9 +167,7 @@ def test_the_op_keeps_torch_librarys_contract(path):
 
 
 class OnlyIn(TorchDispatchMode):
-    """Fails on a result of `limit` elements or more that lies in other memory than the given
-    tensors'.
-    """
+    """Fails on results of `limit` elements or more that do not lie in the given tensors."""
 
     def __init__(self, limit, *tensors):
         super().__init__()

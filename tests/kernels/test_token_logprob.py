@@ -1,6 +1,4 @@
-"""token_logprob on both paths: float64 parity, typical accuracy, banned tokens, candidates, views,
-slices of a vocabulary.
-"""
+"""token_logprob on both paths: float64 parity, typical accuracy, bans, candidates, slices."""
 
 from functools import partial
 
@@ -123,9 +121,7 @@ def test_gradients_in_float64(path, K):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_logits_near_1e4_lose_nothing(path):
-    """Everything is relative to the row's maximum, so a shift that rounds no logit changes no bit
-    but lse's.
-    """
+    """All is relative to the row's maximum: a shift that rounds no logit changes lse only."""
     logits_TV, target = (x.clamp(max=69) for x in inputs(3, 70, 3, torch.float32, 1))
     logits_TV = logits_TV.mul(64).round() / 64  # exact in fp32 at 1e4, too
     with running(path, 64):
@@ -156,9 +152,7 @@ def test_banned_tokens_change_nothing(path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_impossible_targets_and_rows_without_a_distribution_get_no_gradient(path):
-    """T16: no 0 * inf. Other rows and other candidates of the row are as if nothing had
-    happened.
-    """
+    """T16: no 0 * inf. Other rows and other candidates of the row are not affected."""
     logits_TV, _ = inputs(5, 40, 1, torch.float32, 4)
     logits_TV[0, 7] = -torch.inf
     logits_TV[2], logits_TV[3, 5], logits_TV[4] = -torch.inf, torch.inf, torch.nan
