@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._parallel import VocabShard
-from ._triton import check_ids, require, runs_triton
+from ._triton import check_ids, runs_triton
 
 # one [rows, V] buffer on a CPU; larger ones leave the caches and page-fault anew each call
 CPU_CHUNK_BYTES = 4 * 2**20
@@ -44,10 +44,10 @@ def as_autocast(
 
 
 def check_temperature(op: str, temperature: float) -> None:
-    require(
-        temperature > 0,
-        f"{op}: temperature is {temperature}; want > 0. 0 means greedy: take the argmax",
-    )
+    if not (temperature > 0):
+        raise ValueError(
+            f"{op}: temperature is {temperature}; want > 0. 0 means greedy: take the argmax"
+        )
 
 
 def check_linear(
@@ -59,69 +59,67 @@ def check_linear(
     shard: VocabShard | None = None,
 ) -> int:
     """Refuse what is no hidden state and its head. Returns the size of the whole vocabulary."""
-    require(
-        hidden_TD.ndim == 2 and head_VD.ndim == 2 and hidden_TD.shape[1] == head_VD.shape[1],
-        f"{op}: hidden is {list(hidden_TD.shape)} and head {list(head_VD.shape)}; want [T, D] and "
-        "[V, D]. Flatten batch and time first: hidden.flatten(0, -2)",
-    )
-    require(
-        hidden_TD.dtype == head_VD.dtype and hidden_TD.is_floating_point(),
-        f"{op}: hidden is {hidden_TD.dtype} and head {head_VD.dtype}; want one floating dtype. "
-        "Cast one of them: hidden.to(head.dtype)",
-    )
-    require(
-        not hasattr(hidden_TD, "full_tensor"),
-        f"{op}: hidden is a DTensor; want the plain tensor. If it is replicated, as in front of a "
-        "head sharded over the vocabulary, that is hidden.to_local()",
-    )
+    if not (hidden_TD.ndim == 2 and head_VD.ndim == 2 and hidden_TD.shape[1] == head_VD.shape[1]):
+        raise ValueError(
+            f"{op}: hidden is {list(hidden_TD.shape)} and head {list(head_VD.shape)}; want [T, D] "
+            "and [V, D]. Flatten batch and time first: hidden.flatten(0, -2)"
+        )
+    if not (hidden_TD.dtype == head_VD.dtype and hidden_TD.is_floating_point()):
+        raise ValueError(
+            f"{op}: hidden is {hidden_TD.dtype} and head {head_VD.dtype}; want one floating dtype. "
+            "Cast one of them: hidden.to(head.dtype)"
+        )
+    if hasattr(hidden_TD, "full_tensor"):
+        raise ValueError(
+            f"{op}: hidden is a DTensor; want the plain tensor. If it is replicated, as in front "
+            "of a head sharded over the vocabulary, that is hidden.to_local()"
+        )
     check_temperature(op, temperature)
-    require(
-        shard is None or (vocab_size is not None and vocab_size > 0 and shard.start >= 0),
-        f"{op}: a shard from row {getattr(shard, 'start', 0)} on and vocab_size {vocab_size}; want "
-        "both >= 0 and vocab_size, the size of the whole vocabulary: all ranks must cut the same "
-        "chunks of rows",
-    )
+    if not (shard is None or (vocab_size is not None and vocab_size > 0 and shard.start >= 0)):
+        raise ValueError(
+            f"{op}: a shard from row {getattr(shard, 'start', 0)} on and vocab_size {vocab_size}; "
+            "want both >= 0 and vocab_size, the size of the whole vocabulary: all ranks must cut "
+            "the same chunks of rows"
+        )
     V = head_VD.shape[0] if vocab_size is None else vocab_size
-    require(
-        shard is not None or 0 < V <= head_VD.shape[0],
-        f"{op}: vocab_size is {V} and the head has {head_VD.shape[0]} rows; want 1 <= vocab_size "
-        "<= rows",
-    )
+    if not (shard is not None or 0 < V <= head_VD.shape[0]):
+        raise ValueError(
+            f"{op}: vocab_size is {V} and the head has {head_VD.shape[0]} rows; want 1 <= "
+            "vocab_size <= rows"
+        )
     return V
 
 
 def check_softcap(op: str, softcap: float | None) -> float:
     """0.0 stands for no cap inside the ops: a schema cannot branch on None in a kernel."""
-    require(
-        softcap is None or softcap > 0, f"{op}: softcap is {softcap}; want > 0, or None for no cap"
-    )
+    if not (softcap is None or softcap > 0):
+        raise ValueError(f"{op}: softcap is {softcap}; want > 0, or None for no cap")
     return softcap or 0.0
 
 
 def check_logit_scale(op: str, logit_scale: float) -> float:
-    require(
-        0 < logit_scale < float("inf"), f"{op}: logit_scale is {logit_scale}; want > 0, 1 for none"
-    )
+    if not (0 < logit_scale < float("inf")):
+        raise ValueError(f"{op}: logit_scale is {logit_scale}; want > 0, 1 for none")
     return logit_scale
 
 
 def check_bias(op: str, bias_V: Tensor | None, head_VD: Tensor) -> Tensor | None:
-    require(
-        bias_V is None or (bias_V.shape == head_VD.shape[:1] and bias_V.is_floating_point()),
-        f"{op}: bias is {getattr(bias_V, 'dtype', None)} {list(getattr(bias_V, 'shape', []))} for "
-        f"a head of {head_VD.shape[0]} rows; want floats, one a row",
-    )
+    if not (bias_V is None or (bias_V.shape == head_VD.shape[:1] and bias_V.is_floating_point())):
+        raise ValueError(
+            f"{op}: bias is {getattr(bias_V, 'dtype', None)} {list(getattr(bias_V, 'shape', []))} "
+            f"for a head of {head_VD.shape[0]} rows; want floats, one a row"
+        )
     return bias_V
 
 
 def check_rows(op: str, rows_M: Tensor | None, hidden_TD: Tensor) -> Tensor | None:
     """The rows to work on, int64 [M], or None for all. Values are not read: that would sync."""
-    require(
-        rows_M is None or (rows_M.ndim == 1 and rows_M.dtype in (torch.int32, torch.int64)),
-        f"{op}: rows is {getattr(rows_M, 'dtype', None)} {list(getattr(rows_M, 'shape', []))}; "
-        "want distinct row numbers, int64 [M]. A mask becomes one by mask.nonzero()[:, 0], best "
-        "where the batch is packed: on a GPU it waits",
-    )
+    if not (rows_M is None or (rows_M.ndim == 1 and rows_M.dtype in (torch.int32, torch.int64))):
+        raise ValueError(
+            f"{op}: rows is {getattr(rows_M, 'dtype', None)} {list(getattr(rows_M, 'shape', []))}; "
+            "want distinct row numbers, int64 [M]. A mask becomes one by mask.nonzero()[:, 0], "
+            "best where the batch is packed: on a GPU it waits"
+        )
     if rows_M is not None:
         check_ids(f"{op} (rows)", rows_M, hidden_TD.shape[0])
     return None if rows_M is None else rows_M.long()

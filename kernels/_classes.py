@@ -20,7 +20,7 @@ from ._chunks import Rows, gradient_block
 from ._class_rows import class_rows, class_rows_backward
 from ._head import Head, HeadGradients, checked_head
 from ._parallel import VocabShard, slice_of
-from ._triton import require, runs_triton
+from ._triton import runs_triton
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +60,11 @@ class ClassMap:
 
     def slice(self, start: int, stop: int) -> "ClassMap":
         """Of ids start .. stop - 1, for the rank that holds those head rows. Waits for a GPU."""
-        require(
-            0 <= start <= stop <= self.class_V.shape[0],
-            f"ClassMap.slice: {start} .. {stop} of {self.class_V.shape[0]} ids; want 0 <= start <= "
-            "stop <= ids",
-        )
+        if not (0 <= start <= stop <= self.class_V.shape[0]):
+            raise ValueError(
+                f"ClassMap.slice: {start} .. {stop} of {self.class_V.shape[0]} ids; want 0 <= "
+                "start <= stop <= ids"
+            )
         return _prepare(
             self.class_V[start:stop],
             self.num_classes,
@@ -82,17 +82,18 @@ def class_map(class_V: Tensor, num_classes: int) -> ClassMap:
     gathering it in every call: head[classes.order_L] with class_map(class_V[classes.order_L],
     num_classes). ValueError on shapes, floating values, or a class out of range.
     """
-    require(
-        class_V.ndim == 1 and not class_V.is_floating_point() and num_classes > 0,
-        f"class_map: classes are {class_V.dtype} {list(class_V.shape)} of {num_classes}; want "
-        "integers [V], one per row of the head, and at least one class",
-    )
+    if not (class_V.ndim == 1 and not class_V.is_floating_point() and num_classes > 0):
+        raise ValueError(
+            f"class_map: classes are {class_V.dtype} {list(class_V.shape)} of {num_classes}; want "
+            "integers [V], one per row of the head, and at least one class"
+        )
     used = class_V.unique().tolist()
-    require(
-        bool(used) and -1 <= used[0] <= used[-1] < num_classes and used[-1] >= 0,
-        f"class_map: classes from {used[:1]} to {used[-1:]} for {num_classes} classes; want -1 .. "
-        f"{num_classes - 1}, -1 for an id that is not in the softmax, and at least one id that is",
-    )
+    if not (bool(used) and -1 <= used[0] <= used[-1] < num_classes and used[-1] >= 0):
+        raise ValueError(
+            f"class_map: classes from {used[:1]} to {used[-1:]} for {num_classes} classes; want -1 "
+            f".. {num_classes - 1}, -1 for an id that is not in the softmax, and at least one id "
+            "that is"
+        )
     empty = frozenset(range(num_classes)) - set(used)
     return _prepare(class_V.long(), num_classes, class_V.shape[0], 0, empty)
 
@@ -226,21 +227,21 @@ def checked_side(
     whole = classes.vocab_size if shard else vocab_size
     head, _ = checked_head(op, hidden_TD, head_VD, bias, logit_scale, softcap, whole, shard)
     V, rows = classes.class_V.shape[0], len(head.head_VD) if vocab_size is None else vocab_size
-    require(
-        V == rows if shard is None else V <= len(head.head_VD),
-        f"{op}: the class map has {V} ids and the head {rows} rows; want a class for every row, -1 "
-        "for padding. Pass vocab_size if only the first rows are ids, and with a shard the map's "
-        "slice(start, stop)",
-    )
+    if not (V == rows if shard is None else V <= len(head.head_VD)):
+        raise ValueError(
+            f"{op}: the class map has {V} ids and the head {rows} rows; want a class for every "
+            "row, -1 for padding. Pass vocab_size if only the first rows are ids, and with a "
+            "shard the map's slice(start, stop)"
+        )
     start = slice_of(shard)[1]
-    require(
-        classes.start == start,
-        f"{op}: the class map starts at id {classes.start} and the head at {start}; want both of "
-        "one slice: shard=VocabShard(group, start) with classes.slice(start, stop)",
-    )
-    require(
-        classes.class_V.device == hidden_TD.device,
-        f"{op}: hidden is on {hidden_TD.device} and the class map on {classes.class_V.device}; "
-        "want classes.to(device) once",
-    )
+    if classes.start != start:
+        raise ValueError(
+            f"{op}: the class map starts at id {classes.start} and the head at {start}; want both "
+            "of one slice: shard=VocabShard(group, start) with classes.slice(start, stop)"
+        )
+    if classes.class_V.device != hidden_TD.device:
+        raise ValueError(
+            f"{op}: hidden is on {hidden_TD.device} and the class map on {classes.class_V.device}; "
+            "want classes.to(device) once"
+        )
     return head

@@ -19,23 +19,23 @@ G would cancel.
 import torch
 from torch import Tensor
 
-from ._triton import require, tl, triton
+from ._triton import tl, triton
 
 # their index is DIVERGENCE in the kernels
 DIVERGENCES = ("forward", "reverse", "jsd", "skew_forward", "skew_reverse")
 
 
 def check_divergence(op: str, divergence: str, beta: float) -> None:
-    require(
-        divergence in DIVERGENCES,
-        f"{op}: divergence is {divergence!r}; want one of {', '.join(DIVERGENCES)}",
-    )
+    if divergence not in DIVERGENCES:
+        raise ValueError(
+            f"{op}: divergence is {divergence!r}; want one of {', '.join(DIVERGENCES)}"
+        )
     plain = divergence in ("forward", "reverse")
-    require(
-        plain or 0 < beta < 1,
-        f"{op}: beta is {beta} with divergence={divergence!r}; want 0 < beta < 1. At 0 and 1 jsd "
-        "is 0, not a KL: use divergence='forward' or 'reverse'",
-    )
+    if not (plain or 0 < beta < 1):
+        raise ValueError(
+            f"{op}: beta is {beta} with divergence={divergence!r}; want 0 < beta < 1. At 0 and 1 "
+            "jsd is 0, not a KL: use divergence='forward' or 'reverse'"
+        )
 
 
 def _masked(p: Tensor, d: Tensor) -> Tensor:

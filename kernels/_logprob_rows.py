@@ -22,7 +22,7 @@ from . import _triton
 from ._chunks import wide
 from ._divergence import exp_diff
 from ._parallel import all_max, all_sum
-from ._triton import LAUNCH, check_ids, require, runs_triton, tl, triton
+from ._triton import LAUNCH, check_ids, runs_triton, tl, triton
 
 PADDING, ELSEWHERE = -1, -2
 LOWEST = -1000.0  # e to it is 0 in fp64, too; stands for -inf where 0 * -inf would be NaN
@@ -190,14 +190,16 @@ def _kernel_options(logits_CV: Tensor, K: int) -> dict:
 def check_target(op: str, target: Tensor, T: int, V: int) -> Tensor:
     """target as int64 [T, K], with PADDING where it is not a token."""
     shape = target.shape
-    require(
+    if not (
         len(shape) in (1, 2)
         and shape[0] == T
         and shape[1:] != (0,)
-        and not target.is_floating_point(),
-        f"{op}: target is {target.dtype} {list(shape)} for {T} rows; want integers [T], or [T, K] "
-        "with K >= 1",
-    )
+        and not target.is_floating_point()
+    ):
+        raise ValueError(
+            f"{op}: target is {target.dtype} {list(shape)} for {T} rows; want integers [T], or [T, "
+            "K] with K >= 1"
+        )
     check_ids(op, target, V, distinct=False)
     target_TK = (target[:, None] if target.ndim == 1 else target).long()
     return target_TK.masked_fill((target_TK < 0) | (target_TK >= V), PADDING).contiguous()

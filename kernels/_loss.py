@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._chunks import check_rows, check_temperature, wide
 from ._divergence import check_divergence
-from ._triton import require
+from ._head import Head
 
 
 class LinearKL(NamedTuple):
@@ -40,7 +40,42 @@ class LossOptions:
         check_divergence(op, self.divergence, self.beta)
         check_temperature(op, self.temperature)
         weight_T, rows_M = row_weights(op, self.weight, x_TD), check_rows(op, self.rows, x_TD)
+        unit = unit_of(self.weight, x_TD.dtype)
+        weight_T = weight_T if unit is None else weight_T / unit
         return weight_T, rows_M, self.divergence, self.beta, self.temperature, self.scale_t2
+
+    def read(self, op: str, side: Head) -> Head:
+        """A side without the non-finite rows that weight 0 leaves out; see `without_ignored`."""
+        if self.weight is None:
+            return side
+        weight_T = row_weights(op, self.weight, side.hidden_TD)
+        return side._replace(hidden_TD=without_ignored(side.hidden_TD, weight_T != 0))
+
+    def result(self, total: Tensor, kl_T: Tensor, x_TD: Tensor) -> LinearKL:
+        """What the op returned for the weights of `checked`, for the caller's own weights."""
+        unit = unit_of(self.weight, x_TD.dtype)
+        return LinearKL(total if unit is None else total * unit, kl_T)
+
+
+def without_ignored(hidden_TD: Tensor, used_T: Tensor) -> Tensor:
+    """hidden with zeros in the rows that are not used and not finite: their logits' gradient is 0,
+    but 0 times NaN is NaN and would reach the gradient of the head.
+    """
+    bad_T = ~used_T & ~hidden_TD.detach().isfinite().all(-1)
+    return hidden_TD.masked_fill(bad_T[:, None], 0.0)
+
+
+def unit_of(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A power of two [] that the weights are divided by in fp16, or None.
+
+    Gradients are made in the forward. For weights of 1 / number of tokens they would be too small
+    for fp16; a loss scale comes only in the backward, as this factor does.
+    """
+    if weight is None or dtype != torch.float16 or not weight.numel():
+        return None
+    largest = weight.detach().float().abs().amax()
+    unit = torch.exp2(largest.log2().ceil())
+    return torch.where((largest > 0) & largest.isfinite(), unit, 1.0)
 
 
 def loss_factor(temperature: float, scale_t2: bool) -> float:
@@ -67,11 +102,11 @@ def weighted_total(kl_T: Tensor, weight_T: Tensor) -> Tensor:
 def row_weights(op: str, weight: Tensor | None, hidden_TD: Tensor) -> Tensor:
     """weight [T] in the dtype of the losses, constant; ones if None."""
     T, dtype = hidden_TD.shape[0], wide(hidden_TD.dtype)
-    require(
-        weight is None or weight.shape == (T,),
-        f"{op}: weight is {list(getattr(weight, 'shape', []))} for {T} rows; want [T], 0 for an "
-        "ignored row",
-    )
+    if not (weight is None or weight.shape == (T,)):
+        raise ValueError(
+            f"{op}: weight is {list(getattr(weight, 'shape', []))} for {T} rows; want [T], 0 for "
+            "an ignored row"
+        )
     if weight is None:
         return hidden_TD.new_ones(T, dtype=dtype)
     return weight.detach().to(dtype).contiguous()
@@ -80,7 +115,9 @@ def row_weights(op: str, weight: Tensor | None, hidden_TD: Tensor) -> Tensor:
 def fake_loss(hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
     """The shapes and dtypes of total [] and kl [T]."""
     dtype = wide(hidden_TD.dtype)
-    return hidden_TD.new_empty((), dtype=dtype), hidden_TD.new_empty(len(hidden_TD), dtype=dtype)
+    return hidden_TD.new_empty((), dtype=dtype), hidden_TD.new_empty(
+        hidden_TD.shape[0], dtype=dtype
+    )
 
 
 def save_gradients(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -97,8 +134,26 @@ def scale_gradients(ctx: Any, g_total: Tensor | None, *_: Tensor | None) -> tupl
     """New tensors, so a retained graph can go backward again; the forward's workspace is free."""
     if g_total is None:
         return (None,) * ctx.num_inputs
-    scaled = (d * g_total if needed else None for d, needed in zip(ctx.saved_tensors, ctx.needed))
-    return *scaled, *[None] * (ctx.num_inputs - len(ctx.needed))
+    scaled = [d * g_total if needed else None for d, needed in zip(ctx.saved_tensors, ctx.needed)]
+    return *refuse_second_derivative(scaled), *[None] * (ctx.num_inputs - len(ctx.needed))
+
+
+def refuse_second_derivative(gradients: list[Tensor | None]) -> list[Tensor | None]:
+    """With create_graph, the gradients behind a node that raises when it is differentiated: they
+    were made in the forward and hold no graph, so that a penalty on them would count as constant.
+    """
+    if not torch.is_grad_enabled():
+        return gradients
+    message = (
+        b"the fused losses of reflux.kernels have no second derivative: their gradients are made "
+        b"in the forward. Use the op's definition (<op>_ref) where a gradient penalty is needed"
+    )
+    made = [d.detach().requires_grad_() for d in gradients if d is not None]
+    if not made:
+        return gradients
+    behind = torch._C._functions.DelayedError(message, len(made))(*made)
+    rest = iter(behind if isinstance(behind, tuple) else (behind,))
+    return [None if d is None else next(rest) for d in gradients]
 
 
 class InPlaceLoss(torch.autograd.Function):
@@ -129,19 +184,19 @@ class InPlaceLoss(torch.autograd.Function):
 
 
 def check_inplace(op: str, student_logits_TV: Tensor) -> None:
-    require(
-        not torch.compiler.is_compiling(),
-        f"{op}: inplace=True under torch.compile; want eager. Leave it out: a compiled graph frees "
-        "the logits by itself",
-    )
-    require(
-        not student_logits_TV.is_leaf,
-        f"{op}: inplace=True would overwrite a leaf, a parameter as it were, with its gradient; "
-        "want logits that a model computed",
-    )
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            f"{op}: inplace=True under torch.compile; want eager. Leave it out: a compiled graph "
+            "frees the logits by itself"
+        )
+    if student_logits_TV.is_leaf:
+        raise ValueError(
+            f"{op}: inplace=True would overwrite a leaf, a parameter as it were, with its "
+            "gradient; want logits that a model computed"
+        )
     T, V = student_logits_TV.shape
-    require(
-        T <= 1 or student_logits_TV.stride(0) >= V,
-        f"{op}: inplace=True on rows that overlap in memory (expanded logits?); want one row per "
-        "token",
-    )
+    if not (T <= 1 or student_logits_TV.stride(0) >= V):
+        raise ValueError(
+            f"{op}: inplace=True on rows that overlap in memory (expanded logits?); want one row "
+            "per token"
+        )

@@ -16,8 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from ._triton import require
-
 
 @dataclass(frozen=True)
 class VocabShard:
@@ -56,18 +54,21 @@ def local_head(op: str, head: Tensor, shard: VocabShard | None) -> Tensor:
     """The plain tensor of a head or bias on this rank. ValueError: a DTensor without a shard."""
     if not hasattr(head, "to_local"):
         return head
-    require(
-        shard is not None,
-        f"{op}: the head is a sharded DTensor. Sharded by fully_shard? Call the op inside the "
-        "forward of the module that owns it, where a plain tensor has been gathered. Sharded over "
-        "the vocabulary by tensor parallelism? Pass shard=VocabShard.of(head)",
-    )
+    if shard is None and all(p.is_replicate() for p in getattr(head, "placements", [None])):
+        return head.to_local()  # every rank holds it whole
+    if shard is None:
+        raise ValueError(
+            f"{op}: the head is a sharded DTensor. Sharded by fully_shard? Call the op inside the "
+            "forward of the module that owns it, where a plain tensor has been gathered. Sharded "
+            "over the vocabulary by tensor parallelism? Pass shard=VocabShard.of(head)"
+        )
     held = VocabShard.of(head)
-    require(
-        held == shard,
-        f"{op}: this DTensor is {held}, shard={shard}. Both sides of a divergence must be cut at "
-        "the same rows of the vocabulary: pad their heads to one size before they are sharded",
-    )
+    if held != shard:
+        raise ValueError(
+            f"{op}: this DTensor is {held}, shard={shard}. Both sides of a divergence must be cut "
+            "at the same rows of the vocabulary: pad their heads to one size before they are "
+            "sharded"
+        )
     return head.to_local()
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._loss import LossOptions
-from ._triton import check_ids, require
+from ._triton import check_ids
 
 TAILS = ("bucket", "renorm", "drop", "sampled")  # their index is TAIL in the kernels
 
@@ -52,38 +52,36 @@ def check_topk(
 ) -> None:
     """Refuse what cannot be the top-k of a teacher over V tokens in T rows."""
     shape = ids_TK.shape
-    require(
-        ids_TK.ndim == 2 and shape[0] == T and teacher_logp_TK.shape == shape,
-        f"{op}: ids is {list(shape)} and teacher_logp {list(teacher_logp_TK.shape)} for {T} rows; "
-        "want [T, K] both",
-    )
-    require(
-        ids_TK.dtype in (torch.int32, torch.int64),
-        f"{op}: ids is {ids_TK.dtype}; want int32 or int64",
-    )
-    require(
-        teacher_logp_TK.dtype in (torch.float32, torch.float64),
-        f"{op}: teacher_logp is {teacher_logp_TK.dtype}; want float32. 16 bits are 0.06 apart at 8 "
-        "nats, so store float32; casting here cannot restore them",
-    )
-    require(
-        1 <= shape[1] <= V,
-        f"{op}: K is {shape[1]} of {V} classes; want 1 <= K <= V. Drop the padding columns",
-    )
-    require(
-        tail != "renorm" or shape[1] > 1,
-        f"{op}: renorm at K = 1 is 0 whatever the student says. Use more ids, or tail='bucket'",
-    )
-    require(
-        tail != "bucket" or teacher_tail_T is not None,
-        f"{op}: bucket needs teacher_tail [T], the log of the teacher's mass outside ids at this "
-        "temperature. teacher_topk returns it; without it use tail='renorm'",
-    )
-    require(
-        teacher_tail_T is None or teacher_tail_T.shape == (T,),
-        f"{op}: teacher_tail is {list(getattr(teacher_tail_T, 'shape', []))} for {T} rows; want "
-        "[T]",
-    )
+    if not (ids_TK.ndim == 2 and shape[0] == T and teacher_logp_TK.shape == shape):
+        raise ValueError(
+            f"{op}: ids is {list(shape)} and teacher_logp {list(teacher_logp_TK.shape)} for {T} "
+            "rows; want [T, K] both"
+        )
+    if ids_TK.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{op}: ids is {ids_TK.dtype}; want int32 or int64")
+    if teacher_logp_TK.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{op}: teacher_logp is {teacher_logp_TK.dtype}; want float32. 16 bits are 0.06 apart "
+            "at 8 nats, so store float32; casting here cannot restore them"
+        )
+    if not (1 <= shape[1] <= V):
+        raise ValueError(
+            f"{op}: K is {shape[1]} of {V} classes; want 1 <= K <= V. Drop the padding columns"
+        )
+    if not (tail != "renorm" or shape[1] > 1):
+        raise ValueError(
+            f"{op}: renorm at K = 1 is 0 whatever the student says. Use more ids, or tail='bucket'"
+        )
+    if not (tail != "bucket" or teacher_tail_T is not None):
+        raise ValueError(
+            f"{op}: bucket needs teacher_tail [T], the log of the teacher's mass outside ids at "
+            "this temperature. teacher_topk returns it; without it use tail='renorm'"
+        )
+    if not (teacher_tail_T is None or teacher_tail_T.shape == (T,)):
+        raise ValueError(
+            f"{op}: teacher_tail is {list(getattr(teacher_tail_T, 'shape', []))} for {T} rows; "
+            "want [T]"
+        )
     check_ids(op, ids_TK, V)
 
 
@@ -95,21 +93,22 @@ def check_tail(
     allow_drop: bool = False,
 ) -> None:
     """Refuse tails that teach nothing or the wrong thing, and a top-k of another temperature."""
-    require(tail in TAILS, f"{op}: tail is {tail!r}; want one of {', '.join(TAILS)}")
-    require(
-        tail not in ("drop", "sampled") or options.divergence == "forward",
-        f"{op}: tail={tail!r} with divergence={options.divergence!r}; want 'forward'. Any other "
-        "falls when the whole support is pushed down: use tail='bucket'",
-    )
-    require(
-        tail != "drop" or allow_drop,
-        f"{op}: tail='drop' is no divergence: it can be negative, and a student equal to the "
-        "teacher still gets a gradient. Use tail='bucket', or pass allow_drop=True to reproduce a "
-        "result that was made with it",
-    )
-    require(
-        teacher_temperature in (None, options.temperature),
-        f"{op}: temperature is {options.temperature} and the teacher's top-k holds at "
-        f"{teacher_temperature}; want them equal. K log-probabilities at one temperature do not "
-        "give the tail at another: make the top-k at this temperature",
-    )
+    if tail not in TAILS:
+        raise ValueError(f"{op}: tail is {tail!r}; want one of {', '.join(TAILS)}")
+    if not (tail not in ("drop", "sampled") or options.divergence == "forward"):
+        raise ValueError(
+            f"{op}: tail={tail!r} with divergence={options.divergence!r}; want 'forward'. Any "
+            "other falls when the whole support is pushed down: use tail='bucket'"
+        )
+    if not (tail != "drop" or allow_drop):
+        raise ValueError(
+            f"{op}: tail='drop' is no divergence: it can be negative, and a student equal to the "
+            "teacher still gets a gradient. Use tail='bucket', or pass allow_drop=True to "
+            "reproduce a result that was made with it"
+        )
+    if teacher_temperature not in (None, options.temperature):
+        raise ValueError(
+            f"{op}: temperature is {options.temperature} and the teacher's top-k holds at "
+            f"{teacher_temperature}; want them equal. K log-probabilities at one temperature do "
+            "not give the tail at another: make the top-k at this temperature"
+        )

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from . import _triton
-from ._triton import require
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -113,30 +112,32 @@ def align_spans(
     ValueError on shapes, dtypes or devices.
     """
     for side, length, mask in (("a", len_a_BN, mask_a_BN), ("b", len_b_BM, mask_b_BM)):
-        require(
-            length.ndim == 2 and length.dtype in INTEGERS,
-            f"align_spans: len_{side} is {length.dtype} {list(length.shape)}; want integers [B, "
-            "tokens], the bytes of each token",
-        )
-        require(
-            mask is None or (mask.shape == length.shape and mask.dtype == torch.bool),
-            f"align_spans: mask_{side} is {getattr(mask, 'dtype', None)} "
-            f"{list(getattr(mask, 'shape', []))} for lengths {list(length.shape)}; want bool of "
-            "that shape, True for a token that counts",
-        )
-        require(
+        if not (length.ndim == 2 and length.dtype in INTEGERS):
+            raise ValueError(
+                f"align_spans: len_{side} is {length.dtype} {list(length.shape)}; want integers "
+                "[B, tokens], the bytes of each token"
+            )
+        if not (mask is None or (mask.shape == length.shape and mask.dtype == torch.bool)):
+            raise ValueError(
+                f"align_spans: mask_{side} is {getattr(mask, 'dtype', None)} "
+                f"{list(getattr(mask, 'shape', []))} for lengths {list(length.shape)}; want bool "
+                "of that shape, True for a token that counts"
+            )
+        if not (
             not _triton.DEBUG
             or not length.numel()
             or torch.compiler.is_compiling()
-            or int(length.min()) >= 0,
-            f"align_spans: len_{side} has negative lengths; these are lengths, not ends or "
-            "differences of ends",
+            or int(length.min()) >= 0
+        ):
+            raise ValueError(
+                f"align_spans: len_{side} has negative lengths; these are lengths, not ends or "
+                "differences of ends"
+            )
+    if not (len_a_BN.shape[0] == len_b_BM.shape[0] and len_a_BN.device == len_b_BM.device):
+        raise ValueError(
+            f"align_spans: {len_a_BN.shape[0]} rows on {len_a_BN.device} and {len_b_BM.shape[0]} "
+            f"on {len_b_BM.device}; want row r of both sides to be one text, on one device"
         )
-    require(
-        len_a_BN.shape[0] == len_b_BM.shape[0] and len_a_BN.device == len_b_BM.device,
-        f"align_spans: {len_a_BN.shape[0]} rows on {len_a_BN.device} and {len_b_BM.shape[0]} on "
-        f"{len_b_BM.device}; want row r of both sides to be one text, on one device",
-    )
     masks = (
         torch.ones_like(x, dtype=torch.bool) if mask is None else mask
         for x, mask in ((len_a_BN, mask_a_BN), (len_b_BM, mask_b_BM))

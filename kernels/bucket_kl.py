@@ -44,7 +44,6 @@ from ._loss import (
     weighted_total,
 )
 from ._parallel import VocabShard, common_width, slice_of
-from ._triton import require
 from .class_logprob import class_logprob_ref
 
 
@@ -168,28 +167,28 @@ _op.register_autograd(_grad, setup_context=save_gradients)
 def _check_sides(
     student: ClassMap, teacher: ClassMap, divergence: str, student_rows: int, teacher_rows: int
 ) -> None:
-    require(
-        student.num_classes == teacher.num_classes,
-        f"bucket_kl: {student.num_classes} student classes and {teacher.num_classes} teacher "
-        "classes; want one numbering for both: class_map(class_V, N) and class_map(class_W, N)",
-    )
-    require(
-        student_rows == teacher_rows,
-        f"bucket_kl: {student_rows} student rows and {teacher_rows} teacher rows; "
-        "want one row per position on both sides, those where both have read the same bytes",
-    )
+    if student.num_classes != teacher.num_classes:
+        raise ValueError(
+            f"bucket_kl: {student.num_classes} student classes and {teacher.num_classes} teacher "
+            "classes; want one numbering for both: class_map(class_V, N) and class_map(class_W, N)"
+        )
+    if student_rows != teacher_rows:
+        raise ValueError(
+            f"bucket_kl: {student_rows} student rows and {teacher_rows} teacher rows; "
+            "want one row per position on both sides, those where both have read the same bytes"
+        )
     alone: frozenset[int] = frozenset()
     if divergence == "forward":
         alone = student.empty - teacher.empty
     elif divergence == "reverse":
         alone = teacher.empty - student.empty
     owner = "teacher" if divergence == "forward" else "student"
-    require(
-        not alone,
-        f"bucket_kl: {divergence} KL is infinite: {len(alone)} classes, such as "
-        f"{min(alone, default=0)}, have ids of the {owner} only. Give them one on the other side, "
-        "merge them into a class that has some, or set their ids to -1",
-    )
+    if alone:
+        raise ValueError(
+            f"bucket_kl: {divergence} KL is infinite: {len(alone)} classes, such as "
+            f"{min(alone, default=0)}, have ids of the {owner} only. Give them one on the other "
+            "side, merge them into a class that has some, or set their ids to -1"
+        )
 
 
 def bucket_kl(
@@ -236,6 +235,7 @@ def bucket_kl(
     teacher = checked_side(f"{op} (teacher)", *side, *cut)
     rows_of = len(student.hidden_TD), len(teacher.hidden_TD)
     _check_sides(student_classes, teacher_classes, divergence, *rows_of)
+    student, teacher = options.read(op, student), options.read(op, teacher)
     total, kl_T, *_ = _op(
         *student,
         student_classes.columns,
@@ -249,4 +249,4 @@ def bucket_kl(
         workspace_mb,
         *student.needs(frozen_student_head),
     )
-    return LinearKL(total, kl_T)
+    return options.result(total, kl_T, student.hidden_TD)

@@ -62,7 +62,6 @@ from ._loss import (
 )
 from ._loss import row_weights as row_weights
 from ._parallel import VocabShard, common_width, local_width, slice_of
-from ._triton import require
 
 
 def linear_kl_ref(
@@ -170,18 +169,18 @@ def _check_sides(
         len(head) if vocab_size is None else local_width(len(head), vocab_size, slice_of(shard)[1])
         for head in (student.head_VD, teacher.head_VD)
     )
-    require(
-        V == teacher_V,
-        f"linear_kl: the student's head has {V} rows and the teacher's {teacher_V}. If both pad "
-        "one vocabulary, pass vocab_size; else the tokenizers differ and no token-level KL "
-        "exists. Slices of a vocabulary must be cut at the same rows",
-    )
+    if V != teacher_V:
+        raise ValueError(
+            f"linear_kl: the student's head has {V} rows and the teacher's {teacher_V}. If both "
+            "pad one vocabulary, pass vocab_size; else the tokenizers differ and no token-level "
+            "KL exists. Slices of a vocabulary must be cut at the same rows"
+        )
     rows = len(student.hidden_TD), len(teacher.hidden_TD)
-    require(
-        rows[0] == rows[1],
-        f"linear_kl: {rows[0]} student rows and {rows[1]} teacher rows; want one row per token on "
-        "both sides",
-    )
+    if rows[0] != rows[1]:
+        raise ValueError(
+            f"linear_kl: {rows[0]} student rows and {rows[1]} teacher rows; want one row per token "
+            "on both sides"
+        )
 
 
 def linear_kl(
@@ -221,6 +220,7 @@ def linear_kl(
     teacher, _ = checked_head(f"{op} (teacher)", *side, *cut)
     _check_sides(student, teacher, vocab_size, shard)
     options = LossOptions(divergence, beta, temperature, weight, rows, scale_t2)
+    student, teacher = options.read(op, student), options.read(op, teacher)
     total, kl_T, *_ = _op(
         *student,
         *teacher.detach(),
@@ -230,4 +230,4 @@ def linear_kl(
         workspace_mb,
         *student.needs(frozen_student_head),
     )
-    return LinearKL(total, kl_T)
+    return options.result(total, kl_T, student.hidden_TD)

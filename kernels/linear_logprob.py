@@ -46,6 +46,7 @@ from ._logprob_rows import (
     logprob_rows,
     upstream,
 )
+from ._loss import without_ignored
 from ._parallel import VocabShard, common_width, local_width, slice_of
 from .token_logprob import token_logprob_ref
 
@@ -257,8 +258,10 @@ def linear_logprob(
         head_VD, bias = head_VD.detach(), None if bias is None else bias.detach()
     tensors = hidden_TD, head_VD, bias, logit_scale, softcap
     head, V = checked_head(op, *tensors, vocab_size, shard)
-    x_TD, need = head.hidden_TD, head.needs(False)
-    target_TK = check_target(op, target, len(x_TD), V)
+    target_TK = check_target(op, target, head.hidden_TD.shape[0], V)
+    x_TD = without_ignored(head.hidden_TD, (target_TK >= 0).any(1))
+    head = head._replace(hidden_TD=x_TD)
+    need = head.needs(False)
     logp_TK, lse_T, entropy_T, *_ = _op(
         *head,
         target_TK,

@@ -32,9 +32,8 @@ from ._chunks import (
 )
 from ._head import Head, HeadGradients, checked_head, fake_gradients
 from ._logprob_rows import check_target, local_target, logprob_gradient_, logprob_rows, upstream
-from ._loss import save_gradients, scale_gradients
+from ._loss import save_gradients, scale_gradients, unit_of, without_ignored
 from ._parallel import VocabShard, common_width, local_width, slice_of
-from ._triton import require
 from .linear_logprob import GRADIENT_BUFFERS, linear_logprob_ref
 
 
@@ -115,11 +114,12 @@ _op.register_autograd(scale_gradients, setup_context=save_gradients)
 
 def _weights(weight: Tensor | None, target_TK: Tensor, dtype: torch.dtype) -> Tensor:
     """[T, K], constant, in the dtype of the losses."""
-    require(
-        weight is None or weight.shape in (target_TK.shape[:1], target_TK.shape),
-        f"linear_nll: weight is {list(getattr(weight, 'shape', []))} for targets "
-        f"{list(target_TK.shape)}; want [T], or [T, K] like target, 0 for what is to be left out",
-    )
+    if not (weight is None or weight.shape in (target_TK.shape[:1], target_TK.shape)):
+        raise ValueError(
+            f"linear_nll: weight is {list(getattr(weight, 'shape', []))} for targets "
+            f"{list(target_TK.shape)}; want [T], or [T, K] like target, 0 for what is to be left "
+            "out"
+        )
     if weight is None:
         return torch.ones_like(target_TK, dtype=dtype)
     weight = weight.detach().to(dtype)
@@ -152,16 +152,20 @@ def linear_nll(
     check_temperature(op, temperature)
     head, V = checked_head(op, *tensors, vocab_size, shard)
     x_TD = head.hidden_TD
-    target_TK = check_target(op, target, len(x_TD), V)
+    target_TK = check_target(op, target, x_TD.shape[0], V)
+    weight_TK = _weights(weight, target_TK, wide(x_TD.dtype))
+    used_T = ((weight_TK != 0) & (target_TK >= 0)).any(1)
+    head = head._replace(hidden_TD=without_ignored(x_TD, used_T))
+    unit = unit_of(weight, x_TD.dtype)
     total, logp_TK, *_ = _op(
         *head,
         target_TK,
         check_rows(op, rows, x_TD),
-        _weights(weight, target_TK, wide(x_TD.dtype)),
+        weight_TK if unit is None else weight_TK / unit,
         temperature,
         V,
         *slice_of(shard),
         workspace_mb,
         *head.needs(frozen_head),
     )
-    return LinearNLL(total, logp_TK.reshape(target.shape))
+    return LinearNLL(total if unit is None else total * unit, logp_TK.reshape(target.shape))

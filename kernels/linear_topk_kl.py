@@ -161,9 +161,10 @@ def linear_topk_kl(
     op, side = "linear_topk_kl", (student_hidden_TD, student_head_VD, bias, logit_scale, softcap)
     options = LossOptions(divergence, beta, temperature, weight, rows, scale_t2)
     student, V = checked_head(op, *side, vocab_size, shard)
+    student = options.read(op, student)
     x_TD = student.hidden_TD
     check_tail(op, tail, options, teacher_temperature, allow_drop)
-    check_topk(op, V, len(x_TD), ids_TK, teacher_logp_TK, teacher_tail_T, tail)
+    check_topk(op, V, x_TD.shape[0], ids_TK, teacher_logp_TK, teacher_tail_T, tail)
     if tail == "renorm" and gather_is_cheaper(ids_TK.shape[1], V):
         return renormalised_topk_kl(
             *student[:2],
@@ -187,4 +188,4 @@ def linear_topk_kl(
         workspace_mb,
         *student.needs(frozen_student_head),
     )
-    return LinearKL(total, kl_T)
+    return options.result(total, kl_T, x_TD)

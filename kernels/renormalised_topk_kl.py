@@ -373,9 +373,10 @@ def renormalised_topk_kl(
     op, side = "renormalised_topk_kl", (hidden_TD, head_VD, bias, logit_scale, softcap)
     options = LossOptions(divergence, beta, temperature, weight, rows, scale_t2)
     student, V = checked_head(op, *side, vocab_size, shard)
+    student = options.read(op, student)
     x_TD = student.hidden_TD
     check_tail(op, "renorm", options, teacher_temperature)
-    check_topk(op, V, len(x_TD), ids_TK, teacher_logp_TK, None, "renorm")
+    check_topk(op, V, x_TD.shape[0], ids_TK, teacher_logp_TK, None, "renorm")
     topk = topk_inputs(ids_TK, teacher_logp_TK, None, "renorm", V, wide(x_TD.dtype))
     total, kl_T, *_ = _op(
         *student,
@@ -385,4 +386,4 @@ def renormalised_topk_kl(
         *slice_of(shard),
         *student.needs(frozen_head),
     )
-    return LinearKL(total, kl_T)
+    return options.result(total, kl_T, x_TD)

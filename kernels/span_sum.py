@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._chunks import wide
-from ._triton import LAUNCH, check_ids, require, runs_triton, tl, triton
+from ._triton import LAUNCH, check_ids, runs_triton, tl, triton
 
 SPANS = 128  # spans of one program
 STEP = 4  # tokens of a span that one step reads; most spans are shorter
@@ -103,20 +103,21 @@ def span_sum(x_T: Tensor, span_T: Tensor, num_spans: int) -> Tensor:
     to no span. Weigh tokens by multiplying x. Packed sequences: shift row b's spans by the number
     of spans before it and flatten. ValueError on shapes or a span that is not an integer tensor.
     """
-    require(
-        x_T.ndim == 1 and span_T.shape == x_T.shape,
-        f"span_sum: x is {list(x_T.shape)} and span {list(span_T.shape)}; want [T] and [T]. "
-        "Flatten a batch, and shift row b's spans by the spans before it",
-    )
-    require(
-        span_T.dtype in (torch.int32, torch.int64),
-        f"span_sum: span is {span_T.dtype}; want int32 or int64 span ids. Convert a mask with "
-        "span.long()",
-    )
-    require(
-        x_T.is_floating_point(),
-        f"span_sum: x is {x_T.dtype}; want floats. Count tokens with torch.bincount",
-    )
-    require(num_spans >= 0, f"span_sum: num_spans is {num_spans}; want >= 0")
+    if not (x_T.ndim == 1 and span_T.shape == x_T.shape):
+        raise ValueError(
+            f"span_sum: x is {list(x_T.shape)} and span {list(span_T.shape)}; want [T] and [T]. "
+            "Flatten a batch, and shift row b's spans by the spans before it"
+        )
+    if span_T.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"span_sum: span is {span_T.dtype}; want int32 or int64 span ids. Convert a mask with "
+            "span.long()"
+        )
+    if not (x_T.is_floating_point()):
+        raise ValueError(
+            f"span_sum: x is {x_T.dtype}; want floats. Count tokens with torch.bincount"
+        )
+    if not (num_spans >= 0):
+        raise ValueError(f"span_sum: num_spans is {num_spans}; want >= 0")
     check_ids("span_sum", span_T, num_spans, distinct=False)
     return _op(x_T, span_T, num_spans)

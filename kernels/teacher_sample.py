@@ -26,7 +26,6 @@ from torch import Tensor
 from ._chunks import WORKSPACE_MB, Rows, check_rows, check_temperature, chunks, wide
 from ._parallel import VocabShard, all_max, all_sum, common_width, process_group, slice_of
 from ._select_rows import NO_ID, all_gather, sort_pairs
-from ._triton import require
 from .teacher_topk import Source, TopK, checked_source, given_or_projected_ref
 
 BLOCK = 128
@@ -178,7 +177,10 @@ def teacher_sample(
     op, tensors = "teacher_sample", (hidden_TE, head_VE, bias, logit_scale, softcap)
     check_temperature(op, temperature)
     teacher, V = checked_source(op, *tensors, vocab_size, shard)
-    require(n >= 1, f"{op}: n is {n}; want at least 1 draw a row, 12 to 64 as in arXiv:2503.16870")
+    if not (n >= 1):
+        raise ValueError(
+            f"{op}: n is {n}; want at least 1 draw a row, 12 to 64 as in arXiv:2503.16870"
+        )
     ids_TN, logp_TN = _op(
         *teacher,
         _uniform(teacher.x, n, generator),

@@ -33,7 +33,6 @@ from ._chunks import (
 from ._head import checked_head
 from ._parallel import VocabShard, all_sum, common_width, local_width, merge_sums, slice_of
 from ._select_rows import NO_ID, largest_of_all, sort_pairs, without_repeats
-from ._triton import require
 
 SUPPORTS = ("teacher", "student", "union")
 
@@ -240,27 +239,25 @@ def checked_source(
         side = hidden, head, bias, logit_scale, softcap
         checked, V = checked_head(op, *side, vocab_size, shard)
         return Source(*checked.detach()), V
-    require(
-        hidden.ndim == 2 and hidden.is_floating_point() and bias is None,
-        f"{op}: without a head, logits are {hidden.dtype} {list(hidden.shape)}, bias "
-        f"{bias is not None}; want floating [T, V] and no bias: logits have it in them. Flatten "
-        "batch and time first: logits.flatten(0, -2)",
-    )
-    require(
-        logit_scale == 1 and softcap is None,
-        f"{op}: logit_scale {logit_scale} and softcap {softcap} without a head; want neither: "
-        "logits have them in them",
-    )
-    require(
-        shard is None or vocab_size is not None,
-        f"{op}: a shard without vocab_size; want the whole vocabulary's size",
-    )
+    if not (hidden.ndim == 2 and hidden.is_floating_point() and bias is None):
+        raise ValueError(
+            f"{op}: without a head, logits are {hidden.dtype} {list(hidden.shape)}, bias "
+            f"{bias is not None}; want floating [T, V] and no bias: logits have it in them. "
+            "Flatten batch and time first: logits.flatten(0, -2)"
+        )
+    if not (logit_scale == 1 and softcap is None):
+        raise ValueError(
+            f"{op}: logit_scale {logit_scale} and softcap {softcap} without a head; want neither: "
+            "logits have them in them"
+        )
+    if not (shard is None or vocab_size is not None):
+        raise ValueError(f"{op}: a shard without vocab_size; want the whole vocabulary's size")
     V = hidden.shape[1] if vocab_size is None else vocab_size
-    require(
-        V > 0 and (shard is not None or V <= hidden.shape[1]),
-        f"{op}: vocab_size is {V} and logits have {hidden.shape[1]} columns; want 1 <= vocab_size "
-        "<= columns",
-    )
+    if not (V > 0 and (shard is not None or V <= hidden.shape[1])):
+        raise ValueError(
+            f"{op}: vocab_size is {V} and logits have {hidden.shape[1]} columns; want 1 <= "
+            "vocab_size <= columns"
+        )
     return Source(hidden.detach(), None, None, 1.0, 0.0), V
 
 
@@ -294,12 +291,13 @@ def teacher_topk(
     ValueError on shapes, dtypes, or k outside 1..V.
     """
     op, cut = "teacher_topk", (vocab_size, shard)
-    require(support in SUPPORTS, f"{op}: support is {support!r}; want one of {', '.join(SUPPORTS)}")
-    require(
-        (student_hidden is None) == (support == "teacher"),
-        f"{op}: support={support!r} {'with' if student_hidden is not None else 'without'} "
-        "student_hidden; want it for 'student' and 'union' only",
-    )
+    if support not in SUPPORTS:
+        raise ValueError(f"{op}: support is {support!r}; want one of {', '.join(SUPPORTS)}")
+    if student_hidden is None != support == "teacher":
+        raise ValueError(
+            f"{op}: support={support!r} {'with' if student_hidden is not None else 'without'} "
+            "student_hidden; want it for 'student' and 'union' only"
+        )
     check_temperature(op, temperature)
     tensors = hidden_TE, head_VE, bias, logit_scale, softcap
     teacher, V = checked_source(op, *tensors, *cut)
@@ -307,14 +305,15 @@ def teacher_topk(
     if student_hidden is not None:
         tensors = student_hidden, student_head, student_bias, 1.0, None
         other, student_V = checked_source(f"{op} (student)", *tensors, *cut)
-        require(
-            (student_V, len(other.x)) == (V, len(teacher.x)),
-            f"{op}: the student has {len(other.x)} rows of {student_V} classes and the teacher "
-            f"{len(teacher.x)} of {V}; want the same. If both heads pad one vocabulary, pass "
-            "vocab_size",
-        )
+        if (student_V, len(other.x)) != (V, len(teacher.x)):
+            raise ValueError(
+                f"{op}: the student has {len(other.x)} rows of {student_V} classes and the teacher "
+                f"{len(teacher.x)} of {V}; want the same. If both heads pad one vocabulary, pass "
+                "vocab_size"
+            )
         student = other[:3]
-    require(1 <= k <= V, f"{op}: k is {k} of {V} classes; want 1 <= k <= V")
+    if not (1 <= k <= V):
+        raise ValueError(f"{op}: k is {k} of {V} classes; want 1 <= k <= V")
     rows_M = check_rows(op, rows, teacher.x)
     where = *slice_of(shard), workspace_mb
     return TopK(*_op(*teacher, *student, rows_M, k, support, temperature, V, *where))

@@ -33,7 +33,7 @@ from ._loss import (
     weighted_total,
 )
 from ._parallel import VocabShard, common_width, local_width, slice_of
-from ._triton import require, runs_triton
+from ._triton import runs_triton
 
 
 def token_kl_ref(
@@ -147,36 +147,37 @@ def _check_logits(
 ) -> int:
     """Returns the size of the whole vocabulary."""
     shapes = [list(x.shape) for x in (student_logits_TV, teacher_logits_TV)]
-    require(
-        student_logits_TV.ndim == teacher_logits_TV.ndim == 2 and shapes[0][0] == shapes[1][0],
-        f"token_kl: student logits are {shapes[0]} and teacher logits {shapes[1]}; want [T, V] "
-        "twice. Flatten first: logits.flatten(0, -2)",
-    )
-    require(
-        not any(hasattr(x, "full_tensor") for x in (student_logits_TV, teacher_logits_TV)),
-        "token_kl: the logits are DTensors; want plain ones. Sharded over the vocabulary: "
-        "logits.to_local() on both sides and shard=VocabShard.of(head)",
-    )
-    require(
-        all(x.stride(-1) == 1 or x.shape[1] <= 1 for x in (student_logits_TV, teacher_logits_TV)),
-        "token_kl: the vocabulary axis of both logits must be dense. Try .contiguous()",
-    )
-    require(
-        shard is None or (vocab_size is not None and vocab_size > 0),
-        "token_kl: shard needs vocab_size, the size of the whole vocabulary",
-    )
+    if not (student_logits_TV.ndim == teacher_logits_TV.ndim == 2 and shapes[0][0] == shapes[1][0]):
+        raise ValueError(
+            f"token_kl: student logits are {shapes[0]} and teacher logits {shapes[1]}; want [T, V] "
+            "twice. Flatten first: logits.flatten(0, -2)"
+        )
+    if any(hasattr(x, "full_tensor") for x in (student_logits_TV, teacher_logits_TV)):
+        raise ValueError(
+            "token_kl: the logits are DTensors; want plain ones. Sharded over the vocabulary: "
+            "logits.to_local() on both sides and shard=VocabShard.of(head)"
+        )
+    if not (
+        all(x.stride(-1) == 1 or x.shape[1] <= 1 for x in (student_logits_TV, teacher_logits_TV))
+    ):
+        raise ValueError(
+            "token_kl: the vocabulary axis of both logits must be dense. Try .contiguous()"
+        )
+    if not (shard is None or (vocab_size is not None and vocab_size > 0)):
+        raise ValueError("token_kl: shard needs vocab_size, the size of the whole vocabulary")
     start, V = shard.start if shard else 0, shapes[0][1] if vocab_size is None else vocab_size
     widths = [n if vocab_size is None else local_width(n, vocab_size, start) for _, n in shapes]
-    require(
-        widths[0] == widths[1],
-        f"token_kl: student logits are {shapes[0]} and teacher logits {shapes[1]}; want one "
-        "vocabulary. If both pad it, pass vocab_size; else the tokenizers differ and no "
-        "token-level KL exists",
-    )
-    require(
-        shard is not None or 0 < V <= shapes[0][1],
-        f"token_kl: vocab_size is {V} for logits of {shapes[0]}; want 1 <= vocab_size <= columns",
-    )
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"token_kl: student logits are {shapes[0]} and teacher logits {shapes[1]}; want one "
+            "vocabulary. If both pad it, pass vocab_size; else the tokenizers differ and no "
+            "token-level KL exists"
+        )
+    if not (shard is not None or 0 < V <= shapes[0][1]):
+        raise ValueError(
+            f"token_kl: vocab_size is {V} for logits of {shapes[0]}; want 1 <= vocab_size <= "
+            "columns"
+        )
     return V
 
 
@@ -211,6 +212,7 @@ def token_kl(
     need_dlogits = torch.is_grad_enabled() and z_TV.requires_grad
     if inplace and need_dlogits:
         check_inplace(op, z_TV)
-        return LinearKL(*InPlaceLoss.apply(z_TV, _sweep, losses[0], *args))
+        total, kl_T = InPlaceLoss.apply(z_TV, _sweep, losses[0], *args)
+        return options.result(total, kl_T, z_TV)
     total, kl_T, _ = _op(z_TV, *args, need_dlogits)
-    return LinearKL(total, kl_T)
+    return options.result(total, kl_T, z_TV)

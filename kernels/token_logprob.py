@@ -27,7 +27,7 @@ from ._logprob_rows import (
     upstream,
 )
 from ._parallel import VocabShard, common_width, local_width, slice_of
-from ._triton import require, runs_triton
+from ._triton import runs_triton
 
 
 def token_logprob_ref(logits_TV: Tensor, target: Tensor, *, temperature: float = 1.0) -> LogProb:
@@ -150,33 +150,36 @@ def token_logprob(
     vocabulary and vocab_size is its size. ValueError on shapes, strides, temperature <= 0.
     """
     op = "token_logprob"
-    require(
+    if not (
         logits_TV.ndim == 2
         and logits_TV.is_floating_point()
-        and target.shape[:1] == logits_TV.shape[:1],
-        f"{op}: logits is {logits_TV.dtype} {list(logits_TV.shape)} and target "
-        f"{list(target.shape)}; want [T, V], floating, and [T] or [T, K]. Flatten batch and time "
-        "first: logits.flatten(0, -2)",
-    )
-    require(
-        logits_TV.stride(-1) == 1 or logits_TV.shape[1] <= 1,
-        f"{op}: the vocabulary axis must be dense, got strides {logits_TV.stride()}. Try "
-        ".contiguous()",
-    )
+        and target.shape[:1] == logits_TV.shape[:1]
+    ):
+        raise ValueError(
+            f"{op}: logits is {logits_TV.dtype} {list(logits_TV.shape)} and target "
+            f"{list(target.shape)}; want [T, V], floating, and [T] or [T, K]. Flatten batch and "
+            "time first: logits.flatten(0, -2)"
+        )
+    if not (logits_TV.stride(-1) == 1 or logits_TV.shape[1] <= 1):
+        raise ValueError(
+            f"{op}: the vocabulary axis must be dense, got strides {logits_TV.stride()}. Try "
+            ".contiguous()"
+        )
     check_temperature(op, temperature)
-    require(
-        shard is None or vocab_size is not None,
-        f"{op}: a shard without vocab_size; want the size of the whole vocabulary",
-    )
+    if not (shard is None or vocab_size is not None):
+        raise ValueError(f"{op}: a shard without vocab_size; want the size of the whole vocabulary")
     V, (group, start) = vocab_size or logits_TV.shape[1], slice_of(shard)
-    require(
-        shard is not None or 0 < V <= logits_TV.shape[1],
-        f"{op}: vocab_size is {V} and logits have {logits_TV.shape[1]} columns; want 1 <= "
-        "vocab_size <= columns",
-    )
+    if not (shard is not None or 0 < V <= logits_TV.shape[1]):
+        raise ValueError(
+            f"{op}: vocab_size is {V} and logits have {logits_TV.shape[1]} columns; want 1 <= "
+            "vocab_size <= columns"
+        )
     width = local_width(logits_TV.shape[1], V, start)
     target_TK = local_target(
-        check_target(op, target, len(logits_TV), V), start, width, check_rows(op, rows, logits_TV)
+        check_target(op, target, logits_TV.shape[0], V),
+        start,
+        width,
+        check_rows(op, rows, logits_TV),
     )
     if width < logits_TV.shape[1]:
         logits_TV = logits_TV[:, :width]

@@ -44,7 +44,7 @@ from ._loss import (
 from ._parallel import VocabShard, common_width, local_width, slice_of
 from ._topk_inputs import check_tail, check_topk, local_ids, topk_inputs
 from ._topk_rows import TopKSpec, topk_rows_
-from ._triton import require, runs_triton
+from ._triton import runs_triton
 
 
 def topk_tail_kl_ref(
@@ -245,46 +245,41 @@ def topk_tail_kl(
     V = _check_logits(op, z_TV, vocab_size, shard)
     options = LossOptions(divergence, beta, temperature, weight, rows, scale_t2)
     check_tail(op, tail, options, teacher_temperature, allow_drop)
-    check_topk(op, V, len(z_TV), ids_TK, teacher_logp_TK, teacher_tail_T, tail)
+    check_topk(op, V, z_TV.shape[0], ids_TK, teacher_logp_TK, teacher_tail_T, tail)
     topk = topk_inputs(ids_TK, teacher_logp_TK, teacher_tail_T, tail, V, wide(z_TV.dtype))
     losses = options.checked(op, z_TV)
     args = *topk, *losses, tail, V, *slice_of(shard), workspace_mb
     need_dlogits = torch.is_grad_enabled() and z_TV.requires_grad
     if inplace and need_dlogits:
         check_inplace(op, z_TV)
-        require(
-            z_TV.dtype != torch.float16,
-            f"{op}: inplace=True for float16 logits; want bfloat16 or float32",
-        )
-        return LinearKL(*InPlaceLoss.apply(z_TV, _sweep, losses[0], *args))
+        if z_TV.dtype == torch.float16:
+            raise ValueError(f"{op}: inplace=True for float16 logits; want bfloat16 or float32")
+        total, kl_T = InPlaceLoss.apply(z_TV, _sweep, losses[0], *args)
+        return options.result(total, kl_T, z_TV)
     total, kl_T, _ = _op(z_TV, *args, need_dlogits)
-    return LinearKL(total, kl_T)
+    return options.result(total, kl_T, z_TV)
 
 
 def _check_logits(op: str, z_TV: Tensor, vocab_size: int | None, shard: VocabShard | None) -> int:
     """Returns the size of the whole vocabulary."""
-    require(
-        z_TV.ndim == 2 and z_TV.is_floating_point(),
-        f"{op}: logits are {z_TV.dtype} {list(z_TV.shape)}; want floats [T, V]. Flatten first: "
-        "logits.flatten(0, -2)",
-    )
-    require(
-        not hasattr(z_TV, "full_tensor"),
-        f"{op}: the logits are a DTensor; want this rank's plain slice with "
-        "shard=VocabShard(group, start): logits.to_local()",
-    )
-    require(
-        z_TV.stride(1) == 1 or z_TV.shape[1] <= 1,
-        f"{op}: the vocabulary axis must be dense. Try .contiguous()",
-    )
-    require(
-        shard is None or vocab_size is not None,
-        f"{op}: a shard and no vocab_size; want the size of the whole vocabulary",
-    )
+    if not (z_TV.ndim == 2 and z_TV.is_floating_point()):
+        raise ValueError(
+            f"{op}: logits are {z_TV.dtype} {list(z_TV.shape)}; want floats [T, V]. Flatten first: "
+            "logits.flatten(0, -2)"
+        )
+    if hasattr(z_TV, "full_tensor"):
+        raise ValueError(
+            f"{op}: the logits are a DTensor; want this rank's plain slice with "
+            "shard=VocabShard(group, start): logits.to_local()"
+        )
+    if not (z_TV.stride(1) == 1 or z_TV.shape[1] <= 1):
+        raise ValueError(f"{op}: the vocabulary axis must be dense. Try .contiguous()")
+    if not (shard is None or vocab_size is not None):
+        raise ValueError(f"{op}: a shard and no vocab_size; want the size of the whole vocabulary")
     V = z_TV.shape[1] if vocab_size is None else vocab_size
-    require(
-        0 < V and (shard is not None or V <= z_TV.shape[1]),
-        f"{op}: vocab_size is {V} and the logits have {z_TV.shape[1]} columns; want 1 <= "
-        "vocab_size <= columns",
-    )
+    if not (0 < V and (shard is not None or V <= z_TV.shape[1])):
+        raise ValueError(
+            f"{op}: vocab_size is {V} and the logits have {z_TV.shape[1]} columns; want 1 <= "
+            "vocab_size <= columns"
+        )
     return V
