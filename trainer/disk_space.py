@@ -9,7 +9,6 @@ from pathlib import Path
 # EFBIG: a limit on the size of files (ulimit -f), which some clusters use as a quota
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 WORDS = ("no space left on device", "disk quota exceeded", "file too large", "os error 28")
-RESUME = "run the same command with --set on_existing_run=resume to go on from there"
 NEARLY_NONE = 64 * 1024  # bytes; a file system this full has refused something
 
 
@@ -73,5 +72,5 @@ def no_space(folder: str | os.PathLike, what: str, kept: str) -> DiskError:
     return DiskError(
         errno.ENOSPC,
         f"no space left in {folder}: {what}, {size(free_bytes(folder))} are free. Kept: {kept}. "
-        f"Make space, then {RESUME}",
+        "Make space, then go on",
     )

@@ -7,10 +7,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
+from . import disk_space
 from .config.loader import as_table
 from .config.phases import spec_of
 from .config.schema import Config
 from .data.batch import pack
+from .disk_space import DiskError
 from .engine.agreement import agreed
 from .engine.engine import Engine
 from .phase import Phase, Stop, TrainingPhase
@@ -33,10 +35,35 @@ def train(cfg: Config, lock: RunLock | None = None) -> int:
     """
     engine = Engine(cfg)
     try:
-        with engine.keeps_last_step(unless=LockLost):
+        with _told_in_words(cfg, engine), engine.keeps_last_step(unless=LockLost):
             return _run(cfg, engine, lock)
     finally:
         engine.close()
+
+
+@contextlib.contextmanager
+def _told_in_words(cfg: Config, engine: Engine) -> Iterator[None]:
+    """A full disk is told with the folder and with what is kept; whatever ends a run that has a
+    checkpoint, with the command that goes on from there.
+    """
+    try:
+        yield
+    except (LockLost, KeyboardInterrupt):  # nothing to go on with; told by main.py
+        raise
+    except Exception as error:
+        told = error
+        if disk_space.is_full(error) and not isinstance(error, DiskError):
+            told = disk_space.no_space(cfg.folder, f"{error} while writing", engine.kept())
+            for note in getattr(error, "__notes__", []):
+                told.add_note(note)
+        if engine.is_main and engine.saved_step:
+            told.add_note(
+                f"To go on from step {engine.saved_step}, in {commands.directory()}:\n"
+                f"  {commands.resume()}"
+            )
+        if told is error:
+            raise
+        raise told from error
 
 
 def _run(cfg: Config, engine: Engine, lock: RunLock | None) -> int:

@@ -79,7 +79,7 @@ def test_the_words_name_folder_need_and_what_is_kept(tmp_path):
     error = disk_space.no_space(tmp_path, "the export needs 3.0 MB", "step-5, whole")
     assert error.errno == errno.ENOSPC and disk_space.is_full(error)
     assert str(error).startswith(f"no space left in {tmp_path}: the export needs 3.0 MB, ")
-    assert "are free. Kept: step-5, whole. Make space, then run the same command" in str(error)
+    assert "are free. Kept: step-5, whole. Make space, then go on" in str(error)
 
 
 @pytest.mark.parametrize(

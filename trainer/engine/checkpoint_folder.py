@@ -7,6 +7,7 @@ damaged-N     one that failed verification; kept for whoever wants to look
 given-up-N    one of a later step, from before the run went back; kept too
 """
 
+import contextlib
 import re
 import shutil
 from collections.abc import Sequence
@@ -45,6 +46,15 @@ def steps_in(home: Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name and _was_finished(home / name[0]))
 
 
+def folder_bytes(folder: Path) -> int:
+    """Of all files in it; those that go away meanwhile do not count."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
 def listed(steps: Sequence[int]) -> str:
     """step-1, step-2; or "none"."""
     return ", ".join(f"step-{n}" for n in steps) or "none"
@@ -60,7 +70,6 @@ def _was_finished(folder: Path) -> bool:
 
 def inspect(folder: Path) -> Findings:
     """Everything but the contents of large files: manifest, sizes, description, small objects."""
-    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     is_hf = not (folder / METADATA).exists() and any(folder.glob("*.safetensors"))
     damage: list[str] = []
     try:
@@ -82,7 +91,7 @@ def inspect(folder: Path) -> Findings:
         files=tuple(manifest.files) if manifest else (),
         weights_only=is_hf or bool(metadata and OF_TRAINING not in metadata.state_dict_metadata),
         is_hf=is_hf,
-        bytes=size,
+        bytes=folder_bytes(folder),
     )
 
 

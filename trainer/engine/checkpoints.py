@@ -26,7 +26,14 @@ from reflux.trainer import disk_space
 from reflux.trainer.disk_space import DiskError
 
 from . import random_state
-from .checkpoint_folder import clear_leftovers, listed, set_aside, sizes_are_right, steps_in
+from .checkpoint_folder import (
+    clear_leftovers,
+    folder_bytes,
+    listed,
+    set_aside,
+    sizes_are_right,
+    steps_in,
+)
 from .checkpoint_search import Found, Wanted, find
 from .checkpoint_writer import CheckpointWriter
 from .manifest import FileDigest, Manifest, data_files, digest_and_sync, sync_folder, write_manifest
@@ -236,8 +243,16 @@ class Checkpointer(CheckpointManager):
         return str(Path(folder or self.folder) / f"writing-{step}")
 
     def _make_room(self) -> None:
+        """Deletes leftovers and, where the next checkpoint would not fit beside them, those that
+        retention deletes right after it anyway. One whole checkpoint always stays.
+        """
         self.home.mkdir(parents=True, exist_ok=True)
         clear_leftovers(self.home)
+        whole = self._whole_steps()
+        if self.keep_latest_k and len(whole) >= self.keep_latest_k:
+            needed = folder_bytes(self.home / f"step-{whole[-1]}") + disk_space.NEARLY_NONE
+            if disk_space.free_bytes(self.home) < needed:
+                self._take_away(whole[: 1 - self.keep_latest_k], at_once=True)
 
     def _seal(self, step: int) -> None:
         """Hashes and syncs the files of writing-N, each by the rank that wrote it, then writes the
@@ -268,7 +283,7 @@ class Checkpointer(CheckpointManager):
         except (Exception, CheckpointException) as error:
             self.has_failed = True
             full = disk_space.is_full(error) or disk_space.has_none(self.home)
-            needed = self._bytes_of(f"writing-{step}", *(f"step-{n}" for n in steps_in(self.home)))
+            needed = max(map(folder_bytes, self._steps_and(f"writing-{step}")), default=0)
             if self.peers.is_first:
                 shutil.rmtree(self._create_checkpoint_id(step), ignore_errors=True)
             if full:
@@ -280,17 +295,15 @@ class Checkpointer(CheckpointManager):
                 f"{_reason(error)}. Kept: {self.kept()}",
             ) from error
 
-    def _bytes_of(self, *names: str) -> int:
-        """Of the largest of these folders: about what a checkpoint takes."""
-        folders = (self.home / name for name in names)
-        sizes = (sum(p.stat().st_size for p in f.rglob("*") if p.is_file()) for f in folders)
-        with contextlib.suppress(OSError):  # another rank may be deleting
-            return max(sizes, default=0)
-        return 0
+    def _steps_and(self, name: str) -> list[Path]:
+        return [self.home / name, *(self.home / f"step-{n}" for n in steps_in(self.home))]
+
+    def _whole_steps(self) -> list[int]:
+        return [n for n in steps_in(self.home) if sizes_are_right(self.home / f"step-{n}")]
 
     def kept(self) -> str:
-        """Which checkpoints are on the disk, in words."""
-        whole = [n for n in steps_in(self.home) if sizes_are_right(self.home / f"step-{n}")]
+        """Which checkpoints are on the disk, in words. Not collective."""
+        whole = self._whole_steps()
         return f"{listed(whole)}, whole" if whole else "no checkpoint, none was written before"
 
     # --- retention
@@ -298,13 +311,12 @@ class Checkpointer(CheckpointManager):
     def _purge_stale_checkpoints(self) -> None:
         """Deletes all but the keep_latest_k newest whole ones. Damaged ones stay, uncounted."""
         if self.peers.is_first and self.keep_latest_k > 0:
-            whole = [n for n in steps_in(self.home) if sizes_are_right(self.home / f"step-{n}")]
-            self._take_away(whole[: -self.keep_latest_k])
+            self._take_away(self._whole_steps()[: -self.keep_latest_k])
 
     def _take_away_all_but(self, step: int) -> None:
         self._take_away([n for n in steps_in(self.home) if n != step])
 
-    def _take_away(self, steps: Sequence[int]) -> None:
+    def _take_away(self, steps: Sequence[int], *, at_once: bool = False) -> None:
         """Renames first: what a killed process left of a deletion is no checkpoint."""
         for step in steps:
             gone = self.home / f"deleting-{step}"
@@ -313,7 +325,7 @@ class Checkpointer(CheckpointManager):
             except OSError as error:  # the run does not end for want of tidiness
                 log.warning("%s cannot be deleted: %s", gone, error)
                 continue
-            if self.purge_thread is not None:
+            if self.purge_thread is not None and not at_once:
                 self.purge_queue.put(str(gone))
             else:
                 shutil.rmtree(gone, ignore_errors=True)

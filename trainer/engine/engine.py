@@ -12,7 +12,6 @@ T response tokens, D hidden size, V vocabulary.
 """
 
 import contextlib
-import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,14 +22,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools import utils
 
+from reflux.trainer import disk_space
 from reflux.trainer import phase as contracts
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import FrozenSection
 from reflux.trainer.data.batch import Batch
-from reflux.trainer.disk_space import RESUME
 from reflux.trainer.losses import HeadInputs
 
 from .decoding import decoder_of, gathered
@@ -50,9 +50,7 @@ from .ranks import RankGroup
 from .rescue import Announcement, Rescue
 from .torchtitan_host import RefluxTrainer
 from .trainer_config import titan_config
-from .weights import check_fit, verify_weights
-
-log = logging.getLogger(__name__)
+from .weights import verify_weights
 
 NATIVE_CACHE_LIMIT = 32768  # positions of a frozen native model's rotary cache
 
@@ -75,8 +73,6 @@ class Engine:
         self._trainer = RefluxTrainer(self._config)
         found = self._trainer.checkpointer.find(self._config.checkpoint.load_step)
         from_folder = found.step is None and not cfg.model.from_scratch
-        if from_folder:
-            check_fit(self.model, spec, path)
         inputs = RunInputs(cfg) if hashes_inputs else None
         if inputs and found.step is not None:
             inputs.check_remembered()
@@ -189,29 +185,35 @@ class Engine:
         except unless:
             raise
         except BaseException as error:
-            failed = self._save_last_step(error)
+            failed, notes = self._save_last_step(error)
+            for note in notes:
+                error.add_note(note)
             if failed is None:
                 raise
-            raise ValueError(f"rank {failed.rank} ended the run: {failed.message}") from error
+            told = ValueError(f"rank {failed.rank} ended the run: {failed.message}")
+            for note in notes:
+                told.add_note(note)
+            raise told from error
 
-    def _save_last_step(self, error: BaseException) -> Announcement | None:
-        """Returns which other rank failed first, if it was one."""
-        saved: int | None = None
+    def _save_last_step(self, error: BaseException) -> tuple[Announcement | None, list[str]]:
+        """Returns which other rank failed first, if it was one, and what to add to the error."""
         failed: Announcement | None = None
         if self._rescue is not None:
-            failed, saved = self._rescue.fail(error)
+            failed, saved, problem = self._rescue.fail(error)
+            failed = None if failed is None or failed.rank == dist.get_rank() else failed
         else:
-            with contextlib.suppress(ValueError):
-                saved = self._last.unsaved()
-        try:
-            if saved is not None and self._rescue is None:
-                self._last.save()
-        except OSError as second:
-            log.error("step %s could not be saved: %s", saved, second)
-        else:
-            if saved is not None and self.is_main:
-                log.warning("step %d is saved; %s", saved, RESUME)
-        return None if failed is None or failed.rank == dist.get_rank() else failed
+            saved, problem = self._last.save_if_unsaved()
+        notes = [] if saved is None else [f"step {saved} is saved in {self._config.dump_folder}"]
+        return failed, notes + ([] if problem is None else [problem])
+
+    @property
+    def saved_step(self) -> int:
+        """Of the newest checkpoint of these weights; 0: there is none."""
+        return self._trainer.checkpointer.saved_step
+
+    def kept(self) -> str:
+        """Which checkpoints are on the disk, in words. Not collective."""
+        return self._trainer.checkpointer.kept()
 
     def _watch_other_ranks(self) -> Rescue | None:
         world = dist.get_world_size()
@@ -348,7 +350,12 @@ class Engine:
         """Writes the Hugging Face folder <folder>/export with this model card; returns its path."""
         out = str(Path(self._config.dump_folder).resolve() / "export")
         source = os.path.abspath(self.cfg.model.path)
-        export_hf(self._trainer, out, source, dtype=self.cfg.export.dtype, card=card)
+        try:
+            export_hf(self._trainer, out, source, dtype=self.cfg.export.dtype, card=card)
+        except (Exception, CheckpointException) as error:
+            if not (disk_space.is_full(error) or disk_space.has_none(self._config.dump_folder)):
+                raise
+            raise disk_space.no_space(out, "the export does not fit", self.kept()) from error
         return out
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

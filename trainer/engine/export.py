@@ -8,6 +8,7 @@ as OUT.partial.
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -21,6 +22,8 @@ from torchtitan.components.checkpoint import ModelWrapper
 from torchtitan.config import TORCH_DTYPE_MAP
 
 from .hf_models import text_config
+from .manifest import sync_file, sync_folder
+from .ranks import Peers
 
 COPIED = (
     "tokenizer.json",
@@ -64,11 +67,13 @@ def export_hf(trainer, out: str, source: str, *, dtype: str = "bfloat16", card: 
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
     dist.barrier()
-    _write_weights(_weights(trainer, dtype), staging)
-    if dist.get_rank() == 0:
-        _write_config_and_card(staging, source, dtype, card)
-        _replace(target, staging)
-    dist.barrier()
+    try:
+        _write_weights(_weights(trainer, dtype), staging)
+        Peers().from_first(partial(_finish, target, staging, source, dtype, card))
+    except BaseException:
+        if dist.get_rank() == 0:  # a full disk gets its space back
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 def _weights(trainer, dtype: str) -> dict[str, Tensor]:
@@ -111,6 +116,16 @@ def file_numbers(weights: dict[str, Tensor], limit_bytes: int = FILE_BYTES) -> d
             number, used = number + 1, 0
         numbers[name], used = number, used + size
     return numbers
+
+
+def _finish(target: Path, staging: Path, source: str, dtype: str, card: str) -> None:
+    """Everything but the weights; on the disk before the folder gets its name."""
+    _write_config_and_card(staging, source, dtype, card)
+    for file in (p for p in staging.rglob("*") if p.is_file()):
+        sync_file(file)
+    sync_folder(staging)
+    _replace(target, staging)
+    sync_folder(target.parent)
 
 
 def _write_config_and_card(staging: Path, source: str, dtype: str, card: str) -> None:

@@ -46,15 +46,20 @@ class LastStep:
         saved = finished.step == checkpointer.saved_step
         return None if saved or checkpointer.load_only or checkpointer.has_failed else finished.step
 
-    def save(self) -> None:
-        """Saves what `unsaved` names; collective. DiskError where it cannot be written."""
-        assert self._finished is not None
-        with self._trainer.held(self._finished):
-            self._trainer.checkpointer.write(self._finished.step)
+    def save_if_unsaved(self) -> tuple[int | None, str | None]:
+        """On a single rank. Returns the step that is saved now, or None, and what went wrong."""
+        try:
+            step = self.unsaved()
+            if step is not None and self._finished is not None:
+                with self._trainer.held(self._finished):
+                    self._trainer.checkpointer.write(step)
+            return step, None
+        except (OSError, ValueError) as error:
+            return None, f"the last finished step is not saved: {error}"
 
     def save_beside(self) -> None:
-        """The same from any thread, while the main one waits in a collective or computes.
-        ValueError for a model whose state is not its parameters.
+        """Saves what `unsaved` names, collective, from any thread, while the main one waits in a
+        collective or computes. ValueError for a model whose state is not its parameters.
         """
         assert self._finished is not None
         if not self._stable:

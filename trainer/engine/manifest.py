@@ -38,6 +38,12 @@ def digest_and_sync(path: Path) -> FileDigest:
         return FileDigest(file.tell(), digest)
 
 
+def sync_file(path: Path) -> None:
+    """The bytes of the file are on the disk afterwards."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """The names inside the folder are on the disk afterwards; some file systems cannot say so."""
     descriptor = os.open(folder, os.O_RDONLY)

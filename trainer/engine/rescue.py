@@ -58,20 +58,23 @@ class Rescue:
         self._begun, self._ended, self._closed = (threading.Event() for _ in range(3))
         self._lock = threading.Lock()
         self._saved: int | None = None
+        self._problem: str | None = None
         self._thread = threading.Thread(target=self._watch, name="rescue", daemon=True)
         self._thread.start()
 
-    def fail(self, error: BaseException) -> tuple[Announcement | None, int | None]:
+    def fail(self, error: BaseException) -> tuple[Announcement | None, int | None, str | None]:
         """Called by the main thread of a rank that ends by `error`. Returns which rank failed
-        first, or None if a process ended without a word, and the step that was saved.
+        first, or None if a process ended without a word; the step that was saved, if one was; and
+        why one was not, if it could not be.
         """
         if _is_lost_connection(error) and not self._begun.wait(SILENT_S):
-            return None, None
+            return None, None, None
         if self._take_over():
             self._announce(error)
             self._together()
         self._ended.wait()
-        return Announcement(**json.loads(self._store.get("failed"))), self._saved
+        first = Announcement(**json.loads(self._store.get("failed")))
+        return first, self._saved, self._problem
 
     def _announce(self, error: BaseException) -> None:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -116,7 +119,7 @@ class Rescue:
                 self._save()
                 self._saved = step
         except Exception as error:
-            log.error("the last finished step could not be saved: %s", error)
+            self._problem = f"the last finished step is not saved: {error}"
         finally:
             self._ended.set()
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from reflux.trainer.config.evaluation import LIKELIHOOD
 from reflux.trainer.data.batch import Prompt
-from reflux.trainer.runs.files import write_whole
+from reflux.trainer.runs.files import named, write_whole
 
 # way of answering -> modes: predictions of each prompt and sample
 MODES = {"greedy": ("greedy",), "sampled": ("sampled",), "likelihood": LIKELIHOOD}
@@ -163,7 +163,7 @@ class Unfinished:
         _write_lines(self._path, [self._head, *map(_to_row, predictions)])
 
     def add(self, predictions: Sequence[Prediction]) -> None:
-        with open(self._path, "a") as file:
+        with named(self._path), open(self._path, "a") as file:
             file.write("".join(_line(_to_row(p)) for p in predictions))
 
     def close(self) -> None:

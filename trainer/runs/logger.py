@@ -10,6 +10,7 @@ JSON has no NaN: the strings "NaN", "Infinity" and "-Infinity" stand for them, a
 them back.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -26,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from .files import write_whole
+from .files import named, write_whole
 from .lock import LockLost
 from .progress import stdout_console, time_left
 
@@ -176,10 +177,8 @@ class Record:
     def __exit__(self, kind, error, _) -> None:
         if not self.is_main:
             return
-        if kind is not None and not issubclass(kind, LockLost):  # then the log is another run's
-            self.event("failed", error=f"{kind.__name__}: {error}"[:1000])
-        self._log.close()
-        self._samples.close()
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+            self._close(kind, error)
         if kind is None and not self.to_be_continued:
             summary = {
                 "schema": SCHEMA,
@@ -191,6 +190,12 @@ class Record:
                 "last": self._last_metrics,
             }
             write_whole(Path(self.folder) / "summary.json", _dump(summary))
+
+    def _close(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
+        """May raise OSError on a full disk; the files are closed all the same."""
+        with self._log, self._samples:
+            if kind is not None and not issubclass(kind, LockLost):  # then the log is another run's
+                self.event("failed", error=f"{kind.__name__}: {error}"[:1000])
 
     def _open(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -213,8 +218,9 @@ class Record:
         return self._before_s + time.monotonic() - self._started
 
     def _write(self, file: BinaryIO, line: Mapping[str, Any]) -> None:
-        file.write(_dump(line).encode() + b"\n")
-        file.flush()  # the system has the whole line, should this process be killed
+        with named(file.name):
+            file.write(_dump(line).encode() + b"\n")
+            file.flush()  # the system has the whole line, should this process be killed
 
     def _forward(self, step: int, metrics: Mapping[str, Any]) -> None:
         if self.on_step:

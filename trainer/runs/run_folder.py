@@ -15,6 +15,7 @@ from reflux.trainer.config.loader import as_table, load, to_toml
 from reflux.trainer.config.schema import Config
 
 from . import commands
+from .files import write_whole
 from .lock import InUse, RunLock, hold, refuse_if_held
 
 # tables and keys in which a resumed run may differ
@@ -107,7 +108,7 @@ def save_config(cfg: Config) -> None:
     """Writes the resolved configuration: `--config <folder>/config.toml` repeats the run."""
     Path(cfg.folder).mkdir(parents=True, exist_ok=True)
     once = replace(cfg, take_over_lock=False)  # a decision about this start only
-    (Path(cfg.folder) / "config.toml").write_text(to_toml(once))
+    write_whole(Path(cfg.folder) / "config.toml", to_toml(once))
 
 
 def _holds_run(folder: Path) -> bool:

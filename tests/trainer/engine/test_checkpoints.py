@@ -21,7 +21,7 @@ from checkpoint_runs import (
     step_folder,
     take_steps,
 )
-from full_disk import limited_files
+from full_disk import limited_files, small_disk
 from payloads import PAYLOADS
 from safetensors import safe_open
 
@@ -379,6 +379,16 @@ def test_retention_counts_whole_ones_only(run):
     assert steps_in(home) == [1, 2, 3, 4]
 
 
+def test_where_the_next_one_does_not_fit_retention_makes_room_first(talkers, tmp_path, made):
+    """The disk holds two checkpoints, and two are to be kept: the third has to fit all the same."""
+    size = sum(p.stat().st_size for p in step_folder(made[0], 3).iterdir())
+    with small_disk(tmp_path / "disk", 2.3 * size / 2**20) as disk:
+        cfg = make_config(talkers, disk / "run", 5, keep_latest_k=2)
+        with opened(cfg) as engine:
+            take_steps(engine)
+        assert names(cfg) == ["step-4", "step-5"]
+
+
 # --- saves that fail
 
 
@@ -390,7 +400,7 @@ def test_a_save_without_space_is_told_and_takes_nothing_away(made, run, kilobyte
             take_steps(engine)
     words = str(caught.value)
     assert words.startswith(f"no space left in {run.folder}/checkpoint: the checkpoint of step 4")
-    assert "Kept: step-1, step-2, step-3, whole." in words and "on_existing_run=resume" in words
+    assert "Kept: step-1, step-2, step-3, whole." in words
     assert names(run) == ["step-1", "step-2", "step-3"], "the unfinished one gives its space back"
     with opened(cfg) as engine:
         assert engine.resumed_step == 3 and same(memory(engine), made[1][3])

@@ -47,12 +47,12 @@ def ranks(monkeypatch):
 
 def test_the_others_save_in_their_thread_the_failed_rank_in_its_own(ranks):
     one, two, three = ranks(7, 7, 7)
-    failed, saved = two.rescue.fail(KeyError("row 5"))
-    assert (failed, saved) == (Announcement(1, "'row 5'"), 7)
+    failed, saved, problem = two.rescue.fail(KeyError("row 5"))
+    assert (failed, saved, problem) == (Announcement(1, "'row 5'"), 7, None)
     assert two.saves == [(7, "MainThread")]
     for other in (one, three):
         # what the main thread of a waiting rank meets later: the connection to the failed one
-        heard, step = other.rescue.fail(RuntimeError("gloo: Connection closed by peer"))
+        heard, step, _ = other.rescue.fail(RuntimeError("gloo: Connection closed by peer"))
         assert (heard, step) == (failed, 7) and other.saves == [(7, "rescue")]
 
 
@@ -64,8 +64,8 @@ def test_ranks_that_all_fail_save_once_each(ranks):
     ]
     [t.start() for t in threads]
     [t.join(10) for t in threads]
-    assert [len(r.saves) for r in made] == [1, 1] and {step for _, step in results} == {3}
-    assert len({failed for failed, _ in results}) == 1, "all name the same rank"
+    assert [len(r.saves) for r in made] == [1, 1] and {r[1] for r in results} == {3}
+    assert len({r[0] for r in results}) == 1, "all name the same rank"
 
 
 @pytest.mark.parametrize("steps", [(7, 6), (7, None), (None, 7), (0, 0), (7, 0)])
@@ -86,7 +86,7 @@ def test_a_rank_whose_step_is_just_ending_is_waited_for(ranks):
 
 def test_a_process_that_died_without_a_word_is_not_waited_for(ranks):
     one, _ = ranks(7, 7)
-    assert one.rescue.fail(RuntimeError("[gloo] Connection reset by peer")) == (None, None)
+    assert one.rescue.fail(RuntimeError("[gloo] Connection reset by peer")) == (None, None, None)
     assert one.saves == []
 
 
@@ -97,7 +97,8 @@ def test_a_save_that_fails_is_not_called_saved(ranks):
         raise OSError(28, "No space left on device")
 
     two.rescue._save = fails
-    assert two.rescue.fail(ValueError("bad row"))[1] is None
+    failed, saved, problem = two.rescue.fail(ValueError("bad row"))
+    assert saved is None and problem.endswith("No space left on device")
 
 
 def test_a_main_thread_that_stays_in_its_collective_is_ended(ranks, monkeypatch):
