@@ -35,7 +35,13 @@ class Chat:
         from transformers import AutoTokenizer  # seconds to import
 
         self.path = path
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+        except Exception as error:  # transformers raises what its parsers raise
+            what = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"{path}: transformers cannot read its tokenizer ({type(error).__name__}: {what})"
+            ) from error
         self.stop_ids = self._find_stop_ids()
         self.stop_id = self._find_stop_id()
         self._rendered = lru_cache(maxsize=65536)(self._render)  # prompts come back every epoch

@@ -3,9 +3,10 @@
 Shapes: N rows, L row length, D hidden size, V vocabulary.
 """
 
+import contextlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,13 +38,32 @@ def text_config(path: str) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(path)
     except Exception as error:  # transformers raises what its parsers raise
         raise ValueError(
-            f"{path}/config.json: transformers cannot read it ({type(error).__name__}: {error})"
+            f"{path}/config.json: transformers cannot read it ({shortened(error)})"
         ) from error
     if hasattr(config, "num_hidden_layers"):
         return config
     if not hasattr(config, "text_config"):
         raise ValueError(f"{path}/config.json describes no language model")
     return config.text_config
+
+
+def shortened(error: Exception) -> str:
+    """Its kind and its first words; some of transformers' list every architecture."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}{'...' if text[300:] else ''}"
+
+
+@contextlib.contextmanager
+def buildable(path: str) -> Iterator[None]:
+    """ValueError for whatever a model's own code says of its config.json."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path}/config.json: no model can be built from it ({shortened(error)})"
+        ) from error
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:
@@ -106,6 +126,10 @@ class HFDecoder(BaseModel):
         hf_config = text_config(config.path)
         if rates := switch_off_dropout(hf_config):
             log.info("%s: dropout is off, whatever config.json says: %s", config.path, rates)
+        if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(
+                f"{config.path}: transformers has no causal language model {hf_config.model_type!r}"
+            )
         self.hf = AutoModelForCausalLM.from_config(
             hf_config, attn_implementation=config.attention, dtype=torch.get_default_dtype()
         )

@@ -9,7 +9,7 @@ from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
-from .hf_models import HFAdapter, HFDecoder, text_config
+from .hf_models import HFAdapter, HFDecoder, buildable, text_config
 from .native_models import native_model, native_obstacle
 from .sharding import parallelize
 
@@ -43,7 +43,8 @@ def build_spec(path: str, *, backend: str = "auto", attention: str = "auto") -> 
     model: BaseModel.Config
     adapter: type[StateDictAdapter]
     if native:
-        model, adapter = native_model(config, attention)
+        with buildable(path):
+            model, adapter = native_model(config, attention)
     else:
         own_choice = None if attention == "auto" else attention
         model, adapter = HFDecoder.Config(path=path, attention=own_choice), HFAdapter

@@ -1,8 +1,9 @@
 """The Hugging Face folder of every role, before anything is loaded: it is there, its JSON files are
-whole, its weights can be read, and the head has a row for every id of the tokenizer.
+whole, a model can be built from its config.json, its weights are those of that model, and the head
+has a row for every id of the tokenizer.
 
-What only the built model can tell, names and shapes of the tensors, is in weights.py. Every error
-is a ValueError that names the option or the file.
+Reads JSON and the headers of weights: a second for a model of 70 billion parameters. Every error is
+a ValueError that names the option or the file.
 """
 
 import json
@@ -12,12 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torchtitan.protocols.model_spec import ModelSpec
+
 from reflux.trainer.config.phases import roles
 from reflux.trainer.config.schema import Config
 
-from .hf_models import text_config
+from .hf_models import buildable, text_config
 from .model_builder import build_spec
-from .weight_files import stored_tensors
+from .weights import adapter_of, check_weights
 
 JSON_FILES = (
     "config.json",
@@ -27,20 +31,30 @@ JSON_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def check_folders(cfg: Config) -> None:
-    """The folders of all roles. Reads no weights but their headers."""
+    """The folders of all roles."""
     done = set()
     for role in roles(cfg):
-        model = role.model
-        path = model_folder(model.path, _option(role.section))
+        path = model_folder(role.model.path, _option(role.section))
         random = role.own and cfg.model.from_scratch
-        if (path, random) not in done:
-            check_files(path, weights=not random)
-        build_spec(path, backend=model.backend, attention=model.attention)
-        done.add((path, random))
+        key = path, role.model.backend, role.model.attention, random
+        if key not in done:
+            check_files(path)
+            spec = build_spec(path, backend=role.model.backend, attention=role.model.attention)
+            check_model(spec, path, weights=not random)
+        done.add(key)
 
 
 def _option(section: str) -> str:
@@ -58,13 +72,23 @@ def model_folder(path: str, option: str) -> str:
     raise ValueError(f"{option} = {path!r}: no config.json there; {hint}")
 
 
-def check_files(path: str, *, weights: bool = True) -> None:
-    """weights: the headers of the weight files too."""
+def check_files(path: str) -> None:
+    """The JSON files, and the tokenizer's ids."""
     tables = {name: _table(file) for name in JSON_FILES if (file := Path(path) / name).is_file()}
-    if weights:
-        stored_tensors(path)
+    if not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+        # transformers would invent one without a token
+        raise ValueError(f"{path}: no tokenizer there; want one of {', '.join(TOKENIZER_FILES)}")
     if "tokenizer.json" in tables:
         _check_ids(Path(path) / "tokenizer.json", tables["tokenizer.json"], path)
+
+
+def check_model(spec: ModelSpec, path: str, *, weights: bool = True) -> None:
+    """The model on the meta device, and the headers of its weights."""
+    with torch.device("meta"), buildable(path):
+        model = spec.model.build()
+    if weights:
+        adapter = adapter_of(spec, path)
+        check_weights(adapter.to_hf(model.state_dict()), path, adapter)
 
 
 def _table(file: Path) -> dict[str, Any]:

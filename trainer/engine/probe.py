@@ -25,6 +25,7 @@ from .agreement import agreed
 from .decoding import kv_decoder
 from .forward import hidden_states
 from .head import head_logits, head_rows
+from .hf_models import shortened
 
 DOCUMENTS = (4, 3, 5)  # tokens
 # Limits of the mean over tokens of |difference| / |value|. Rounding is 1e-6 in float32 and 0.01 in
@@ -233,5 +234,5 @@ def _words(path: str, what: str) -> Iterator[None]:
         raise
     except FAILURES as error:
         raise ValueError(
-            f"{path}: {what} ({type(error).__name__}: {error}). Take another backend or model"
+            f"{path}: {what} ({shortened(error)}). Take another backend or model"
         ) from error

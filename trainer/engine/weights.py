@@ -185,7 +185,7 @@ def load_weights(model: nn.Module, spec: ModelSpec, path: str) -> None:
     """Reads the folder's weights into the shards through the spec's adapter: each rank its own.
     Collective.
     """
-    adapter = _adapter(spec, path)
+    adapter = adapter_of(spec, path)
     weights = adapter.to_hf(ModelWrapper(model).state_dict())
     agreed(partial(check_weights, weights, path, adapter))
     try:
@@ -197,20 +197,13 @@ def load_weights(model: nn.Module, spec: ModelSpec, path: str) -> None:
     verify_weights(model, spec, path)
 
 
-def check_fit(model: nn.Module, spec: ModelSpec, path: str) -> None:
-    """check_weights for a model that torchtitan's checkpointer is about to load. Collective."""
-    adapter = _adapter(spec, path)
-    weights = adapter.to_hf(ModelWrapper(model).state_dict())
-    agreed(partial(check_weights, weights, path, adapter))
-
-
 def verify_weights(model: nn.Module, spec: ModelSpec, path: str) -> None:
     """ValueError for NaN or inf. RuntimeError where the smallest matrix is not the one in the file,
     for then nothing was read. Collective.
 
     A matrix, because freshly initialised norms are ones and so are many stored ones.
     """
-    adapter = _adapter(spec, path)
+    adapter = adapter_of(spec, path)
     weights = adapter.to_hf(ModelWrapper(model).state_dict())
     stored = agreed(partial(stored_tensors, path))
     agreed(partial(check_finite, weights, {name: s.file for name, s in stored.items()}))
@@ -251,7 +244,7 @@ def check_finite(weights: Mapping[str, Tensor], source: Mapping[str, str]) -> No
         )
 
 
-def _adapter(spec: ModelSpec, path: str) -> FolderAdapter:
+def adapter_of(spec: ModelSpec, path: str) -> FolderAdapter:
     adapter = spec.state_dict_adapter(spec.model, path)
     assert isinstance(adapter, FolderAdapter)  # build_spec makes no others
     return adapter

@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import config
 
+from reflux.trainer.engine.model_builder import build_spec
 from reflux.trainer.engine.model_folder import (
     JSON_FILES,
     check_files,
     check_folders,
+    check_model,
     model_folder,
 )
 
@@ -50,7 +52,7 @@ def test_a_tokenizer_cut_anywhere_is_named(assets, tmp_path_factory, cut):
     folder = tmp_path_factory.mktemp("cut")
     (folder / "tokenizer.json").write_bytes(raw[: cut % len(raw)])
     with pytest.raises(ValueError, match="tokenizer.json: no JSON"):
-        check_files(str(folder), weights=False)
+        check_files(str(folder))
     shutil.rmtree(folder)
 
 
@@ -105,6 +107,29 @@ def test_a_config_that_transformers_cannot_read_is_named(folder):
         check_files(str(folder))
     edit_config(folder, model_type="qwen3", hidden_size="wide")
     with pytest.raises(ValueError, match="model/config.json: transformers cannot read it"):
+        check_files(str(folder))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"hidden_act": "foo"}, "no model can be built from it .KeyError: 'foo'"),
+        ({"num_attention_heads": 0}, "no model can be built from it .(Zero|Assert)"),
+        ({"model_type": "t5"}, "transformers has no causal language model 't5'"),
+        ({"num_attention_heads": 5}, r"q_proj.weight' is \(128, 64\); .* wants \(160, 64\)"),
+        ({"vocab_size": 600}, r"embed_tokens.weight' is \(512, 64\); .* wants \(600, 64\)"),
+    ],
+)
+def test_a_model_that_cannot_be_built_or_is_another_is_said_so(folder, changes, message):
+    edit_config(folder, **changes)
+    for backend in ("auto", "hf"):
+        with pytest.raises(ValueError, match=message):
+            check_model(build_spec(str(folder), backend=backend), str(folder))
+
+
+def test_a_folder_without_a_tokenizer_is_an_error(folder):
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="model: no tokenizer there; want one of tokenizer.json"):
         check_files(str(folder))
 
 
