@@ -16,7 +16,8 @@ FUNCTIONS = frozenset(
     "sin cos tan sec csc cot asin acos atan sinh cosh tanh asinh acosh atanh exp log ln sqrt Abs "
     "erf Integral".split()
 )
-CONSTANTS = frozenset(("C", "E", "pi"))
+# of integration, with or without a digit, and two numbers
+CONSTANTS = frozenset(("E", "pi", *(c + d for c in "CcKk" for d in ("", *"0123456789"))))
 WRONG_IN_GAMES = 0.01  # what their own scorers give for an answer that they cannot read
 
 

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import select
 import shutil
 import signal
 import socket
@@ -126,7 +127,11 @@ def _whole_environment() -> dict[str, str]:
 
 
 class _Died(Exception):
-    """The process ended, or what it sent is no grade."""
+    """The process ended."""
+
+
+class _Lied(Exception):
+    """What the process sent is no grade."""
 
 
 @dataclass
@@ -138,9 +143,12 @@ class _Live:
     output: IO[bytes] | None  # what it printed; None: where the trainer prints
     received: bytearray = field(default_factory=bytearray)
 
+    def ended(self) -> bool:
+        """It is gone, or says something that nobody asked for."""
+        unasked = bool(self.received) or bool(select.select([self.link], [], [], 0)[0])
+        return unasked or self.process.poll() is not None
+
     def send(self, message: bytes, seconds: float) -> None:
-        if self.received:
-            raise _Died("it sent more than its answer")
         self.link.settimeout(seconds)
         try:
             self.link.sendall(struct.pack("!Q", len(message)) + message)
@@ -160,17 +168,21 @@ class _Live:
                 raise TimeUp(_late(allowed)) from error
             except OSError as error:
                 raise _Died(str(error)) from error
-            if not part or len(self.received) > ANSWER_BYTES:
+            if not part:
                 raise _Died("it sent no whole answer")
+            if len(self.received) > ANSWER_BYTES:
+                raise _Lied("it sent more than a grade")
             self.received += part
-        line = bytes(self.received[:end])
-        del self.received[: end + 1]
+        if end + 1 < len(self.received):
+            raise _Lied("it sent more than its answer")
+        line = bytes(self.received)
+        self.received.clear()
         try:
             answer = json.loads(line)
         except ValueError as error:
-            raise _Died("what it sent is no JSON") from error
+            raise _Lied("what it sent is no JSON") from error
         if not isinstance(answer, dict):
-            raise _Died("what it sent is no grade")
+            raise _Lied("what it sent is no grade")
         return answer
 
     def stop(self) -> int:
@@ -208,11 +220,14 @@ class GraderProcess:
     """One process that builds the grader of a task and grades one response after the other. It is
     killed when late, and started again on need; started at the first response.
 
-    A new interpreter, never a fork: the parent has threads, and perhaps a GPU.
+    A new interpreter, never a fork: the parent has threads, and perhaps a GPU. Without a sandbox:
+    limits of memory and time alone where `limits.isolate`, else none but time.
     """
 
-    def __init__(self, name: str, options: Mapping[str, Any], limits: Limits):
-        self._task, self._limits = (name, dict(options)), limits
+    def __init__(
+        self, name: str, options: Mapping[str, Any], limits: Limits, sandbox: Sandbox | None
+    ):
+        self._task, self._limits, self._sandbox = (name, dict(options)), limits, sandbox
         self._live: _Live | None = None
         self._failed_starts: list[str] = []
         self._lock = threading.Lock()
@@ -229,6 +244,9 @@ class GraderProcess:
             except _Died as error:
                 code = self._stop(live)
                 raise RuntimeError(f"the grader's process ended with code {code}") from error
+            except _Lied as error:
+                self._stop(live)
+                raise RuntimeError(f"the grader's process was killed: {error}") from error
             except BaseException:  # TimeUp, KeyboardInterrupt
                 self._stop(live)  # its answer must not be taken for that of the next response
                 raise
@@ -239,15 +257,14 @@ class GraderProcess:
                 self._stop(self._live)
 
     def _running(self) -> _Live | None:
-        if self._live and self._live.process.poll() is not None:
+        if self._live and self._live.ended():
             self._stop(self._live)
         return self._live
 
     def _started(self) -> _Live:
         if len(self._failed_starts) > 1:  # not once more for every text
             raise RuntimeError(self._failed_starts[-1])
-        found = find_sandbox() if self._limits.isolate else ""
-        sandbox = found if isinstance(found, Sandbox) else Sandbox("", ())
+        sandbox = self._sandbox or Sandbox("", ())
         # its imports may cache there; from then on it writes nothing
         folder = "" if sandbox.scratch else tempfile.mkdtemp(prefix="grader-")
         try:
@@ -264,8 +281,8 @@ class GraderProcess:
         try:
             live.send(json.dumps(self._setup(sandbox)).encode(), START_S)
             if "ready" not in live.receive(START_S, START_S):
-                raise _Died("it sent something else than that it is ready")
-        except _Died as error:
+                raise _Lied("it sent something else than that it is ready")
+        except (_Died, _Lied) as error:
             printed = live.printed()
             words = f"the grader's process did not start (code {live.stop()}): {printed}"
             self._failed_starts.append(words)
@@ -319,7 +336,7 @@ def _read_grade(answer: Mapping[str, Any]) -> Grade:
     }
     well = answer.keys() == kinds.keys()
     if not well or not all(isinstance(answer[k], kind) for k, kind in kinds.items()):
-        raise _Died("what it sent is no grade")
+        raise _Lied("what it sent is no grade")
     if not math.isfinite(answer["reward"]):
-        raise _Died("what it sent is no finite reward")
+        raise _Lied("what it sent is no finite reward")
     return Grade(**answer)

@@ -77,6 +77,8 @@ def load_filter(writes: bool) -> None:
     # pyseccomp's constants are libseccomp's
     rules = seccomp.SyscallFilter(seccomp.ERRNO(errno.EPERM))
     rules.set_attr(seccomp.Attr.CTL_TSYNC, 1)  # threads that imports have started, too
+    # numbers of another architecture; libseccomp would kill one thread and leave the rest waiting
+    rules.set_attr(seccomp.Attr.ACT_BADARCH, seccomp.ERRNO(errno.EPERM))
     for name in [*ALLOWED, *(WRITES if writes else ())]:
         rules.add_rule(seccomp.ALLOW, name)
     if not writes:

@@ -19,7 +19,7 @@ from .attempt import Alarm, GradeText, attempt
 from .batch import Prompt, Rollout
 from .grader_options import Limits, checked_options, make_grader
 from .graders import Grade, read_grade
-from .sandbox import GraderProcess, find_sandbox
+from .sandbox import GraderProcess, Sandbox, find_sandbox
 
 if TYPE_CHECKING:  # it imports the engine's modules
     from reflux.trainer.phase import Grader
@@ -30,10 +30,16 @@ log = logging.getLogger(__name__)
 class LimitedGrader:
     """One of GRADERS, or a user's function, under limits; made by build_task."""
 
-    def __init__(self, name: str, grader: GradeText, limits: Limits, options: Mapping[str, Any]):
+    def __init__(
+        self,
+        name: str,
+        grader: GradeText,
+        limits: Limits,
+        options: Mapping[str, Any],
+        sandbox: Sandbox | None,
+    ):
         self.name, self._grader, self._limits = name, grader, limits
-        self._here = getattr(grader, "cannot_hang", False)
-        self._process = GraderProcess(name, options, limits)
+        self._process = GraderProcess(name, options, limits, sandbox)
         self._failures = 0
 
     def grade(self, rollouts: Sequence[Rollout]) -> list[Grade]:
@@ -42,7 +48,7 @@ class LimitedGrader:
             return [self._counted(r.prompt, self._one(grader, r)) for r in rollouts]
 
     def _limited(self) -> AbstractContextManager[GradeText]:
-        if self._here:
+        if _cannot_hang(self._grader):
             return nullcontext(self._grader)
         if self._limits.isolate or threading.current_thread() is not threading.main_thread():
             return nullcontext(self._process.grade)
@@ -104,17 +110,24 @@ def build_task(name: str, options: Mapping[str, Any]) -> "Grader":
     if name == "reward_model":
         return RewardModelGrader(options)
     grader, limits = make_grader(name, options)
-    if limits.isolate and getattr(grader, "evaluates", True) and not limits.trust_model_text:
-        _want_sandbox(name)
-    return LimitedGrader(name, grader, limits, options)
+    sandbox = None
+    if limits.isolate and not _cannot_hang(grader):
+        found = find_sandbox()
+        if isinstance(found, Sandbox):
+            sandbox = found
+        elif getattr(grader, "evaluates", True) and not limits.trust_model_text:
+            raise _no_sandbox(name, found)
+    return LimitedGrader(name, grader, limits, options, sandbox)
 
 
-def _want_sandbox(name: str) -> None:
-    sandbox = find_sandbox()
-    if isinstance(sandbox, str):
-        own = ", isolate = false where it is a function of yours that runs no text" * (":" in name)
-        raise ValueError(
-            f"task {name}: it may evaluate what a model wrote, and wants a sandbox, which this "
-            f"machine does not allow: {sandbox}. Or set task.options.trust_model_text = true to "
-            f"run it with the rights of this user{own} (docs/trust.md)"
-        )
+def _cannot_hang(grader: GradeText) -> bool:
+    return getattr(grader, "cannot_hang", False)
+
+
+def _no_sandbox(task: str, reason: str) -> ValueError:
+    own = ", isolate = false where it is a function of yours that runs no text" * (":" in task)
+    return ValueError(
+        f"task {task}: it may evaluate what a model wrote, and wants a sandbox, which this machine "
+        f"does not allow: {reason}. Or set task.options.trust_model_text = true to run it with the "
+        f"rights of this user{own} (docs/trust.md)"
+    )

@@ -2,8 +2,6 @@
 else; prompts are frozen.
 """
 
-import json
-import pickle
 from dataclasses import fields, replace
 
 import numpy as np
@@ -239,22 +237,6 @@ def test_a_batch_moves_with_its_teacher_view():
     assert view.input_NL.tolist() == [[3, 4]] and view.row_T.tolist() == [1]
     assert batch.aligned_positions(1) is None
     assert all(batch.for_teacher(i).input_NL.tolist() == [[1]] for i in (0, 2))
-
-
-def test_a_prompt_is_frozen_and_still_plain_data():
-    message, extra = {"role": "user", "content": "?"}, {"level": 3}
-    prompt = Prompt(0, (message,), extra=extra)
-    for change in (
-        lambda: prompt.messages[0].update(content="!"),
-        lambda: prompt.extra.pop("level"),
-        lambda: prompt.extra.__setitem__("level", 4),
-    ):
-        with pytest.raises(TypeError, match="a prompt is frozen"):
-            change()
-    message["content"], extra["level"] = "!", 4  # of the caller, not of the prompt
-    assert prompt.messages[0]["content"] == "?" and prompt.extra == {"level": 3}
-    assert json.loads(json.dumps(prompt.messages)) == [{"role": "user", "content": "?"}]
-    assert pickle.loads(pickle.dumps(prompt)) == prompt == replace(prompt)
 
 
 def test_content_is_the_response_without_its_stop():

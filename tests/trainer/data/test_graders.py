@@ -30,6 +30,29 @@ def test_exact(options, text, extracted, correct):
     assert Exact(**options)(prompt(), text) == Grade(float(correct), correct, extracted)
 
 
+SOLUTION = "First <<20+22=42>>42.\nSo 42 in all.\n#### 42"
+
+
+@pytest.mark.parametrize("grader", [Exact, Math])
+@pytest.mark.parametrize("gold", [SOLUTION, "#### 1\n#### 42 ", "42", " 42\n"])
+def test_a_marker_is_applied_to_the_gold_too(grader, gold):
+    """GSM8K's answers are worked solutions."""
+    assert grader(marker="####")(prompt(gold), "So it is\n#### 42").correct
+    assert not grader(marker="####")(prompt(gold), "So it is\n#### 43").correct
+    assert not grader(marker="####")(prompt(gold), "42").correct
+
+
+@pytest.mark.parametrize("grader", [Exact, Math])
+def test_a_gold_with_nothing_behind_its_marker_is_an_error(grader):
+    with pytest.raises(ValueError, match="ends with the marker '####'.*want the answer behind it"):
+        grader(marker="####")(prompt("so 42 ####  "), "#### 42")
+
+
+def test_a_pattern_reads_the_text_only():
+    """It could cut a gold short: 1,234 would become 234, which a wrong text can end with."""
+    assert not Exact(pattern=r"(\d+)$")(prompt("1,234"), "5,234").correct
+
+
 def test_exact_folds_case_only_when_asked():
     assert not Exact()(prompt("Straße"), "STRASSE").correct
     assert Exact(ignore_case=True)(prompt("Straße"), "STRASSE").correct

@@ -218,6 +218,50 @@ def test_a_users_generator_is_found_where_the_run_was_started(tmp_path, monkeypa
         load_prompts("my_rows:broken")
 
 
+ALPACA = {"instruction": "Translate", "input": "Guten Tag", "output": "Good day"}
+ALPACA_COLUMNS = {"prompt": "instruction", "response": "output"}
+
+
+def test_alpacas_input_joins_the_prompt_where_there_is_one(file, caplog):
+    rows = [ALPACA, ALPACA | {"input": ""}, ALPACA | {"input": " \n"}, ALPACA | {"input": None}]
+    prompts = load_prompts(write(file, *rows), columns=ALPACA_COLUMNS)
+    texts = [p.messages[0]["content"] for p in prompts]
+    assert texts == ["Translate\n\n### Input:\nGuten Tag"] + ["Translate"] * 3
+    assert prompts[0].response == "Good day" and not caplog.records
+
+
+def test_a_wrong_input_of_alpaca_names_its_column(file):
+    assert "line 1, column input: int 3; want a text" in wrong(
+        file, ALPACA | {"input": 3}, columns=ALPACA_COLUMNS
+    )
+
+
+@pytest.mark.parametrize(
+    "row, columns, words",
+    [
+        ({"question": "?", "context": "c"}, {"prompt": "question"}, "column context is not in the"),
+        (
+            {"prompt": "?", "system": "s", "passage": "p"},
+            {},
+            "columns passage, system are not in the prompt, which is column prompt alone",
+        ),
+        (
+            {"instruction": "i", "input": "x", "target": "t"},
+            {"prompt": "instruction"},
+            "column input",
+        ),
+        (ALPACA, {"prompt": "input", "response": "output"}, "column instruction"),
+        ({"prompt": "?", "level": 3, "answer": "a"}, {}, None),
+        ({"prompt": "?", "context": "c"}, {"answer": "context"}, None),
+    ],
+)
+def test_columns_that_change_what_is_asked_are_named_once(file, caplog, row, columns, words):
+    for _ in range(2):
+        load_prompts(write(file, row), columns=columns)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == (words is not None) and (words or "") in "".join(messages)
+
+
 @pytest.fixture(scope="module")
 def sizes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sizes")
