@@ -29,6 +29,7 @@ from reflux.trainer.runs import commands, signals
 from reflux.trainer.runs.lock import InUse, hold, process_start, refuse_if_held
 from reflux.trainer.runs.progress import ShowItem, item_progress
 
+PRELOAD = ["reflux.trainer.loop"]  # saves each cell the seconds of `import torch`
 POLL_S = 0.1
 LOOK_S = 2.0  # between two looks at a folder that is in use
 STOP_S = 60.0  # how long a stop waits for cells that save their step
@@ -159,6 +160,7 @@ class _Schedule:
     running: dict[Cell, _Child] = field(default_factory=dict)
     held: dict[Cell, float] = field(default_factory=dict)  # in use elsewhere; time of the next look
     failed: list[str] = field(default_factory=list)  # cells behind a failed one among them
+    owner_unknown: bool = False  # of the folder of a failed cell
 
     def drop_blocked(self) -> None:
         """Cells behind a failed one fail without a start."""
@@ -195,7 +197,8 @@ class _Schedule:
                     self._report(f"{cell.name}: waits: {error}")
                 self.held[cell] = time.monotonic() + LOOK_S
                 return False
-            self._fail(cell, f"{error}:\n  {commands.again('--take-over-lock')}")
+            self.owner_unknown = True
+            self._fail(cell, str(error))
         except ValueError as error:
             self._fail(cell, str(error))
         return False
@@ -235,7 +238,7 @@ def run_matrix(cells: Sequence[Cell], parallel: int, take_over: bool = False) ->
     take_over: also folders whose owner may be alive on another host (runs/lock.py).
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["reflux.trainer.loop"])
+    context.set_forkserver_preload(PRELOAD)
     caught: list[int] = []
     with (
         signals.handled_by(lambda number, frame: caught.append(number)),
@@ -256,6 +259,12 @@ def run_matrix(cells: Sequence[Cell], parallel: int, take_over: bool = False) ->
                 time.sleep(POLL_S)
     if caught:
         raise KeyboardInterrupt(signal.Signals(caught[0]).name)
+    if schedule.owner_unknown:
+        print(
+            "Once you know that the owners on other hosts have ended, take their folders over, in "
+            f"{commands.directory()}:\n  {commands.again('--take-over-lock')}",
+            file=sys.stderr,
+        )
     return schedule.failed
 
 

@@ -40,11 +40,13 @@ from typing import Any
 
 from reflux.trainer.cells import INTERRUPTED, Cell, run_matrix
 from reflux.trainer.config.loader import deep_merge, toml_value
-from reflux.trainer.runs import commands, output
+from reflux.trainer.runs import commands, output, signals
 from reflux.trainer.runs.files import write_json
+from reflux.trainer.runs.lock import hold
 from reflux.trainer.runs.progress import duration
 
 NAME = "reflux.trainer.matrix"
+WRITE_S = 60.0  # how long to wait for another runner that writes reports
 KEYS = ("folder", "seeds", "parallel", "cell", "styles", "title")
 
 # label of a cell in the matrix file -> "module:function" that writes its report into the folder of
@@ -210,13 +212,22 @@ def main(arguments: list[str] | None = None) -> int:
     # cells share the cores
     threads = max(1, (os.cpu_count() or 1) // matrix.parallel)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    _write_cells(matrix)
-    start = time.monotonic()
     try:
-        failed = run_matrix(matrix.cells, matrix.parallel, args.take_over_lock)
+        with signals.handled_by(signals.raise_interrupt):
+            return _run_and_report(matrix, args.take_over_lock)
     except KeyboardInterrupt:
         print(f"To go on, in {commands.directory()}:\n  {commands.again()}", file=sys.stderr)
         return INTERRUPTED
+    except (OSError, ValueError) as error:
+        if os.environ.get("REFLUX_TRACEBACK"):
+            raise
+        parser.error(f"{error}\n(REFLUX_TRACEBACK=1 shows where)")
+
+
+def _run_and_report(matrix: Matrix, take_over: bool) -> int:
+    _write_cells(matrix)
+    start = time.monotonic()
+    failed = run_matrix(matrix.cells, matrix.parallel, take_over)
     write_reports(matrix)
     done = len(matrix.cells) - len(failed)
     took = duration(time.monotonic() - start)
@@ -247,7 +258,6 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpar
 
 def _write_cells(matrix: Matrix) -> None:
     """matrix.json: what the reports know of the cells."""
-    matrix.folder.mkdir(parents=True, exist_ok=True)
     cells = [
         {
             "name": c.name,
@@ -258,16 +268,18 @@ def _write_cells(matrix: Matrix) -> None:
         for c in matrix.cells
     ]
     table = {"title": matrix.title, "styles": matrix.styles, "cells": cells}
-    write_json(matrix.folder / "matrix.json", table)
+    with hold(matrix.folder, wait_s=WRITE_S):  # there may be other runners
+        write_json(matrix.folder / "matrix.json", table)
 
 
 def write_reports(matrix: Matrix) -> None:
     """Writes and prints the reports on the finished cells."""
     labels = {label for c in matrix.cells if c.done for label in c.labels}
-    for label, target in REPORTS.items():
-        if label in labels:
-            module, _, function = target.partition(":")
-            print(getattr(importlib.import_module(module), function)(matrix.folder))
+    with hold(matrix.folder, wait_s=WRITE_S):
+        for label, target in REPORTS.items():
+            if label in labels:
+                module, _, function = target.partition(":")
+                print(getattr(importlib.import_module(module), function)(matrix.folder))
 
 
 if __name__ == "__main__":

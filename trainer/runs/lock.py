@@ -114,19 +114,20 @@ _HELD: dict[tuple[int, Path], RunLock] = {}  # by (pid, folder): a fork does not
 
 
 @contextlib.contextmanager
-def hold(folder: str | Path, *, take_over: bool = False) -> Iterator[RunLock]:
+def hold(folder: str | Path, *, take_over: bool = False, wait_s: float = 0.0) -> Iterator[RunLock]:
     """Owns the folder inside; a process that owns it already may enter again.
 
-    take_over: also from an owner of which nobody here can tell whether it is alive; never from one
-    that is. Owners that are certainly dead are taken over in any case. Raises InUse, and ValueError
-    for a folder that cannot be written to.
+    wait_s: for an owner that may be alive, before InUse is raised. take_over: also from an owner of
+    which nobody here can tell whether it is alive; never from one that is. Owners that are
+    certainly dead are taken over in any case. Raises InUse, and ValueError for a folder that cannot
+    be written to.
     """
     key = (os.getpid(), Path(folder).resolve())
     if key in _HELD:
         yield _HELD[key]
         return
     created = not Path(folder).exists()
-    lock = _acquire(Path(folder), take_over)
+    lock = _acquire_within(wait_s, Path(folder), take_over)
     for owner in lock.taken_from:
         log.warning("%s: taken over from %s, which has ended", folder, owner.words)
     _HELD[key] = lock
@@ -144,6 +145,17 @@ def refuse_if_held(folder: str | Path, *, take_over: bool = False) -> None:
     """Raises what `hold` would raise now for an owner in the folder. Writes nothing."""
     if (os.getpid(), Path(folder).resolve()) not in _HELD:
         _look(Path(folder), take_over)
+
+
+def _acquire_within(wait_s: float, folder: Path, take_over: bool) -> RunLock:
+    end = time.monotonic() + wait_s
+    while True:
+        try:
+            return _acquire(folder, take_over)
+        except InUse:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(0.2)
 
 
 def _acquire(folder: Path, take_over: bool) -> RunLock:

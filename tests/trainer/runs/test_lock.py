@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -190,6 +191,15 @@ def test_a_deleted_folder_is_a_lost_lock(tmp_path):
         (tmp_path / "run").rmdir()
         with pytest.raises(LockLost, match="its lock was deleted"):
             held.check()
+
+
+def test_waiting_for_an_owner(tmp_path, holder):
+    with pytest.raises(InUse):
+        with hold(tmp_path, wait_s=0.3):
+            pass
+    threading.Timer(0.3, holder.kill).start()
+    with hold(tmp_path, wait_s=30.0) as held:
+        assert held.taken_from[0].pid == holder.pid
 
 
 def test_a_lock_that_was_never_written_is_waited_for_then_torn(tmp_path, monkeypatch):
