@@ -153,15 +153,14 @@ def linear_topk_kl(
     frozen_student_head: bool = False,
 ) -> LinearKL:
     """(total [], kl [T]), fp32 (fp64 for fp64), in nats. Differentiable in hidden, head and bias.
-
     hidden [T, D], head [V, D], bias [V]. ids int [T, K], distinct within a row, -1 for padding;
     teacher_logp fp32 [T, K] and teacher_tail [T], read by bucket only: logs of the teacher's masses
     at this temperature. Options as in `linear_kl`. ValueError on shapes, dtypes and options.
     """
     op, side = "linear_topk_kl", (student_hidden_TD, student_head_VD, bias, logit_scale, softcap)
     options = LossOptions(divergence, beta, temperature, weight, rows, scale_t2)
-    student, V = checked_head(op, *side, vocab_size, shard)
-    student = options.read(op, student)
+    head, V = checked_head(op, *side, vocab_size, shard)
+    student = options.read(op, head)
     x_TD = student.hidden_TD
     check_tail(op, tail, options, teacher_temperature, allow_drop)
     check_topk(op, V, x_TD.shape[0], ids_TK, teacher_logp_TK, teacher_tail_T, tail)

@@ -179,7 +179,7 @@ BY_HAND = [  # file, old text (once in it), new text, tests or None for the file
         "(weight_T * kl_T).sum()",
         None,
     ),
-    ("_loss", "(d * g_total if needed", "(d if needed", None),
+    ("_loss", "[d * g_total if needed", "[d if needed", None),
     ("_loss", "return temperature**2 if scale_t2 else 1.0", "return temperature", None),
     ("_loss", "dz_TV.detach().mul_(g_total)", "dz_TV.detach()", None),
     (
