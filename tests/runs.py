@@ -16,41 +16,24 @@ from pathlib import Path
 import pytest
 import torch
 from assets import free_port, make_assets
+from small_tasks import (
+    is_answer_of_prompt_0,
+    is_easy,
+    is_even,
+    raise_sometimes,
+    reward_vowels,
+)
 
 from reflux.trainer.config.loader import deep_merge, fill, to_toml
 from reflux.trainer.config.schema import Config
 from reflux.trainer.runs.logger import Run, load_run
 
+__all__ = ["is_answer_of_prompt_0", "is_easy", "is_even", "raise_sometimes", "reward_vowels"]
 MAIN = Path(__file__).parents[1] / "trainer" / "main.py"
 # durations, and the process's memory
 NOT_REPEATABLE = ("wall_s", "tokens_per_s", "sample_s", "score_s", "step_s", "memory_gib")
 # random models get some reward for it; they hardly ever answer a question correctly
-REWARD_VOWELS = "runs:reward_vowels"
-
-
-def reward_vowels(prompt, text: str) -> float:
-    """A task that a random model can partly solve: the fraction of vowels."""
-    return sum(c in "aeiou" for c in text) / max(len(text), 1)
-
-
-def is_even(prompt, text: str) -> bool:
-    """Correct for about half of all texts."""
-    return sum(map(ord, text)) % 2 == 0
-
-
-def is_easy(prompt, text: str) -> bool:
-    """All correct, all incorrect, or mixed, by prompt."""
-    return (True, False, is_even(prompt, text))[prompt.index % 3]
-
-
-def is_answer_of_prompt_0(prompt, text: str) -> bool:
-    """Correct for one prompt only."""
-    return prompt.index == 0
-
-
-def raise_sometimes(prompt, text: str) -> float:
-    """A grader that fails on short texts."""
-    return 1.0 / (len(text) // 20)
+REWARD_VOWELS = "small_tasks:reward_vowels"
 
 
 def write_data(folder: Path, count: int = 24) -> Path:

@@ -96,7 +96,7 @@ def test_a_rank_without_a_token_neither_hangs_nor_changes_the_numbers(talkers, t
             "source": "dataset",
             "correct_only": True,
         },
-        "task": {"name": "runs:is_answer_of_prompt_0"},
+        "task": {"name": "small_tasks:is_answer_of_prompt_0"},
         "data": {"shuffle": False, "limit": 2},
         "rollout": {"prompts": 2},
     }

@@ -32,20 +32,33 @@ class RewardModelOptions:
 
 
 class RewardModel:
-    """ValueError for a folder without a chat template or without a trained head of one logit."""
+    """ValueError for a folder that cannot be loaded, has no chat template, no safetensors, or no
+    trained head of one logit.
+    """
 
     def __init__(self, options: RewardModelOptions):
         self.options = options
-        self._tokenizer = AutoTokenizer.from_pretrained(options.path)
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(options.path)
+            # no pickles: loading one runs what it says
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                options.path,
+                dtype=getattr(torch, options.dtype),
+                output_loading_info=True,
+                use_safetensors=True,
+            )
+        except Exception as error:  # transformers, tokenizers and safetensors have many
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"reward_model: {options.path} cannot be loaded: {reason}. Want a local folder "
+                "with config.json, weights in safetensors, and a tokenizer"
+            ) from error
         if self._tokenizer.chat_template is None:
             raise ValueError(
                 f"reward_model: the tokenizer in {options.path} has no chat template; add the "
                 "model's own"
             )
         self._tokenizer.pad_token = self._tokenizer.pad_token or self._tokenizer.eos_token
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            options.path, dtype=getattr(torch, options.dtype), output_loading_info=True
-        )
         if info["missing_keys"] or model.config.num_labels != 1:
             # a causal language model loads too, with a head of random numbers
             raise ValueError(

@@ -373,7 +373,7 @@ def test_texts_of_one_token_and_rows_filled_to_the_last_position(
 BASE = {
     "calibration": {"mode": "undistillable", "margin_guard": False},
     "reference": {"beta": 0.2},
-    "task": {"name": "runs:is_even"},
+    "task": {"name": "small_tasks:is_even"},
     "seed": 3,
     "rollout": {"prompts": 4, "group": 4, "max_tokens": 12},
 }
@@ -434,7 +434,7 @@ def test_every_option_changes_what_it_names(talkers, tmp_path, option):
     # acts on groups that are all right or all wrong
     gated = "cal_gate" in option.get("calibration", {})
     base = (
-        BASE | {"task": {"name": "runs:is_easy"}, "rollout": {"prompts": 6, "group": 4}}
+        BASE | {"task": {"name": "small_tasks:is_easy"}, "rollout": {"prompts": 6, "group": 4}}
         if gated
         else BASE
     )

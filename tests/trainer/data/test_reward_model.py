@@ -1,7 +1,10 @@
 """Raw logits, independent of the batch they were computed in; a text that fails does so alone."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -112,3 +115,31 @@ def test_a_wrong_model_or_option_is_refused(folder, options, part):
     with pytest.raises(ValueError) as error:
         build_task("reward_model", {**options, "path": str(folder / options["path"])})
     assert part in str(error.value)
+
+
+def copied(folder, to, name="model.safetensors"):
+    """The folder of the scorer with its weights as `name`, a pickle unless it is safetensors."""
+    shutil.copytree(folder / "scorer", to)
+    weights = to / "model.safetensors"
+    if name != weights.name:
+        torch.save(load_file(weights), to / name)
+        weights.unlink()
+    return to
+
+
+@pytest.mark.parametrize("fault", ["pickle", "missing", "torn", "no config", "no folder"])
+def test_a_folder_that_cannot_be_loaded_is_explained(folder, tmp_path, fault):
+    name = "pytorch_model.bin" if fault == "pickle" else "model.safetensors"
+    path = copied(folder, tmp_path / "copy", name)
+    if fault == "missing":
+        (path / name).unlink()
+    elif fault == "torn":
+        (path / name).write_bytes((path / name).read_bytes()[:2000])
+    elif fault == "no config":
+        (path / "config.json").unlink()
+    elif fault == "no folder":
+        shutil.rmtree(path)
+    with pytest.raises(
+        ValueError, match="reward_model: .* cannot be loaded: .*Want a local folder"
+    ):
+        build_task("reward_model", {"path": str(path)})

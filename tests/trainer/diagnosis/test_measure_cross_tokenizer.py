@@ -32,7 +32,7 @@ from reflux.trainer.runs.files import to_json
 
 pytestmark = [pytest.mark.usefixtures("titan_process"), pytest.mark.filterwarnings("ignore")]
 OVER = {
-    "task": {"name": "runs:is_even"},
+    "task": {"name": "small_tasks:is_even"},
     "data": {"limit": 4},
     "rollout": {"max_tokens": 12},
     "diagnose": {

@@ -112,7 +112,7 @@ def test_rewards_are_averaged_where_no_answer_is_correct_or_wrong(talkers, tmp_p
 
 
 def test_a_grader_that_names_no_answers_misses_none(talkers, tmp_path):
-    found = results_of(evaluate(talkers, tmp_path / "run", task={"name": "runs:is_even"})[0])
+    found = results_of(evaluate(talkers, tmp_path / "run", task={"name": "small_tasks:is_even"})[0])
     assert found["eval/sampled_no_answer"] == 0 < found["eval/sampled_wrong"]
 
 

@@ -70,7 +70,7 @@ def evaluate(talkers, folder):
         talkers,
         folder,
         "evaluate",
-        task={"name": "runs:is_even"},
+        task={"name": "small_tasks:is_even"},
         rollout={"max_tokens": 4},
         eval={"source": str(write_data(folder.parent, 3)), "samples": 0, "harness": ["arc_easy"]},
     )

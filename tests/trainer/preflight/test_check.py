@@ -78,7 +78,7 @@ def test_another_vocabulary_is_an_error_for_token_kl_and_not_for_spans(distill, 
 
 @pytest.mark.usefixtures("titan_process")
 def test_another_vocabulary_is_fine_for_a_diagnosis(talkers, tmp_path):
-    over = {"teacher": {"path": str(talkers / "proxy")}, "task": {"name": "runs:is_even"}}
+    over = {"teacher": {"path": str(talkers / "proxy")}, "task": {"name": "small_tasks:is_even"}}
     findings = examine(config(talkers, tmp_path / "run", "diagnose", **over))
     assert not problems(findings), problems(findings)
     assert "student and teacher: different tokenizers" in problems(findings, "ok")
