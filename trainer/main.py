@@ -72,7 +72,7 @@ def _refuse(error: Exception) -> NoReturn:
     lines = [f"{PROGRAM}: error: {error}", *_notes(error), "(REFLUX_TRACEBACK=1 shows where)"]
     message = "\n".join(lines)
     with contextlib.suppress(KeyboardInterrupt):  # the launcher ends all ranks when one has ended
-        if first_rank.is_first_to_say(message):
+        if first_rank.is_first_to_say(str(error)):
             print(message, file=sys.stderr, flush=True)
     raise SystemExit(2)
 

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from assets import free_port
@@ -117,12 +119,13 @@ def _leave_group() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_ctrl_c_where_nothing_is_trained_stops_at_once(
-    talkers, tmp_path, monkeypatch, capsys, titan_process
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_where_nothing_is_trained_stops_at_once(
+    talkers, tmp_path, monkeypatch, capsys, titan_process, number
 ):
     """There is no step to finish: the first signal counts, and the same command resumes later."""
     over = {
-        "task": {"name": "runs:is_even"},
+        "task": {"name": "small_tasks:is_even"},
         "data": {"limit": 2},
         "diagnose": {"student_texts": 2, "heatmap_texts": 0},
         "on_existing_run": "resume",
@@ -132,12 +135,161 @@ def test_ctrl_c_where_nothing_is_trained_stops_at_once(
     file.write_text(to_toml(cfg))
     with monkeypatch.context() as patch:
         patch.setattr(
-            DiagnosePhase, "run", lambda self: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5)
+            DiagnosePhase, "run", lambda self: os.kill(os.getpid(), number) or time.sleep(5)
         )
         assert main.main(["--config", str(file)]) == 130
-    assert "resumes from the last save" in capsys.readouterr().err
+    assert f"To go on, in {os.getcwd()}:\n  " in capsys.readouterr().err
     assert (
         load_run(tmp_path / "run").summary is None and not (tmp_path / "run" / "report.md").exists()
     )
     os.environ["MASTER_PORT"] = str(free_port())
     assert main.main(["--config", str(file)]) == 0 and (tmp_path / "run" / "report.md").exists()
+
+
+# --- one owner
+
+
+SLOW_TASK = "import time\nfrom runs import reward_vowels as fast\n"
+SLOW_TASK += "def grade(prompt, text):\n    time.sleep(0.2)\n    return fast(prompt, text)\n"
+
+
+@pytest.fixture
+def slow(talkers, tmp_path):
+    """A configuration of a run that takes its time; start it in tmp_path."""
+    (tmp_path / "slow_task.py").write_text(SLOW_TASK)
+    over = {"steps": 1000, "task": {"name": "slow_task:grade"}, "on_existing_run": "resume"}
+    return config(talkers, tmp_path / "run", "calibrate", **over)
+
+
+def background(words: list[str], cwd, **streams) -> subprocess.Popen:
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | streams
+    return subprocess.Popen(words, cwd=cwd, env=environment(), text=True, **streams)
+
+
+def wait_for_steps(cfg, count: int, process: subprocess.Popen) -> None:
+    end, log = time.monotonic() + 120, Path(cfg.folder) / "run.jsonl"
+    while not log.exists() or log.read_text().count('"loss"') < count:
+        assert process.poll() is None, f"the process ended with {process.returncode}"
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.05)
+
+
+def wrote(folder) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in Path(folder).rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_second_writer_is_turned_away_on_every_rank(slow, tmp_path, ranks):
+    first = background(command(slow, tmp_path / "a.toml"), tmp_path)
+    try:
+        wait_for_steps(slow, 1, first)
+        words = command(slow, tmp_path / "b.toml", ranks)
+        second = subprocess.run(
+            words, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
+        )
+        assert second.returncode == 2 and "Traceback" not in second.stderr, second.stderr
+        assert second.stderr.count(f"run is in use by process {first.pid} on ") == 1
+        before = len(load_run(slow.folder).steps)
+        wait_for_steps(slow, before + 1, first)
+    finally:
+        first.kill()
+        first.wait()
+    steps = [s["step"] for s in load_run(slow.folder).steps]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_two_ranks_take_over_a_dead_owner_and_leave_no_lock(slow, tmp_path):
+    """`new` beside it: the ranks go where the first one goes."""
+    first = background(command(slow, tmp_path / "a.toml"), tmp_path)
+    wait_for_steps(slow, 1, first)
+    first.kill()
+    first.wait()
+    (left,) = Path(slow.folder).glob("lock-*")
+    short = replace(slow, steps=2, task=replace(slow.task))
+    done = subprocess.run(
+        command(short, tmp_path / "b.toml", ranks=2),
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"taken over from process {first.pid} " in done.stderr and not left.exists()
+    beside = subprocess.run(
+        [*command(short, tmp_path / "c.toml", ranks=2), "--set", "on_existing_run=new"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert beside.returncode == 0 and len(load_run(tmp_path / "run-2").steps) == 2
+    assert not (tmp_path / "run-3").exists() and not list(tmp_path.glob("run*/lock-*"))
+
+
+def test_whose_folder_is_taken_by_force_ends_without_another_line(slow, tmp_path):
+    with open(tmp_path / "err.txt", "w") as error:
+        first = background(command(slow, tmp_path / "a.toml"), tmp_path, stderr=error)
+        wait_for_steps(slow, 1, first)
+        (lock,) = Path(slow.folder).glob("lock-*")
+        lock.unlink()
+        before = wrote(slow.folder)
+        assert first.wait(60) == 2
+    told = (tmp_path / "err.txt").read_text()
+    assert "does not own its folder any more" in told and "Traceback" not in told
+    grown = {p for p, t in wrote(slow.folder).items() if before.get(p) != t}
+    assert grown <= {f"{slow.folder}/run.jsonl"}, "the step that was being logged, at most"
+    assert load_run(slow.folder).events == []
+
+
+@pytest.mark.parametrize("phase", ["evaluate", "diagnose"])
+def test_phases_without_steps_own_their_folder_too(talkers, tmp_path, monkeypatch, capsys, phase):
+    """Asked from inside: the lock is there before the engine is."""
+    seen = []
+
+    def look(cfg, lock):
+        lock.check()
+        seen.append([p.name for p in Path(cfg.folder).iterdir()])
+        return 0
+
+    over = {"data": {"limit": 2}} if phase == "diagnose" else {"eval": {"source": "x.jsonl"}}
+    cfg = config(talkers, tmp_path / "run", phase, task={"name": "small_tasks:is_even"}, **over)
+    (tmp_path / "run.toml").write_text(to_toml(cfg))
+    monkeypatch.setattr("reflux.trainer.loop.train", look)
+    assert main.main(["--config", str(tmp_path / "run.toml")]) == 0
+    assert len(seen[0]) == 1 and seen[0][0].startswith("lock-")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_scheduler_or_a_closed_terminal_ends_a_run_with_a_saved_step(slow, tmp_path, number):
+    with open(tmp_path / "err.txt", "w") as error:
+        run = background(command(slow, tmp_path / "a.toml"), tmp_path, stderr=error)
+        wait_for_steps(slow, 1, run)
+        run.send_signal(number)
+        assert run.wait(60) == 130
+    told = (tmp_path / "err.txt").read_text()
+    assert "finishing this step" in told and "Traceback" not in told
+    log = load_run(slow.folder)
+    saved = tmp_path / "run" / "checkpoint" / f"step-{log.steps[-1]['step']}"
+    assert saved.exists() and log.events[-1]["event"] == "interrupted"
+    assert f"  {log.events[-1]['resume']}\n" in told, "log and console print the same command"
+    assert not list(Path(slow.folder).glob("lock-*"))
+
+
+@pytest.mark.parametrize("words", [[], ["--print-config"], ["--dry-run"]])
+def test_head_ends_nothing(talkers, tmp_path, words):
+    cfg = config(talkers, tmp_path / "run", "calibrate", steps=3, log={"quiet": False})
+    run = background(
+        [*command(cfg, tmp_path / "a.toml"), *words],
+        tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    run.stdout.close()
+    error = run.stderr.read()
+    assert run.wait(120) == 0 and "Traceback" not in error and "BrokenPipe" not in error
+    if not words:
+        assert load_run(cfg.folder).summary["step"] == 3
+        assert error.count("nobody reads the standard output any more") == 1

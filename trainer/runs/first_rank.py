@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 POLL_S = 0.1
+WAIT_S = 0.5
 DECIDED = "reflux/folder"
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 
@@ -39,20 +40,23 @@ def wait_for_decision() -> str | None:
 
 
 def is_first_to_say(message: str) -> bool:
-    """Whether no other rank has said the same: one mistake, one message. Where it is not the first,
-    it waits a moment, so that the launcher does not end the first one before it has spoken.
+    """Whether no other rank has said the same: one mistake, one message, the first rank's if it has
+    it too. Who is not the first waits a moment: launchers end all ranks when one has ended, and the
+    first one has to speak before.
     """
     is_open = _store.cache_info().currsize > 0
     # torchrun's own store is always there; another would end with the first rank
     if not _several() or not (is_open or os.environ.get(AGENT_STORE) == "True"):
         return True
     key = f"reflux/said/{hashlib.sha256(message.encode()).hexdigest()}"
+    if not is_first():
+        time.sleep(WAIT_S)
     try:
         first = _store().add(key, 1) == 1
     except RuntimeError:  # the rank that had the store has ended
         return True
     if not first:
-        time.sleep(1.0)
+        time.sleep(WAIT_S)
     return first
 
 
