@@ -23,7 +23,7 @@ ROOMS = {  # room or file of trainer/ -> the rooms that it may import, beside th
     "phase": "config data losses engine.metrics",
     "rollouts": "config runs data losses phase",
     "evaluation": "config runs data rollouts phase",
-    "calibration": "config data losses engine.metrics phase rollouts evaluation",
+    "calibration": "config runs data losses engine.metrics phase rollouts evaluation",
     "distillation": "config runs data losses engine.metrics phase rollouts evaluation",
     "diagnosis": "config runs data losses phase rollouts",
     "loop": "config runs data engine phase disk_space",

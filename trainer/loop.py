@@ -70,7 +70,8 @@ def _run(cfg: Config, engine: Engine, lock: RunLock | None) -> int:
     phase: Phase = spec_of(cfg.phase).load()(cfg, engine)
     if engine.is_main:
         save_config(cfg)
-    with _record(cfg, engine) as record:
+    # inside the record, so that the log has the words of the rank that failed
+    with _record(cfg, engine) as record, engine.keeps_last_step(unless=LockLost):
         for message in engine.resume_messages:
             record.event("checkpoint", message=message)
         if cfg.trains:

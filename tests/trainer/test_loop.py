@@ -73,6 +73,7 @@ def test_a_killed_run_goes_on_to_the_last_digit(talkers, tmp_path):
                 cfg,
                 task=config(talkers, tmp_path / "x", "calibrate").task,
                 folder=renamed_task(cfg),
+                on_changed_input="accept",  # the grader that does not sleep is another file
             )
         )
     )
@@ -86,7 +87,7 @@ def test_a_killed_run_goes_on_to_the_last_digit(talkers, tmp_path):
 def renamed_task(cfg) -> str:
     """The killed run's folder, its saved task put back to the one that does not sleep."""
     saved = Path(cfg.folder) / "config.toml"
-    saved.write_text(saved.read_text().replace("slow_task:", "runs:"))
+    saved.write_text(saved.read_text().replace("slow_task:", "small_tasks:"))
     return cfg.folder
 
 

@@ -21,6 +21,7 @@ from reflux.trainer.data.chat import Chat
 from reflux.trainer.engine.metrics import MetricSums
 from reflux.trainer.phase import CalibrationScore, Engine, TextScore
 from reflux.trainer.rollouts.scoring import Aligned, align_texts, score_ids
+from reflux.trainer.runs import commands
 
 from .rewards import UNALIGNED, calibration_score
 
@@ -114,5 +115,6 @@ class LikelihoodRatio:
         if fraction > limit:
             raise ValueError(
                 f"{fraction:.0%} of the rollouts do not round-trip through the proxy's tokenizer; "
-                f"want at most {limit:.0%} (calibration.max_unaligned). Run --check for examples"
+                f"want at most {limit:.0%} (calibration.max_unaligned). Examples:\n"
+                f"  {commands.again('--check')}"
             )

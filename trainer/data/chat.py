@@ -36,7 +36,7 @@ class Chat:
 
         self.path = path
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # transformers raises what its parsers raise
             what = " ".join(str(error).split())[:300]
             raise ValueError(
@@ -151,4 +151,7 @@ def _generation_stops(path: str) -> list[int]:
     if not file.exists():
         return []
     stops = json.loads(file.read_text()).get("eos_token_id") or []
-    return stops if isinstance(stops, list) else [stops]
+    stops = stops if isinstance(stops, list) else [stops]
+    if not all(type(i) is int for i in stops):
+        raise ValueError(f"{file}: eos_token_id = {stops}; want an id, or a list of ids")
+    return stops

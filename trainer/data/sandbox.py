@@ -60,7 +60,8 @@ def find_sandbox() -> Sandbox | str:
         return f"{sys.platform} has no seccomp"
     reason = ""
     for sandbox in _candidates():
-        command = [*sandbox.command, *_python(), str(WORKER), "try", sandbox.scratch]
+        path = os.pathsep.join(map(os.path.abspath, sys.path))
+        command = [*sandbox.command, *_python(), str(WORKER), "try", sandbox.scratch, path]
         try:
             done = subprocess.run(
                 command, env=_environment(sandbox.scratch), capture_output=True, timeout=30
@@ -142,6 +143,7 @@ class _Live:
     link: socket.socket
     output: IO[bytes] | None  # what it printed; None: where the trainer prints
     received: bytearray = field(default_factory=bytearray)
+    owner: int = field(default_factory=os.getpid)
 
     def ended(self) -> bool:
         """It is gone, or says something that nobody asked for."""
@@ -153,19 +155,19 @@ class _Live:
         try:
             self.link.sendall(struct.pack("!Q", len(message)) + message)
         except TimeoutError as error:
-            raise TimeUp(_late(seconds)) from error
+            raise TimeUp(f"it took no text within {seconds:g} s, its process was killed") from error
         except OSError as error:
             raise _Died(str(error)) from error
 
-    def receive(self, seconds: float, allowed: float) -> dict[str, Any]:
-        """One line of JSON; TimeUp, which names the seconds `allowed`, if it did not come."""
+    def receive(self, seconds: float, late: str) -> dict[str, Any]:
+        """One line of JSON; TimeUp with the words `late` if it did not come."""
         late_at = time.monotonic() + seconds
         while (end := self.received.find(b"\n")) < 0:
             self.link.settimeout(max(late_at - time.monotonic(), 1e-6))
             try:
                 part = self.link.recv(65536)
             except TimeoutError as error:
-                raise TimeUp(_late(allowed)) from error
+                raise TimeUp(late) from error
             except OSError as error:
                 raise _Died(str(error)) from error
             if not part:
@@ -206,14 +208,13 @@ class _Live:
         return lines[-1][:300] if lines else "it printed nothing"
 
 
-def _late(seconds: float) -> str:
-    return f"no grade within {seconds:g} s, its process was killed"
-
-
 @lru_cache(maxsize=1)
 def _starter() -> ThreadPoolExecutor:
     """bubblewrap ends with the thread that started it, so that thread lives as long as we do."""
     return ThreadPoolExecutor(1, thread_name_prefix="grader-start")
+
+
+os.register_at_fork(after_in_child=_starter.cache_clear)  # the thread is not in the child
 
 
 class GraderProcess:
@@ -240,7 +241,8 @@ class GraderProcess:
             live = self._live = self._running() or self._started()
             try:
                 live.send(message, seconds + GRACE_S)
-                return _read_grade(live.receive(seconds + GRACE_S, seconds))
+                late = f"no grade within {seconds:g} s, its process was killed"
+                return _read_grade(live.receive(seconds + GRACE_S, late))
             except _Died as error:
                 code = self._stop(live)
                 raise RuntimeError(f"the grader's process ended with code {code}") from error
@@ -251,12 +253,10 @@ class GraderProcess:
                 self._stop(live)  # its answer must not be taken for that of the next response
                 raise
 
-    def close(self) -> None:
-        with self._lock:
-            if self._live:
-                self._stop(self._live)
-
     def _running(self) -> _Live | None:
+        if self._live and self._live.owner != os.getpid():
+            self._live.link.close()  # this is a fork: the process is the parent's
+            self._live = None
         if self._live and self._live.ended():
             self._stop(self._live)
         return self._live
@@ -280,13 +280,13 @@ class GraderProcess:
         theirs.close()
         try:
             live.send(json.dumps(self._setup(sandbox)).encode(), START_S)
-            if "ready" not in live.receive(START_S, START_S):
+            if "ready" not in live.receive(START_S, f"it was not ready within {START_S:g} s"):
                 raise _Lied("it sent something else than that it is ready")
-        except (_Died, _Lied) as error:
-            printed = live.printed()
+        except (_Died, _Lied, TimeUp) as error:
+            printed = str(error) if isinstance(error, TimeUp) else live.printed()
             words = f"the grader's process did not start (code {live.stop()}): {printed}"
-            self._failed_starts.append(words)
-            raise RuntimeError(words) from error
+            self._failed_starts.append(f"{words} (docs/trust.md has what it may do)")
+            raise RuntimeError(self._failed_starts[-1]) from error
         except BaseException:
             live.stop()
             raise

@@ -1,7 +1,7 @@
 """The program of the process that grades; sandbox.py starts it, by its path.
 
-    try SCRATCH    enters the sandbox and proves it; the exit code says whether it holds
-    grade SOCKET   one JSON object that sets it up, then (prompt, text) after (prompt, text)
+    try SCRATCH PATH   enters the sandbox and proves it; the exit code says whether it holds
+    grade SOCKET       one JSON object that sets it up, then (prompt, text) after (prompt, text)
 
 The grader's own modules are imported before the filter is loaded: they are trusted, and import more
 when they may write caches. Everything after, model text included, runs under the filter.
@@ -233,6 +233,7 @@ def _send(descriptor: int, answer: Mapping[str, Any]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "try":
+        sys.path[:] = sys.argv[3].split(os.pathsep)
         try_out(sys.argv[2])
     else:
         serve(int(sys.argv[2]))

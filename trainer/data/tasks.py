@@ -115,8 +115,14 @@ def build_task(name: str, options: Mapping[str, Any]) -> "Grader":
         found = find_sandbox()
         if isinstance(found, Sandbox):
             sandbox = found
-        elif getattr(grader, "evaluates", True) and not limits.trust_model_text:
-            raise _no_sandbox(name, found)
+        elif getattr(grader, "evaluates", True):
+            if not limits.trust_model_text:
+                raise _no_sandbox(name, found)
+            log.warning(
+                "task %s: no sandbox (%s); what a model wrote may run with the rights of this user",
+                name,
+                found,
+            )
     return LimitedGrader(name, grader, limits, options, sandbox)
 
 
@@ -128,6 +134,7 @@ def _no_sandbox(task: str, reason: str) -> ValueError:
     own = ", isolate = false where it is a function of yours that runs no text" * (":" in task)
     return ValueError(
         f"task {task}: it may evaluate what a model wrote, and wants a sandbox, which this machine "
-        f"does not allow: {reason}. Or set task.options.trust_model_text = true to run it with the "
-        f"rights of this user{own} (docs/trust.md)"
+        f"does not allow: {reason}. It needs Linux, libseccomp and pyseccomp. Or set "
+        "task.options.trust_model_text = true to run it with the rights of this user"
+        f"{own} (docs/trust.md)"
     )

@@ -5,6 +5,7 @@ report.md with its plots, diagnosis.json, tokens.jsonl and heatmap.html.
         (optional: without it no gap)
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,7 @@ from reflux.trainer.data.tasks import build_task
 from reflux.trainer.phase import Engine, Grader, Phase, ReadableModel, Sampler, Sampling
 from reflux.trainer.rollouts.generate import EmbeddedSampler, given_rollout
 from reflux.trainer.rollouts.scoring import score_ids
+from reflux.trainer.runs import commands
 from reflux.trainer.runs.progress import Stage, progress
 
 from .gradient_snr import GradientNoise, deal, gradient_noise, gradients_of
@@ -45,6 +47,7 @@ STREAM = {
     "own": (1 << 29) + 4,
     "cut": 1 << 28,
 }
+ALIGNER = "reflux.tokenalign"
 CUTS = (0.25, 0.5, 0.75)  # of a correct text's tokens
 
 
@@ -99,6 +102,18 @@ class DiagnosePhase:
             write_diagnosis(Path(self.cfg.folder), self.cfg, diagnosis, stats, chats)
         return flatten(diagnosis)
 
+    @contextlib.contextmanager
+    def _shows_unaligned(self, unaligned: Sequence[TokenStats]) -> Iterator[None]:
+        """An error inside gets the command that shows where the two tokenizers part."""
+        try:
+            yield
+        except ValueError as error:
+            for stats in unaligned[:1]:
+                pair = (self.cfg.model.path, self.cfg.teacher.path)
+                text = f"--text={stats.rollout.text}"
+                error.add_note(f"One of them:\n  {commands.module(ALIGNER, *pair, text)}")
+            raise
+
     def _diagnose(self, stage: Stage) -> tuple[Diagnosis, list[TokenStats]]:
         """From all ranks' texts, the same on every rank."""
         gather = self.engine.gather
@@ -109,9 +124,10 @@ class DiagnosePhase:
         greedy = dict(gather(self._greedy(stage, students)))
         stats = sorted(gather(mine), key=lambda s: (s.sampled_by, s.prompt))  # stable in a prompt
         unaligned = gather(unaligned)
-        diagnosis = diagnose_token_stats(
-            stats, kl_fraction=self.section.kl_fraction, unaligned=unaligned
-        )
+        with self._shows_unaligned(unaligned):
+            diagnosis = diagnose_token_stats(
+                stats, kl_fraction=self.section.kl_fraction, unaligned=unaligned
+            )
         # a text need not align to have an answer
         answered = sorted(
             (s for s in stats + unaligned if s.sampled_by == "student"), key=lambda s: s.prompt

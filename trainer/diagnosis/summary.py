@@ -74,8 +74,7 @@ def diagnose_token_stats(
     if not stats:
         raise ValueError(
             f"diagnose: none of {len(unaligned)} texts could be aligned between the two "
-            "tokenizers, so nothing can be compared. `python -m reflux.tokenalign STUDENT TEACHER "
-            "--text ...` shows where they part; check the models' texts"
+            "tokenizers, so nothing can be compared; want texts that both can spell"
         )
     grouped = {w: [s for s in stats if s.sampled_by == w] for w in SOURCES}
     by_source: Sources = {w: rows for w, rows in grouped.items() if rows}

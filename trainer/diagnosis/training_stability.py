@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reflux.trainer.config.schema import Config
+from reflux.trainer.runs import commands
 from reflux.trainer.runs.logger import Run, load_run
 from reflux.trainer.runs.stats import over_seeds
 
@@ -133,8 +134,8 @@ def _finished(cfg: Config, folder: str) -> Run:
         )
     if run.summary is None:
         raise ValueError(
-            f"diagnose.runs: {folder} has not ended; run its command again to finish it, or take "
-            "it off the list"
+            f"diagnose.runs: {folder} has not ended; take it off the list, or finish it:\n"
+            f"  {commands.finish(folder, run.head.get('ranks', 1))}"
         )
     for role, ours in (("model", cfg.model.path), ("teacher", cfg.teacher.path)):
         theirs = table.get(role, {}).get("path", "")

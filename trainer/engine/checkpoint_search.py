@@ -57,8 +57,8 @@ def find(home: Path, wanted: Wanted, peers: Peers, *, renames: bool = True) -> F
     if reasons and wanted.at_most is None:
         why = "; ".join(f"step-{n} {reason}" for n, reason in reasons.items())
         raise ValueError(
-            f"{home} holds no checkpoint to go on from: {why}. Nothing was changed. Start over "
-            "with --set on_existing_run=new"
+            f"{home} holds no checkpoint to go on from: {why}. Nothing was changed. Set "
+            "on_existing_run = 'new' to start over"
         )
     aside |= {n: "given-up" for n in there if n not in aside}
     return Found(None, aside=aside, messages=_messages(home, reasons, aside if renames else {}, 0))

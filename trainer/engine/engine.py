@@ -99,6 +99,7 @@ class Engine:
         self.wants_to_stop = False
         self._last = LastStep(self._trainer)
         self._rescue = self._watch_other_ranks()
+        self._is_ending = False
 
     # What a phase may look at
 
@@ -178,21 +179,24 @@ class Engine:
     def keeps_last_step(self, unless: type[BaseException] = GeneratorExit) -> Iterator[None]:
         """Whatever ends the inside, the last finished step is saved first if its weights are whole.
         On several ranks all of them end, with the words of the one that failed. unless: an error
-        that all ranks raise, and after which nothing may be written.
+        that all ranks raise, and after which nothing may be written. May be nested.
         """
         try:
             yield
         except unless:
             raise
         except BaseException as error:
-            failed, notes = self._save_last_step(error)
-            for note in notes:
-                error.add_note(note)
-            if failed is None:
+            if self._is_ending:  # an outer context, or Ctrl-C while the step is being saved
                 raise
-            told = ValueError(f"rank {failed.rank} ended the run: {failed.message}")
+            self._is_ending = True
+            failed, notes = self._save_last_step(error)
+            told = error
+            if failed is not None:
+                told = ValueError(f"rank {failed.rank} ended the run: {failed.message}")
             for note in notes:
                 told.add_note(note)
+            if told is error:
+                raise
             raise told from error
 
     def _save_last_step(self, error: BaseException) -> tuple[Announcement | None, list[str]]:

@@ -35,7 +35,7 @@ def text_config(path: str) -> PreTrainedConfig:
     config.json that transformers cannot read.
     """
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises what its parsers raise
         raise ValueError(
             f"{path}/config.json: transformers cannot read it ({shortened(error)})"
@@ -131,7 +131,10 @@ class HFDecoder(BaseModel):
                 f"{config.path}: transformers has no causal language model {hf_config.model_type!r}"
             )
         self.hf = AutoModelForCausalLM.from_config(
-            hf_config, attn_implementation=config.attention, dtype=torch.get_default_dtype()
+            hf_config,
+            attn_implementation=config.attention,
+            dtype=torch.get_default_dtype(),
+            trust_remote_code=False,  # else transformers asks at a terminal
         )
         for module in self.hf.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):

@@ -68,7 +68,7 @@ def model_folder(path: str, option: str) -> str:
         return full
     hint = "want a Hugging Face model folder"
     if HUB_ID.fullmatch(path) and not os.path.exists(full):
-        hint += f". Ids of the hub are not downloaded: hf download {path} --local-dir FOLDER"
+        hint += f". Ids of the hub are not downloaded: hf download {path} --local-dir {path}"
     raise ValueError(f"{option} = {path!r}: no config.json there; {hint}")
 
 

@@ -10,7 +10,6 @@ of the process group, save the last finished step together, and end.
 The save has a process group of its own; the collective in which the main thread waits stays open.
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -112,10 +111,15 @@ class Rescue:
 
     def _together(self) -> None:
         """Saves if every rank has the same step to save."""
+        step = None
         try:
-            step = self._could_save()
-            self._store.set(f"could-save-{self._rank}", str(step or NOTHING))
-            if step is not None and self._others_agree(str(step)):
+            try:
+                step = self._could_save()
+            finally:
+                self._store.set(f"could-save-{self._rank}", str(step or NOTHING))
+            if step is not None:
+                if not self._others_agree(str(step)):
+                    raise ValueError(f"not every rank could save step {step}")
                 self._save()
                 self._saved = step
         except Exception as error:
@@ -126,10 +130,11 @@ class Rescue:
     def _could_save(self) -> int | None:
         end = time.monotonic() + JOIN_S
         while True:
-            with contextlib.suppress(ValueError):
+            try:
                 return self._unsaved()
-            if time.monotonic() > end or threading.current_thread() is not self._thread:
-                return None
+            except ValueError:
+                if time.monotonic() > end or threading.current_thread() is not self._thread:
+                    raise
             time.sleep(0.05)
 
     def _others_agree(self, mine: str) -> bool:

@@ -5,6 +5,10 @@ one process, one copy of the model.
 from collections.abc import Sequence
 from typing import Any
 
+from reflux.trainer.runs import commands
+
+REQUIREMENT = "lm-eval[hf]>=0.4.13"  # as in pyproject.toml
+
 
 def load_harness() -> Any:
     """The package, before anything expensive has happened. ValueError where it is not installed."""
@@ -12,8 +16,8 @@ def load_harness() -> Any:
         import lm_eval
     except ImportError as error:
         raise ValueError(
-            f"eval.harness needs lm-evaluation-harness, which is not installed ({error}): "
-            "pip install 'reflux-llm[harness]'"
+            f"eval.harness needs lm-evaluation-harness, which is not installed ({error}):\n"
+            f"  {commands.module('pip', 'install', REQUIREMENT)}"
         ) from error
     return lm_eval
 

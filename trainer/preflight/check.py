@@ -16,6 +16,7 @@ from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.engine.engine import Engine
+from reflux.trainer.runs import commands
 
 from .data_checks import first_prompts, given_responses, length_findings, task_findings
 from .model_checks import PROBES, Trial, load_frozen, no_reference, sample_texts, sampler_gap
@@ -94,7 +95,11 @@ def _try_models(
             Finding(
                 "error",
                 f"the models cannot be loaded or run: {error}",
-                "see --dry-run for the memory they need; REFLUX_TRACEBACK=1 shows where it failed",
+                "see the memory they need, and where it failed, by the commands below",
+                (
+                    commands.again("--dry-run", without="--check"),
+                    f"REFLUX_TRACEBACK=1 {commands.again()}",
+                ),
             )
         )
     return findings, texts

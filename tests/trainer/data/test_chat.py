@@ -140,3 +140,15 @@ def test_a_tokenizer_that_its_cached_table_does_not_fit_is_read_again(make, monk
     monkeypatch.setattr(other, "tokenizer", train_tokenizer([s[::-1] for s in sentences(100)], 300))
     assert other.table.fingerprint() == ByteTable.of(other.tokenizer).fingerprint()
     assert other.table.fingerprint() != cached.fingerprint()
+
+
+@pytest.mark.parametrize("stops", ["x", [2, "x"], [True], 2.5])
+def test_stop_ids_that_are_none_are_named(make, stops):
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id = .*want an id"):
+        make(stops=stops)
+
+
+@pytest.mark.parametrize("settings", [{"tokenizer_class": 7}, {"eos_token": 3}])
+def test_a_tokenizer_that_transformers_cannot_read_is_named(make, settings):
+    with pytest.raises(ValueError, match="/a: transformers cannot read its tokenizer"):
+        make(**settings)

@@ -25,7 +25,8 @@ def rollout(text, **extra):
 
 
 def holds(kind):
-    command = [*kind.command, *sandbox._python(), str(sandbox.WORKER), "try", kind.scratch]
+    path = os.pathsep.join(sys.path)
+    command = [*kind.command, *sandbox._python(), str(sandbox.WORKER), "try", kind.scratch, path]
     done = subprocess.run(command, env=sandbox._environment(kind.scratch), capture_output=True)
     return done.returncode == 0
 
@@ -249,11 +250,12 @@ def no_sandbox(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["math", "reasoning_gym", "json:loads"])
-def test_without_a_sandbox_what_may_run_text_is_refused_in_words(no_sandbox, name):
+def test_without_a_sandbox_what_may_run_text_is_refused_in_words(no_sandbox, name, caplog):
     with pytest.raises(ValueError, match="no libseccomp here.*trust_model_text = true") as error:
         build_task(name, {})
     assert ("isolate = false" in str(error.value)) == (name == "json:loads")
     build_task(name, {"trust_model_text": True})
+    assert "no sandbox (no libseccomp here)" in caplog.text
 
 
 def test_without_a_sandbox_trusted_text_still_has_limits_of_time_and_memory(
@@ -321,3 +323,30 @@ def test_two_threads_share_one_process(grader):
     for thread in threads:
         thread.join()
     assert all(grades[k] == [Grade(1.0, True)] * 50 for k in range(4))
+
+
+def test_a_fork_of_the_trainer_starts_a_process_of_its_own(grader):
+    assert grader.grade([rollout("42")])[0].correct
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = 0 if grader.grade([rollout("42")] * 3) == [Grade(1.0, True)] * 3 else 2
+        finally:
+            os._exit(code)
+    assert grader.grade([rollout("42")] * 50) == [Grade(1.0, True)] * 50
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_process_that_does_not_get_ready_is_told_once(monkeypatch, tmp_path):
+    (tmp_path / "slow_import.py").write_text(
+        "import os, time\nif os.environ.get('HERE') != '1':\n    time.sleep(60)\n"
+        "def grade(prompt, text):\n    return True\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("HERE", "1")
+    monkeypatch.setattr(sandbox, "START_S", 0.5)
+    started = time.monotonic()
+    grades = build_task("slow_import:grade", {}).grade([rollout("42")] * 20)
+    assert all("it was not ready within 0.5 s" in g.error for g in grades)
+    assert time.monotonic() - started < 10

@@ -10,7 +10,11 @@ import pytest
 from runs import config, run_here, run_ranks, write_data
 
 pytestmark = [pytest.mark.usefixtures("titan_process"), pytest.mark.filterwarnings("ignore")]
-TASK = {"task": {"name": "small_tasks:is_even"}, "data": {"limit": 5}, "rollout": {"max_tokens": 12}}
+TASK = {
+    "task": {"name": "small_tasks:is_even"},
+    "data": {"limit": 5},
+    "rollout": {"max_tokens": 12},
+}
 
 
 def diagnose(talkers, folder, run=run_here, **over):

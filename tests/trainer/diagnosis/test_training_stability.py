@@ -97,7 +97,7 @@ def test_runs_without_an_evaluation_have_no_score(tmp_path):
     [
         ({"phase": "calibrate"}, "phase = 'calibrate' with 1 steps; want a distillation"),
         ({"norms": []}, "with 0 steps; want a distillation"),
-        ({"ended": False}, "has not ended; run its command again"),
+        ({"ended": False}, "has not ended; take it off the list, or finish it"),
         ({"teacher": "u"}, "has teacher.path = 'u'; want this diagnosis' pair, 't'"),
     ],
 )

