@@ -54,15 +54,20 @@ WRITES = """
 
 def set_limits(memory_bytes: int) -> None:
     """Of the kernel, for the rest of this process."""
-    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+    _lower(resource.RLIMIT_DATA, memory_bytes)
     # libraries count here, torch's for CUDA are many GiB; and shared memory, which counts only here
-    resource.setrlimit(resource.RLIMIT_AS, (4 * memory_bytes, 4 * memory_bytes))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    most = DESCRIPTORS if most == resource.RLIM_INFINITY else min(most, DESCRIPTORS)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _lower(resource.RLIMIT_AS, 4 * memory_bytes)
+    _lower(resource.RLIMIT_FSIZE, FILE_BYTES)
+    _lower(resource.RLIMIT_CORE, 0)
+    _lower(resource.RLIMIT_NOFILE, DESCRIPTORS)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # too large a file is an OSError
+
+
+def _lower(limit: int, most: int) -> None:
+    """A limit that is lower already, of the user or the machine, stays."""
+    hard = resource.getrlimit(limit)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(limit, (most, most))
 
 
 def load_filter(writes: bool) -> None:

@@ -121,6 +121,18 @@ def test_scratch_is_small_and_in_memory(attack, kind):
     assert (attack(use) is None) == bool(kind.scratch)
 
 
+def test_limits_of_the_user_that_are_lower_already_stay(kind):
+    """`ulimit -f` before a run: no process may raise it again."""
+    command = [*kind.command, *sandbox._python(), str(sandbox.WORKER), "try", kind.scratch]
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -f 8 && exec "$@"', "sh", *command],
+        env=sandbox._environment(kind.scratch),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_next_text_finds_a_process_of_its_own_after_a_kill(grader):
     bad, *good = grader.grade([rollout(WEARS_DOWN["deaf"]), *map(rollout, ["42"] * 3)])
     assert "killed" in bad.error and good == [Grade(1.0, True)] * 3
