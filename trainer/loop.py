@@ -87,23 +87,22 @@ def _train(
         if cfg.steps == 0 or engine.resumed_step == 0:
             # what the guards compare with later
             _record_results(record, phase.close_step(0, {}))
-        stats, outcome = _run_steps(cfg, engine, phase, record, lock)
+        outcome = _run_steps(cfg, engine, phase, record, lock)
         if engine.wants_to_stop:
             record.event("interrupted", resume=commands.resume(), directory=commands.directory())
             record.to_be_continued = True
             return INTERRUPTED
         if cfg.export.enable:
-            folder = engine.export(model_card(cfg, stats, *phase.card(), outcome))
+            folder = engine.export(model_card(cfg, record.last_metrics, *phase.card(), outcome))
             record.event("export", folder=folder, steps=outcome.steps)
     return phase.exit_code if outcome.stopped is None else STOPPED_BY_GUARD
 
 
 def _run_steps(
     cfg: Config, engine: Engine, phase: TrainingPhase, record: Record, lock: RunLock | None
-) -> tuple[dict[str, float], Outcome]:
-    """The numbers of the last step, and how the steps ended."""
-    stats: dict[str, float] = {}
-    step, alarms, reported = engine.resumed_step, Alarms(cfg, lambda: engine.notes), list[str]()
+) -> Outcome:
+    """How the steps ended."""
+    step, alarms = engine.resumed_step, Alarms(cfg, lambda: engine.notes)
     for step in engine.steps():  # resumes where the checkpoint left off
         start = time.perf_counter()
         texts_PG = phase.sample(step)  # P prompts -> G texts each
@@ -120,7 +119,6 @@ def _run_steps(
         record(step, phase.log_fields(stats), examples)
         for alarm in alarms.check(stats):
             record.event("alarm", alarm=alarm.name, message=alarm.message)
-            reported.append(alarm.message)
         try:
             _record_results(record, phase.close_step(step, stats))  # evaluation and guards
         except Stop as stop:
@@ -129,8 +127,8 @@ def _run_steps(
                 engine.checkpoint()
             record.event("stopped", reason=str(stop), restored_step=restored)
             steps = step if restored is None else restored
-            return stats, Outcome(steps, str(stop), tuple(reported))
-    return stats, Outcome(step, None, tuple(reported))
+            return Outcome(steps, str(stop), tuple(record.alarms))
+    return Outcome(step, None, tuple(record.alarms))
 
 
 def _check_ownership(lock: RunLock | None) -> None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
+LOG = "run.jsonl"
 LOG_ONLY = ("head", "resume", "directory")  # fields of events that the console does not show
 RESERVED = ("step", "wall_s", "event", "schema")
 PACKAGES = ("reflux-llm", "torch", "transformers", "triton", "torchtitan", "datasets", "numpy")
@@ -74,7 +75,7 @@ def load_run(folder: str | Path) -> Run:
     """A run folder. A torn last line, of a process that was killed or still writes, is left out;
     ValueError for any other.
     """
-    path = Path(folder) / "run.jsonl"
+    path = Path(folder) / LOG
     if not path.is_file():
         raise ValueError(f"{folder}: no run.jsonl; want the folder of a run")
     lines = list(_read_lines(path))
@@ -114,8 +115,10 @@ class Record:
 
     # set where a run is interrupted: then there is no summary.json
     to_be_continued: bool = field(default=False, init=False)
+    # of the last step, and every alarm's message: also those of an earlier process of this run
+    last_metrics: dict[str, Any] = field(default_factory=dict, init=False)
+    alarms: list[str] = field(default_factory=list, init=False)
 
-    _last_metrics: dict[str, Any] = field(default_factory=dict, init=False)
     _step: int = field(default=0, init=False)
     _events: Counter[str] = field(default_factory=Counter, init=False)
     # seconds of each of the last steps
@@ -155,7 +158,7 @@ class Record:
         self._stepped = now
         metrics = {name: _plain(value) for name, value in metrics.items()}
         self._write(self._log, {"step": step, "wall_s": self._wall_s(), **metrics})
-        self._last_metrics = metrics
+        self.last_metrics = metrics
         self._print(self._line(step, metrics))
         self._forward(step, metrics)
         if samples and self.samples_every and step % self.samples_every == 0:
@@ -169,6 +172,8 @@ class Record:
         if not self.is_main:
             return
         self._events[name] += 1
+        if name == "alarm":
+            self.alarms.append(fields["message"])
         at = {"step": self._step, "wall_s": self._wall_s()}
         self._write(self._log, {"event": name, **at, **fields})
         shown = [f"{key} {_word(v)}" for key, v in fields.items() if key not in LOG_ONLY]
@@ -187,7 +192,7 @@ class Record:
                 "wall_s": self._wall_s(),
                 "ended": _now(),
                 "events": dict(self._events),
-                "last": self._last_metrics,
+                "last": self.last_metrics,
             }
             write_whole(Path(self.folder) / "summary.json", _dump(summary))
 
@@ -202,10 +207,11 @@ class Record:
         (folder / "summary.json").unlink(missing_ok=True)  # of an earlier end of this run
         if not self.quiet:
             self._console = stdout_console()
-        before, cut = _cut(folder / "run.jsonl", self.resumed_step)
+        before, cut = _cut(folder / LOG, self.resumed_step)
         _cut(folder / "samples.jsonl", self.resumed_step)
-        self._log = open(folder / "run.jsonl", "ab")
+        self._log = open(folder / LOG, "ab")
         self._samples = open(folder / "samples.jsonl", "ab")
+        self._take_over(before)
         self._before_s = max((line.get("wall_s", 0.0) for line in before), default=0.0)
         self._events.update(line["event"] for line in before if "event" in line)
         head = _head(self.config, self.command, folder) | {"inputs": self.inputs}
@@ -213,6 +219,14 @@ class Record:
             self._write(self._log, head)
         if before or self.resumed_step:
             self.event("resume", lines_cut=cut, **({"head": head} if before else {}))
+
+    def _take_over(self, before: Sequence[Mapping[str, Any]]) -> None:
+        """What the end of the run says of steps that an earlier process made."""
+        for line in before:
+            if line.get("event") == "alarm":
+                self.alarms.append(line["message"])
+            elif not {"event", "schema"} & line.keys():
+                self.last_metrics = {k: v for k, v in line.items() if k not in RESERVED}
 
     def _wall_s(self) -> float:
         return self._before_s + time.monotonic() - self._started
@@ -319,6 +333,11 @@ def _cut(path: Path, last_step: int) -> tuple[list[dict], int]:
     if not path.exists():
         return [], 0
     lines = list(_read_lines(path))
+    if lines and path.name == LOG and "schema" not in lines[0]:
+        raise ValueError(
+            f"{path}: the first line is no head, so this is not the log of a run. Nothing was "
+            "changed. Put the file back, or move it away: the run then starts a new log"
+        )
     stay = [line for line in lines if line.get("step", 0) <= last_step]
     write_whole(path, "".join(_dump(line) + "\n" for line in stay))
     return stay, len(lines) - len(stay)

@@ -150,6 +150,26 @@ def test_wall_time_goes_on_after_a_resume(tmp_path):
     assert 1000 <= run.steps[1]["wall_s"] <= run.summary["wall_s"] < 1100
 
 
+def test_a_resumed_run_knows_its_last_step_and_its_alarms(tmp_path):
+    with opened(tmp_path) as record:
+        for step in (1, 2, 3):
+            record(step, {"loss": 1 / step})
+            record.event("alarm", alarm="x", message=f"of step {step}")
+    with opened(tmp_path, resumed_step=2) as record:
+        assert record.last_metrics == {"loss": 0.5}
+        assert record.alarms == ["of step 1", "of step 2"]
+    assert load_run(tmp_path).summary["last"] == {"loss": 0.5}
+
+
+@pytest.mark.parametrize("text", ['{"step": 1, "wall_s": 0.1}\n', '{"text": "a sample"}\n'])
+def test_another_file_in_the_place_of_the_log_is_not_continued(tmp_path, text):
+    (tmp_path / "run.jsonl").write_text(text)
+    with pytest.raises(ValueError, match="the first line is no head.*Put the file back"):
+        with opened(tmp_path):
+            pass
+    assert (tmp_path / "run.jsonl").read_text() == text
+
+
 def test_events_of_undone_steps_are_cut(tmp_path):
     with opened(tmp_path) as record:
         for step in (1, 2, 3):
