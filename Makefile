@@ -1,6 +1,7 @@
 # make quickstart   the paper's claim in miniature, end to end (about 10 minutes on two cores)
 # make report       everything the miniature has to say: attacks, eta sweep, ablations, diagnoses (hours; Ctrl-C and again goes on)
 # make test         everything that must hold before a commit lands
+# make test-faults  kills, full disks, damaged files, leaks: 100 random kills; RECORD=FILE writes what was tried (about 25 minutes)
 # make bench        kernels against floors and peers (needs a GPU for numbers; on a CPU it proves the harness)
 # make bench-gpu    the same on a machine with a GPU where nothing of this is installed: no network, about 8 minutes, see bench/gpu.py
 # make real         the two real small models that packages carry: a few calibration and distillation steps (330 MB)
@@ -12,7 +13,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart report test bench bench-gpu real lint clean
+.PHONY: quickstart report test test-faults bench bench-gpu real lint clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m reflux.trainer.matrix configs/quickstart.toml
@@ -22,6 +23,14 @@ report: $(VENV)/ready
 
 test: $(VENV)/ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
+
+# short (a part of make test) | ci | long
+FAULTS ?= long
+RECORD ?=
+
+test-faults: $(VENV)/ready
+	REFLUX_FAULTS=$(FAULTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -n 2 --dist worksteal --durations 15 \
+		$(if $(RECORD),--record $(RECORD))
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
