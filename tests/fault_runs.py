@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fork_server import Ended, ForkServer, Request
-from runs import config, numbers, write_data
+from runs import REWARD_VOWELS, config, numbers, write_data
 
 from reflux.trainer.config.loader import to_toml
 from reflux.trainer.runs.logger import load_run
@@ -25,7 +25,7 @@ TRAINING = {
 EVALUATED = {"every": 3, "limit": 2, "samples": 0}
 # by phase: tables over those of runs.table
 PHASES: dict[str, dict[str, Any]] = {
-    "calibrate": TRAINING | {"task": EXACT | {"name": "runs:reward_vowels", "options": {}}},
+    "calibrate": TRAINING | {"task": EXACT | {"name": REWARD_VOWELS, "options": {}}},
     "distill": TRAINING,
     "evaluate": {"task": EXACT, "rollout": {"max_tokens": 14}},
     "diagnose": {"task": EXACT, "data": {"limit": 3}},
