@@ -24,10 +24,11 @@ def generated(
     ended: bool = True,
     tokens: int = 5,
     outcome: str | None = None,
+    graded: bool = True,
     **more: Any,
 ) -> Prediction:
     """A graded text."""
-    text_of = Generation(text, ended, tokens, nll=0.5, outcome=outcome)
+    text_of = Generation(text, ended, tokens, nll=0.5, outcome=outcome, graded=graded)
     return prediction(prompt, sample, mode, correct, generation=text_of, **more)
 
 

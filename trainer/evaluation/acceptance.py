@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from reflux.trainer.config.evaluation import AcceptSection
+from reflux.trainer.config.sections import TaskSection
 from reflux.trainer.runs.stats import Estimate, mean_over_prompts
 
 from .metrics import Difference, check_same, compare, metric_values, of_mode
-from .predictions import Prediction, Question, load_predictions
+from .predictions import Prediction, Question, failed_grades, load_predictions
 
 NOT_ACCEPTED = 3  # exit code
 
@@ -36,19 +37,33 @@ class Verdict:
         return self.outcome == "succeeded"
 
 
-def check_rule(name: str, rule: AcceptSection, expected: Sequence[Question]) -> None:
+def check_rule(
+    name: str, rule: AcceptSection, expected: Sequence[Question], task: TaskSection
+) -> None:
     """ValueError, before anything is answered, unless the runs that the rule names have answered
-    the questions they will be compared on.
+    the questions they will be compared on, with no more failed grades than task.max_failed.
     """
-    ours = load_predictions(rule.run, f"accept.{name}.run") if rule.run else expected
+    ours: Sequence[Question] = expected
+    if rule.run:
+        ours = load_graded(rule.run, f"accept.{name}.run", task)
     mode = "sampled" if rule.metric.startswith("pass@") else rule.metric
     if not of_mode(ours, mode):
         raise ValueError(
             f"accept.{name}: {rule.run} has no {rule.metric} answers; want a run that measured it"
         )
     if rule.against:
-        theirs = load_predictions(rule.against, f"accept.{name}.against")
+        theirs = load_graded(rule.against, f"accept.{name}.against", task)
         check_same(ours, theirs, rule.against, [mode])
+
+
+def load_graded(folder: str, option: str, task: TaskSection) -> list[Prediction]:
+    """load_predictions; ValueError where more grades failed than task.max_failed allows."""
+    predictions = load_predictions(folder, option)
+    try:
+        failed_grades(predictions).check(task.name, task.max_failed)
+    except ValueError as error:
+        raise ValueError(f"{option} = {folder!r}: there, {error}. Evaluate it again") from None
+    return predictions
 
 
 def judge(name: str, rule: AcceptSection, predictions: Sequence[Prediction]) -> Verdict:

@@ -3,7 +3,7 @@ by the likelihood of options. Used by the phase `evaluate` and by those that tra
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from reflux.trainer.config.evaluation import check_options
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
+from reflux.trainer.data.failed_grades import FEW
 from reflux.trainer.data.graders import Grade
 from reflux.trainer.data.prompts import load_prompts
 from reflux.trainer.phase import Engine, Grader, Sampler, Sampling
 from reflux.trainer.rollouts.defences import DefendedDecoding
 from reflux.trainer.rollouts.generate import EmbeddedSampler
 
+from .acceptance import load_graded
 from .metrics import Difference, check_same, compare, measure, metric_values
 from .multiple_choice import (
     Options,
@@ -34,7 +36,7 @@ from .predictions import (
     Prediction,
     Question,
     Unfinished,
-    load_predictions,
+    failed_grades,
     prompt_id,
     save_predictions,
     with_outcomes,
@@ -62,14 +64,16 @@ class Evaluator:
         grader: Grader | None,
         *,
         defence: DefendedDecoding | None = None,
-        resumable: bool = False,
+        whole_run: bool = False,
     ):
         """grader: None only where nothing is evaluated (eval.source is empty). defence: what the
-        model is served with. resumable: caches answers on disk, so that a killed evaluation goes
-        on. ValueError, before anything is answered, for options that cannot be read and for an
-        eval.against with other questions.
+        model is served with. whole_run: the run is this evaluation. Then sampled answers take
+        rollout.temperature, top_p and top_k, else the full softmax at temperature 1; and answers
+        are cached on disk, so that a killed evaluation goes on. ValueError, before anything is
+        answered, for options that cannot be read and for an eval.against with other questions.
         """
         self.cfg, self.engine, self.chat, self.grader = cfg, engine, chat, grader
+        self.whole_run = whole_run
         gathered = engine.gathered_weights
         weights = gathered if defence is None else defence.weights(gathered)
         self.sampler: Sampler = EmbeddedSampler(weights, chat)
@@ -87,9 +91,9 @@ class Evaluator:
         for prompt in self.prompts if e.scores_options or e.list_options else ():
             read_options(prompt, **self._format)
         if e.against:
-            self._theirs = load_predictions(e.against, "eval.against")
+            self._theirs = load_graded(e.against, "eval.against", cfg.task)
             check_same(self.expected(), self._theirs, e.against)
-        if resumable:
+        if whole_run:
             self._unfinished = Unfinished(Path(cfg.folder), self._spec())
 
     def due(self, step: int) -> dict[str, Any]:
@@ -112,7 +116,10 @@ class Evaluator:
         ]
 
     def answer(self, step: int) -> list[Prediction]:
-        """All predictions, in order, on every rank, and in predictions/step-N.jsonl. Collective."""
+        """All predictions, in order, on every rank, and in predictions/step-N.jsonl. Collective.
+
+        ValueError, on every rank, where more grades failed than task.max_failed allows.
+        """
         engine, unfinished = self.engine, self._unfinished
         cached = unfinished.load(self._samples) if unfinished and engine.rank == 0 else []
         predictions = engine.gather(cached)
@@ -123,6 +130,8 @@ class Evaluator:
             predictions += new
             if unfinished and engine.is_main:
                 unfinished.add(new)
+            self._check_failed_grades(predictions, of=self._generated)
+        self._check_failed_grades(predictions)
         predictions = self._with_outcomes(predictions)
         predictions.sort(key=lambda p: (p.mode, p.prompt, p.sample))
         if engine.is_main:
@@ -142,12 +151,33 @@ class Evaluator:
         return Evaluation(measure(predictions, metrics), differences)
 
     @property
+    def _generated(self) -> int:
+        """Texts that there will be; those by likelihood need no grader."""
+        counts = {way: n for way, n in self._samples.items() if way != "likelihood"}
+        return len(self.prompts) * sum(counts.values())
+
+    @property
     def _samples(self) -> dict[str, int]:
         """Way of answering (key of MODES) -> answers of a prompt."""
         e = self.cfg.eval
         generated = {"greedy": 1, "sampled": e.samples} if e.generates else {}
         counts = generated | {"likelihood": int(e.scores_options)}
         return {way: count for way, count in counts.items() if count}
+
+    def _check_failed_grades(self, predictions: Sequence[Prediction], of: int = 0) -> None:
+        """An evaluation that a training run makes on its way has the budget of FEW texts at least:
+        one failed grade does not end the run. of: texts that there will be; ValueError as soon as
+        they cannot mend it.
+        """
+        task, counts = self.cfg.task, failed_grades(predictions)
+        if counts.failed <= task.max_failed * of:
+            return
+        try:
+            counts.check(task.name, task.max_failed, few=0 if self.whole_run else FEW)
+        except ValueError as error:
+            if self._unfinished is None:
+                raise
+            raise ValueError(f"{error}. The texts are in {self._unfinished.path}") from None
 
     def _with_outcomes(self, predictions: list[Prediction]) -> list[Prediction]:
         """A user's grader may give no answers at all: then none is missing."""
@@ -175,9 +205,7 @@ class Evaluator:
                 yield block, self._choose if way == "likelihood" else answer
 
     def _generate(self, prompts: Sequence[Prompt], mode: str, count: int) -> list[Prediction]:
-        r, seed = self.cfg.rollout, self.cfg.seed
-        greedy = mode == "greedy"
-        sampling = Sampling(r.max_tokens, seed, SAMPLE_STREAM, rows=r.rows, greedy=greedy)
+        sampling = self._sampling(greedy=mode == "greedy")
         shown = [self._shown(p) for p in prompts]
         texts = [x for group in self.sampler.sample(shown, count, sampling) for x in group]
         assert self.grader is not None
@@ -186,6 +214,13 @@ class Evaluator:
             self._prediction(mode, k % count, ids[k], text, grade)
             for k, (text, grade) in enumerate(zip(texts, self.grader.grade(texts)))
         ]
+
+    def _sampling(self, *, greedy: bool) -> Sampling:
+        r = self.cfg.rollout
+        plain = Sampling(r.max_tokens, self.cfg.seed, SAMPLE_STREAM, rows=r.rows, greedy=greedy)
+        if greedy or not self.whole_run:
+            return plain
+        return replace(plain, temperature=r.temperature, top_p=r.top_p, top_k=r.top_k)
 
     def _prediction(
         self, mode: str, sample: int, id: str, rollout: Rollout, grade: Grade
@@ -204,7 +239,9 @@ class Evaluator:
             error=grade.error,
             position=options.correct if options else None,
             choice_at=options.position_of(grade.extracted) if options else None,
-            generation=Generation(rollout.text, rollout.ended, len(rollout.ids), nll),
+            generation=Generation(
+                rollout.text, rollout.ended, len(rollout.ids), nll, graded=grade.graded
+            ),
         )
 
     def _choose(self, prompts: Sequence[Prompt]) -> list[Prediction]:

@@ -1,5 +1,5 @@
 """Predictions -> numbers: accuracy, pass@k, failures by kind, lengths, positions of options, and
-differences to another run.
+differences to another run. A failed grade is in none of them.
 
 Everything is computed prompt by prompt first: values {prompt: mean over its answers}. Intervals are
 95 %, bootstrapped over prompts, because the answers of one prompt are not independent.
@@ -56,12 +56,14 @@ def metric_values(predictions: Sequence[Prediction], metric: str) -> Values:
     nothing was answered that way.
 
     The value is the fraction of correct answers, or, where the grader knows no correct ones (reward
-    models), the mean reward. ValueError if pass@K has fewer than K graded answers of a prompt.
+    models), the mean reward. A prompt whose grades all failed has no value; with pass@K, one with
+    fewer than K grades. ValueError if pass@K has fewer than K answers of a prompt.
     """
     k = PASS_AT.fullmatch(metric)
-    groups = _by_prompt(of_mode(predictions, "sampled" if k else metric))
+    answers = of_mode(predictions, "sampled" if k else metric)
     if k:
-        return {prompt: _pass_at(metric, int(k[1]), group) for prompt, group in groups.items()}
+        return _pass_at(metric, int(k[1]), answers)
+    groups = _by_prompt(p for p in answers if not p.failed)
     graded = all(p.correct is not None for group in groups.values() for p in group)
     return {
         prompt: _mean([float(p.correct or False) if graded else p.reward for p in group])
@@ -69,16 +71,24 @@ def metric_values(predictions: Sequence[Prediction], metric: str) -> Values:
     }
 
 
-def _pass_at(metric: str, k: int, group: Sequence[Prediction]) -> float:
-    if len(group) < k or any(p.correct is None for p in group):
-        raise ValueError(
-            f"{metric}: want at least {k} sampled answers of every prompt, each correct or wrong"
-        )
-    return pass_at_k(len(group), sum(bool(p.correct) for p in group), k)
+def _pass_at(metric: str, k: int, answers: Sequence[Prediction]) -> Values:
+    values = {}
+    for prompt, group in _by_prompt(answers).items():
+        if len(group) < k or any(p.correct is None for p in group):
+            raise ValueError(
+                f"{metric}: want at least {k} sampled answers of every prompt, each correct or "
+                "wrong"
+            )
+        graded = [bool(p.correct) for p in group if not p.failed]
+        if len(graded) >= k:
+            values[prompt] = pass_at_k(len(graded), sum(graded), k)
+    return values
 
 
 def compare(ours: Values, theirs: Values) -> Difference:
-    """Both over the same prompts."""
+    """Over the prompts that have a value in both."""
+    both = ours.keys() & theirs.keys()
+    ours, theirs = ({p: v for p, v in x.items() if p in both} for x in (ours, theirs))
     gap = {p: ours[p] - theirs[p] for p in ours}
     base = theirs if sum(theirs.values()) > 0 else dict.fromkeys(theirs, 0.0)
     return Difference(
@@ -159,20 +169,23 @@ def of_mode(questions: Iterable[Q], mode: str) -> list[Q]:
 
 
 def _text_stats(predictions: Sequence[Prediction]) -> dict[str, Estimate]:
-    """Kinds of failure (they and the fraction of correct ones add up to 1), failed gradings,
-    lengths in tokens.
+    """Of the texts that have a grade, kinds of failure (they and the fraction of correct ones add
+    up to 1); of all texts, failed grades and lengths in tokens.
     """
     texts = [p.generation for p in predictions if p.generation]
-    graded = all(g.outcome is not None for g in texts)
+    graded = [p for p in predictions if not p.failed]
+    outcomes = [p.generation.outcome for p in graded if p.generation]
     stats: dict[str, Sequence[float]] = {}
-    if graded:
-        stats |= {kind: [g.outcome == kind for g in texts] for kind in OUTCOMES[1:]}
+    kinds: dict[str, Estimate] = {}
+    if None not in outcomes:
+        for kind in OUTCOMES[1:]:
+            kinds[kind] = _mean_of(graded, [o == kind for o in outcomes])
     else:
         stats["truncated"] = [not g.ended for g in texts]
-    if any(p.error is not None for p in predictions):
-        stats["grader_error"] = [p.error is not None for p in predictions]
+    if len(graded) < len(predictions):
+        stats["grader_error"] = [p.failed for p in predictions]
     stats["length"] = [g.tokens for g in texts]
-    return {name: _mean_of(predictions, values) for name, values in stats.items()}
+    return kinds | {name: _mean_of(predictions, values) for name, values in stats.items()}
 
 
 def _option_stats(predictions: Sequence[Prediction], mode: str) -> dict[str, Estimate]:

@@ -41,9 +41,9 @@ class EvaluatePhase:
         engine.vocab_size = min(engine.vocab_size, chat.vocab_size)
         grader = build_task(cfg.task.name, cfg.task.options)
         defence = DefendedDecoding(cfg, engine, [chat])
-        self.evaluator = Evaluator(cfg, engine, chat, grader, defence=defence, resumable=True)
+        self.evaluator = Evaluator(cfg, engine, chat, grader, defence=defence, whole_run=True)
         for name, rule in cfg.accept.items():
-            check_rule(name, rule, self.evaluator.expected())
+            check_rule(name, rule, self.evaluator.expected(), cfg.task)
 
     def close_step(self, step: int, stats: Mapping[str, float]) -> dict[str, Any]:
         """Evaluates; every rank comes to the same verdicts. Collective."""

@@ -3,8 +3,9 @@ evaluation that has not finished.
 
 Every line: mode (greedy, sampled, likelihood_sum, likelihood_per_byte), prompt (its index), id (of
 the question itself), sample, answer, correct, reward, extracted, error; position and choice_at, the
-positions of the correct and of the chosen option (from 0; null without).
-  generated        text, ended, tokens, nll, outcome
+positions of the correct and of the chosen option (from 0; null without). With an error, correct and
+reward say nothing: such a line is in no metric.
+  generated        text, ended, tokens, nll, outcome, graded
   by likelihood    logp (nats) and bytes of every option, in the order shown; extracted is the text
                    of the chosen one
 """
@@ -20,6 +21,7 @@ from typing import Any
 
 from reflux.trainer.config.evaluation import LIKELIHOOD
 from reflux.trainer.data.batch import Prompt
+from reflux.trainer.data.failed_grades import FailedGrades, count_failed
 from reflux.trainer.runs.files import named, write_whole
 
 # way of answering -> modes: predictions of each prompt and sample
@@ -48,7 +50,9 @@ class Generation:
     ended: bool
     tokens: int  # stop token included
     nll: float  # nats, of the whole text as it was sampled
-    outcome: str | None = None  # one of OUTCOMES; None where the grader knows no correct answers
+    # one of OUTCOMES; None where the grader failed or knows no correct answers
+    outcome: str | None = None
+    graded: bool = True  # False: a truncated text that no grader saw
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,16 @@ class Prediction(Question):
     generation: Generation | None = None
     options: OptionScores | None = None
 
+    @property
+    def failed(self) -> bool:
+        """The grader failed on it: `correct` and `reward` say nothing."""
+        return self.error is not None
+
+
+def failed_grades(predictions: Iterable[Prediction]) -> FailedGrades:
+    """Of the generated texts that were given to the grader."""
+    return count_failed(p.error for p in predictions if p.generation and p.generation.graded)
+
 
 def prompt_id(prompt: Prompt) -> str:
     """12 hex digits of the question and its answer: equal ids, equal questions."""
@@ -82,17 +96,16 @@ def prompt_id(prompt: Prompt) -> str:
 def with_outcomes(
     predictions: Iterable[Prediction], refusal: str, names_answers: bool
 ) -> list[Prediction]:
-    """Gives every graded generation exactly one of OUTCOMES: correct, else cut at the limit, else
-    refused, else without an answer, else wrong.
+    """Gives every generation with a grade exactly one of OUTCOMES: correct, else cut at the limit,
+    else refused, else without an answer, else wrong.
 
     refusal: regular expression of a refusal; empty: there is none. names_answers: whether the
-    grader says what it took for the answer; if not, a text without an answer counts as wrong. A
-    text that made the grader fail is wrong, too (its line has the error).
+    grader says what it took for the answer; if not, a text without an answer counts as wrong.
     """
     expression = re.compile(refusal) if refusal else None
 
     def judged(p: Prediction) -> Prediction:
-        if p.generation is None or p.correct is None:
+        if p.generation is None or p.correct is None or p.failed:
             return p
         outcome = _outcome(p, p.generation, expression, names_answers)
         return replace(p, generation=replace(p.generation, outcome=outcome))
@@ -107,7 +120,7 @@ def _outcome(p: Prediction, g: Generation, refusal: re.Pattern | None, names_ans
         return "truncated"
     if refusal and refusal.search(g.text):
         return "refused"
-    return "no_answer" if names_answers and p.extracted is None and p.error is None else "wrong"
+    return "no_answer" if names_answers and p.extracted is None else "wrong"
 
 
 def save_predictions(folder: Path, step: int, predictions: Sequence[Prediction]) -> None:
@@ -140,34 +153,34 @@ class Unfinished:
     """
 
     def __init__(self, folder: Path, spec: Mapping[str, Any]):
-        self._path = folder / "predictions" / "unfinished.jsonl"
+        self.path = folder / "predictions" / "unfinished.jsonl"
         self._head = json.loads(json.dumps({"spec": spec}, default=list))
 
     def load(self, samples: Mapping[str, int]) -> list[Prediction]:
-        """Those of prompts that have all of theirs. samples: answers of a prompt by way of
-        answering (a key of MODES).
+        """Those of prompts that have all of theirs, without a failed grade: the grader may be
+        mended by now. samples: answers of a prompt by way of answering (a key of MODES).
         """
-        if not self._path.exists():
+        if not self.path.exists():
             return []
-        lines = self._path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn
+        lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn
         head, *rows = [json.loads(line) for line in lines] or [{}]
         if head != self._head:
             return []
         way = {mode: way for way in samples for mode in MODES[way]}
-        count = Counter((way[row["mode"]], row["prompt"]) for row in rows)
+        count = Counter((way[r["mode"]], r["prompt"]) for r in rows if r["error"] is None)
         whole = {(w, p) for (w, p), n in count.items() if n == samples[w] * len(MODES[w])}
         return [_from_row(row) for row in rows if (way[row["mode"]], row["prompt"]) in whole]
 
     def open(self, predictions: Sequence[Prediction]) -> None:
         """Starts the file anew with these; in one rename, because other ranks may be reading it."""
-        _write_lines(self._path, [self._head, *map(_to_row, predictions)])
+        _write_lines(self.path, [self._head, *map(_to_row, predictions)])
 
     def add(self, predictions: Sequence[Prediction]) -> None:
-        with named(self._path), open(self._path, "a") as file:
+        with named(self.path), open(self.path, "a") as file:
             file.write("".join(_line(_to_row(p)) for p in predictions))
 
     def close(self) -> None:
-        self._path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
 
 
 def _to_row(p: Prediction) -> dict[str, Any]:
@@ -177,7 +190,8 @@ def _to_row(p: Prediction) -> dict[str, Any]:
     if g := p.generation:
         row |= {"text": g.text, "answer": p.answer, "ended": g.ended, "tokens": g.tokens}
         row |= {"nll": g.nll, "reward": p.reward, "correct": p.correct, "extracted": p.extracted}
-        return row | {"error": p.error, "id": p.id, **positions, "outcome": g.outcome}
+        row |= {"error": p.error, "id": p.id, **positions, "outcome": g.outcome}
+        return row | {"graded": g.graded}
     row |= {"answer": p.answer, "extracted": p.extracted, "correct": p.correct}
     row |= {"reward": p.reward, "error": p.error, **positions}
     if o := p.options:
@@ -186,11 +200,12 @@ def _to_row(p: Prediction) -> dict[str, Any]:
 
 
 def _from_row(row: Mapping[str, Any]) -> Prediction:
-    """A line; older versions wrote neither ids nor positions."""
+    """A line; older versions wrote neither ids nor positions nor `graded`."""
     generation = options = None
     if "text" in row:
         nll, outcome = row.get("nll", 0.0), row.get("outcome")
-        generation = Generation(row["text"], row["ended"], row["tokens"], nll, outcome)
+        text, ended, tokens = row["text"], row["ended"], row["tokens"]
+        generation = Generation(text, ended, tokens, nll, outcome, row.get("graded", True))
     if "logp" in row:
         options = OptionScores(tuple(row["logp"]), tuple(row["bytes"]))
     names = ("mode", "prompt", "sample", "answer", "reward", "correct", "extracted", "error")

@@ -8,6 +8,7 @@ from typing import Any
 
 from reflux.trainer.config.evaluation import EvalSection
 from reflux.trainer.config.schema import Config
+from reflux.trainer.config.sections import RolloutSection
 from reflux.trainer.runs.files import write_json, write_whole
 from reflux.trainer.runs.markdown_table import interval, render_template, with_interval
 from reflux.trainer.runs.stats import Estimate
@@ -47,6 +48,7 @@ def _json(
         "prompts": prompts,
         "samples": e.samples,
         "max_tokens": cfg.rollout.max_tokens,
+        "sampling": {key: getattr(cfg.rollout, key) for key in ("temperature", "top_p", "top_k")},
         "metrics": evaluation.estimates,
         "against": {"folder": e.against, **differences} if differences else None,
         "positions": positions,
@@ -75,7 +77,7 @@ def _page(
         TEMPLATE,
         cfg=cfg,
         prompts=prompts,
-        how=_how(cfg.eval, cfg.rollout.max_tokens),
+        how=_how(cfg.eval, cfg.rollout),
         verdicts=evaluation.verdicts,
         metrics={n: e for n, e in estimates.items() if n in shown or n.endswith(endings)},
         outcomes=_outcomes(estimates),
@@ -87,13 +89,16 @@ def _page(
     )
 
 
-def _how(e: EvalSection, max_tokens: int) -> str:
-    generated = (
-        f"answers of at most {max_tokens} tokens, one greedy and {e.samples} sampled at "
-        "temperature 1"
-    )
+def _how(e: EvalSection, r: RolloutSection) -> str:
+    sampled = f" and {e.samples} sampled {_sampled_at(r)}" if e.samples else ""
+    generated = f"answers of at most {r.max_tokens} tokens, one greedy{sampled}"
     generates, scores = (generated,) * e.generates, ("options by likelihood",) * e.scores_options
     return "; ".join(generates + scores)
+
+
+def _sampled_at(r: RolloutSection) -> str:
+    top_p = f", top_p {r.top_p:g}" * (r.top_p < 1)
+    return f"at temperature {r.temperature:g}{top_p}" + f", top_k {r.top_k}" * (r.top_k > 0)
 
 
 def _outcomes(estimates: Mapping[str, Estimate]) -> dict[str, list[str]]:

@@ -3,11 +3,14 @@
 import math
 
 import pytest
-from prediction_rows import prediction
+from prediction_rows import generated, prediction
 
 from reflux.trainer.config.evaluation import AcceptSection
+from reflux.trainer.config.sections import TaskSection
 from reflux.trainer.evaluation.acceptance import check_rule, judge
 from reflux.trainer.evaluation.predictions import save_predictions
+
+TASK = TaskSection(name="exact")
 
 
 def rows(correct, of=100, mode="sampled"):
@@ -106,7 +109,7 @@ def test_nothing_to_compare_with_is_inconclusive(tmp_path):
 def test_another_run_can_be_judged(base, tmp_path):
     save_predictions(tmp_path / "student", 3, rows(10))
     rule = AcceptSection(run=str(tmp_path / "student"), against=base, max_change=-0.5)
-    check_rule("student", rule, rows(100))
+    check_rule("student", rule, rows(100), TASK)
     assert judge("student", rule, rows(100)).value.mean == pytest.approx(-0.8)
 
 
@@ -121,7 +124,26 @@ def test_runs_that_cannot_be_compared_are_refused_before_anything_is_answered(ba
         (AcceptSection(metric="greedy", against=base, max_drop=0.1), "greedy has 0 answers"),
     ):
         with pytest.raises(ValueError) as error:
-            check_rule("x", rule, rows(9, of=9) + rows(9, of=9, mode="greedy"))
+            check_rule("x", rule, rows(9, of=9) + rows(9, of=9, mode="greedy"), TASK)
         assert says in str(error.value)
     with pytest.raises(ValueError, match="same prompts and samples"):
-        check_rule("x", AcceptSection(against=base, max_drop=0.1), rows(9, of=9))
+        check_rule("x", AcceptSection(against=base, max_drop=0.1), rows(9, of=9), TASK)
+
+
+@pytest.mark.parametrize("option", ["run", "against"])
+@pytest.mark.parametrize("failed, refused", [(100, True), (6, True), (5, False), (0, False)])
+def test_a_run_with_too_many_failed_grades_decides_nothing(tmp_path, base, option, failed, refused):
+    """All of them: what an older run left on data without answers."""
+    wrong = [generated(p, id=str(p), correct=False) for p in range(100)]
+    broken = [generated(p, id=str(p), correct=False, error="no answer") for p in range(failed)]
+    save_predictions(tmp_path / "other", 0, broken + wrong[failed:])
+    other = str(tmp_path / "other")
+    runs = {"run": other, "against": base} if option == "run" else {"against": other}
+    rule = AcceptSection(max_drop=1.0, **runs)
+    if not refused:
+        check_rule("x", rule, rows(100), TASK)
+        return
+    with pytest.raises(ValueError) as error:
+        check_rule("x", rule, rows(100), TASK)
+    says = f"accept.x.{option} = {other!r}: there, task exact: grading failed on {failed} of 100"
+    assert says in str(error.value) and "the first error: no answer" in str(error.value)

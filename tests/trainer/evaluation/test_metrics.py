@@ -83,7 +83,6 @@ def test_kinds_of_failure_add_up_to_one_with_the_correct_ones():
             correct=kind == "correct",
             outcome=kind,
             tokens=p,
-            error="broken" if p == 1 else None,
         )
         for p, kind in enumerate(kinds)
     ]
@@ -93,7 +92,42 @@ def test_kinds_of_failure_add_up_to_one_with_the_correct_ones():
     assert fractions == pytest.approx([1 / 6, 2 / 6, 1 / 6, 1 / 6, 1 / 6])
     assert sum(fractions) == pytest.approx(1)
     assert found["sampled_length"].mean == 2.5
-    assert found["sampled_grader_error"].mean == pytest.approx(1 / 6)
+    assert "sampled_grader_error" not in found
+
+
+def test_a_failed_grade_is_in_no_metric():
+    rows = [
+        generated(0, 0, correct=True, outcome="correct", tokens=2),
+        generated(0, 1, correct=False, error="broken", tokens=4),
+        generated(0, 2, correct=False, outcome="wrong", tokens=3),
+        generated(1, 0, correct=False, error="broken", tokens=1),
+        generated(1, 1, correct=False, error="broken", tokens=1),
+        generated(1, 2, correct=True, outcome="correct", tokens=1),
+        generated(2, 0, correct=False, error="broken", tokens=5),
+        generated(2, 1, correct=False, error="broken", tokens=5),
+        generated(2, 2, correct=False, error="broken", tokens=5),
+    ]
+    assert metric_values(rows, "sampled") == {0: 0.5, 1: 1.0}
+    assert metric_values(rows, "pass@1") == {0: 0.5, 1: 1.0}
+    assert metric_values(rows, "pass@2") == {0: 1.0}, "prompt 1 has one grade only"
+    found = measure(rows, ["sampled"])
+    assert found["sampled"].mean == 0.75 and found["sampled_wrong"].mean == 0.25
+    assert found["sampled_grader_error"].mean == pytest.approx((1 / 3 + 2 / 3 + 1) / 3)
+    assert found["sampled_length"].mean == pytest.approx((3 + 1 + 5) / 3), "of all texts"
+    with pytest.raises(ValueError, match="at least 4 sampled answers"):
+        metric_values(rows, "pass@4")
+
+
+def test_where_every_grade_failed_there_is_no_number():
+    rows = [generated(p, error="broken", correct=False) for p in range(3)]
+    assert metric_values(rows, "sampled") == {}
+    assert math.isnan(measure(rows, ["sampled"])["sampled"].mean)
+
+
+def test_a_difference_is_over_the_prompts_that_both_have():
+    d = compare({0: 1.0, 1: 1.0, 2: 0.0}, {0: 0.0, 2: 0.5, 3: 1.0})
+    assert (d.ours.mean, d.theirs.mean, d.difference.mean) == (0.5, 0.25, 0.25)
+    assert d.ours.n == d.theirs.n == d.difference.n == 2
 
 
 def test_differences_are_paired_by_prompt():

@@ -1,14 +1,17 @@
 """Predictions on disk, what became of an answer, and what a killed evaluation leaves."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from prediction_rows import chosen, generated, prediction
 
 from reflux.trainer.config.evaluation import REFUSAL
 from reflux.trainer.data.batch import Prompt
+from reflux.trainer.data.failed_grades import FailedGrades
 from reflux.trainer.evaluation.predictions import (
     Unfinished,
+    failed_grades,
     load_predictions,
     prompt_id,
     save_predictions,
@@ -31,7 +34,8 @@ def outcomes(predictions, refusal=REFUSAL, names_answers=True):
         (graded(correct=True, ended=False), "correct"),
         (graded(extracted="4"), "wrong"),
         (graded(), "no_answer"),
-        (graded(error="grader broke"), "wrong"),
+        (graded(error="grader broke"), None),
+        (graded(error="grader broke", ended=False), None),
         (graded(ended=False), "truncated"),
         (graded("I can't help", ended=False), "truncated"),
         (graded("I can't help with that."), "refused"),
@@ -79,7 +83,7 @@ def test_answers_by_likelihood_have_no_outcome():
 
 KEYS = {
     "generated": "mode prompt sample text answer ended tokens nll reward correct extracted error "
-    "id position choice_at outcome",
+    "id position choice_at outcome graded",
     "by likelihood": "mode prompt sample answer extracted correct reward error position choice_at "
     "logp bytes id",
 }
@@ -105,14 +109,25 @@ def test_the_last_predictions_are_read(tmp_path):
         load_predictions("/nowhere", "accept.x.run")
 
 
-def test_files_of_older_versions_have_neither_ids_nor_positions(tmp_path):
+def test_files_of_older_versions_have_neither_ids_nor_positions_nor_graded(tmp_path):
     save_predictions(tmp_path, 0, [generated(1, id="x", position=2, choice_at=1)])
     file = tmp_path / "predictions" / "step-0.jsonl"
     row = json.loads(file.read_text())
-    for key in ("id", "position", "choice_at"):
+    for key in ("id", "position", "choice_at", "graded"):
         del row[key]
     file.write_text(json.dumps(row) + "\n")
     assert load_predictions(tmp_path, "x") == [generated(1)]
+
+
+def test_failed_grades_are_counted_among_the_texts_that_a_grader_saw():
+    rows = [
+        generated(0, error="first"),
+        generated(1, error="second"),
+        generated(2),
+        generated(3, ended=False, graded=False),
+        chosen(4, "likelihood_sum", True, logp=[-1.0], n_bytes=[1]),
+    ]
+    assert failed_grades(rows) == FailedGrades(graded=3, failed=2, first_error="first")
 
 
 def ask(text, answer, index=0):
@@ -147,5 +162,9 @@ def test_whole_prompts_survive_a_kill(tmp_path):
     path.write_text(path.read_text() + torn)
     assert Unfinished(tmp_path, spec).load(samples) == whole
     assert Unfinished(tmp_path, spec | {"seed": 2}).load(samples) == [], "other answers"
+    failed = [replace(p, error="broken") for p in answers(6, "sampled", 1)]
+    unfinished.open(whole)
+    unfinished.add([*answers(6, "sampled", 2)[1:], *failed])
+    assert Unfinished(tmp_path, spec).load(samples) == whole, "a failed grade is tried again"
     unfinished.close()
     assert not path.exists() and unfinished.load(samples) == []
