@@ -12,6 +12,20 @@ EXACT = {"name": "exact", "options": {"marker": "=>"}}
 CHOICE = {"name": "multiple_choice", "options": {"answer_is": "index"}}
 
 
+def fail_on_odd(prompt, text: str) -> float:
+    """A grader that fails on about half of all texts."""
+    if sum(map(ord, text)) % 2:
+        raise ValueError("odd")
+    return len(text) / 10
+
+
+def fail_on_prompt_1(prompt, text: str) -> bool:
+    """A grader that fails on one prompt."""
+    if prompt.index == 1:
+        raise ValueError("prompt 1")
+    return True
+
+
 def evaluate(talkers: Path, folder: Path, expect: int = 0, **over) -> tuple[Run, list[dict]]:
     """A run with phase = "evaluate" that ends with the exit code `expect`, and its predictions.
     `over`: tables of the configuration, and `source` of [eval].

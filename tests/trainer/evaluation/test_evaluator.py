@@ -135,7 +135,7 @@ def test_an_evaluation_ends_where_too_many_grades_failed(talkers, tmp_path, monk
 
 
 def test_a_few_failed_grades_leave_the_metrics(talkers, tmp_path):
-    task = {"name": "runs:raise_sometimes", "max_failed": 1.0}
+    task = {"name": "evaluation_runs:fail_on_odd", "max_failed": 1.0}
     task["options"] = {"grade_truncated": True, "isolate": False}
     run, rows = evaluate(talkers, tmp_path / "run", task=task)
     found = results_of(run)
@@ -147,6 +147,21 @@ def test_a_few_failed_grades_leave_the_metrics(talkers, tmp_path):
         want = sum(sum(m) / len(m) for m in means) / len(prompts)
         assert found[f"eval/{mode}"] == pytest.approx(want) and want > 0
         assert 0 < found[f"eval/{mode}_grader_error"] < 1
+
+
+@pytest.mark.parametrize("task, ends", [("raise_sometimes", True), ("fail_on_prompt_1", False)])
+def test_an_evaluation_on_the_way_has_the_budget_of_100_texts(talkers, tmp_path, task, ends):
+    """One failed grade of 12 ends no training run; a grader that fails on everything does."""
+    name = f"{'runs' if ends else 'evaluation_runs'}:{task}"
+    over = {"task": {"name": name, "options": {"grade_truncated": True}}, "steps": 0}
+    spec = {"source": str(write_data(tmp_path)), "limit": 6}
+    cfg = config(talkers, tmp_path / "run", "distill", **over, eval=spec)
+    if ends:
+        with pytest.raises(ValueError, match="more than task.max_failed"):
+            run_here(cfg)
+    else:
+        found = results_of(run_here(cfg))
+        assert found["eval/greedy_grader_error"] == pytest.approx(1 / 6)
 
 
 def trained(run):
