@@ -5,13 +5,18 @@ response bytes are shared (docs/method.md, "Templates").
 """
 
 import json
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 from reflux.tokenalign.byte_table import ByteTable, encode_text, normalizer_of
 from reflux.tokenalign.table_cache import cached_table
 
+from .time_limit import time_limit
+
+TEMPLATE_S = 10.0  # seconds in which a template has to render one conversation
 TURN_ENDS = (
     "<|im_end|>",
     "<|eot_id|>",
@@ -31,17 +36,12 @@ class Chat:
     """
 
     def __init__(self, path: str):
-        """path: a folder with a tokenizer. ValueError where it has no end-of-sequence token."""
-        from transformers import AutoTokenizer  # seconds to import
-
+        """path: a folder with a tokenizer. ValueError where it cannot be loaded, where its template
+        fails or shows no message, and where it has no end-of-sequence token.
+        """
         self.path = path
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except Exception as error:  # transformers raises what its parsers raise
-            what = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"{path}: transformers cannot read its tokenizer ({type(error).__name__}: {what})"
-            ) from error
+        self.tokenizer = _load_tokenizer(path)
+        self._check_template()
         self.stop_ids = self._find_stop_ids()
         self.stop_id = self._find_stop_id()
         self._rendered = lru_cache(maxsize=65536)(self._render)  # prompts come back every epoch
@@ -71,30 +71,92 @@ class Chat:
         """
         return self._rendered(json.dumps(list(messages)))
 
+    def prompt_lengths(self, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[int]:
+        """`len(prompt_ids(messages))` of each, on all cores where the tokenizer is a fast one."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return [len(self.prompt_ids(messages)) for messages in conversations]
+        plain = not self.tokenizer.chat_template
+        texts = [self._text_of(list(map(dict, messages))) for messages in conversations]
+        self.tokenizer("")  # switches off truncation that its file may ask for
+        encoded = backend.encode_batch_fast(texts, add_special_tokens=plain)
+        lengths = [len(e) for e in encoded]
+        if plain:
+            eos = self.tokenizer.eos_token_id
+            lengths = [n - (e.ids[-1:] == [eos]) for n, e in zip(lengths, encoded)]
+        for text, n in zip(texts, lengths):
+            if not n:
+                raise ValueError(self._no_token(text))
+        return lengths
+
     def _render(self, conversation: str) -> tuple[int, ...]:
-        messages = json.loads(conversation)
+        text = self._text_of(json.loads(conversation))
         if self.tokenizer.chat_template:
-            text = self._through_template(messages, add_generation_prompt=True)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
-            text = "\n".join(m["content"] for m in messages)
             ids = self.tokenizer(text)["input_ids"]
             ids = ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
         if not ids:
-            raise ValueError(
-                f"{self.path}: the prompt {text!r} has no token. Give it a text, or the tokenizer "
-                "a BOS token"
-            )
+            raise ValueError(self._no_token(text))
         return tuple(ids)
+
+    def _no_token(self, text: str) -> str:
+        return (
+            f"{self.path}: the prompt {text!r} has no token. Give it a text, or the tokenizer a "
+            "BOS token"
+        )
+
+    def _text_of(self, messages: list[dict[str, str]]) -> str:
+        """A rendered prompt."""
+        if self.tokenizer.chat_template:
+            return self._through_template(messages, add_generation_prompt=True)
+        return "\n".join(m["content"] for m in messages)
 
     def _through_template(
         self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
     ) -> str:
-        text = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=False
-        )
+        try:
+            return self._apply_template(messages, add_generation_prompt)
+        except Exception as error:
+            raise ValueError(self._template_failure(messages, error)) from error
+
+    def _apply_template(self, messages: list[dict[str, str]], generate: bool) -> str:
+        with time_limit(TEMPLATE_S):
+            text = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=generate, tokenize=False
+            )
         assert isinstance(text, str)  # of one conversation
         return text
+
+    def _template_failure(self, messages: list[dict[str, str]], error: Exception) -> str:
+        """Where the template failed, on what, and what to do."""
+        roles = ", ".join(m["role"] for m in messages)
+        fix = "Mend the template, or take that of the model's publisher"
+        without = [m for m in messages if m["role"] != "system"]
+        if without and len(without) < len(messages):
+            try:
+                self._apply_template(without, generate=True)
+                fix = (
+                    "It takes the conversation without its system message: leave system messages "
+                    "out of the data, or put their text into the user's"
+                )
+            except Exception:
+                pass  # the system message is not what it fails on
+        where = f"{_template_file(self.path)}: chat_template{_template_line(error)}"
+        what = f"{type(error).__name__}: {str(error).rstrip('.')}"
+        return f"{where} fails on a conversation with the roles {roles}: {what}. {fix}"
+
+    def _check_template(self) -> None:
+        """ValueError where it fails on one message of the user, or does not show it."""
+        if not self.tokenizer.chat_template:
+            return
+        texts = {self._text_of([{"role": "user", "content": text}]) for text in ("Ask", "Zyx")}
+        if len(texts) == 1:
+            raise ValueError(
+                f"{_template_file(self.path)}: chat_template makes {texts.pop()[:80]!r} of any "
+                "message of the user: every prompt would be the same. Take the template of the "
+                "model's publisher, or remove it for a base model"
+            )
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of response content: control strings in it are plain text, nothing is added."""
@@ -132,7 +194,7 @@ class Chat:
             turn = [{"role": "user", "content": "Ask"}, {"role": "assistant", "content": "Zyx"}]
             text = self._through_template(turn)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            suffix = text[text.rindex("Zyx") + 3 :]
+            suffix = text.rpartition("Zyx")[2]
             behind = self.tokenizer(suffix, add_special_tokens=False)["input_ids"]
             ends = [i for i in behind or ids[-1:] if i in self.stop_ids]
             if ends:
@@ -146,12 +208,59 @@ def same_vocabulary(a: Chat, b: Chat) -> bool:
     return a.path == b.path or a.tokenizer.get_vocab() == b.tokenizer.get_vocab()
 
 
+def _load_tokenizer(path: str) -> Any:
+    if not Path(path).is_dir():
+        raise ValueError(
+            f"{path}: no such folder; want a Hugging Face folder with a tokenizer. Ids of the hub "
+            "are not downloaded"
+        )
+    from transformers import AutoTokenizer  # seconds to import
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # KeyError, TypeError, and the exceptions of tokenizers
+        torn = next((x for f in sorted(Path(path).glob("*.json")) if (x := _torn(f))), None)
+        if torn is not None:
+            raise ValueError(f"{torn}. Copy or download it again") from error
+        lines = (str(error).strip() or "no message").splitlines()
+        raise ValueError(
+            f"{path}: transformers cannot read its tokenizer ({type(error).__name__}: {lines[0]}). Want "
+            "tokenizer.json and tokenizer_config.json as save_pretrained writes them"
+        ) from error
+
+
+def _torn(file: Path) -> str | None:
+    """Why a JSON file cannot be read."""
+    try:
+        table = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{file}: no JSON ({type(error).__name__}: {error}); it is torn or was edited"
+    if not isinstance(table, dict):
+        return f"{file}: {type(table).__name__} in JSON; want an object"
+    return None
+
+
+def _template_file(path: str) -> Path:
+    own = Path(path) / "chat_template.jinja"
+    return own if own.exists() else Path(path) / "tokenizer_config.json"
+
+
+def _template_line(error: Exception) -> str:
+    """', line N' of the template, where that is known."""
+    line = getattr(error, "lineno", None)
+    for frame in traceback.extract_tb(error.__traceback__):
+        line = frame.lineno if frame.filename == "<template>" else line
+    return f", line {line}," if line else ""
+
+
 def _generation_stops(path: str) -> list[int]:
     file = Path(path) / "generation_config.json"
     if not file.exists():
         return []
+    if (torn := _torn(file)) is not None:
+        raise ValueError(f"{torn}. Copy or download it again")
     stops = json.loads(file.read_text()).get("eos_token_id") or []
     stops = stops if isinstance(stops, list) else [stops]
     if not all(type(i) is int for i in stops):
-        raise ValueError(f"{file}: eos_token_id = {stops}; want an id, or a list of ids")
+        raise ValueError(f"{file}: eos_token_id = {stops}; want an id or a list of ids")
     return stops

@@ -148,4 +148,4 @@ def _ids_behind_a_response(chat: Chat) -> list[int]:
     """What the template writes behind an assistant's message."""
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     text = str(chat.tokenizer.apply_chat_template(turn, tokenize=False))
-    return chat.tokenizer(text[text.rindex("b") + 1 :], add_special_tokens=False)["input_ids"]
+    return chat.tokenizer(text.rpartition("b")[2], add_special_tokens=False)["input_ids"]

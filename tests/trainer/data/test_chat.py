@@ -6,6 +6,7 @@ import pytest
 from assets import save_tokenizer, sentences, train_tokenizer
 
 from reflux.tokenalign.byte_table import ByteTable
+from reflux.trainer.data import chat as chat_module
 from reflux.trainer.data.chat import Chat, same_vocabulary
 
 ASK = ({"role": "user", "content": "what remains?"},)
@@ -152,3 +153,104 @@ def test_stop_ids_that_are_none_are_named(make, stops):
 def test_a_tokenizer_that_transformers_cannot_read_is_named(make, settings):
     with pytest.raises(ValueError, match="/a: transformers cannot read its tokenizer"):
         make(**settings)
+
+
+# --- folders that cannot be used: every mistake in words, with the file
+
+
+@pytest.mark.parametrize(
+    "template, says",
+    [
+        ("one\n{% for m in messages %}{{ m[ }}", "line 2, fails .* TemplateSyntaxError"),
+        ("\n\n{{ messages[0].x.y }}", "line 3, .* user: UndefinedError"),
+        ("{{ raise_exception('No.') }}", "TemplateError: No. Mend the template"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{{ messages[0].content + 1 }}", "TypeError"),
+        ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+        ("{% for i in range(10 ** 6) %}{% endfor %}", "OverflowError: Range too big"),
+        (
+            "{% for i in range(9999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}",
+            "TooSlow",
+        ),
+        ("hello", "makes 'hello' of any message of the user: every prompt would be the same"),
+        (7, "TypeError"),
+    ],
+    ids=range(10),
+)
+def test_a_template_that_fails_is_named_with_its_line(make, monkeypatch, template, says):
+    monkeypatch.setattr(chat_module, "TEMPLATE_S", 0.3)
+    with pytest.raises(ValueError, match=f"(?s)a/tokenizer_config.json: chat_template.*{says}"):
+        make(chat_template=template)
+
+
+def test_a_template_file_is_named(make, tmp_path):
+    make("a")
+    (tmp_path / "a" / "chat_template.jinja").write_text("{% for x in %}")
+    with pytest.raises(ValueError, match="a/chat_template.jinja: chat_template, line 1, fails"):
+        Chat(str(tmp_path / "a"))
+
+
+def test_a_template_that_refuses_system_messages_says_what_to_do(make):
+    chat = make(
+        chat_template="{% for m in messages %}{% if m['role'] == 'system' %}"
+        "{{ raise_exception('no system') }}{% endif %}{{ m['content'] }}{% endfor %}"
+    )
+    system = {"role": "system", "content": "Be brief."}
+    for ask in (chat.prompt_ids, lambda messages: chat.prompt_lengths([messages])):
+        with pytest.raises(
+            ValueError, match="roles system, user: TemplateError: no system. It tak"
+        ):
+            ask((system, *ASK))
+    assert chat.prompt_ids(ASK)
+
+
+@pytest.mark.parametrize(
+    "file, content, says",
+    [
+        ("tokenizer.json", '{"version": "1.0", "trunc', "tokenizer.json: no JSON .* it is torn"),
+        ("tokenizer.json", "", "tokenizer.json: no JSON"),
+        ("tokenizer.json", "[1]", "tokenizer.json: list in JSON; want an object"),
+        ("tokenizer.json", "{}", "a: transformers cannot read its tokenizer"),
+        ("tokenizer.json", None, "a: transformers cannot read its tokenizer"),
+        ("tokenizer_config.json", '{"a', "tokenizer_config.json: no JSON"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: list in JSON"),
+        ("generation_config.json", '{"eos', "generation_config.json: no JSON"),
+        ("generation_config.json", '{"eos_token_id": "x"}', r"eos_token_id = \['x'\]; want an id"),
+    ],
+)
+def test_a_torn_file_is_named(make, tmp_path, file, content, says):
+    make("a")
+    path = tmp_path / "a" / file
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(ValueError, match=says):
+        Chat(str(tmp_path / "a"))
+
+
+def test_an_id_of_the_hub_is_no_folder():
+    with pytest.raises(ValueError, match="Qwen/Qwen3-0.6B: no such folder; .* are not downloaded"):
+        Chat("Qwen/Qwen3-0.6B")
+
+
+# --- lengths
+
+TEXTS = ["what remains?", "", "a <|eos|> b", "Ünï 🙂 cødé\n\n", "x " * 200, "<|bos|>" * 3, " lead"]
+
+
+@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize("template", [True, False])
+def test_lengths_are_those_of_the_ids(make, tmp_path, template, eos):
+    settings = {} if template else {"chat_template": None}
+    make("a", add_eos_token=eos, **settings)
+    table = json.loads((tmp_path / "a" / "tokenizer.json").read_text())
+    cut = {"max_length": 5, "strategy": "LongestFirst", "direction": "Right", "stride": 0}
+    (tmp_path / "a" / "tokenizer.json").write_text(json.dumps(table | {"truncation": cut}))
+    chat = Chat(str(tmp_path / "a"))
+    talks = [({"role": "user", "content": text},) for text in TEXTS if template or text]
+    assert chat.prompt_lengths(talks) == [len(chat.prompt_ids(talk)) for talk in talks]
+    assert chat.prompt_lengths([]) == []
+
+
+def test_a_prompt_without_tokens_has_no_length(make):
+    chat = make(chat_template=None, add_bos_token=False)
+    with pytest.raises(ValueError, match="the prompt '' has no token"):
+        chat.prompt_lengths([({"role": "user", "content": ""},)])
