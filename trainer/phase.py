@@ -104,6 +104,7 @@ class TrainingPhase(Phase, Protocol):
     """A phase whose steps move weights."""
 
     metric_sums: MetricSums  # what the last `score` adds to the line of the log
+    data_fields: Mapping[str, Any]  # of the event `data`; empty where every prompt fits
 
     def sample(self, step: int) -> Sequence[Sequence[Any]]:
         """[P][G] texts for this rank's part of the step's prompts; each is a Rollout, or has one

@@ -22,8 +22,9 @@ from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Batch, Rollout, Sample
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.failed_grades import FailedGradesBudget, count_failed
+from reflux.trainer.data.fitted_prompts import load_training_prompts
 from reflux.trainer.data.graders import Grade
-from reflux.trainer.data.prompts import load_prompts, shard
+from reflux.trainer.data.prompts import shard
 from reflux.trainer.data.tasks import build_task
 from reflux.trainer.engine.metrics import MetricSums
 from reflux.trainer.evaluation.evaluator import Evaluator
@@ -69,8 +70,8 @@ class CalibratePhase:
         self.cfg, self.engine = cfg, engine
         self.chat = Chat(cfg.model.path)
         engine.vocab_size = min(engine.vocab_size, self.chat.vocab_size)
-        d = cfg.data
-        self.prompts = load_prompts(d.source, split=d.split, columns=d.columns, limit=d.limit)
+        self.prompts = load_training_prompts(cfg, self.chat, engine, graded=True)
+        self.data_fields = self.prompts.fit.fields
         self.task = build_task(cfg.task.name, cfg.task.options)
         self.failed_grades = FailedGradesBudget(cfg.task.name, cfg.task.max_failed)
         self.evaluator = Evaluator(cfg, engine, self.chat, self.task)

@@ -45,6 +45,9 @@ class DataSection:
     columns: Mapping[str, str] = field(default_factory=dict)  # our name -> the file's column
     limit: int | None = None  # first rows only
     shuffle: bool = True  # a new order each epoch, from `seed`
+    # a prompt that leaves no room for its response in a row of training.seq_len: end the run before
+    # its first step, leave the row out, or drop the oldest tokens of what its user wrote
+    too_long: Literal["error", "drop", "truncate_left"] = "error"
 
     def __post_init__(self):
         positive_limit(self)

@@ -60,6 +60,18 @@ class Chat:
         return normalizer_of(self.tokenizer)
 
     @property
+    def positions(self) -> int | None:
+        """max_position_embeddings of the folder's config.json, or of its text part; None where it
+        sets no limit.
+        """
+        file = Path(self.path) / "config.json"
+        if not file.exists() or _torn(file) is not None:  # loading the model will say so
+            return None
+        config = json.loads(file.read_bytes())
+        text = config.get("text_config") or {}
+        return config.get("max_position_embeddings") or text.get("max_position_embeddings")
+
+    @property
     def vocab_size(self) -> int:
         """Ids the tokenizer can produce; a model's head may be padded beyond it."""
         return len(self.tokenizer)
@@ -157,6 +169,15 @@ class Chat:
                 "message of the user: every prompt would be the same. Take the template of the "
                 "model's publisher, or remove it for a base model"
             )
+
+    def token_starts(self, text: str) -> list[int]:
+        """The character at which each token of a text begins; every character, where the tokenizer
+        does not tell.
+        """
+        if not self.tokenizer.is_fast:
+            return list(range(len(text)))
+        plain = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return [start for start, _ in plain["offset_mapping"]]
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of response content: control strings in it are plain text, nothing is added."""

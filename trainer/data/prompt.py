@@ -20,8 +20,8 @@ class FrozenDict(dict):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question. `index` is its row in the data set: it identifies the prompt and seeds its
-    rollouts.
+    """One question. `index` is its row in the data set: with `repeat` it identifies the prompt in a
+    step and seeds its rollouts.
     """
 
     index: int
@@ -30,6 +30,7 @@ class Prompt:
     answer: str | None = None  # what the grader compares with
     response: str | None = None  # a given text (SFT, KD on given text)
     extra: Mapping[str, Any] = field(default_factory=dict)  # the row's other columns
+    repeat: int = 0  # how often the step's batch had it before
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "messages", tuple(map(FrozenDict, self.messages)))

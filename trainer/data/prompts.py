@@ -15,8 +15,9 @@ import os
 import re
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -76,9 +77,24 @@ class Prompts(Sequence[Prompt]):
         i = i % len(self)
         return _prompt(i, self._rows[i], self._columns, self._location(i))
 
+    def location(self, row: int) -> str:
+        """Where a row of the source, a Prompt's `index`, comes from."""
+        return self._location(row)
+
+    def of_row(self, row: int) -> Prompt:
+        """The prompt of a row of the source, its `index`."""
+        return self[row]
+
     def batch(self, step: int, count: int, *, seed: int, shuffle: bool = True) -> list[Prompt]:
-        """The global batch of a step (from 0); see `epoch_indices`."""
-        return [self[i] for i in epoch_indices(len(self), step, count, seed=seed, shuffle=shuffle)]
+        """The global batch of a step (from 0); see `epoch_indices`. A prompt that is in it twice is
+        numbered, so that its rollouts differ.
+        """
+        seen: Counter[int] = Counter()
+        prompts = []
+        for i in epoch_indices(len(self), step, count, seed=seed, shuffle=shuffle):
+            prompts.append(replace(self[i], repeat=seen[i]) if seen[i] else self[i])
+            seen[i] += 1
+        return prompts
 
 
 def epoch_indices(
@@ -122,6 +138,7 @@ def load_prompts(
     split: str = "train",
     columns: Mapping[str, str] | None = None,
     limit: int | None = None,
+    check_rows: bool = True,
 ) -> Prompts:
     """Opens a source of prompts.
 
@@ -134,8 +151,9 @@ def load_prompts(
     columns instruction, input and output (Alpaca) whose prompt is `instruction`, an input that is
     not empty is joined to it as in Alpaca's template: instruction, "### Input:", input.
 
-    JSONL rows are all checked here. Tables have a schema: their columns are checked here, a row
-    when it is read. Raises ValueError with file, row and column, their value, and what is wanted.
+    JSONL rows are all checked here, unless check_rows says that they will be or were. Tables have a
+    schema: their columns are checked here, a row when it is read. Raises ValueError with file, row
+    and column, their value, and what is wanted.
     """
     columns = dict(columns or {})
     for role in columns:
@@ -154,7 +172,7 @@ def load_prompts(
     if unused:
         _warn_of_unused(source, unused, next(iter(roles.values())))
     prompts = Prompts(rows, roles, location)
-    if isinstance(rows, _Lines):
+    if isinstance(rows, _Lines) and check_rows:
         for _ in prompts:
             pass
     return prompts

@@ -19,8 +19,8 @@ import torch
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat, same_vocabulary
+from reflux.trainer.data.fitted_prompts import load_training_prompts
 from reflux.trainer.data.graders import Grade
-from reflux.trainer.data.prompts import load_prompts
 from reflux.trainer.data.tasks import build_task
 from reflux.trainer.phase import Engine, Grader, Phase, ReadableModel, Sampler, Sampling
 from reflux.trainer.rollouts.generate import EmbeddedSampler, given_rollout
@@ -78,9 +78,8 @@ class DiagnosePhase:
             if same_vocabulary(self.chat, self.teacher_chat)
             else pair_of(self.chat, self.teacher_chat, rows, engine.device)
         )
-        prompts = load_prompts(
-            cfg.data.source, split=cfg.data.split, columns=cfg.data.columns, limit=cfg.data.limit
-        )
+        prompts = load_training_prompts(cfg, self.chat, engine, graded=bool(cfg.task.name))
+        self.data_fields = prompts.fit.fields
         self.prompts = [prompts[i] for i in range(engine.rank, len(prompts), engine.world)]
         self.grader: Grader | None = None
         if cfg.task.name:
@@ -100,7 +99,7 @@ class DiagnosePhase:
         if self.engine.is_main:
             chats = self.chat, self.teacher_chat
             write_diagnosis(Path(self.cfg.folder), self.cfg, diagnosis, stats, chats)
-        return flatten(diagnosis)
+        return flatten(diagnosis) | {f"data/{k}": n for k, n in self.data_fields.items()}
 
     @contextlib.contextmanager
     def _shows_unaligned(self, unaligned: Sequence[TokenStats]) -> Iterator[None]:

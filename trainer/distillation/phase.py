@@ -53,6 +53,7 @@ class DistillPhase:
         if cfg.needs_teacher:
             self.teachers = load_teachers(cfg, engine, self.chat)
         self.source = TextSource(cfg, engine, self.chat, self.teachers, self.task)
+        self.data_fields = self.source.prompts.fit.fields
         self.targets = Targets(self.spec, self.chat, self.teachers)
         self.metric_sums = MetricSums()
 

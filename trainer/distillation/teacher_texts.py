@@ -4,7 +4,7 @@ teacher_texts.jsonl in the run folder: a line that says how they were sampled, t
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ def save_teacher_texts(folder: Path, recipe: dict[str, Any], groups: Groups) -> 
 
 
 def load_teacher_texts(
-    folder: Path, recipe: dict[str, Any], prompts: Sequence[Prompt]
+    folder: Path, recipe: dict[str, Any], prompt_of: Callable[[int], Prompt]
 ) -> Groups | None:
     """The groups of an earlier start of this run; None where there are none, or where they were
-    sampled by another recipe.
+    sampled by another recipe. prompt_of: the prompt of a row of the source.
     """
     path = folder / FILE
     if not path.is_file():
@@ -40,11 +40,11 @@ def load_teacher_texts(
     head, *lines = path.read_text().splitlines()
     if json.loads(head)["recipe"] != json.loads(json.dumps(recipe)):
         return None
-    return [_group(json.loads(line), prompts) for line in lines]
+    return [_group(json.loads(line), prompt_of) for line in lines]
 
 
-def _group(row: dict[str, Any], prompts: Sequence[Prompt]) -> list[tuple[int, Rollout]]:
-    prompt, group = prompts[row["prompt"]], []
+def _group(row: dict[str, Any], prompt_of: Callable[[int], Prompt]) -> list[tuple[int, Rollout]]:
+    prompt, group = prompt_of(row["prompt"]), []
     for text in row["texts"]:
         stored: dict[str, Any] = {k: tuple(v) if type(v) is list else v for k, v in text.items()}
         teacher = int(stored.pop("teacher"))

@@ -15,7 +15,8 @@ import numpy as np
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.data.prompts import Prompts, epoch_indices, load_function, load_prompts, shard
+from reflux.trainer.data.fitted_prompts import FittedPrompts, load_training_prompts
+from reflux.trainer.data.prompts import epoch_indices, load_function, shard
 from reflux.trainer.phase import Engine, Grader, Sampling, Teacher
 from reflux.trainer.rollouts.generate import EmbeddedSampler, given_rollout
 
@@ -58,9 +59,9 @@ class TextSource:
         self.cfg, self.engine, self.spec = cfg, engine, cfg.distill
         self.chat, self.teachers, self.task = chat, teachers, task
         self.student = EmbeddedSampler(engine.gathered_weights, chat)
-        d = cfg.data
-        self.prompts: Prompts = load_prompts(
-            d.source, split=d.split, columns=d.columns, limit=d.limit
+        given = self.spec.source == "dataset" and not self.spec.on_policy
+        self.prompts: FittedPrompts = load_training_prompts(
+            cfg, chat, engine, graded=self.spec.correct_only, given=given
         )
         self.rewrite: Callable[[Prompt, str], str | None] | None = (
             load_function(self.spec.rewrite) if self.spec.rewrite else None
@@ -127,7 +128,11 @@ class TextSource:
         """
         folder, recipe = Path(self.cfg.folder), self._recipe(count)
         # one rank looks, so that all of them either sample or do not
-        found = load_teacher_texts(folder, recipe, self.prompts) if self.engine.rank == 0 else None
+        found = (
+            load_teacher_texts(folder, recipe, self.prompts.of_row)
+            if self.engine.rank == 0
+            else None
+        )
         stored = self.engine.gather([found])[0]
         if stored is not None:
             return [[Text(x, "teacher", t) for t, x in group] for group in stored]

@@ -1,7 +1,8 @@
 """KV-cached sampling on the training weights themselves, with each token's log-probability.
 
-Every random number belongs to (seed, step, prompt, group member): a resumed run, and a run on
-another number of ranks, samples the same texts, and no generator state needs to be saved.
+Every random number belongs to (seed, step, prompt, its repeat in the step, group member): a resumed
+run, and a run on another number of ranks, samples the same texts, and no generator state needs to
+be saved.
 
 Shapes: B rows decoded together, L length so far, T new tokens, V vocabulary.
 """
@@ -193,11 +194,15 @@ def _truncate(logits_BV: Tensor, s: Sampling) -> Tensor:
 
 
 def _noise(jobs: Sequence[_Job], s: Sampling) -> Tensor:
-    """Uniform [0, 1) per token, from a counter keyed by (seed, step, prompt, group member)."""
+    """Uniform [0, 1) per token, from a generator keyed by (seed, step, prompt, group member); a
+    prompt that a step has again starts at another counter.
+    """
     if s.greedy:
         return torch.zeros(len(jobs), s.max_tokens)
     rows = []
     for job in jobs:
         key = np.array([(s.seed << 32) ^ s.step, (job.prompt.index << 16) ^ job.g], dtype=np.uint64)
-        rows.append(np.random.Generator(np.random.Philox(key=key)).random(s.max_tokens))
+        counter = np.array([0, 0, 0, job.prompt.repeat], dtype=np.uint64)
+        noise = np.random.Generator(np.random.Philox(key=key, counter=counter))
+        rows.append(noise.random(s.max_tokens))
     return torch.from_numpy(np.stack(rows))

@@ -294,6 +294,15 @@ def test_a_batch_is_a_function_of_seed_step_and_count(sizes, n, count, step, see
     ]
 
 
+@given(n=st.integers(1, 13), count=st.integers(1, 40), step=st.integers(0, 9), seed=SEEDS)
+def test_a_prompt_that_a_batch_has_again_is_numbered(sizes, n, count, step, seed):
+    batch = sizes[n - 1].batch(step, count, seed=seed)
+    keys = [(p.index, p.repeat) for p in batch]
+    assert len(set(keys)) == count, "no two share their random numbers"
+    for index in {p.index for p in batch}:
+        assert [r for i, r in keys if i == index] == list(range([i for i, _ in keys].count(index)))
+
+
 def test_epochs_and_seeds_shuffle_differently_and_the_order_is_pinned(sizes):
     orders = [
         tuple(p.index for p in sizes[12].batch(step, 13, seed=seed))

@@ -36,12 +36,12 @@ def test_what_is_read_is_what_was_written(data, tmp_path_factory):
         for p in PROMPTS[: data.draw(st.integers(0, 4))]
     ]
     save_teacher_texts(folder, {"seed": 1}, groups)
-    assert load_teacher_texts(folder, {"seed": 1}, PROMPTS) == groups
-    assert load_teacher_texts(folder, {"seed": 2}, PROMPTS) is None
+    assert load_teacher_texts(folder, {"seed": 1}, PROMPTS.__getitem__) == groups
+    assert load_teacher_texts(folder, {"seed": 2}, PROMPTS.__getitem__) is None
 
 
 def test_no_file_is_no_texts(tmp_path):
-    assert load_teacher_texts(tmp_path, recipe_of(seed=1), PROMPTS) is None
+    assert load_teacher_texts(tmp_path, recipe_of(seed=1), PROMPTS.__getitem__) is None
 
 
 @pytest.mark.usefixtures("titan_process")

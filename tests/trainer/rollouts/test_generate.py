@@ -16,7 +16,13 @@ from hypothesis import strategies as st
 
 from reflux.trainer.data.batch import Prompt
 from reflux.trainer.phase import Sampling
-from reflux.trainer.rollouts.generate import EmbeddedSampler, generate, given_rollout
+from reflux.trainer.rollouts.generate import (
+    EmbeddedSampler,
+    _Job,
+    _noise,
+    generate,
+    given_rollout,
+)
 
 V, PADDED = 7, 9  # the head has two rows more than the tokenizer knows
 STOPS = (3, 5)
@@ -139,8 +145,9 @@ def test_texts_do_not_depend_on_blocks_order_or_rank(s, rows, order):
 def test_every_part_of_the_key_matters():
     base = Sampling(8, seed=3, step=4)
 
-    def texts(s: Sampling, index: int = 0) -> tuple[tuple[int, ...], ...]:
-        group = generate(decode, Chat(), [Prompt(index, SOME[0].messages)], 4, s)[0]
+    def texts(s: Sampling, index: int = 0, repeat: int = 0) -> tuple[tuple[int, ...], ...]:
+        prompt = Prompt(index, SOME[0].messages, repeat=repeat)
+        group = generate(decode, Chat(), [prompt], 4, s)[0]
         return tuple(r.ids for r in group)
 
     assert len(set(texts(base))) == 4, "members differ"
@@ -150,11 +157,24 @@ def test_every_part_of_the_key_matters():
         texts(replace(base, step=3)),
         texts(replace(base, step=5)),
         texts(base, 1),
+        texts(base, repeat=1),
+        texts(base, repeat=2),
     }
-    assert len(seen) == 5 and texts(base) == texts(base)
+    assert len(seen) == 7 and texts(base) == texts(base)
     assert texts(replace(base, seed=4, step=3)) != texts(replace(base, seed=3, step=4)), (
         "seed and step do not trade places"
     )
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 1 << 31), st.integers(0, 2**40))
+def test_the_noise_of_a_prompt_that_comes_once_is_what_it_always_was(seed, step, index):
+    """Repeats start at another counter of the same generator; texts of older runs stay."""
+    key = np.array([(seed << 32) ^ step, (index << 16) ^ 2], dtype=np.uint64)
+    want = np.random.Generator(np.random.Philox(key=key)).random(5)
+    jobs = [_Job(Prompt(index, (), repeat=k), (), 2) for k in range(3)]
+    noise_BT = _noise(jobs, Sampling(5, seed=seed, step=step)).numpy()
+    assert (noise_BT[0] == want).all()
+    assert len(np.unique(noise_BT)) == 15
 
 
 def test_a_longer_limit_continues_the_same_text():

@@ -1,0 +1,252 @@
+"""The prompts of a training run, all of which fit, and what became of those that did not
+(data.too_long).
+
+A prompt fits where its row, prompt and response, has at most training.seq_len + 1 tokens, and where
+every other model that reads it has positions for it and for one token more. All of it is found out
+before the first step, on every row.
+
+N: rows of the source.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, overload
+
+import numpy as np
+
+from reflux.tokenalign.table_cache import key_of
+from reflux.trainer.config.phases import roles
+from reflux.trainer.config.roles import Role
+from reflux.trainer.config.schema import Config
+
+from .chat import Chat
+from .prompt import Prompt
+from .prompt_lengths import (
+    PromptLengths,
+    Ranks,
+    cache_key,
+    load_columns,
+    measure_prompts,
+    save_columns,
+)
+from .prompts import Prompts, load_prompts
+from .row_checks import Need, check_answers, named_rows
+from .shortening import Messages, shorten
+
+
+class Host(Ranks, Protocol):
+    """The part of an Engine that this takes."""
+
+    @property
+    def seq_len(self) -> int: ...
+
+    @property
+    def inputs(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What became of prompts that are too long: counts of rows."""
+
+    rows: int
+    too_long: int = 0
+    dropped: int = 0
+    truncated: int = 0
+    longest: int = 0  # tokens of prompt and response together
+
+    @property
+    def fields(self) -> dict[str, int]:
+        """Of the event `data` in the log; empty where every prompt fits."""
+        return dict(vars(self)) if self.too_long else {}
+
+
+class FittedPrompts(Prompts):
+    """The rows that are left; `index` stays that of the source."""
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        fit: Fit,
+        rows_left: np.ndarray | None = None,
+        shortened: Callable[[Prompt], Prompt] | None = None,
+    ):
+        """rows_left: None for all."""
+        self.fit = fit
+        self._prompts, self._rows_left, self._shortened = prompts, rows_left, shortened
+
+    def __len__(self) -> int:
+        return len(self._prompts) if self._rows_left is None else len(self._rows_left)
+
+    @overload
+    def __getitem__(self, i: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[Prompt]: ...
+
+    def __getitem__(self, i: int | slice) -> Prompt | list[Prompt]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"prompt {i} of {len(self)}")
+        i = i % len(self)
+        return self.of_row(i if self._rows_left is None else int(self._rows_left[i]))
+
+    def of_row(self, row: int) -> Prompt:
+        prompt = self._prompts[row]
+        return prompt if self._shortened is None else self._shortened(prompt)
+
+    def location(self, row: int) -> str:
+        return self._prompts.location(row)
+
+
+def load_training_prompts(
+    cfg: Config, chat: Chat, host: Host, *, graded: bool, given: bool = False
+) -> FittedPrompts:
+    """The prompts of [data] for the model of [model], whose tokenizer is `chat`. Collective.
+
+    graded: their answers are needed where the task compares with one. given: nothing is sampled,
+    the data's own responses are learned from. ValueError, the same on every rank, for a row that is
+    no prompt, that lacks an answer or a response, or that is too long.
+    """
+    d = cfg.data
+    prompts = load_prompts(
+        d.source, split=d.split, columns=d.columns, limit=d.limit, check_rows=False
+    )
+    fitting = Fitting(cfg, prompts, host, chat, given=given)
+    if graded:
+        check_answers(prompts, fitting.lengths.answered_N, cfg.task, "data")
+    return fitting.fitted()
+
+
+class Fitting:
+    """The rows of a source against the models that read them. Collective."""
+
+    def __init__(
+        self, cfg: Config, prompts: Prompts, host: Host, chat: Chat, *, given: bool = False
+    ):
+        self.cfg, self.prompts, self.host, self.given = cfg, prompts, host, given
+        self.lengths = self._measured(chat)
+        behind_N = np.full(len(prompts), cfg.rollout.max_tokens)
+        if given:
+            self._check_responses()
+            behind_N = np.minimum(behind_N, self.lengths.response_N)
+        own, *others = roles(cfg)
+        room = host.seq_len + 1
+        prompt_N, what = self.lengths.prompt_N, "the response" if given else "rollout.max_tokens"
+        need = Need(own.name, chat, prompt_N, behind_N, what, room, "training.seq_len + 1")
+        self.needs = [need, *self._needs_of(others, need)]
+
+    @property
+    def over_N(self) -> np.ndarray:
+        """bool: too long for one of the models."""
+        return np.any([need.over_N for need in self.needs], axis=0)
+
+    def fitted(self) -> FittedPrompts:
+        """ValueError for data.too_long = "error", and where nothing would be left."""
+        over_N, action = self.over_N, self.cfg.data.too_long
+        count = int(over_N.sum())
+        fit = Fit(len(over_N), count, longest=int(self.needs[0].tokens_N.max()))
+        if not count:
+            return FittedPrompts(self.prompts, fit)
+        if action == "error" or (action == "drop" and count == len(over_N)):
+            raise ValueError(self.words())
+        if action == "drop":
+            rows_left = np.flatnonzero(~over_N)
+            return FittedPrompts(self.prompts, replace(fit, dropped=count), rows_left)
+        self._check_shortened(over_N)
+        return FittedPrompts(self.prompts, replace(fit, truncated=count), None, self.shortened)
+
+    def words(self) -> str:
+        """Which rows are too long, and what to do."""
+        need = next(need for need in self.needs if need.over_N.any())
+        fix = "Take a model with a longer context, shorten them"
+        if need is self.needs[0]:
+            least = int(need.tokens_N.max()) - 1
+            fix = f"Set training.seq_len >= {least}, lower rollout.max_tokens"
+        what = need.words(self.prompts)
+        return f"{what}. {fix}, or set data.too_long = 'drop' or 'truncate_left'"
+
+    def shortened(self, prompt: Prompt) -> Prompt:
+        """The prompt as it is where it fits, else without its oldest tokens."""
+        row = prompt.index
+        if not any(need.over_N[row] for need in self.needs):
+            return prompt
+        messages = self._shorten(prompt)
+        assert messages is not None  # _check_shortened
+        return replace(prompt, messages=tuple(messages))
+
+    def _needs_of(self, others: list[Role], own: Need) -> Iterator[Need]:
+        one_N = np.ones(len(self.prompts), np.int64)
+        for role in others:
+            if role.is_copy:
+                continue
+            chat = Chat(role.model.path)
+            if chat.positions is None:
+                continue
+            same = key_of(Path(chat.path)) == key_of(Path(own.chat.path))
+            prompt_N = own.prompt_N if same else self._measured(chat).prompt_N
+            limit = f"the positions of {role.model.path}"
+            yield Need(role.name, chat, prompt_N, one_N, "a response", chat.positions, limit)
+
+    def _check_responses(self) -> None:
+        missing = np.flatnonzero(self.lengths.response_N == 0)
+        if len(missing):
+            raise ValueError(
+                f"{named_rows(self.prompts, missing)}: no response, in {len(missing):,} of "
+                f"{len(self.prompts):,} rows; want a `response` column, or an assistant's last "
+                'message, to train on given text. Name it: data.columns = {response = "..."}'
+            )
+
+    def _shorten(self, prompt: Prompt) -> list[dict[str, str]] | None:
+        def excess(messages: Messages) -> int:
+            return max(need.excess(prompt.index, messages) for need in self.needs)
+
+        return shorten(self.needs[0].chat, prompt.messages, excess)
+
+    def _can_be_shortened(self, row: int) -> bool:
+        try:
+            return self._shorten(self.prompts[row]) is not None
+        except ValueError:  # the template refuses a message that is empty
+            return False
+
+    def _check_shortened(self, over_N: np.ndarray) -> None:
+        """ValueError for rows that are too long without all that their user wrote. The ranks share
+        the work; what they find is cached beside the lengths.
+        """
+        key, host = self._shortening_key(), self.host
+        known = host.gather([load_columns(key, ["failed"], len(over_N))] * (host.rank == 0))[0]
+        if known is None:
+            mine = np.flatnonzero(over_N)[host.rank :: host.world]
+            failed = host.gather([int(r) for r in mine if not self._can_be_shortened(int(r))])
+            failed_N = np.zeros(len(over_N), np.bool_)
+            failed_N[failed] = True
+            if host.is_main:
+                save_columns(key, {"failed": failed_N})
+        else:
+            (failed_N,) = known
+        rows = np.flatnonzero(failed_N)
+        if len(rows):
+            raise ValueError(
+                f"{named_rows(self.prompts, rows)}: {len(rows):,} prompts are too long without all "
+                "that the user wrote, too, and data.too_long = 'truncate_left' cuts only that. "
+                "Shorten their other messages, or set data.too_long = 'drop'"
+            )
+
+    def _shortening_key(self) -> str | None:
+        keys = [self._key(need.chat) for need in self.needs]
+        if None in keys:
+            return None
+        rooms = [need.room for need in self.needs]
+        spec = json.dumps([keys, rooms, self.cfg.rollout.max_tokens, "shortened"])
+        return hashlib.sha256(spec.encode()).hexdigest()
+
+    def _measured(self, chat: Chat) -> PromptLengths:
+        key = self._key(chat)
+        return measure_prompts(self.prompts, chat, self.host, key, responses=self.given)
+
+    def _key(self, chat: Chat) -> str | None:
+        data = self.host.inputs.get("data")
+        return cache_key(data, self.cfg.data, chat, responses=self.given)
