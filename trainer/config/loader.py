@@ -11,6 +11,7 @@ from datetime import date, time
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from .explain import explain
 from .fit import fit, nearest, spell
 from .phases import PHASES
 from .schema import TITAN_SECTIONS, Config, sections
@@ -45,10 +46,22 @@ def load(path: str | Path, sets: tuple[str, ...] = ()) -> Config:
 
 
 def _run_recipe(path: Path) -> Config:
-    recipe = runpy.run_path(str(path)).get("config")
+    try:
+        recipe = runpy.run_path(str(path)).get("config")
+    except FileNotFoundError as error:
+        if error.filename != str(path):  # one that the recipe reads
+            raise
+        raise ValueError(f"{path}: no such file") from None
+    except Exception as error:
+        raise ValueError(f"{path}: the recipe failed with {explain(error)}") from error
     if not callable(recipe):
         raise ValueError(f"{path}: no function config(); want `def config() -> Config: ...`")
-    cfg = recipe()
+    try:
+        cfg = recipe()
+    except ValueError:  # of our own tables: it says which key
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: config() failed with {explain(error)}") from error
     if not isinstance(cfg, Config):
         raise ValueError(
             f"{path}: config() returned {type(cfg).__name__}; want "
@@ -64,8 +77,10 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict:
     except FileNotFoundError:
         guess = nearest(path.name, (p.name for p in path.parent.glob("*.toml")), f"{path.parent}/")
         raise ValueError(f"{path}: no such file{guess}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     base = table.pop("base", None)
     _check_keys(Config, table, str(path))
     if base is None:
@@ -188,7 +203,7 @@ def _assignment(text: str) -> dict:
     """`a.b=value` is a line of TOML already; a bare word stands for a string."""
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
             raise ValueError(f"--set {text}: want a.b=value") from None

@@ -8,7 +8,7 @@ from reflux.trainer.config.fit import fit, nearest
 
 from .attempt import GradeText
 from .graders import Exact, Function, Math, MultipleChoice, ReasoningGym
-from .prompts import load_function
+from .sources import load_function
 
 GRADERS: dict[str, type] = {
     "exact": Exact,

@@ -6,29 +6,19 @@ message of the assistant becomes the response), and optionally `answer` and `res
 column goes to Prompt.extra; those that mostly are part of what is asked are named in a warning.
 """
 
-import ast
-import importlib
-import json
 import logging
-import mmap
-import os
-import re
-import sys
-from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
-from functools import lru_cache, partial
-from itertools import islice
-from pathlib import Path
-from typing import Any, Protocol, TypeVar, overload
-from urllib.parse import parse_qsl
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
 from reflux.trainer.config.fit import nearest
 
-from .prompt import GeneratedEntry, Prompt
+from .prompt import Prompt
+from .sources import LONGEST, Lines, Location, Rows, open_source, show
 
 log = logging.getLogger(__name__)
 
@@ -37,21 +27,6 @@ ROLES = ("prompt", "messages", "answer", "response")  # what a column can be; th
 # columns without which a row asks for something else
 ASKING = ("instruction", "input", "context", "passage", "document", "system", "history", "schema")
 ALPACA = ("instruction", "input", "output")
-FORMS = (
-    "a .jsonl or .parquet file, a folder of a data set, reasoning_gym:NAME?size=1000&seed=7 "
-    "or package.module:function"
-)
-
-
-class Rows(Protocol):
-    """Rows of a source, each read on access."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int, /) -> Any: ...
-
-
-Location = Callable[[int], str]  # row number -> where it comes from, for error messages
 
 
 class Prompts(Sequence[Prompt]):
@@ -163,7 +138,7 @@ def load_prompts(
             )
     if limit is not None and limit < 1:
         raise ValueError(f"limit = {limit}; want at least 1, or none")
-    rows, location = _open(source, split, limit)
+    rows, location = open_source(source, split, limit)
     if not len(rows):
         raise ValueError(f"{source}: no rows")
     existing = getattr(rows, "column_names", None) or list(_row(rows[0], location(0)))
@@ -172,7 +147,7 @@ def load_prompts(
     if unused:
         _warn_of_unused(source, unused, next(iter(roles.values())))
     prompts = Prompts(rows, roles, location)
-    if isinstance(rows, _Lines) and check_rows:
+    if isinstance(rows, Lines) and check_rows:
         for _ in prompts:
             pass
     return prompts
@@ -187,172 +162,6 @@ def _warn_of_unused(source: str, columns: tuple[str, ...], body: str) -> None:
         f"s {', '.join(columns)} are" if len(columns) > 1 else f" {columns[0]} is",
         body,
     )
-
-
-def load_function(name: str) -> Callable:
-    """The function of `package.module:function`; modules in the working directory count, too."""
-    module_name, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a script has its own folder on the path instead
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(
-            f"{name}: cannot import {module_name} ({error}); is it installed, or in {os.getcwd()}?"
-        ) from error
-    if not callable(getattr(module, attribute, None)):
-        raise ValueError(
-            f"{name}: {module_name} has no function {attribute!r}{nearest(attribute, vars(module))}"
-        )
-    return getattr(module, attribute)
-
-
-# --- sources: each gives rows and their locations
-
-
-def _open(source: str, split: str, limit: int | None) -> tuple[Rows, Location]:
-    path = Path(source)
-    if path.is_dir() or (path.is_file() and path.suffix == ".parquet"):
-        table = _table(path, split)
-        return table.select(range(min(limit or len(table), len(table)))), partial(_row_of, source)
-    if path.is_file():
-        lines = _Lines(path, limit)
-        return lines, lines.location
-    name, _, query = source.partition("?")
-    if name.startswith("reasoning_gym:"):
-        entries = _Generated(name.partition(":")[2], _options(source, query), limit)
-        return entries, partial(_entry_of, source)
-    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
-        rows = load_function(name)(**_options(source, query))
-        if not isinstance(rows, Sequence) or limit is not None:
-            rows = list(islice(rows, limit))
-        return rows, partial(_row_of, source)
-    raise ValueError(f"{source}: no such file or folder; want {FORMS}")
-
-
-def _row_of(source: str, i: int) -> str:
-    return f"{source}, row {i} (from 0)"
-
-
-def _entry_of(source: str, i: int) -> str:
-    return f"{source}, entry {i}"
-
-
-class _Lines:
-    """The rows of a JSONL file, parsed on access; the ranks of a machine share its pages."""
-
-    def __init__(self, path: Path, limit: int | None):
-        self._path, self._number, self._start = path, array("Q"), array("Q")
-        start = 0
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.removeprefix(b"\xef\xbb\xbf").strip():
-                    self._number.append(number)
-                    self._start.append(start)
-                start += len(line)
-                if len(self._number) == limit:
-                    break
-            self._bytes: mmap.mmap | bytes = b""
-            if self._number:
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def __len__(self) -> int:
-        return len(self._number)
-
-    def location(self, i: int) -> str:
-        return f"{self._path}, line {self._number[i]}"
-
-    def __getitem__(self, i: int) -> dict:
-        end = self._bytes.find(b"\n", self._start[i])
-        line = self._bytes[self._start[i] : end if end >= 0 else None]
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except ValueError as error:  # not UTF-8, or not JSON
-            raise ValueError(
-                f"{self.location(i)}: {error}; want one JSON object a line, in UTF-8"
-            ) from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{self.location(i)}: {_show(row)}; want one JSON object a line")
-        return row
-
-
-def _table(path: Path, split: str) -> Any:
-    """Memory-mapped Arrow rows; a Parquet file is converted once into the cache of `datasets`."""
-    import datasets  # here: it takes 1.5 s to import
-
-    if path.is_file():
-        return datasets.Dataset.from_parquet(str(path))
-    saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-    table = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
-    if isinstance(table, datasets.Dataset):
-        return table
-    if split not in table:
-        raise ValueError(
-            f"{path}: no split {split!r}{nearest(split, table)} There are: {', '.join(table)}"
-        )
-    return table[split]
-
-
-class _Generated:
-    """Entries of a reasoning_gym data set, made on access from (seed, index), with what its scorer
-    needs.
-    """
-
-    def __init__(self, name: str, options: dict, limit: int | None):
-        from reasoning_gym.factory import DATASETS, create_dataset
-
-        if name not in DATASETS:
-            raise ValueError(f"reasoning_gym has no data set {name!r}{nearest(name, DATASETS)}")
-        known = [f.name for f in fields(DATASETS[name][1])]
-        for key in options:
-            if key not in known:
-                raise ValueError(
-                    f"reasoning_gym:{name}: unknown option {key}{nearest(key, known)} Known: "
-                    f"{', '.join(known)}"
-                )
-        options = {"seed": 0, **options}  # its own default draws a seed, another one on every rank
-        if not isinstance(options["seed"], int):
-            raise ValueError(
-                f"reasoning_gym:{name}: seed = {options['seed']!r}; want an integer, the same on "
-                "every rank"
-            )
-        try:
-            self._entries = create_dataset(name, **options)
-        except (AssertionError, TypeError, ValueError) as error:
-            raise ValueError(f"reasoning_gym:{name}: {options} is not accepted: {error}") from error
-        self._name, self._options = name, options
-        self._length = min(limit or len(self._entries), len(self._entries))
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, i: int) -> dict:
-        entry = self._entries[i]
-        return {
-            "prompt": entry["question"],
-            "answer": entry["answer"],
-            "reasoning_gym": GeneratedEntry(self._name, self._options, entry),
-        }
-
-
-def _options(source: str, query: str) -> dict[str, Any]:
-    """The Python values of `size=1000&ops=["+"]&easy=true`; what is no literal stays text."""
-    try:
-        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
-    except ValueError:
-        raise ValueError(
-            f"{source}: cannot read the options {query!r}; want key=value&key=value"
-        ) from None
-    return {key: _literal(value) for key, value in pairs}
-
-
-def _literal(text: str) -> Any:
-    for read in (json.loads, ast.literal_eval):
-        try:
-            return read(text)
-        except (ValueError, SyntaxError):
-            pass
-    return text
 
 
 # --- rows
@@ -390,7 +199,7 @@ def _prompt(index: int, row: Mapping, columns: Mapping[str, str], location: str)
     if body == "prompt":
         text = _text(row[columns[body]], where)
         if not text:
-            raise ValueError(f"{where}: {_show(text)}; want a text")
+            raise ValueError(f"{where}: {show(text)}; want a text")
         if "input" in columns:
             more = _text(row.get(columns["input"]), f"{location}, column {columns['input']}")
             text += f"\n\n### Input:\n{more}" if more and more.strip() else ""
@@ -413,7 +222,7 @@ def _prompt(index: int, row: Mapping, columns: Mapping[str, str], location: str)
 
 def _row(row: Any, location: str) -> Mapping:
     if not isinstance(row, Mapping):
-        raise ValueError(f"{location}: {_show(row)}; want a row, a mapping of columns")
+        raise ValueError(f"{location}: {show(row)}; want a row, a mapping of columns")
     return row
 
 
@@ -423,7 +232,9 @@ def _text(value: Any, where: str) -> str | None:
     if not isinstance(value, str):
         fix = ' Is it a list of messages? Then columns = {messages = "..."}'
         fix = fix if isinstance(value, list) else ""
-        raise ValueError(f"{where}: {_show(value)}; want a text.{fix}")
+        raise ValueError(f"{where}: {show(value)}; want a text.{fix}")
+    if len(value) > LONGEST:
+        raise ValueError(f"{where}: {len(value):,} characters; want at most {LONGEST:,}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -439,12 +250,12 @@ def _conversation(value: Any, where: str) -> tuple[tuple[dict[str, str], ...], s
     """The messages up to the last one of the user, and the assistant's message behind it."""
     if not isinstance(value, list) or not value:
         raise ValueError(
-            f'{where}: {_show(value)}; want a list of messages, {{"role": ..., "content": ...}}'
+            f'{where}: {show(value)}; want a list of messages, {{"role": ..., "content": ...}}'
         )
     for k, message in enumerate(value):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(
-                f'{where}: message {k} is {_show(message)}; want {{"role": ..., "content": ...}}'
+                f'{where}: message {k} is {show(message)}; want {{"role": ..., "content": ...}}'
             )
         if _text(message.get("content"), f"{where}, message {k}") is None:
             raise ValueError(
@@ -457,8 +268,3 @@ def _conversation(value: Any, where: str) -> tuple[tuple[dict[str, str], ...], s
         whose = f"the {messages[-1]['role']}'s" if messages else "missing"
         raise ValueError(f"{where}: the message to answer is {whose}; want the user's")
     return messages, last
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -16,7 +16,8 @@ from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.fitted_prompts import FittedPrompts, load_training_prompts
-from reflux.trainer.data.prompts import epoch_indices, load_function, shard
+from reflux.trainer.data.prompts import epoch_indices, shard
+from reflux.trainer.data.sources import load_function
 from reflux.trainer.phase import Engine, Grader, Sampling, Teacher
 from reflux.trainer.rollouts.generate import EmbeddedSampler, given_rollout
 

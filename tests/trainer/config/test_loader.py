@@ -412,3 +412,30 @@ def test_a_dataclass_alone_can_be_filled():
     assert fill(TaskSection("math"), {"options": {"a": 1}}, "x", "task.") == TaskSection(
         "math", {"a": 1}
     )
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("x.toml", b"\xff\xfe", "x.toml: not valid TOML: 'utf-8' codec"),
+        ("x.toml", b"phase = " + b"[" * 9999 + b"]" * 9999, "x.toml: not valid TOML: .*recursion"),
+        ("x.toml", None, "x.toml: cannot be read: Is a directory"),
+        ("x.py", b"def f(:", r"x.py: the recipe failed with SyntaxError: .* \(x.py, line 1\)"),
+        ("x.py", b"x = 1\nassert x == 2", r"failed with AssertionError \(.*x.py, line 2\)"),
+        ("x.py", b"def config():\n    return 1 / 0", r"config\(\) failed with Zero.*, line 2\)"),
+        ("x.py", b"import nothing_like_this", "failed with ModuleNotFoundError"),
+        ("none.py", b"", "x.py: no such file"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, says):
+    path = tmp_path / name
+    path.mkdir() if content is None else path.write_bytes(content)
+    asked = tmp_path / "x.py" if name == "none.py" else path
+    with pytest.raises(ValueError, match=f"(?s){says}"):
+        load(asked)
+
+
+def test_a_deep_value_of_set_is_a_mistake_in_words(tmp_path):
+    (tmp_path / "x.toml").write_text("")
+    with pytest.raises(ValueError, match="want a.b=value|want"):
+        load(tmp_path / "x.toml", ("phase=" + "[" * 9999 + "]" * 9999,))
