@@ -75,7 +75,10 @@ def _run(cfg: Config, engine: Engine, lock: RunLock | None) -> int:
         for message in engine.resume_messages:
             record.event("checkpoint", message=message)
         if cfg.trains:
-            return _train(cfg, engine, cast(TrainingPhase, phase), record, lock)
+            training = cast(TrainingPhase, phase)
+            if training.data_fields:
+                record.event("data", **training.data_fields)
+            return _train(cfg, engine, training, record, lock)
         _record_results(record, phase.close_step(0, {}))
     return phase.exit_code
 

@@ -18,7 +18,7 @@ from . import commands
 from .files import write_whole
 from .lock import InUse, RunLock, hold, refuse_if_held
 
-# tables and keys in which a resumed run may differ
+# tables and keys in which a resumed run may differ; training.seq_len may also grow
 MAY_CHANGE = (
     "steps",
     "on_existing_run",
@@ -34,7 +34,9 @@ MAY_CHANGE = (
     "metrics",
     "compile",
     "folder",
+    "data.too_long",
 )
+SEQ_LEN = 2048  # torchtitan's default
 
 
 @contextlib.contextmanager
@@ -136,7 +138,12 @@ def _refuse_another_experiment(cfg: Config, folder: Path) -> None:
     if not saved.exists():
         return
     before, now = as_table(load(saved)), as_table(cfg)
-    changed = [name for name in _differences(before, now) if name.split(".")[0] not in MAY_CHANGE]
+    changed = [
+        name
+        for name in _differences(before, now)
+        if not {name, name.split(".")[0]} & set(MAY_CHANGE)
+        and not (name == "training.seq_len" and _seq_len(now) > _seq_len(before))
+    ]
     if changed:
         raise ValueError(
             f"{folder} was started with other values of {', '.join(changed)}. A resumed run has to "
@@ -144,10 +151,14 @@ def _refuse_another_experiment(cfg: Config, folder: Path) -> None:
         )
 
 
+def _seq_len(table: Mapping[str, Any]) -> int:
+    return table.get("training", {}).get("seq_len", SEQ_LEN)
+
+
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
     out = []
     for key in sorted(set(a) | set(b)):
-        x, y = a.get(key), b.get(key)
+        x, y = ({} if table.get(key) is None else table[key] for table in (a, b))
         if isinstance(x, Mapping) and isinstance(y, Mapping):
             out += _differences(x, y, f"{prefix}{key}.")
         elif x != y:

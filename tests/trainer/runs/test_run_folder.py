@@ -19,7 +19,7 @@ from reflux.trainer.config.sections import (
     ReferenceSection,
 )
 from reflux.trainer.runs import run_folder
-from reflux.trainer.runs.run_folder import save_config, settle
+from reflux.trainer.runs.run_folder import SEQ_LEN, save_config, settle
 
 
 def config(folder, **changes) -> Config:
@@ -86,6 +86,24 @@ def test_resume_may_go_on_longer_and_watch_more_closely(run):
     assert settle(run) == run and settle(longer) == longer
 
 
+def test_a_resume_may_take_longer_rows_and_not_shorter_ones(run):
+    """A run that met a prompt that is too long goes on with room for it, or without it."""
+    longer = replace(run, titan={"training": {"seq_len": 4 * SEQ_LEN}})
+    assert settle(longer) == longer
+    assert settle(replace(run, data=replace(run.data, too_long="drop")))
+    save_config(longer)
+    with pytest.raises(ValueError, match="other values of training.seq_len"):
+        settle(replace(run, titan={"training": {"seq_len": 4 * SEQ_LEN - 1}}))
+    with pytest.raises(ValueError, match="other values of training.seq_len"):
+        settle(replace(run, titan={}))
+
+
+def test_the_length_of_rows_that_nobody_sets_is_torchtitans():
+    from torchtitan.config import TrainingConfig
+
+    assert TrainingConfig().seq_len == SEQ_LEN
+
+
 @pytest.mark.parametrize(
     "change, named",
     [
@@ -97,7 +115,7 @@ def test_resume_may_go_on_longer_and_watch_more_closely(run):
             ["distill.beta", "reference.beta"],
         ),
         (dict(data=DataSection("d", limit=3)), ["data.limit"]),
-        (dict(titan={"training": {"seq_len": 128}}), ["training.seq_len"]),
+        (dict(titan={"training": {"seq_len": 32}}), ["training.seq_len"]),
         (dict(data=DataSection("d", columns={"q": "question"})), ["data.columns.q"]),
     ],
 )
