@@ -117,7 +117,7 @@ def load_training_prompts(
     )
     fitting = Fitting(cfg, prompts, host, chat, given=given)
     if graded:
-        check_answers(prompts, fitting.lengths.answered_N, cfg.task, "data")
+        check_answers(prompts.location, fitting.lengths.answered_N, cfg.task, "data")
     return fitting.fitted()
 
 
@@ -164,9 +164,8 @@ class Fitting:
         need = next(need for need in self.needs if need.over_N.any())
         fix = "Take a model with a longer context, shorten them"
         if need is self.needs[0]:
-            least = int(need.tokens_N.max()) - 1
-            fix = f"Set training.seq_len >= {least}, lower rollout.max_tokens"
-        what = need.words(self.prompts)
+            fix = need.advice
+        what = need.words(self.prompts.location)
         return f"{what}. {fix}, or set data.too_long = 'drop' or 'truncate_left'"
 
     def shortened(self, prompt: Prompt) -> Prompt:
@@ -195,7 +194,7 @@ class Fitting:
         missing = np.flatnonzero(self.lengths.response_N == 0)
         if len(missing):
             raise ValueError(
-                f"{named_rows(self.prompts, missing)}: no response, in {len(missing):,} of "
+                f"{self._named(missing)}: no response, in {len(missing):,} of "
                 f"{len(self.prompts):,} rows; want a `response` column, or an assistant's last "
                 'message, to train on given text. Name it: data.columns = {response = "..."}'
             )
@@ -230,7 +229,7 @@ class Fitting:
         rows = np.flatnonzero(failed_N)
         if len(rows):
             raise ValueError(
-                f"{named_rows(self.prompts, rows)}: {len(rows):,} prompts are too long without all "
+                f"{self._named(rows)}: {len(rows):,} prompts are too long without all "
                 "that the user wrote, too, and data.too_long = 'truncate_left' cuts only that. "
                 "Shorten their other messages, or set data.too_long = 'drop'"
             )
@@ -245,8 +244,14 @@ class Fitting:
 
     def _measured(self, chat: Chat) -> PromptLengths:
         key = self._key(chat)
-        return measure_prompts(self.prompts, chat, self.host, key, responses=self.given)
+        location = self.prompts.location
+        return measure_prompts(
+            self.prompts, chat, self.host, key, location=location, responses=self.given
+        )
 
     def _key(self, chat: Chat) -> str | None:
         data = self.host.inputs.get("data")
         return cache_key(data, self.cfg.data, chat, responses=self.given)
+
+    def _named(self, rows: np.ndarray) -> str:
+        return named_rows(self.prompts.location, rows)

@@ -25,7 +25,8 @@ import numpy as np
 from reflux.tokenalign.table_cache import cache_folder, key_of
 
 from .chat import Chat
-from .prompts import Prompts
+from .prompt import Prompt
+from .sources import Location
 
 log = logging.getLogger(__name__)
 
@@ -104,9 +105,16 @@ def cache_key(
 
 
 def measure_prompts(
-    prompts: Prompts, chat: Chat, ranks: Ranks, key: str | None = None, *, responses: bool = False
+    prompts: Sequence[Prompt],
+    chat: Chat,
+    ranks: Ranks,
+    key: str | None = None,
+    *,
+    location: Location,
+    responses: bool = False,
 ) -> PromptLengths:
-    """key: of the cache; None: there is none. responses: measure the data's own, too. Collective.
+    """key: of the cache; None: there is none. location: of a row, by its number. responses: measure
+    the data's own, too. Collective.
 
     ValueError, the same on every rank, for a row that is no prompt or that the template refuses.
     """
@@ -114,7 +122,7 @@ def measure_prompts(
     cached = ranks.gather([load_columns(key, COLUMNS, len(prompts))] if ranks.rank == 0 else [])[0]
     if cached is not None:
         return PromptLengths(*cached)
-    parts, error = _measure_part(prompts, chat, ranks, responses)
+    parts, error = _measure_part(prompts, chat, ranks, location, responses)
     messages = [m for m in ranks.gather([error]) if m]
     if messages:
         raise ValueError(messages[0])
@@ -130,7 +138,7 @@ Part = tuple[int, np.ndarray, np.ndarray, np.ndarray]  # first row, columns of P
 
 
 def _measure_part(
-    prompts: Prompts, chat: Chat, ranks: Ranks, responses: bool
+    prompts: Sequence[Prompt], chat: Chat, ranks: Ranks, location: Location, responses: bool
 ) -> tuple[list[Part], str | None]:
     """This rank's chunks, and what is wrong with a row."""
     parts: list[Part] = []
@@ -138,8 +146,10 @@ def _measure_part(
     told = time.monotonic()
     for start in starts:
         try:
-            parts.append(_measure_chunk(prompts, chat, start, responses))
-        except ValueError as error:
+            parts.append(_measure_chunk(prompts[start : start + CHUNK], chat, start, responses))
+        except _RowError as error:
+            return parts, f"{location(error.row)}: {error}"
+        except ValueError as error:  # it names the row
             return parts, str(error)
         if ranks.is_main and time.monotonic() - told > PATIENCE_S:
             told = time.monotonic()
@@ -149,8 +159,13 @@ def _measure_part(
     return parts, None
 
 
-def _measure_chunk(prompts: Prompts, chat: Chat, start: int, responses: bool) -> Part:
-    chunk = prompts[start : start + CHUNK]
+class _RowError(ValueError):
+    def __init__(self, row: int, message: str):
+        super().__init__(message)
+        self.row = row
+
+
+def _measure_chunk(chunk: Sequence[Prompt], chat: Chat, start: int, responses: bool) -> Part:
     try:
         lengths = chat.prompt_lengths([p.messages for p in chunk])
     except ValueError:
@@ -158,7 +173,7 @@ def _measure_chunk(prompts: Prompts, chat: Chat, start: int, responses: bool) ->
             try:
                 chat.prompt_ids(prompt.messages)
             except ValueError as error:
-                raise ValueError(f"{prompts.location(prompt.index)}: {error}") from None
+                raise _RowError(prompt.index, str(error)) from None
         raise
     own = [
         len(chat.encode(p.response)) + 1 if responses and p.response is not None else 0

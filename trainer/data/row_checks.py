@@ -11,8 +11,8 @@ import numpy as np
 from reflux.trainer.config.sections import TaskSection
 
 from .chat import Chat
-from .prompts import Prompts
 from .shortening import Messages
+from .sources import Location
 
 NEEDS_ANSWER = ("exact", "math", "multiple_choice")  # tasks that compare with Prompt.answer
 NAMED = 3  # rows that a message names
@@ -43,33 +43,41 @@ class Need:
         """Tokens too many, were these the messages of the row."""
         return len(self.chat.prompt_ids(messages)) + int(self.behind_N[row]) - self.room
 
-    def words(self, prompts: Prompts) -> str:
+    def words(self, location: Location) -> str:
         """Which rows are too long, and the longest of them."""
         rows, longest = np.flatnonzero(self.over_N), int(self.tokens_N.argmax())
         tokens = int(self.prompt_N[longest]), int(self.behind_N[longest])
         return (
-            f"{named_rows(prompts, rows)}: {len(rows):,} of {len(self.over_N):,} prompts are too "
-            f"long for the {self.role}. The longest, {prompts.location(longest)}, has {tokens[0]} "
+            f"{named_rows(location, rows)}: {len(rows):,} of {len(self.over_N):,} prompts are too "
+            f"long for the {self.role}. The longest, {location(longest)}, has {tokens[0]} "
             f"tokens, with {tokens[1]} for {self.behind} {sum(tokens)}; want at most {self.room}, "
             f"{self.limit}"
         )
 
+    @property
+    def advice(self) -> str:
+        """The beginning of a sentence: what gives the model of [model] more room, or less text."""
+        least, positions = int(self.tokens_N.max()) - 1, self.chat.positions
+        if positions is not None and least > positions:
+            return f"The model has no more than {positions} positions: lower rollout.max_tokens"
+        return f"Set training.seq_len >= {least}, lower rollout.max_tokens"
 
-def named_rows(prompts: Prompts, rows: np.ndarray) -> str:
+
+def named_rows(location: Location, rows: np.ndarray) -> str:
     """The first of these rows, and how many more there are."""
-    named = "; ".join(prompts.location(int(row)) for row in rows[:NAMED])
+    named = "; ".join(location(int(row)) for row in rows[:NAMED])
     more = len(rows) - NAMED
     return f"{named} and {more:,} more" if more > 0 else named
 
 
 def check_answers(
-    prompts: Prompts, answered_N: np.ndarray, task: TaskSection, section: str
+    location: Location, answered_N: np.ndarray, task: TaskSection, section: str
 ) -> None:
     """ValueError where more rows have no answer than grades may fail. section: of the source."""
     missing = np.flatnonzero(~answered_N)
     if task.name in NEEDS_ANSWER and len(missing) > task.max_failed * len(answered_N):
         raise ValueError(
-            f"{named_rows(prompts, missing)}: no answer, in {len(missing):,} of "
+            f"{named_rows(location, missing)}: no answer, in {len(missing):,} of "
             f"{len(answered_N):,} rows, and task {task.name} compares with it. Name its column: "
             f'{section}.columns = {{answer = "..."}}'
         )

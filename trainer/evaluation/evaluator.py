@@ -10,26 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from reflux.trainer.config.evaluation import check_options
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.failed_grades import FEW
 from reflux.trainer.data.graders import Grade
-from reflux.trainer.data.prompts import load_prompts
 from reflux.trainer.phase import Engine, Grader, Sampler, Sampling
 from reflux.trainer.rollouts.defences import DefendedDecoding
 from reflux.trainer.rollouts.generate import EmbeddedSampler
 
 from .acceptance import load_graded
 from .metrics import Difference, check_same, compare, measure, metric_values
-from .multiple_choice import (
-    Options,
-    choices_by_likelihood,
-    list_options,
-    read_options,
-    score_options,
-)
+from .multiple_choice import choices_by_likelihood, score_options
 from .predictions import (
     MODES,
     Generation,
@@ -41,6 +33,7 @@ from .predictions import (
     save_predictions,
     with_outcomes,
 )
+from .questions import Questions
 from .results import Evaluation, log_fields
 
 SAMPLE_STREAM = 1 << 31  # evaluation draws its own random numbers, whatever step it happens at
@@ -70,7 +63,7 @@ class Evaluator:
         model is served with. whole_run: the run is this evaluation. Then sampled answers take
         rollout.temperature, top_p and top_k, else the full softmax at temperature 1; and answers
         are cached on disk, so that a killed evaluation goes on. ValueError, before anything is
-        answered, for options that cannot be read and for an eval.against with other questions.
+        answered, for questions that cannot be used and for an eval.against with other ones.
         """
         self.cfg, self.engine, self.chat, self.grader = cfg, engine, chat, grader
         self.whole_run = whole_run
@@ -81,15 +74,10 @@ class Evaluator:
         self.prompts: Sequence[Prompt] = ()
         self._theirs: list[Prediction] | None = None
         self._unfinished: Unfinished | None = None
-        options = cfg.task.options
-        given = {"column": options.get("choices"), "answer_is": options.get("answer_is")}
-        self._format = {name: value for name, value in given.items() if value is not None}
         if not e.source:
             return
-        check_options(e, cfg.task.name)
-        self.prompts = load_prompts(e.source, split=e.split, columns=e.columns, limit=e.limit)
-        for prompt in self.prompts if e.scores_options or e.list_options else ():
-            read_options(prompt, **self._format)
+        self.questions = Questions(cfg, engine, chat)
+        self.prompts = self.questions.prompts
         if e.against:
             self._theirs = load_graded(e.against, "eval.against", cfg.task)
             check_same(self.expected(), self._theirs, e.against)
@@ -206,7 +194,7 @@ class Evaluator:
 
     def _generate(self, prompts: Sequence[Prompt], mode: str, count: int) -> list[Prediction]:
         sampling = self._sampling(greedy=mode == "greedy")
-        shown = [self._shown(p) for p in prompts]
+        shown = [self.questions.shown(p) for p in prompts]
         texts = [x for group in self.sampler.sample(shown, count, sampling) for x in group]
         assert self.grader is not None
         ids = [prompt_id(p) for p in prompts for _ in range(count)]
@@ -225,7 +213,7 @@ class Evaluator:
     def _prediction(
         self, mode: str, sample: int, id: str, rollout: Rollout, grade: Grade
     ) -> Prediction:
-        options = self._options(rollout.prompt)
+        options = self.questions.options_or_none(rollout.prompt)
         nll = -float(np.sum(rollout.logp))
         return Prediction(
             mode=mode,
@@ -245,27 +233,11 @@ class Evaluator:
         )
 
     def _choose(self, prompts: Sequence[Prompt]) -> list[Prediction]:
-        shown = [self._shown(p) for p in prompts]
-        questions = [(p, read_options(p, **self._format)) for p in shown]
+        shown = [self.questions.shown(p) for p in prompts]
+        questions = [(p, self.questions.options(p)) for p in shown]
         scores = score_options(self.engine, self.chat, questions, tokens=self.cfg.batch.tokens)
         return [
             prediction
             for p, question, logp in zip(prompts, questions, scores)
             for prediction in choices_by_likelihood(*question, logp, prompt_id(p))
         ]
-
-    def _shown(self, prompt: Prompt) -> Prompt:
-        if not self.cfg.eval.list_options:
-            return prompt
-        return list_options(prompt, self.cfg.seed, **self._format)
-
-    def _options(self, prompt: Prompt) -> Options | None:
-        """None where the task has none, or they cannot be read: a generated answer can be graded
-        without their positions.
-        """
-        if self.cfg.task.name != "multiple_choice":
-            return None
-        try:
-            return read_options(prompt, **self._format)
-        except ValueError:
-            return None

@@ -129,6 +129,13 @@ def test_what_cannot_be_cut_is_refused_and_the_cache_remembers_it(model, tmp_pat
     assert "Shorten their other messages" in errors[0]
 
 
+def test_no_more_room_is_advised_than_the_model_has_positions(tmp_path):
+    rows = [{"prompt": "long word " * 20, "answer": "1"}, {"prompt": "q", "answer": "1"}]
+    cfg = make_config(make_folder(tmp_path / "short", 64), write(tmp_path, rows))
+    with pytest.raises(ValueError, match="The model has no more than 64 positions: lower roll"):
+        load(cfg)
+
+
 def test_nothing_left_is_an_error(model, tmp_path):
     source = write(tmp_path, [{"prompt": "long word " * 20, "answer": "1"}] * 3)
     with pytest.raises(ValueError, match="3 of 3 prompts are too long"):

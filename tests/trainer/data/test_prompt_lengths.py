@@ -13,7 +13,7 @@ from thread_ranks import ThreadRank, on_ranks
 from reflux.trainer.config.sections import DataSection
 from reflux.trainer.data import prompt_lengths
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.data.prompt_lengths import cache_key, measure_prompts
+from reflux.trainer.data.prompt_lengths import cache_key
 from reflux.trainer.data.prompts import load_prompts
 
 DATA = {"path": "data.jsonl", "files": {"data.jsonl": "ab12"}}
@@ -43,6 +43,10 @@ def source(tmp_path) -> str:
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def measure_prompts(prompts, *given, **options):
+    return prompt_lengths.measure_prompts(prompts, *given, location=prompts.location, **options)
 
 
 def open_rows(source):

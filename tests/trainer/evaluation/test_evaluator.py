@@ -3,6 +3,7 @@ change, ranks and kills change nothing.
 """
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -110,6 +111,51 @@ def test_an_evaluation_on_the_way_of_a_training_run_samples_at_temperature_1(tal
         answers.append(predictions(tmp_path / name))
     assert answers[0] == answers[1]
     assert texts(answers[0], "sampled")[::2] != texts(answers[0], "greedy")
+
+
+def test_a_question_that_is_too_long_is_refused_before_anything_is_answered(talkers, tmp_path):
+    path = write_data(tmp_path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[7]["prompt"] = "long word " * 12
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    says = (
+        "data.jsonl, line 8: 1 of 24 prompts are too long for the model. .* want at most 97, "
+        r"training.seq_len \+ 1. Set training.seq_len >= (\d+), .* or leave these rows out"
+    )
+    with pytest.raises(ValueError, match=says) as error:
+        evaluate(talkers, tmp_path / "run", source=str(path))
+    assert not (tmp_path / "run" / "predictions").exists()
+    least = int(re.search(says, str(error.value))[1])
+    chat = Chat(str(talkers / "policy"))
+    talk = ({"role": "user", "content": rows[7]["prompt"]},)
+    assert least == len(chat.prompt_ids(talk)) + 14 - 1
+    over = {"source": str(path), "training": {"seq_len": least}, "eval": {"limit": 8}}
+    evaluate(talkers, tmp_path / "run", **over)
+
+
+def test_options_have_to_fit_too(talkers, tmp_path):
+    source = Path(write_choices(tmp_path))
+    row = {"prompt": "What?", "answer": "0", "choices": ["long word " * 30, "2"]}
+    source.write_text(source.read_text() + json.dumps(row) + "\n")
+    over = {"source": str(source), "task": CHOICE}
+    for spec in ({"by": "likelihood"}, {"by": "both"}, {"list_options": True}):
+        with pytest.raises(ValueError, match="choices.jsonl, line 13: 1 of 13 prompts are too lo"):
+            evaluate(talkers, tmp_path / "run", eval=spec, **over)
+
+
+@pytest.mark.parametrize(
+    "rows, says", [(24, "line 1; .*and 21 more: no answer, in 24 of 24"), (1, "line 1: no")]
+)
+def test_questions_without_answers_are_refused(talkers, tmp_path, rows, says):
+    """Else every grade would fail, or, with every text truncated, none would say so."""
+    path = write_data(tmp_path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in lines[:rows]:
+        row["answer"] = None
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines[: 24 if rows > 1 else 12]))
+    with pytest.raises(ValueError, match=says + ".*task exact compares with it. .* eval.columns"):
+        evaluate(talkers, tmp_path / "run", source=str(path))
+    assert not (tmp_path / "run" / "predictions").exists()
 
 
 # --- failed grades

@@ -1,0 +1,88 @@
+"""The held-out prompts of an evaluation: how the model is shown them, and what is checked of all of
+them before anything is answered.
+
+N: rows of the source.
+"""
+
+import numpy as np
+
+from reflux.trainer.config.evaluation import check_options
+from reflux.trainer.config.phases import roles
+from reflux.trainer.config.schema import Config
+from reflux.trainer.data.batch import Prompt
+from reflux.trainer.data.chat import Chat
+from reflux.trainer.data.prompt_lengths import PromptLengths, cache_key, measure_prompts
+from reflux.trainer.data.prompts import load_prompts
+from reflux.trainer.data.row_checks import Need, check_answers
+from reflux.trainer.phase import Engine
+
+from .multiple_choice import Options, list_options, read_options
+
+
+class Questions:
+    """The prompts of [eval], as they are in the source."""
+
+    def __init__(self, cfg: Config, engine: Engine, chat: Chat):
+        """Collective. ValueError for a row that is no prompt, whose options cannot be read, that
+        lacks an answer or is too long for the model.
+        """
+        e, self.cfg = cfg.eval, cfg
+        check_options(e, cfg.task.name)
+        given = cfg.task.options
+        named = {"column": given.get("choices"), "answer_is": given.get("answer_is")}
+        self._format = {name: value for name, value in named.items() if value is not None}
+        self.prompts = load_prompts(
+            e.source, split=e.split, columns=e.columns, limit=e.limit, check_rows=False
+        )
+        lengths = self._measured(engine, chat)
+        for prompt in self.prompts if e.scores_options or e.list_options else ():
+            self.options(prompt)
+        if e.generates:
+            check_answers(self.prompts.location, lengths.answered_N, cfg.task, "eval")
+        self._check_lengths(lengths, engine.seq_len, chat)
+
+    def shown(self, prompt: Prompt) -> Prompt:
+        """As the model reads it: with its options, where eval.list_options says so."""
+        if not self.cfg.eval.list_options:
+            return prompt
+        return list_options(prompt, self.cfg.seed, **self._format)
+
+    def options(self, prompt: Prompt) -> Options:
+        """ValueError where they cannot be read."""
+        return read_options(prompt, **self._format)
+
+    def options_or_none(self, prompt: Prompt) -> Options | None:
+        """None where the task has none, or they cannot be read: a generated answer can be graded
+        without their positions.
+        """
+        if self.cfg.task.name != "multiple_choice":
+            return None
+        try:
+            return self.options(prompt)
+        except ValueError:
+            return None
+
+    def _measured(self, engine: Engine, chat: Chat) -> PromptLengths:
+        e, location = self.cfg.eval, self.prompts.location
+        if e.list_options:
+            shown = [self.shown(p) for p in self.prompts]
+            return measure_prompts(shown, chat, engine, location=location)
+        key = cache_key(engine.inputs.get("eval"), e, chat)
+        return measure_prompts(self.prompts, chat, engine, key, location=location)
+
+    def _check_lengths(self, lengths: PromptLengths, seq_len: int, chat: Chat) -> None:
+        e, behind_N, behind = self.cfg.eval, np.zeros(len(self.prompts), np.int64), "an option"
+        if e.scores_options:
+            behind_N[:] = [
+                max(len(chat.encode(text)) for text in self.options(p).texts) for p in self.prompts
+            ]
+        if e.generates:
+            behind_N = np.maximum(behind_N, self.cfg.rollout.max_tokens)
+            behind = "rollout.max_tokens"
+        role, limit = roles(self.cfg)[0].name, "training.seq_len + 1"
+        need = Need(role, chat, lengths.prompt_N, behind_N, behind, seq_len + 1, limit)
+        if need.over_N.any():
+            raise ValueError(
+                f"{need.words(self.prompts.location)}. {need.advice}, or leave these rows out of "
+                "eval.source: an evaluation drops nothing by itself"
+            )
