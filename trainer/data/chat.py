@@ -245,8 +245,8 @@ def _load_tokenizer(path: str) -> Any:
             raise ValueError(f"{torn}. Copy or download it again") from error
         lines = (str(error).strip() or "no message").splitlines()
         raise ValueError(
-            f"{path}: transformers cannot read its tokenizer ({type(error).__name__}: {lines[0]}). Want "
-            "tokenizer.json and tokenizer_config.json as save_pretrained writes them"
+            f"{path}: transformers cannot read its tokenizer ({type(error).__name__}: {lines[0]}). "
+            "Want tokenizer.json and tokenizer_config.json as save_pretrained writes them"
         ) from error
 
 
