@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     _set_single_rank()
     with signals.handled_by(signals.raise_interrupt):
         try:
+            signals.end_with_launcher()
             cfg = loader.load(args.config, tuple(args.set))
             if args.print_config:
                 print(loader.to_toml(cfg), end="")

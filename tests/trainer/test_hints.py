@@ -30,7 +30,7 @@ from reflux.trainer.studies import real_pair
 ROOT = Path(__file__).parents[2]
 # what looks like a command, or like a way to get one, inside a longer text
 LIKE_A_COMMAND = re.compile(
-    r"python -m|python trainer|torchrun [^e]|pip install|--(check|dry-run|set)\b|\bmake [a-z]+ to|"
+    r"python -m|python trainer|torchrun [^e]|pip install|--(check|dry-run|set) \w|\bmake [a-z]+ to|"
     r"[Ss]ame command|command again"
 )
 WRITTEN_OUT = {  # texts that hold a command and do not come from runs/commands.py

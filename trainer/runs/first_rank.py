@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import time
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 POLL_S = 0.1
 WAIT_S = 0.5
+TIMEOUT = timedelta(minutes=5)  # between the starts of two ranks
 DECIDED = "reflux/folder"
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 
@@ -69,4 +71,4 @@ def _store() -> "Store":
     """Stays open: the process group of the engine uses the same server."""
     from torch.distributed import rendezvous
 
-    return next(rendezvous("env://"))[0]
+    return next(rendezvous("env://", timeout=TIMEOUT))[0]

@@ -4,13 +4,17 @@ One that the process was told to ignore (SIGHUP under nohup) stays ignored.
 """
 
 import contextlib
+import ctypes
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # a terminal signals every process of a job, and launchers pass the same signal on
 SAME_SIGNAL_S = 2.0
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -33,6 +37,16 @@ def handled_by(handler: Handler) -> Iterator[None]:
     finally:
         for number, handler_before in before.items():
             signal.signal(number, handler_before)
+
+
+def end_with_launcher() -> None:
+    """A worker of torchrun gets SIGTERM when torchrun ends without a word. Linux only."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != launcher:  # it ended before
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def raise_interrupt(number: int, frame: FrameType | None) -> None:
