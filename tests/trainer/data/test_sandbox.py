@@ -24,10 +24,13 @@ def rollout(text, **extra):
     return Rollout(prompt, (1,), (2, 3), (-0.1, -0.2), 0.0, text, True)
 
 
-def holds(kind):
+def trial(kind):
     path = os.pathsep.join(sys.path)
-    command = [*kind.command, *sandbox._python(), str(sandbox.WORKER), "try", kind.scratch, path]
-    done = subprocess.run(command, env=sandbox._environment(kind.scratch), capture_output=True)
+    return [*kind.command, *sandbox._python(), str(sandbox.WORKER), "try", kind.scratch, path]
+
+
+def holds(kind):
+    done = subprocess.run(trial(kind), env=sandbox._environment(kind.scratch), capture_output=True)
     return done.returncode == 0
 
 
@@ -123,9 +126,8 @@ def test_scratch_is_small_and_in_memory(attack, kind):
 
 def test_limits_of_the_user_that_are_lower_already_stay(kind):
     """`ulimit -f` before a run: no process may raise it again."""
-    command = [*kind.command, *sandbox._python(), str(sandbox.WORKER), "try", kind.scratch]
     done = subprocess.run(
-        ["sh", "-c", 'ulimit -f 8 && exec "$@"', "sh", *command],
+        ["sh", "-c", 'ulimit -f 8 && exec "$@"', "sh", *trial(kind)],
         env=sandbox._environment(kind.scratch),
         capture_output=True,
         text=True,
