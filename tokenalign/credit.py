@@ -2,9 +2,14 @@
 
 `credit` divides a span's value among its tokens; by every rule the parts add up to the value. As a
 policy-gradient advantage such a part is myopic: it rewards a token for its own span only.
-`reward_to_go` gives each token all that comes at and after its span, which leaves the expected
-gradient of the whole sum as it is. So does a baseline made of another text's `span_to_go` at the
-same span number (`following_span`): it does not depend on what follows the token.
+
+`reward_to_go` gives each token the whole sum without the spans that are *settled*: those that no
+continuation of the text before the token can change. What is left out is then a function of that
+text, so the expected gradient stays that of the whole sum. A span that merely ends before the token
+is not settled across tokenizers: the other model may cut "un" and what follows it as one token, and
+scores "un" accordingly. Where both sides have the same tokens every earlier span is settled
+(`following_span`). A baseline may be another text's `span_to_go` at the same count: it does not
+depend on what follows the token.
 
 S: spans. T: tokens of one side, span -1 = outside every span (no credit).
 """
@@ -63,17 +68,46 @@ def credit(
 
 
 def reward_to_go(
-    value_S: np.ndarray, span_T: np.ndarray, *, end: float = 0.0, length: int | None = None
+    value_S: np.ndarray,
+    span_T: np.ndarray,
+    *,
+    settled: np.ndarray | None = None,
+    end: float = 0.0,
+    length: int | None = None,
 ) -> np.ndarray:
-    """For each token the sum of value_S at and after its span, and `end`; float64 [T], or [length]
-    with tokens appended.
+    """For each token the sum of value_S without the settled spans, and `end`; float64 [T], or
+    [length] with tokens appended.
 
-    A token outside every span gets what comes after it: everything for a BOS in front, `end` past
-    the last span. end: what comes behind the text, the stop term's value; the stop token is a token
-    past the last span, so it gets `end` alone.
+    settled: int [T] (or [length]), how many spans from the start no continuation after the token's
+    own start can change any more, in bounds, tokens and scores. None: none are settled, so each
+    token gets the whole sum, which is exact for any two tokenizers. For one vocabulary on both
+    sides: following_span(span_T, S, length), everything before the token's own span.
+    end: what comes behind the text, the stop term's value.
+    ValueError: another shape, a count that takes in the token's own span or a later one.
     """
     value_S, span_T = _check(value_S, span_T)
-    return span_to_go(value_S, end)[following_span(span_T, len(value_S), length)]
+    following = following_span(span_T, len(value_S), length)
+    return span_to_go(value_S, end)[settled_spans(settled, following)]
+
+
+def settled_spans(settled: np.ndarray | None, following: np.ndarray) -> np.ndarray:
+    """int64: `settled` checked against `following_span`; zeros for None."""
+    if settled is None:
+        return np.zeros_like(following)
+    settled = np.asarray(settled)
+    if settled.shape != following.shape or settled.dtype.kind not in "iu":
+        raise ValueError(
+            f"reward_to_go: settled is {settled.dtype} {list(settled.shape)}; want a whole number "
+            f"for each of the {len(following)} tokens."
+        )
+    wrong = np.flatnonzero((settled < 0) | (settled > following))
+    if len(wrong):
+        t = wrong[0]
+        raise ValueError(
+            f"reward_to_go: settled[{t}] = {settled[t]}, but only {following[t]} spans end before "
+            f"token {t}; want 0 to {following[t]}. A token's own span cannot be settled before it."
+        )
+    return settled.astype(np.int64)
 
 
 def span_to_go(value_S: np.ndarray, end: float = 0.0) -> np.ndarray:

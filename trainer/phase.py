@@ -68,6 +68,9 @@ class CalibrationScore:
     n_bytes: int
     clipped: float  # fraction of spans whose difference was clipped
     scored: bool  # False: the text is unaligned, or the rollout is masked by rule
+    # [n] spans that were settled before each response token, the stop token included
+    # (tokenalign.credit); None: none, so that span credit is the whole sum
+    settled: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)

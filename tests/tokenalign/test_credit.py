@@ -66,17 +66,35 @@ def test_reward_to_go_is_the_sum_at_and_after(sides, seed):
     for t in range(len(span)):
         following = [s for s in span[t:] if s >= 0]
         want.append(value[following[0] :].sum() if following else 0.0)
-    np.testing.assert_allclose(reward_to_go(value, span), want, atol=1e-12)
+    got = reward_to_go(value, span, settled=following_span(span, len(value)))
+    np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+@given(tokenizations(), SEEDS, st.floats(-5, 5), st.integers(0, 3))
+def test_unless_spans_are_settled_every_token_gets_the_whole_sum(sides, seed, end, extra):
+    value, span, _ = case(sides, seed)
+    got = reward_to_go(value, span, end=end, length=len(span) + extra)
+    np.testing.assert_allclose(got, np.full(len(span) + extra, value.sum() + end), atol=1e-12)
 
 
 @given(tokenizations(), SEEDS)
-def test_reward_to_go_keeps_the_expected_gradient(sides, seed):
-    """A span's value reaches exactly the tokens that could have changed it."""
+def test_only_what_is_settled_is_left_out(sides, seed):
     value, span, _ = case(sides, seed)
-    k = seed % len(value)
+    following = following_span(span, len(value))
+    settled = np.random.default_rng(seed).integers(0, following + 1)
+    got = reward_to_go(value, span, settled=settled)
+    np.testing.assert_allclose(got, [value[k:].sum() for k in settled], atol=1e-12)
+
+
+@given(tokenizations(), SEEDS)
+def test_a_settled_span_reaches_no_later_token(sides, seed):
+    """With all earlier spans settled a span's value reaches the tokens up to its own last."""
+    value, span, _ = case(sides, seed)
+    k, settled = seed % len(value), following_span(span, len(value))
     bump = np.zeros(len(value))
     bump[k] = 1.0
-    reached = np.abs(reward_to_go(value + bump, span) - reward_to_go(value, span)) > 0.5
+    before, after = (reward_to_go(v, span, settled=settled) for v in (value, value + bump))
+    reached = np.abs(after - before) > 0.5
     last = np.flatnonzero(span == k)[-1]
     assert np.array_equal(reached, np.arange(len(span)) <= last)
 
@@ -84,8 +102,10 @@ def test_reward_to_go_keeps_the_expected_gradient(sides, seed):
 @given(tokenizations(), SEEDS, st.floats(-5, 5), st.integers(0, 3))
 def test_the_end_is_added_to_every_token_and_is_all_the_stop_gets(sides, seed, end, extra):
     value, span, _ = case(sides, seed)
-    plain = reward_to_go(value, span)
-    got = reward_to_go(value, span, end=end, length=len(span) + extra)
+    length = len(span) + extra
+    settled = following_span(span, len(value), length)
+    plain = reward_to_go(value, span, settled=settled[: len(span)])
+    got = reward_to_go(value, span, settled=settled, end=end, length=length)
     np.testing.assert_allclose(got[: len(span)], plain + end, atol=1e-12)
     assert (got[len(span) :] == end).all() and len(got) == len(span) + extra
 
@@ -96,7 +116,9 @@ def test_the_span_that_follows(sides, seed):
     following = following_span(span, len(value))
     for t, k in enumerate(following):
         assert k == next((s for s in span[t:] if s >= 0), len(value))
-    assert np.array_equal(span_to_go(value)[following], reward_to_go(value, span))
+    assert np.array_equal(
+        span_to_go(value)[following], reward_to_go(value, span, settled=following)
+    )
 
 
 @given(st.lists(st.floats(-3, 3), max_size=6), st.floats(-3, 3))
@@ -151,3 +173,11 @@ def test_what_people_get_wrong():
         reward_to_go([1.0], span, length=1)
     with pytest.raises(ValueError, match="spans up to 0"):
         reward_to_go([], span)
+    for settled, message in (
+        (np.array([0]), r"settled is int64 \[1\]; want a whole number for each of the 2 tokens"),
+        (np.zeros(2), "settled is float64"),
+        (np.array([0, 1]), r"settled\[1\] = 1, but only 0 spans end before token 1"),
+        (np.array([-1, 0]), r"settled\[0\] = -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reward_to_go([1.0], span, settled=settled)

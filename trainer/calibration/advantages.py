@@ -4,7 +4,8 @@
     A_i       = norm(r_task)_i + eta * norm(r_cal)_i             the same on every token of i   (4)
 
 Each reward is normalised by itself. With calibration.normalise = "joint" the sum is normalised
-instead; with calibration.credit = "span" the calibration part is a reward-to-go by token.
+instead; with calibration.credit = "span" a token's calibration part leaves out the spans that were
+settled before it.
 
 Everything here is float64 numpy: P prompts, G rollouts of each, n tokens of one response.
 """
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from reflux.tokenalign.credit import following_span, span_to_go
+from reflux.tokenalign.credit import following_span, reward_to_go, settled_spans, span_to_go
 from reflux.trainer.config.sections import CalibrationSection
 from reflux.trainer.phase import CalibrationScore
 
@@ -128,30 +129,37 @@ def span_credit(
     return [
         [
             np.full(n, task)
-            + eta * part.weight_P[p] * span_advantage(scores_G, g, int(n)) / scale_P1[p, 0]
+            + eta
+            * part.weight_P[p]
+            * span_advantage(scores_G, g, int(n), scores_G[g].settled)
+            / scale_P1[p, 0]
             for g, (task, n) in enumerate(zip(task_PG[p], groups.lengths_PG[p]))
         ]
         for p, scores_G in enumerate(_scored_only(groups.scores_PG, part.scored_PG))
     ]
 
 
-def span_advantage(group: Sequence[CalibrationScore], g: int, n: int) -> np.ndarray:
-    """[n] reward-to-go of the span values minus the others' mean reward-to-go from the same span on
-    (score_norm = "sum").
+def span_advantage(
+    group: Sequence[CalibrationScore], g: int, n: int, settled_n: np.ndarray | None = None
+) -> np.ndarray:
+    """[n] the span values that are not settled before each token, minus the others' mean of the
+    same (score_norm = "sum").
 
-    Reward-to-go keeps the expected gradient of the sequence reward; the baseline does not depend on
-    what follows the token. A token outside every span goes with the span that follows it, the stop
-    token with the stop term.
+    settled_n: how many spans from the start no continuation of the text before the token can
+    change; None: none, so that every token gets the whole sum. What is left out and the baseline do
+    not depend on what follows the token, so the expected gradient is that of the whole sum. A token
+    outside every span goes with the span that follows it, the stop token with the stop term.
     """
     mine = group[g]
     others = [s for i, s in enumerate(group) if s.scored and i != g]
     if not mine.scored or not others:
         return np.zeros(n)
-    at_n = following_span(mine.span, len(mine.span_value), n)
+    at_n = settled_spans(settled_n, following_span(mine.span, len(mine.span_value), n))
     baseline_n = np.mean(
         [span_to_go(s.span_value, s.stop)[np.minimum(at_n, len(s.span_value))] for s in others], 0
     )
-    return span_to_go(mine.span_value, mine.stop)[at_n] - baseline_n
+    own_n = reward_to_go(mine.span_value, mine.span, settled=at_n, end=mine.stop, length=n)
+    return own_n - baseline_n
 
 
 def std_nats(groups: Groups, part: CalibrationPart, cal: CalibrationSection, eta: float) -> float:

@@ -14,7 +14,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from reflux.tokenalign.credit import following_span
 from reflux.tokenalign.scores import compare_spans, span_logprobs
+from reflux.trainer.config.roles import calibrate_advice
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Rollout
 from reflux.trainer.data.chat import Chat
@@ -31,8 +33,12 @@ class LikelihoodRatio:
 
     def __init__(self, cfg: Config, engine: Engine, chat: Chat):
         self.cfg, self.engine, self.chat = cfg, engine, chat
-        self.proxy, self.proxy_chat = engine.frozen(cfg.proxy), Chat(cfg.proxy.path)
+        self.proxy_chat = Chat(cfg.proxy.path)
         self.same_ids = chat.table.fingerprint() == self.proxy_chat.table.fingerprint()
+        advice = calibrate_advice(cfg, self.same_ids)
+        if advice is not None and advice.level == "error":  # before a model is loaded for nothing
+            raise ValueError(advice.text)
+        self.proxy = engine.frozen(cfg.proxy)
         if cfg.calibration.score_norm == "per_token" and not self.same_ids:
             warnings.warn(
                 "calibration.score_norm = 'per_token' is not fair across tokenizers: the two sides "
@@ -106,7 +112,12 @@ class LikelihoodRatio:
             stop_b=rollout.stop_logp if with_stop else None,
             clip=cal.span_clip,
         )
-        return calibration_score(scores, aligned.sampler_span, cal)
+        # with the same ids every span is a token; across tokenizers only allow_biased takes the
+        # spans before a token's own as settled, which the proxy may still cut anew
+        settled = None
+        if self.same_ids or cal.allow_biased:
+            settled = following_span(aligned.sampler_span, aligned.spans, len(rollout.ids))
+        return calibration_score(scores, aligned.sampler_span, cal, settled)
 
     def _check_unaligned(self, unaligned: float, total: int) -> None:
         """ValueError above calibration.max_unaligned, over all ranks."""

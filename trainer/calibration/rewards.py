@@ -25,10 +25,10 @@ def build_reward(cfg: Config, engine: Engine, chat: Chat) -> CalibrationReward:
 
 
 def calibration_score(
-    scores: Scores, span: np.ndarray, cal: CalibrationSection
+    scores: Scores, span: np.ndarray, cal: CalibrationSection, settled: np.ndarray | None = None
 ) -> CalibrationScore:
     """r_cal from the scores of one text, the proxy being side a and the denominator side b. span:
-    [n] of the policy's tokens.
+    [n] of the policy's tokens; settled: as in CalibrationScore.
     """
     return CalibrationScore(
         value=scores.ratio(cal.score_norm),
@@ -39,4 +39,5 @@ def calibration_score(
         n_bytes=scores.num_bytes,
         clipped=scores.clipped_fraction,
         scored=True,
+        settled=settled,
     )

@@ -86,7 +86,16 @@ def calibrate_pair(cfg: Config) -> Pair | None:
 
 
 def calibrate_advice(cfg: Config, same_ids: bool) -> Advice | None:
-    if same_ids or cfg.calibration.score_norm != "per_token":
+    cal = cfg.calibration
+    if cal.credit == "span" and not same_ids and not cal.allow_biased:
+        return Advice(
+            "error",
+            "calibration.credit = 'span' with a proxy of another tokenizer: what the proxy says of "
+            "a span may change with the token that follows, so leaving earlier spans out biases "
+            "the gradient (docs/tokenalign.md, \"Credit\"). Use calibration.credit = 'sequence'; "
+            "calibration.allow_biased = true runs it all the same, for comparison",
+        )
+    if same_ids or cal.score_norm != "per_token":
         return None
     return Advice(
         "warning",

@@ -101,8 +101,11 @@ class CalibrationSection:
     score_stop: bool = True  # add the stop set's log-probability where a rollout was not truncated
     # joint: one z-score of r_task + eta r_cal; the term of the larger std dominates
     normalise: Literal["separate", "joint"] = "separate"
-    # span: reward-to-go over spans, not winsorised
+    # span: each token without the spans settled before it, not winsorised; exact where the proxy
+    # has the policy's token ids, refused where it has not
     credit: Literal["sequence", "span"] = "sequence"
+    # credit = "span" across tokenizers, as if every earlier span were settled: for comparison
+    allow_biased: bool = False
     # what becomes of rollouts cut at max_tokens
     truncated: Literal["mask_cal", "drop", "score_prefix"] = "mask_cal"
     span_clip: float = 10.0  # nats; 0: off. Span differences are heavy-tailed

@@ -13,6 +13,7 @@ from calibration_cases import score, scored
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reflux.tokenalign.credit import following_span
 from reflux.trainer.calibration.advantages import (
     Groups,
     TokenAdvantages,
@@ -397,7 +398,8 @@ def test_reward_to_go_drops_by_the_span_that_is_left(seed):
     spans, stop = rng.normal(size=4), float(rng.normal())
     mine = replace(score(0.0, span=spans, stop=stop), span=np.array([0, 0, 1, -1, 2, 3]))
     silent = score(0.0, span=np.zeros(4))  # a baseline of zeros
-    got = span_advantage([mine, silent], 0, 7)
+    np.testing.assert_allclose(span_advantage([mine, silent], 0, 7), tail[0], atol=1e-12)
+    got = span_advantage([mine, silent], 0, 7, following_span(mine.span, 4, 7))
     tail = np.append(np.cumsum(spans[::-1])[::-1], 0) + stop
     # -1 goes with what follows; the last is the stop
     np.testing.assert_allclose(got, tail[[0, 0, 1, 2, 2, 3, 4]], atol=1e-12)
@@ -443,7 +445,7 @@ def test_span_credit_keeps_the_expected_gradient(seed):
         weight = np.exp(sum(policy[y][0] for y in pair))
         members = [score(0.0, span=value[y][0], stop=value[y][1]) for y in pair]
         for g, y in enumerate(pair):
-            got += weight * span_advantage(members, g, 2) @ policy[y][1] / 2
+            got += weight * span_advantage(members, g, 2, np.arange(2)) @ policy[y][1] / 2
     np.testing.assert_allclose(got, truth, atol=1e-7)
 
 

@@ -356,6 +356,7 @@ def test_texts_of_one_token_and_rows_filled_to_the_last_position(
                 "mode": "undistillable",
                 "denominator": "reference",
                 "credit": credit,
+                "allow_biased": True,  # the proxy has another tokenizer
                 "truncated": "score_prefix",
             },
             rollout={
@@ -385,7 +386,7 @@ OPTIONS = [
     {"calibration": {"score_norm": "per_token"}},
     {"calibration": {"denominator": "reference"}},
     {"calibration": {"score_stop": False}},
-    {"calibration": {"credit": "span"}},
+    {"calibration": {"credit": "span", "allow_biased": True}},
     {"calibration": {"truncated": "drop"}},
     {"calibration": {"truncated": "score_prefix"}},
     {"calibration": {"span_clip": 0.2}},

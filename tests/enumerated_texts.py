@@ -1,0 +1,140 @@
+"""Small worlds in which every text can be listed, so that expectations are sums: two vocabularies
+that cut a text longest-first, the policy's trajectories and the proxy's scores of them.
+
+S: spans. T: tokens of the policy, its stop token included.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from vocab_pairs import table_of
+
+from reflux.tokenalign.credit import following_span
+from reflux.tokenalign.offsets import side
+from reflux.tokenalign.scores import sequence_scores
+from reflux.tokenalign.spans import align_spans
+
+# (policy, proxy): merges of 2 and 3 bytes on either side and on both
+MERGES = {
+    "no merge": (["a", "b"], ["a", "b"]),
+    "the proxy merges 2": (["a", "b"], ["a", "b", "ab"]),
+    "the proxy merges 3": (["a", "b"], ["a", "b", "aba"]),
+    "the proxy merges 2 and 3": (["a", "b"], ["a", "b", "ab", "bab"]),
+    "the policy merges 2": (["a", "b", "ab"], ["a", "b"]),
+    "the policy merges 3": (["a", "b", "aba"], ["a", "b"]),
+    "both merge 2": (["a", "b", "ab"], ["a", "b", "ba"]),
+    "both merge 3": (["a", "b", "aba"], ["a", "b", "bab"]),
+    "words": (["un", "it", "happy", "a"], ["un", "unit", "happy", "it", "a", "ita"]),
+    "a proxy that never merges across a comma": (["a", "b", ","], ["a", "b", ",", "ab"]),
+}
+
+
+def longest_first(text: str, pieces: Sequence[str]) -> tuple[int, ...]:
+    ids: list[int] = []
+    while text:
+        piece = max((p for p in pieces if text.startswith(p)), key=len)
+        ids.append(pieces.index(piece))
+        text = text[len(piece) :]
+    return tuple(ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """One sampled text, ended by the stop id len(policy) or cut after the most tokens."""
+
+    ids: tuple[int, ...]
+    prob: float
+    value_S: np.ndarray  # log q - log p of each span, clipped
+    bounds: np.ndarray  # [S]
+    span: np.ndarray  # [content tokens]
+    end: float  # of the stop term; 0 if the text was cut
+
+    @property
+    def total(self) -> float:
+        return float(self.value_S.sum() + self.end)
+
+    @property
+    def following(self) -> np.ndarray:
+        """[T] the spans that end before each token."""
+        return following_span(self.span, len(self.value_S), len(self.ids))
+
+
+class World:
+    """All texts of at most `tokens` policy tokens; both models' conditionals are random, one for
+    every history.
+    """
+
+    def __init__(self, policy: list[str], proxy: list[str], *, seed=0, tokens=3, clip=0.0):
+        self.policy, self.proxy, self.tokens, self.clip = policy, proxy, tokens, clip
+        self.rng = np.random.default_rng(seed)
+        self.logp: dict[tuple[int, ...], np.ndarray] = {}
+        self.logq: dict[tuple[int, ...], np.ndarray] = {}
+        self.tables = [table_of([p.encode() for p in pieces]) for pieces in (proxy, policy)]
+        self.trajectories = [self._scored(ids) for ids in self._listed(())]
+
+    def _listed(self, history):
+        if len(history) == self.tokens:
+            return [history]
+        stop = len(self.policy)
+        longer = [t for i in range(stop) for t in self._listed((*history, i))]
+        return ([(*history, stop)] if history else []) + longer
+
+    def _conditional(self, known, history, count):
+        """log-probabilities of `count` pieces and, but at the start of a text, the stop."""
+        if history not in known:
+            logits = self.rng.normal(size=count + bool(history)) * 1.5
+            known[history] = logits - np.logaddexp.reduce(logits)
+        return known[history]
+
+    def _logp(self, known, ids, count):
+        return np.array(
+            [self._conditional(known, ids[:t], count)[i] for t, i in enumerate(ids)]
+        )
+
+    def _scored(self, ids):
+        stop = len(self.policy)
+        ended = ids[-1] == stop
+        content = ids[:-1] if ended else ids
+        text = "".join(self.policy[i] for i in content)
+        read = longest_first(text, self.proxy)
+        if ended:
+            read = (*read, len(self.proxy))
+        logp = self._logp(self.logp, ids, stop)
+        logq = self._logp(self.logq, read, len(self.proxy))
+        sides = (
+            side(table, list(x)[: len(x) - ended], text.encode())
+            for table, x in zip(self.tables, (read, ids))
+        )
+        (alignment,) = align_spans(*([s] for s in sides))
+        cut = -1 if ended else None
+        scores = sequence_scores(alignment, logq[:cut], logp[:cut], clip=self.clip)
+        end = float(logq[-1] - logp[-1]) if ended else 0.0
+        prob = float(np.exp(logp.sum()))
+        return Trajectory(ids, prob, scores.span_ratio, alignment.bounds, alignment.span_b, end)
+
+    def settled(self, trajectory: Trajectory) -> np.ndarray:
+        """[T] by the definition: the spans in front that are the same in every continuation."""
+        counts = []
+        for t in range(len(trajectory.ids)):
+            among = [x for x in self.trajectories if x.ids[:t] == trajectory.ids[:t]]
+            count = 0
+            while count < trajectory.following[t] and all(
+                len(x.value_S) > count
+                and x.bounds[count] == trajectory.bounds[count]
+                and x.value_S[count] == trajectory.value_S[count]
+                for x in among
+            ):
+                count += 1
+            counts.append(count)
+        return np.array(counts)
+
+    def gradient(self, credit) -> np.ndarray:
+        """The expected policy gradient in the logits of every history; credit(trajectory) -> [T]."""
+        got = {h: np.zeros_like(row) for h, row in self.logp.items()}
+        for x in self.trajectories:
+            for t, (i, c) in enumerate(zip(x.ids, credit(x), strict=True)):
+                score = -np.exp(self.logp[x.ids[:t]])
+                score[i] += 1
+                got[x.ids[:t]] += x.prob * c * score
+        return np.concatenate([got[h] for h in sorted(got)])
