@@ -88,9 +88,7 @@ class World:
         return known[history]
 
     def _logp(self, known, ids, count):
-        return np.array(
-            [self._conditional(known, ids[:t], count)[i] for t, i in enumerate(ids)]
-        )
+        return np.array([self._conditional(known, ids[:t], count)[i] for t, i in enumerate(ids)])
 
     def _scored(self, ids):
         stop = len(self.policy)
@@ -130,7 +128,7 @@ class World:
         return np.array(counts)
 
     def gradient(self, credit) -> np.ndarray:
-        """The expected policy gradient in the logits of every history; credit(trajectory) -> [T]."""
+        """The expected policy gradient in the logits of all histories; credit(x) -> [T]."""
         got = {h: np.zeros_like(row) for h, row in self.logp.items()}
         for x in self.trajectories:
             for t, (i, c) in enumerate(zip(x.ids, credit(x), strict=True)):

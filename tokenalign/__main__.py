@@ -36,6 +36,7 @@ from .corpus import (
     measure,
     summary,
 )
+from .given_text import GivenError, checked, raise_at, read_given, read_text
 from .offsets import Side, spell
 from .scores import Scores, sequence_scores
 from .spans import Alignment, after_prompt, align_spans
@@ -43,7 +44,6 @@ from .view import Marks, to_terminal
 from .view_html import to_html
 
 PAGE_TOKENS = 100_000  # some 25 MB of HTML
-SCORES_KEYS = ("text", "ids_a", "ids_b", "logp_a", "logp_b", "stop_a", "stop_b", "prompt_bytes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,20 +84,27 @@ def load_tokenizer(path: str, name: str) -> LoadedTokenizer:
 def align_text(a: LoadedTokenizer, b: LoadedTokenizer, given: Mapping[str, Any]) -> AlignedText:
     """Align one text. `given`: see --scores.
 
-    ValueError: unknown keys, ids that are no text, log-probabilities that do not fit.
+    GivenError, a ValueError: what `given_text.checked` refuses, ids that are no text,
+    log-probabilities that do not fit.
     """
-    unknown = sorted(set(given) - set(SCORES_KEYS))
-    if unknown or not {"text", "ids_a"} & set(given):
-        raise ValueError(
-            f"a text with scores has keys {', '.join(given) or 'none'}; want text or ids_a, and of "
-            f"the others only {', '.join(SCORES_KEYS[2:])}"
-        )
+    given = checked(given, len(a.table), len(b.table))
     text = given["text"] if "text" in given else spell(a.table, given["ids_a"]).text
     if text is None:
-        raise ValueError("ids_a do not spell UTF-8, so B cannot encode them")
+        raise GivenError("ids_a", "ids_a do not spell UTF-8, so B cannot encode them")
+    if not text:
+        raise GivenError("ids_a", "ids_a spell no text: there is nothing to align")
     source = text.encode()
+    if given.get("prompt_bytes", 0) > len(source):
+        raise GivenError(
+            "prompt_bytes", f"prompt_bytes = {given['prompt_bytes']} of {len(source)} bytes of text"
+        )
     ids_a = given["ids_a"] if "ids_a" in given else a.encode(text)
     ids_b = given["ids_b"] if "ids_b" in given else b.encode(text)
+    for key, ids in (("logp_a", ids_a), ("logp_b", ids_b)):
+        if key in given and len(given[key]) != len(ids):
+            raise GivenError(
+                key, f"{key} has {len(given[key])} numbers for {len(ids)} tokens; want one per id"
+            )
     side_a, side_b = a.side(ids_a, source), b.side(ids_b, source)
     problems = tuple(
         tokenizer.explain(ids, source)[1]
@@ -142,13 +149,8 @@ def facts(aligned: AlignedText) -> list[tuple[str, str]]:
 
 
 def _scores(alignment: Alignment, given: Mapping[str, Any]) -> Scores | None:
-    if "logp_a" not in given and "logp_b" not in given:
+    if "logp_a" not in given:
         return None
-    if not {"logp_a", "logp_b"} <= set(given):
-        raise ValueError(
-            "log-probabilities of one side only; want both logp_a and logp_b, one number per id of "
-            "its side"
-        )
     return sequence_scores(
         alignment,
         given["logp_a"],
@@ -210,20 +212,28 @@ def _arguments() -> argparse.Namespace:
 
 def _given(arguments: argparse.Namespace) -> Mapping[str, Any]:
     if arguments.scores:
-        given = json.loads(Path(arguments.scores).read_bytes())
-        if not isinstance(given, dict):
-            raise ValueError(
-                f"{arguments.scores} holds a {type(given).__name__}; want a JSON object"
-            )
-        return given
+        return read_given(arguments.scores)
     if arguments.text is not None:
         return {"text": arguments.text}
     raw = sys.stdin.buffer.read() if arguments.file == "-" else Path(arguments.file).read_bytes()
-    return {"text": raw.decode()}
+    return {"text": read_text(arguments.file, raw)}
+
+
+def _align_given(
+    a: LoadedTokenizer, b: LoadedTokenizer, arguments: argparse.Namespace
+) -> AlignedText:
+    """ValueError with file and line for what cannot be aligned."""
+    given = _given(arguments)
+    try:
+        return align_text(a, b, given)
+    except ValueError as error:
+        if arguments.scores:
+            raise_at(arguments.scores, error)
+        raise ValueError(f"{arguments.file or '--text'}: {error}") from None
 
 
 def _show(a: LoadedTokenizer, b: LoadedTokenizer, arguments: argparse.Namespace) -> None:
-    aligned = align_text(a, b, _given(arguments))
+    aligned = _align_given(a, b, arguments)
     picture = aligned.side_a, aligned.side_b, aligned.alignment, aligned.marks
     color = arguments.color == "always" or (
         arguments.color == "auto"

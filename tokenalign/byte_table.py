@@ -24,6 +24,7 @@ from .table_readers import (
     TEXT,
     UNKNOWN,
     UNUSED,
+    AddedText,
     TokenizerDescription,
     encode_text,
     normalizer_of,
@@ -121,6 +122,8 @@ class ByteTable:
     byte_ids: tuple[int, ...] = ()
     # added tokens that take whitespace beside them out of the text: reports name them
     swallows_spaces: tuple[str, ...] = ()
+    # added tokens of text beside which whitespace is swallowed, or a space may be put in front
+    added: tuple[AddedText, ...] = ()
     packed: Pieces = field(init=False)  # `pieces` in one buffer
     lens: np.ndarray = field(init=False)  # int32 [V], bytes of a TEXT id, else 0
     first_byte: np.ndarray = field(init=False)  # int16 [V], 256 where lens is 0
@@ -167,6 +170,7 @@ class ByteTable:
             "",
             described.byte_ids,
             described.swallows_spaces,
+            described.added,
         )
         return table if described.encode is None else table._observed(described, described.encode)
 
@@ -177,8 +181,13 @@ class ByteTable:
         prefix = described.space_prefix
         if prefix is None:
             prefix = self.bytes_of(encode("x")) == b" x"
-        normalizer = _fingerprint_of(described.normalize)
-        table = replace(self, space_prefix=prefix, normalizer=normalizer)
+        added = [row._replace(restarts=row.restarts and prefix) for row in self.added]
+        table = replace(
+            self,
+            space_prefix=prefix,
+            normalizer=_fingerprint_of(described.normalize),
+            added=tuple(row for row in added if row.left or row.right or row.restarts),
+        )
         table.verify(encode, _probes(described.reads_names), described.normalize)
         return table
 
@@ -268,28 +277,81 @@ class ByteTable:
         probes: Iterable[str],
         normalize: Callable[[str], str] = str,
     ) -> None:
-        """ValueError unless the table spells N(probe), or a space and N(probe), for every probe.
+        """ValueError unless the table spells N(probe) for every probe.
 
-        N is `normalize`. A lossy table has to spell N(probe) up to whitespace, where it knows every
-        character of it.
+        N is `normalize`. Spaces that the tokenizer puts in front of a stretch, and whitespace that
+        its added tokens swallow, are allowed for. A lossy table has to spell N(probe) up to
+        whitespace, where it knows every character of it.
         """
         for probe in probes:
-            ids = encode(probe)
-            got, want = self.bytes_of(ids), normalize(probe).encode()
-            if self.lossy:
-                known = UNKNOWN not in self.kind[np.asarray(ids, np.int64)]
-                got, want = (
-                    "".join(x.decode(errors="replace").split()).encode() if known else b""
-                    for x in (got, want)
-                )
-            if got != want and not (self.space_prefix and got == b" " + want):
+            ids = list(encode(probe))
+            want = normalize(probe)
+            if not (
+                self._spells_up_to_spaces(ids, want) if self.lossy else self._spells(ids, want)
+            ):
                 raise ValueError(
                     f"ByteTable: this {self.family} tokenizer does not spell {probe!r}: its ids "
-                    f"spell {got!r}, want {want!r}. Without the bytes of every id its scores "
-                    "cannot be compared with another tokenizer's. A SentencePiece model trained "
-                    "without byte_fallback loses what it does not know; such a model cannot be "
-                    "used here."
+                    f"spell {self.bytes_of(ids)!r}, want {want.encode()!r}. Without the bytes of "
+                    "every id its scores cannot be compared with another tokenizer's. "
+                    + self._why_not(ids, want)
                 )
+
+    def _spells_up_to_spaces(self, ids: Sequence[int], text: str) -> bool:
+        if UNKNOWN in self.kind[np.asarray(ids, np.int64)]:
+            return True
+        spelled = self.bytes_of(ids).decode(errors="replace")
+        return spelled.split() == text.split() or "".join(spelled.split()) == "".join(text.split())
+
+    def _spells(self, ids: Sequence[int], text: str) -> bool:
+        """Whether `ids` are an encoding of `text`, whitespace beside `added` tokens apart."""
+        want = text.encode()
+        if self.bytes_of(ids) == want:
+            return True
+        behind_spaces = _behind_spaces(text)
+        added = {row.id: row for row in self.added}
+        reached, at_start = {0}, self.space_prefix  # bytes of `want` spelled so far
+        for i in ids:
+            piece = self.pieces[i] if i >= 0 and self.kind[i] == TEXT else b""
+            row = added.get(i)
+            if row and row.left:
+                reached |= {behind_spaces[at] for at in reached if at in behind_spaces}
+            longer = {at + len(piece) for at in reached if want.startswith(piece, at)}
+            if at_start and piece[:1] == b" ":
+                longer |= {at + len(piece) - 1 for at in reached if want.startswith(piece[1:], at)}
+            reached = longer
+            if row and row.right:
+                reached |= {behind_spaces[at] for at in reached if at in behind_spaces}
+            at_start = bool(row and row.restarts and self.space_prefix) or at_start and not piece
+        return len(want) in reached
+
+    def _why_not(self, ids: Sequence[int], text: str) -> str:
+        if UNKNOWN in self.kind[np.asarray(ids, np.int64)]:
+            return (
+                "It has no id for some of these characters. A SentencePiece model trained without "
+                "byte_fallback loses what it does not know; such a model cannot be used here."
+            )
+        spelled = self.bytes_of(ids).decode(errors="replace")
+        if "".join(spelled.split()) == "".join(text.split()):
+            return (
+                "It adds or drops whitespace: a tokenizer that collapses spaces "
+                "(remove_extra_whitespaces) cannot be used here."
+            )
+        return (
+            "Were its files changed, or converted from another format? Compare its ids with those "
+            "of the library that the model was trained with."
+        )
+
+
+def _behind_spaces(text: str) -> dict[int, int]:
+    """Byte position of each character -> that behind the whitespace that begins there."""
+    end = len(text.encode())
+    behind = {end: end}
+    at = end
+    for character in reversed(text):
+        following = at
+        at -= len(character.encode())
+        behind[at] = behind[following] if character.isspace() else at
+    return behind
 
 
 def _probes(without_names: bool) -> Sequence[str]:

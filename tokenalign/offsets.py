@@ -239,14 +239,24 @@ def _find_skips(
     wanted = [want, want + tail] if tail else [want]
     if raw in wanted:
         return ()
-    return _skips_of_stretches(ids, lens, raw, wanted, starts) if table.space_prefix else None
+    if not table.space_prefix:
+        return None
+    return _skips_of_stretches(table, ids, lens, raw, wanted, starts)
 
 
 def _skips_of_stretches(
-    ids: np.ndarray, lens: np.ndarray, raw: bytes, wanted: list[bytes], starts: Sequence[int]
+    table: ByteTable,
+    ids: np.ndarray,
+    lens: np.ndarray,
+    raw: bytes,
+    wanted: list[bytes],
+    starts: Sequence[int],
 ) -> tuple[int, ...] | None:
-    """Every stretch between tokens left out was encoded by itself, maybe with a space in front."""
-    heads = np.unique([0, *starts, *(np.flatnonzero(ids < 0) + 1), len(ids)])
+    """Every stretch between tokens left out, or behind an added token of text, was encoded by
+    itself, maybe with a space in front.
+    """
+    restarts = np.isin(ids, [row.id for row in table.added if row.restarts])
+    heads = np.unique([0, *starts, *(np.flatnonzero((ids < 0) | restarts) + 1), len(ids)])
     byte_at = np.concatenate([[0], np.cumsum(lens, dtype=np.int64)])[heads]
     for want in wanted:
         # bytes of `want` spelled so far -> spaces dropped on the way

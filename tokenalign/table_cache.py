@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 
 from .byte_table import ByteTable, Pieces
+from .table_readers import AddedText
 
 # raise the number whenever a reader or this file changes what it gives
-FORMAT = "reflux byte table 2"
+FORMAT = "reflux byte table 3"
 # what may change a tokenizer that AutoTokenizer loads from a folder; weights are not read
 SOURCES = ("*.json", "*.model*", "*.tiktoken", "*.txt", "*.jinja", "*.py")
 
@@ -99,6 +100,7 @@ def save_table(table: ByteTable, file: Path, key: str) -> None:
         "normalizer": table.normalizer,
         "byte_ids": list(table.byte_ids),
         "swallows_spaces": list(table.swallows_spaces),
+        "added": table.added,
         "size": len(table),
     }
     payload = b"".join(
@@ -141,6 +143,7 @@ def load_table(file: Path, key: str) -> ByteTable | None:
             header["normalizer"],
             tuple(header["byte_ids"]),
             tuple(header["swallows_spaces"]),
+            tuple(AddedText(*row) for row in header["added"]),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -11,18 +11,20 @@ how it encodes content.
                     accents
     word_suffix     CLIP, GPT-1: x</w> ends a word. Lossy
 
-In all of them an added token is literal UTF-8, matched in the text as it is written. Everything
-comes from the *loaded* object, because libraries rebuild pipelines when they load a file.
+In all of them an added token is literal UTF-8, matched in the text as it is written; a `normalized`
+one in the normalised text, and spelled as it stands there. `single_word` only decides where it is
+matched. Everything comes from the *loaded* object, because libraries rebuild pipelines when they
+load a file.
 
 V: vocabulary.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +38,15 @@ _SELF = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 _OTHER_BYTES = sorted({*range(256)} - _SELF)
 # 0xFFFF: no stand-in of any byte
 _STAND_IN = dict.fromkeys(_OTHER_BYTES, 0xFFFF) | {0x100 + k: b for k, b in enumerate(_OTHER_BYTES)}
+
+
+class AddedText(NamedTuple):
+    """An added token of text around which the text is not spelled as it stands."""
+
+    id: int
+    left: bool  # takes the whitespace in front of it out of the text (lstrip)
+    right: bool  # the whitespace behind it (rstrip)
+    restarts: bool  # what follows is encoded by itself, maybe with a space put in front
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +64,7 @@ class TokenizerDescription:
     byte_ids: tuple[int, ...] = ()
     # added tokens that take the whitespace beside them out of the text
     swallows_spaces: tuple[str, ...] = ()
+    added: tuple[AddedText, ...] = ()
     space_prefix: bool | None = None  # may put one space before a text; None: observe `encode`
     reads_names: bool = False  # takes a literal "</s>" in a text for the token of that name
 
@@ -228,10 +240,7 @@ def _read_backend(backend: Any) -> TokenizerDescription:
     family = _family(backend)
     pieces, kind, byte_ids = _read_vocabulary(backend, family)
     added = backend.get_added_tokens_decoder()
-    for i, token in added.items():
-        if token.normalized and not token.special and family not in ("sentencepiece", "wordpiece"):
-            # matched in, and so spelled as, the normalised text
-            pieces[i] = normalizer_of(backend)(token.content).encode()
+    takes_space = _spell_normalized(backend, family, pieces)
     unknown = _unknown_id(backend)
     if unknown is not None:
         pieces[unknown], kind[unknown] = b"", UNKNOWN
@@ -243,8 +252,38 @@ def _read_backend(backend: Any) -> TokenizerDescription:
         normalizer_of(backend),
         byte_ids,
         tuple(t.content for t in added.values() if t.lstrip or t.rstrip),
+        _added_text(added, kind, takes_space, restarts=True),
         reads_names=reads_names(backend),
     )
+
+
+def _spell_normalized(backend: Any, family: str, pieces: list[bytes]) -> set[int]:
+    """Spells added tokens that are matched in the normalised text as they stand there, with a space
+    where the normaliser puts one in front (Llama-2's finds only " <think>"). Returns ids that are
+    pieces of the model, too, and so stand for both.
+    """
+    rule, takes_space = getattr(backend.normalizer, "normalize_str", str), set()
+    for i, token in backend.get_added_tokens_decoder().items():
+        if not token.normalized or token.special or family == "wordpiece":
+            continue
+        content = rule(token.content)
+        spelled = spell_sentencepiece(content) if family == "sentencepiece" else content.encode()
+        if family != "sentencepiece" or backend.model.token_to_id(token.content) is None:
+            pieces[i] = spelled
+        elif spelled != pieces[i]:
+            takes_space.add(i)
+    return takes_space
+
+
+def _added_text(
+    added: dict[int, Any], kind: np.ndarray, left: Container[int] = (), *, restarts: bool = False
+) -> tuple[AddedText, ...]:
+    rows = (
+        AddedText(i, t.lstrip or i in left, t.rstrip, restarts)
+        for i, t in added.items()
+        if kind[i] == TEXT
+    )
+    return tuple(row for row in rows if row.left or row.right or row.restarts)
 
 
 def _family(backend: Any) -> str:
@@ -457,4 +496,5 @@ def _read_byte_model(tokenizer: Any) -> TokenizerDescription:
         swallows_spaces=tuple(
             t.content for t in tokenizer.added_tokens_decoder.values() if t.lstrip or t.rstrip
         ),
+        added=_added_text(tokenizer.added_tokens_decoder, kind),
     )

@@ -65,12 +65,11 @@ def test_a_text_and_its_counts(run):
     )
 
 
-def test_a_file_and_standard_input_and_an_empty_text(run, tmp_path, monkeypatch):
+def test_a_file_and_standard_input(run, tmp_path, monkeypatch):
     (tmp_path / "x.txt").write_bytes("a\r\né".encode())
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("a\r\né".encode())))
     from_file, from_stdin = run("--file", tmp_path / "x.txt"), run("--file", "-")
     assert from_file == from_stdin and "a ‖ ␍ ‖ ↵ ‖ <c3> ‖ <a9>" in from_file[1]
-    assert run("--text", "")[0] == 0
 
 
 def test_color_when_asked_for(run):
@@ -143,7 +142,10 @@ def test_sampled_ids_are_not_encoded_again():
         ({}, "has keys none"),
         ({"text": "x", "ids_c": []}, "only ids_b"),
         ({"text": "x", "logp_a": [0.0]}, "want both logp_a and logp_b"),
-        ({"text": "so", "logp_a": [-1.0, -1.0], "logp_b": [-1.0]}, "logp_a has shape"),
+        (
+            {"text": "so", "logp_a": [-1.0, -1.0], "logp_b": [-1.0]},
+            "logp_a has 2 numbers for 1 tokens; want one per id",
+        ),
     ],
 )
 def test_scores_that_cannot_be_shown(given, message):

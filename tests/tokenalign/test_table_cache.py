@@ -9,7 +9,14 @@ from tokenizer_fixtures import byte_level, sentencepiece
 from tokenizers import Tokenizer
 
 from reflux.tokenalign.byte_table import CONTROL, TEXT, UNUSED, ByteTable
-from reflux.tokenalign.table_cache import cache_folder, cached_table, key_of, load_table, save_table
+from reflux.tokenalign.table_cache import (
+    FORMAT,
+    cache_folder,
+    cached_table,
+    key_of,
+    load_table,
+    save_table,
+)
 
 
 @pytest.fixture
@@ -84,7 +91,7 @@ def test_a_tokenizer_that_its_cached_table_does_not_fit_is_read(tokenizer_file, 
         lambda data: (
             data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
         ),
-        lambda data: data.replace(b"reflux byte table 2", b"reflux byte table 1", 1),
+        lambda data: data.replace(FORMAT.encode(), b"reflux byte table 1", 1),
     ],
     ids=["empty", "head only", "cut", "longer", "random", "one bit", "old format"],
 )

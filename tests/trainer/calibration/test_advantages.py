@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from calibration_cases import score, scored
+from enumerated_texts import MERGES, World
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -398,9 +399,10 @@ def test_reward_to_go_drops_by_the_span_that_is_left(seed):
     spans, stop = rng.normal(size=4), float(rng.normal())
     mine = replace(score(0.0, span=spans, stop=stop), span=np.array([0, 0, 1, -1, 2, 3]))
     silent = score(0.0, span=np.zeros(4))  # a baseline of zeros
+    tail = np.append(np.cumsum(spans[::-1])[::-1], 0) + stop
+    # nothing is settled: the whole sum
     np.testing.assert_allclose(span_advantage([mine, silent], 0, 7), tail[0], atol=1e-12)
     got = span_advantage([mine, silent], 0, 7, following_span(mine.span, 4, 7))
-    tail = np.append(np.cumsum(spans[::-1])[::-1], 0) + stop
     # -1 goes with what follows; the last is the stop
     np.testing.assert_allclose(got, tail[[0, 0, 1, 2, 2, 3, 4]], atol=1e-12)
 
@@ -447,6 +449,31 @@ def test_span_credit_keeps_the_expected_gradient(seed):
         for g, y in enumerate(pair):
             got += weight * span_advantage(members, g, 2, np.arange(2)) @ policy[y][1] / 2
     np.testing.assert_allclose(got, truth, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_span_credit_across_tokenizers_keeps_the_expected_gradient(name):
+    """Every text and every pair of texts listed, the other one being the baseline."""
+    world = World(*MERGES[name], tokens=2)
+    settled = {x.ids: world.settled(x) for x in world.trajectories}
+
+    def expected(rule):
+        scores = [
+            replace(score(x.total, span=x.value_S, stop=x.end), span=x.span)
+            for x in world.trajectories
+        ]
+        credit = {
+            x.ids: sum(
+                other.prob * span_advantage([mine, baseline], 0, len(x.ids), rule(x))
+                for other, baseline in zip(world.trajectories, scores)
+            )
+            for x, mine in zip(world.trajectories, scores)
+        }
+        return world.gradient(lambda x: credit[x.ids])
+
+    want = world.gradient(lambda x: np.full(len(x.ids), x.total))
+    np.testing.assert_allclose(expected(lambda x: None), want, atol=1e-12)
+    np.testing.assert_allclose(expected(lambda x: settled[x.ids]), want, atol=1e-12)
 
 
 # the direction of eta

@@ -76,6 +76,12 @@ def test_another_vocabulary_is_an_error_for_token_kl_and_not_for_spans(distill, 
     assert "'span'" in errors
 
 
+def test_span_credit_across_tokenizers_is_an_error(calibrate):
+    errors = problems(examine(calibrate(calibration={"mode": "distillable", "credit": "span"})))
+    assert "calibration.credit = 'span' with a proxy of another tokenizer" in errors
+    assert "Use calibration.credit = 'sequence'" in errors
+
+
 @pytest.mark.usefixtures("titan_process")
 def test_another_vocabulary_is_fine_for_a_diagnosis(talkers, tmp_path):
     over = {"teacher": {"path": str(talkers / "proxy")}, "task": {"name": "small_tasks:is_even"}}
