@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
             return _run(cfg, args, arguments)
         except KeyboardInterrupt as signal:
             stopped = f"stopped at once ({signal or 'Ctrl-C'}); what is saved stays."
-            _print_once("\n".join([stopped, *_notes(signal), _hint()]))
+            hint = [] if args.check or args.dry_run else [_hint()]
+            _print_once("\n".join([stopped, *_notes(signal), *hint]))
             return INTERRUPTED
         except (OSError, ValueError) as error:
             _refuse(error)
