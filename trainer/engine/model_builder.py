@@ -31,6 +31,11 @@ def build_spec(path: str, *, backend: str = "auto", attention: str = "auto") -> 
         raise ValueError(
             f"{path}: the weights are quantised; want float32, float16 or bfloat16 safetensors"
         )
+    if named := getattr(config, "transformers_weights", None):
+        raise ValueError(
+            f"{path}/config.json names its weights, transformers_weights = {named!r}; want them in "
+            "model.safetensors, or in shards with an index"
+        )
     obstacle = native_obstacle(config, attention)
     if backend == "native" and obstacle:
         raise ValueError(f"{path}: backend 'native' {obstacle}; use backend = 'hf' or 'auto'")

@@ -221,10 +221,16 @@ def verify_weights(model: nn.Module, spec: ModelSpec, path: str) -> None:
         )
 
 
+def verify_numbers(model: nn.Module, source: str) -> None:
+    """ValueError for NaN or inf in weights that come from `source`. Collective."""
+    weights = ModelWrapper(model).state_dict()
+    agreed(partial(check_finite, weights, dict.fromkeys(weights, source)))
+
+
 @torch.no_grad()
 def check_finite(weights: Mapping[str, Tensor], source: Mapping[str, str]) -> None:
-    """ValueError, naming tensor and source, for NaN or inf in this rank's shards. One pass over the
-    memory and one host sync.
+    """ValueError for NaN or inf in this rank's shards, with the tensor's name and its source. One
+    pass over the memory and one host sync.
     """
     names, extremes = [], []
     for name, weight in weights.items():
@@ -238,7 +244,7 @@ def check_finite(weights: Mapping[str, Tensor], source: Mapping[str, str]) -> No
     bad = [name for name, ok in zip(names, finite) if not ok]
     if bad:
         raise ValueError(
-            f"{source.get(bad[0], 'the weights')}: tensor {bad[0]!r} holds NaN or inf"
+            f"{source[bad[0]]}: tensor {bad[0]!r} holds NaN or inf"
             f"{f', and {len(bad) - 1} others do' if bad[1:] else ''}. Take a folder with whole "
             "weights"
         )

@@ -12,7 +12,7 @@ from reflux.trainer.config.phases import roles
 from reflux.trainer.config.roles import Role
 from reflux.trainer.config.schema import Config
 from reflux.trainer.engine.engine import NATIVE_CACHE_LIMIT
-from reflux.trainer.engine.hf_models import text_config
+from reflux.trainer.engine.hf_models import buildable, text_config
 from reflux.trainer.engine.model_builder import build_spec
 from reflux.trainer.engine.native_models import native_obstacle
 from reflux.trainer.engine.trainer_config import titan_config
@@ -92,7 +92,7 @@ def build_shape(role: Role) -> Shape:
     if attention in ("flex", "flash_attention_2") and not torch.cuda.is_available():
         backend, attention = "hf" if obstacle and backend == "auto" else backend, "auto"
     spec = build_spec(path, backend=backend, attention=attention)
-    with torch.device("meta"):
+    with torch.device("meta"), buildable(path):
         model: Any = spec.model.build()
     sizes = tuple(tuple(p.shape) for p in model.parameters())
     block = max(sum(p.numel() for p in layer.parameters()) for layer in model.layers.values())

@@ -364,3 +364,21 @@ def test_a_process_that_does_not_get_ready_is_told_once(monkeypatch, tmp_path):
     grades = build_task("slow_import:grade", {}).grade([rollout("42")] * 20)
     assert all("it was not ready within 0.5 s" in g.error for g in grades)
     assert time.monotonic() - started < 10
+
+
+def test_a_trainer_with_many_open_files_grades(grader):
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1200:
+        pytest.skip(f"at most {hard} files may be open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        bad, *good = grader.grade([rollout("os._exit(1)"), *[rollout("42")] * 3])  # a new socket
+        assert grader._process._live.link.fileno() > 1023
+        assert "code 1" in bad.error and good == [Grade(1.0, True)] * 3
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
