@@ -293,7 +293,7 @@ def teacher_topk(
     op, cut = "teacher_topk", (vocab_size, shard)
     if support not in SUPPORTS:
         raise ValueError(f"{op}: support is {support!r}; want one of {', '.join(SUPPORTS)}")
-    if student_hidden is None != support == "teacher":
+    if (student_hidden is None) != (support == "teacher"):
         raise ValueError(
             f"{op}: support={support!r} {'with' if student_hidden is not None else 'without'} "
             "student_hidden; want it for 'student' and 'union' only"
