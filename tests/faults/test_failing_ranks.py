@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 from checkpoint_runs import flip
-from fault_runs import differences, extent, moved, result
-from runs import MAIN, command, config, environment, run_ranks
+from fault_runs import budget
+from runs import MAIN, command, config, environment, numbers, run_ranks
 
 from reflux.trainer.engine.checkpoint_folder import steps_in
 from reflux.trainer.runs.logger import load_run
 from reflux.trainer.verify import verify
 
-pytestmark = pytest.mark.faults
+OVER = {"steps": 5, "checkpoint": {"interval": 100}, "on_existing_run": "resume"}
 FAULTY = MAIN.parents[1] / "tests" / "faulty_main.py"
 # fault (see faulty_main.py) -> the step that is saved, None for none
 FAULTS = {
@@ -29,15 +29,14 @@ FAULTS = {
     "log:3:0:value": 3,
     "score:4:1:interrupt": 3,
 }
-TRIED = list(FAULTS)[: extent(3, len(FAULTS))]
+TRIED = list(FAULTS)[: budget(2, 4, len(FAULTS))]
 
 
 @pytest.fixture(scope="module")
 def whole(talkers, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    cfg = config(talkers, folder / "run", "distill", steps=5, checkpoint={"interval": 100})
-    run_ranks(cfg)
-    return cfg, result(cfg.folder)
+    cfg = config(talkers, folder / "run", "distill", **OVER)
+    return [numbers(step) for step in run_ranks(cfg).steps]
 
 
 def start(cfg, fault: str) -> subprocess.CompletedProcess:
@@ -48,9 +47,11 @@ def start(cfg, fault: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("fault", TRIED)
-def test_a_rank_that_fails_ends_all_and_loses_no_finished_step(whole, tmp_path, fault):
-    cfg, wanted = whole
-    cfg = moved(cfg, tmp_path / "run")
+def test_a_rank_that_fails_ends_all_and_loses_no_finished_step(
+    talkers, whole, tmp_path, record_property, fault
+):
+    record_property("fault", f"{fault} (where:step:rank:kind)")
+    cfg = config(talkers, tmp_path / "run", "distill", **OVER)
     started = time.monotonic()
     done = start(cfg, fault)
     took = time.monotonic() - started
@@ -64,20 +65,17 @@ def test_a_rank_that_fails_ends_all_and_loses_no_finished_step(whole, tmp_path, 
         rank = fault.split(":")[2]
         assert f"rank {rank} ended the run: row 17 has no prompt" in done.stderr
     if "log:" not in fault:  # the line that could not be logged is lost
-        run_ranks(cfg)
-        assert differences(result(cfg.folder), wanted) == []
+        assert [numbers(step) for step in run_ranks(cfg).steps] == whole
 
 
 def test_both_ranks_go_back_to_the_same_checkpoint(talkers, tmp_path):
     over = {"steps": 4, "checkpoint": {"interval": 1, "keep_latest_k": 0}}
     cfg = config(talkers, tmp_path / "run", "distill", **over, on_existing_run="resume")
-    run_ranks(cfg)
-    wanted = result(cfg.folder)
+    whole = [numbers(step) for step in run_ranks(cfg).steps]
     home = tmp_path / "run" / "checkpoint"
     flip(home / "step-4" / "__1_0.distcp", 0.6)
     flip(home / "step-3" / "__0_0.distcp", 0.6)
-    run_ranks(cfg)
-    assert differences(result(cfg.folder), wanted) == []
+    assert [numbers(step) for step in run_ranks(cfg).steps] == whole
     names = sorted(p.name for p in home.iterdir())
     assert names == ["damaged-3", "damaged-4", "step-1", "step-2", "step-3", "step-4"]
     messages = [e["message"] for e in load_run(cfg.folder).events if e["event"] == "checkpoint"]
