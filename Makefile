@@ -22,9 +22,9 @@ report: $(VENV)/ready
 	$(BIN)/python -m reflux.trainer.matrix configs/report.toml
 
 test: $(VENV)/ready lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15 -m "not faults"
 
-# short (a part of make test) | ci | long
+# short | ci | long
 FAULTS ?= long
 RECORD ?=
 
