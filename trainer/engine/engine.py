@@ -12,6 +12,7 @@ T response tokens, D hidden size, V vocabulary.
 """
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,6 +52,8 @@ from .rescue import Announcement, Rescue
 from .torchtitan_host import RefluxTrainer
 from .trainer_config import titan_config
 from .weights import verify_numbers, verify_weights
+
+log = logging.getLogger(__name__)
 
 NATIVE_CACHE_LIMIT = 32768  # positions of a frozen native model's rotary cache
 
@@ -277,11 +280,17 @@ class Engine:
     def _save_and_raise(self, batches: Sequence[Batch], stats: Mapping[str, float]) -> None:
         name = f"nonfinite-step-{self._trainer.step}-rank-{self.rank}.pt"
         path = Path(self._config.dump_folder) / name
-        torch.save({"batches": [vars(b) for b in batches], "stats": stats}, path)
+        try:
+            torch.save({"batches": [vars(b) for b in batches], "stats": stats}, path)
+            where = f"is saved in {path}"
+        except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk
+            path.unlink(missing_ok=True)
+            where = f"could not be saved ({error})"
+        weights = "untouched" if self._last.is_whole else "those of the pass before"
         raise FloatingPointError(
             f"step {self._trainer.step}: loss {stats['loss']}, gradient norm {stats['grad_norm']}; "
-            f"the weights are untouched and the batch is saved in {path}. Lower optim.lr, or look "
-            "for inf scores"
+            f"the weights are {weights} and the batch {where}. Lower optim.lr, or look for inf "
+            "scores"
         )
 
     # Sampling from a model, and reading it without a graph
@@ -376,7 +385,10 @@ class Engine:
     def close(self) -> None:
         if self._rescue is not None:
             self._rescue.close()
-        self._trainer.close()
+        try:
+            self._trainer.close()
+        except OSError as error:  # a tracker that cannot write its last numbers ends no run
+            log.warning("closing: %s", error)
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -20,6 +20,11 @@ class LastStep:
         self._stable = trainer.checkpointer.weights_keep_their_storage()
         self.ends()
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the weights are those of a finished step."""
+        return self._finished is not None
+
     def begins_to_move(self) -> None:
         """From here on the weights are of no step, until `ends`."""
         self._finished: Finished | None = None
