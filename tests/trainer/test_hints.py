@@ -4,6 +4,7 @@ Hints stand on lines of their own, indented by two spaces, so that they can be c
 """
 
 import ast
+import dataclasses
 import json
 import os
 import re
@@ -35,6 +36,10 @@ LIKE_A_COMMAND = re.compile(
 )
 WRITTEN_OUT = {  # texts that hold a command and do not come from runs/commands.py
     "trainer/main.py": "the name of the program, and its exit codes, in --help",
+    "trainer/matrix.py": "the name of the program, in --help",
+    "trainer/studies/real_pair.py": "the name of the program, in --help",
+    "trainer/studies/synthetic_task.py": "the name of the program, in --help",
+    "trainer/verify.py": "the name of the program, in --help",
     "trainer/runs/torchrun_report.py": "names an option of torchrun",
 }
 
@@ -151,8 +156,20 @@ def test_an_interrupted_run(talkers, world, ranks):
     assert finished.head["ranks"] == max(ranks, 1)
 
 
-def test_texts_that_the_proxy_cannot_spell(talkers, world, capsys):
-    cfg = config(talkers, world / "run", "calibrate", steps=1, calibration={"max_unaligned": 0.0})
+def test_texts_that_the_proxy_cannot_spell(talkers, world, capsys, monkeypatch):
+    import reflux.trainer.calibration.likelihood_ratio as room
+
+    def without_spans(*args, real=room.align_texts, **options):
+        return [dataclasses.replace(a, spans=None) for a in real(*args, **options)]
+
+    monkeypatch.setattr(room, "align_texts", without_spans)
+    cfg = config(
+        talkers,
+        world / "run",
+        "calibrate",
+        steps=1,
+        calibration={"mode": "distillable", "max_unaligned": 0.0},
+    )
     (line,) = printed(message(capsys, *write(cfg, world / "x.toml")))
     assert line.endswith(" --check")
     done = run(line, world)

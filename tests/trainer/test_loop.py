@@ -302,7 +302,7 @@ def test_a_grader_that_always_raises_ends_the_run(talkers, tmp_path):
         tmp_path / "run",
         "calibrate",
         task={"name": "runs:raise_sometimes"},
-        rollout={"max_tokens": 2},
+        rollout={"max_tokens": 24},
         export={"enable": True},
     )
     with pytest.raises(ValueError, match="runs:raise_sometimes.*more than task.max_failed = 0.05"):

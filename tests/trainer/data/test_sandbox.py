@@ -367,8 +367,10 @@ def test_a_process_that_does_not_get_ready_is_told_once(monkeypatch, tmp_path):
 
 
 def test_a_trainer_with_many_open_files_grades(grader):
+    import gc
     import resource
 
+    gc.collect()  # what comes free later would be a lower number for the socket
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < 1200:
         pytest.skip(f"at most {hard} files may be open here")
@@ -376,8 +378,9 @@ def test_a_trainer_with_many_open_files_grades(grader):
     files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
     try:
         bad, *good = grader.grade([rollout("os._exit(1)"), *[rollout("42")] * 3])  # a new socket
-        assert grader._process._live.link.fileno() > 1023
         assert "code 1" in bad.error and good == [Grade(1.0, True)] * 3
+        if grader._process._live.link.fileno() < 1024:
+            pytest.skip("a lower file number came free: not what this test is about")
     finally:
         for file in files:
             os.close(file)
