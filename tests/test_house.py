@@ -52,6 +52,8 @@ TESTED_ELSEWHERE = {  # module -> the test file that exercises it
     "trainer/diagnosis/measure.py": "trainer/diagnosis/test_phase.py",
     "trainer/diagnosis/plots.py": "trainer/diagnosis/test_report.py",
     "trainer/diagnosis/token_rows.py": "trainer/diagnosis/test_phase.py",
+    "trainer/data/row_checks.py": "trainer/data/test_fitted_prompts.py",
+    "trainer/evaluation/questions.py": "trainer/evaluation/test_evaluator.py",
     "trainer/preflight/data_checks.py": "trainer/preflight/test_check.py",
     "trainer/preflight/model_checks.py": "trainer/preflight/test_check.py",
     "trainer/preflight/pair_checks.py": "trainer/preflight/test_check.py",

@@ -40,7 +40,7 @@ def resume(*, take_over: bool = False) -> str:
     return shlex.join(_with_sets(_drop_set(_started(), "take_over_lock"), sets))
 
 
-def again(*more: str, without: str = "") -> str:
+def again(*more: str, without: str | None = None) -> str:
     """What was started, with more arguments and without a flag."""
     return shlex.join([*(word for word in _started() if word != without), *more])
 
