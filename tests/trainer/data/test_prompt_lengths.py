@@ -56,7 +56,9 @@ def open_rows(source):
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_every_row_is_measured_by_any_number_of_ranks(folder, source, world):
     chat, prompts = Chat(str(folder)), open_rows(source)
-    for found in on_ranks(world, lambda r: measure_prompts(prompts, chat, r, responses=True)):
+    for found in on_ranks(
+        world, lambda r: measure_prompts(prompts, Chat(str(folder)), r, responses=True)
+    ):
         assert found.prompt_N.tolist() == [len(chat.prompt_ids(p.messages)) for p in prompts]
         want = [0 if p.response is None else len(chat.encode(p.response)) + 1 for p in prompts]
         assert found.response_N.tolist() == want and want[:3] == [0, 1, 0]
@@ -69,8 +71,8 @@ def test_a_wrong_row_ends_every_rank_with_its_line(folder, source):
     lines = Path(source).read_text().splitlines()
     lines[13] = '{"prompt": 5}'
     Path(source).write_text("\n".join(lines))
-    chat, prompts = Chat(str(folder)), open_rows(source)
-    errors = on_ranks(3, lambda r: measure_prompts(prompts, chat, r))
+    prompts = open_rows(source)
+    errors = on_ranks(3, lambda r: measure_prompts(prompts, Chat(str(folder)), r))
     assert len({str(e) for e in errors}) == 1
     assert "data.jsonl, line 14, column prompt: int 5; want a text" in str(errors[0])
 
