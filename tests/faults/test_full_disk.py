@@ -39,6 +39,27 @@ def test_a_disk_that_is_too_small(server, talkers, whole, tmp_path, record_prope
     assert not differences, differences
 
 
+NAMED = [(phase, size) for size in (5, 1, 8) for phase in ("distill", "calibrate", "diagnose")]
+
+
+@pytest.mark.parametrize("phase, megabytes", NAMED[: budget(1, 3, 9)], ids=str)
+def test_disks_of_these_sizes(server, talkers, whole, tmp_path, record_property, phase, megabytes):
+    """Large enough for some, or for all of what the run writes."""
+    steps = {"steps": 12, "checkpoint": {"interval": 1, "keep_latest_k": 2}}
+    over = steps if phase in TRAINED else {}
+    clean = whole(phase, f"{phase} long", **over)
+    record_property("fault", f"{megabytes} MB in all")
+    with small_disk(tmp_path / "disk", megabytes) as disk:
+        place = make_place(server, talkers, disk / phase, phase, **over)
+        if place.run().code:
+            refused_in_words(place.ends[-1], place)
+            assert str(disk) in place.ends[-1].output, "which disk is full"
+        record_property("code", place.ends[-1].code)
+        grow(disk, 200)
+        differences = clean.outcome.differences(place.ends_well())
+    assert not differences, differences
+
+
 def steps_kept(place) -> int:
     """The newest step with a manifest."""
     done = [p.parent.name for p in place.folder.glob("checkpoint/step-*/manifest.json")]
