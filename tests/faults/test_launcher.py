@@ -12,7 +12,7 @@ from runs import command, config, environment, numbers, run_ranks
 from reflux.trainer.runs.lock import process_start
 from reflux.trainer.runs.logger import load_run
 
-OVER = {"steps": 6, "checkpoint": {"interval": 1000}, "on_existing_run": "resume"}
+OVER = {"steps": 60, "checkpoint": {"interval": 1000}, "on_existing_run": "resume"}
 
 
 def children(pid: int) -> dict[int, int | None]:
@@ -47,6 +47,7 @@ def test_the_launcher_is_killed(talkers, tmp_path, record_property, number):
                 os.kill(pid, signal.SIGKILL)
     assert not list((tmp_path / "run").glob("lock-*"))
     steps = load_run(cfg.folder).steps
+    assert len(steps) < 40, "the ranks went on without torchrun"
     assert (tmp_path / "run" / "checkpoint" / f"step-{len(steps)}").exists()
     assert "Traceback" not in (tmp_path / "output.txt").read_text()
     resumed = run_ranks(cfg)
