@@ -48,7 +48,7 @@ from .model_builder import build_spec
 from .model_folder import check_folders, model_folder
 from .probe import prove_decoding, prove_forward
 from .ranks import RankGroup
-from .rescue import Announcement, Rescue
+from .rescue import Announcement, Rescue, first_line
 from .torchtitan_host import RefluxTrainer
 from .trainer_config import titan_config
 from .weights import verify_numbers, verify_weights
@@ -209,7 +209,9 @@ class Engine:
         failed: Announcement | None = None
         if self._rescue is not None:
             failed, saved, problem = self._rescue.fail(error)
-            failed = None if failed is None or failed.rank == dist.get_rank() else failed
+            # what all ranks find is told by all in the same words
+            if failed and (failed.rank == dist.get_rank() or failed.message == first_line(error)):
+                failed = None
         else:
             saved, problem = self._last.save_if_unsaved()
         notes = [] if saved is None else [f"step {saved} is saved in {self._config.dump_folder}"]

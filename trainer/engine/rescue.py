@@ -76,8 +76,7 @@ class Rescue:
         return first, self._saved, self._problem
 
     def _announce(self, error: BaseException) -> None:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        mine = json.dumps(asdict(Announcement(self._rank, line)))
+        mine = json.dumps(asdict(Announcement(self._rank, first_line(error))))
         self._store.compare_set("failed", "", mine)  # the first one counts
 
     def close(self) -> None:
@@ -145,6 +144,11 @@ class Rescue:
                 return False
             time.sleep(0.1)
         return all(self._store.get(key).decode() == mine for key in keys)
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message; the name of its class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _is_lost_connection(error: BaseException) -> bool:
