@@ -70,7 +70,7 @@ class CalibratePhase:
         self.cfg, self.engine = cfg, engine
         self.chat = Chat(cfg.model.path)
         engine.vocab_size = min(engine.vocab_size, self.chat.vocab_size)
-        self.prompts = load_training_prompts(cfg, self.chat, engine, graded=True)
+        self.prompts = load_training_prompts(cfg, self.chat, engine)
         self.data_fields = self.prompts.fit.fields
         self.task = build_task(cfg.task.name, cfg.task.options)
         self.failed_grades = FailedGradesBudget(cfg.task.name, cfg.task.max_failed)

@@ -29,9 +29,12 @@ from .roles import (
     calibrate_pair,
     calibrate_roles,
     defence_roles,
+    diagnose_grades,
     diagnose_pair,
     diagnose_roles,
     distill_advice,
+    distill_given,
+    distill_grades,
     distill_pair,
     distill_roles,
     distill_samples,
@@ -54,6 +57,10 @@ def no_pair(cfg: Config) -> Pair | None:
     return None
 
 
+def never(cfg: Config) -> bool:
+    return False
+
+
 def no_advice(cfg: Config, same_ids: bool) -> Advice | None:
     return None
 
@@ -67,6 +74,8 @@ class PhaseSpec:
     trains: bool = False  # weights move; otherwise the phase does its work once, in close_step
     samples: Callable[[Config], bool] = always  # texts are sampled from the model of [model]
     data_section: Literal["data", "eval"] = "data"  # where its prompts come from
+    grades: Callable[[Config], bool] = never  # it needs the answers of [data]
+    given: Callable[[Config], bool] = never  # it learns from the responses of [data] alone
     has_reference: bool = False  # a KL to the start holds the model, unless reference.beta is 0
     check: Callable[[Config], None] = check_prompts  # raises ValueError for what cannot work
     frozen_roles: Callable[[Config], list[Role]] = no_roles
@@ -84,6 +93,7 @@ PHASES: dict[str, PhaseSpec] = {
         "reflux.trainer.calibration.phase:CalibratePhase",
         model_role="policy",
         trains=True,
+        grades=always,
         has_reference=True,
         check=check_calibrate,
         frozen_roles=calibrate_roles,
@@ -95,6 +105,8 @@ PHASES: dict[str, PhaseSpec] = {
         model_role="student",
         trains=True,
         samples=distill_samples,
+        grades=distill_grades,
+        given=distill_given,
         check=check_distill,
         frozen_roles=distill_roles,
         pair=distill_pair,
@@ -103,6 +115,7 @@ PHASES: dict[str, PhaseSpec] = {
     "diagnose": PhaseSpec(
         "reflux.trainer.diagnosis.phase:DiagnosePhase",
         model_role="student",
+        grades=diagnose_grades,
         check=check_diagnose,
         frozen_roles=diagnose_roles,
         pair=diagnose_pair,

@@ -109,6 +109,15 @@ def distill_samples(cfg: Config) -> bool:
     return cfg.distill.on_policy > 0 or bool(cfg.eval.source)
 
 
+def distill_grades(cfg: Config) -> bool:
+    return cfg.distill.correct_only
+
+
+def distill_given(cfg: Config) -> bool:
+    """Whether nothing is sampled: SFT, or a teacher that reads the data's own texts."""
+    return cfg.distill.source == "dataset" and cfg.distill.on_policy == 0
+
+
 def distill_roles(cfg: Config) -> list[Role]:
     """Every teacher; none for plain SFT on given texts."""
     d = cfg.distill
@@ -143,6 +152,11 @@ def distill_advice(cfg: Config, same_ids: bool) -> Advice | None:
             f"distill.objective = 'kl' is exact here; {objective!r} is for different tokenizers",
         )
     return None
+
+
+def diagnose_grades(cfg: Config) -> bool:
+    """Without a task there is no gap."""
+    return bool(cfg.task.name)
 
 
 def diagnose_roles(cfg: Config) -> list[Role]:

@@ -10,23 +10,23 @@ N: rows of the source.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import overload
 
 import numpy as np
 
 from reflux.tokenalign.table_cache import key_of
-from reflux.trainer.config.phases import roles
+from reflux.trainer.config.phases import roles, spec_of
 from reflux.trainer.config.roles import Role
 from reflux.trainer.config.schema import Config
 
 from .chat import Chat
 from .prompt import Prompt
 from .prompt_lengths import (
+    Host,
     PromptLengths,
-    Ranks,
     cache_key,
     load_columns,
     measure_prompts,
@@ -35,16 +35,6 @@ from .prompt_lengths import (
 from .prompts import Prompts, load_prompts
 from .row_checks import Need, check_answers, named_rows
 from .shortening import Messages, shorten
-
-
-class Host(Ranks, Protocol):
-    """The part of an Engine that this takes."""
-
-    @property
-    def seq_len(self) -> int: ...
-
-    @property
-    def inputs(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -102,41 +92,35 @@ class FittedPrompts(Prompts):
         return self._prompts.location(row)
 
 
-def load_training_prompts(
-    cfg: Config, chat: Chat, host: Host, *, graded: bool, given: bool = False
-) -> FittedPrompts:
+def load_training_prompts(cfg: Config, chat: Chat, host: Host) -> FittedPrompts:
     """The prompts of [data] for the model of [model], whose tokenizer is `chat`. Collective.
 
-    graded: their answers are needed where the task compares with one. given: nothing is sampled,
-    the data's own responses are learned from. ValueError, the same on every rank, for a row that is
-    no prompt, that lacks an answer or a response, or that is too long.
+    ValueError, the same on every rank, for a row that is no prompt, that lacks an answer or a
+    response where the phase needs it, or that is too long.
     """
-    d = cfg.data
-    prompts = load_prompts(
-        d.source, split=d.split, columns=d.columns, limit=d.limit, check_rows=False
-    )
-    fitting = Fitting(cfg, prompts, host, chat, given=given)
-    if graded:
-        check_answers(prompts.location, fitting.lengths.answered_N, cfg.task, "data")
-    return fitting.fitted()
+    return Fitting(cfg, host, chat).fitted()
 
 
 class Fitting:
     """The rows of a source against the models that read them. Collective."""
 
-    def __init__(
-        self, cfg: Config, prompts: Prompts, host: Host, chat: Chat, *, given: bool = False
-    ):
-        self.cfg, self.prompts, self.host, self.given = cfg, prompts, host, given
+    def __init__(self, cfg: Config, host: Host, chat: Chat):
+        d, spec = cfg.data, spec_of(cfg.phase)
+        self.cfg, self.host, self.given = cfg, host, spec.given(cfg)
+        self.prompts = load_prompts(
+            d.source, split=d.split, columns=d.columns, limit=d.limit, check_rows=False
+        )
         self.lengths = self._measured(chat)
-        behind_N = np.full(len(prompts), cfg.rollout.max_tokens)
-        if given:
+        if spec.grades(cfg):
+            check_answers(self.prompts.location, self.lengths.answered_N, cfg.task, "data")
+        behind_N = np.full(len(self.prompts), cfg.rollout.max_tokens)
+        if self.given:
             self._check_responses()
             behind_N = np.minimum(behind_N, self.lengths.response_N)
         own, *others = roles(cfg)
-        room = host.seq_len + 1
-        prompt_N, what = self.lengths.prompt_N, "the response" if given else "rollout.max_tokens"
-        need = Need(own.name, chat, prompt_N, behind_N, what, room, "training.seq_len + 1")
+        what = "the response" if self.given else "rollout.max_tokens"
+        room, limit = host.seq_len + 1, "training.seq_len + 1"
+        need = Need(own.name, chat, self.lengths.prompt_N, behind_N, what, room, limit)
         self.needs = [need, *self._needs_of(others, need)]
 
     @property

@@ -50,6 +50,16 @@ class Ranks(Protocol):
     def gather(self, rows: list, /) -> list: ...
 
 
+class Host(Ranks, Protocol):
+    """The part of an Engine that this takes."""
+
+    @property
+    def seq_len(self) -> int: ...
+
+    @property
+    def inputs(self) -> Mapping[str, Any]: ...
+
+
 class SourceSection(Protocol):
     """[data] or [eval]: what is read of which source."""
 

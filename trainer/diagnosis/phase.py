@@ -78,7 +78,7 @@ class DiagnosePhase:
             if same_vocabulary(self.chat, self.teacher_chat)
             else pair_of(self.chat, self.teacher_chat, rows, engine.device)
         )
-        prompts = load_training_prompts(cfg, self.chat, engine, graded=bool(cfg.task.name))
+        prompts = load_training_prompts(cfg, self.chat, engine)
         self.data_fields = prompts.fit.fields
         self.prompts = [prompts[i] for i in range(engine.rank, len(prompts), engine.world)]
         self.grader: Grader | None = None

@@ -60,10 +60,7 @@ class TextSource:
         self.cfg, self.engine, self.spec = cfg, engine, cfg.distill
         self.chat, self.teachers, self.task = chat, teachers, task
         self.student = EmbeddedSampler(engine.gathered_weights, chat)
-        given = self.spec.source == "dataset" and not self.spec.on_policy
-        self.prompts: FittedPrompts = load_training_prompts(
-            cfg, chat, engine, graded=self.spec.correct_only, given=given
-        )
+        self.prompts: FittedPrompts = load_training_prompts(cfg, chat, engine)
         self.rewrite: Callable[[Prompt, str], str | None] | None = (
             load_function(self.spec.rewrite) if self.spec.rewrite else None
         )

@@ -187,6 +187,14 @@ def _sha256(file: str) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def data_input(source: str) -> Input:
+    """One source of prompts, hashed anew. Not collective."""
+    data = _data(source)
+    hashes = _hash_files([str(file) for file in data.files.values()])
+    files = {name: hashes[str(file)] for name, file in data.files.items()}
+    return Input(data.path, files | dict(data.versions))
+
+
 # --- what the folder remembers
 
 

@@ -11,10 +11,9 @@ from reflux.trainer.config.phases import roles
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.data.prompt_lengths import PromptLengths, cache_key, measure_prompts
+from reflux.trainer.data.prompt_lengths import Host, PromptLengths, cache_key, measure_prompts
 from reflux.trainer.data.prompts import load_prompts
 from reflux.trainer.data.row_checks import Need, check_answers
-from reflux.trainer.phase import Engine
 
 from .multiple_choice import Options, list_options, read_options
 
@@ -22,7 +21,7 @@ from .multiple_choice import Options, list_options, read_options
 class Questions:
     """The prompts of [eval], as they are in the source."""
 
-    def __init__(self, cfg: Config, engine: Engine, chat: Chat):
+    def __init__(self, cfg: Config, host: Host, chat: Chat):
         """Collective. ValueError for a row that is no prompt, whose options cannot be read, that
         lacks an answer or is too long for the model.
         """
@@ -34,12 +33,12 @@ class Questions:
         self.prompts = load_prompts(
             e.source, split=e.split, columns=e.columns, limit=e.limit, check_rows=False
         )
-        lengths = self._measured(engine, chat)
+        lengths = self._measured(host, chat)
         for prompt in self.prompts if e.scores_options or e.list_options else ():
             self.options(prompt)
         if e.generates:
             check_answers(self.prompts.location, lengths.answered_N, cfg.task, "eval")
-        self._check_lengths(lengths, engine.seq_len, chat)
+        self._check_lengths(lengths, host.seq_len, chat)
 
     def shown(self, prompt: Prompt) -> Prompt:
         """As the model reads it: with its options, where eval.list_options says so."""
@@ -62,13 +61,13 @@ class Questions:
         except ValueError:
             return None
 
-    def _measured(self, engine: Engine, chat: Chat) -> PromptLengths:
+    def _measured(self, host: Host, chat: Chat) -> PromptLengths:
         e, location = self.cfg.eval, self.prompts.location
         if e.list_options:
             shown = [self.shown(p) for p in self.prompts]
-            return measure_prompts(shown, chat, engine, location=location)
-        key = cache_key(engine.inputs.get("eval"), e, chat)
-        return measure_prompts(self.prompts, chat, engine, key, location=location)
+            return measure_prompts(shown, chat, host, location=location)
+        key = cache_key(host.inputs.get("eval"), e, chat)
+        return measure_prompts(self.prompts, chat, host, key, location=location)
 
     def _check_lengths(self, lengths: PromptLengths, seq_len: int, chat: Chat) -> None:
         e, behind_N, behind = self.cfg.eval, np.zeros(len(self.prompts), np.int64), "an option"

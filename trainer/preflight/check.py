@@ -18,7 +18,8 @@ from reflux.trainer.data.chat import Chat
 from reflux.trainer.engine.engine import Engine
 from reflux.trainer.runs import commands
 
-from .data_checks import first_prompts, given_responses, length_findings, task_findings
+from .data_checks import first_prompts, given_responses, sampled_findings, task_findings
+from .length_checks import length_findings
 from .model_checks import PROBES, Trial, load_frozen, no_reference, sample_texts, sampler_gap
 from .pair_checks import alignment_findings, pair_findings
 from .report import Example, Finding, Report, has_errors, print_report
@@ -40,7 +41,7 @@ def examine(cfg: Config) -> Report:
     findings += failed
     texts: list[Rollout] = []
     if chats and prompts and len(shapes) == len(roles(cfg)):
-        findings += _lengths(cfg, shapes, chats, prompts)
+        findings += _lengths(cfg, shapes, chats)
         texts, cut = given_responses(cfg, next(iter(chats.values())), prompts)
         findings += cut + task_findings(cfg, texts)
     if has_errors(findings):
@@ -59,14 +60,12 @@ def examine(cfg: Config) -> Report:
     return Report(findings, tables, examples)
 
 
-def _lengths(
-    cfg: Config, shapes: Sequence[Shape], chats: Mapping[str, Chat], prompts: Sequence[Prompt]
-) -> list[Finding]:
+def _lengths(cfg: Config, shapes: Sequence[Shape], chats: Mapping[str, Chat]) -> list[Finding]:
     try:
         seq_len = planned_titan(cfg, shapes[0]).training.seq_len
     except ValueError as error:
         return [Finding("error", str(error), "mend the section named")]
-    return length_findings(cfg, shapes, chats, prompts, seq_len)
+    return length_findings(cfg, shapes, chats, seq_len)
 
 
 def _try_models(
@@ -80,7 +79,9 @@ def _try_models(
         with _scratch_engine(cfg) as engine:
             own, *others = roles(cfg)
             sampled = sample_texts(cfg, engine, chats[own.name], prompts)
-            texts = texts or sampled
+            if not texts:
+                texts = sampled
+                findings += sampled_findings(cfg, sampled)
             trial = Trial(cfg, engine, own, chats, sampled, texts)
             findings.append(sampler_gap(trial))
             findings += alignment_findings(cfg, chats, texts)

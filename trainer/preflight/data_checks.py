@@ -1,20 +1,22 @@
-"""Prompts, their lengths, the data's own responses, and what the grader says of them."""
+"""The first prompts, the data's own responses, and what the grader says of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 from reflux.trainer.config.phases import spec_of
 from reflux.trainer.config.schema import Config
+from reflux.trainer.config.sections import TaskSection
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
+from reflux.trainer.data.failed_grades import count_failed
 from reflux.trainer.data.graders import Grade
 from reflux.trainer.data.prompts import load_prompts
 from reflux.trainer.data.tasks import build_task
 from reflux.trainer.rollouts.generate import given_rollout
 
 from .report import Finding, first_line, short
-from .shapes import Shape
 
-FIRST_PROMPTS = 256  # rows whose length is measured
+FIRST_PROMPTS = 256  # rows whose texts are looked at
 FIRST_TEXTS = 32  # responses that are graded
 ACCEPTED = 0.9  # fraction of the data's own responses that a grader should call correct
 
@@ -29,50 +31,6 @@ def first_prompts(cfg: Config) -> tuple[list[Prompt], list[Finding]]:
     except (OSError, ValueError, ImportError) as error:
         what = f"{section}.source = {d.source!r} cannot be read: {first_line(error)}"
         return [], [Finding("error", what, "lengths, grader and texts are not checked")]
-
-
-def length_findings(
-    cfg: Config,
-    shapes: Sequence[Shape],
-    chats: Mapping[str, Chat],
-    prompts: Sequence[Prompt],
-    seq_len: int,
-) -> list[Finding]:
-    """Whether prompt + rollout.max_tokens fits: a row of the model of [model] has training.seq_len
-    + 1 tokens at most, a frozen model has its own positions.
-    """
-    if not prompts:
-        return []
-    return [
-        _length_finding(cfg, s, chats[s.role.name], prompts, seq_len)
-        for s in shapes
-        if s.role.name in chats and not s.role.is_copy
-    ]
-
-
-def _length_finding(
-    cfg: Config, shape: Shape, chat: Chat, prompts: Sequence[Prompt], seq_len: int
-) -> Finding:
-    role, response = shape.role, cfg.rollout.max_tokens
-    room = seq_len + 1 if role.own else shape.max_positions
-    lengths = [len(chat.prompt_ids(p.messages)) for p in prompts]
-    longest = max(lengths)
-    too_long = sum(n + response > room for n in lengths) / len(lengths)
-    limit = "training.seq_len + 1" if role.own else "positions of the model"
-    what = (
-        f"{role.name}: longest of the first {len(prompts)} prompts {longest} + rollout.max_tokens "
-        f"{response} = {longest + response} tokens, {limit} {room}"
-    )
-    if not too_long:
-        return Finding("ok", what)
-    fix = "take a model with a longer context"
-    if role.own:
-        fix = f"set training.seq_len >= {longest + response - 1}"
-    return Finding(
-        "error" if role.own else "warning",
-        f"{what}: {too_long:.1%} of the prompts are too long",
-        f"{fix}, lower rollout.max_tokens, or leave long prompts out",
-    )
 
 
 def given_responses(
@@ -110,29 +68,55 @@ def task_findings(cfg: Config, texts: Sequence[Rollout]) -> list[Finding]:
                 "the grader is not checked; a `response` column with correct answers would do it",
             )
         ]
-    return [_grader_finding(cfg.task.name, texts, task.grade(texts))]
+    return _grader_findings(cfg.task, texts, task.grade(texts))
 
 
-def _grader_finding(task: str, texts: Sequence[Rollout], grades: Sequence[Grade]) -> Finding:
-    failed = next((g.error for g in grades if g.error is not None), None)
-    if failed is not None:
-        what = f"task {task}: the grader failed on the data's own response: {failed}"
-        return Finding("error", what, "a failed grade is reward 0; mend the grader")
-    correct = [g.correct for g in grades if g.correct is not None]
-    if not correct:
-        mean = sum(g.reward for g in grades) / len(grades)
-        what = f"task {task}: mean reward {mean:.3g} on the data's own {len(grades)} responses"
-        return Finding("ok", what)
-    what = f"task {task}: accepts {sum(correct)} of the data's own {len(correct)} responses"
-    if sum(correct) / len(correct) >= ACCEPTED:
-        return Finding("ok", what)
-    k = next(k for k, g in enumerate(grades) if g.correct is False)
+def sampled_findings(cfg: Config, texts: Sequence[Rollout]) -> list[Finding]:
+    """Whether the grader grades at all, on texts of the model where the data have none."""
+    if not cfg.task.name or cfg.task.name == "reward_model":
+        return []
+    whole = [replace(t, ended=True) for t in texts]  # cut short by this check, not by the model
+    grades = build_task(cfg.task.name, cfg.task.options).grade(whole)
+    return _failed_findings(cfg.task, grades)
+
+
+def _failed_findings(task: TaskSection, grades: Sequence[Grade]) -> list[Finding]:
+    """Failed grades: an error above the budget of a run, else a warning."""
+    counts = count_failed(g.error for g in grades if g.graded)
+    if not counts.failed:
+        return []
+    try:
+        counts.check(task.name, task.max_failed)
+    except ValueError as error:
+        return [Finding("error", str(error), "the run would end so")]
+    what = f"task {task.name}: grading failed on {counts.failed} of {counts.graded} texts"
+    return [Finding("warning", f"{what}: {counts.first_error}", "they will leave their groups")]
+
+
+def _grader_findings(
+    task: TaskSection, texts: Sequence[Rollout], grades: Sequence[Grade]
+) -> list[Finding]:
+    failed = _failed_findings(task, grades)
+    pairs = [(t, g) for t, g in zip(texts, grades) if not g.failed]
+    graded = [(t, g) for t, g in pairs if g.correct is not None]
+    if not pairs:
+        return failed
+    if not graded:
+        mean = sum(g.reward for _, g in pairs) / len(pairs)
+        what = f"task {task.name}: mean reward {mean:.3g} on the data's own {len(pairs)} responses"
+        return [*failed, Finding("ok", what)]
+    accepted = sum(bool(g.correct) for _, g in graded)
+    what = f"task {task.name}: accepts {accepted} of the data's own {len(graded)} responses"
+    if accepted / len(graded) >= ACCEPTED:
+        return [*failed, Finding("ok", what)]
+    text, grade = next((t, g) for t, g in graded if not g.correct)
     example = (
-        f"prompt {texts[k].prompt.index}: {short(texts[k].text)}, extracted "
-        f"{grades[k].extracted!r}, want {texts[k].prompt.answer!r}"
+        f"prompt {text.prompt.index}: {short(text.text)}, extracted {grade.extracted!r}, want "
+        f"{text.prompt.answer!r}"
     )
-    return Finding(
-        "warning" if any(correct) else "error",
+    wrong = Finding(
+        "warning" if accepted else "error",
         f"{what}; {example}",
         "check task.name, task.options (marker, pattern) and the answer column",
     )
+    return [*failed, wrong]

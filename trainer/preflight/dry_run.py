@@ -15,7 +15,8 @@ from rich.table import Table
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.chat import Chat
 
-from .data_checks import first_prompts, length_findings
+from .data_checks import first_prompts
+from .length_checks import length_findings
 from .memory import Part, Ranks, activation_bytes, memory_parts, plan_ranks, totals
 from .report import Finding, Report, has_errors, print_report, size
 from .shapes import Shape, planned_shapes, planned_titan
@@ -46,7 +47,8 @@ def plan(cfg: Config) -> Report:
             findings += _budget(cfg, config.training, ranks, own, parts)
             prompts, failed = first_prompts(cfg)
             findings += as_warnings(failed)
-            findings += length_findings(cfg, shapes, chats, prompts, config.training.seq_len)
+            if prompts:
+                findings += length_findings(cfg, shapes, chats, config.training.seq_len)
     findings += tokenizer_findings(shapes, chats)
     return Report(findings, tables)
 

@@ -55,9 +55,9 @@ def make_config(model, source, **over) -> Config:
     return fill(Config, deep_merge(table, over), "test")
 
 
-def load(cfg, host=None, *, graded=True, given=False):
+def load(cfg, host=None):
     host = host or ThreadRank(seq_len=SEQ_LEN)
-    return load_training_prompts(cfg, Chat(cfg.model.path), host, graded=graded, given=given)
+    return load_training_prompts(cfg, Chat(cfg.model.path), host)
 
 
 def test_they_are_refused_with_their_rows_their_number_and_the_longest(model, tmp_path):
@@ -163,27 +163,27 @@ def test_a_frozen_model_needs_positions_for_the_prompt_and_one_token(model, tmp_
         assert len(load(make_config(model, source, **calibration), host)) == 12
 
 
+SFT = {"phase": "distill", "distill": {"objective": "nll", "source": "dataset", "on_policy": 0.0}}
+
+
 def test_given_texts_need_room_for_themselves_only(model, tmp_path):
     rows = [{"prompt": "q " * 20, "response": "a"}, {"prompt": "q", "response": "yes " * 30}]
     max_tokens = 30  # the second row's response is cut there
     source, chat = write(tmp_path, rows), Chat(model)
     prompt = len(chat.prompt_ids(load_prompts(source)[0].messages))
-    sft = {
-        "phase": "distill",
-        "distill": {"objective": "nll", "source": "dataset", "on_policy": 0.0},
-    }
-    cfg = make_config(model, source, **sft, rollout={"max_tokens": max_tokens})
-    assert len(load(cfg, ThreadRank(seq_len=prompt + 1), graded=False, given=True)) == 2
+    cfg = make_config(model, source, **SFT, rollout={"max_tokens": max_tokens})
+    assert len(load(cfg, ThreadRank(seq_len=prompt + 1))) == 2
     with pytest.raises(ValueError, match=f"with 2 for the response {prompt + 2}; want at most"):
-        load(cfg, ThreadRank(seq_len=prompt), graded=False, given=True)
-    with pytest.raises(ValueError, match="too long"):
-        load(cfg, ThreadRank(seq_len=prompt + 1), graded=False, given=False)
+        load(cfg, ThreadRank(seq_len=prompt))
+    sampled = {"phase": "distill", "teacher": {"path": model}, "rollout": {"max_tokens": 30}}
+    with pytest.raises(ValueError, match="with 30 for rollout.max_tokens"):
+        load(make_config(model, source, **sampled), ThreadRank(seq_len=prompt + 1))
 
 
 def test_given_texts_have_to_be_there(model, tmp_path):
     source = write(tmp_path, [{"prompt": "q", "response": "a"}, {"prompt": "q"}])
     with pytest.raises(ValueError, match="line 2: no response, in 1 of 2 rows; want a `response`"):
-        load(make_config(model, source), graded=False, given=True)
+        load(make_config(model, source, **SFT))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,8 @@ def test_a_task_that_compares_needs_answers(model, tmp_path, missing, task, refu
         ValueError, match=rf"line 1.*: no answer, in {missing} of 12 rows, and task"
     ):
         load(cfg)
-    assert len(load(cfg, graded=False)) == 12, "nobody grades"
+    distill = make_config(model, cfg.data.source, phase="distill", teacher={"path": model})
+    assert len(load(distill)) == 12, "nobody grades"
     assert (
         len(load(make_config(model, cfg.data.source, task={"name": task, "max_failed": 1.0}))) == 12
     )
