@@ -20,7 +20,7 @@ from typing import NoReturn
 # absolute imports: a script has no package to be relative to
 from reflux.trainer.config import loader
 from reflux.trainer.config.schema import Config
-from reflux.trainer.runs import commands, first_rank, output, run_folder, signals
+from reflux.trainer.runs import commands, first_rank, limits, output, run_folder, signals
 from reflux.trainer.runs.lock import RunLock
 
 PROGRAM = "torchrun trainer/main.py"
@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     with signals.handled_by(signals.raise_interrupt):
         try:
             signals.end_with_launcher()
+            limits.raise_descriptor_limit()
             cfg = loader.load(args.config, tuple(args.set))
             if args.print_config:
                 print(loader.to_toml(cfg), end="")

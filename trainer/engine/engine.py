@@ -50,7 +50,7 @@ from .probe import prove_decoding, prove_forward
 from .ranks import RankGroup
 from .rescue import Announcement, Rescue, first_line
 from .torchtitan_host import RefluxTrainer
-from .trainer_config import titan_config
+from .trainer_config import check_world, titan_config
 from .weights import verify_numbers, verify_weights
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ class Engine:
         path = model_folder(cfg.model.path, "model.path")
         spec = build_spec(path, backend=cfg.model.backend, attention=cfg.model.attention)
         self._config = titan_config(cfg, spec)
+        check_world(self._config.parallelism, int(os.environ.get("WORLD_SIZE", "1")))
         self._trainer = RefluxTrainer(self._config)
         found = self._trainer.checkpointer.find(self._config.checkpoint.load_step)
         from_folder = found.step is None and not cfg.model.from_scratch

@@ -85,6 +85,34 @@ def titan_config(cfg: Config, spec: ModelSpec) -> RefluxTrainer.Config:
     return config
 
 
+def check_world(parallelism: ParallelismConfig, world: int) -> None:
+    """ValueError where the degrees do not make `world` processes, or are none that exist here."""
+    for kind in ("context", "pipeline", "expert"):
+        name = f"{kind}_parallel_degree"
+        if getattr(parallelism, name) > 1:
+            raise ValueError(
+                f"parallelism.{name} = {getattr(parallelism, name)}; want 1: there is data and "
+                "tensor parallelism only"
+            )
+    replicate = parallelism.data_parallel_replicate_degree
+    shard = parallelism.data_parallel_shard_degree
+    tensor = parallelism.tensor_parallel_degree
+    if min(replicate, tensor) < 1 or shard == 0 or shard < -1:
+        raise ValueError(
+            f"parallelism: replicate {replicate}, shard {shard}, tensor {tensor}; want degrees >= "
+            "1, or data_parallel_shard_degree = -1 for all processes that are left"
+        )
+    fixed = replicate * tensor
+    wanted = fixed * (max(world // fixed, 1) if shard == -1 else shard)
+    if wanted != world:
+        raise ValueError(
+            f"parallelism: data_parallel_replicate_degree {replicate} x data_parallel_shard_degree "
+            f"{shard} x tensor_parallel_degree {tensor} want {wanted} processes, and {world} "
+            f"{'was' if world == 1 else 'were'} started. Start torchrun --nproc-per-node {wanted}, "
+            "or lower the degrees"
+        )
+
+
 def _check_replaced(sections: Mapping[str, Mapping[str, Any]]) -> None:
     for name, ours in REPLACED.items():
         section, key = name.split(".")

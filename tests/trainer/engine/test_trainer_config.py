@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 from runs import config
+from torchtitan.config import ParallelismConfig
 
-from reflux.trainer.engine.trainer_config import titan_config
+from reflux.trainer.engine.trainer_config import check_world, titan_config
 
 
 def titan(talkers, tmp_path, **over):
@@ -53,3 +54,34 @@ def test_what_is_unknown_wrong_or_without_effect_is_an_error(
 ):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         titan(talkers, tmp_path, **{section: values})
+
+
+@pytest.mark.parametrize(
+    "degrees, world, says",
+    [
+        ({}, 1, None),
+        ({}, 8, None),
+        ({"tensor_parallel_degree": 2}, 8, None),
+        ({"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 4}, 8, None),
+        (
+            {"tensor_parallel_degree": 2},
+            1,
+            "want 2 processes, and 1 was started. Start torchrun --n",
+        ),
+        ({"tensor_parallel_degree": 3}, 8, "want 6 processes, and 8 were started"),
+        ({"data_parallel_shard_degree": 3}, 1, "--nproc-per-node 3, or lower the degrees"),
+        ({"data_parallel_shard_degree": 2}, 8, "want 2 processes, and 8"),
+        ({"tensor_parallel_degree": 0}, 1, "want degrees >= 1"),
+        ({"data_parallel_shard_degree": 0}, 1, "want degrees >= 1"),
+        ({"pipeline_parallel_degree": 2}, 2, "parallelism.pipeline_parallel_degree = 2; want 1"),
+        ({"context_parallel_degree": 2}, 2, "parallelism.context_parallel_degree = 2; want 1"),
+        ({"expert_parallel_degree": 2}, 2, "parallelism.expert_parallel_degree = 2; want 1"),
+    ],
+)
+def test_the_degrees_make_as_many_processes_as_were_started(degrees, world, says):
+    parallelism = ParallelismConfig(**degrees)
+    if says is None:
+        check_world(parallelism, world)
+    else:
+        with pytest.raises(ValueError, match=says):
+            check_world(parallelism, world)
