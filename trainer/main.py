@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
             hint = [] if args.check or args.dry_run else [_hint()]
             _print_once("\n".join([stopped, *_notes(signal), *hint]))
             return INTERRUPTED
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, FloatingPointError) as error:
             _refuse(error)
 
 

@@ -67,7 +67,8 @@ def score_ids(
     itself. Collective.
 
     chat: of the scorer. tokens: positions of a micro-batch. stop: score the stop set behind each
-    text; that takes one position more than the text has.
+    text; that takes one position more than the text has. ValueError, on every rank, where a
+    log-probability is -inf or NaN: a reward made of it would teach nonsense.
     """
     samples = [_sample(prompt, (*ids, chat.stop_id) if stop else ids) for prompt, ids in jobs]
     logp = [np.zeros(len(s.rollout.ids)) for s in samples]
@@ -87,7 +88,20 @@ def score_ids(
             logp[i] = scores_TK[sample_T == i, 0]
         for t in np.flatnonzero(last_T.cpu().numpy()):
             stop_logp[sample_T[t]] = np.logaddexp.reduce(scores_TK[t, 1:])
-    return [TextScore(x[:-1] if stop else x, float(s)) for x, s in zip(logp, stop_logp)]
+    results = [TextScore(x[:-1] if stop else x, float(s)) for x, s in zip(logp, stop_logp)]
+    _check_finite(results, chat, engine)
+    return results
+
+
+def _check_finite(scores: Sequence[TextScore], chat: Chat, engine: Engine) -> None:
+    bad = sum((~np.isfinite([*s.logp, s.stop])).sum() for s in scores)
+    total = int(engine.sum(float(bad)))
+    if total:
+        raise ValueError(
+            f"{chat.path}: {total} log-probabilities of tokens under this model are -inf or NaN. "
+            "Its logits overflow, or it bans tokens that texts hold. Take another model, or "
+            'dtype = "float32" for it'
+        )
 
 
 def _sample(prompt_ids: tuple[int, ...], ids: tuple[int, ...]) -> Sample:

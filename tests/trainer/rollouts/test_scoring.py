@@ -65,6 +65,9 @@ class Engine:
     def pad_across_ranks(self, batches):
         return batches
 
+    def sum(self, value):
+        return value
+
     @contextmanager
     def forward_no_grad(self, model, batch, vocab_size):
         rows = [
@@ -278,3 +281,29 @@ def test_each_side_renders_its_own_prompt_and_only_the_text_is_shared(chats, tmp
     assert prompt != chats.small.prompt_ids(PROMPT)
     special = {scorer.tokenizer.convert_tokens_to_ids(s) for s in SPECIALS}
     assert not special & set(a.scorer_ids) and scorer.decode(a.scorer_ids) == rollout.text
+
+
+@pytest.mark.parametrize("banned", ["token", "stop", "neither"])
+def test_a_scorer_whose_probabilities_are_no_numbers_is_named(chats, banned):
+    """A banned token, which no text has, is no harm; one that a text has is -inf for its reward."""
+    chat, model = chats.large, Toy(chats.large.vocab_size, 1)
+    chat.stop_ids, ids = (chat.stop_id,), chat.encode("7 - 5 = 2")
+    unused = next(i for i in range(3, model.vocab) if i not in ids)
+    row = {"token": ids[2], "stop": chat.stop_id, "neither": unused}[banned]
+    real = model.walk
+
+    def walk(given, positions):
+        return torch.cat([real(given, positions), torch.ones(len(given), 1).double()], 1)
+
+    model.walk = walk
+    bias = torch.zeros(len(model.head), 1, dtype=torch.float64)
+    bias[row] = -torch.inf
+    model.head = torch.cat([model.head, bias], 1)
+    jobs = [(chat.prompt_ids(PROMPT), ids)]
+    if banned == "neither":
+        assert np.isfinite(score_ids(model, Engine(), jobs, chat, tokens=99)[0].logp).all()
+        return
+    with pytest.raises(ValueError, match=f"{chat.path}: 1 log-probabilities of tokens under this"):
+        score_ids(model, Engine(), jobs, chat, tokens=99)
+    if banned == "stop":
+        score_ids(model, Engine(), jobs, chat, tokens=99, stop=False)
