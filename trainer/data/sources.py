@@ -24,6 +24,7 @@ from reflux.trainer.config.fit import nearest
 
 from .prompt import GeneratedEntry
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LONGEST = 2**25  # bytes of a line, characters of a text: more is no prompt, but a mistake
 FORMS = (
     "a .jsonl or .parquet file, a folder of a data set, reasoning_gym:NAME?size=1000&seed=7 "
@@ -63,7 +64,13 @@ def open_source(source: str, split: str, limit: int | None) -> tuple[Rows, Locat
         except Exception as error:
             raise ValueError(f"{source}: the function failed with {explain(error)}") from error
         return rows, partial(_row_of, source)
-    raise ValueError(f"{source}: no such file or folder; want {FORMS}")
+    hint = ""
+    if HUB_ID.fullmatch(source):
+        hint = (
+            f". Data sets of the hub are not downloaded: hf download {source} --repo-type dataset"
+        )
+        hint += f" --local-dir {source}"
+    raise ValueError(f"{source}: no such file or folder; want {FORMS}{hint}")
 
 
 def _row_of(source: str, i: int) -> str:
