@@ -2,6 +2,7 @@
 # make report       everything the miniature has to say: attacks, eta sweep, ablations, diagnoses (hours; Ctrl-C and again goes on)
 # make test         everything that must hold before a commit lands
 # make test-faults  kills, full disks, damaged files, leaks: 100 random kills; RECORD=FILE writes what was tried (about 25 minutes)
+# make audit        known vulnerabilities of what is installed, where pip-audit reaches its data; else only the list, docs/dependencies.txt
 # make bench        kernels against floors and peers (needs a GPU for numbers; on a CPU it proves the harness)
 # make bench-gpu    the same on a machine with a GPU where nothing of this is installed: no network, about 8 minutes, see bench/gpu.py
 # make real         the two real small models that packages carry: a few calibration and distillation steps (330 MB)
@@ -13,7 +14,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart report test test-faults bench bench-gpu real lint clean
+.PHONY: quickstart report test test-faults audit bench bench-gpu real lint clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m reflux.trainer.matrix configs/quickstart.toml
@@ -38,6 +39,11 @@ lint: $(VENV)/ready
 	mkdir -p build/types/reflux
 	for floor in kernels tokenalign trainer; do ln -sfn ../../../$$floor build/types/reflux/$$floor; done
 	$(BIN)/mypy -p reflux
+
+audit: $(VENV)/ready
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install -q pip-audit
+	$(BIN)/python -m bench.audit --tool build/audit/bin/pip-audit --list docs/dependencies.txt
 
 bench: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench
