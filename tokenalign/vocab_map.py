@@ -152,6 +152,17 @@ def prefix(student: Vocabulary, teacher: Vocabulary) -> Partition:
     return _partition("prefix", student, teacher, longest_prefix, last + 1, control=last, stop=last)
 
 
+def first_merge(table: ByteTable) -> tuple[bytes, bytes] | None:
+    """Two tokens of text, the second beginning with the first; None where no token begins with
+    another: bytes, or characters without byte tokens.
+
+    With one, where a token ends depends on what follows it: "un" before "it" may have to be "unit".
+    """
+    pieces = sorted({p for p, n in zip(table.pieces, table.lens.tolist()) if n})
+    # a piece that begins others stands right before one of them
+    return next(((a, b) for a, b in zip(pieces, pieces[1:]) if b.startswith(a)), None)
+
+
 def common_spellings(table_a: ByteTable, table_b: ByteTable) -> int:
     """C: how many byte strings are a text token on both sides."""
     return len(_shared(Vocabulary(table_a), Vocabulary(table_b)))

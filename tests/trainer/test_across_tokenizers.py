@@ -157,7 +157,12 @@ def test_a_student_learns_from_a_teacher_of_another_family_on_both_kinds_of_text
             optim={"lr": 1e-2},
             lr_scheduler={"warmup_steps": 0},
             rollout={"prompts": 2, "group": 2, "max_tokens": 10},
-            distill={"on_policy": on_policy, "query_budget": 0 if on_policy else 2} | options,
+            distill={
+                "on_policy": on_policy,
+                "query_budget": 0 if on_policy else 2,
+                "allow_biased": True,
+                **options,
+            },
         )
     )
     losses = [s["loss"] for s in run.steps]
@@ -179,6 +184,7 @@ def test_inside_a_span_a_teachers_text_is_learned_by_likelihood(pair, tmp_path, 
     def first(weight):
         options = {
             "objective": "class",
+            "allow_biased": True,  # both tokenizers merge
             "divergence": "forward",
             "on_policy": 0.0,
             "inner_weight": weight,

@@ -102,7 +102,7 @@ def test_a_rank_without_a_token_neither_hangs_nor_changes_the_numbers(talkers, t
     }
     one = run_here(config(talkers, tmp_path / "one", "distill", **over))
     two = run_ranks(config(talkers, tmp_path / "two", "distill", **over))
-    assert one.steps[0]["kept"] == 0.5 and one.steps[0]["tokens"] > 0
+    assert one.steps[0]["passed_filter"] == 0.5 and one.steps[0]["tokens"] > 0
     assert_same(one, two)
 
 

@@ -1,9 +1,15 @@
 """The table [distill] of a configuration, and the combinations that it does not accept."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from .checks import above_zero, fraction, not_negative
+
+# of objective = "class": the settings under which a student that is right stays right, if none of
+# its tokens begins with another one. tests/trainer/config/test_distillation.py lists all others
+UNBIASED = {"on_policy": 0.0, "divergence": "forward", "inner_weight": 1.0, "temperature": 1.0}
+UNBIASED_PARTITIONS = ("prefix", "first_byte")
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,9 @@ class DistillSection:
     # one teacher, drawn by weight
     more_teachers: tuple[str, ...] = ()
     teacher_weights: tuple[float, ...] = ()  # one per teacher, teacher.path first; empty: equal
+    # run an objective across tokenizers that trains a right student away from the truth, as a
+    # baseline (docs/tokenalign.md, "Fixed points")
+    allow_biased: bool = False
 
     def __post_init__(self):
         fraction(self, "on_policy")
@@ -98,13 +107,44 @@ def _check_combinations(d: DistillSection) -> None:
         raise ValueError(
             f"beta = {d.beta}; want 0 < beta < 1. The ends are divergence = 'forward' and 'reverse'"
         )
+    if not d.allow_biased:
+        _refuse_biased(d)
+
+
+def exact_settings(d: DistillSection) -> Mapping[str, Any]:
+    """What objective = "class" has to set otherwise for an unbiased fixed point: name -> value."""
+    wanted: dict[str, Any] = {k: want for k, want in UNBIASED.items() if getattr(d, k) != want}
+    if d.partition not in UNBIASED_PARTITIONS:
+        wanted["partition"] = "prefix"
+    if d.top_k:
+        wanted |= {"top_k": 0, "tail": "full"}
+    return wanted
+
+
+def _refuse_biased(d: DistillSection) -> None:
+    """ValueError for a fixed point that is biased whatever the two tokenizers."""
+    if d.objective == "class" and (wanted := exact_settings(d)):
+        now = ", ".join(f"{name} = {getattr(d, name)!r}" for name in wanted)
+        raise ValueError(
+            f"objective = 'class' with {now}: across tokenizers a student that is right is trained "
+            "away from the truth, for where a token ends depends on what follows. Write "
+            + ", ".join(f"{name} = {want!r}" for name, want in wanted.items())
+            + ", or allow_biased = true for a biased baseline (docs/tokenalign.md, 'Fixed points')"
+        )
+    if d.objective == "span":
+        raise ValueError(
+            "objective = 'span': its fixed point is biased across tokenizers, for the likelihood "
+            "of a span is also that of its boundaries, which two models put in different places. "
+            "Write objective = 'nll' with on_policy = 0.0, which is exact, or allow_biased = true "
+            "for a biased baseline (docs/tokenalign.md, 'Fixed points')"
+        )
 
 
 def _check_partition(d: DistillSection) -> None:
     if d.top_k and d.partition not in ("common", "projection", "uld"):
         raise ValueError(
             f"partition = {d.partition!r} with top_k = {d.top_k}: the top-k only bounds these "
-            "masses from below. Use partition = 'common', or top_k = 0"
+            "masses from below. Use top_k = 0, or partition = 'common', a biased baseline"
         )
     if d.top_k and d.tail != "bucket":
         raise ValueError(

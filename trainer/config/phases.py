@@ -23,6 +23,7 @@ from .phase_checks import (
 )
 from .roles import (
     Advice,
+    Merge,
     Pair,
     Role,
     calibrate_advice,
@@ -61,7 +62,7 @@ def never(cfg: Config) -> bool:
     return False
 
 
-def no_advice(cfg: Config, same_ids: bool) -> Advice | None:
+def no_advice(cfg: Config, same_ids: bool, merge: Merge = None) -> Advice | None:
     return None
 
 
@@ -80,7 +81,7 @@ class PhaseSpec:
     check: Callable[[Config], None] = check_prompts  # raises ValueError for what cannot work
     frozen_roles: Callable[[Config], list[Role]] = no_roles
     pair: Callable[[Config], Pair | None] = no_pair  # whose tokenizers have to be compared
-    pair_advice: Callable[[Config, bool], Advice | None] = no_advice
+    pair_advice: Callable[[Config, bool, Merge], Advice | None] = no_advice
 
     def load(self) -> type[Any]:
         """The class behind `implementation`; imports what it needs."""

@@ -19,6 +19,15 @@ MAX_UNALIGNED = 0.5  # of a pair's texts, where the phase sets no limit of its o
 Probe = Literal["same_weights", "token_order", "token_kl"]
 
 
+# two tokens of the sampler, the second beginning with the first (tokenalign.vocab_map.first_merge)
+Merge = tuple[bytes, bytes] | None
+
+OTHER_IDS = (
+    "Use a teacher of the student's family, distill.objective = 'nll' with on_policy = 0.0, or "
+    "'class' or 'span' (docs/tokenalign.md, 'Fixed points')"
+)
+
+
 @dataclass(frozen=True)
 class Role:
     """A model of the run and what it is for. `section` is the part of the config that names it."""
@@ -85,7 +94,7 @@ def calibrate_pair(cfg: Config) -> Pair | None:
     return Pair("policy", "proxy", max_unaligned=limit) if cfg.calibration.eta else None
 
 
-def calibrate_advice(cfg: Config, same_ids: bool) -> Advice | None:
+def calibrate_advice(cfg: Config, same_ids: bool, merge: Merge = None) -> Advice | None:
     cal = cfg.calibration
     if cal.credit == "span" and not same_ids and not cal.allow_biased:
         return Advice(
@@ -138,13 +147,19 @@ def distill_pair(cfg: Config) -> Pair | None:
     return Pair("student", "teacher", same_ids="vocabulary", aligned=aligned)
 
 
-def distill_advice(cfg: Config, same_ids: bool) -> Advice | None:
+def distill_advice(cfg: Config, same_ids: bool, merge: Merge = None) -> Advice | None:
     objective = cfg.distill.objective
     if objective == "kl" and not same_ids:
+        return Advice("error", f"distill.objective = 'kl' compares token by token. {OTHER_IDS}")
+    if objective == "class" and not same_ids and merge and not cfg.distill.allow_biased:
+        shorter, longer = (token.decode(errors="backslashreplace") for token in merge)
         return Advice(
             "error",
-            "distill.objective = 'kl' compares token by token; use 'class' or 'span', or a teacher "
-            "of the student's family",
+            f"distill.objective = 'class': the student's token {longer!r} begins with its token "
+            f"{shorter!r}, so where its tokens end depends on what follows, and a student that is "
+            "right is trained away from the truth. Use distill.objective = 'nll' with on_policy = "
+            "0.0, or a student of bytes or characters; distill.allow_biased = true runs it as a "
+            "biased baseline (docs/tokenalign.md, 'Fixed points')",
         )
     if objective in ("span", "class") and same_ids:
         return Advice(

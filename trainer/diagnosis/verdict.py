@@ -32,12 +32,16 @@ def flatten(diagnosis: Diagnosis) -> dict[str, float]:
 def _tail(diagnosis: Diagnosis) -> TrapVerdict:
     divergence = _worse({d: tail.tail_noise_index for d, tail in diagnosis.tail.items()})
     tail = diagnosis.tail[divergence]
-    # token KL needs one vocabulary, and only `common` is exact with a top-k teacher
+    # token KL needs one vocabulary, and only `common` takes a top-k teacher, with a bias of its own
     option, everything = "distill.tail = 'bucket'", "the full vocabulary"
     cross = diagnosis.cross_tokenizer
     if cross:
         option = "distill.objective = 'class', partition = 'common', tail = 'bucket'"
-        everything = "all classes (distill.objective = 'class', partition = 'prefix')"
+        option += ", allow_biased = true"
+        everything = (
+            "all classes (distill.objective = 'class', partition = 'prefix', divergence = "
+            "'forward', on_policy = 0.0)"
+        )
     advice = (
         f"{option} and top_k = {tail.top_k}: the first {tail.top_k} classes hold "
         f"{tail.kl_fraction:.0%} of the {divergence} KL, the tail bucket holds the rest; "
@@ -66,14 +70,15 @@ def _off_policy(diagnosis: Diagnosis) -> TrapVerdict | None:
         return None
     divergence = _worse(off.prefix_ratio)
     gradient = _gradient_words(off.gradient, divergence)
+    biased = " (with allow_biased = true)" if diagnosis.cross_tokenizer else ""
     return _verdict(
         "off-policy instability",
         f"{divergence} KL on student prefixes / on teacher prefixes",
         off.prefix_ratio[divergence],
         1.0,
-        "distill.on_policy > 0: the pair differs more on the student's own prefixes than on the "
-        "teacher's, and off-policy texts never reach those (effective fraction of the teacher's "
-        f"texts under the student: {off.effective_samples['whole'].mean:.0%}){gradient}",
+        f"distill.on_policy > 0{biased}: the pair differs more on the student's own prefixes than "
+        "on the teacher's, and off-policy texts never reach those (effective fraction of the "
+        f"teacher's texts under the student: {off.effective_samples['whole'].mean:.0%}){gradient}",
         "off-policy texts are as good to learn from as the student's own, and cheaper" + gradient,
     )
 

@@ -32,8 +32,13 @@ from reflux.trainer.losses import HeadInputs, Loss, nll, nll_metrics, span_kl, t
 from reflux.trainer.phase import Engine, Grader, Teacher
 
 from .targets import Targets
-from .teachers import load_teachers
+from .teachers import has_biased_fixed_point, load_teachers
 from .texts import Text, TextSource
+
+BIASED = (
+    " Biased baseline (`distill.allow_biased`): across these tokenizers a student as good as the "
+    "teacher is trained away from it (docs/tokenalign.md, 'Fixed points')."
+)
 
 
 class DistillPhase:
@@ -52,6 +57,7 @@ class DistillPhase:
         self.teachers: Sequence[Teacher] = []
         if cfg.needs_teacher:
             self.teachers = load_teachers(cfg, engine, self.chat)
+        self.biased = has_biased_fixed_point(self.spec, self.chat, self.teachers)
         self.source = TextSource(cfg, engine, self.chat, self.teachers, self.task)
         self.data_fields = self.source.prompts.fit.fields
         self.targets = Targets(self.spec, self.chat, self.teachers)
@@ -108,7 +114,7 @@ class DistillPhase:
         }[d.objective]
         return "Distilled student", (
             f"Distilled from `{cfg.teacher.path}` into `{cfg.model.path}`: {how}, "
-            f"{d.on_policy:.0%} on-policy."
+            f"{d.on_policy:.0%} on-policy." + (BIASED if self.biased else "")
         )
 
     # parts of the loss

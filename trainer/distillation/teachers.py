@@ -22,8 +22,9 @@ from reflux.tokenalign.class_losses import (
 from reflux.tokenalign.linear_class_kl import linear_class_kl
 from reflux.tokenalign.linear_rows import linear_rows
 from reflux.tokenalign.projection import Projection
-from reflux.tokenalign.vocab_map import Partition, Vocabulary
-from reflux.trainer.config.distillation import DistillSection
+from reflux.tokenalign.vocab_map import Partition, Vocabulary, first_merge
+from reflux.trainer.config.distillation import DistillSection, exact_settings
+from reflux.trainer.config.roles import distill_advice
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Batch
 from reflux.trainer.data.chat import Chat, same_vocabulary
@@ -35,7 +36,7 @@ from reflux.trainer.losses import (
     teacher_topk_of,
     topk_kl,
 )
-from reflux.trainer.phase import Engine, FrozenModel, Sampler, TextScore
+from reflux.trainer.phase import Engine, FrozenModel, Sampler, Teacher, TextScore
 from reflux.trainer.rollouts.defences import DefendedDecoding
 from reflux.trainer.rollouts.generate import EmbeddedSampler
 from reflux.trainer.rollouts.scoring import score_ids
@@ -137,12 +138,7 @@ def load_teachers(cfg: Config, engine: Engine, chat: Chat) -> list[FrozenTeacher
     weights = cfg.distill.teacher_weights or (1.0,) * len(paths)
     chats = [Chat(path) for path in paths]
     shares_ids = [same_vocabulary(chat, c) for c in chats]
-    if cfg.distill.objective == "kl" and not all(shares_ids):
-        other = paths[shares_ids.index(False)]
-        raise ValueError(
-            f"distill.objective = 'kl' compares token by token, but {other} and {cfg.model.path} "
-            "have different vocabularies. Use distill.objective = 'class' or 'span'"
-        )
+    _refuse(cfg, chat, chats, shares_ids)
     losses = [
         _class_loss(cfg.distill, chat, c, engine) if cfg.distill.objective == "class" else None
         for c in chats
@@ -167,6 +163,30 @@ def load_teachers(cfg: Config, engine: Engine, chat: Chat) -> list[FrozenTeacher
             models, chats, weights, shares_ids, losses
         )
     ]
+
+
+def _refuse(cfg: Config, chat: Chat, chats: Sequence[Chat], shares_ids: Sequence[bool]) -> None:
+    """ValueError where the objective cannot compare the student with a teacher, or only with a
+    biased fixed point that is not allowed.
+    """
+    if all(shares_ids):
+        return
+    other = chats[shares_ids.index(False)].path
+    merge = first_merge(chat.table) if cfg.distill.objective == "class" else None
+    advice = distill_advice(cfg, False, merge)
+    if advice is not None:
+        raise ValueError(f"{other} and {cfg.model.path} have different vocabularies. {advice.text}")
+
+
+def has_biased_fixed_point(spec: DistillSection, chat: Chat, teachers: Sequence[Teacher]) -> bool:
+    """Whether a student that is as good as its teachers would be trained away from them."""
+    if all(t.shares_ids for t in teachers) or spec.objective not in ("class", "span"):
+        return False
+    return (
+        spec.objective == "span"
+        or bool(exact_settings(spec))
+        or first_merge(chat.table) is not None
+    )
 
 
 def _class_loss(spec: DistillSection, student: Chat, teacher: Chat, engine: Engine) -> ClassLoss:

@@ -5,6 +5,7 @@ where they do not.
 from collections.abc import Mapping, Sequence
 
 from reflux.tokenalign.offsets import side
+from reflux.tokenalign.vocab_map import first_merge
 from reflux.trainer.config.phases import pair_of, spec_of
 from reflux.trainer.config.roles import Pair
 from reflux.trainer.config.schema import Config
@@ -48,7 +49,8 @@ def pair_findings(cfg: Config, chats: Mapping[str, Chat]) -> list[Finding]:
     what = f"{pair.sampled_by} and {pair.scored_by}: " + (
         "the same id -> token map" if same else different
     )
-    advice = spec_of(cfg.phase).pair_advice(cfg, same)
+    merge = first_merge(a.table) if pair.aligned and not same else None
+    advice = spec_of(cfg.phase).pair_advice(cfg, same, merge)
     if advice is None:
         return [*findings, Finding("ok", what)]
     return [*findings, Finding(advice.level, what, advice.text)]

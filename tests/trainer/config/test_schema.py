@@ -230,7 +230,7 @@ def test_diagnose_refuses(wrong, says):
     "right",
     [
         {"objective": "nll", "on_policy": 0.0},
-        {"objective": "span"},
+        {"objective": "span", "allow_biased": True},
         {"divergence": "jsd", "beta": 0.1},
         {"divergence": "forward", "beta": 1.0},  # beta belongs to the mixtures alone
         {"tail": "drop", "top_k": 8, "divergence": "forward"},

@@ -145,6 +145,7 @@ def test_several_teachers_are_their_weighted_mean(talkers, tmp_path):
     def first(folder, path, **more):
         options = (
             {"objective": "class", "partition": "first_byte", "divergence": "forward"}
+            | {"allow_biased": True}
             | GIVEN
             | more
         )
@@ -172,7 +173,7 @@ def test_several_teachers_are_their_weighted_mean(talkers, tmp_path):
 
 
 BASE = {
-    "distill": {"divergence": "forward", "on_policy": 0.5},
+    "distill": {"divergence": "forward", "on_policy": 0.5, "allow_biased": True},
     "rollout": {"prompts": 4, "group": 2, "max_tokens": 12},
 }
 
@@ -246,8 +247,8 @@ def test_options_of_other_tables_change_what_they_name(talkers, tmp_path, over):
     [
         {},
         {"on_policy": 0.5, "nll_weight": 0.5},
-        {"objective": "span", "on_policy": 0.5},
-        {"objective": "class", "partition": "prefix", "on_policy": 0.5},
+        {"objective": "span", "on_policy": 0.5, "allow_biased": True},
+        {"objective": "class", "partition": "prefix", "on_policy": 0.5, "allow_biased": True},
     ],
     ids=str,
 )

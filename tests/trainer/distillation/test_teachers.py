@@ -1,22 +1,30 @@
 """Class losses that a pair of vocabularies cannot have; fused ones equal the plain form."""
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import config
 from vocab_pairs import table_of
 
 from reflux.tokenalign.class_losses import class_kl
 from reflux.tokenalign.linear_rows import linear_rows
 from reflux.trainer.config.distillation import DistillSection
-from reflux.trainer.distillation.teachers import ClassLoss, _class_loss
+from reflux.trainer.data.chat import Chat
+from reflux.trainer.distillation.teachers import (
+    ClassLoss,
+    _class_loss,
+    has_biased_fixed_point,
+    load_teachers,
+)
 from reflux.trainer.losses import HeadInputs
 
 
 def load(student_pieces, teacher_pieces, **options) -> ClassLoss:
     return _class_loss(
-        DistillSection(objective="class", on_policy=0.0, **options),
+        DistillSection(objective="class", on_policy=0.0, allow_biased=True, **options),
         chat_of(*student_pieces),
         chat_of(*teacher_pieces),
         SimpleNamespace(vocab_size=len(student_pieces) + 2, device="cpu"),
@@ -26,6 +34,33 @@ def load(student_pieces, teacher_pieces, **options) -> ClassLoss:
 def chat_of(*pieces):
     table = table_of(pieces, controls=2)
     return SimpleNamespace(table=table, stop_ids=(len(pieces),), vocab_size=len(table))
+
+
+def test_a_student_that_merges_is_refused_before_a_teacher_is_loaded(talkers, tmp_path):
+    """Both have learned merges: where the student's tokens end depends on what follows."""
+    cfg = config(
+        talkers,
+        tmp_path / "run",
+        "distill",
+        teacher={"path": str(talkers / "proxy")},
+        distill={"objective": "class", "on_policy": 0.0, "divergence": "forward"},
+    )
+    chat = Chat(str(talkers / "policy"))
+    with pytest.raises(
+        ValueError, match="different vocabularies.*begins with.*allow_biased = true"
+    ):
+        load_teachers(cfg, None, chat)
+    allowed = replace(cfg.distill, allow_biased=True)
+    with pytest.raises(AttributeError):  # it goes on to the engine
+        load_teachers(replace(cfg, distill=allowed), None, chat)
+    other, same = (SimpleNamespace(shares_ids=same) for same in (False, True))
+    assert has_biased_fixed_point(allowed, chat, [same, other])
+    assert not has_biased_fixed_point(allowed, chat, [same])
+    letters = chat_of(b"a", b"b")
+    assert not has_biased_fixed_point(cfg.distill, letters, [other])
+    assert has_biased_fixed_point(replace(allowed, divergence="jsd"), letters, [other])
+    assert has_biased_fixed_point(replace(allowed, objective="span"), letters, [other])
+    assert not has_biased_fixed_point(replace(allowed, objective="nll"), chat, [other])
 
 
 @pytest.mark.parametrize("partition", ["common", "hybrid"])

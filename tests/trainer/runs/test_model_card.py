@@ -37,6 +37,7 @@ def card_of(cfg: Config) -> tuple[str, str]:
     phase = object.__new__(spec_of(cfg.phase).load())
     phase.cfg, phase.spec = cfg, cfg.distill
     phase.teachers = [None] if cfg.needs_teacher else []
+    phase.biased = cfg.distill.objective in ("class", "span")
     return phase.card()
 
 
@@ -54,8 +55,11 @@ def card_of(cfg: Config) -> tuple[str, str]:
         ),
         *(
             (
-                config("distill", distill=DistillSection(objective, on_policy=0.0)),
-                ["Distilled student", story],
+                config(
+                    "distill",
+                    distill=DistillSection(objective, on_policy=0.0, allow_biased=True),
+                ),
+                ["Distilled student", story, *(["Biased baseline"] * (objective != "nll"))],
             )
             for objective, story in (
                 ("nll", "likelihood of the teacher's texts"),
