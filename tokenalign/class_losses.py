@@ -20,7 +20,10 @@ not offered: it can be negative and pushes every unmatched token down by p_i Q_C
 teacher wants.
 
 Where they are biased. The models agree on the *bytes* read, not on the tokens: each is conditioned
-on its own tokens so far. `first_byte` is exact given that, and looks one byte ahead. `common` and
+on its own tokens so far, and that one ended tells what does not follow. So only `forward` on the
+teacher's texts, with the likelihood of what lies inside spans, leaves a student that is right
+alone; on its own texts it learns that what the teacher merges never occurs (docs/tokenalign.md,
+"Fixed points"). `first_byte` is exact given the tokens, and looks one byte ahead. `common` and
 `projection` compare tokens: a teacher with "unhappy" in its vocabulary has taken that mass away
 from "un", a student without it has not, so two models of one text distribution are not at zero;
 `prefix` undoes that where the longest common prefix is also the student's first token. Multi-digit

@@ -76,6 +76,13 @@ def test_another_vocabulary_is_an_error_for_token_kl_and_not_for_spans(distill, 
     assert "'span'" in errors
 
 
+def test_a_student_that_merges_is_an_error_for_classes(distill, talkers):
+    other = {"path": str(talkers / "proxy")}
+    exact = {"objective": "class", "on_policy": 0.0, "divergence": "forward"}
+    errors = problems(examine(distill(teacher=other, distill=exact)))
+    assert "begins with its token" in errors and "distill.allow_biased = true" in errors
+
+
 def test_span_credit_across_tokenizers_is_an_error(calibrate):
     errors = problems(examine(calibrate(calibration={"mode": "distillable", "credit": "span"})))
     assert "calibration.credit = 'span' with a proxy of another tokenizer" in errors
