@@ -21,8 +21,31 @@ def check_common(cfg: Config) -> None:
             "teacher.path is missing; only distill.objective = 'nll' with distill.source = "
             "'dataset' (plain SFT) runs without a teacher"
         )
+    check_teacher_source(cfg)
     if (cfg.distill.correct_only or cfg.eval.source) and not cfg.task.name:
         raise ValueError("task.name is missing; eval.source and distill.correct_only need a grader")
+
+
+def check_teacher_source(cfg: Config) -> None:
+    """A teacher whose weights are not loaded: phase distill only, and one teacher."""
+    source = cfg.teacher.source
+    if source == "local":
+        return
+    if cfg.phase != "distill":
+        raise ValueError(
+            f"teacher.source = {source!r} with phase = {cfg.phase!r}; want 'local', or phase = "
+            "'distill'"
+        )
+    if cfg.distill.more_teachers:
+        raise ValueError(
+            f"teacher.source = {source!r} with distill.more_teachers; want source = 'local' for "
+            "several teachers"
+        )
+    if cfg.defence.changes_text:
+        raise ValueError(
+            f"{_defence(cfg)} with teacher.source = {source!r}: a defence changes what a local "
+            "teacher samples; whoever serves a teacher sets its own. Use teacher.source = 'local'"
+        )
 
 
 def check_prompts(cfg: Config) -> None:

@@ -39,6 +39,7 @@ class Role:
     trained: bool = False
     samples: bool = False  # texts are sampled from it
     probe: Probe | None = None  # None: --check does not load it
+    elsewhere: bool = False  # its weights are not loaded by this run: a served or cached teacher
 
     @property
     def is_copy(self) -> bool:
@@ -132,8 +133,10 @@ def distill_roles(cfg: Config) -> list[Role]:
     d = cfg.distill
     if d.objective == "nll" and d.source != "teacher":
         return []
-    samples = d.on_policy < 1 and d.source == "teacher"
     more = (replace(cfg.teacher, path=path) for path in d.more_teachers)
+    if cfg.teacher.source != "local":
+        return [Role("teacher", cfg.teacher, "teacher", elsewhere=True)]
+    samples = d.on_policy < 1 and d.source == "teacher"
     return [
         Role("teacher", cfg.teacher, "teacher", samples=samples, probe="token_kl"),
         *(Role(f"teacher {i}", model, "distill.more_teachers") for i, model in enumerate(more, 2)),

@@ -29,6 +29,7 @@ from .sections import (
     ReferenceSection,
     RolloutSection,
     TaskSection,
+    TeacherSection,
 )
 
 TITAN_SECTIONS = (
@@ -57,7 +58,7 @@ class Config:
     take_over_lock: bool = False
     activation_checkpoint: Literal["none", "selective", "full"] = "none"
     model: ModelSection = ModelSection()
-    teacher: FrozenSection = FrozenSection()  # distill, diagnose
+    teacher: TeacherSection = TeacherSection()  # distill, diagnose
     proxy: FrozenSection = FrozenSection()  # calibrate
     data: DataSection = DataSection()
     task: TaskSection = TaskSection()
@@ -83,6 +84,11 @@ class Config:
         not_negative(self, "steps")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed = {self.seed}; want 0 to 2**32 - 1")
+        if not isinstance(self.teacher, TeacherSection):
+            raise ValueError(
+                f"teacher is a {type(self.teacher).__name__}; want a TeacherSection, which has "
+                "`source` beside the same fields"
+            )
         if self.take_over_lock and self.on_existing_run != "resume":
             raise ValueError(
                 f"take_over_lock = true with on_existing_run = {self.on_existing_run!r}; want "

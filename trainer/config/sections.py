@@ -37,6 +37,16 @@ class FrozenSection:
 
 
 @dataclass(frozen=True)
+class TeacherSection(FrozenSection):
+    """The teacher of distill and diagnose. `path` is its folder; where its weights are not loaded
+    here, only config.json and the tokenizer are read from it.
+    """
+
+    # local: loaded by this run. server: asked over HTTP. cache: read from what an earlier run wrote
+    source: Literal["local", "server", "cache"] = "local"
+
+
+@dataclass(frozen=True)
 class DataSection:
     # a .jsonl or .parquet file, a `datasets` folder, reasoning_gym:NAME?size=..&seed=.., or
     # package.module:function

@@ -129,8 +129,19 @@ class FrozenTeacher:
         return score_ids(self.model, self.engine, jobs, self.chat, tokens=self.tokens)
 
 
-def load_teachers(cfg: Config, engine: Engine, chat: Chat) -> list[FrozenTeacher]:
-    """`teacher.path` and `distill.more_teachers`, in this order. Collective.
+def load_teachers(cfg: Config, engine: Engine, chat: Chat) -> Sequence[Teacher]:
+    """The teachers of a run, by teacher.source. Collective. ValueError for a source that is not
+    built, and where the objective cannot compare vocabularies.
+    """
+    if cfg.teacher.source not in SOURCES:
+        raise ValueError(
+            f"teacher.source = {cfg.teacher.source!r} is not available; want {' | '.join(SOURCES)}"
+        )
+    return SOURCES[cfg.teacher.source](cfg, engine, chat)
+
+
+def load_local(cfg: Config, engine: Engine, chat: Chat) -> Sequence[Teacher]:
+    """`teacher.path` and `distill.more_teachers` as frozen models, in this order. Collective.
 
     ValueError where the objective cannot compare vocabularies.
     """
@@ -163,6 +174,10 @@ def load_teachers(cfg: Config, engine: Engine, chat: Chat) -> list[FrozenTeacher
             models, chats, weights, shares_ids, losses
         )
     ]
+
+
+# teacher.source -> its teachers
+SOURCES: dict[str, Callable[[Config, Engine, Chat], Sequence[Teacher]]] = {"local": load_local}
 
 
 def _refuse(cfg: Config, chat: Chat, chats: Sequence[Chat], shares_ids: Sequence[bool]) -> None:

@@ -66,8 +66,8 @@ def _sources(cfg: Config) -> dict[str, _Source]:
     sources = {}
     for role in roles(cfg):
         if not role.is_copy:
-            random = role.own and cfg.model.from_scratch
-            sources[role.name] = _model(role.model.path, weights=not random)
+            unread = role.elsewhere or (role.own and cfg.model.from_scratch)
+            sources[role.name] = _model(role.model.path, weights=not unread)
     for name, section in (("data", cfg.data), ("eval", cfg.eval)):
         if section.source:
             sources[name] = _data(section.source)

@@ -48,7 +48,7 @@ def check_folders(cfg: Config) -> None:
     done = set()
     for role in roles(cfg):
         path = model_folder(role.model.path, _option(role.section))
-        random = role.own and cfg.model.from_scratch
+        random = role.elsewhere or (role.own and cfg.model.from_scratch)
         key = path, role.model.backend, role.model.attention, random
         if key not in done:
             check_files(path)

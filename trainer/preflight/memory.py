@@ -81,6 +81,7 @@ class Part:
 def memory_parts(cfg: Config, training: Any, ranks: Ranks, shapes: Sequence[Shape]) -> list[Part]:
     """What every rank holds: always, while sampling, and while a step runs."""
     parts = []
+    shapes = [s for s in shapes if not s.role.elsewhere]
     for s in shapes:
         parts += _trained(training, ranks, s) if s.role.trained else _frozen(ranks, s)
     for s in shapes:

@@ -358,13 +358,13 @@ def test_a_byte_order_mark_is_no_key(tmp_path):
 
 RECIPE = """
 from reflux.trainer.config.schema import Config
-from reflux.trainer.config.sections import DataSection, FrozenSection, ModelSection
+from reflux.trainer.config.sections import DataSection, ModelSection, TeacherSection
 def config():
     return Config(
         "distill",
         "r",
         model=ModelSection("m"),
-        teacher=FrozenSection("t"),
+        teacher=TeacherSection("t"),
         data=DataSection("d"),
         titan={"training": {"seq_len": 8}},
     )

@@ -1,14 +1,15 @@
 """Every option: its range, its error message, and that the shipped configurations load."""
 
 import tomllib
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from reflux.trainer.config.loader import fill, load
+from reflux.trainer.config.roles import distill_roles
 from reflux.trainer.config.schema import Config, sections
-from reflux.trainer.config.sections import CalibrationSection
+from reflux.trainer.config.sections import CalibrationSection, FrozenSection
 from reflux.trainer.matrix import read_matrix
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.toml"))
@@ -283,6 +284,29 @@ def test_sft_on_given_text_needs_no_teacher_and_calibration_off_no_proxy():
     )
     assert not cfg.needs_teacher
     assert calibrate(proxy={"path": ""}, calibration={"mode": "off"}).calibration.eta == 0
+
+
+def test_a_teacher_that_is_not_loaded_is_for_one_teacher_of_a_distillation():
+    served = {"path": "t", "source": "cache"}
+    (role,) = distill_roles(distill(teacher=served))
+    assert role.elsewhere and role.probe is None and not role.samples
+    for refused, says in (
+        (lambda: distill(phase="diagnose", teacher=served), "'cache' with phase = 'diagnose'"),
+        (lambda: distill(teacher=served, distill={"more_teachers": ["u"]}), "for several teach"),
+        (
+            lambda: distill(
+                teacher=served,
+                distill={"objective": "nll", "on_policy": 0.0},
+                defence={"temperature": 2.0},
+            ),
+            "defence.temperature = 2.0 with teacher.source = 'cache'",
+        ),
+    ):
+        with pytest.raises(ValueError, match="x.toml: ") as error:
+            refused()
+        assert says in str(error.value)
+    with pytest.raises(ValueError, match="teacher is a FrozenSection; want a TeacherSection"):
+        replace(distill(), teacher=FrozenSection("t"))
 
 
 def test_the_mode_sets_the_sign_of_eta():

@@ -15,6 +15,7 @@ from reflux.trainer.config.sections import (
     FrozenSection,
     ModelSection,
     TaskSection,
+    TeacherSection,
 )
 from reflux.trainer.runs.model_card import Outcome, model_card
 
@@ -24,7 +25,7 @@ def config(phase="calibrate", **parts) -> Config:
         phase,
         "r",
         model=ModelSection("models/a: b #1"),
-        teacher=FrozenSection("the-teacher"),
+        teacher=TeacherSection("the-teacher"),
         proxy=FrozenSection("the-proxy"),
         data=DataSection("train.jsonl"),
         task=TaskSection("math"),

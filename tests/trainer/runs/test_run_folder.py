@@ -12,11 +12,11 @@ from reflux.trainer.config.loader import load
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import (
     DataSection,
-    FrozenSection,
     GuardSection,
     ModelSection,
     OptimSection,
     ReferenceSection,
+    TeacherSection,
 )
 from reflux.trainer.runs import run_folder
 from reflux.trainer.runs.run_folder import SEQ_LEN, save_config, settle
@@ -29,7 +29,7 @@ def config(folder, **changes) -> Config:
         steps=3,
         on_existing_run="resume",
         model=ModelSection("m"),
-        teacher=FrozenSection("t"),
+        teacher=TeacherSection("t"),
         data=DataSection("d"),
         titan={"training": {"seq_len": 64}, "checkpoint": {"interval": 5}},
     )
