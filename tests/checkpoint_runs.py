@@ -37,7 +37,7 @@ def take_steps(engine: Engine, last: int | None = None) -> dict[int, dict]:
     """Trains to the end, or to `last`. Returns what each step left in memory."""
     left = {}
     for step in engine.steps():
-        engine.step(pack(samples(), tokens=99, seq_len=64), likelihood_loss)
+        engine.step([[pack(samples(), tokens=99, seq_len=64)]], likelihood_loss)
         engine.notes["answer"] = float(step)
         left[step] = memory(engine)
         if step == last:

@@ -11,7 +11,8 @@ from . import disk_space
 from .config.loader import as_table
 from .config.phases import spec_of
 from .config.schema import Config
-from .data.batch import pack
+from .data.batch import Batch, Rollout, Sample, pack
+from .data.minibatches import deal, key_of, split
 from .disk_space import DiskError
 from .engine.agreement import agreed
 from .engine.engine import Engine
@@ -112,10 +113,8 @@ def _run_steps(
         sampled = time.perf_counter()
         samples_N = phase.score(texts_PG)  # -> reward parts, advantages, teacher targets
         scored = time.perf_counter()
-        batches = pack(
-            samples_N, tokens=cfg.batch.tokens, seq_len=engine.seq_len, joined=cfg.batch.pack
-        )
-        stats = engine.step(batches, phase.loss)  # forward, loss, backward, clip, AdamW
+        epochs = _epochs(cfg, engine, step, texts_PG, samples_N)
+        stats = engine.step(epochs, phase.loss)  # forward, loss, backward, clip, AdamW
         stats |= engine.mean(phase.metric_sums) | _timing(stats, start, sampled, scored, engine)
         _check_ownership(lock)
         examples = _examples(texts_PG) if cfg.log.samples_every else None
@@ -132,6 +131,29 @@ def _run_steps(
             steps = step if restored is None else restored
             return Outcome(steps, str(stop), tuple(record.alarms))
     return Outcome(step, None, tuple(record.alarms))
+
+
+def _epochs(
+    cfg: Config,
+    engine: Engine,
+    step: int,
+    texts_PG: Sequence[Sequence[Any]],
+    samples_N: Sequence[Sample],
+) -> list[list[list[Batch]]]:
+    """[E][M] lists of micro-batches: in each of policy.epochs, the samples of every mini-batch.
+    Collective.
+    """
+    count, epochs = cfg.policy.minibatches, cfg.policy.epochs
+    how = {"tokens": cfg.batch.tokens, "seq_len": engine.seq_len, "joined": cfg.batch.pack}
+    if count == 1:
+        return [[pack(samples_N, **how)]] * epochs
+    keys_P = engine.gather([key_of(_rollout(g[0]).prompt) if g else None for g in texts_PG])
+    deals = (deal(keys_P, count, seed=cfg.seed, step=step, epoch=e) for e in range(epochs))
+    return [[pack(part, **how) for part in split(samples_N, d, count)] for d in deals]
+
+
+def _rollout(text: Any) -> Rollout:
+    return getattr(text, "rollout", text)
 
 
 def _check_ownership(lock: RunLock | None) -> None:
@@ -170,7 +192,7 @@ def _timing(
 
 def _examples(texts_PG: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
     """The first text of the first four prompts."""
-    rollouts = [getattr(t, "rollout", t) for group in texts_PG[:4] for t in group[:1]]
+    rollouts = [_rollout(t) for group in texts_PG[:4] for t in group[:1]]
     return [
         {
             "prompt": r.prompt.messages[-1]["content"],

@@ -65,6 +65,9 @@ def policy_gradient(logp_T: Tensor, old_logp_T: Tensor, advantage_T: Tensor, cli
         metrics = {
             "clipped": (ratio_T != clipped_T).float().sum(),
             "mismatch": log_ratio_T.abs().sum(),
+            "ratio": ratio_T.sum(),
+            # KL(behaviour || policy) from the behaviour's samples: E[rho - 1 - log rho]
+            "approx_kl": (ratio_T - 1 - log_ratio_T).sum(),
         }
         metrics["max/mismatch"] = log_ratio_T.abs().amax() if len(logp_T) else logp_T.new_zeros(())
     return -gain_T.sum(), metrics

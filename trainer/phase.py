@@ -110,8 +110,8 @@ class TrainingPhase(Phase, Protocol):
     data_fields: Mapping[str, Any]  # of the event `data`; empty where every prompt fits
 
     def sample(self, step: int) -> Sequence[Sequence[Any]]:
-        """[P][G] texts for this rank's part of the step's prompts; each is a Rollout, or has one
-        as `.rollout`.
+        """[P][G] texts for this rank's part of the step's prompts, in the batch's order; each is a
+        Rollout, or has one as `.rollout`.
         """
         ...
 
@@ -194,9 +194,12 @@ class Engine(ReadableModel, Protocol):
         """Step numbers from the one after the checkpoint; saves when a checkpoint is due."""
         ...
 
-    def step(self, batches: Sequence[Batch], loss: LossFunction) -> dict[str, float]:
-        """Forward, loss, backward, one division by the global token count, clip, AdamW. Returns
-        means over tokens.
+    def step(
+        self, epochs: Sequence[Sequence[Sequence[Batch]]], loss: LossFunction
+    ) -> dict[str, float]:
+        """Forward, loss, backward, one division by the global token count, clip, AdamW, for every
+        mini-batch of every epoch: epochs[e][m] are its micro-batches on this rank. Returns the
+        first epoch's means over tokens; those of later ones as "epoch2/..." and so on.
         """
         ...
 

@@ -40,13 +40,13 @@ def test_a_killed_run_goes_on_to_the_last_digit(talkers, tmp_path):
     """T28: the margin guard's average, AdamW's moments, the schedule and the data order all survive
     SIGKILL.
     """
-    whole = run_here(config(talkers, tmp_path / "whole", "calibrate", **CALIBRATED, **EVERY_THIRD))
+    over = CALIBRATED | EVERY_THIRD | {"policy": {"epochs": 2, "minibatches": 2}}
+    whole = run_here(config(talkers, tmp_path / "whole", "calibrate", **over))
     cfg = config(
         talkers,
         tmp_path / "killed",
         "calibrate",
-        **CALIBRATED,
-        **EVERY_THIRD,
+        **over,
         on_existing_run="resume",
         task={"name": "slow_task:reward_vowels"},
     )

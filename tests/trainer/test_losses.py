@@ -117,6 +117,8 @@ def test_clipping_by_hand():
     assert metrics["clipped"] == 4 and metrics["max/mismatch"] == pytest.approx(
         torch.tensor(2.0).log().item()
     )
+    assert metrics["ratio"].item() == pytest.approx(ratio.sum().item())
+    assert metrics["approx_kl"].item() == pytest.approx((ratio - 1 - ratio.log()).sum().item())
 
 
 @given(SEEDS)

@@ -53,6 +53,16 @@ def check_prompts(cfg: Config) -> None:
         raise ValueError("data.source is missing; want prompts, e.g. 'train.jsonl'")
 
 
+def check_minibatches(cfg: Config) -> None:
+    prompts, count = cfg.rollout.prompts, cfg.policy.minibatches
+    if prompts % count:
+        raise ValueError(
+            f"rollout.prompts = {prompts} with policy.minibatches = {count}: each mini-batch holds "
+            f"the same number of whole groups. Use a multiple of {count}, for instance "
+            f"{-(-prompts // count) * count}"
+        )
+
+
 def check_no_gates(cfg: Config) -> None:
     """No [accept] and no eval.harness: they belong to phase = 'evaluate'."""
     if cfg.accept:
@@ -77,6 +87,7 @@ def check_no_defence(cfg: Config) -> None:
 
 def check_calibrate(cfg: Config) -> None:
     check_prompts(cfg)
+    check_minibatches(cfg)
     check_no_gates(cfg)
     check_no_defence(cfg)
     if not cfg.task.name:
@@ -110,6 +121,7 @@ def check_calibrate(cfg: Config) -> None:
 
 def check_distill(cfg: Config) -> None:
     check_prompts(cfg)
+    check_minibatches(cfg)
     check_no_gates(cfg)
     d = cfg.distill
     if cfg.defence.changes_text and (d.objective != "nll" or d.source != "teacher"):

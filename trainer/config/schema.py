@@ -49,7 +49,8 @@ TITAN_SECTIONS = (
 class Config:
     phase: str  # calibrate | distill | diagnose | evaluate (config/phases.py); must be chosen
     folder: str  # of the run: log, checkpoints, export
-    steps: int = 100  # optimizer updates
+    # each of policy.epochs x policy.minibatches optimizer updates on new rollouts
+    steps: int = 100
     seed: int = 0
     on_existing_run: Literal["ask", "resume", "fail", "new"] = "ask"
     # a resumed run whose models, data or grader are other files than before

@@ -179,10 +179,13 @@ class PolicySection:
     """The clipped policy gradient of equation (5)."""
 
     clip: float = 0.2  # the ratio to the behaviour policy stays inside 1 +- clip
-    epochs: int = 1  # optimizer updates per batch of rollouts
+    epochs: int = 1  # passes over a step's rollouts
+    # optimizer updates in each pass, over whole groups dealt anew; rollout.prompts is a multiple of
+    # it, and of it times the ranks for equal work
+    minibatches: int = 1
 
     def __post_init__(self):
-        positive(self, "epochs")
+        positive(self, "epochs", "minibatches")
         above_zero(self, "clip")
 
 

@@ -68,19 +68,21 @@ class TextSource:
         self.teacher_texts = self._query_budget(budget) if budget else []
 
     def sample(self, step: int) -> Groups:
-        """[P][G] texts of this rank's part of the step's prompts, on-policy ones first."""
+        """[P][G] texts of this rank's part of the step's prompts, in the batch's order."""
         r, seed = self.cfg.rollout, self.cfg.seed
         batch = self.prompts.batch(step - 1, r.prompts, seed=seed, shuffle=self.cfg.data.shuffle)
         slots = shard(list(enumerate(batch)), self.engine.rank, self.engine.world)
         on_policy = self._on_policy_slots(step)
-        groups: Groups = []
+        groups: dict[int, list[Text]] = {}  # by slot
         if self.spec.on_policy > 0:
-            mine = [prompt for slot, prompt in slots if slot in on_policy]
-            rollouts_PG = self.student.sample(mine, r.group, self._sampling(step))
-            groups += [[Text(x, "student") for x in group] for group in rollouts_PG]
+            mine = [s for s in slots if s[0] in on_policy]
+            rollouts_PG = self.student.sample([p for _, p in mine], r.group, self._sampling(step))
+            for (slot, _), group in zip(mine, rollouts_PG):
+                groups[slot] = [Text(x, "student") for x in group]
         if self.spec.on_policy < 1:
-            groups += self._off_policy(step, [s for s in slots if s[0] not in on_policy])
-        return groups
+            others = [s for s in slots if s[0] not in on_policy]
+            groups |= zip((slot for slot, _ in others), self._off_policy(step, others))
+        return [groups[slot] for slot, _ in slots]
 
     def _off_policy(self, step: int, slots: Sequence[tuple[int, Prompt]]) -> Groups:
         r = self.cfg.rollout

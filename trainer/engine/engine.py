@@ -4,7 +4,7 @@ step samples and which loss it takes.
     engine = Engine(cfg)           # meshes, FSDP2 model, AdamW, schedule, checkpoints; resumes
     for step in engine.steps():    # saves where the checkpoint section says
         with engine.gathered_weights() as decode: ...  # sample from the training weights
-        engine.step(batches, loss)  # loss sums divided once by the global token count
+        engine.step(epochs, loss)  # loss sums divided once by the global token count
 
 World-size rules (docs/method.md, "Ranks"): every rank calls each sharded model equally often,
 gradients are summed, the token count is reduced before the division. Shapes: N rows, L row length,
@@ -39,7 +39,7 @@ from .export import export_hf
 from .fingerprints import RunInputs
 from .forward import hidden_states
 from .frozen import FrozenModel, build_frozen
-from .gradients import accumulate_gradients, forward_no_grad, token_means
+from .gradients import Update, accumulate_gradients, epoch_means, forward_no_grad, totals
 from .head import head_rows, logit_softcap, open_head
 from .hf_models import positions_of, text_config
 from .last_step import LastStep
@@ -235,35 +235,44 @@ class Engine:
         own = store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
         return Rescue(own, dist.get_rank(), world, self._last.unsaved, self._last.save_beside)
 
-    def step(self, batches: Sequence[Batch], loss: contracts.LossFunction) -> dict[str, float]:
-        """Forward, loss, backward, one division by the global token count, clip, AdamW;
-        `policy.epochs` times over the same batches.
+    def step(
+        self, epochs: Sequence[Sequence[Sequence[Batch]]], loss: contracts.LossFunction
+    ) -> dict[str, float]:
+        """Forward, loss, backward, one division by the global token count, clip, AdamW, for every
+        mini-batch of every epoch: epochs[e][m] are its micro-batches on this rank. The learning
+        rate is that of the step.
 
-        Returns the first epoch's means over tokens, with `grad_norm`, `tokens` and `lr`.
-        FloatingPointError if loss or gradient norm is not finite: no weight has moved then, and the
-        batch is saved.
+        Returns the first epoch's means over tokens, with `grad_norm` (the mean of its updates),
+        `tokens` and `lr`; those of epoch e from the second on as "epoch<e>/...".
+        FloatingPointError if loss or gradient norm is not finite: the update moves no weight then,
+        and its batch is saved.
         """
-        trainer, batches = self._trainer, self.pad_across_ranks(batches)
-        tokens = self.sum(float(sum(b.tokens for b in batches)))
-        for epoch in range(self.cfg.policy.epochs):
-            trainer.optimizers.zero_grad()
-            sums = self._accumulate(batches, loss, max(tokens, 1.0))
-            norm = dist_utils.clip_grad_norm_(
-                list(self.model.parameters()), self._config.training.max_norm, foreach=True
-            )
-            if epoch == 0:
-                means = token_means(self._ranks, sums, max(tokens, 1.0))
-                stats = means | {"grad_norm": float(norm), "tokens": tokens}
-            if not (math.isfinite(stats["loss"]) and math.isfinite(float(norm))):
-                self._save_and_raise(batches, stats)
-            trainer.checkpointer.maybe_wait_for_staging()
-            self._last.begins_to_move()
-            if tokens:
-                trainer.optimizers.step()
-        stats["lr"] = trainer.lr_schedulers.schedulers[0].get_last_lr()[0]
-        trainer.lr_schedulers.step()
+        stats: dict[str, float] = {}
+        for number, minibatches in enumerate(epochs, 1):
+            means = epoch_means([self._update(batches, loss) for batches in minibatches])
+            stats |= means if number == 1 else {f"epoch{number}/{k}": v for k, v in means.items()}
+        schedule = self._trainer.lr_schedulers
+        stats["lr"] = schedule.schedulers[0].get_last_lr()[0]
+        schedule.step()
         self._last.ends()
         return stats
+
+    def _update(self, batches: Sequence[Batch], loss: contracts.LossFunction) -> Update:
+        trainer, batches = self._trainer, self.pad_across_ranks(batches)
+        tokens = self.sum(float(sum(b.tokens for b in batches)))
+        trainer.optimizers.zero_grad()
+        sums = self._accumulate(batches, loss, max(tokens, 1.0))
+        norm = dist_utils.clip_grad_norm_(
+            list(self.model.parameters()), self._config.training.max_norm, foreach=True
+        )
+        update = Update(totals(self._ranks, sums), float(norm), tokens)
+        if not (math.isfinite(update.totals["loss"]) and math.isfinite(update.grad_norm)):
+            self._save_and_raise(batches, epoch_means([update]))
+        trainer.checkpointer.maybe_wait_for_staging()
+        self._last.begins_to_move()
+        if tokens:
+            trainer.optimizers.step()
+        return update
 
     def backward(self, batches: Sequence[Batch], loss: contracts.LossFunction) -> None:
         """The gradient of the plain loss sum over all ranks, left in `.grad`; no weight moves."""
@@ -289,7 +298,7 @@ class Engine:
         except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk
             path.unlink(missing_ok=True)
             where = f"could not be saved ({error})"
-        weights = "untouched" if self._last.is_whole else "those of the pass before"
+        weights = "untouched" if self._last.is_whole else "those of the update before"
         raise FloatingPointError(
             f"step {self._trainer.step}: loss {stats['loss']}, gradient norm {stats['grad_norm']}; "
             f"the weights are {weights} and the batch {where}. Lower optim.lr, or look for inf "

@@ -6,6 +6,7 @@ Shapes: N rows, L row length, T response tokens, D hidden size, V vocabulary.
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -78,11 +79,31 @@ def _combined(name: str, before: Tensor, value: Tensor) -> Tensor:
     return torch.maximum(before, value) if name.startswith("max/") else before + value
 
 
-def token_means(ranks: RankGroup, sums: Mapping[str, Tensor], tokens: float) -> dict[str, float]:
-    """Sums over ranks / tokens, and maxima over ranks, in two reductions. Collective."""
+@dataclass(frozen=True)
+class Update:
+    """One optimizer update, as all ranks know it."""
+
+    totals: Mapping[str, float]  # sums over its tokens; of metrics named "max/...", maxima
+    grad_norm: float  # before clipping
+    tokens: float
+
+
+def totals(ranks: RankGroup, sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """Sums over ranks, and maxima over ranks, in two reductions. Collective."""
     names = sorted(sums)
     maxima = [n for n in names if n.startswith("max/")]
     added = [n for n in names if not n.startswith("max/")]
-    totals = ranks.reduce([sums[n] for n in added], dist.ReduceOp.SUM)
+    summed = ranks.reduce([sums[n] for n in added], dist.ReduceOp.SUM)
     highest = ranks.reduce([sums[n] for n in maxima], dist.ReduceOp.MAX)
-    return {n: v / tokens for n, v in zip(added, totals)} | dict(zip(maxima, highest))
+    return dict(zip(added, summed)) | dict(zip(maxima, highest))
+
+
+def epoch_means(updates: Sequence[Update]) -> dict[str, float]:
+    """Sums / tokens and maxima over the updates of an epoch; `grad_norm` is their mean."""
+    tokens = sum(u.tokens for u in updates)
+    means = {}
+    for name in updates[0].totals:
+        values = [u.totals[name] for u in updates]
+        means[name] = max(values) if name.startswith("max/") else sum(values) / max(tokens, 1.0)
+    norms = [u.grad_norm for u in updates]
+    return means | {"grad_norm": sum(norms) / len(norms), "tokens": tokens}

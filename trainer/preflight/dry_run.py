@@ -71,7 +71,7 @@ def _budget(
             f"{r.prompts} prompts x {r.group} x {r.max_tokens} tokens = "
             f"{r.prompts * r.group * r.max_tokens:,} response tokens a step at most; "
             f"{batches} micro-batches of {rows} full rows on each of {ranks.data} "
-            f"data ranks, {cfg.policy.epochs} update(s)",
+            f"data ranks, {cfg.policy.epochs * cfg.policy.minibatches} update(s)",
         ),
         Finding(
             "ok",

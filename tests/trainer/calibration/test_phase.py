@@ -405,6 +405,7 @@ OPTIONS = [
     {"proxy": {"dtype": "bfloat16"}},
     {"policy": {"epochs": 2}},
     {"policy": {"epochs": 2, "clip": 0.001}},
+    {"policy": {"minibatches": 2}},
     {"rollout": {"temperature": 0.7}},
     {"rollout": {"group": 5}},
     {"rollout": {"max_tokens": 9}},
@@ -447,6 +448,19 @@ def test_every_option_changes_what_it_names(talkers, tmp_path, option):
     got = outcome(tmp_path / "run", **merged, steps=3)
     assert all(math.isfinite(x) for pair in got for x in pair)
     assert not np.allclose(got, _base[gated], rtol=1e-5, atol=0), f"{option} changed nothing"
+
+
+def test_every_epoch_is_in_the_log(talkers, tmp_path):
+    """In the first update the policy is the behaviour policy; after it, no longer."""
+    over = {"policy": {"epochs": 3}, "rollout": {"old_logp": "trainer"}, "optim": {"lr": 1e-2}}
+    for step in run_here(config(talkers, tmp_path / "run", "calibrate", **over)).steps:
+        assert abs(step["ratio"] - 1) < 1e-5 and abs(step["approx_kl"]) < 1e-6
+        assert step["clipped"] == 0
+        for epoch in ("epoch2/", "epoch3/"):
+            assert step[f"{epoch}approx_kl"] > 1e-4 and step[f"{epoch}clipped"] > 0
+            assert step[f"{epoch}ratio"] != step["ratio"]
+            assert step[f"{epoch}loss"] != step["loss"] and step[f"{epoch}grad_norm"] > 0
+        assert "epoch1/loss" not in step and "epoch4/loss" not in step
 
 
 def test_options_that_only_move_work_about_change_no_number(talkers, tmp_path):

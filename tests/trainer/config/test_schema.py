@@ -135,6 +135,11 @@ def test_there_are_paper_configs():
         ({"rollout": {"max_tokens": 0}}, "rollout.max_tokens = 0"),
         ({"policy": {"clip": 0.0}}, "policy.clip = 0.0; want > 0"),
         ({"policy": {"epochs": 0}}, "policy.epochs = 0; want >= 1"),
+        ({"policy": {"minibatches": 0}}, "policy.minibatches = 0; want >= 1"),
+        (
+            {"policy": {"minibatches": 3}, "rollout": {"prompts": 4}},
+            "Use a multiple of 3, for instance 6",
+        ),
         ({"guard": {"kl_budget": -0.1}}, "guard.kl_budget"),
         ({"proxy": {"path": ""}}, "needs a frozen proxy"),
         ({"task": {"name": ""}}, "needs a task reward"),

@@ -17,9 +17,9 @@ def host(assets, titan_process, tmp_path_factory):
 
 @pytest.fixture
 def engine(talkers, titan_process, tmp_path):
-    """The engine of a run of three steps that saves each of them."""
+    """The engine of a run of nine steps that saves each of them."""
     os.environ["MASTER_PORT"] = str(free_port())
     checkpoint = {"interval": 1, "keep_latest_k": 9}
-    engine = Engine(config(talkers, tmp_path / "run", "distill", steps=3, checkpoint=checkpoint))
+    engine = Engine(config(talkers, tmp_path / "run", "distill", steps=9, checkpoint=checkpoint))
     yield engine
     engine.close()

@@ -16,9 +16,33 @@ pytestmark = pytest.mark.usefixtures("titan_process")
 def test_a_step_without_tokens_changes_no_weight(engine):
     before = whole_weights(engine)
     next(engine.steps())
-    stats = engine.step([], likelihood_loss)
+    stats = engine.step([[[]]], likelihood_loss)
     assert stats["tokens"] == 0 and stats["loss"] == 0
     assert all(torch.equal(w, before[n]) for n, w in whole_weights(engine).items())
+
+
+def test_minibatches_and_epochs_are_updates_one_after_the_other(engine):
+    """Against the same engine from the same weights, one update a step; lr is constant there."""
+    first, second = (pack(samples(n), tokens=99, seq_len=64) for n in ((3, 7), (5, 2, 4)))
+    before = {name: p.clone() for name, p in engine.model.named_parameters()}
+    next(engine.steps())
+    alone = [engine.step([[x]], likelihood_loss) for x in (first, second, second, first)]
+    wanted = whole_weights(engine)
+    with torch.no_grad():
+        for name, p in engine.model.named_parameters():
+            p.copy_(before[name])
+    for optimizer in engine._trainer.optimizers.optimizers:
+        optimizer.state.clear()
+    stats = engine.step([[first, second], [second, first]], likelihood_loss)
+    assert all(torch.equal(w, wanted[n]) for n, w in whole_weights(engine).items())
+    for prefix, updates in (("", alone[:2]), ("epoch2/", alone[2:])):
+        tokens = [u["tokens"] for u in updates]
+        loss = sum(u["loss"] * t for u, t in zip(updates, tokens)) / sum(tokens)
+        assert stats[f"{prefix}tokens"] == sum(tokens) == 21
+        assert stats[f"{prefix}loss"] == pytest.approx(loss, rel=1e-12)
+        norm = sum(u["grad_norm"] for u in updates) / 2
+        assert stats[f"{prefix}grad_norm"] == pytest.approx(norm, rel=1e-12)
+    assert alone[3]["loss"] < alone[0]["loss"], "updates that change nothing would prove nothing"
 
 
 def test_means_are_over_entries_and_missing_ones_are_zero(engine):
@@ -53,7 +77,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_moves(engine):
         return total * torch.inf, metrics
 
     with pytest.raises(FloatingPointError, match="step 1: loss inf.*nonfinite-step-1-rank-0.pt"):
-        engine.step(pack(samples(), tokens=99, seq_len=64), infinite)
+        engine.step([[pack(samples(), tokens=99, seq_len=64)]], infinite)
     assert all(torch.equal(w, before[n]) for n, w in whole_weights(engine).items())
 
 

@@ -30,7 +30,7 @@ def run_until(engine, fails_at: int, fail) -> dict:
             torch.rand(step)
             if step == fails_at:
                 fail(engine)
-            engine.step(pack(samples(), tokens=99, seq_len=64), likelihood_loss)
+            engine.step([[pack(samples(), tokens=99, seq_len=64)]], likelihood_loss)
             left |= memory(engine) | {"random": torch.get_rng_state().clone()}
             engine.left = left
     return left
@@ -148,7 +148,7 @@ def test_an_error_of_which_nothing_may_be_written(cfg):
                 for step in engine.steps():
                     if step == 3:
                         raise RuntimeError("the folder has another owner")
-                    engine.step(pack(samples(), tokens=99, seq_len=64), likelihood_loss)
+                    engine.step([[pack(samples(), tokens=99, seq_len=64)]], likelihood_loss)
     assert not step_folder(cfg, 1).parent.exists()
 
 
