@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 from reflux.trainer.runs import commands, signals
 from reflux.trainer.runs.lock import InUse, hold, process_start, refuse_if_held
@@ -35,6 +36,7 @@ LOOK_S = 2.0  # between two looks at a folder that is in use
 STOP_S = 60.0  # how long a stop waits for cells that save their step
 STOP_AT_ONCE_S = 5.0  # the same after a second signal
 IN_USE, INTERRUPTED = 75, 130  # exit codes; the first as EX_TEMPFAIL of sysexits.h
+STOPPED_BY_GUARD = 4  # a result, not a failure
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,19 @@ class Cell:
         return (self.folder / "summary.json").exists()
 
     @property
+    def exit_code(self) -> int:
+        """With which the done cell ended: 0, 3 (an [accept] rule does not hold) or 4 (a guard)."""
+        return self._summary().get("exit_code", 0)
+
+    @property
+    def stopped(self) -> str | None:
+        """Why a guard ended the done cell; its export holds the accepted weights."""
+        return self._summary().get("stopped")
+
+    def _summary(self) -> Mapping[str, Any]:
+        return json.loads((self.folder / "summary.json").read_text()) if self.done else {}
+
+    @property
     def command(self) -> str:
         """Works as printed, in the folder where the matrix was started."""
         if self.module:
@@ -63,31 +78,31 @@ class Cell:
 # --- in the process of a cell
 
 
-def run_cell(cell: Cell, take_over: bool) -> None:
+def run_cell(cell: Cell, take_over: bool, notes: Sequence[str] = ()) -> None:
     """Runs the cell in this process, a child of its own, with its output in console.log of its
-    folder. Ends the process.
+    folder, behind the notes. Ends the process.
     """
     with signals.handled_by(signals.raise_interrupt):
         _end_with_runner()
-        sys.exit(_own_and_run(cell, take_over))
+        sys.exit(_own_and_run(cell, take_over, notes))
 
 
-def _own_and_run(cell: Cell, take_over: bool) -> int:
+def _own_and_run(cell: Cell, take_over: bool, notes: Sequence[str]) -> int:
     try:
         with hold(cell.folder, take_over=take_over):
             # another runner may have done it while this process was started
-            return 0 if cell.done else _run_logged(cell)
+            return cell.exit_code if cell.done else _run_logged(cell, notes)
     except InUse:
         return IN_USE
     except KeyboardInterrupt:
         return INTERRUPTED
 
 
-def _run_logged(cell: Cell) -> int:
+def _run_logged(cell: Cell, notes: Sequence[str]) -> int:
     with open(cell.folder / "console.log", "a", buffering=1) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    print(f"$ {cell.command}", flush=True)
+    print("\n".join([f"$ {cell.command}", *notes]), flush=True)
     return (_run_module(cell) if cell.module else _run_main(cell)) or 0
 
 
@@ -160,6 +175,7 @@ class _Schedule:
     running: dict[Cell, _Child] = field(default_factory=dict)
     held: dict[Cell, float] = field(default_factory=dict)  # in use elsewhere; time of the next look
     failed: list[str] = field(default_factory=list)  # cells behind a failed one among them
+    stopped: dict[str, str] = field(default_factory=dict)  # done cells that a guard ended -> reason
     owner_unknown: bool = False  # of the folder of a failed cell
 
     def drop_blocked(self) -> None:
@@ -179,12 +195,24 @@ class _Schedule:
             self.held.pop(cell, None)
             self.waiting.remove(cell)
             if cell.done:  # by another runner
-                self._finish(cell, "done elsewhere")
+                self._close(cell, "done elsewhere")
             else:
+                notes = self._notes(cell)
                 process = context.Process(
-                    target=run_cell, args=(cell, self.take_over), name=cell.name
+                    target=run_cell, args=(cell, self.take_over, notes), name=cell.name
                 )
                 self.running[cell] = _Child(process)
+                for note in notes:
+                    self._report(f"{cell.name}: {note}")
+
+    def _notes(self, cell: Cell) -> list[str]:
+        """What its user should know of the cells that it builds on."""
+        return [
+            f"{name}, which comes before, was ended by a guard ({self.stopped[name]}); its export "
+            "holds the accepted weights, and these are used"
+            for name in cell.after
+            if name in self.stopped
+        ]
 
     def _is_free(self, cell: Cell) -> bool:
         """Whether nobody owns the cell's folder. A cell that nobody here may own fails."""
@@ -210,15 +238,28 @@ class _Schedule:
             if child.exit_code == IN_USE:  # another process was faster
                 self.waiting.append(cell)
                 self.held[cell] = 0.0
-            elif cell.done and child.exit_code == 0:
-                self._finish(cell, "done")
+            elif cell.done and child.exit_code in (0, STOPPED_BY_GUARD):
+                self._close(cell, "done")
             else:
                 log = cell.folder / "console.log"
                 self._fail(cell, f"failed (exit {child.exit_code}), see {log}")
 
-    def _finish(self, cell: Cell, result: str) -> None:
+    def take_done(self, cells: Sequence[Cell]) -> None:
+        """Cells that earlier runners have done: with what they ended then."""
+        for cell in cells:
+            self._close(cell)
+
+    def _close(self, cell: Cell, result: str = "") -> None:
+        """Sorts a done cell by the exit code in its summary; says so if it is news."""
+        if cell.exit_code not in (0, STOPPED_BY_GUARD):
+            self._fail(cell, f"ended with exit code {cell.exit_code}, see {cell.folder}")
+            return
+        if cell.stopped:
+            self.stopped[cell.name] = cell.stopped
+            result = f"ended by a guard ({cell.stopped})"
         self.done.add(cell.name)
-        self._report(f"{cell.name}: {result}")
+        if result:
+            self._report(f"{cell.name}: {result}")
 
     def _fail(self, cell: Cell, reason: str) -> None:
         if cell in self.waiting:
@@ -248,9 +289,10 @@ def run_matrix(cells: Sequence[Cell], parallel: int, take_over: bool = False) ->
             waiting=[c for c in cells if not c.done],
             parallel=parallel,
             take_over=take_over,
-            done={c.name for c in cells if c.done},
+            done=set(),
             show=show,
         )
+        schedule.take_done([c for c in cells if c.done])
         with _no_orphans(schedule.running, caught):
             while (schedule.waiting or schedule.running) and not caught:
                 schedule.drop_blocked()

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 from . import disk_space
@@ -79,9 +80,11 @@ def _run(cfg: Config, engine: Engine, lock: RunLock | None) -> int:
             training = cast(TrainingPhase, phase)
             if training.data_fields:
                 record.event("data", **training.data_fields)
-            return _train(cfg, engine, training, record, lock)
-        _record_results(record, phase.close_step(0, {}))
-    return phase.exit_code
+            record.exit_code = _train(cfg, engine, training, record, lock)
+        else:
+            _record_results(record, phase.close_step(0, {}))
+            record.exit_code = phase.exit_code
+    return record.exit_code
 
 
 def _train(
@@ -128,6 +131,7 @@ def _run_steps(
             if restored is None:
                 engine.checkpoint()
             record.event("stopped", reason=str(stop), restored_step=restored)
+            record.stopped = str(stop)
             steps = step if restored is None else restored
             return Outcome(steps, str(stop), tuple(record.alarms))
     return Outcome(step, None, tuple(record.alarms))
@@ -144,12 +148,12 @@ def _epochs(
     Collective.
     """
     count, epochs = cfg.policy.minibatches, cfg.policy.epochs
-    how = {"tokens": cfg.batch.tokens, "seq_len": engine.seq_len, "joined": cfg.batch.pack}
+    batched = partial(pack, tokens=cfg.batch.tokens, seq_len=engine.seq_len, joined=cfg.batch.pack)
     if count == 1:
-        return [[pack(samples_N, **how)]] * epochs
+        return [[batched(samples_N)]] * epochs
     keys_P = engine.gather([key_of(_rollout(g[0]).prompt) if g else None for g in texts_PG])
     deals = (deal(keys_P, count, seed=cfg.seed, step=step, epoch=e) for e in range(epochs))
-    return [[pack(part, **how) for part in split(samples_N, d, count)] for d in deals]
+    return [[batched(part) for part in split(samples_N, d, count)] for d in deals]
 
 
 def _rollout(text: Any) -> Rollout:

@@ -20,7 +20,11 @@ A matrix file lists cells. A cell is one `trainer/main.py --config FILE --set ..
 same folder, and its other keys over that one's. A cell that several bases share is one cell.
 
 A cell is done when its folder holds summary.json; done cells are skipped. A cell that fails stops
-only the cells that depend on it. A cell whose folder another process is using waits (cells.py).
+only the cells that depend on it. A cell that a guard ended (exit code 4) has not failed: what
+depends on it uses the accepted weights that it exported, and the runner, the logs of these cells
+and the reports say so. A cell whose folder another process is using waits (cells.py).
+
+Exit code: 0; 1 where a cell failed; 4 where none failed but a guard ended one; 130 after a signal.
 
 Reports are written at the end, one for each label in REPORTS that a finished cell carries. A new
 report is one function, Path -> str, and one line there.
@@ -38,7 +42,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reflux.trainer.cells import INTERRUPTED, Cell, run_matrix
+from reflux.trainer.cells import INTERRUPTED, STOPPED_BY_GUARD, Cell, run_matrix
 from reflux.trainer.config.loader import deep_merge, toml_value
 from reflux.trainer.runs import commands, output, signals
 from reflux.trainer.runs.files import write_json
@@ -232,7 +236,13 @@ def _run_and_report(matrix: Matrix, take_over: bool) -> int:
     done = len(matrix.cells) - len(failed)
     took = duration(time.monotonic() - start)
     print(f"{done} of {len(matrix.cells)} cells done in {took}; reports: {matrix.folder}")
-    return 1 if failed else 0
+    stopped = [c.name for c in matrix.cells if c.stopped]
+    if stopped:
+        print(
+            f"a guard ended {len(stopped)} of them: {', '.join(stopped)}. Their exports hold the "
+            "weights that were accepted, and the cells behind them used these"
+        )
+    return 1 if failed else STOPPED_BY_GUARD if stopped else 0
 
 
 def _parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:

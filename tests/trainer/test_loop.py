@@ -227,8 +227,9 @@ def test_the_kl_budget_ends_the_run_in_good_order(talkers, tmp_path):
     assert accepted < 7 and "kl_budget = 0.001" in stopped["reason"]
     assert stopped["restored_step"] == accepted, "the last weights within the budget"
     assert run.summary["step"] == len(run.steps) and run.events[-1]["event"] == "export"
+    assert (run.summary["exit_code"], run.summary["stopped"]) == (4, stopped["reason"])
     card = (tmp_path / "run/export/README.md").read_text()
-    assert f"in {accepted} of the 8 steps" in card and "A guard ended the run" in card
+    assert f"in {accepted} of 8 planned steps" in card and "A guard ended the run" in card
     short = replace(cfg, folder=str(tmp_path / "short"), steps=accepted)
     if accepted:
         run_here(short)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from reflux.trainer.matrix import REPORTS, read_matrix, run_matrix, write_reports
+from reflux.trainer.matrix import REPORTS, main, read_matrix, run_matrix, write_reports
 
 ROOT = Path(__file__).parents[2]
 TOY = """
@@ -19,7 +19,10 @@ def main(arguments):
     word = arguments[0]
     with open(out.parent / "order.txt", "a") as f:
         f.write(word + "\\n")
-    return 3 if word == "bad" else 0
+    if word == "stopped":  # as a run that a guard ends
+        summary = {"exit_code": 4, "stopped": "KL above 0.1"}
+        (out / "summary.json").write_text(json.dumps(summary))
+    return {"bad": 3, "stopped": 4}.get(word, 0)
 """
 TABLE = """
 folder = "{folder}"
@@ -179,6 +182,34 @@ def test_a_failure_stops_only_the_cells_behind_it(toy):
     cells = read_matrix(path, {"seeds": [5]}).cells
     assert sorted(run_matrix(cells, 2)) == ["a@5", "b-1@5", "b-2@5"]
     assert sorted((toy / "runs/seed-5/order.txt").read_text().split()) == ["bad", "c"]
+
+
+def test_what_a_guard_ended_has_not_failed_and_the_cells_behind_it_say_so(toy, capsys):
+    path = toy / "m.toml"
+    path.write_text(path.read_text().replace('arguments = ["a"]', 'arguments = ["stopped"]'))
+    assert main([str(path), "--set", "seeds=[0]"]) == 4
+    out, note = (
+        capsys.readouterr().out,
+        "a@0, which comes before, was ended by a guard (KL above 0.1)",
+    )
+    assert "a@0: ended by a guard (KL above 0.1)" in out and "3 of 3 cells done" in out
+    assert f"b-1@0: {note}" in out and "a guard ended 1 of them: a@0. Their exports" in out
+    for name in ("b-1", "b-2"):
+        log = (toy / "runs/seed-0" / name / "console.log").read_text()
+        assert "-m toy_cell b" in log.split("\n")[0] and note in log
+    order = (toy / "runs/seed-0/order.txt").read_text()
+    assert main([str(path), "--set", "seeds=[0]"]) == 4, "done cells end as they ended"
+    assert (toy / "runs/seed-0/order.txt").read_text() == order
+
+
+def test_a_done_cell_whose_gate_did_not_hold_fails_again_without_a_start(toy, capsys):
+    for name, code in (("a", 3), ("b-1", 0), ("b-2", 4)):
+        (toy / "runs/seed-0" / name).mkdir(parents=True)
+        summary = {"exit_code": code, "stopped": "KL" if code == 4 else None}
+        (toy / "runs/seed-0" / name / "summary.json").write_text(json.dumps(summary))
+    assert main([str(toy / "m.toml"), "--set", "seeds=[0]"]) == 1
+    out = capsys.readouterr().out
+    assert "a@0: ended with exit code 3, see" in out and "2 of 3 cells done" in out
 
 
 def test_a_report_is_written_for_each_label_that_a_finished_cell_carries(toy, monkeypatch, capsys):

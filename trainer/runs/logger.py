@@ -115,6 +115,8 @@ class Record:
 
     # set where a run is interrupted: then there is no summary.json
     to_be_continued: bool = field(default=False, init=False)
+    exit_code: int = field(default=0, init=False)  # of the process, and a guard's reason to end the
+    stopped: str | None = field(default=None, init=False)  # run: both for summary.json
     # of the last step, and every alarm's message: also those of an earlier process of this run
     last_metrics: dict[str, Any] = field(default_factory=dict, init=False)
     alarms: list[str] = field(default_factory=list, init=False)
@@ -191,6 +193,8 @@ class Record:
                 "total_steps": self.total_steps,
                 "wall_s": self._wall_s(),
                 "ended": _now(),
+                "exit_code": self.exit_code,
+                "stopped": self.stopped,
                 "events": dict(self._events),
                 "last": self.last_metrics,
             }
@@ -219,6 +223,8 @@ class Record:
             self._write(self._log, head)
         if before or self.resumed_step:
             self.event("resume", lines_cut=cut, **({"head": head} if before else {}))
+        if gaps := _missing_steps(before, self.resumed_step):
+            self.event("log_incomplete", message=_lost_lines(folder / LOG, gaps, self.resumed_step))
 
     def _take_over(self, before: Sequence[Mapping[str, Any]]) -> None:
         """What the end of the run says of steps that an earlier process made."""
@@ -341,6 +347,30 @@ def _cut(path: Path, last_step: int) -> tuple[list[dict], int]:
     stay = [line for line in lines if line.get("step", 0) <= last_step]
     write_whole(path, "".join(_dump(line) + "\n" for line in stay))
     return stay, len(lines) - len(stay)
+
+
+def _missing_steps(lines: Sequence[Mapping[str, Any]], last: int) -> list[tuple[int, int]]:
+    """Ranges of steps 1 ... last that have no line."""
+    there = {line["step"] for line in lines if not {"event", "schema"} & line.keys()}
+    gaps: list[tuple[int, int]] = []
+    for step in (n for n in range(1, last + 1) if n not in there):
+        if gaps and gaps[-1][1] == step - 1:
+            gaps[-1] = gaps[-1][0], step
+        else:
+            gaps.append((step, step))
+    return gaps
+
+
+def _lost_lines(path: Path, gaps: Sequence[tuple[int, int]], last: int) -> str:
+    words = [str(a) if a == b else f"{a} to {b}" for a, b in gaps[:5]]
+    count = sum(b - a + 1 for a, b in gaps)
+    more = f" and {len(gaps) - 5} more ranges" if len(gaps) > 5 else ""
+    return (
+        f"{path} has no line of step {', '.join(words)}{more}, though the run goes on from the "
+        f"checkpoint of step {last}: {count} of {last} lines were lost, by an edit or a cut file. "
+        "The weights are not touched by that; reports on this run lack these steps. To have them, "
+        "put the whole file back and resume"
+    )
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -62,7 +62,7 @@ Made with reflux-llm {_version()} in {_steps(cfg, outcome)}, seed {cfg.seed}. Me
 def _steps(cfg: Config, outcome: Outcome) -> str:
     if outcome.steps == cfg.steps:
         return f"{outcome.steps} steps"
-    return f"{outcome.steps} of the {cfg.steps} steps that were planned"
+    return f"{outcome.steps} of {cfg.steps} planned steps"
 
 
 def _warnings(outcome: Outcome) -> str:

@@ -27,6 +27,7 @@ from .finished_runs import (
     mean_accuracy,
     with_role,
 )
+from .run_warnings import as_markdown, run_warnings
 from .verdict import within_a1
 
 TEMPLATE = Path(__file__).with_name("ablations.md.jinja")
@@ -103,7 +104,7 @@ def write_ablations(folder: Path) -> str:
             "configs/ablations.toml"
         )
     rows = ablation_rows(runs)
-    text = render(rows)
+    text = render(rows) + as_markdown(run_warnings(folder))
     write_json(folder / "ablations.json", rows)
     (folder / "ablations.md").write_text(text)
     return text

@@ -48,6 +48,7 @@ from .results import (
     StyleFraction,
     TeacherResult,
 )
+from .run_warnings import run_warnings
 from .verdict import collapse_lines, conclusion, verdict_lines
 
 SWEEPS = {"eta", "ablation"}  # labels of runs that have a report of their own
@@ -92,6 +93,7 @@ def build_report(folder: Path) -> Report:
         head=_provenance(runs, matrix),
         runs=tuple(_run_row(r) for r in runs),
         plots=draw_figures(folder, undefended, results),
+        warnings=run_warnings(folder),
     )
 
 

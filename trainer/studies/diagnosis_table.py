@@ -18,6 +18,8 @@ from reflux.trainer.runs.files import to_json, write_json
 from reflux.trainer.runs.markdown_table import mean_and_std, render_template
 from reflux.trainer.runs.stats import Estimate, over_seeds
 
+from .run_warnings import as_markdown, run_warnings
+
 TEMPLATE = Path(__file__).with_name("diagnoses.md.jinja")
 Diagnosis = Mapping[str, Any]  # a diagnosis.json
 # title of a row -> the keys that lead to its number in a diagnosis.json
@@ -119,7 +121,7 @@ def write_diagnoses(folder: Path) -> str:
             "like configs/diagnoses.toml"
         )
     rows = diagnosis_rows(pairs)
-    text = render(rows, list(pairs))
+    text = render(rows, list(pairs)) + as_markdown(run_warnings(folder))
     write_json(folder / "diagnoses.json", {row.measure: _json(row) for row in rows})
     (folder / "diagnoses.md").write_text(text)
     return text

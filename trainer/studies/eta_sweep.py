@@ -27,6 +27,7 @@ from .finished_runs import (
     mean_accuracy,
     with_role,
 )
+from .run_warnings import as_markdown, run_warnings
 from .verdict import within_a1
 
 TEMPLATE = Path(__file__).with_name("eta_sweep.md.jinja")
@@ -140,7 +141,7 @@ def write_eta_sweep(folder: Path) -> str:
             f"{folder}: no finished run carries a label eta; want the folder of a matrix like "
             "configs/eta_sweep.toml"
         )
-    text = render(sweep)
+    text = render(sweep) + as_markdown(run_warnings(folder))
     write_json(folder / "eta_sweep.json", sweep)
     plot(sweep.points, folder / "eta_sweep.png")
     (folder / "eta_sweep.md").write_text(text)

@@ -52,7 +52,7 @@ class FinishedRun:
         file = self.folder / "predictions" / f"step-{last if step is None else step}.jsonl"
         if step is not None and not file.exists():
             return []
-        return [json.loads(line) for line in file.read_text().splitlines()]
+        return [json.loads(line) for line in file.read_text().split("\n") if line]
 
 
 # --- finding runs

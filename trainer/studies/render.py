@@ -66,6 +66,10 @@ def rules(report: Report) -> Section:
     return Section("The rules, one by one", items=lines, notes=(NOTE,))
 
 
+def warnings(report: Report) -> Section | None:
+    return Section("Warnings", items=report.warnings) if report.warnings else None
+
+
 def teachers(report: Report) -> Section:
     first = next(iter(report.teachers.values()), None)
     styles = first.styles if first else {}
@@ -216,6 +220,7 @@ def how_it_was_made(report: Report) -> Section:
 SECTIONS: tuple[SectionOf, ...] = (
     in_plain_words,
     rules,
+    warnings,
     teachers,
     students,
     attacks,

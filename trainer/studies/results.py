@@ -162,3 +162,4 @@ class Report(Results):
     head: Provenance
     runs: tuple[RunRow, ...]
     plots: Mapping[str, str]  # file -> title
+    warnings: tuple[str, ...] = ()  # guards that ended a run, and alarms

@@ -161,6 +161,46 @@ def test_a_resumed_run_knows_its_last_step_and_its_alarms(tmp_path):
     assert load_run(tmp_path).summary["last"] == {"loss": 0.5}
 
 
+@pytest.mark.parametrize(
+    "lost, words",
+    [
+        ([], ""),
+        ([4], "no line of step 4, though"),
+        ([1], "no line of step 1, though"),
+        ([9], "no line of step 9, though"),  # the end of the file is lost
+        ([2, 5, 6, 7, 9], "no line of step 2, 5 to 7, 9, though"),
+        ([8, 9, 10], "no line of step 8 to 9, though"),  # step 10 is after the checkpoint
+        (range(1, 10, 2), "no line of step 1, 3, 5, 7, 9, though"),
+        (range(1, 10), "no line of step 1 to 9, though"),
+    ],
+)
+def test_a_log_that_has_lost_lines_is_reported_by_a_resume(tmp_path, lost, words):
+    wrote(tmp_path, range(1, 11))
+    kept = [x for x in lines(tmp_path / "run.jsonl") if x.get("step") not in lost]
+    (tmp_path / "run.jsonl").write_text("".join(json.dumps(x) + "\n" for x in kept))
+    wrote(tmp_path, [10], resumed_step=9)
+    told = [e["message"] for e in load_run(tmp_path).events if e["event"] == "log_incomplete"]
+    assert len(told) == bool(words) and all(words in message for message in told)
+    count = len([step for step in lost if step < 10])
+    assert all(f"checkpoint of step 9: {count} of 9 lines were lost" in m for m in told)
+
+
+def test_many_gaps_of_a_log_are_counted(tmp_path):
+    wrote(tmp_path, range(2, 41, 2))
+    wrote(tmp_path, [41], resumed_step=40)
+    told = [e["message"] for e in load_run(tmp_path).events if e["event"] == "log_incomplete"]
+    assert "step 1, 3, 5, 7, 9 and 15 more ranges" in told[0] and "20 of 40 lines" in told[0]
+
+
+def test_the_summary_says_how_the_run_ended(tmp_path):
+    with opened(tmp_path) as record:
+        record.exit_code, record.stopped = 4, "KL"
+    summary = load_run(tmp_path).summary
+    assert (summary["exit_code"], summary["stopped"]) == (4, "KL")
+    wrote(tmp_path, [])
+    assert load_run(tmp_path).summary["stopped"] is None, "another end of the same run"
+
+
 @pytest.mark.parametrize("text", ['{"step": 1, "wall_s": 0.1}\n', '{"text": "a sample"}\n'])
 def test_another_file_in_the_place_of_the_log_is_not_continued(tmp_path, text):
     (tmp_path / "run.jsonl").write_text(text)
