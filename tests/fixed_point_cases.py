@@ -5,14 +5,19 @@ N: texts. R: student rows, one per history. M: student tokens of all texts. P: a
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
+from byte_cases import masses_of, tokens_of
 from enumerated_texts import longest_first
 from torch import Tensor
 from vocab_pairs import table_of
 
+from reflux.kernels._divergence import divergence_ref
 from reflux.tokenalign import vocab_map
+from reflux.tokenalign.byte_trie import ByteTrie
+from reflux.tokenalign.byte_windows import byte_windows, next_byte_logprob
 from reflux.tokenalign.class_losses import class_kl, hybrid, partition_index, uld
 from reflux.tokenalign.offsets import side
 from reflux.tokenalign.projection import Projection
@@ -77,6 +82,11 @@ class Conditionals:
         self.prob_RV = np.array([c / c.sum() for c in count.values()])
         self.table = table_of([p.encode() for p in self.pieces])
         self.vocabulary = Vocabulary(self.table, [stop])
+
+    def conditional(self, history: tuple[int, ...]) -> np.ndarray:
+        """[V]; 0 for a history that no text has."""
+        row = self.row.get(history)
+        return np.zeros(self.prob_RV.shape[1]) if row is None else self.prob_RV[row]
 
     def logits(self, floor: float = 1e-300) -> Tensor:
         return torch.from_numpy(np.log(np.maximum(self.prob_RV, floor)))
@@ -159,17 +169,42 @@ class FixedPoint:
         )
         return (prob_N[self.text_S] * loss_S).sum()
 
+    def byte_loss(self, z, prob_N, divergence="forward", temperature=1.0, missing=1e-9) -> Tensor:
+        student, teacher = self.byte_sides
+        with torch.no_grad():
+            other = self._next_bytes(self.teacher_logits, *teacher)
+        own = self._next_bytes(z, *student)
+        p, q = ((x.logp_PS / temperature).log_softmax(1) for x in (own, other))
+        used_P = own.missing_P.maximum(other.missing_P) <= missing
+        text_P = torch.repeat_interleave(self.bytes_N + 1)
+        kl_P = torch.where(used_P, divergence_ref(p, q, divergence, 0.5), 0.0)
+        return (prob_N[text_P] * kl_P).sum()
+
+    @cached_property
+    def byte_sides(self):
+        """Both sides' windows, trie, and the row of each token."""
+        out = []
+        for x in (self.student, self.teacher):
+            trie = ByteTrie.of(x.vocabulary)
+            row_R = torch.tensor([x.row[ids[:t]] for ids in x.ids for t in range(len(ids))])
+            out.append((byte_windows(trie, tokens_of(x.ids)), trie, row_R))
+        return out
+
+    def _next_bytes(self, z, windows, trie, row_R):
+        masses = masses_of(windows, trie, z[row_R].softmax(1))
+        return next_byte_logprob(windows, masses)
+
     def gradient(self, loss) -> float:
         """Its norm at the truth; loss(z, prob_N)."""
         z = self.student.logits().requires_grad_()
         (gradient,) = torch.autograd.grad(loss(z, self.prob_N), z)
         return float(gradient.norm())
 
-    def descend(self, loss, on_policy=False, steps=500) -> Tensor:
-        """Logits after Adam from the truth; on-policy the texts are weighted by the student's own
-        probabilities of them.
+    def descend(self, loss, on_policy=False, steps=500, start=None) -> Tensor:
+        """Logits after Adam from `start`, None for the truth; on-policy the texts are weighted by
+        the student's own probabilities of them.
         """
-        z = self.student.logits(1e-4).requires_grad_()
+        z = (self.student.logits(1e-4) if start is None else start.clone()).requires_grad_()
         optimizer = torch.optim.Adam([z], lr=0.1)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, steps)
         for _ in range(steps):

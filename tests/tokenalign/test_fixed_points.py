@@ -5,6 +5,7 @@ Markov source that the teacher knows exactly; merges of 2 and 3 letters on eithe
 from functools import cache, partial
 
 import pytest
+import torch
 from fixed_point_cases import BUILD, PAIRS, FixedPoint
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,6 +75,35 @@ def test_projection_and_uld_are_never_exact(name, partition):
 def test_spans_are_exact_for_one_vocabulary_alone(name):
     gradient = world(name).gradient(world(name).span_loss)
     assert gradient < 1e-12 if name == "no merge" else gradient > 0.05
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_exact_bytes_are_exact_for_any_two_and_every_setting(name, divergence, temperature):
+    """Merges on either side; on the student's own texts, too, which are those of the truth here."""
+    w = world(name)
+    how = {"divergence": divergence, "temperature": temperature}
+    assert w.gradient(partial(w.byte_loss, **how)) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["teacher merges 2", "student merges 2", "both merge"])
+def test_positions_with_mass_left_out_would_bias_and_are_not_compared(name):
+    w = world(name)
+    assert w.gradient(partial(w.byte_loss, missing=1.0)) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["teacher merges 2", "student merges 3", "both merge"])
+def test_on_the_students_own_texts_exact_bytes_lead_back_to_the_truth(name):
+    w = short_world(name)
+    g = torch.Generator().manual_seed(0)
+    start = w.student.logits(1e-4)
+    start = start + torch.randn(start.shape, generator=g, dtype=start.dtype)
+    before = w.kl_per_byte(start)
+    for divergence in ("forward", "reverse"):
+        loss = partial(w.byte_loss, divergence=divergence, missing=1e-2)
+        after = w.descend(loss, on_policy=True, steps=300, start=start)
+        assert before > 0.1 and w.kl_per_byte(after) < 2e-3
 
 
 def test_one_vocabulary_is_exact_with_every_setting():
