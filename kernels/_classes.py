@@ -141,14 +141,14 @@ def row_floats(x: Tensor, columns: int, num_classes: int) -> int:
     return (2 if runs_triton(x) else 6) * columns + 4 * num_classes
 
 
-class Side(NamedTuple):
+class ClassSide(NamedTuple):
     """A model's hidden states and its head, in class order."""
 
     head: Head  # rows by class, [L, D]
     columns: list[Tensor]
 
     @classmethod
-    def of(cls, head: Head, columns: list[Tensor]) -> "Side":
+    def of(cls, head: Head, columns: list[Tensor]) -> "ClassSide":
         bias_L = None if head.bias_V is None else in_class_order(head.bias_V, columns)
         return cls(
             head._replace(head_VD=in_class_order(head.head_VD, columns), bias_V=bias_L), columns

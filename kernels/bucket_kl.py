@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ._chunks import WORKSPACE_MB, Rows, chunks, wide
-from ._classes import ClassMap, Side, checked_side, fake_gradients, gradients_by_id, row_floats
+from ._classes import ClassMap, ClassSide, checked_side, fake_gradients, gradients_by_id, row_floats
 from ._classes import class_map as class_map
 from ._divergence import divergence_ref
 from ._head import Head
@@ -123,9 +123,9 @@ def _op(
     """total [], kl [T], gradients of total in the student's hidden, head and bias or empty."""
     x_TD, N = student_hidden_TD, student_columns[2].shape[0] - 1
     head = x_TD, student_head_VD, student_bias_V, student_logit_scale, student_softcap
-    student = Side.of(Head(*head), student_columns)
+    student = ClassSide.of(Head(*head), student_columns)
     head = teacher_hidden_TE, teacher_head_WE, teacher_bias_W, teacher_logit_scale, teacher_softcap
-    teacher = Side.of(Head(*head), teacher_columns)
+    teacher = ClassSide.of(Head(*head), teacher_columns)
     grads = student.gradients((need_dhidden, need_dhead, need_dbias))
     t2, spec = loss_factor(temperature, scale_t2), KLSpec(divergence, beta, (1.0, 1.0), 0.0, "")
     coeff_T, kl_T = weight_T * t2, x_TD.new_zeros(x_TD.shape[0], dtype=wide(x_TD.dtype))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ._chunks import WORKSPACE_MB, check_rows, check_temperature, chunks, logits_ref, wide
-from ._classes import ClassMap, Side, checked_side, fake_gradients, gradients_by_id, row_floats
+from ._classes import ClassMap, ClassSide, checked_side, fake_gradients, gradients_by_id, row_floats
 from ._classes import class_map as class_map
 from ._head import Head
 from ._parallel import VocabShard, common_width, slice_of
@@ -68,7 +68,7 @@ def _op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logp [T, N]; for the backward the largest scaled logit and the log-sum relative to it [T]."""
     T, N, dtype = hidden_TD.shape[0], columns[2].shape[0] - 1, wide(hidden_TD.dtype)
-    side = Side.of(Head(hidden_TD, head_VD, bias_V, logit_scale, softcap), columns)
+    side = ClassSide.of(Head(hidden_TD, head_VD, bias_V, logit_scale, softcap), columns)
     logp_TN, top_T, log_s_T = (
         hidden_TD.new_zeros(shape, dtype=dtype) for shape in ((T, N), (T,), (T,))
     )
@@ -101,7 +101,7 @@ def _op_backward(
     need_dhead: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    side = Side.of(Head(hidden_TD, head_VD, bias_V, logit_scale, softcap), columns)
+    side = ClassSide.of(Head(hidden_TD, head_VD, bias_V, logit_scale, softcap), columns)
     grads = side.gradients((need_dhidden, need_dhead, need_dbias))
     width = row_floats(hidden_TD, common_width(vocab_size, group), logp_TN.shape[1])
     for c in chunks(hidden_TD, width, 1, workspace_mb, rows_M):

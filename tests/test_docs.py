@@ -86,9 +86,9 @@ def test_an_example_runs(code, ranks, titan_process, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     pytest.importorskip("accelerate") if "transformers" in code else None
     if "torchtitan" in code:
-        from reflux.trainer.engine import compat as titan_compat
+        from reflux.trainer.engine import compat
 
-        titan_compat.install()
+        compat.install()
     run_on_ranks(run, code, ranks=ranks) if ranks > 1 else run(code)
 
 

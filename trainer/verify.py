@@ -16,7 +16,7 @@ DAMAGED = 2
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FolderVerdict:
     """One checkpoint. damage: one sentence for each thing that is wrong with it."""
 
     folder: Path
@@ -34,7 +34,7 @@ class Verdict:
         return f"{self.folder.name}: {proof}; {holds}, {disk_space.size(self.bytes)}"
 
 
-def verify(folder: Path) -> list[Verdict]:
+def verify(folder: Path) -> list[FolderVerdict]:
     """One verdict a checkpoint, oldest first. ValueError where there is none."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; want a run's folder, or one in it")
@@ -47,10 +47,10 @@ def verify(folder: Path) -> list[Verdict]:
     return verdicts
 
 
-def _verdict(folder: Path) -> Verdict:
+def _verdict(folder: Path) -> FolderVerdict:
     found = inspect(folder)
     damage = found.damage or tuple(wrong_files(folder, found.files))
-    return Verdict(folder, damage, found.has_manifest, found.weights_only, found.bytes)
+    return FolderVerdict(folder, damage, found.has_manifest, found.weights_only, found.bytes)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -52,7 +52,8 @@ def test_one_rank_is_killed(talkers, tmp_path, record_property, phase, rank):
     log = tmp_path / "run" / "run.jsonl"
     end = time.monotonic() + 120
     while not log.exists() or log.read_bytes().count(b'\n{"step"') < at:
-        assert launcher.poll() is None and time.monotonic() < end
+        assert launcher.poll() is None, (tmp_path / "output.txt").read_text()[-3000:]
+        assert time.monotonic() < end
         time.sleep(0.01)
     pids = ranks_of(launcher.pid)
     os.kill(pids[rank], signal.SIGKILL)

@@ -36,9 +36,9 @@ def describe(error: BaseException) -> str:
         return type(error).__name__
 
 
-class Alarm:
-    """`with Alarm(seconds, grader) as limited`: limited(prompt, text) raises TimeUp when late.
-    Main thread only.
+class GraderAlarm:
+    """`with GraderAlarm(seconds, grader) as limited`: limited(prompt, text) raises TimeUp when
+    late. Main thread only.
 
     SIGALRM interrupts Python code, also under `except Exception`, and C code that checks for
     signals (`re`, big integers, sleeping). It does not interrupt other C code, nor a bare `except:`

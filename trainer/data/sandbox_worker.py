@@ -155,7 +155,7 @@ def serve(descriptor: int) -> None:
     if setup["memory_bytes"]:
         set_limits(setup["memory_bytes"])
     sys.path[:] = setup["path"]
-    from reflux.trainer.data.attempt import Alarm, attempt
+    from reflux.trainer.data.attempt import GraderAlarm, attempt
     from reflux.trainer.data.grader_options import make_grader
 
     grader, limits = make_grader(setup["task"], setup["options"])
@@ -165,7 +165,7 @@ def serve(descriptor: int) -> None:
         load_filter(writes=bool(setup["scratch"]))
         prove(setup["scratch"])
     _send(descriptor, {"ready": True})
-    with Alarm(limits.timeout_s, grader) as limited:
+    with GraderAlarm(limits.timeout_s, grader) as limited:
         while (message := _read_message(descriptor)) is not None:
             answer = _plain(attempt(_grade, limited, message))
             if sandbox:

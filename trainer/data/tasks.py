@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from .attempt import Alarm, GradeText, attempt
+from .attempt import GraderAlarm, GradeText, attempt
 from .batch import Prompt, Rollout
 from .grader_options import Limits, checked_options, make_grader
 from .graders import Grade, read_grade
@@ -52,7 +52,7 @@ class LimitedGrader:
             return nullcontext(self._grader)
         if self._limits.isolate or threading.current_thread() is not threading.main_thread():
             return nullcontext(self._process.grade)
-        return Alarm(self._limits.timeout_s, self._grader)
+        return GraderAlarm(self._limits.timeout_s, self._grader)
 
     def _one(self, grader: GradeText, rollout: Rollout) -> Grade:
         if not rollout.ended and not self._limits.grade_truncated:

@@ -16,6 +16,9 @@ from .results import Diagnosis, TrapVerdict
 
 # of the teacher's mass on tokens that both vocabularies have, for the partition `common`
 COMMON_ENOUGH = 0.98
+# nats per token: above it, tokens that one model writes are more than e times less likely to the
+# other, in the geometric mean. A ratio of two such KLs does not tell where to learn: both are large
+FAR_APART = 1.0
 
 
 def with_verdict(diagnosis: Diagnosis) -> Diagnosis:
@@ -78,8 +81,32 @@ def _off_policy(diagnosis: Diagnosis) -> TrapVerdict | None:
         1.0,
         f"distill.on_policy > 0{biased}: the pair differs more on the student's own prefixes than "
         "on the teacher's, and off-policy texts never reach those (effective fraction of the "
-        f"teacher's texts under the student: {off.effective_samples['whole'].mean:.0%}){gradient}",
-        "off-policy texts are as good to learn from as the student's own, and cheaper" + gradient,
+        f"teacher's texts under the student: {off.effective_samples['whole'].mean:.0%}){gradient}"
+        + _far_apart(diagnosis, ". But"),
+        _far_apart(diagnosis, "the pair differs no more on the student's prefixes, but")
+        or "off-policy texts are as good to learn from as the student's own, and cheaper"
+        + gradient,
+    )
+
+
+def _far_apart(diagnosis: Diagnosis, begin: str) -> str:
+    """What to do before anything else where the pair differs by more than FAR_APART; else ""."""
+    kls = {
+        (divergence, prefix): cell.per_token.mean
+        for divergence, by_prefix in diagnosis.grid.items()
+        for prefix, cell in by_prefix.items()
+        if prefix in ("teacher", "student") and cell.per_token.mean > FAR_APART
+    }
+    if not kls:
+        return ""
+    divergence, prefix = max(kls, key=lambda key: kls[key])
+    kl = kls[divergence, prefix]
+    factor = f"{math.exp(kl):.1f}" if kl < 5 else f"{math.exp(kl):.2g}"
+    return (
+        f"{begin} it is far apart: {divergence} KL of {kl:.2f} nats per token on the {prefix}'s "
+        f"prefixes (above {FAR_APART:g}), so tokens of one model are {factor} times less likely to "
+        "the other. Bring the student nearer first (distill.objective = 'nll', on_policy = 0.0 on "
+        "the teacher's texts), then diagnose again"
     )
 
 

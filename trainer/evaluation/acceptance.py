@@ -20,7 +20,7 @@ Outcome = Literal["succeeded", "failed", "inconclusive"]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RuleVerdict:
     """On one rule. Only `succeeded` is accepted; `inconclusive`: another part of the interval would
     say otherwise, or there is no number.
     """
@@ -66,7 +66,7 @@ def load_graded(folder: str, option: str, task: TaskSection) -> list[Prediction]
     return predictions
 
 
-def judge(name: str, rule: AcceptSection, predictions: Sequence[Prediction]) -> Verdict:
+def judge(name: str, rule: AcceptSection, predictions: Sequence[Prediction]) -> RuleVerdict:
     """One rule over this run's predictions (or those of `rule.run`)."""
     ours = load_predictions(rule.run, f"accept.{name}.run") if rule.run else predictions
     values = metric_values(ours, rule.metric)
@@ -86,7 +86,7 @@ def _against(rule: AcceptSection, d: Difference, moved: Estimate) -> str:
     )
 
 
-def _verdict(name: str, rule: AcceptSection, value: Estimate, measured: str) -> Verdict:
+def _verdict(name: str, rule: AcceptSection, value: Estimate, measured: str) -> RuleVerdict:
     """Every threshold is a bound from below or from above on one value."""
     given = getattr(rule, rule.threshold)
     bound = -given if rule.threshold == "max_drop" else given
@@ -100,7 +100,7 @@ def _verdict(name: str, rule: AcceptSection, value: Estimate, measured: str) -> 
     whole = " with the whole interval" if rule.whole_interval else ""
     reason = _reason(worst, zero_inside, "{:.0%}" if relative else "{:.3f}")
     words = f"{outcome}: {measured}; want {side} {_form(rule).format(bound)}{whole}{reason}"
-    return Verdict(name, outcome, value, bound, worst, words)
+    return RuleVerdict(name, outcome, value, bound, worst, words)
 
 
 def _outcome(worst: float, best: float, zero_inside: bool) -> Outcome:

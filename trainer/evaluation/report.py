@@ -13,7 +13,7 @@ from reflux.trainer.runs.files import write_json, write_whole
 from reflux.trainer.runs.markdown_table import interval, render_template, with_interval
 from reflux.trainer.runs.stats import Estimate
 
-from .acceptance import Verdict
+from .acceptance import RuleVerdict
 from .metrics import PositionStats, position_stats
 from .predictions import OUTCOMES, Prediction
 from .results import Evaluation
@@ -59,7 +59,7 @@ def _json(
     }
 
 
-def _verdict(v: Verdict) -> dict[str, Any]:
+def _verdict(v: RuleVerdict) -> dict[str, Any]:
     row = {"name": v.name, "holds": v.holds, "value": v.value, "threshold": v.threshold}
     return row | {"margin": v.margin, "words": v.words}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from reflux.trainer.runs.stats import Estimate
 
-from .acceptance import Verdict
+from .acceptance import RuleVerdict
 from .metrics import Difference
 
 
@@ -16,7 +16,7 @@ class Evaluation:
 
     estimates: Mapping[str, Estimate]
     differences: Mapping[str, Difference]  # to the run in eval.against; empty without one
-    verdicts: tuple[Verdict, ...] = ()  # of the [accept] rules
+    verdicts: tuple[RuleVerdict, ...] = ()  # of the [accept] rules
     harness: Mapping[str, float] = field(default_factory=dict)  # "harness/TASK/METRIC" -> value
 
     @property

@@ -22,7 +22,7 @@ from .data_checks import first_prompts, given_responses, sampled_findings, task_
 from .length_checks import length_findings
 from .model_checks import PROBES, Trial, load_frozen, no_reference, sample_texts, sampler_gap
 from .pair_checks import alignment_findings, pair_findings
-from .report import Example, Finding, Report, has_errors, print_report
+from .report import Example, Finding, PreflightReport, has_errors, print_report
 from .shapes import Shape, planned_shapes, planned_titan
 from .tokenizer_checks import open_chats, tokenizer_findings, tokenizer_table
 
@@ -32,7 +32,7 @@ def check(cfg: Config) -> int:
     return print_report(examine(cfg))
 
 
-def examine(cfg: Config) -> Report:
+def examine(cfg: Config) -> PreflightReport:
     """Everything `check` prints. Collective."""
     shapes, findings = planned_shapes(cfg)
     chats, failed = open_chats([s.role for s in shapes])
@@ -57,7 +57,7 @@ def examine(cfg: Config) -> Report:
         for name, chat in chats.items()
         if texts and name not in copies
     ]
-    return Report(findings, tables, examples)
+    return PreflightReport(findings, tables, examples)
 
 
 def _lengths(cfg: Config, shapes: Sequence[Shape], chats: Mapping[str, Chat]) -> list[Finding]:

@@ -17,8 +17,8 @@ from reflux.trainer.data.chat import Chat
 
 from .data_checks import first_prompts
 from .length_checks import length_findings
-from .memory import Part, Ranks, activation_bytes, memory_parts, plan_ranks, totals
-from .report import Finding, Report, has_errors, print_report, size
+from .memory import Part, RankPlan, activation_bytes, memory_parts, plan_ranks, totals
+from .report import Finding, PreflightReport, has_errors, print_report, size
 from .shapes import Shape, planned_shapes, planned_titan
 from .tokenizer_checks import open_chats, tokenizer_findings
 
@@ -28,7 +28,7 @@ def dry_run(cfg: Config) -> int:
     return print_report(plan(cfg))
 
 
-def plan(cfg: Config) -> Report:
+def plan(cfg: Config) -> PreflightReport:
     """Everything `dry_run` prints. A missing tokenizer or data file is only a warning."""
     shapes, findings = planned_shapes(cfg)
     chats, failed = open_chats([s.role for s in shapes])
@@ -50,7 +50,7 @@ def plan(cfg: Config) -> Report:
             if prompts:
                 findings += length_findings(cfg, shapes, chats, config.training.seq_len)
     findings += tokenizer_findings(shapes, chats)
-    return Report(findings, tables)
+    return PreflightReport(findings, tables)
 
 
 def as_warnings(findings: Sequence[Finding]) -> list[Finding]:
@@ -58,7 +58,7 @@ def as_warnings(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def _budget(
-    cfg: Config, training: Any, ranks: Ranks, shape: Shape, parts: Sequence[Part]
+    cfg: Config, training: Any, ranks: RankPlan, shape: Shape, parts: Sequence[Part]
 ) -> list[Finding]:
     """Response tokens and micro-batches of a step, and whether activations and peak fit."""
     r = cfg.rollout
@@ -125,7 +125,7 @@ def _role_table(shapes: Sequence[Shape], chats: Mapping[str, Chat]) -> Table:
     return table
 
 
-def _memory_table(parts: Sequence[Part], ranks: Ranks) -> Table:
+def _memory_table(parts: Sequence[Part], ranks: RankPlan) -> Table:
     title = (
         f"memory of one of {ranks.world} ranks: shard {ranks.shard}, replicate {ranks.replicate}, "
         f"tensor {ranks.tensor}"

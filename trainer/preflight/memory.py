@@ -21,7 +21,7 @@ SAMPLER_BYTES = 24
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RankPlan:
     """Degrees of the meshes; data = ranks that see different prompts."""
 
     shard: int
@@ -34,7 +34,7 @@ class Ranks:
         return self.shard * self.replicate
 
 
-def plan_ranks(parallelism: Any, world: int) -> Ranks:
+def plan_ranks(parallelism: Any, world: int) -> RankPlan:
     """The mesh of this job; `world` is the number of its processes.
 
     One process plans for the world that the degrees describe. ValueError where more than one
@@ -52,10 +52,10 @@ def plan_ranks(parallelism: Any, world: int) -> Ranks:
             f"ranks, but WORLD_SIZE is {world}; make the product equal, or leave "
             "data_parallel_shard_degree at -1"
         )
-    return Ranks(shard, replicate, tensor, total)
+    return RankPlan(shard, replicate, tensor, total)
 
 
-def shard_numel(sizes: Sequence[tuple[int, ...]], ranks: Ranks) -> int:
+def shard_numel(sizes: Sequence[tuple[int, ...]], ranks: RankPlan) -> int:
     """Parameters of the fullest rank: FSDP2 cuts each along its first dimension, in equal blocks of
     whole rows.
     """
@@ -78,7 +78,9 @@ class Part:
     host: bool = False
 
 
-def memory_parts(cfg: Config, training: Any, ranks: Ranks, shapes: Sequence[Shape]) -> list[Part]:
+def memory_parts(
+    cfg: Config, training: Any, ranks: RankPlan, shapes: Sequence[Shape]
+) -> list[Part]:
     """What every rank holds: always, while sampling, and while a step runs."""
     parts = []
     shapes = [s for s in shapes if not s.role.elsewhere]
@@ -91,7 +93,7 @@ def memory_parts(cfg: Config, training: Any, ranks: Ranks, shapes: Sequence[Shap
     return parts
 
 
-def _trained(training: Any, ranks: Ranks, shape: Shape) -> list[Part]:
+def _trained(training: Any, ranks: RankPlan, shape: Shape) -> list[Part]:
     weights = shard_numel(shape.sizes, ranks) * BYTES[training.dtype]
     name, host = shape.role.name, training.enable_cpu_offload
     return [
@@ -101,13 +103,13 @@ def _trained(training: Any, ranks: Ranks, shape: Shape) -> list[Part]:
     ]
 
 
-def _frozen(ranks: Ranks, shape: Shape) -> list[Part]:
+def _frozen(ranks: RankPlan, shape: Shape) -> list[Part]:
     model = shape.role.model
     weights = shard_numel(shape.sizes, ranks) * BYTES[model.dtype]
     return [Part(shape.role.name, f"weights, {model.dtype}", weights, host=model.offload)]
 
 
-def _sampling(cfg: Config, training: Any, ranks: Ranks, shape: Shape) -> list[Part]:
+def _sampling(cfg: Config, training: Any, ranks: RankPlan, shape: Shape) -> list[Part]:
     role, r = shape.role, cfg.rollout
     size = BYTES[training.mixed_precision_param if role.own else role.model.dtype]
     rows = min(r.rows, max(r.prompts * r.group // ranks.data, 1))

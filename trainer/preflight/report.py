@@ -39,7 +39,7 @@ class Example:
 
 
 @dataclass(frozen=True, eq=False)
-class Report:
+class PreflightReport:
     """Everything a pre-flight found out."""
 
     findings: list[Finding]
@@ -55,7 +55,7 @@ def has_errors(findings: Sequence[Finding]) -> bool:
     return any(f.level == "error" for f in findings)
 
 
-def print_report(report: Report) -> int:
+def print_report(report: PreflightReport) -> int:
     """Rank 0 prints. Returns the exit code: 1 if there is an error."""
     if os.environ.get("RANK", "0") == "0":
         _print(report, _console())
@@ -69,7 +69,7 @@ def _console() -> Console:
     return Console(markup=False, highlight=False, emoji=False, width=180)
 
 
-def _print(report: Report, console: Console) -> None:
+def _print(report: PreflightReport, console: Console) -> None:
     for table in report.tables:
         console.print(table)
     for example in report.examples:

@@ -38,10 +38,10 @@ from .finished_runs import (
 from .render import render
 from .results import (
     TEACHERS,
-    Difference,
+    AccuracyDifference,
+    AttackReport,
     ModelResult,
     Provenance,
-    Report,
     Results,
     RunRow,
     StudentResult,
@@ -66,7 +66,7 @@ def write_report(folder: Path) -> str:
     return "\n".join(report.verdict)
 
 
-def build_report(folder: Path) -> Report:
+def build_report(folder: Path) -> AttackReport:
     """Also draws the plots."""
     matrix = json.loads((folder / "matrix.json").read_text())
     everything = load_finished_runs(folder)
@@ -84,7 +84,7 @@ def build_report(folder: Path) -> Report:
     )
     collapse = collapse_lines(results.students)
     checks = [*check_lines(runs), *proxy_lines(results.proxies)]
-    return Report(
+    return AttackReport(
         **vars(results),
         title=matrix["title"],
         collapse=tuple(collapse),
@@ -116,7 +116,7 @@ def _teacher(
     return TeacherResult(
         **_measured(rows, styles),
         reference_kl=over_seeds([s["reference_kl"] for s in last if "reference_kl" in s]),
-        difference=Difference(
+        difference=AccuracyDifference(
             sampled=paired_by_prompt(pairs, "sampled"), greedy=paired_by_prompt(pairs, "greedy")
         ),
     )

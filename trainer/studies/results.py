@@ -50,7 +50,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Difference:
+class AccuracyDifference:
     """Accuracy minus the original teacher's on the same prompts, with a 95 % interval over all
     (seed, prompt, sample) items.
     """
@@ -78,7 +78,7 @@ class ModelResult:
 @dataclass(frozen=True, kw_only=True)
 class TeacherResult(ModelResult):
     reference_kl: Estimate  # at the last step
-    difference: Difference
+    difference: AccuracyDifference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ class Provenance:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report(Results):
+class AttackReport(Results):
     """Numbers and the sentences about them; report.json."""
 
     title: str

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from reflux.trainer.data.attempt import Alarm, TimeUp, attempt, describe
+from reflux.trainer.data.attempt import GraderAlarm, TimeUp, attempt, describe
 from reflux.trainer.data.graders import Grade
 from reflux.trainer.data.prompt import Prompt
 
@@ -39,7 +39,7 @@ def test_a_late_grader_is_interrupted_and_the_next_text_is_graded():
         return sleeps(prompt, text) if text == "late" else fine(prompt, text)
 
     started = time.monotonic()
-    with Alarm(0.1, grader) as limited:
+    with GraderAlarm(0.1, grader) as limited:
         grades = [graded(limited, text) for text in ("", "late", "")]
     assert [g.reward for g in grades] == [1.0, 0.0, 1.0]
     assert grades[1].error == "timeout: no grade within 0.1 s" and time.monotonic() - started < 5
@@ -49,7 +49,7 @@ def test_a_grader_that_switches_the_alarm_off_does_so_for_one_text():
     def grader(prompt, text):
         return switches_off(prompt, text) if text == "off" else sleeps(prompt, text)
 
-    with Alarm(0.1, grader) as limited:
+    with GraderAlarm(0.1, grader) as limited:
         off, late = graded(limited, "off"), graded(limited, "late")
     assert off.reward == 1.0 and late.error.startswith("timeout")
 
@@ -61,7 +61,7 @@ def test_handlers_and_timers_of_others_are_put_back():
     before = signal.signal(signal.SIGALRM, theirs)
     signal.setitimer(signal.ITIMER_REAL, 60)
     try:
-        with Alarm(0.1, fine) as limited:
+        with GraderAlarm(0.1, fine) as limited:
             assert graded(limited) == Grade(1.0, True)
         assert signal.getsignal(signal.SIGALRM) is theirs
         assert 50 < signal.getitimer(signal.ITIMER_REAL)[0] <= 60

@@ -70,6 +70,25 @@ def test_the_gradient_joins_the_advice_and_not_the_verdict(low, high, words):
     assert [replace(t, advice="") for t in joined] == [replace(t, advice="") for t in plain]
 
 
+@pytest.mark.parametrize("kl, far", [(0.5, False), (0.99, False), (1.01, True), (2.7, True)])
+@pytest.mark.parametrize("times", [1.0, 2.0])
+def test_a_pair_that_is_far_apart_is_never_advised_as_if_it_were_near(kl, far, times):
+    """times: KL on the student's prefixes / on the teacher's; the larger one is `kl`."""
+    stats = []
+    for i in range(12):
+        for writer, nats in (("teacher", kl / times), ("student", kl)):
+            cell = (nats, nats)
+            stats.append(token_stats(i, writer, correct=True, forward=cell, reverse=cell))
+    trap = verdict(stats)[1]
+    assert trap.present is (times > 1)
+    assert ("as good to learn from" in trap.advice) is (times == 1 and not far)
+    assert ("distill.on_policy > 0" in trap.advice) is (times > 1)
+    assert (f"KL of {kl:.2f} nats per token on the" in trap.advice) is far
+    assert ("Bring the student nearer first" in trap.advice) is far
+    if kl == 2.7:
+        assert "14.9 times less likely" in trap.advice
+
+
 def test_without_student_texts_there_is_only_the_first_verdict():
     stats = [token_stats(i, "teacher") for i in range(3)]
     diagnosis = with_verdict(diagnose_token_stats(stats))

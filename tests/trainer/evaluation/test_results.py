@@ -1,6 +1,6 @@
 """The fields of the log, of every part of an evaluation."""
 
-from reflux.trainer.evaluation.acceptance import Verdict
+from reflux.trainer.evaluation.acceptance import RuleVerdict
 from reflux.trainer.evaluation.metrics import Difference
 from reflux.trainer.evaluation.results import Evaluation, log_fields
 from reflux.trainer.runs.stats import Estimate
@@ -11,7 +11,7 @@ def estimate(mean):
 
 
 def verdict(name, outcome):
-    return Verdict(name, outcome, estimate(0), 0.0, 0.0, f"{outcome}: in words")
+    return RuleVerdict(name, outcome, estimate(0), 0.0, 0.0, f"{outcome}: in words")
 
 
 def test_the_fields_of_the_log():

@@ -10,7 +10,7 @@ from reflux.trainer.config.phases import roles
 from reflux.trainer.config.schema import Config
 from reflux.trainer.engine.forward import hidden_states
 from reflux.trainer.preflight.memory import (
-    Ranks,
+    RankPlan,
     activation_bytes,
     memory_parts,
     plan_ranks,
@@ -56,7 +56,7 @@ def test_one_process_plans_for_the_world_of_the_degrees_and_more_have_to_fit():
     p = SimpleNamespace(
         data_parallel_replicate_degree=2, data_parallel_shard_degree=-1, tensor_parallel_degree=2
     )
-    assert plan_ranks(p, 16) == Ranks(4, 2, 2, 16) and plan_ranks(p, 16).data == 8
+    assert plan_ranks(p, 16) == RankPlan(4, 2, 2, 16) and plan_ranks(p, 16).data == 8
     p.data_parallel_shard_degree = 8
     assert plan_ranks(p, 1).world == 32
     with pytest.raises(ValueError, match="WORLD_SIZE is 16"):
@@ -64,8 +64,12 @@ def test_one_process_plans_for_the_world_of_the_degrees_and_more_have_to_fit():
 
 
 def test_a_shard_holds_whole_rows():
-    assert shard_numel([(5, 2), (7,)], Ranks(shard=3, replicate=2, tensor=1, world=6)) == 2 * 2 + 3
-    assert shard_numel([(10, 2), (7,)], Ranks(shard=2, replicate=1, tensor=2, world=4)) == 3 * 2 + 4
+    assert (
+        shard_numel([(5, 2), (7,)], RankPlan(shard=3, replicate=2, tensor=1, world=6)) == 2 * 2 + 3
+    )
+    assert (
+        shard_numel([(10, 2), (7,)], RankPlan(shard=2, replicate=1, tensor=2, world=4)) == 3 * 2 + 4
+    )
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama3", "qwen2", "gemma3"])

@@ -3,7 +3,7 @@ import struct
 from reflux.trainer.runs.stats import Estimate, over_seeds
 from reflux.trainer.studies.figures import draw_figures
 from reflux.trainer.studies.results import (
-    Difference,
+    AccuracyDifference,
     QueryCost,
     Results,
     StudentResult,
@@ -23,7 +23,9 @@ MEASURED = {
     "cost": QueryCost(0, 0, 0, 0.0),
     "late_spike": 1.0,
 }
-TEACHER = TeacherResult(**MEASURED, reference_kl=NOTHING, difference=Difference(NOTHING, NOTHING))
+TEACHER = TeacherResult(
+    **MEASURED, reference_kl=NOTHING, difference=AccuracyDifference(NOTHING, NOTHING)
+)
 
 
 def results(attacks):

@@ -1,5 +1,6 @@
 """What is read from finished runs, and distillability, from runs whose numbers are known."""
 
+import json
 import math
 
 import pytest
@@ -58,6 +59,15 @@ def test_a_student_that_was_evaluated_before_the_attack_starts_there(tmp_path):
         write_lines(run / "predictions/step-0.jsonl", rows)
     up, down = scores(tmp_path).values()
     assert down.mean == pytest.approx(0.25) and up.mean == pytest.approx(1.5)
+
+
+def test_a_text_with_other_line_breaks_is_one_line(tmp_path):
+    write_cells(tmp_path, [write_run(tmp_path / "t", {"role": "teacher"}, 0.9, 0.9)])
+    rows = [prediction(0, True, True) | {"text": "a\u2028b\u2029c\x85d\x0be"}]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]  # as an evaluation does
+    (tmp_path / "t" / "predictions" / "step-3.jsonl").write_text("".join(lines))
+    (run,) = load_finished_runs(tmp_path)
+    assert run.predictions() == rows
 
 
 def test_distillability_needs_a_gain_to_compare_with(tmp_path):

@@ -18,7 +18,7 @@ from reflux.trainer.data.chat import Chat
 from reflux.trainer.studies import real_pair
 
 SMOLLM, GEMMA = real_pair.SOURCES
-TINY = real_pair.Source(
+TINY = real_pair.GgufSource(
     "tiny",
     "tiny_package",
     ("tiny==1.0",),
