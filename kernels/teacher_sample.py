@@ -38,6 +38,7 @@ def teacher_sample_ref(
     *,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
+    uniform: Tensor | None = None,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -47,7 +48,7 @@ def teacher_sample_ref(
     x_TV = given_or_projected_ref(hidden_TE, head_VE, bias, logit_scale, softcap, vocab_size)
     x_TV = x_TV / temperature
     cdf_TV = x_TV.double().softmax(1).cumsum(1)
-    uniform_TN = _uniform(x_TV, n, generator)
+    uniform_TN = _uniform(x_TV, n, generator) if uniform is None else uniform
     ids_TN = torch.searchsorted(cdf_TV, uniform_TN * cdf_TV[:, -1:], right=True)
     ids_TN = ids_TN.clamp(max=x_TV.shape[1] - 1)
     ones_TN = torch.ones_like(ids_TN, dtype=x_TV.dtype)
@@ -158,6 +159,7 @@ def teacher_sample(
     *,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
+    uniform: Tensor | None = None,
     rows: Tensor | None = None,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
@@ -170,9 +172,10 @@ def teacher_sample(
 
     No gradient. hidden [T, E] and head [V, E] share a floating dtype; with head None, hidden are
     logits [T, V]. Sorted by falling logp, equal ones by rising id; unused entries hold id -1 and
-    logp -inf. generator: on the device of hidden; with shard, all ranks need the same state. rows,
-    bias, vocab_size, shard and the rest as in teacher_topk; left-out rows are all padding.
-    ValueError on shapes, dtypes, or n < 1.
+    logp -inf. generator: on the device of hidden; with shard, all ranks need the same state.
+    uniform: fp64 [T, n] in [0, 1) in its place, e.g. of counters: no draw depends on how rows are
+    batched. rows, bias, vocab_size, shard and the rest as in teacher_topk; left-out rows are all
+    padding. ValueError on shapes, dtypes, or n < 1.
     """
     op, tensors = "teacher_sample", (hidden_TE, head_VE, bias, logit_scale, softcap)
     check_temperature(op, temperature)
@@ -181,9 +184,16 @@ def teacher_sample(
         raise ValueError(
             f"{op}: n is {n}; want at least 1 draw a row, 12 to 64 as in arXiv:2503.16870"
         )
+    if uniform is None:
+        uniform = _uniform(teacher.x, n, generator)
+    elif (uniform.dtype, tuple(uniform.shape)) != (torch.float64, (len(teacher.x), n)):
+        raise ValueError(
+            f"{op}: uniform is {uniform.dtype} {list(uniform.shape)}; want torch.float64 "
+            f"{[len(teacher.x), n]}, numbers in [0, 1)"
+        )
     ids_TN, logp_TN = _op(
         *teacher,
-        _uniform(teacher.x, n, generator),
+        uniform,
         check_rows(op, rows, teacher.x),
         temperature,
         V,

@@ -125,6 +125,7 @@ def table(talkers: Path, folder: Path, phase: str, **over) -> dict:
         "distill": {"teacher": teacher},
         "diagnose": {"teacher": teacher},
         "evaluate": {},
+        "cache": {},
     }[phase]
     base = {
         "phase": phase,

@@ -39,7 +39,17 @@ BASES = [
     "docs",
 ]
 # by a run; so are bare names of other kinds than these in FILE
-LOG_FIELDS = ("accept/", "cal/", "eval/", "gap/", "groups/", "off_policy/", "reward/", "tail/")
+LOG_FIELDS = (
+    "cache/",
+    "accept/",
+    "cal/",
+    "eval/",
+    "gap/",
+    "groups/",
+    "off_policy/",
+    "reward/",
+    "tail/",
+)
 WORKED = ("trainer/calibration/brevity.py", "trainer/counting.py")  # of CONTRIBUTING.md
 MADE = ("runs/", "predictions/", "export/", "config.toml", *WORKED)
 FENCE, CODE, LINK = (

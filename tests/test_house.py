@@ -44,6 +44,9 @@ TESTED_ELSEWHERE = {  # module -> the test file that exercises it
     "trainer/phase.py": "trainer/engine/test_engine.py",  # contracts; mypy holds the rooms to them
     "trainer/calibration/likelihood_ratio.py": "trainer/calibration/test_phase.py",
     "trainer/config/calibration_rewards.py": "trainer/calibration/test_rewards.py",
+    "trainer/config/caching.py": "trainer/distillation/test_cache_phase.py",
+    "trainer/distillation/teacher_cache.py": "trainer/distillation/test_cache_phase.py",
+    "trainer/distillation/cached_teacher.py": "trainer/distillation/test_cache_phase.py",
     "trainer/config/checks.py": "trainer/config/test_schema.py",
     "trainer/config/distillation.py": "trainer/config/test_schema.py",
     "trainer/config/phase_checks.py": "trainer/config/test_schema.py",

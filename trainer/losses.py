@@ -5,7 +5,8 @@ They call reflux.kernels and know neither ranks nor phases. The division by the 
 happens once, in Engine.step. Metrics whose name starts with "max/" are maxima, all others are sums
 over the same tokens.
 
-Shapes: T tokens, D student hidden, E teacher hidden, V vocabulary, K top-k entries, S spans.
+Shapes: T tokens, D student hidden, E teacher hidden, V vocabulary, K top-k entries or draws, S
+spans.
 """
 
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from reflux.kernels.linear_logprob import LogProb, linear_logprob
 from reflux.kernels.linear_nll import linear_nll
 from reflux.kernels.linear_topk_kl import linear_topk_kl
 from reflux.kernels.span_sum import span_sum
+from reflux.kernels.teacher_sample import teacher_sample
 from reflux.kernels.teacher_topk import TopK, teacher_topk
 from reflux.tokenalign.span_losses import span_likelihood_kl
 from reflux.trainer.config.distillation import DistillSection
@@ -109,12 +111,20 @@ def exact_reference_kl(out: HeadInputs, reference: HeadInputs, *, temperature: f
     return result.total, {"reference_kl": result.kl.detach().sum()}
 
 
-def distill_kl(student: HeadInputs, teacher: HeadInputs, spec: DistillSection) -> Loss:
-    """Token KL of GKD (arXiv:2306.13649): full vocabulary, or the teacher's top k with its exact
-    tail.
+def distill_kl(
+    student: HeadInputs,
+    teacher: HeadInputs,
+    spec: DistillSection,
+    uniform_TK: Tensor | None = None,
+) -> Loss:
+    """Token KL of GKD (arXiv:2306.13649): full vocabulary, the teacher's top k with its exact tail,
+    or draws from it. uniform: of tail = "sampled", fp64 [T, top_k] in [0, 1).
     """
+    if spec.tail == "sampled":
+        assert uniform_TK is not None
+        return topk_kl(student, teacher_draws(teacher, spec, uniform_TK, student.vocab_size), spec)
     if spec.tail != "full":
-        return topk_kl(student, teacher_topk_of(teacher, spec, student.vocab_size), spec)
+        return topk_kl(student, teacher_topk_of(teacher, spec, student.vocab_size, student), spec)
     result = linear_kl(
         student.hidden_TD,
         student.head_VD,
@@ -137,16 +147,40 @@ def _t2(spec: DistillSection) -> float:
 
 
 def teacher_topk_of(
-    teacher: HeadInputs, spec: DistillSection, vocab_size: int | None = None
+    teacher: HeadInputs,
+    spec: DistillSection,
+    vocab_size: int | None = None,
+    student: HeadInputs | None = None,
 ) -> TopK:
-    """What an interface with top-k log-probabilities would show: ids, log p, and the exact tail."""
+    """What an interface with top-k log-probabilities would show: ids, log p, and the exact tail.
+    student: who helps to choose the ids, where spec.support asks for it.
+    """
     V = teacher.vocab_size if vocab_size is None else vocab_size
+    other = student if spec.support != "teacher" else None
     return teacher_topk(
         teacher.hidden_TD,
         teacher.head_VD,
         min(spec.top_k, V),
+        support=spec.support if other else "teacher",
+        student_hidden=other.hidden_TD.detach() if other else None,
+        student_head=other.head_VD.detach() if other else None,
         temperature=spec.temperature,
         vocab_size=V,
+        softcap=teacher.softcap,
+    )
+
+
+def teacher_draws(
+    teacher: HeadInputs, spec: DistillSection, uniform_TK: Tensor, vocab_size: int
+) -> TopK:
+    """spec.top_k draws from the teacher at every token; log of their counts over their number."""
+    return teacher_sample(
+        teacher.hidden_TD,
+        teacher.head_VD,
+        spec.top_k,
+        temperature=spec.temperature,
+        uniform=uniform_TK,
+        vocab_size=vocab_size,
         softcap=teacher.softcap,
     )
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from reflux.trainer.config.sections import FrozenSection
-from reflux.trainer.data.batch import Batch, Prompt, Rollout, Sample
+from reflux.trainer.data.batch import Batch, Prompt, Rollout, Sample, TeacherView
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.graders import Grade
 from reflux.trainer.engine.metrics import MetricSums
@@ -291,6 +291,12 @@ class Teacher(Protocol):
     @property
     def shares_ids(self) -> bool:
         """Its token ids mean what the student's mean."""
+        ...
+
+    def view(self, rollout: Rollout, step: int) -> TeacherView | None:
+        """What it reads of a text, or has said of it, where that is not what the student reads. Not
+        collective; ValueError where it can say nothing of the text.
+        """
         ...
 
     def divergence(self, student: HeadInputs, batch: Batch, index: int) -> Loss:

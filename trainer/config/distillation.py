@@ -18,9 +18,13 @@ class DistillSection:
     objective: Literal["nll", "kl", "span", "class"] = "kl"
     divergence: Literal["forward", "reverse", "jsd", "skew_forward", "skew_reverse"] = "reverse"
     beta: float = 0.5  # jsd, skew: weight of the teacher in the mixture
-    # what becomes of the teacher's probability outside its top-k
-    tail: Literal["full", "bucket", "renorm", "drop"] = "full"
+    # what becomes of the teacher's probability outside its top-k. sampled: top_k independent draws
+    # in place of the top-k, whose expected gradient is that of the whole forward KL
+    # (arXiv:2503.16870)
+    tail: Literal["full", "bucket", "renorm", "drop", "sampled"] = "full"
     top_k: int = 0  # teacher tokens known per position; 0 with tail = full
+    # whose likeliest top_k tokens those are: with union both models', each once
+    support: Literal["teacher", "student", "union"] = "teacher"
     temperature: float = 1.0  # both softmaxes
     scale_t2: bool = False  # multiply the loss by temperature squared
     source: Literal["dataset", "teacher"] = "teacher"  # which of them off-policy texts come from
@@ -91,6 +95,16 @@ def _check_combinations(d: DistillSection) -> None:
             "objective = 'span' takes one teacher; several can be compared with objective = "
             "'class' or 'kl'"
         )
+    _check_top_k(d)
+    if d.divergence in ("jsd", "skew_forward", "skew_reverse") and not 0 < d.beta < 1:
+        raise ValueError(
+            f"beta = {d.beta}; want 0 < beta < 1. The ends are divergence = 'forward' and 'reverse'"
+        )
+    if not d.allow_biased:
+        _refuse_biased(d)
+
+
+def _check_top_k(d: DistillSection) -> None:
     if (d.tail == "full") != (d.top_k == 0):
         raise ValueError(
             f"tail = {d.tail!r} with top_k = {d.top_k}: a truncated teacher needs both, e.g. "
@@ -103,12 +117,17 @@ def _check_combinations(d: DistillSection) -> None:
             f"tail = 'drop' with divergence = {d.divergence!r} can be lowered by moving mass out "
             "of the top k. Use tail = 'bucket'"
         )
-    if d.divergence in ("jsd", "skew_forward", "skew_reverse") and not 0 < d.beta < 1:
+    if d.tail == "sampled" and d.divergence != "forward":
         raise ValueError(
-            f"beta = {d.beta}; want 0 < beta < 1. The ends are divergence = 'forward' and 'reverse'"
+            f"tail = 'sampled' with divergence = {d.divergence!r}: only the forward KL is linear "
+            "in the teacher, so only its gradient is unbiased. Use divergence = 'forward', or "
+            "tail = 'bucket'"
         )
-    if not d.allow_biased:
-        _refuse_biased(d)
+    if d.support != "teacher" and (d.objective != "kl" or d.tail not in ("bucket", "renorm")):
+        raise ValueError(
+            f"support = {d.support!r} with objective = {d.objective!r}, tail = {d.tail!r}; want "
+            "objective = 'kl' and tail = 'bucket' or 'renorm'"
+        )
 
 
 def exact_settings(d: DistillSection) -> Mapping[str, Any]:

@@ -29,6 +29,11 @@ def check_common(cfg: Config) -> None:
 def check_teacher_source(cfg: Config) -> None:
     """A teacher whose weights are not loaded: phase distill only, and one teacher."""
     source = cfg.teacher.source
+    if (source == "cache") != bool(cfg.teacher.cache):
+        raise ValueError(
+            f"teacher.cache = {cfg.teacher.cache!r} with teacher.source = {source!r}; want both, "
+            'source = "cache" and the folder <run>/cache of a run of phase = "cache", or neither'
+        )
     if source == "local":
         return
     if cfg.phase != "distill":
@@ -45,6 +50,39 @@ def check_teacher_source(cfg: Config) -> None:
         raise ValueError(
             f"{_defence(cfg)} with teacher.source = {source!r}: a defence changes what a local "
             "teacher samples; whoever serves a teacher sets its own. Use teacher.source = 'local'"
+        )
+
+
+def check_cached_teacher(cfg: Config) -> None:
+    """A cache knows its own texts only, and the likeliest tokens of each position."""
+    d = cfg.distill
+    if cfg.teacher.source != "cache":
+        return
+    if d.on_policy > 0:
+        raise ValueError(
+            f"distill.on_policy = {d.on_policy} with teacher.source = 'cache': a cache cannot "
+            "score the student's own texts. Set on_policy = 0.0, or source = 'local' or 'server'"
+        )
+    if d.rewrite and d.objective != "nll":
+        raise ValueError(
+            "distill.rewrite with teacher.source = 'cache': a cache has no rows for a rewritten "
+            "text. Use objective = 'nll', or source = 'local'"
+        )
+    if d.objective == "class" or (d.objective == "span" and d.source == "dataset"):
+        raise ValueError(
+            f"distill.objective = {d.objective!r}, source = {d.source!r} with teacher.source = "
+            "'cache': it asks the teacher for more than a cache holds. Use objective = 'kl' or "
+            "'nll', or source = 'local'"
+        )
+    if d.objective == "kl" and d.tail == "full":
+        raise ValueError(
+            "distill.tail = 'full' with teacher.source = 'cache': it holds the likeliest tokens, "
+            "or draws. Use tail = 'bucket' with its top_k, or 'sampled'"
+        )
+    if d.support != "teacher":
+        raise ValueError(
+            f"distill.support = {d.support!r} with teacher.source = 'cache': its ids were chosen "
+            "before the student. Use support = 'teacher', or source = 'local'"
         )
 
 
@@ -123,6 +161,7 @@ def check_distill(cfg: Config) -> None:
     check_prompts(cfg)
     check_minibatches(cfg)
     check_no_gates(cfg)
+    check_cached_teacher(cfg)
     d = cfg.distill
     if cfg.defence.changes_text and (d.objective != "nll" or d.source != "teacher"):
         raise ValueError(
@@ -130,6 +169,12 @@ def check_distill(cfg: Config) -> None:
             "only sampled text is served with a defence; the teacher's logits are not. Use "
             "objective = 'nll' and source = 'teacher'"
         )
+
+
+def check_cache(cfg: Config) -> None:
+    check_prompts(cfg)
+    check_no_gates(cfg)
+    check_no_defence(cfg)
 
 
 def check_diagnose(cfg: Config) -> None:

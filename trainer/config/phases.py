@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .fit import nearest
 from .phase_checks import (
+    check_cache,
     check_calibrate,
     check_common,
     check_diagnose,
@@ -26,6 +27,8 @@ from .roles import (
     Merge,
     Pair,
     Role,
+    cache_given,
+    cache_samples,
     calibrate_advice,
     calibrate_pair,
     calibrate_roles,
@@ -120,6 +123,13 @@ PHASES: dict[str, PhaseSpec] = {
         check=check_diagnose,
         frozen_roles=diagnose_roles,
         pair=diagnose_pair,
+    ),
+    "cache": PhaseSpec(
+        "reflux.trainer.distillation.cache_phase:CachePhase",
+        model_role="teacher",
+        samples=cache_samples,
+        given=cache_given,
+        check=check_cache,
     ),
     "evaluate": PhaseSpec(
         "reflux.trainer.evaluation.phase:EvaluatePhase", data_section="eval", check=check_evaluate

@@ -172,6 +172,14 @@ def distill_advice(cfg: Config, same_ids: bool, merge: Merge = None) -> Advice |
     return None
 
 
+def cache_samples(cfg: Config) -> bool:
+    return cfg.cache.texts == "teacher"
+
+
+def cache_given(cfg: Config) -> bool:
+    return cfg.cache.texts == "dataset"
+
+
 def diagnose_grades(cfg: Config) -> bool:
     """Without a task there is no gap."""
     return bool(cfg.task.name)

@@ -2,13 +2,15 @@
 
 Tables named like a section of torchtitan's `Trainer.Config` (TITAN_SECTIONS) stay as they are in
 `Config.titan`; engine/trainer_config.py lays them over torchtitan's own dataclasses, with the type
-rules of fit.py. All other tables are ours: sections.py, distillation.py, evaluation.py.
+rules of fit.py. All other tables are ours: sections.py, distillation.py, caching.py,
+evaluation.py.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from .caching import CacheSection
 from .checks import not_negative
 from .distillation import DistillSection
 from .evaluation import AcceptSection, EvalSection
@@ -47,7 +49,9 @@ TITAN_SECTIONS = (
 
 @dataclass(frozen=True)
 class Config:
-    phase: str  # calibrate | distill | diagnose | evaluate (config/phases.py); must be chosen
+    phase: (
+        str  # calibrate | distill | diagnose | cache | evaluate (config/phases.py); must be chosen
+    )
     folder: str  # of the run: log, checkpoints, export
     # each of policy.epochs x policy.minibatches optimizer updates on new rollouts
     steps: int = 100
@@ -69,6 +73,7 @@ class Config:
     policy: PolicySection = PolicySection()
     guard: GuardSection = GuardSection()
     distill: DistillSection = DistillSection()
+    cache: CacheSection = CacheSection()
     diagnose: DiagnoseSection = DiagnoseSection()
     defence: DefenceSection = DefenceSection()
     optim: OptimSection = OptimSection()

@@ -44,6 +44,9 @@ class TeacherSection(FrozenSection):
 
     # local: loaded by this run. server: asked over HTTP. cache: read from what an earlier run wrote
     source: Literal["local", "server", "cache"] = "local"
+    # source = "cache": the folder <run>/cache that phase = "cache" has written. `path` is the
+    # teacher that wrote it, or this folder again, where the teacher is not at hand
+    cache: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 Batch.
 
 Shapes: N rows, L row length, T response tokens of a batch (the positions that carry loss), S spans,
-P aligned positions of a student and a teacher, n tokens of one response.
+P aligned positions of a student and a teacher, n tokens of one response, K top-k entries.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,6 +37,17 @@ class Rollout:
 
 
 @dataclass(frozen=True, eq=False)
+class TopKRows:
+    """What is known of a teacher at each token of a response: some ids, their log-probabilities,
+    and the log-mass of all others. Nats, at the temperature that they were taken at.
+    """
+
+    ids: np.ndarray  # [n, K] distinct in a row; -1 is padding
+    logp: np.ndarray  # [n, K]; -inf at padding
+    tail: np.ndarray  # [n]; -inf where the ids stand for everything
+
+
+@dataclass(frozen=True, eq=False)
 class TeacherView:
     """A response as one teacher reads it, where its template or its tokens are not the student's.
 
@@ -48,6 +59,10 @@ class TeacherView:
     ids: tuple[int, ...] | None = None  # the response in the teacher's tokens; None: the student's
     student_positions: np.ndarray | None = None
     teacher_positions: np.ndarray | None = None
+    # what a teacher that is not asked again has said of the response; None: its model reads it
+    rows: TopKRows | None = None
+    # [n, K] fp64 in [0, 1): where the teacher's tokens are drawn (distill.tail = "sampled")
+    uniform: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +87,11 @@ class BatchView(NamedTuple):
     position_NL: Tensor
     row_P: Tensor  # flattened positions of its predictors, as Batch.row_T
     aligned_P: Tensor | None  # their tokens among the student's T; None: all of them, in order
+    # what it has said of every response token; None: its model reads the batch
+    topk_ids_TK: Tensor | None = None
+    topk_logp_TK: Tensor | None = None
+    tail_T: Tensor | None = None
+    uniform_TK: Tensor | None = None  # fp64, of draws from the teacher
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +139,21 @@ class Batch:
         """[P] tokens among the student's T at which the teacher is compared; None: all of them."""
         view = self._view(teacher)
         return None if view is None else view.aligned_P
+
+    def stored_topk(self, teacher: int = 0) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(ids [T, K], log-probabilities [T, K], tails [T]) of a teacher that is not asked again;
+        None where the batch holds none.
+        """
+        view = self._view(teacher)
+        if view is None or view.topk_ids_TK is None:
+            return None
+        assert view.topk_logp_TK is not None and view.tail_T is not None
+        return view.topk_ids_TK, view.topk_logp_TK, view.tail_T
+
+    def uniform(self, teacher: int = 0) -> Tensor | None:
+        """[T, K] fp64 in [0, 1): where this teacher's tokens are drawn; None where none are."""
+        view = self._view(teacher)
+        return None if view is None else view.uniform_TK
 
     def _view(self, teacher: int) -> BatchView | None:
         return self.teacher_views[teacher] if teacher < len(self.teacher_views) else None
@@ -263,7 +298,29 @@ def _view(rows: list[list[Sample]], teacher: int) -> BatchView | None:
         first += len(sample.rollout.ids)
     all_of_them = all(v is None or v.student_positions is None for v in views)
     aligned_P = None if all_of_them else _long(np.concatenate(positions))
-    return BatchView(*_lay_out(rows, partial(_text_of, teacher=teacher)), aligned_P)
+    topk = _stored_rows([v.rows for v in views if v is not None and v.rows is not None])
+    uniform = [v.uniform for v in views if v is not None and v.uniform is not None]
+    uniform_TK = torch.from_numpy(np.concatenate(uniform)) if uniform else None
+    laid_out = _lay_out(rows, partial(_text_of, teacher=teacher))
+    return BatchView(*laid_out, aligned_P, *topk, uniform_TK)
+
+
+def _stored_rows(rows: Sequence[TopKRows]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The rows of a batch's texts behind one another, padded to the widest."""
+    if not rows:
+        return None, None, None
+    width = max(x.ids.shape[1] for x in rows)
+
+    def joined(parts: Sequence[np.ndarray], padding: float) -> np.ndarray:
+        return np.concatenate(
+            [np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=padding) for x in parts]
+        )
+
+    return (
+        _long(joined([x.ids for x in rows], -1)),
+        _real(joined([x.logp for x in rows], -np.inf)),
+        _real(np.concatenate([x.tail for x in rows])),
+    )
 
 
 def _lay_out(

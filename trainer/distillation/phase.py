@@ -62,9 +62,11 @@ class DistillPhase:
         self.data_fields = self.source.prompts.fit.fields
         self.targets = Targets(self.spec, self.chat, self.teachers)
         self.metric_sums = MetricSums()
+        self._step = 0
 
     def sample(self, step: int) -> list[list[Text]]:
         """[P][G] texts of this rank's part of the step's prompts."""
+        self._step = step
         return self.source.sample(step)
 
     def score(self, texts_PG: Sequence[Sequence[Text]]) -> list[Sample]:
@@ -74,7 +76,7 @@ class DistillPhase:
         self._report(texts)
         if self.spec.correct_only:
             texts = self._correct_only(texts)
-        return self.targets.samples(texts, self.metric_sums)
+        return self.targets.samples(texts, self.metric_sums, self._step)
 
     def loss(self, out: HeadInputs, batch: Batch) -> Loss:
         """The objective plus nll_weight times the likelihood of off-policy texts, summed over the

@@ -1,7 +1,7 @@
 """What the teachers say of a step's texts: from Texts to Samples.
 
     nll    the text itself
-    kl     the teacher's own rendering of the prompt; ids are shared
+    kl     the teacher's own rendering of the prompt, or its rows of a cache; ids are shared
     class  the text in every teacher's tokens, and the aligned positions
     span   the teacher's log-probability of every span that both tokenizations share
 
@@ -30,8 +30,12 @@ class Targets:
     def __init__(self, spec: DistillSection, chat: Chat, teachers: Sequence[Teacher]):
         self.spec, self.chat, self.teachers = spec, chat, teachers
 
-    def samples(self, texts: Sequence[Text], metric_sums: MetricSums) -> list[Sample]:
-        """One sample per text that can be learned from. Collective."""
+    def samples(
+        self, texts: Sequence[Text], metric_sums: MetricSums, step: int = 0
+    ) -> list[Sample]:
+        """One sample per text that can be learned from. step: what draws from a teacher are keyed
+        by. Collective.
+        """
         if self.spec.objective == "span":
             samples = self._span_samples(texts)
             metric_sums.add("unaligned", [float(s is None) for s in samples])
@@ -42,7 +46,7 @@ class Targets:
         if self.spec.objective == "nll" or not self.teachers:
             return samples_N
         return [
-            replace(s, teacher_views=tuple(_prompt_view(t, s.rollout) for t in self.teachers))
+            replace(s, teacher_views=tuple(t.view(s.rollout, step) for t in self.teachers))
             for s in samples_N
         ]
 
@@ -135,12 +139,6 @@ class Targets:
             )
             samples.append(sample)
         return samples
-
-
-def _prompt_view(teacher: Teacher, rollout: Rollout) -> TeacherView | None:
-    """The teacher's rendering of the prompt, where its template is another one."""
-    ids = teacher.chat.prompt_ids(rollout.prompt.messages)
-    return None if ids == rollout.prompt_ids else TeacherView(ids)
 
 
 def _class_view(teacher: Teacher, rollout: Rollout, aligned: Aligned) -> TeacherView:

@@ -26,7 +26,7 @@ from reflux.tokenalign.vocab_map import Partition, Vocabulary, first_merge
 from reflux.trainer.config.distillation import DistillSection, exact_settings
 from reflux.trainer.config.roles import distill_advice
 from reflux.trainer.config.schema import Config
-from reflux.trainer.data.batch import Batch
+from reflux.trainer.data.batch import Batch, Rollout, TeacherView
 from reflux.trainer.data.chat import Chat, same_vocabulary
 from reflux.trainer.losses import (
     HeadInputs,
@@ -40,6 +40,9 @@ from reflux.trainer.phase import Engine, FrozenModel, Sampler, Teacher, TextScor
 from reflux.trainer.rollouts.defences import DefendedDecoding
 from reflux.trainer.rollouts.generate import EmbeddedSampler
 from reflux.trainer.rollouts.scoring import score_ids
+
+from .cached_teacher import load_cached
+from .draws import draw_noise
 
 PARTITIONS: dict[str, Callable[[Vocabulary, Vocabulary], Partition]] = {
     "first_byte": vocab_map.first_byte,
@@ -112,6 +115,17 @@ class FrozenTeacher:
     shares_ids: bool
     tokens: int  # of a micro-batch, padding included
     class_loss: ClassLoss | None  # of objective = "class"
+    seed: int = 0  # of draws from it
+
+    def view(self, rollout: Rollout, step: int) -> TeacherView | None:
+        """Its own rendering of the prompt, and where its tokens are drawn; None where the student
+        reads the same.
+        """
+        ids = self.chat.prompt_ids(rollout.prompt.messages)
+        if self.spec.tail != "sampled":
+            return None if ids == rollout.prompt_ids else TeacherView(ids)
+        noise = draw_noise(rollout, self.spec.top_k, seed=self.seed, step=step)
+        return TeacherView(ids, uniform=noise)
 
     def divergence(self, student: HeadInputs, batch: Batch, index: int) -> Loss:
         """See phase.Teacher. Collective: the teacher's head is gathered."""
@@ -119,8 +133,18 @@ class FrozenTeacher:
         teacher_batch = batch.for_teacher(index)
         with self.engine.forward_no_grad(self.model, teacher_batch, vocab_size) as teacher:
             if self.class_loss is None:
-                return distill_kl(student, teacher, self.spec)
+                return distill_kl(student, teacher, self.spec, self._uniform(batch, index))
             return self.class_loss(at_positions(student, batch.aligned_positions(index)), teacher)
+
+    def _uniform(self, batch: Batch, index: int) -> Tensor | None:
+        if self.spec.tail != "sampled":
+            return None
+        uniform_TK = batch.uniform(index)
+        if uniform_TK is None:  # a batch without tokens, for a rank that has none left
+            uniform_TK = torch.zeros(
+                0, self.spec.top_k, dtype=torch.float64, device=batch.row_T.device
+            )
+        return uniform_TK
 
     def score_texts(
         self, jobs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
@@ -169,6 +193,7 @@ def load_local(cfg: Config, engine: Engine, chat: Chat) -> Sequence[Teacher]:
             same,
             cfg.batch.tokens,
             loss,
+            cfg.seed,
         )
         for model, teacher_chat, weight, same, loss in zip(
             models, chats, weights, shares_ids, losses
@@ -177,7 +202,10 @@ def load_local(cfg: Config, engine: Engine, chat: Chat) -> Sequence[Teacher]:
 
 
 # teacher.source -> its teachers
-SOURCES: dict[str, Callable[[Config, Engine, Chat], Sequence[Teacher]]] = {"local": load_local}
+SOURCES: dict[str, Callable[[Config, Engine, Chat], Sequence[Teacher]]] = {
+    "local": load_local,
+    "cache": load_cached,
+}
 
 
 def _refuse(cfg: Config, chat: Chat, chats: Sequence[Chat], shares_ids: Sequence[bool]) -> None:

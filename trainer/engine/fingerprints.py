@@ -67,7 +67,14 @@ def _sources(cfg: Config) -> dict[str, _Source]:
     for role in roles(cfg):
         if not role.is_copy:
             unread = role.elsewhere or (role.own and cfg.model.from_scratch)
+            if role.elsewhere and cfg.teacher.cache:
+                # weights prove that the cache is of this teacher, where they are at hand
+                unread = not any(Path(role.model.path).glob("*.safetensors"))
             sources[role.name] = _model(role.model.path, weights=not unread)
+    if cfg.teacher.cache:  # it names the hashes of its shards
+        description = Path(cfg.teacher.cache).resolve() / "cache.json"
+        files = {description.name: description} if description.is_file() else {}
+        sources["teacher cache"] = _Source(str(description.parent), files, {})
     for name, section in (("data", cfg.data), ("eval", cfg.eval)):
         if section.source:
             sources[name] = _data(section.source)

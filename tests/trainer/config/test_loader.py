@@ -227,6 +227,7 @@ def test_every_option_survives_the_round_trip():
         ("rollout", "top_k"): 0,
         ("rollout", "top_p"): 1.0,
         ("distill", "temperature"): 1.0,
+        ("teacher", "cache"): "",
     }
     for section, kind in SECTIONS.items():
         hints = get_type_hints(kind)

@@ -273,7 +273,10 @@ def test_no_float_may_be_nan_or_infinite(section):
             "teacher.path is missing",
         ),
         ({**DISTILL, "eval": {"source": "e"}}, "task.name is missing"),
-        ({"folder": "r"}, "phase is missing; want calibrate | distill | diagnose | evaluate"),
+        (
+            {"folder": "r"},
+            "phase is missing; want calibrate | distill | diagnose | cache | evaluate",
+        ),
         ({"phase": "distill"}, "folder is missing; want str"),
     ],
 )
@@ -292,11 +295,11 @@ def test_sft_on_given_text_needs_no_teacher_and_calibration_off_no_proxy():
 
 
 def test_a_teacher_that_is_not_loaded_is_for_one_teacher_of_a_distillation():
-    served = {"path": "t", "source": "cache"}
+    served = {"path": "t", "source": "server"}
     (role,) = distill_roles(distill(teacher=served))
     assert role.elsewhere and role.probe is None and not role.samples
     for refused, says in (
-        (lambda: distill(phase="diagnose", teacher=served), "'cache' with phase = 'diagnose'"),
+        (lambda: distill(phase="diagnose", teacher=served), "'server' with phase = 'diagnose'"),
         (lambda: distill(teacher=served, distill={"more_teachers": ["u"]}), "for several teach"),
         (
             lambda: distill(
@@ -304,7 +307,7 @@ def test_a_teacher_that_is_not_loaded_is_for_one_teacher_of_a_distillation():
                 distill={"objective": "nll", "on_policy": 0.0},
                 defence={"temperature": 2.0},
             ),
-            "defence.temperature = 2.0 with teacher.source = 'cache'",
+            "defence.temperature = 2.0 with teacher.source = 'server'",
         ),
     ):
         with pytest.raises(ValueError, match="x.toml: ") as error:

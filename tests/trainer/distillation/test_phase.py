@@ -39,6 +39,32 @@ def renorm(s, t, _, k=5):
     return kl(top.log_softmax(-1), s.gather(1, ids).log_softmax(-1))
 
 
+def student_bucket(s, t, _, k=5):
+    """Reverse KL on the student's own top k and one tail bucket."""
+    mine, ids = s.topk(k, -1)
+    theirs = t.gather(1, ids)
+    tail_s, tail_t = (torch.log1p(-x.exp().sum(1)) for x in (mine, theirs))
+    return (mine.exp() * (mine - theirs)).sum() + (tail_s.exp() * (tail_s - tail_t)).sum()
+
+
+def union_bucket(s, t, _, k=5):
+    """Reverse KL on both models' top k and one tail bucket."""
+    total = 0.0
+    for p, q in zip(s, t):
+        ids = torch.unique(torch.cat([p.topk(k).indices, q.topk(k).indices]))
+        tail_p, tail_q = (torch.log1p(-x[ids].exp().sum()) for x in (p, q))
+        total += (p[ids].exp() * (p[ids] - q[ids])).sum() + tail_p.exp() * (tail_p - tail_q)
+    return total
+
+
+def sampled(s, t, sample, n=7):
+    """Cross-entropy of the student at n tokens drawn from the teacher by inverse CDF."""
+    cdf = t.exp().cumsum(-1)
+    uniform = torch.from_numpy(sample.teacher_views[0].uniform)
+    drawn = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True)
+    return -s.gather(1, drawn).sum() / n
+
+
 DEFINITIONS = {
     "sft": (GIVEN | {"objective": "nll"}, nll_of),
     "seq_kd": ({"objective": "nll", "on_policy": 0.0}, nll_of),
@@ -53,6 +79,9 @@ DEFINITIONS = {
     "gkd_mixed": ({"divergence": "forward", "on_policy": 0.5}, lambda s, t, _: kl(t, s)),
     "bucket": ({"divergence": "forward", "tail": "bucket", "top_k": 5}, bucket),
     "renorm": ({"divergence": "forward", "tail": "renorm", "top_k": 5}, renorm),
+    "student_support": ({"tail": "bucket", "top_k": 5, "support": "student"}, student_bucket),
+    "union_support": ({"tail": "bucket", "top_k": 5, "support": "union"}, union_bucket),
+    "sampled": ({"divergence": "forward", "tail": "sampled", "top_k": 7}, sampled),
     "kd_plus_nll": (
         GIVEN | {"divergence": "forward", "nll_weight": 0.7},
         lambda s, t, x: kl(t, s) + 0.7 * nll_of(s, t, x),
@@ -192,6 +221,7 @@ OPTIONS = [
         TOP,
         {"tail": "drop", "top_k": 8},
         {"tail": "renorm", "top_k": 8},
+        {"tail": "sampled", "top_k": 8},
         {"temperature": 2.0},
         {"source": "dataset"},
         {"on_policy": 1.0},
@@ -200,6 +230,8 @@ OPTIONS = [
     )
 ] + [
     (TOP, {"top_k": 9}),
+    (TOP, {"support": "student"}),
+    (TOP, {"support": "union"}),
     ({"divergence": "jsd"}, {"beta": 0.2}),
     ({"divergence": "skew_forward", "beta": 0.5}, {"beta": 0.2}),
     ({"temperature": 2.0}, {"scale_t2": True}),
@@ -247,6 +279,7 @@ def test_options_of_other_tables_change_what_they_name(talkers, tmp_path, over):
     [
         {},
         {"on_policy": 0.5, "nll_weight": 0.5},
+        {"divergence": "forward", "tail": "sampled", "top_k": 6},
         {"objective": "span", "on_policy": 0.5, "allow_biased": True},
         {"objective": "class", "partition": "prefix", "on_policy": 0.5, "allow_biased": True},
     ],

@@ -1,0 +1,159 @@
+"""A teacher that is not there: its texts and rows come from a cache (teacher_cache.py), and no
+weight of it is loaded.
+
+    loss = that of the teacher itself with tail = "bucket", "renorm", "drop" or "sampled", within
+           the error of stored log-probabilities (cache.json)
+
+Texts of other models cannot be scored, so nothing is on-policy here.
+
+Shapes: T tokens of a batch, K top-k entries.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from reflux.kernels.teacher_topk import TopK
+from reflux.trainer.config.distillation import DistillSection
+from reflux.trainer.config.schema import Config
+from reflux.trainer.data.batch import Batch, Prompt, Rollout, TeacherView
+from reflux.trainer.data.chat import Chat, same_vocabulary
+from reflux.trainer.losses import HeadInputs, Loss, topk_kl
+from reflux.trainer.phase import Advance, Engine, Sampler, Sampling, Teacher, TextScore
+from reflux.trainer.runs.progress import ignore
+
+from .teacher_cache import Description, TeacherCache, check_same, narrowed
+
+# what a text in a cache depends on: a name of its description -> one of Sampling
+SAMPLED_WITH = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k"}
+
+
+@dataclass(frozen=True, eq=False)
+class CachedTexts:
+    """Texts of a cache as a Sampler: the same at every step."""
+
+    cache: TeacherCache
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        group: int,
+        sampling: Sampling,
+        advance: Advance = ignore,
+    ) -> list[list[Rollout]]:
+        """The first `group` texts of each prompt; see phase.Sampler. ValueError where the cache has
+        fewer, or other ones.
+        """
+        self._check(sampling)
+        groups = []
+        for prompt in prompts:
+            texts = self.cache.texts(prompt)
+            if len(texts) < group:
+                raise ValueError(
+                    f"teacher.cache = '{self.cache.folder}' has {len(texts)} texts of prompt "
+                    f"{prompt.index}; want rollout.group = {group}. Lower rollout.group, or write "
+                    "the cache for this data"
+                )
+            groups.append(texts[:group])
+            advance(group)
+        return groups
+
+    def _check(self, sampling: Sampling) -> None:
+        written = self.cache.description.texts
+        if written["made_by"] != "teacher":
+            raise ValueError(
+                f"teacher.cache = '{self.cache.folder}' holds no texts of the teacher, but those "
+                "of a data set; want distill.source = 'dataset'"
+            )
+        now = {name: getattr(sampling, of) for name, of in SAMPLED_WITH.items()}
+        now["max_tokens"] = sampling.max_tokens
+        for name, value in now.items():
+            if written[name] != value:
+                raise ValueError(
+                    f"rollout.{name} = {value}, but the texts of teacher.cache = "
+                    f"'{self.cache.folder}' were sampled with {written[name]}. Set it to that"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class CachedTeacher:
+    """A cache as the Teacher of a run."""
+
+    spec: DistillSection
+    cache: TeacherCache
+    chat: Chat
+    shares_ids: bool
+    weight: float = 1.0
+
+    @property
+    def sampler(self) -> Sampler:
+        return CachedTexts(self.cache)
+
+    def view(self, rollout: Rollout, step: int) -> TeacherView:
+        """What the teacher has said of the text."""
+        rows = self.cache.rows_of(rollout)
+        if rows is None:
+            raise ValueError(
+                f"teacher.cache = '{self.cache.folder}' has no row for the text of prompt "
+                f"{rollout.prompt.index}: it is another text, or longer than the cached one "
+                f"({self.cache.description.texts}). Write the cache for this data and these lengths"
+            )
+        kept = rows if self.spec.tail == "sampled" else narrowed(rows, self.spec.top_k)
+        return TeacherView(rollout.prompt_ids, rows=kept)
+
+    def divergence(self, student: HeadInputs, batch: Batch, index: int) -> Loss:
+        """See phase.Teacher."""
+        stored = batch.stored_topk(index)
+        if stored is None:  # a batch without tokens, for a rank that has none left
+            nothing_TK = student.hidden_TD.new_zeros(0, 1, dtype=torch.float32)
+            stored = nothing_TK.long(), nothing_TK, nothing_TK[:, 0]
+        return topk_kl(student, TopK(*stored), self.spec)
+
+    def score_texts(
+        self, jobs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+    ) -> list[TextScore]:
+        """See phase.Teacher; only of no text at all."""
+        assert not jobs, "check_cached_teacher refuses what would ask"
+        return []
+
+
+def load_cached(cfg: Config, engine: Engine, chat: Chat) -> list[Teacher]:
+    """The cache of teacher.cache. ValueError where it is not of teacher.path, or does not hold what
+    the configuration asks for.
+    """
+    cache, own = TeacherCache(cfg.teacher.cache), Chat(cfg.teacher.path)
+    files = engine.inputs.get("teacher", {}).get("files", {})
+    check_same(cache.description, own, files, cfg.teacher.path)
+    shares_ids = same_vocabulary(chat, own)
+    if cfg.distill.objective == "kl":
+        _check_rows(cfg.distill, cache.description, engine.vocab_size)
+    teacher = CachedTeacher(cfg.distill, cache, own, shares_ids)
+    return [teacher]
+
+
+def _check_rows(spec: DistillSection, cache: Description, vocab_size: int) -> None:
+    where = f"the cache has temperature = {cache.temperature}, top_k = {cache.top_k}"
+    if spec.temperature != cache.temperature:
+        raise ValueError(
+            f"distill.temperature = {spec.temperature}, but {where}: log-probabilities and tail "
+            "hold at one temperature. Set it to that of the cache"
+        )
+    if (spec.tail == "sampled") != (cache.tail == "sampled"):
+        raise ValueError(
+            f"distill.tail = {spec.tail!r} with a cache of tail = {cache.tail!r}; want the same "
+            "kind: 'bucket', 'renorm' and 'drop' read the likeliest tokens, 'sampled' reads draws"
+        )
+    if spec.top_k > cache.top_k or (spec.tail == "sampled" and spec.top_k != cache.top_k):
+        raise ValueError(
+            f"distill.top_k = {spec.top_k}, but {where}. Set it to that of the cache"
+            + ("" if spec.tail == "sampled" else ", or to less")
+        )
+    if cache.vocab_size != vocab_size:
+        raise ValueError(
+            f"the cache normalises over {cache.vocab_size} ids and the student has {vocab_size}; "
+            "want a teacher of the student's vocabulary"
+        )
+
+
+_TEACHER: type[Teacher] = CachedTeacher  # mypy proves that it keeps the contract
