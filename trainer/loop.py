@@ -199,7 +199,7 @@ def _examples(texts_PG: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
     rollouts = [_rollout(t) for group in texts_PG[:4] for t in group[:1]]
     return [
         {
-            "prompt": r.prompt.messages[-1]["content"],
+            "prompt": r.prompt.question,
             "text": r.text,
             "answer": r.prompt.answer,
             "ended": r.ended,

@@ -3,9 +3,10 @@ of a configuration.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
+
+from .data import SourceSection
 
 PASS_AT = re.compile(r"pass@([1-9]\d*)")
 LIKELIHOOD = ("likelihood_sum", "likelihood_per_byte")
@@ -18,11 +19,10 @@ REFUSAL = (
 
 
 @dataclass(frozen=True)
-class EvalSection:
-    source: str = ""  # held-out prompts, as data.source; empty: no evaluation
+class EvalSection(SourceSection):
+    """Held-out prompts and what is measured on them; no source: no evaluation."""
+
     split: str = "test"
-    columns: Mapping[str, str] = field(default_factory=dict)
-    limit: int | None = None
     every: int = 0  # steps; 0: only before the first step and after the last
     samples: int = 1  # sampled answers per prompt, beside the greedy one
     at_start: bool = True
@@ -30,8 +30,6 @@ class EvalSection:
     pass_at: tuple[int, ...] = ()
     # likelihood: the option a multiple-choice prompt makes likeliest
     by: Literal["generation", "likelihood", "both"] = "generation"
-    # write the options under the question, in an order drawn from `seed`
-    list_options: bool = False
     # regular expression of a refusal: of texts that are not correct, those are no wrong answers;
     # empty: there is none
     refusal: str = REFUSAL
@@ -41,8 +39,7 @@ class EvalSection:
     harness: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit = {self.limit}; want >= 1, or leave it out for all rows")
+        super().__post_init__()
         for name in ("every", "samples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}; want >= 0")

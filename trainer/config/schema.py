@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 from .caching import CacheSection
 from .checks import not_negative
+from .data import DataSection
 from .distillation import DistillSection
 from .evaluation import AcceptSection, EvalSection
 from .phases import check_phase, spec_of
 from .sections import (
     BatchSection,
     CalibrationSection,
-    DataSection,
     DefenceSection,
     DiagnoseSection,
     ExportSection,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .calibration_rewards import REWARDS
-from .checks import above_zero, fraction, not_negative, positive, positive_limit
+from .checks import above_zero, fraction, not_negative, positive
 
 Backend = Literal["auto", "native", "hf"]
 Attention = Literal["auto", "sdpa", "flash_attention_2", "flex"]
@@ -47,23 +47,6 @@ class TeacherSection(FrozenSection):
     # source = "cache": the folder <run>/cache that phase = "cache" has written. `path` is the
     # teacher that wrote it, or this folder again, where the teacher is not at hand
     cache: str = ""
-
-
-@dataclass(frozen=True)
-class DataSection:
-    # a .jsonl or .parquet file, a `datasets` folder, reasoning_gym:NAME?size=..&seed=.., or
-    # package.module:function
-    source: str = ""
-    split: str = "train"
-    columns: Mapping[str, str] = field(default_factory=dict)  # our name -> the file's column
-    limit: int | None = None  # first rows only
-    shuffle: bool = True  # a new order each epoch, from `seed`
-    # a prompt that leaves no room for its response in a row of training.seq_len: end the run before
-    # its first step, leave the row out, or drop the oldest tokens of what its user wrote
-    too_long: Literal["error", "drop", "truncate_left"] = "error"
-
-    def __post_init__(self):
-        positive_limit(self)
 
 
 @dataclass(frozen=True)

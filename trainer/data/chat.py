@@ -77,7 +77,8 @@ class Chat:
         return len(self.tokenizer)
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """The rendered conversation up to where the response begins.
+        """The rendered conversation up to where the response begins; without a message, what a
+        document begins behind: the BOS token, or the EOS token of the document before it.
 
         Never empty, for the first response token needs a predictor: ValueError.
         """
@@ -89,20 +90,25 @@ class Chat:
         if backend is None:
             return [len(self.prompt_ids(messages)) for messages in conversations]
         plain = not self.tokenizer.chat_template
-        texts = [self._text_of(list(map(dict, messages))) for messages in conversations]
+        texts = [self._text_of(list(map(dict, c))) if c else "" for c in conversations]
         self.tokenizer("")  # switches off truncation that its file may ask for
         encoded = backend.encode_batch_fast(texts, add_special_tokens=plain)
         lengths = [len(e) for e in encoded]
         if plain:
             eos = self.tokenizer.eos_token_id
             lengths = [n - (e.ids[-1:] == [eos]) for n, e in zip(lengths, encoded)]
+        lengths = [n if c else 1 for n, c in zip(lengths, conversations)]
         for text, n in zip(texts, lengths):
             if not n:
                 raise ValueError(self._no_token(text))
         return lengths
 
     def _render(self, conversation: str) -> tuple[int, ...]:
-        text = self._text_of(json.loads(conversation))
+        messages = json.loads(conversation)
+        if not messages:
+            bos = self.tokenizer.bos_token_id
+            return (self.stop_id if bos is None else bos,)
+        text = self._text_of(messages)
         if self.tokenizer.chat_template:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         else:

@@ -23,6 +23,7 @@ from reflux.trainer.config.roles import Role
 from reflux.trainer.config.schema import Config
 
 from .chat import Chat
+from .options import Listing
 from .prompt import Prompt
 from .prompt_lengths import (
     Host,
@@ -101,15 +102,25 @@ def load_training_prompts(cfg: Config, chat: Chat, host: Host) -> FittedPrompts:
     return Fitting(cfg, host, chat).fitted()
 
 
+def training_listing(cfg: Config) -> Listing | None:
+    """How the options of multiple-choice rows are written under their questions."""
+    lists, options = cfg.data.list_options, cfg.task.options
+    if lists is False:
+        return None
+    if cfg.task.name != "multiple_choice":
+        return Listing(cfg.seed)
+    column, answer_is = options.get("choices", "choices"), options.get("answer_is", "letter")
+    return Listing(cfg.seed, column, answer_is, always=bool(lists))
+
+
 class Fitting:
     """The rows of a source against the models that read them. Collective."""
 
     def __init__(self, cfg: Config, host: Host, chat: Chat):
         d, spec = cfg.data, spec_of(cfg.phase)
         self.cfg, self.host, self.given = cfg, host, spec.given(cfg)
-        self.prompts = load_prompts(
-            d.source, split=d.split, columns=d.columns, limit=d.limit, check_rows=False
-        )
+        self.listing = training_listing(cfg)
+        self.prompts = load_prompts(d, listing=self.listing, check_rows=False)
         self.lengths = self._measured(chat)
         if spec.grades(cfg):
             check_answers(self.prompts.location, self.lengths.answered_N, cfg.task, "data")
@@ -235,7 +246,7 @@ class Fitting:
 
     def _key(self, chat: Chat) -> str | None:
         data = self.host.inputs.get("data")
-        return cache_key(data, self.cfg.data, chat, responses=self.given)
+        return cache_key(data, self.cfg.data, chat, responses=self.given, listing=self.listing)
 
     def _named(self, rows: np.ndarray) -> str:
         return named_rows(self.prompts.location, rows)

@@ -25,7 +25,7 @@ class Prompt:
     """
 
     index: int
-    # [{"role": ..., "content": ...}], the last one is the user's
+    # [{"role": ..., "content": ...}], the last one is the user's; none: the response is a document
     messages: tuple[Mapping[str, str], ...]
     answer: str | None = None  # what the grader compares with
     response: str | None = None  # a given text (SFT, KD on given text)
@@ -35,6 +35,11 @@ class Prompt:
     def __post_init__(self) -> None:
         object.__setattr__(self, "messages", tuple(map(FrozenDict, self.messages)))
         object.__setattr__(self, "extra", FrozenDict(self.extra))
+
+    @property
+    def question(self) -> str:
+        """The last message."""
+        return self.messages[-1]["content"] if self.messages else ""
 
 
 @dataclass(frozen=True)

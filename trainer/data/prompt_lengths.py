@@ -23,14 +23,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from reflux.tokenalign.table_cache import cache_folder, key_of
+from reflux.trainer.config.data import SourceSection
 
 from .chat import Chat
+from .options import Listing
 from .prompt import Prompt
 from .sources import Location
 
 log = logging.getLogger(__name__)
 
-FORMAT = "reflux prompt lengths 1"  # raise the number whenever this file changes what it gives
+FORMAT = "reflux prompt lengths 2"  # raise the number whenever this file changes what it gives
 CHUNK = 1024  # rows tokenized together
 PATIENCE_S = 20.0  # between two lines that say how far it is
 
@@ -60,22 +62,6 @@ class Host(Ranks, Protocol):
     def inputs(self) -> Mapping[str, Any]: ...
 
 
-class SourceSection(Protocol):
-    """[data] or [eval]: what is read of which source."""
-
-    @property
-    def source(self) -> str: ...
-
-    @property
-    def split(self) -> str: ...
-
-    @property
-    def columns(self) -> Mapping[str, str]: ...
-
-    @property
-    def limit(self) -> int | None: ...
-
-
 @dataclass(frozen=True)
 class OneRank:
     """A process of its own."""
@@ -100,17 +86,22 @@ class PromptLengths:
 
 
 def cache_key(
-    data: Mapping[str, Any] | None, section: SourceSection, chat: Chat, *, responses: bool = False
+    data: Mapping[str, Any] | None,
+    section: SourceSection,
+    chat: Chat,
+    *,
+    responses: bool = False,
+    listing: Listing | None = None,
 ) -> str | None:
-    """data: the source's entry of engine.inputs. None for rows that a function makes: they may be
-    others at every start.
+    """data: the source's entry of engine.inputs. listing: of the options in the prompts. None for
+    rows that a function makes: they may be others at every start.
     """
-    generated = section.source.startswith("reasoning_gym:")
-    if data is None or not data["files"] or (":" in section.source and not generated):
+    generated = section.name.startswith("reasoning_gym:")
+    if data is None or not data["files"] or (":" in section.name and not generated):
         return None
-    spec: list[Any] = [FORMAT, responses, section.source if generated else ""]
-    spec += [sorted(data["files"].items())]
-    spec += [section.split, sorted(section.columns.items()), section.limit, key_of(Path(chat.path))]
+    spec: list[Any] = [FORMAT, responses, section.name if generated else ""]
+    spec += [sorted(data["files"].items()), section.split, sorted(section.columns.items())]
+    spec += [section.limit, section.shape, section.system, repr(listing), key_of(Path(chat.path))]
     return hashlib.sha256(json.dumps(spec).encode()).hexdigest()
 
 

@@ -4,6 +4,7 @@ Rows are read on access. A source that cannot be read is a ValueError that names
 """
 
 import ast
+import glob
 import importlib
 import json
 import mmap
@@ -11,25 +12,24 @@ import os
 import re
 import sys
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qsl
 
+from reflux.trainer.config.data import SourceSection
 from reflux.trainer.config.explain import explain
 from reflux.trainer.config.fit import nearest
 
 from .prompt import GeneratedEntry
+from .tables import FORMS, builder_of, check_parquet, from_hub, read_files, read_folder
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LONGEST = 2**25  # bytes of a line, characters of a text: more is no prompt, but a mistake
-FORMS = (
-    "a .jsonl or .parquet file, a folder of a data set, reasoning_gym:NAME?size=1000&seed=7 "
-    "or package.module:function"
-)
 
 
 class Rows(Protocol):
@@ -43,34 +43,106 @@ class Rows(Protocol):
 Location = Callable[[int], str]  # row number -> where it comes from, for error messages
 
 
-def open_source(source: str, split: str, limit: int | None) -> tuple[Rows, Location]:
+@dataclass(frozen=True)
+class Source:
+    """name: as messages call it."""
+
+    name: str
+    rows: Rows
+    location: Location
+
+
+def open_source(section: SourceSection, limit: int | None) -> Source:
+    """section.source: a file of BUILDERS, several of one kind or a pattern of them; a folder
+    written by `datasets.save_to_disk` or readable by `datasets.load_dataset`; an id of the hub,
+    with its subset and revision; `reasoning_gym:NAME?size=1000&seed=7&key=value`; or
+    `package.module:function?key=value`, which returns rows (an endless generator needs `limit`).
+    split: of a folder or of the hub. Tables of `datasets` are mapped from the disk: they may be
+    larger than memory.
+    """
+    source = section.source
+    files = source_files(source)
+    if files:
+        return _open_files(files, limit)
+    if not isinstance(source, str):
+        raise ValueError(f"source = {list(source)}: no files; want {FORMS}")
     path = Path(source)
-    if path.is_dir() or (path.is_file() and path.suffix == ".parquet"):
-        table = _table(path, split)
-        return table.select(range(min(limit or len(table), len(table)))), partial(_row_of, source)
-    if path.is_file():
-        lines = Lines(path, limit)
-        return lines, lines.location
+    if path.is_dir():
+        check_parquet(path)
+        return _of_table(source, read_folder(path, section.split), limit)
     name, _, query = source.partition("?")
     if name.startswith("reasoning_gym:"):
         entries = _Generated(name.partition(":")[2], _options(source, query), limit)
-        return entries, partial(_entry_of, source)
+        return Source(source, entries, partial(_entry_of, source))
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
-        function, options = load_function(name), _options(source, query)
-        try:
-            rows = function(**options)
-            if not isinstance(rows, Sequence) or limit is not None:
-                rows = list(islice(rows, limit))
-        except Exception as error:
-            raise ValueError(f"{source}: the function failed with {explain(error)}") from error
-        return rows, partial(_row_of, source)
-    hint = ""
+        return _call(source, name, _options(source, query), limit)
     if HUB_ID.fullmatch(source):
-        hint = (
-            f". Data sets of the hub are not downloaded: hf download {source} --repo-type dataset"
-        )
-        hint += f" --local-dir {source}"
-    raise ValueError(f"{source}: no such file or folder; want {FORMS}{hint}")
+        return _of_table(source, from_hub(source, section), limit)
+    raise ValueError(f"{source}: no such file or folder; want {FORMS}")
+
+
+def source_files(source: str | Sequence[str]) -> list[Path]:
+    """The files that a source names, in order; none where it is something else. ValueError for a
+    list with one that is missing.
+    """
+    if not isinstance(source, str):
+        files = [file for entry in source for file in source_files(entry) or [Path(entry)]]
+        missing = [str(file) for file in files if not file.is_file()]
+        if missing:
+            raise ValueError(f"{missing[0]}: no such file; a list of sources holds files")
+        return files
+    if Path(source).is_file():
+        return [Path(source)]
+    if glob.has_magic(source) and ":" not in source:
+        found = [Path(name) for name in sorted(glob.glob(source, recursive=True))]
+        files = [file for file in found if file.is_file()]
+        if not files:
+            raise ValueError(f"{source}: no file matches this pattern")
+        return files
+    return []
+
+
+def _open_files(files: Sequence[Path], limit: int | None) -> Source:
+    name = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files"
+    if all(map(_has_plain_lines, files)):
+        rows = _Joined([Lines(file, limit) for file in files], limit)
+        return Source(name, rows, rows.location) if len(files) > 1 else _only(name, rows)
+    builders = {builder_of(file) for file in files}
+    if len(builders) > 1:
+        raise ValueError(f"{name}: files of several kinds; want one kind in a source: {FORMS}")
+    for file in files:
+        check_parquet(file) if builders == {"parquet"} else None
+    table = read_files(next(iter(builders)), files)
+    return _of_table(name, table, limit)
+
+
+def _only(name: str, rows: "_Joined") -> Source:
+    lines = rows.parts[0]
+    return Source(name, lines, lines.location)
+
+
+def _has_plain_lines(file: Path) -> bool:
+    """JSON lines that can be mapped; also the default for a suffix that is not known."""
+    if file.suffix == ".json":  # lines, or one array of all rows
+        with open(file, "rb") as content:
+            return not content.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    return file.suffix in (".jsonl", ".ndjson") or builder_of(file) is None
+
+
+def _of_table(name: str, table: Any, limit: int | None) -> Source:
+    rows = table.select(range(min(limit or len(table), len(table))))
+    return Source(name, rows, partial(_row_of, name))
+
+
+def _call(source: str, name: str, options: dict[str, Any], limit: int | None) -> Source:
+    function = load_function(name)
+    try:
+        rows = function(**options)
+        if not isinstance(rows, Sequence) or limit is not None:
+            rows = list(islice(rows, limit))
+    except Exception as error:
+        raise ValueError(f"{source}: the function failed with {explain(error)}") from error
+    return Source(source, rows, partial(_row_of, source))
 
 
 def _row_of(source: str, i: int) -> str:
@@ -79,6 +151,32 @@ def _row_of(source: str, i: int) -> str:
 
 def _entry_of(source: str, i: int) -> str:
     return f"{source}, entry {i}"
+
+
+class _Joined:
+    """Several files of lines, one behind the other."""
+
+    def __init__(self, parts: Sequence["Lines"], limit: int | None):
+        self.parts, self._starts, rows = parts, [], 0
+        for part in parts:
+            self._starts.append(rows)
+            rows += len(part)
+        self._length = min(rows, limit or rows)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, i: int) -> dict:
+        part, row = self._at(i)
+        return part[row]
+
+    def location(self, i: int) -> str:
+        part, row = self._at(i)
+        return part.location(row)
+
+    def _at(self, i: int) -> tuple["Lines", int]:
+        k = bisect_right(self._starts, i) - 1
+        return self.parts[k], i - self._starts[k]
 
 
 class Lines:
@@ -122,50 +220,6 @@ class Lines:
         if not isinstance(row, dict):
             raise ValueError(f"{self.location(i)}: {show(row)}; want one JSON object a line")
         return row
-
-
-def _table(path: Path, split: str) -> Any:
-    """Memory-mapped Arrow rows; a Parquet file is converted once into the cache of `datasets`."""
-    import datasets  # here: it takes 1.5 s to import
-
-    _check_parquet(path)
-    saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-    try:
-        if path.is_file():
-            return datasets.Dataset.from_parquet(str(path))
-        table = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
-    except Exception as error:  # of datasets, pyarrow, and what they are built on
-        cause = error.__cause__ or error
-        what = f"{type(cause).__name__}: {str(cause).strip()}".splitlines()[0]
-        raise ValueError(
-            f"{path}: no data set that can be read ({what}); want {FORMS}. Is it whole?"
-        ) from error
-    if isinstance(table, datasets.Dataset):
-        return table
-    if split not in table:
-        raise ValueError(
-            f"{path}: no split {split!r}{nearest(split, table)} There are: {', '.join(table)}"
-        )
-    return table[split]
-
-
-def _check_parquet(path: Path) -> None:
-    """ValueError for a file that is cut, and where there are no rows."""
-    from pyarrow import ArrowException
-    from pyarrow.parquet import read_metadata
-
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-    rows = 0
-    for file in files:
-        try:
-            rows += read_metadata(file).num_rows
-        except (ArrowException, OSError) as error:
-            raise ValueError(
-                f"{file}: no Parquet file, or a cut one ({str(error).splitlines()[0]}); copy or "
-                "download it again"
-            ) from None
-    if files and not rows:
-        raise ValueError(f"{path}: no rows")
 
 
 class _Generated:

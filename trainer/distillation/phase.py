@@ -106,7 +106,7 @@ class DistillPhase:
         if not self.teachers:
             return (
                 "Fine-tuned model",
-                f"Supervised fine-tuning of `{cfg.model.path}` on `{cfg.data.source}`.",
+                f"Supervised fine-tuning of `{cfg.model.path}` on `{cfg.data.name}`.",
             )
         how = {
             "nll": "likelihood of the teacher's texts",

@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from reflux.trainer.config.phases import roles
 from reflux.trainer.config.schema import Config
+from reflux.trainer.data.sources import source_files
 
 from .agreement import agreed
 from .export import COPIED
@@ -91,10 +92,15 @@ def _model(path: str, *, weights: bool = True) -> _Source:
     return _Source(folder, {n: f for n, f in files.items() if f.is_file()}, {})
 
 
-def _data(source: str) -> _Source:
+def _data(source: str | Sequence[str]) -> _Source:
+    files = [Path(os.path.abspath(file)) for file in source_files(source)]
+    if len(files) == 1:
+        return _Source(str(files[0]), {files[0].name: files[0]}, {})
+    if files:
+        top = Path(os.path.commonpath([file.parent for file in files]))
+        return _Source(str(top), {f.relative_to(top).as_posix(): f for f in files}, {})
+    assert isinstance(source, str)  # a list that names no files is a ValueError
     path = Path(os.path.abspath(source))
-    if path.is_file():
-        return _Source(str(path), {path.name: path}, {})
     if path.is_dir():
         return _Source(str(path), dict(_files_below(path)), {})
     name = source.partition("?")[0]
@@ -194,7 +200,7 @@ def _sha256(file: str) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def data_input(source: str) -> Input:
+def data_input(source: str | Sequence[str]) -> Input:
     """One source of prompts, hashed anew. Not collective."""
     data = _data(source)
     hashes = _hash_files([str(file) for file in data.files.values()])

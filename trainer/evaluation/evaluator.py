@@ -3,13 +3,14 @@ by the likelihood of options. Used by the phase `evaluate` and by those that tra
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from reflux.trainer.config.data import SourceSection
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
@@ -39,7 +40,11 @@ from .results import Evaluation, log_fields
 SAMPLE_STREAM = 1 << 31  # evaluation draws its own random numbers, whatever step it happens at
 BLOCK = 4  # times rollout.rows: answers of one rank between two writes of unfinished.jsonl
 # what the answers depend on, of [eval]
-SPEC = ("source", "split", "columns", "limit", "samples", "by", "list_options")
+SPEC = (
+    *(f.name for f in fields(SourceSection)),
+    "samples",
+    "by",
+)
 
 Answer = Callable[[Sequence[Prompt]], list[Prediction]]
 

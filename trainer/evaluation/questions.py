@@ -11,11 +11,10 @@ from reflux.trainer.config.phases import roles
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt
 from reflux.trainer.data.chat import Chat
+from reflux.trainer.data.options import Options, list_options, read_options
 from reflux.trainer.data.prompt_lengths import Host, PromptLengths, cache_key, measure_prompts
 from reflux.trainer.data.prompts import load_prompts
 from reflux.trainer.data.row_checks import Need, check_answers
-
-from .multiple_choice import Options, list_options, read_options
 
 
 class Questions:
@@ -30,19 +29,19 @@ class Questions:
         given = cfg.task.options
         named = {"column": given.get("choices"), "answer_is": given.get("answer_is")}
         self._format = {name: value for name, value in named.items() if value is not None}
-        self.prompts = load_prompts(
-            e.source, split=e.split, columns=e.columns, limit=e.limit, check_rows=False
-        )
+        self.prompts = load_prompts(e, check_rows=False)
+        choices = self.prompts.shape == "choices" and e.by == "generation"
+        self._listed = choices if e.list_options is None else e.list_options
         lengths = self._measured(host, chat)
-        for prompt in self.prompts if e.scores_options or e.list_options else ():
+        for prompt in self.prompts if e.scores_options or self._listed else ():
             self.options(prompt)
         if e.generates:
             check_answers(self.prompts.location, lengths.answered_N, cfg.task, "eval")
         self._check_lengths(lengths, host.seq_len, chat)
 
     def shown(self, prompt: Prompt) -> Prompt:
-        """As the model reads it: with its options, where eval.list_options says so."""
-        if not self.cfg.eval.list_options:
+        """As the model reads it: with its options, where they are to be listed."""
+        if not self._listed:
             return prompt
         return list_options(prompt, self.cfg.seed, **self._format)
 
@@ -63,7 +62,7 @@ class Questions:
 
     def _measured(self, host: Host, chat: Chat) -> PromptLengths:
         e, location = self.cfg.eval, self.prompts.location
-        if e.list_options:
+        if self._listed:
             shown = [self.shown(p) for p in self.prompts]
             return measure_prompts(shown, chat, host, location=location)
         key = cache_key(host.inputs.get("eval"), e, chat)

@@ -9,8 +9,9 @@ from reflux.trainer.config.sections import TaskSection
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.failed_grades import count_failed
+from reflux.trainer.data.fitted_prompts import training_listing
 from reflux.trainer.data.graders import Grade
-from reflux.trainer.data.prompts import load_prompts
+from reflux.trainer.data.prompts import Prompts, load_prompts
 from reflux.trainer.data.tasks import build_task
 from reflux.trainer.rollouts.generate import given_rollout
 
@@ -27,10 +28,21 @@ def first_prompts(cfg: Config) -> tuple[list[Prompt], list[Finding]]:
     d = cfg.eval if section == "eval" else cfg.data
     limit = min(d.limit or FIRST_PROMPTS, FIRST_PROMPTS)
     try:
-        return list(load_prompts(d.source, split=d.split, columns=d.columns, limit=limit)), []
+        listing = None if section == "eval" else training_listing(cfg)
+        prompts = load_prompts(d, limit=limit, listing=listing)
+        return list(prompts), [_shape_finding(section, prompts)]
     except (OSError, ValueError, ImportError) as error:
-        what = f"{section}.source = {d.source!r} cannot be read: {first_line(error)}"
+        what = f"{section}.source = {d.name!r} cannot be read: {first_line(error)}"
         return [], [Finding("error", what, "lengths, grader and texts are not checked")]
+
+
+def _shape_finding(section: str, prompts: Prompts) -> Finding:
+    """What the columns were taken for."""
+    first = prompts[0]
+    has = [name for name in ("answer", "response") if getattr(first, name) is not None]
+    rest = f"; not used: {', '.join(first.extra)}" if first.extra else ""
+    what = f"{section}: rows of shape {prompts.shape}, with {' and '.join(has) or 'prompts only'}"
+    return Finding("ok", f"{what}{rest}. The first: {short(first.question)}")
 
 
 def given_responses(

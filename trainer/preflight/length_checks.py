@@ -40,7 +40,7 @@ def length_findings(
     used = [n for n in sections if sections[n] and (n == "eval" or _reads_data(cfg))]
     try:
         inputs = {name: asdict(data_input(sections[name])) for name in used}
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return [Finding("error", f"the data cannot be read: {error}", MEND)]
     run, findings = PlannedRun(seq_len=seq_len, inputs=inputs), []
     if "data" in used:

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from reflux.trainer.calibration.guards import KL_DECAY, KL_MARKS, Guards
+from reflux.trainer.config.data import DataSection
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import (
     CalibrationSection,
-    DataSection,
     FrozenSection,
     GuardSection,
     ModelSection,

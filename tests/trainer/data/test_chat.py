@@ -254,3 +254,14 @@ def test_a_prompt_without_tokens_has_no_length(make):
     chat = make(chat_template=None, add_bos_token=False)
     with pytest.raises(ValueError, match="the prompt '' has no token"):
         chat.prompt_lengths([({"role": "user", "content": ""},)])
+
+
+@pytest.mark.parametrize(
+    "settings, first", [({}, BOS), ({"chat_template": None}, BOS), ({"bos_token": None}, EOS)]
+)
+def test_a_document_begins_behind_one_token(make, settings, first):
+    """Its BOS, or the end of the document before it, with no template around it."""
+    chat = make(**settings)
+    assert chat.prompt_ids(()) == (first,)
+    asked, document = chat.prompt_lengths([ASK, ()])
+    assert document == 1 and asked == len(chat.prompt_ids(ASK))

@@ -10,7 +10,7 @@ import pytest
 from assets import save_tokenizer, sentences, train_tokenizer
 from thread_ranks import ThreadRank, on_ranks
 
-from reflux.trainer.config.sections import DataSection
+from reflux.trainer.config.data import DataSection
 from reflux.trainer.data import prompt_lengths
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.prompt_lengths import cache_key

@@ -7,10 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reflux.trainer.config.data import SourceSection
 from reflux.trainer.data.prompts import load_prompts, shard
 
 ROWS = [{"prompt": f"question {i}", "answer": i, "level": i % 3} for i in range(7)]
 PINNED = (4, 12, 2, 6, 10, 3, 8, 0, 9, 1, 5, 11, 7)  # epoch 0 of 13 rows, seed 0
+
+
+def load(source, **options):
+    return load_prompts(SourceSection(source, **options))
 
 
 def write(path, *lines):
@@ -22,7 +27,7 @@ def write(path, *lines):
 
 def wrong(path, *lines, **kwargs):
     with pytest.raises(ValueError) as error:
-        load_prompts(write(path, *lines), **kwargs)
+        load(write(path, *lines), **kwargs)
     return str(error.value)
 
 
@@ -32,7 +37,7 @@ def file(tmp_path):
 
 
 def test_a_row_becomes_a_prompt(file):
-    prompt = load_prompts(write(file, *ROWS))[5]
+    prompt = load(write(file, *ROWS))[5]
     assert prompt.index == 5
     assert prompt.messages == ({"role": "user", "content": "question 5"},)
     assert (prompt.answer, prompt.response, prompt.extra) == ("5", None, {"level": 2})
@@ -42,7 +47,7 @@ def test_blank_lines_and_a_byte_order_mark_are_no_rows(file):
     file.write_bytes(
         b"\xef\xbb\xbf\r\n" + b'\xef\xbb\xbf{"prompt": "caf\xc3\xa9"}\r\n\n  \n{"prompt": "b"}'
     )
-    assert [p.messages[0]["content"] for p in load_prompts(str(file))] == ["café", "b"]
+    assert [p.messages[0]["content"] for p in load(str(file))] == ["café", "b"]
 
 
 def test_a_conversation_ends_with_the_user_and_the_assistants_last_message_is_the_response(file):
@@ -51,7 +56,7 @@ def test_a_conversation_ends_with_the_user_and_the_assistants_last_message_is_th
         "messages": [{"role": r, "content": c, "tool_calls": None} for r, c in talk],
         "prompt": "a",
     }
-    prompt = load_prompts(write(file, row))[0]
+    prompt = load(write(file, row))[0]
     assert [(m["role"], m["content"]) for m in prompt.messages] == talk[:-1]
     assert (
         prompt.response == "d"
@@ -61,7 +66,7 @@ def test_a_conversation_ends_with_the_user_and_the_assistants_last_message_is_th
 
 
 def test_columns_rename(file):
-    rows = load_prompts(
+    rows = load(
         write(file, {"question": "q", "solution": 2.5, "output": "r", "prompt": "other"}),
         columns={"prompt": "question", "answer": "solution", "response": "output"},
     )
@@ -122,17 +127,17 @@ def test_a_missing_column_names_the_nearest_and_the_existing(file):
 def test_bytes_that_are_not_utf8_are_an_error(file):
     file.write_bytes(b'{"prompt": "caf\xe9"}\n')
     with pytest.raises(ValueError, match="line 1.*UTF-8"):
-        load_prompts(str(file))
+        load(str(file))
 
 
 def test_nothing_to_read_is_an_error(file, tmp_path):
     file.write_text("\n\n")
     with pytest.raises(ValueError, match="no rows"):
-        load_prompts(str(file))
+        load(str(file))
     with pytest.raises(ValueError, match="no such file.*jsonl"):
-        load_prompts(str(tmp_path / "absent.jsonl"))
+        load(str(tmp_path / "absent.jsonl"))
     with pytest.raises(ValueError, match="limit = 0"):
-        load_prompts(write(file, *ROWS), limit=0)
+        load(write(file, *ROWS), limit=0)
 
 
 @pytest.fixture(scope="module")
@@ -152,36 +157,33 @@ def tables(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["data.parquet", "saved", "parts", "plain"])
 def test_every_table_reads_like_the_file_it_came_from(tables, file, name):
-    expected = list(load_prompts(write(file, *ROWS)))
-    assert list(load_prompts(str(tables / name))) == expected
-    assert list(load_prompts(str(tables / name), limit=3)) == expected[:3]
-    assert list(load_prompts(str(file), limit=3)) == expected[:3]
+    expected = list(load(write(file, *ROWS)))
+    assert list(load(str(tables / name))) == expected
+    assert list(load(str(tables / name), limit=3)) == expected[:3]
+    assert list(load(str(file), limit=3)) == expected[:3]
 
 
 def test_splits_and_columns_of_tables(tables):
-    assert [p.answer for p in load_prompts(str(tables / "parts"), split="test")] == ["6"]
+    assert [p.answer for p in load(str(tables / "parts"), split="test")] == ["6"]
     with pytest.raises(
         ValueError, match="no split 'tset', did you mean test. There are: train, test"
     ):
-        load_prompts(str(tables / "parts"), split="tset")
+        load(str(tables / "parts"), split="tset")
     with pytest.raises(ValueError, match="no column 'lvl'"):
-        load_prompts(str(tables / "saved"), columns={"prompt": "lvl"})
+        load(str(tables / "saved"), columns={"prompt": "lvl"})
     with pytest.raises(ValueError, match="row 0.*column level.*int 0"):
-        load_prompts(str(tables / "saved"), columns={"prompt": "level"})[0]
+        load(str(tables / "saved"), columns={"prompt": "level"})[0]
 
 
 def test_a_reasoning_gym_prompt_has_what_its_scorer_needs():
     source = "reasoning_gym:chain_sum?size=5&seed=7&max_terms=3&allow_negation=true"
-    prompts = load_prompts(source)
+    prompts = load(source)
     generated = prompts[3].extra["reasoning_gym"]
-    assert len(prompts) == 5 and list(prompts) == list(load_prompts(source))
+    assert len(prompts) == 5 and list(prompts) == list(load(source))
     assert generated.dataset == "chain_sum" and generated.options["allow_negation"] is True
     entry = generated.entry
     assert entry["answer"] == prompts[3].answer and entry["metadata"]["num_terms"] <= 3
-    assert (
-        load_prompts("reasoning_gym:chain_sum?size=3")[0]
-        == load_prompts("reasoning_gym:chain_sum?size=3")[0]
-    )
+    assert load("reasoning_gym:chain_sum?size=3")[0] == load("reasoning_gym:chain_sum?size=3")[0]
 
 
 @pytest.mark.parametrize(
@@ -196,7 +198,7 @@ def test_a_reasoning_gym_prompt_has_what_its_scorer_needs():
 )
 def test_a_wrong_generator_option_is_explained(query, part):
     with pytest.raises(ValueError) as error:
-        load_prompts(f"reasoning_gym:{query}")
+        load(f"reasoning_gym:{query}")
     assert part in str(error.value)
 
 
@@ -209,13 +211,13 @@ def test_a_users_generator_is_found_where_the_run_was_started(tmp_path, monkeypa
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert [p.answer for p in load_prompts("my_rows:squares?start=3", limit=3)] == ["9", "16", "25"]
+    assert [p.answer for p in load("my_rows:squares?start=3", limit=3)] == ["9", "16", "25"]
     with pytest.raises(ValueError, match="no function 'sqares', did you mean squares"):
-        load_prompts("my_rows:sqares")
+        load("my_rows:sqares")
     with pytest.raises(ValueError, match="cannot import no_such_module"):
-        load_prompts("no_such_module:rows")
+        load("no_such_module:rows")
     with pytest.raises(ValueError, match="want a row"):
-        load_prompts("my_rows:broken")
+        load("my_rows:broken")
 
 
 ALPACA = {"instruction": "Translate", "input": "Guten Tag", "output": "Good day"}
@@ -224,7 +226,7 @@ ALPACA_COLUMNS = {"prompt": "instruction", "response": "output"}
 
 def test_alpacas_input_joins_the_prompt_where_there_is_one(file, caplog):
     rows = [ALPACA, ALPACA | {"input": ""}, ALPACA | {"input": " \n"}, ALPACA | {"input": None}]
-    prompts = load_prompts(write(file, *rows), columns=ALPACA_COLUMNS)
+    prompts = load(write(file, *rows), columns=ALPACA_COLUMNS)
     texts = [p.messages[0]["content"] for p in prompts]
     assert texts == ["Translate\n\n### Input:\nGuten Tag"] + ["Translate"] * 3
     assert prompts[0].response == "Good day" and not caplog.records
@@ -257,7 +259,7 @@ def test_a_wrong_input_of_alpaca_names_its_column(file):
 )
 def test_columns_that_change_what_is_asked_are_named_once(file, caplog, row, columns, words):
     for _ in range(2):
-        load_prompts(write(file, row), columns=columns)
+        load(write(file, row), columns=columns)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == (words is not None) and (words or "") in "".join(messages)
 
@@ -266,7 +268,7 @@ def test_columns_that_change_what_is_asked_are_named_once(file, caplog, row, col
 def sizes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sizes")
     return [
-        load_prompts(write(folder / f"{n}.jsonl", *({"prompt": str(i)} for i in range(n))))
+        load(write(folder / f"{n}.jsonl", *({"prompt": str(i)} for i in range(n))))
         for n in range(1, 14)
     ]
 

@@ -5,13 +5,13 @@ import tomllib
 import pytest
 import yaml
 
+from reflux.trainer.config.data import DataSection
 from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.config.loader import fill
 from reflux.trainer.config.phases import spec_of
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import (
     CalibrationSection,
-    DataSection,
     FrozenSection,
     ModelSection,
     TaskSection,

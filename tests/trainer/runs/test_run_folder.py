@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from reflux.trainer.config.data import DataSection
 from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.config.loader import load
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import (
-    DataSection,
     GuardSection,
     ModelSection,
     OptimSection,
