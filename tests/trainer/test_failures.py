@@ -253,7 +253,7 @@ def folder_below_a_file(place):
 FAILURES = [
     (hub_model, r"model.path = 'Qwen/Qwen3-0.6B': no config.json .* hf download Qwen"),
     (hub_teacher, r"teacher.path = 'Qwen/Qwen3-0.6B': no config.json .* hf download Qwen"),
-    (hub_data, r"openai/gsm8k: no such file or folder; want .* hub .* not downloaded"),
+    (hub_data, r"openai/gsm8k: no such file or folder, .* of the hub .*hf download openai.gsm8k"),
     (no_weights, r"model: no model.safetensors .*; want a folder with weights"),
     (bin_weights, r"only pytorch_model.bin. Want .*convert the weights with save_pretrained"),
     (cut_weights, r"model/model.safetensors: truncated, .*9,999 bytes; copy or download it again"),
