@@ -226,6 +226,7 @@ def test_every_option_survives_the_round_trip():
         ("distill", "nll_weight"): 0.0,
         ("distill", "correct_only"): False,
         ("distill", "top_k"): 0,
+        ("policy", "minibatches"): 1,
         ("rollout", "top_k"): 0,
         ("rollout", "top_p"): 1.0,
         ("distill", "temperature"): 1.0,
