@@ -14,8 +14,8 @@ UNBIASED_PARTITIONS = ("prefix", "first_byte")
 
 @dataclass(frozen=True)
 class DistillSection:
-    # span, class: teacher and student with different tokenizers
-    objective: Literal["nll", "kl", "span", "class"] = "kl"
+    # byte: teacher and student with different tokenizers, exact; span, class: baselines for these
+    objective: Literal["nll", "kl", "byte", "span", "class"] = "kl"
     divergence: Literal["forward", "reverse", "jsd", "skew_forward", "skew_reverse"] = "reverse"
     beta: float = 0.5  # jsd, skew: weight of the teacher in the mixture
     # what becomes of the teacher's probability outside its top-k. sampled: top_k independent draws
@@ -25,7 +25,7 @@ class DistillSection:
     top_k: int = 0  # teacher tokens known per position; 0 with tail = full
     # whose likeliest top_k tokens those are: with union both models', each once
     support: Literal["teacher", "student", "union"] = "teacher"
-    temperature: float = 1.0  # both softmaxes
+    temperature: float = 1.0  # of both softmaxes; objective = "byte": of both byte distributions
     scale_t2: bool = False  # multiply the loss by temperature squared
     source: Literal["dataset", "teacher"] = "teacher"  # which of them off-policy texts come from
     on_policy: float = 1.0  # fraction of prompts answered by the student itself (GKD's lambda)
@@ -43,6 +43,9 @@ class DistillSection:
     # the classes that objective = "class" compares at aligned positions (docs/tokenalign.md,
     # "Losses"); uld has no divergence
     partition: Literal["first_byte", "common", "prefix", "projection", "uld", "hybrid"] = "prefix"
+    # objective = "byte": byte positions at which more of either model's distribution could not be
+    # summed up are not compared (docs/tokenalign.md, "Exact bytes")
+    max_missing: float = 0.01
     # folders beside teacher.path, with its dtype; losses are averaged, and each text is sampled by
     # one teacher, drawn by weight
     more_teachers: tuple[str, ...] = ()
@@ -52,7 +55,7 @@ class DistillSection:
     allow_biased: bool = False
 
     def __post_init__(self):
-        fraction(self, "on_policy")
+        fraction(self, "on_policy", "max_missing")
         not_negative(self, "query_budget", "top_k", "nll_weight", "inner_weight")
         above_zero(self, "temperature", "span_temperature")
         _check_combinations(self)
@@ -72,17 +75,17 @@ def _check_combinations(d: DistillSection) -> None:
             f"tail = {d.tail!r}, top_k = {d.top_k} need objective = 'kl' or 'class', got "
             f"{d.objective!r}"
         )
-    if d.objective not in ("kl", "class") and d.temperature != 1:
+    if d.objective not in ("kl", "byte", "class") and d.temperature != 1:
         raise ValueError(
-            f"temperature = {d.temperature} needs objective = 'kl' or 'class'; {d.objective!r} has "
-            "none"
+            f"temperature = {d.temperature} needs objective = 'kl', 'byte' or 'class'; "
+            f"{d.objective!r} has none"
         )
     if d.objective == "class":
         _check_partition(d)
     if d.rewrite and d.objective == "span":
         raise ValueError(
             "objective = 'span' uses the log-probabilities that the teacher sampled its texts "
-            "with; a rewritten text has none. Use objective = 'nll', 'kl' or 'class' with rewrite"
+            "with; a rewritten text has none. Use objective = 'nll', 'kl' or 'byte' with rewrite"
         )
     teachers = 1 + len(d.more_teachers)
     if d.teacher_weights and (len(d.teacher_weights) != teachers or min(d.teacher_weights) <= 0):
@@ -93,7 +96,7 @@ def _check_combinations(d: DistillSection) -> None:
     if d.more_teachers and d.objective == "span":
         raise ValueError(
             "objective = 'span' takes one teacher; several can be compared with objective = "
-            "'class' or 'kl'"
+            "'byte' or 'kl'"
         )
     _check_top_k(d)
     if d.divergence in ("jsd", "skew_forward", "skew_reverse") and not 0 < d.beta < 1:
@@ -148,14 +151,15 @@ def _refuse_biased(d: DistillSection) -> None:
             f"objective = 'class' with {now}: across tokenizers a student that is right is trained "
             "away from the truth, for where a token ends depends on what follows. Write "
             + ", ".join(f"{name} = {want!r}" for name, want in wanted.items())
-            + ", or allow_biased = true for a biased baseline (docs/tokenalign.md, 'Fixed points')"
+            + ", or objective = 'byte', which is exact with every setting, or allow_biased = true "
+            "for a biased baseline (docs/tokenalign.md, 'Fixed points')"
         )
     if d.objective == "span":
         raise ValueError(
             "objective = 'span': its fixed point is biased across tokenizers, for the likelihood "
             "of a span is also that of its boundaries, which two models put in different places. "
-            "Write objective = 'nll' with on_policy = 0.0, which is exact, or allow_biased = true "
-            "for a biased baseline (docs/tokenalign.md, 'Fixed points')"
+            "Write objective = 'byte', or 'nll' with on_policy = 0.0, which are exact, or "
+            "allow_biased = true for a biased baseline (docs/tokenalign.md, 'Fixed points')"
         )
 
 

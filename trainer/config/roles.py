@@ -23,8 +23,8 @@ Probe = Literal["same_weights", "token_order", "token_kl"]
 Merge = tuple[bytes, bytes] | None
 
 OTHER_IDS = (
-    "Use a teacher of the student's family, distill.objective = 'nll' with on_policy = 0.0, or "
-    "'class' or 'span' (docs/tokenalign.md, 'Fixed points')"
+    "Use distill.objective = 'byte', which compares next-byte distributions whatever the tokens, "
+    "or a teacher of the student's family (docs/tokenalign.md, 'Exact bytes')"
 )
 
 
@@ -146,7 +146,7 @@ def distill_roles(cfg: Config) -> list[Role]:
 def distill_pair(cfg: Config) -> Pair | None:
     if not cfg.needs_teacher:
         return None
-    aligned = cfg.distill.objective in ("span", "class")
+    aligned = cfg.distill.objective in ("byte", "span", "class")
     return Pair("student", "teacher", same_ids="vocabulary", aligned=aligned)
 
 
@@ -160,11 +160,11 @@ def distill_advice(cfg: Config, same_ids: bool, merge: Merge = None) -> Advice |
             "error",
             f"distill.objective = 'class': the student's token {longer!r} begins with its token "
             f"{shorter!r}, so where its tokens end depends on what follows, and a student that is "
-            "right is trained away from the truth. Use distill.objective = 'nll' with on_policy = "
-            "0.0, or a student of bytes or characters; distill.allow_biased = true runs it as a "
-            "biased baseline (docs/tokenalign.md, 'Fixed points')",
+            "right is trained away from the truth. Use distill.objective = 'byte', or a student of "
+            "bytes or characters; distill.allow_biased = true runs it as a biased baseline "
+            "(docs/tokenalign.md, 'Fixed points')",
         )
-    if objective in ("span", "class") and same_ids:
+    if objective in ("byte", "span", "class") and same_ids:
         return Advice(
             "warning",
             f"distill.objective = 'kl' is exact here; {objective!r} is for different tokenizers",

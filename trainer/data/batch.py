@@ -59,6 +59,7 @@ class TeacherView:
     ids: tuple[int, ...] | None = None  # the response in the teacher's tokens; None: the student's
     student_positions: np.ndarray | None = None
     teacher_positions: np.ndarray | None = None
+    space: bool = False  # the first byte of its ids is a space that its tokenizer put there
     # what a teacher that is not asked again has said of the response; None: its model reads it
     rows: TopKRows | None = None
     # [n, K] fp64 in [0, 1): where the teacher's tokens are drawn (distill.tail = "sampled")
@@ -87,6 +88,9 @@ class BatchView(NamedTuple):
     position_NL: Tensor
     row_P: Tensor  # flattened positions of its predictors, as Batch.row_T
     aligned_P: Tensor | None  # their tokens among the student's T; None: all of them, in order
+    target_P: Tensor  # what they predict, in the teacher's tokens
+    sample_P: Tensor  # as Batch.sample_T
+    space_P: Tensor  # as Batch.leading_space
     # what it has said of every response token; None: its model reads the batch
     topk_ids_TK: Tensor | None = None
     topk_logp_TK: Tensor | None = None
@@ -111,6 +115,8 @@ class Batch:
     teacher_span_logp_S: Tensor
     sample_T: Tensor  # which of the packed samples a token belongs to
     packed: bool = False
+    # bool: of a text whose first byte is a space that the tokenizer put there; None: of no text
+    leading_space: Tensor | None = None
     # by teacher; None or missing: it reads this batch
     teacher_views: tuple[BatchView | None, ...] = ()
 
@@ -133,7 +139,15 @@ class Batch:
         view = self._view(teacher)
         if view is None:
             return self
-        return replace(self, input_NL=view.input_NL, position_NL=view.position_NL, row_T=view.row_P)
+        return replace(
+            self,
+            input_NL=view.input_NL,
+            position_NL=view.position_NL,
+            row_T=view.row_P,
+            target_T=view.target_P,
+            sample_T=view.sample_P,
+            leading_space=view.space_P,
+        )
 
     def aligned_positions(self, teacher: int = 0) -> Tensor | None:
         """[P] tokens among the student's T at which the teacher is compared; None: all of them."""
@@ -282,11 +296,11 @@ def _batch(rows: list[list[Sample]], packed: bool, order: dict[int, int]) -> Bat
         _real(np.concatenate(spans)),
         _long(whole["sample"]),
         packed,
-        tuple(_view(rows, i) for i in range(teachers)),
+        teacher_views=tuple(_view(rows, i, order) for i in range(teachers)),
     )
 
 
-def _view(rows: list[list[Sample]], teacher: int) -> BatchView | None:
+def _view(rows: list[list[Sample]], teacher: int, order: dict[int, int]) -> BatchView | None:
     samples = [s for row in rows for s in row]
     views = [s.teacher_views[teacher] if teacher < len(s.teacher_views) else None for s in samples]
     if not any(views):
@@ -298,11 +312,25 @@ def _view(rows: list[list[Sample]], teacher: int) -> BatchView | None:
         first += len(sample.rollout.ids)
     all_of_them = all(v is None or v.student_positions is None for v in views)
     aligned_P = None if all_of_them else _long(np.concatenate(positions))
+    text_of = partial(_text_of, teacher=teacher)
+    texts = [text_of(s) for s in samples]
+    predicted = [
+        np.asarray(t.ids, np.int64)[slice(None) if t.positions is None else t.positions]
+        for t in texts
+    ]
+    counts = [len(x) for x in predicted]
     topk = _stored_rows([v.rows for v in views if v is not None and v.rows is not None])
     uniform = [v.uniform for v in views if v is not None and v.uniform is not None]
     uniform_TK = torch.from_numpy(np.concatenate(uniform)) if uniform else None
-    laid_out = _lay_out(rows, partial(_text_of, teacher=teacher))
-    return BatchView(*laid_out, aligned_P, *topk, uniform_TK)
+    return BatchView(
+        *_lay_out(rows, text_of),
+        aligned_P,
+        _long(np.concatenate(predicted)),
+        _long(np.repeat([order[id(s)] for s in samples], counts)),
+        torch.from_numpy(np.repeat([v is not None and v.space for v in views], counts)),
+        *topk,
+        uniform_TK,
+    )
 
 
 def _stored_rows(rows: Sequence[TopKRows]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

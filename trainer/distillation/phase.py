@@ -4,6 +4,7 @@ across tokenizers).
     objective   nll    likelihood of given or teacher-sampled texts: SFT, sequence KD
                 kl     token KL to the teacher at the same positions: KD off-policy, GKD with
                        on_policy > 0
+                byte   distributions over the next byte and the end: another tokenizer
                 span   likelihoods of aligned byte spans: another tokenizer
                 class  distributions over the classes of a vocabulary partition, at the positions
                        before which both models have read the same bytes: another tokenizer
@@ -110,6 +111,7 @@ class DistillPhase:
             )
         how = {
             "nll": "likelihood of the teacher's texts",
+            "byte": f"{d.divergence} KL of exact next-byte distributions",
             "span": "likelihoods of aligned byte spans",
             "kl": f"{d.divergence} KL, tail {d.tail}",
             "class": f"{d.divergence} KL over a partition of both vocabularies ({d.partition})",
@@ -155,7 +157,9 @@ class DistillPhase:
         return weight_T
 
     def _divergence(self, out: HeadInputs, batch: Batch) -> Loss:
-        """The teachers' weighted sum of token KLs, or of class divergences at aligned positions."""
+        """The teachers' weighted sum of token KLs, of byte KLs, or of class divergences at aligned
+        positions.
+        """
         total, sums = out.hidden_TD.new_zeros(()), dict[str, Tensor]()
         for i, teacher in enumerate(self.teachers):
             loss, metrics = teacher.divergence(out, batch, i)

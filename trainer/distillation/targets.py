@@ -2,6 +2,7 @@
 
     nll    the text itself
     kl     the teacher's own rendering of the prompt, or its rows of a cache; ids are shared
+    byte   the text in every teacher's tokens, where both spell its bytes
     class  the text in every teacher's tokens, and the aligned positions
     span   the teacher's log-probability of every span that both tokenizations share
 
@@ -21,6 +22,7 @@ from reflux.trainer.engine.metrics import MetricSums
 from reflux.trainer.phase import Teacher
 from reflux.trainer.rollouts.scoring import Aligned, align_texts
 
+from .byte_loss import byte_views
 from .texts import Text
 
 
@@ -40,6 +42,8 @@ class Targets:
             samples = self._span_samples(texts)
             metric_sums.add("unaligned", [float(s is None) for s in samples])
             return [s for s in samples if s is not None]
+        if self.spec.objective == "byte" and self.teachers:
+            return self._byte_samples(texts, metric_sums)
         if self.spec.objective == "class" and self.teachers:
             return self._class_samples(texts, metric_sums)
         samples_N = [Sample(self.for_student(t), off_policy=t.off_policy) for t in texts]
@@ -62,6 +66,20 @@ class Targets:
             return rollout
         ids = self.chat.encode(rollout.text) + ((self.chat.stop_id,) if rollout.ended else ())
         return replace(rollout, ids=ids, logp=(0.0,) * len(ids))
+
+    # byte
+    def _byte_samples(self, texts: Sequence[Text], metric_sums: MetricSums) -> list[Sample]:
+        """Each text in the student's tokens and in every teacher's."""
+        readers = [(t.chat, t.shares_ids) for t in self.teachers]
+        samples = []
+        for text in texts:
+            rollout = self.for_student(text)
+            views = byte_views(self.chat, readers, rollout)
+            if views is not None:
+                samples.append(Sample(rollout, off_policy=text.off_policy, teacher_views=views))
+        found = len(samples)
+        metric_sums.add("unaligned", [0.0] * found + [1.0] * (len(texts) - found))
+        return samples
 
     # class
     def _class_samples(self, texts: Sequence[Text], metric_sums: MetricSums) -> list[Sample]:

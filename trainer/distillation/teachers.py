@@ -41,6 +41,7 @@ from reflux.trainer.rollouts.defences import DefendedDecoding
 from reflux.trainer.rollouts.generate import EmbeddedSampler
 from reflux.trainer.rollouts.scoring import score_ids
 
+from .byte_loss import ByteLoss
 from .cached_teacher import load_cached
 from .draws import draw_noise
 
@@ -115,6 +116,7 @@ class FrozenTeacher:
     shares_ids: bool
     tokens: int  # of a micro-batch, padding included
     class_loss: ClassLoss | None  # of objective = "class"
+    byte_loss: ByteLoss | None = None  # of objective = "byte"
     seed: int = 0  # of draws from it
 
     def view(self, rollout: Rollout, step: int) -> TeacherView | None:
@@ -132,6 +134,8 @@ class FrozenTeacher:
         vocab_size = student.vocab_size if self.shares_ids else self.chat.vocab_size
         teacher_batch = batch.for_teacher(index)
         with self.engine.forward_no_grad(self.model, teacher_batch, vocab_size) as teacher:
+            if self.byte_loss is not None:
+                return self.byte_loss(student, teacher, batch, teacher_batch)
             if self.class_loss is None:
                 return distill_kl(student, teacher, self.spec, self._uniform(batch, index))
             return self.class_loss(at_positions(student, batch.aligned_positions(index)), teacher)
@@ -174,9 +178,13 @@ def load_local(cfg: Config, engine: Engine, chat: Chat) -> Sequence[Teacher]:
     chats = [Chat(path) for path in paths]
     shares_ids = [same_vocabulary(chat, c) for c in chats]
     _refuse(cfg, chat, chats, shares_ids)
+    objective = cfg.distill.objective
     losses = [
-        _class_loss(cfg.distill, chat, c, engine) if cfg.distill.objective == "class" else None
-        for c in chats
+        (
+            _class_loss(cfg.distill, chat, c, engine) if objective == "class" else None,
+            byte_loss(cfg.distill, chat, c, engine, same=same) if objective == "byte" else None,
+        )
+        for c, same in zip(chats, shares_ids)
     ]
     models = [engine.frozen(replace(cfg.teacher, path=path)) for path in paths]
     defence = DefendedDecoding(cfg, engine, chats)
@@ -192,10 +200,10 @@ def load_local(cfg: Config, engine: Engine, chat: Chat) -> Sequence[Teacher]:
             weight / sum(weights),
             same,
             cfg.batch.tokens,
-            loss,
+            *compared,
             cfg.seed,
         )
-        for model, teacher_chat, weight, same, loss in zip(
+        for model, teacher_chat, weight, same, compared in zip(
             models, chats, weights, shares_ids, losses
         )
     ]
@@ -229,6 +237,19 @@ def has_biased_fixed_point(spec: DistillSection, chat: Chat, teachers: Sequence[
         spec.objective == "span"
         or bool(exact_settings(spec))
         or first_merge(chat.table) is not None
+    )
+
+
+def byte_loss(
+    spec: DistillSection, student: Chat, teacher: Chat, engine: Engine, *, same: bool
+) -> ByteLoss:
+    """ValueError for a tokenizer that is not byte-exact."""
+    rows = engine.vocab_size if same else teacher.vocab_size
+    return ByteLoss.of(
+        spec,
+        Vocabulary(student.table, student.stop_ids, engine.vocab_size),
+        Vocabulary(teacher.table, teacher.stop_ids, rows),
+        engine.device,
     )
 
 

@@ -63,10 +63,21 @@ def test_the_defaults_of_class_are_refused_with_the_settings_to_write():
     with pytest.raises(
         ValueError,
         match="objective = 'class' with on_policy = 1.0, divergence = 'reverse': .* Write "
-        "on_policy = 0.0, divergence = 'forward', or allow_biased",
+        "on_policy = 0.0, divergence = 'forward', or objective = 'byte', .* or allow_biased",
     ):
         DistillSection(objective="class")
     assert DistillSection(**EXACT)
+
+
+def test_exact_bytes_need_no_permission():
+    for divergence in ("forward", "reverse", "jsd", "skew_forward", "skew_reverse"):
+        for on_policy in (0.0, 0.5, 1.0):
+            options = {"divergence": divergence, "on_policy": on_policy, "temperature": 2.0}
+            assert DistillSection(objective="byte", **options)
+    with pytest.raises(ValueError, match="top_k = 8 need objective"):
+        DistillSection(objective="byte", top_k=8, tail="bucket")
+    with pytest.raises(ValueError, match="max_missing = 1.5; want 0 to 1"):
+        DistillSection(objective="byte", max_missing=1.5)
 
 
 def test_a_top_k_teacher_is_a_baseline():
@@ -77,7 +88,9 @@ def test_a_top_k_teacher_is_a_baseline():
 
 
 def test_spans_are_a_baseline():
-    with pytest.raises(ValueError, match="objective = 'span': .*'nll' with on_policy = 0.0"):
+    with pytest.raises(
+        ValueError, match="objective = 'span': .*'byte', or 'nll' with on_policy = 0.0"
+    ):
         DistillSection(objective="span", on_policy=0.0)
     assert DistillSection(objective="span", allow_biased=True)
 

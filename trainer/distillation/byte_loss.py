@@ -1,0 +1,107 @@
+"""objective = "byte": the divergence of two models' exact next-byte distributions, whatever their
+tokenizers (reflux.tokenalign.linear_next_byte).
+
+Both models read the same bytes, each in its own tokens behind its own template. Compared are the
+256 bytes and the end of the text at every byte of a response.
+
+Shapes: P byte positions of a batch, n tokens of one response.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reflux.tokenalign.byte_trie import ByteTrie, alphabet
+from reflux.tokenalign.byte_windows import ByteWindows, Tokens, byte_windows
+from reflux.tokenalign.linear_next_byte import ByteDivergence, ByteKL, byte_kl, next_bytes
+from reflux.tokenalign.offsets import spell
+from reflux.tokenalign.vocab_map import Vocabulary
+from reflux.trainer.config.distillation import DistillSection
+from reflux.trainer.data.batch import Batch, Rollout, TeacherView
+from reflux.trainer.data.chat import Chat
+from reflux.trainer.losses import HeadInputs, Loss
+
+
+@dataclass(frozen=True, eq=False)
+class ByteLoss:
+    """Both vocabularies as tries, on the engine's device."""
+
+    spec: DistillSection
+    student: ByteTrie
+    teacher: ByteTrie
+    symbols: Tensor  # bool [257]: what both can spell
+
+    @classmethod
+    def of(
+        cls, spec: DistillSection, student: Vocabulary, teacher: Vocabulary, device: torch.device
+    ) -> "ByteLoss":
+        """ValueError for a lossy tokenizer."""
+        own, other = ByteTrie.of(student, device), ByteTrie.of(teacher, device)
+        return cls(spec, own, other, alphabet([own, other]))
+
+    def __call__(
+        self, student: HeadInputs, teacher: HeadInputs, batch: Batch, teacher_batch: Batch
+    ) -> Loss:
+        """(sum over byte positions, metrics as sums). teacher_batch: Batch.for_teacher."""
+        spec = self.spec
+        how = ByteDivergence(spec.divergence, spec.beta, spec.temperature, spec.max_missing)
+        others = next_bytes(
+            teacher, self.teacher, windows_of(self.teacher, teacher_batch), symbols=self.symbols
+        )
+        windows = windows_of(self.student, batch)
+        result = byte_kl(student, self.student, windows, others, how, symbols=self.symbols)
+        scale = spec.temperature**2 if spec.scale_t2 else 1.0
+        return scale * result.total, _metrics(result, others.missing_P)
+
+
+def windows_of(trie: ByteTrie, batch: Batch) -> ByteWindows:
+    """Of a batch's responses, in the tokens of the model that it was made for."""
+    space_T = batch.leading_space
+    if space_T is None:
+        space_T = torch.zeros_like(batch.target_T, dtype=torch.bool)
+    return byte_windows(trie, Tokens(batch.target_T, batch.sample_T, space_T))
+
+
+def byte_view(student: Chat, teacher: Chat, rollout: Rollout, *, same: bool) -> TeacherView | None:
+    """The response as the teacher reads it, for byte positions; None where one of the two does not
+    spell its bytes: it ends inside a character, holds control ids, or a normaliser changes it.
+
+    same: both have one id -> bytes map, so the teacher reads the student's ids.
+    """
+    lens, ids = student.table.lens, rollout.content_ids
+    spelled = spell(student.table, ids)
+    if spelled.text is None or spelled.cut or not lens[list(ids)].all():
+        return None
+    prompt_ids = teacher.prompt_ids(rollout.prompt.messages)
+    if not same:
+        ids = teacher.encode(spelled.text)
+    read = teacher.table.bytes_of(ids)
+    space = read == b" " + spelled.bytes  # that the teacher's tokenizer puts in front
+    if not (space or read == spelled.bytes) or not teacher.table.lens[list(ids)].all():
+        return None
+    stop = (teacher.stop_id,) if rollout.ended else ()
+    return TeacherView(prompt_ids, (*ids, *stop), space=space)
+
+
+def byte_views(
+    student: Chat, teachers: Sequence[tuple[Chat, bool]], rollout: Rollout
+) -> tuple[TeacherView, ...] | None:
+    """One view for each (teacher, has the student's ids); None where one is missing."""
+    views = [byte_view(student, chat, rollout, same=same) for chat, same in teachers]
+    found = [v for v in views if v is not None]
+    return tuple(found) if len(found) == len(views) else None
+
+
+def _metrics(result: ByteKL, teacher_missing_P: Tensor) -> dict[str, Tensor]:
+    """kl: nats. byte_positions: all; byte_left_out: of them, those with too much mass missing.
+    missing/...: sums of the shares of the distributions that were left out, at all positions.
+    """
+    return {
+        "kl": result.kl_P.sum(),
+        "byte_positions": torch.full_like(result.total.detach(), len(result.kl_P)),
+        "byte_left_out": (~result.compared_P).sum(),
+        "missing/student": result.missing_P.sum(),
+        "missing/teacher": teacher_missing_P.sum(),
+    }
