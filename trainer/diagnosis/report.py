@@ -94,7 +94,11 @@ def render(cfg: Config, diagnosis: Diagnosis, plots: Mapping[str, str], heatmap:
 
 
 def estimate_text(e: Interval, digits: int = 3) -> str:
-    """0.123 [0.100, 0.150]"""
+    """0.123 [0.100, 0.150]; in words where there is no number."""
+    if math.isnan(e.mean):
+        return "no number"
+    if math.isnan(e.low):
+        return f"{e.mean:.{digits}f} (no interval)"
     return f"{e.mean:.{digits}f} [{e.low:.{digits}f}, {e.high:.{digits}f}]"
 
 

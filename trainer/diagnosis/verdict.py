@@ -152,6 +152,12 @@ def _gap(diagnosis: Diagnosis) -> TrapVerdict | None:
     )
 
 
+NO_NOISE = (
+    "cannot be measured here: in the first ten classes function words and punctuation carry no KL "
+    "(a partial sum of 0 or below), or the texts have none, so there is no lift to compare with"
+)
+
+
 def _verdict(
     trap: str,
     measure: str,
@@ -167,6 +173,8 @@ def _verdict(
         f"cannot be decided from {e.n} prompts: it has no interval. Give it more prompts "
         "(data.limit), or more texts of each (diagnose.student_texts)"
     )
+    if math.isnan(e.mean) and trap == "tail noise":
+        text = NO_NOISE
     if not math.isnan(e.low):
         detected = bool(present(e) if present else e.low > reference)
         text = advice if detected else healthy

@@ -1,7 +1,15 @@
-"""Small statistics with their uncertainty: pure functions of lists of numbers."""
+"""Small statistics with their uncertainty: pure functions of lists of numbers.
+
+What an interval is over decides what may be said. Over **runs** (over_seeds, ratio_over_seeds,
+relative_over_seeds, ratio_over_runs): another seed would give a number in it. Over **items**
+(paired_difference, mean_over_prompts, bootstrap_ratio, bootstrap): another set of prompts would,
+for these very weights; it says nothing about another seed, and is called item-level wherever a
+number stands for several runs.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -9,8 +17,8 @@ import numpy as np
 DRAWS = 2000  # of every bootstrap
 FLIPS = 10_000  # of signs, where there are too many to take all
 TABLE = 2**20  # numbers drawn at once, at most
-# two-sided 95 % quantiles of Student's t for 1 ... 9 degrees of freedom
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+MAX_UNDEFINED = 0.05  # of the draws
+MANY_SEEDS = 10  # from here on a bootstrap over seeds and items; below, Student's t over seeds
 
 K = TypeVar("K", bound=Any)  # a prompt, or a prompt of a run: whatever can be sorted
 
@@ -36,20 +44,115 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     if len(x) == 1:
         return Estimate(mean, math.nan, math.nan, math.nan, 1)
     std = float(x.std(ddof=1))
-    half = _t95(len(x)) * std / math.sqrt(len(x))
+    half = t95(len(x)) * std / math.sqrt(len(x))
     return Estimate(mean, std, mean - half, mean + half, len(x))
 
 
-def may_be_zero(change: Estimate) -> bool:
-    """Of several runs: whether the 95 % interval of the change holds 0."""
-    return change.n > 1 and change.low <= 0 <= change.high
+def ratio_over_seeds(top: Sequence[float], bottom: Sequence[float]) -> Estimate:
+    """mean(top) / mean(bottom) over paired runs, with Fieller's 95 % interval: the ratios r for
+    which top - r bottom has a Student-t interval over runs that holds 0 (Fieller, 1954).
 
-
-def _t95(count: int) -> float:
-    """Two-sided 95 % quantile of Student's t of a mean of `count` >= 2 values; beyond the table
-    within 0.01 of it.
+    So r outside the interval is the same as a paired t test at 5 %, the spread of the bottom
+    included. `std`: of (top - ratio bottom) / mean(bottom). No mean where the bottom is 0; no
+    interval from one run, or where the bottom's own interval holds 0 (then it is unbounded).
     """
-    return T95[count - 2] if count - 2 < len(T95) else 1.96 + 2.7 / (count - 1)
+    a, b = np.asarray(top, float), np.asarray(bottom, float)
+    if len(a) != len(b):
+        raise ValueError(
+            f"ratio_over_seeds: {len(a)} and {len(b)} runs; want the same seeds in the same order"
+        )
+    if not len(a) or not b.mean():
+        return over_seeds([])
+    n, ratio = len(a), float(a.mean() / b.mean())
+    if n == 1:
+        return Estimate(ratio, math.nan, math.nan, math.nan, 1)
+    std = float((a - ratio * b).std(ddof=1)) / abs(float(b.mean()))
+    (aa, ab), (_, bb) = np.cov(a, b, ddof=1).tolist()
+    low, high = fieller(float(a.mean()), float(b.mean()), aa, ab, bb, n)
+    return Estimate(ratio, std, min(low, ratio), max(high, ratio), n)  # NaN stays NaN
+
+
+def fieller(
+    top: float, bottom: float, var_top: float, cov: float, var_bottom: float, n: int
+) -> tuple[float, float]:
+    """(low, high) of top / bottom, the means of n pairs with these sample (co)variances; NaN where
+    the set of ratios is unbounded.
+    """
+    k = t95(n) ** 2 / n
+    # r^2 (bottom^2 - k var_bottom) - 2 r (top bottom - k cov) + top^2 - k var_top <= 0
+    square, half, constant = (
+        bottom**2 - k * var_bottom,
+        top * bottom - k * cov,
+        top**2 - k * var_top,
+    )
+    if square <= 0:
+        return math.nan, math.nan
+    root = math.sqrt(max(half**2 - square * constant, 0.0))
+    return (half - root) / square, (half + root) / square
+
+
+def relative_over_seeds(after: Sequence[float], before: Sequence[float]) -> Estimate:
+    """Relative change of a number that cannot be negative: ratio_over_seeds - 1, its interval cut
+    at -1, for nothing loses more than all of it.
+    """
+    r = ratio_over_seeds(after, before)
+    low = r.low if math.isnan(r.low) else max(r.low, 0.0)
+    return Estimate(r.mean - 1, r.std, low - 1, r.high - 1, r.n)
+
+
+def ratio_p(top: Sequence[float], bottom: Sequence[float], ratio: float) -> float:
+    """Two-sided p of mean(top) = ratio mean(bottom), a paired t test over runs; NaN for fewer than
+    two. Below 0.05 just where the interval of ratio_over_seeds leaves `ratio` out.
+    """
+    d = np.asarray(top, float) - ratio * np.asarray(bottom, float)
+    if len(d) < 2:
+        return math.nan
+    error = float(d.std(ddof=1)) / math.sqrt(len(d))
+    if not error:
+        return 1.0 if not d.mean() else 0.0
+    return t_tail(float(d.mean()) / error, len(d) - 1)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's adjusted p: rejecting where it is at most 0.05 has a chance of at most 5 % to reject
+    any true hypothesis of the family, however they depend on each other (Holm, 1979). NaN stays NaN
+    and counts in the family.
+    """
+    adjusted, largest = list(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: (math.isnan(p[i]), p[i]))):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
+        adjusted[i] = math.nan if math.isnan(p[i]) else largest
+    return adjusted
+
+
+def may_be_zero(change: Estimate) -> bool:
+    """Whether the 95 % interval of the change holds 0, or there is none (one run)."""
+    return not (change.low > 0 or change.high < 0)
+
+
+@lru_cache
+def t95(count: int) -> float:
+    """Two-sided 95 % quantile of Student's t of a mean of `count` >= 2 values."""
+    low, high = 1.0, 13.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tail(middle, count - 1) > 0.05 else (low, middle)
+    return high
+
+
+def t_tail(t: float, degrees: int) -> float:
+    """P(|T| > |t|) of Student's t with a whole number of degrees of freedom (Abramowitz and Stegun,
+    26.7.3 and 26.7.4), within 1e-12.
+    """
+    angle = math.atan(abs(t) / math.sqrt(degrees))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = degrees % 2
+    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
+    for j in range(1 + odd, degrees, 2):
+        total += term
+        term *= cosine**2 * j / (j + 1)
+    inside = 2 / math.pi * (angle + sine * total) if odd else sine * total
+    return max(1 - inside, 0.0)
 
 
 def jackknife(whole: float, without: Sequence[float]) -> Estimate:
@@ -63,7 +166,7 @@ def jackknife(whole: float, without: Sequence[float]) -> Estimate:
     if len(x) < 2:
         return Estimate(whole, math.nan, math.nan, math.nan, len(x))
     error = math.sqrt((len(x) - 1) / len(x) * float(((x - x.mean()) ** 2).sum()))
-    half = _t95(len(x)) * error
+    half = t95(len(x)) * error
     return Estimate(whole, error * math.sqrt(len(x)), whole - half, whole + half, len(x))
 
 
@@ -114,6 +217,31 @@ def bootstrap_ratio(top: Mapping[K, float], bottom: Mapping[K, float]) -> Estima
     return _percentile(mean, np.concatenate(ratios), len(keys))
 
 
+def ratio_over_runs(
+    top: Mapping[K, Sequence[float]], bottom: Mapping[K, Sequence[float]]
+) -> Estimate:
+    """mean over seeds of the items' mean of the top / the same of the bottom; seed -> one value an
+    item, the same items on both sides. Interval over runs: ratio_over_seeds of the seeds' means
+    below MANY_SEEDS, else a percentile bootstrap that draws seeds, and items inside each.
+    """
+    keys = sorted(top.keys() & bottom.keys())
+    rows = [np.array([top[k], bottom[k]], float) for k in keys]
+    means = np.array([row.mean(1) for row in rows]).reshape(-1, 2)
+    whole = ratio_over_seeds(means[:, 0].tolist(), means[:, 1].tolist())
+    if len(keys) < MANY_SEEDS or not whole.n:
+        return whole
+    g, drawn = np.random.default_rng(0), len(rows)
+    chosen = g.integers(drawn, size=(DRAWS, drawn))  # seeds
+    sums = np.zeros((DRAWS, drawn, 2))
+    for i, row in enumerate(rows):
+        count = int((chosen == i).sum())
+        items = g.integers(row.shape[1], size=(count, row.shape[1]))  # anew in every draw
+        sums[chosen == i] = row[:, items].mean(2).T
+    top_sum, bottom_sum = sums.sum(1).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _percentile(whole.mean, top_sum / bottom_sum, len(keys))
+
+
 def bootstrap(statistic: Callable[[Sequence[K]], float], keys: Sequence[K]) -> Estimate:
     """The same of any statistic of drawn keys (prompts, repeated ones repeat)."""
     keys = list(keys)
@@ -134,11 +262,14 @@ def _drawn(count: int) -> Iterator[np.ndarray]:
 
 
 def _percentile(mean: float, draws: np.ndarray, count: int) -> Estimate:
-    draws = draws[np.isfinite(draws)]
-    if len(draws) < 2:
+    """No interval without a mean, nor where over MAX_UNDEFINED of the draws are no number: the rest
+    would be a selection.
+    """
+    defined = draws[np.isfinite(draws)]
+    if math.isnan(mean) or len(defined) < (1 - MAX_UNDEFINED) * len(draws) or len(defined) < 2:
         return Estimate(mean, math.nan, math.nan, math.nan, count)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Estimate(mean, float(draws.std(ddof=1)), float(low), float(high), count)
+    low, high = np.quantile(defined, [0.025, 0.975])
+    return Estimate(mean, float(defined.std(ddof=1)), float(low), float(high), count)
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:

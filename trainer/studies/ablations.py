@@ -3,17 +3,24 @@
     python -m reflux.trainer.studies.ablations FOLDER
 
 for a matrix whose teachers carry a label `ablation`, like configs/ablations.toml. The row `default`
-is the unchanged calibration. Differences are paired by seed: of a teacher to the original, of a
-student to the student of the default teacher of the same mode.
+is the unchanged calibration, `eta = 0` the control. Differences are paired by seed: of a teacher to
+the original, of a student to the student of the default teacher of the same mode. An ablation whose
+teachers are the default's to the last digit changes nothing in its world; it is named, and its row
+left out.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from reflux.trainer.runs.files import write_json
-from reflux.trainer.runs.markdown_table import mean_and_std, points, render_template, score
+from reflux.trainer.runs.markdown_table import (
+    mean_and_std,
+    points_with_interval,
+    render_template,
+    score,
+)
 from reflux.trainer.runs.stats import Estimate, over_seeds
 
 from .finished_runs import (
@@ -27,12 +34,14 @@ from .finished_runs import (
     mean_accuracy,
     with_role,
 )
+from .results import Rule
 from .run_warnings import as_markdown, run_warnings
-from .verdict import within_a1
+from .verdict import A1_WORDS, within_a1
 
 TEMPLATE = Path(__file__).with_name("ablations.md.jinja")
 MODES = ("distillable", "undistillable")
 ATTACK = "seq_kd"
+CONTROL = "eta = 0"
 
 
 @dataclass(frozen=True)
@@ -40,33 +49,62 @@ class AblationRow:
     """One changed calibration in one mode, over seeds."""
 
     teacher_gap: Estimate  # accuracy minus the original teacher's
-    accuracy_preserved: bool  # A1 by every seed's teacher
+    accuracy_preserved: Rule  # A1
     reference_kl: Estimate  # of the teacher, nats per token
     reward: Estimate  # its calibration reward, nats
     student: Estimate  # accuracy
     student_gap: Estimate  # minus that of the default teacher's student
     score: Estimate | None  # distillability
 
+    def same_as(self, other: "AblationRow") -> bool:
+        """Whether both are of the same teachers: every measured number of them is equal."""
+        mine, others = (
+            [(e.mean, e.n) for e in (r.teacher_gap, r.reference_kl, r.reward)]
+            for r in (self, other)
+        )
+        return mine == others
+
 
 def ablation_rows(runs: Sequence[FinishedRun]) -> dict[str, dict[str, AblationRow]]:
-    """mode -> ablation -> row, `default` first."""
+    """mode -> ablation -> row, `default` and the control first."""
     ablations = dict.fromkeys(r.labels["ablation"] for r in runs if "ablation" in r.labels)
     return {
-        mode: {name: _row(runs, mode, name) for name in ("default", *ablations)} for mode in MODES
+        mode: {
+            "default": _row(runs, mode, "default"),
+            CONTROL: _row(runs, "task_only", "default", mode),
+            **{name: _row(runs, mode, name) for name in ablations},
+        }
+        for mode in MODES
     }
 
 
-def _row(runs: Sequence[FinishedRun], mode: str, name: str) -> AblationRow:
-    teachers, students = (_select(runs, role, mode, name) for role in ("teacher", "student"))
+def vacuous(rows: Mapping[str, Mapping[str, AblationRow]]) -> list[str]:
+    """Ablations that are the default in every mode that has them."""
+    names = next(iter(rows.values()))
+    return [
+        name
+        for name in names
+        if name not in ("default", CONTROL)
+        and (found := [row for row in rows.values() if row[name].teacher_gap.n])
+        and all(row[name].same_as(row["default"]) for row in found)
+    ]
+
+
+def _row(
+    runs: Sequence[FinishedRun], teacher: str, name: str, mode: str | None = None
+) -> AblationRow:
+    """mode: whose default the students are compared with, if not `teacher`."""
+    teachers, students = (_select(runs, role, teacher, name) for role in ("teacher", "student"))
     originals = labelled(with_role(runs, "teacher"), teacher="original")
-    gaps = gap_by_seed(teachers, originals)
+    defaults = _select(runs, "student", mode or teacher, "default")
+    teacher_gap = over_seeds(gap_by_seed(teachers, originals))
     return AblationRow(
-        teacher_gap=over_seeds(gaps),
-        accuracy_preserved=within_a1(gaps),
+        teacher_gap=teacher_gap,
+        accuracy_preserved=within_a1(teacher_gap),
         reference_kl=last_steps(teachers, "reference_kl"),
         reward=last_steps(teachers, "reward/cal"),
         student=mean_accuracy(students),
-        student_gap=over_seeds(gap_by_seed(students, _select(runs, "student", mode, "default"))),
+        student_gap=over_seeds(gap_by_seed(students, defaults)),
         score=gain_ratio(
             students,
             _select(runs, "student", "original", "default"),
@@ -87,8 +125,21 @@ def _select(runs: Sequence[FinishedRun], role: str, teacher: str, name: str) -> 
 
 
 def render(rows: dict[str, dict[str, AblationRow]]) -> str:
+    left_out = vacuous(rows)
+    shown = {
+        mode: {name: row for name, row in of_mode.items() if name not in left_out}
+        for mode, of_mode in rows.items()
+    }
     return render_template(
-        TEMPLATE, attack=ATTACK, modes=rows, mean_and_std=mean_and_std, points=points, score=score
+        TEMPLATE,
+        attack=ATTACK,
+        modes=shown,
+        left_out=left_out,
+        seeds=max(r.student.n for of_mode in rows.values() for r in of_mode.values()),
+        mean_and_std=mean_and_std,
+        points=points_with_interval,
+        score=score,
+        words=A1_WORDS,
     )
 
 

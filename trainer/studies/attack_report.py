@@ -25,6 +25,7 @@ from .finished_runs import (
     FinishedRun,
     accuracy_change,
     distillability,
+    gap_by_seed,
     grouped,
     labelled,
     late_spike,
@@ -117,7 +118,10 @@ def _teacher(
         **_measured(rows, styles),
         reference_kl=over_seeds([s["reference_kl"] for s in last if "reference_kl" in s]),
         difference=AccuracyDifference(
-            sampled=paired_by_prompt(pairs, "sampled"), greedy=paired_by_prompt(pairs, "greedy")
+            sampled=over_seeds(gap_by_seed(rows, originals)),
+            greedy=over_seeds(gap_by_seed(rows, originals, "greedy")),
+            sampled_items=paired_by_prompt(pairs, "sampled"),
+            greedy_items=paired_by_prompt(pairs, "greedy"),
         ),
     )
 
@@ -139,13 +143,16 @@ def _student(
 ) -> StudentResult:
     rows = labelled(runs, role="student", attack=attack, teacher=teacher)
     originals = labelled(runs, role="student", attack=attack, teacher="original")
+    controls = labelled(runs, role="student", attack=attack, teacher="task_only")
     measured = _measured(rows, styles)
     if not originals or teacher == "original":
         return StudentResult(**measured)
+    gaps = gap_by_seed(rows, controls) if teacher != "task_only" else []
     return StudentResult(
         **measured,
         change=accuracy_change(rows, originals),
         score=distillability(runs, attack, teacher),
+        over_control=over_seeds(gaps) if gaps else None,
     )
 
 
@@ -207,6 +214,10 @@ def _run_row(run: FinishedRun) -> RunRow:
     last = run.evals()[-1]
     kl = run.run.steps[-1].get("reference_kl") if run.run.steps else None
     measured = {m: last[f"eval/{m}"] for m in (*MODES, *LIKELIHOOD) if f"eval/{m}" in last}
+    if "sampled" in measured:
+        measured["best"] = run.best_accuracy()
+        if begun := [e["eval/sampled"] for e in run.evals() if not e["step"]]:
+            measured["at_start"] = begun[0]
     return RunRow(run.labels, measured, reference_kl=kl, seconds=run.seconds)
 
 

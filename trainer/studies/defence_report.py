@@ -8,7 +8,8 @@ answers without the reasoning.
 
 from collections.abc import Mapping, Sequence
 
-from reflux.trainer.runs.stats import Estimate, may_be_zero, over_seeds
+from reflux.trainer.runs.markdown_table import with_interval
+from reflux.trainer.runs.stats import Estimate, over_seeds
 
 from .finished_runs import (
     FinishedRun,
@@ -32,7 +33,6 @@ ATTACKS_AS_DEFENCE = {
 PRESERVES_ANSWERS = "answers_only"
 MIN_DROP = -0.5  # A5: the relative drop that has to survive a repair of the form
 PROXY_ATTACKS = ("seq_kd", "gkd_reverse")  # that the teachers of other proxies are tried with
-INCONCLUSIVE = " in the mean, inconclusive over seeds"
 CALIBRATED = ("distillable", "undistillable")
 
 
@@ -40,18 +40,20 @@ CALIBRATED = ("distillable", "undistillable")
 
 
 def defence_results(runs: Sequence[FinishedRun]) -> dict[str, DefenceResult]:
-    """defence -> result; "none" is the undefended original, "undistillable" the calibrated
-    teacher.
+    """defence -> result; "none" is the undefended original, "task_only" the control (eta = 0),
+    "undistillable" the calibrated teacher.
     """
     undefended = [r for r in runs if "defence" not in r.labels]
     base = _students(undefended, "original", ATTACK)
     start = accuracy_by_prompt(labelled(undefended, role="start", student="student"))
+    originals = labelled(undefended, role="teacher", teacher="original")
     return {
         name: DefenceResult(
             served=mean_accuracy(served),
             student=mean_accuracy(students),
             change=accuracy_change(students, base).sampled,
             score=gain_ratio(students, base, start),
+            price=over_seeds([-gap for gap in gap_by_seed(served, originals)]),
         )
         for name, (served, students) in _defences(runs, undefended).items()
         if students
@@ -62,21 +64,17 @@ def _defences(
     runs: Sequence[FinishedRun], undefended: Sequence[FinishedRun]
 ) -> dict[str, tuple[list[FinishedRun], list[FinishedRun]]]:
     """defence -> (runs of what is served, students of that)."""
-    served = {
-        teacher: labelled(undefended, role="teacher", teacher=teacher)
-        for teacher in ("original", "undistillable")
-    }
-    rows = {
-        "none": (served["original"], _students(undefended, "original", ATTACK)),
-        "undistillable": (
-            served["undistillable"],
-            _students(undefended, "undistillable", ATTACK),
-        ),
-    }
+    served = labelled(undefended, role="teacher", teacher="original")
+    rows = {"none": (served, _students(undefended, "original", ATTACK))}
+    for teacher in ("task_only", "undistillable"):
+        rows[teacher] = (
+            labelled(undefended, role="teacher", teacher=teacher),
+            _students(undefended, teacher, ATTACK),
+        )
     for attack, name in ATTACKS_AS_DEFENCE.items():
         measured = labelled(runs, role="defence", defence=name)
         rows[name] = (
-            served["original"] if attack == PRESERVES_ANSWERS else measured,
+            served if attack == PRESERVES_ANSWERS else measured,
             _students(undefended, "original", attack),
         )
     for name in dict.fromkeys(r.labels["defence"] for r in runs if "defence" in r.labels):
@@ -106,20 +104,23 @@ def _repair_lines(runs: Sequence[FinishedRun]) -> list[str]:
         return []
     change = accuracy_change(undistillable, original).sampled
     examples = undistillable[0].run.head["config"]["data"]["limit"]
-    result = "does not survive"
-    if change.n and change.mean <= MIN_DROP:
-        result = "survives" + (INCONCLUSIVE if may_be_zero(change) else "")
+    result = "inconclusive: whether the drop survives"
+    if change.high <= MIN_DROP:
+        result = "the drop survives"
+    elif change.low > MIN_DROP:
+        result = "the drop does not survive"
     return [
         f"after {examples} worked examples to repair the form, the student of the undistillable "
         f"teacher has {mean_accuracy(undistillable).mean:.3f}, that of the original "
-        f"{mean_accuracy(original).mean:.3f} ({change.mean:+.0%}): the drop {result}"
+        f"{mean_accuracy(original).mean:.3f} ({with_interval(change, '{:+.0%}')}, n = {change.n} "
+        f"seeds): {result}"
     ]
 
 
 def _likelihood_lines(runs: Sequence[FinishedRun]) -> list[str]:
     chosen = {
         teacher: rows
-        for teacher in ("original", *CALIBRATED)
+        for teacher in ("original", "task_only", *CALIBRATED)
         if (rows := labelled(runs, role="choices", teacher=teacher))
     }
     if not {"original", "undistillable"} <= chosen.keys():
@@ -127,16 +128,19 @@ def _likelihood_lines(runs: Sequence[FinishedRun]) -> list[str]:
     gap = over_seeds(gap_by_seed(chosen["undistillable"], chosen["original"], "likelihood_sum"))
     if not gap.n:
         result = "not compared: no seed has both"
-    elif gap.mean < 0:
-        result = "lower" + (INCONCLUSIVE if may_be_zero(gap) else ", too")
-    else:
+    elif gap.high < 0:
+        result = "lower, too"
+    elif gap.low >= 0:
         result = "not lower: generation and likelihood disagree"
+    else:
+        result = f"{'lower' if gap.mean < 0 else 'not lower'} in the mean, inconclusive over seeds"
     means = {t: mean_accuracy(rows, "likelihood_sum").mean for t, rows in chosen.items()}
     return [
         "by the likelihood of options, without generating: "
         + ", ".join(f"student of {t} {mean:.3f}" for t, mean in means.items())
         + f" (chance {_chance(chosen['original'][0])})"
         + f"; the undistillable teacher's is {result}"
+        + (f" (difference {with_interval(gap, '{:+.3f}')}, n = {gap.n} seeds)" if gap.n else "")
     ]
 
 
@@ -202,7 +206,7 @@ def proxy_lines(proxies: Mapping[str, ProxyResult]) -> list[str]:
                 low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
                 lines.append(
                     f"sensitivity to the proxy, {mode} by {attack}: distillability from "
-                    f"{means[low]:.2f} ({low}) to {means[high]:.2f} ({high}), a range of "
+                    f"{means[low]:.2f} ({low}) to {means[high]:.2f} ({high}), a range of means of "
                     f"{means[high] - means[low]:.2f} over {len(means)} proxies"
                 )
     return lines

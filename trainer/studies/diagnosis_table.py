@@ -1,5 +1,6 @@
-"""The diagnoses of a matrix folder side by side: one column a teacher-student pair, estimates over
-seeds.
+"""The diagnoses of a matrix folder side by side, before and after distillation: one column a
+teacher-student pair, estimates over seeds. A pair that the matrix names and no seed has finished,
+such as the control (eta = 0), stays a column: not run.
 
     python -m reflux.trainer.studies.diagnosis_table FOLDER
 
@@ -10,17 +11,18 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from reflux.trainer.runs.files import to_json, write_json
-from reflux.trainer.runs.markdown_table import mean_and_std, render_template
+from reflux.trainer.runs.markdown_table import interval, mean_and_std, render_template
 from reflux.trainer.runs.stats import Estimate, over_seeds
 
 from .run_warnings import as_markdown, run_warnings
 
 TEMPLATE = Path(__file__).with_name("diagnoses.md.jinja")
+NOT_RUN = "not run"
 Diagnosis = Mapping[str, Any]  # a diagnosis.json
 # title of a row -> the keys that lead to its number in a diagnosis.json
 MEASURES = {
@@ -45,21 +47,31 @@ class DiagnosisRow:
     # pair -> seeds in which the trap was detected; empty where the measure decides no trap
     detected: Mapping[str, int] = field(default_factory=dict)
 
+    # pair -> seeds that were diagnosed, whether they have the number or not
+    seeds: Mapping[str, int] = field(default_factory=dict)
+
     def cell(self, pair: str) -> str:
+        """The interval is over seeds; (k of n): detected in k of n by each seed's own interval."""
+        diagnosed = self.seeds.get(pair, 0)
+        if not diagnosed:
+            return NOT_RUN
         e = self.pairs.get(pair)
         if e is None or not e.n:
-            return ""
+            return f"no number (of {diagnosed})"
         count = f" ({self.detected[pair]} of {e.n})" if pair in self.detected else ""
-        return mean_and_std(e) + count
+        return f"{mean_and_std(e, diagnosed)} {interval(e)}".rstrip() + count
 
 
 def load_diagnoses(folder: Path) -> dict[str, list[Diagnosis]]:
-    """pair -> the finished diagnoses of its seeds."""
+    """pair -> the finished diagnoses of its seeds; empty for a pair that none has finished."""
     pairs: dict[str, list[Diagnosis]] = {}
     for cell in json.loads((folder / "matrix.json").read_text())["cells"]:
+        if "pair" not in cell["labels"]:
+            continue
+        found = pairs.setdefault(cell["labels"]["pair"], [])
         path = folder / cell["folder"] / "diagnosis.json"
-        if "pair" in cell["labels"] and path.exists() and (path.parent / "summary.json").exists():
-            pairs.setdefault(cell["labels"]["pair"], []).append(json.loads(path.read_text()))
+        if path.exists() and (path.parent / "summary.json").exists():
+            found.append(json.loads(path.read_text()))
     return pairs
 
 
@@ -71,7 +83,7 @@ def diagnosis_rows(pairs: Mapping[str, Sequence[Diagnosis]]) -> list[DiagnosisRo
     for title, keys in MEASURES.items():
         estimates = {pair: _estimate([_number(d, keys) for d in ds]) for pair, ds in pairs.items()}
         rows.append(DiagnosisRow(title, estimates))
-    return rows
+    return [replace(row, seeds={pair: len(ds) for pair, ds in pairs.items()}) for row in rows]
 
 
 def _trap_row(trap: str, pairs: Mapping[str, Sequence[Diagnosis]]) -> DiagnosisRow:
@@ -115,7 +127,7 @@ def write_diagnoses(folder: Path) -> str:
     """
     folder = Path(folder)
     pairs = load_diagnoses(folder)
-    if not pairs:
+    if not any(pairs.values()):
         raise ValueError(
             f"{folder}: no finished diagnosis carries a label pair; want the folder of a matrix "
             "like configs/diagnoses.toml"

@@ -4,8 +4,8 @@
 
 for a matrix whose calibrated teachers carry a label `eta`, like configs/eta_sweep.toml. A point is
 the teachers of one eta and their students; eta = 0 is the teacher trained on the task alone. The
-recommended range is where every seed's teacher satisfies A1 and the student's interval excludes the
-mean at eta = 0 (docs/method.md, "Acceptance").
+recommended range is where the teacher satisfies A1 and the student differs from that at eta = 0,
+both by the whole interval of the differences over seeds (docs/method.md, "Acceptance").
 """
 
 import sys
@@ -14,9 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reflux.trainer.runs.files import write_json
-from reflux.trainer.runs.markdown_table import mean_and_std, render_template
+from reflux.trainer.runs.markdown_table import (
+    mean_and_std,
+    points_with_interval,
+    render_template,
+)
 from reflux.trainer.runs.plotting import panels, save_figure
-from reflux.trainer.runs.stats import Estimate
+from reflux.trainer.runs.stats import Estimate, over_seeds
 
 from .finished_runs import (
     FinishedRun,
@@ -27,8 +31,9 @@ from .finished_runs import (
     mean_accuracy,
     with_role,
 )
+from .results import Rule
 from .run_warnings import as_markdown, run_warnings
-from .verdict import within_a1
+from .verdict import A1_WORDS, within_a1
 
 TEMPLATE = Path(__file__).with_name("eta_sweep.md.jinja")
 COLOUR = "#2563eb"
@@ -39,9 +44,11 @@ class EtaPoint:
     """One eta, over seeds."""
 
     eta: float  # signed: negative for undistillable
-    accuracy_preserved: bool  # A1 by every seed's teacher
+    accuracy_preserved: Rule  # A1
     teacher: Estimate  # accuracy
+    teacher_gap: Estimate  # minus the original teacher's, paired by seed
     student: Estimate
+    student_gap: Estimate  # minus the student's at eta = 0, paired by seed
     reference_kl: Estimate  # of the teacher, nats per token
     reward: Estimate  # its calibration reward, nats
 
@@ -67,14 +74,21 @@ def eta_sweep(runs: Sequence[FinishedRun]) -> EtaSweep:
     return EtaSweep(points, recommended(points))
 
 
+def _at(runs: Sequence[FinishedRun], eta: float) -> list[FinishedRun]:
+    return [r for r in runs if float(r.labels.get("eta", "nan")) == eta]
+
+
 def _point(runs: Sequence[FinishedRun], originals: Sequence[FinishedRun], eta: float) -> EtaPoint:
-    mine = [r for r in runs if float(r.labels.get("eta", "nan")) == eta]
+    mine = _at(runs, eta)
     teachers, students = with_role(mine, "teacher"), with_role(mine, "student")
+    teacher_gap = over_seeds(gap_by_seed(teachers, originals))
     return EtaPoint(
         eta=eta,
-        accuracy_preserved=within_a1(gap_by_seed(teachers, originals)),
+        accuracy_preserved=within_a1(teacher_gap),
         teacher=mean_accuracy(teachers),
+        teacher_gap=teacher_gap,
         student=mean_accuracy(students),
+        student_gap=over_seeds(gap_by_seed(students, with_role(_at(runs, 0.0), "student"))),
         reference_kl=last_steps(teachers, "reference_kl"),
         reward=last_steps(teachers, "reward/cal"),
     )
@@ -82,13 +96,12 @@ def _point(runs: Sequence[FinishedRun], originals: Sequence[FinishedRun], eta: f
 
 def recommended(points: Sequence[EtaPoint]) -> Recommended:
     """Empty without a point at eta = 0."""
-    zero = next((p.student.mean for p in points if p.eta == 0), None)
-    if zero is None:
+    if not any(p.eta == 0 for p in points):
         return Recommended()
-    usable = [p for p in points if p.accuracy_preserved and p.student.n]
+    usable = [p for p in points if p.accuracy_preserved == "holds"]
     return Recommended(
-        distillable=tuple(p.eta for p in usable if p.eta > 0 and p.student.low > zero),
-        undistillable=tuple(p.eta for p in usable if p.eta < 0 and p.student.high < zero),
+        distillable=tuple(p.eta for p in usable if p.eta > 0 and p.student_gap.low > 0),
+        undistillable=tuple(p.eta for p in usable if p.eta < 0 and p.student_gap.high < 0),
     )
 
 
@@ -97,8 +110,10 @@ def render(sweep: EtaSweep) -> str:
         TEMPLATE,
         points=sweep.points,
         ranges=vars(sweep.recommended),
-        several_seeds=any(p.student.n > 1 for p in sweep.points),
+        seeds=max((p.student.n for p in sweep.points), default=0),
         mean_and_std=mean_and_std,
+        points_of=points_with_interval,
+        words=A1_WORDS,
     )
 
 

@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from reflux.trainer.runs.logger import Run, load_run
-from reflux.trainer.runs.stats import Estimate, bootstrap_ratio, over_seeds, paired_difference
+from reflux.trainer.runs.stats import (
+    Estimate,
+    over_seeds,
+    paired_difference,
+    ratio_over_runs,
+    relative_over_seeds,
+)
 
-from .results import Change, QueryCost
+from .results import Change, Checkpoint, QueryCost, SeedPairs
 
 MODES = ("sampled", "greedy")
 # (seed, prompt) -> fraction of the prompt's sampled answers that are correct
@@ -108,7 +114,9 @@ def gap_by_seed(
 
 
 def paired_by_prompt(pairs: Iterable[tuple[FinishedRun, FinishedRun]], mode: str) -> Estimate:
-    """Accuracy difference on the same prompts, items of all seeds pooled."""
+    """Accuracy difference on the same prompts, items of all seeds pooled: an item-level interval,
+    blind to what another seed would give.
+    """
     after: list[float] = []
     before: list[float] = []
     for run, base in pairs:
@@ -126,24 +134,26 @@ def _correct(run: FinishedRun, mode: str) -> dict[tuple[int, int], float]:
 
 def accuracy_change(after: Sequence[FinishedRun], before: Sequence[FinishedRun]) -> Change:
     """See Change. A mean of per-seed ratios would be ruled by the seed with the lowest baseline."""
-    pairs = same_seed(after, before)
+    runs = same_seed(after, before)
 
-    def change(accuracy: Callable[[FinishedRun], float]) -> Estimate:
-        base = [accuracy(b) for _, b in pairs]
-        gap = over_seeds([accuracy(a) - b for (a, _), b in zip(pairs, base)])
-        return _divided(gap, sum(base) / max(len(base), 1))
+    def paired(accuracy: Callable[[FinishedRun], float]) -> SeedPairs:
+        return SeedPairs(
+            seeds=tuple(a.labels["seed"] for a, _ in runs),
+            after=tuple(accuracy(a) for a, _ in runs),
+            before=tuple(accuracy(b) for _, b in runs),
+        )
 
+    pairs: dict[Checkpoint, SeedPairs] = {
+        "last": paired(lambda r: r.accuracy("sampled")),
+        "best": paired(FinishedRun.best_accuracy),
+    }
+    greedy = paired(lambda r: r.accuracy("greedy"))
     return Change(
-        sampled=change(lambda r: r.accuracy("sampled")),
-        greedy=change(lambda r: r.accuracy("greedy")),
-        best=change(FinishedRun.best_accuracy),
+        sampled=relative_over_seeds(pairs["last"].after, pairs["last"].before),
+        greedy=relative_over_seeds(greedy.after, greedy.before),
+        best=relative_over_seeds(pairs["best"].after, pairs["best"].before),
+        pairs=pairs,
     )
-
-
-def _divided(e: Estimate, by: float) -> Estimate:
-    if not by:
-        return over_seeds([])
-    return Estimate(e.mean / by, e.std / by, e.low / by, e.high / by, e.n)
 
 
 # --- distillability
@@ -172,8 +182,9 @@ def gain_ratio(
     students: Sequence[FinishedRun], originals: Sequence[FinishedRun], before: AccuracyByPrompt
 ) -> Estimate | None:
     """What students gained from a teacher / what they gained from the original by the same attack
-    at the same budget, by sampled answers, with a 95 % interval over (seed, prompt) pairs. None
-    without `before`, or where the gain from the original is less than three standard errors.
+    at the same budget, by sampled answers, over the prompts that all have; interval over seeds
+    (stats.ratio_over_runs). None without `before`, or where the gain from the original is less than
+    three of its item-level standard errors.
     """
     if not before or not originals or not students:
         return None
@@ -182,10 +193,12 @@ def gain_ratio(
     gain = paired_difference([base[k] for k in keys], [before[k] for k in keys])
     if len(keys) < 2 or not gain.mean > 3 * gain.std / math.sqrt(len(keys)):
         return None
-    return bootstrap_ratio(
-        {i: after[k] - before[k] for i, k in enumerate(keys)},
-        {i: base[k] - before[k] for i, k in enumerate(keys)},
-    )
+    top: dict[str, list[float]] = defaultdict(list)
+    bottom: dict[str, list[float]] = defaultdict(list)
+    for seed, prompt in keys:
+        top[seed].append(after[seed, prompt] - before[seed, prompt])
+        bottom[seed].append(base[seed, prompt] - before[seed, prompt])
+    return ratio_over_runs(top, bottom)
 
 
 def accuracy_by_prompt(runs: Iterable[FinishedRun], step: int | None = None) -> AccuracyByPrompt:

@@ -1,18 +1,21 @@
 """What a report holds: the results of a matrix folder's finished runs as typed data.
 
 Accuracies and fractions are in [0, 1], KLs in nats per token. An Estimate is a mean over seeds with
-its standard deviation and 95 % interval, unless its field says otherwise. Attacks, teachers,
+its standard deviation and its 95 % interval over seeds, unless its field says that it is
+item-level. Attacks, teachers,
 defences and proxies are named by the labels of the matrix file.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from reflux.trainer.runs.stats import Estimate
+from reflux.trainer.runs.stats import Estimate, ratio_p
 
 Checkpoint = Literal["last", "best"]  # of a student's run
 Verdict = Literal["succeeded", "failed", "inconclusive"]  # of an attack
+Rule = Literal["holds", "violated", "inconclusive"]  # by a whole interval; never by one seed
 TEACHERS = ("original", "task_only", "distillable", "undistillable")  # in this order in a report
 
 
@@ -35,28 +38,45 @@ class QueryCost:
 
 
 @dataclass(frozen=True)
+class SeedPairs:
+    """Accuracies of two sets of runs, seed by seed in one order."""
+
+    seeds: tuple[str, ...]
+    after: tuple[float, ...]
+    before: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Change:
-    """Relative change of accuracy against the same attack on the original teacher: the mean
-    difference over seeds, paired, divided by the original's mean. n = 0 where that mean is 0.
+    """Relative change of accuracy against the same attack on the original teacher
+    (stats.relative_over_seeds). n = 0 where the original's mean is 0.
     """
 
     sampled: Estimate
     greedy: Estimate
     best: Estimate  # sampled, of the best checkpoint
+    pairs: Mapping[Checkpoint, SeedPairs] = field(default_factory=dict)  # behind sampled and best
 
     def at(self, checkpoint: Checkpoint) -> Estimate:
         """By sampled answers."""
         return self.best if checkpoint == "best" else self.sampled
 
+    def p(self, checkpoint: Checkpoint, change: float) -> float:
+        """Of "the relative change is `change`" (stats.ratio_p); NaN without pairs."""
+        pairs = self.pairs.get(checkpoint)
+        return math.nan if pairs is None else ratio_p(pairs.after, pairs.before, 1 + change)
+
 
 @dataclass(frozen=True)
 class AccuracyDifference:
-    """Accuracy minus the original teacher's on the same prompts, with a 95 % interval over all
-    (seed, prompt, sample) items.
+    """Accuracy minus the original teacher's on the same prompts. `*_items`: item-level, all (seed,
+    prompt, sample) items as if they were independent.
     """
 
     sampled: Estimate
     greedy: Estimate
+    sampled_items: Estimate
+    greedy_items: Estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +103,12 @@ class TeacherResult(ModelResult):
 
 @dataclass(frozen=True, kw_only=True)
 class StudentResult(ModelResult):
-    """Both fields are None for students of the original teacher, and without these."""
+    """`change` and `score` are None for students of the original teacher, and without these."""
 
     change: Change | None = None
-    score: Estimate | None = None  # distillability, over (seed, prompt) pairs; None if unmeasured
+    score: Estimate | None = None  # distillability; None if unmeasured
+    # accuracy minus that of the student of the task-only teacher (eta = 0); None without one
+    over_control: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +119,7 @@ class DefenceResult:
     student: Estimate  # accuracy of the students
     change: Estimate  # relative, against the students of the undefended original
     score: Estimate | None  # distillability
+    price: Estimate  # accuracy of the undefended original minus that of the served texts
 
 
 @dataclass(frozen=True)
@@ -129,7 +152,9 @@ class RunRow:
     """One run of the matrix: what a record can be checked by."""
 
     labels: Mapping[str, str]
-    accuracy: Mapping[str, float]  # of the last evaluation, by how answers were chosen
+    # of the last evaluation, by how answers were chosen; `best`: sampled, of the best checkpoint;
+    # `at_start`: sampled, of step 0
+    accuracy: Mapping[str, float]
     reference_kl: float | None
     seconds: float
 

@@ -1,24 +1,34 @@
 """The acceptance rules A1 to A5 of docs/method.md, and what they add up to, in sentences.
 
-A verdict on an attack is from the attacker's side. On the undistillable teacher it has failed if
-the student ends at half of what the same attack takes from the original teacher, or less, both at
-its last and at its best checkpoint, and the 95 % interval over seeds excludes no change. It is
-inconclusive if only the interval is too wide for that, else it has succeeded.
+Every verdict is that of a whole 95 % interval over seeds: a rule holds if all of the interval
+satisfies it, is violated if none of it does, and is inconclusive between, or with one seed. A
+verdict on an attack is from the attacker's side. On the undistillable teacher it has failed if the
+student ends at half of what the same attack takes from the original teacher, or less, both at its
+last and at its best checkpoint; it has succeeded if the student keeps more than half at either.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
-from reflux.trainer.runs.stats import Estimate, may_be_zero, relative_change
+from reflux.trainer.runs.markdown_table import points_with_interval, with_interval
+from reflux.trainer.runs.stats import Estimate, holm, may_be_zero, relative_change
 
 from .defence_report import ATTACKS_AS_DEFENCE
-from .results import Checkpoint, DefenceResult, Results, StudentResult, TeacherResult, Verdict
+from .results import Checkpoint, DefenceResult, Results, Rule, StudentResult, TeacherResult, Verdict
 
 MAX_ACCURACY_CHANGE = 0.02  # A1: of a teacher, sampled and greedy
 MIN_GAIN, MIN_LOSS = 0.15, -0.50  # A2, A3: relative change of the student's accuracy
 MIN_ANSWERED = 0.9  # A5: fraction of answers found, relative to the original's student
 MAX_SPIKE = 10.0  # A5: a gradient norm late in a run / the median there
+FAMILY = 0.05  # Holm's error rate over all attacks
+CHECKPOINTS: tuple[Checkpoint, ...] = ("last", "best")
+A1_WORDS = {"holds": "yes", "violated": "no", "inconclusive": "inconclusive"}
+PRESERVED = {"holds": "preserved", "violated": "NOT preserved", "inconclusive": "INCONCLUSIVE"}
+SHARED = (
+    "the attacks share teachers, student starts and prompts, so they are no independent "
+    "confirmations of each other"
+)
 
 Students = Mapping[str, Mapping[str, StudentResult]]  # attack -> teacher
 
@@ -26,15 +36,37 @@ Students = Mapping[str, Mapping[str, StudentResult]]  # attack -> teacher
 # --- the rules
 
 
-def within_a1(gaps: Sequence[float]) -> bool:
-    """A1 by every seed. gaps: sampled accuracy minus the original teacher's. False without any."""
-    return bool(gaps) and all(abs(gap) <= MAX_ACCURACY_CHANGE + 1e-9 for gap in gaps)
+def at_least(e: Estimate, limit: float) -> Rule:
+    """By the whole interval. Without one, as from one seed, inconclusive."""
+    if e.low >= limit:
+        return "holds"
+    return "violated" if e.high < limit else "inconclusive"
 
 
-def accuracy_preserved(teacher: TeacherResult) -> bool:
-    """A1."""
-    gaps = (teacher.difference.sampled, teacher.difference.greedy)
-    return all(abs(gap.mean) <= MAX_ACCURACY_CHANGE for gap in gaps)
+def at_most(e: Estimate, limit: float) -> Rule:
+    if e.high <= limit:
+        return "holds"
+    return "violated" if e.low > limit else "inconclusive"
+
+
+def within_a1(gap: Estimate) -> Rule:
+    """A1 of a teacher's accuracy minus the original's: the whole interval lies inside +-2 points,
+    or none of it does.
+    """
+    limit = MAX_ACCURACY_CHANGE + 1e-9
+    return worst(at_least(gap, -limit), at_most(gap, limit))
+
+
+def worst(*rules: Rule) -> Rule:
+    """Of rules that all have to hold."""
+    order: tuple[Rule, ...] = ("violated", "inconclusive", "holds")
+    return min(rules, key=order.index)
+
+
+def accuracy_preserved(teacher: TeacherResult) -> Rule:
+    """A1, sampled and greedy."""
+    d = teacher.difference
+    return worst(within_a1(d.sampled), within_a1(d.greedy))
 
 
 @dataclass(frozen=True)
@@ -42,27 +74,23 @@ class RuleCheck:
     """A2 or A3 on one teacher, attack by attack."""
 
     changes: Mapping[str, Estimate]  # attack -> relative change of its student
-    holds: tuple[str, ...]  # attacks under which the rule holds
+    rules: Mapping[str, Rule]  # attack -> by the whole interval of that
 
-    @property
-    def violated(self) -> list[str]:
-        return [a for a in self.changes if a not in self.holds]
+    def of(self, rule: Rule) -> list[str]:
+        return [a for a, r in self.rules.items() if r == rule]
 
 
 def check_rule(students: Students, teacher: str, checkpoint: Checkpoint = "last") -> RuleCheck:
-    """A2 for the distillable teacher, A3 for any other. An interval that holds 0 violates both."""
+    """A2 for the distillable teacher, A3 for any other."""
     changes = {
         attack: change.at(checkpoint)
         for attack, row in students.items()
         if teacher in row and (change := row[teacher].change) is not None
     }
     changes = {attack: c for attack, c in changes.items() if c.n}
-
-    def accepted(c: Estimate) -> bool:
-        enough = c.mean >= MIN_GAIN if teacher == "distillable" else c.mean <= MIN_LOSS
-        return enough and not may_be_zero(c)
-
-    return RuleCheck(changes, tuple(a for a, c in changes.items() if accepted(c)))
+    up = teacher == "distillable"
+    rules = {a: at_least(c, MIN_GAIN) if up else at_most(c, MIN_LOSS) for a, c in changes.items()}
+    return RuleCheck(changes, rules)
 
 
 @dataclass(frozen=True)
@@ -70,26 +98,27 @@ class AttackOutcome:
     attack: str
     verdict: Verdict
     checkpoint: Checkpoint = "last"  # the one that decided
+    # of "its students keep just half", the larger of both checkpoints', then over all attacks
+    p: float = field(default=math.nan, compare=False)
+    p_family: float = field(default=math.nan, compare=False)
 
 
 def attack_outcomes(students: Students) -> list[AttackOutcome]:
     """Of the attacks on the undistillable teacher; those that the best checkpoint decided last."""
-    last = check_rule(students, "undistillable")
-    best = check_rule(students, "undistillable", "best")
+    checks = {c: check_rule(students, "undistillable", c) for c in CHECKPOINTS}
     outcomes = []
-    for attack in last.changes:
-        if attack in last.violated:
-            outcomes.append(_not_failed(attack, "last", last.changes[attack]))
-        elif attack in best.violated:
-            outcomes.append(_not_failed(attack, "best", best.changes[attack]))
-        else:
-            outcomes.append(AttackOutcome(attack, "failed"))
+    for attack in checks["last"].changes:
+        rules = {c: check.rules[attack] for c, check in checks.items() if attack in check.rules}
+        rule = worst(*rules.values())
+        verdicts: dict[Rule, Verdict] = {"holds": "failed", "violated": "succeeded"}
+        decided: Checkpoint = "best" if rules["last"] != rule else "last"
+        change = students[attack]["undistillable"].change
+        assert change is not None  # check_rule has seen it
+        p = max((change.p(c, MIN_LOSS) for c in CHECKPOINTS), key=lambda x: (math.isnan(x), x))
+        outcomes.append(AttackOutcome(attack, verdicts.get(rule, "inconclusive"), decided, p))
+    family = holm([o.p for o in outcomes])
+    outcomes = [replace(o, p_family=p) for o, p in zip(outcomes, family)]
     return sorted(outcomes, key=lambda o: o.checkpoint == "best")
-
-
-def _not_failed(attack: str, checkpoint: Checkpoint, change: Estimate) -> AttackOutcome:
-    verdict: Verdict = "inconclusive" if change.mean <= MIN_LOSS else "succeeded"
-    return AttackOutcome(attack, verdict, checkpoint)
 
 
 # --- one line for each rule
@@ -100,88 +129,139 @@ def verdict_lines(results: Results) -> list[str]:
     students = results.students
     return [
         *_teacher_lines(results.teachers),
+        *headline_lines(students),
         *_student_lines(students, "distillable"),
-        *_task_only_lines(students),
+        *_control_lines(students),
         *_student_lines(students, "undistillable"),
         *_student_lines(students, "undistillable", "best"),
-        *_score_lines(students),
+        *_family_lines(students),
         *_divergence_lines(students),
     ]
 
 
 def _teacher_lines(teachers: Mapping[str, TeacherResult]) -> list[str]:
     limit = f"{MAX_ACCURACY_CHANGE * 100:.0f} points"
-    return [
-        f"teacher {name}: accuracy {'preserved' if accuracy_preserved(t) else 'NOT preserved'} "
-        f"within {limit} (sampled {t.difference.sampled.mean * 100:+.1f}, "
-        f"greedy {t.difference.greedy.mean * 100:+.1f})"
-        for name, t in teachers.items()
-        if name != "original"
-    ]
+    lines = []
+    for name, t in teachers.items():
+        if name != "original":
+            d, word = t.difference, PRESERVED[accuracy_preserved(t)]
+            gaps = f"sampled {points_with_interval(d.sampled)}, "
+            gaps += f"greedy {points_with_interval(d.greedy)}; n = {d.sampled.n} seeds"
+            lines.append(f"teacher {name}: accuracy {word} within {limit} ({gaps})")
+    if teachers and "task_only" not in teachers:
+        lines.append("teacher task_only (eta = 0, the control): not run")
+    return lines
+
+
+def change_words(change: Estimate) -> str:
+    """-85% [-100%, -27%]"""
+    return with_interval(change, "{:+.0%}")
 
 
 def _student_lines(students: Students, teacher: str, checkpoint: Checkpoint = "last") -> list[str]:
-    rule = check_rule(students, teacher, checkpoint)
-    if not rule.changes:
+    check = check_rule(students, teacher, checkpoint)
+    if not check.changes:
         return []
     best = checkpoint == "best"
     whose = ", each run's best checkpoint (the attacker stops early)" if best else ""
     limit = f">= {MIN_GAIN:+.0%}" if teacher == "distillable" else f"<= {MIN_LOSS:+.0%}"
-    count = f"{len(rule.holds)} of {len(rule.changes)} attacks"
-    changes = [f"{a} {rule.changes[a].mean:+.0%}" for a in rule.holds]
-    line = f"students of the {teacher} teacher{whose}, {limit} of the original's: {count}"
-    lines = [line + (f" ({', '.join(changes)})" if changes else "")]
-    if rule.violated:
-        word = "not reached" if teacher == "distillable" else "succeeded or inconclusive"
-        word += " early" if best else ""
-        lines.append(f"{word}: {', '.join(_violation(a, rule.changes[a]) for a in rule.violated)}")
+    n = max(c.n for c in check.changes.values())
+    lines = [
+        f"students of the {teacher} teacher{whose}, whole interval over n = {n} seeds {limit} of "
+        f"the original's: {len(check.of('holds'))} of {len(check.changes)} attacks"
+        + _listed(check, "holds")
+    ]
+    violated = "not reached" if teacher == "distillable" else "attack succeeded"
+    early = " early" if best else ""
+    words: dict[Rule, str] = {"violated": violated, "inconclusive": "inconclusive"}
+    for rule, word in words.items():
+        if named := _listed(check, rule):
+            lines.append(f"{word}{early}:{named}")
     return lines
 
 
-def _violation(attack: str, change: Estimate) -> str:
-    return f"{attack} {change.mean:+.0%}" + (
-        " (its interval holds 0)" if may_be_zero(change) else ""
-    )
+def _listed(check: RuleCheck, rule: Rule) -> str:
+    changes = [f"{a} {change_words(check.changes[a])}" for a in check.of(rule)]
+    return f" {', '.join(changes)}" if changes else ""
 
 
-def _task_only_lines(students: Students) -> list[str]:
+def _control_lines(students: Students) -> list[str]:
     """A2's second half: better than a teacher that was merely trained on the task."""
-    rows = [row for row in students.values() if "distillable" in row and "task_only" in row]
+    rows = {a: row["distillable"] for a, row in students.items() if "distillable" in row}
+    gaps = {a: s.over_control for a, s in rows.items() if s.over_control is not None}
     if not rows:
         return []
-    above = [r for r in rows if r["distillable"].sampled.mean > r["task_only"].sampled.mean]
+    above = [a for a, gap in gaps.items() if gap.low > 0]
+    below = [a for a, gap in gaps.items() if gap.high <= 0]
     return [
-        f"above the student of the task-only teacher (eta = 0): {len(above)} of {len(rows)} attacks"
+        f"above the student of the task-only teacher (eta = 0), whole interval: {len(above)} of "
+        f"{len(gaps)} attacks, {len(gaps) - len(above) - len(below)} inconclusive; the control was "
+        f"not run for {len(rows) - len(gaps)}"
     ]
 
 
-def _score_lines(students: Students) -> list[str]:
-    """Distillability at its worst: of the undistillable teacher by the attack that gained most, of
-    the distillable one by the attack that gained least.
+@dataclass(frozen=True)
+class Headline:
+    """Distillability of a teacher over all attacks."""
+
+    attack: str  # whose students gained most (undistillable) or least (distillable)
+    score: Estimate
+    mean: float  # over the attacks
+    attacks: int
+
+
+def headline(students: Students, teacher: str) -> Headline | None:
+    """The largest distillability of an undistillable teacher, the smallest of a distillable one;
+    None without any.
     """
+    scores = {
+        attack: s
+        for attack, row in students.items()
+        if teacher in row and (s := row[teacher].score) is not None
+    }
+    if not scores:
+        return None
+    pick = min if teacher == "distillable" else max
+    attack = pick(scores, key=lambda a: scores[a].mean)
+    mean = sum(s.mean for s in scores.values()) / len(scores)
+    return Headline(attack, scores[attack], mean, len(scores))
+
+
+def headline_lines(students: Students) -> list[str]:
+    """Distillability at its worst, beside its mean."""
     lines = []
-    for teacher, pick, word in (("undistillable", max, "most"), ("distillable", min, "least")):
-        scores = {
-            attack: s
-            for attack, row in students.items()
-            if teacher in row and (s := row[teacher].score) is not None
-        }
-        if scores:
-            attack = pick(scores, key=lambda a: scores[a].mean)
-            s = scores[attack]
+    for teacher, word in (("undistillable", "largest"), ("distillable", "smallest")):
+        if h := headline(students, teacher):
+            bounds = "" if h.score.n > 1 and math.isfinite(h.score.low) else ", no bounded interval"
             lines.append(
-                f"distillability of the {teacher} teacher, the attack that gained {word}: "
-                f"{attack}, {s.mean:.2f} [{s.low:.2f}, {s.high:.2f}] of what the original gives "
-                f"(1 = no change; {len(scores)} attacks scored)"
+                f"headline: {word} distillability of the {teacher} teacher over {h.attacks} "
+                f"attacks: {with_interval(h.score, '{:.2f}')} ({h.attack}; n = {h.score.n} "
+                f"seeds{bounds}), mean over attacks {h.mean:.2f} (1 = what the original gives)"
             )
     return lines
+
+
+def _family_lines(students: Students) -> list[str]:
+    outcomes = attack_outcomes(students)
+    if len(outcomes) < 2:
+        return []
+    failed = [o for o in outcomes if o.verdict == "failed" and o.p_family <= FAMILY]
+    named = f" ({', '.join(o.attack for o in failed)})" if failed else ""
+    least = min((o.p_family for o in outcomes if o.verdict == "failed"), default=math.nan)
+    smallest = "" if math.isnan(least) else f"; smallest adjusted p of a failed one {least:.3f}"
+    return [
+        f"with a family-wise error of {FAMILY:.0%} over the {len(outcomes)} attacks (Holm): "
+        f"{len(failed)} failed{named}{smallest}; {SHARED}"
+    ]
 
 
 def _divergence_lines(students: Students) -> list[str]:
     """A5: a student whose training diverged says nothing about its teacher. Only of students that
     collapsed: near its optimum a successful run has no gradient left to compare with.
     """
-    collapsed = check_rule(students, "undistillable").holds
+    collapsed = [
+        a for a, c in check_rule(students, "undistillable").changes.items() if c.mean <= MIN_LOSS
+    ]
     spikes = {a: students[a]["undistillable"].late_spike for a in collapsed}
     spikes = {a: s for a, s in spikes.items() if not math.isnan(s)}
     if not spikes:
@@ -231,41 +311,48 @@ def conclusion(results: Results) -> str:
     distillable = check_rule(results.students, "distillable")
     sentences = _undistillable_sentences(results) if undistillable else []
     if distillable.changes:
-        others = f"; not under {', '.join(distillable.violated)}" if distillable.violated else ""
-        sentences.append(
-            f"The distillable teacher gave at least {MIN_GAIN:.0%} more than the original under "
-            f"{len(distillable.holds)} of {len(distillable.changes)} attacks{others}."
-        )
+        sentences.append(_distillable_sentence(distillable))
+    for line in headline_lines(results.students):
+        sentences.append(line[0].upper() + line[1:] + ".")
     sentences += _defence_sentences(results.defences)
     changes = [*undistillable.values(), *distillable.changes.values()]
     if max((c.n for c in changes), default=0) == 1:
-        sentences.append("One seed: no number here has a standard deviation over seeds yet.")
+        sentences.append("One seed: no interval over seeds, so no verdict.")
     return " ".join(sentences)
+
+
+def _distillable_sentence(check: RuleCheck) -> str:
+    sentence = (
+        f"The distillable teacher gave at least {MIN_GAIN:.0%} more than the original, by the "
+        f"whole interval, under {len(check.of('holds'))} of {len(check.changes)} attacks"
+    )
+    if violated := check.of("violated"):
+        sentence += f"; not under {', '.join(violated)}"
+    if open_ := check.of("inconclusive"):
+        sentence += f"; inconclusive under {', '.join(open_)}"
+    return sentence + "."
 
 
 def _undistillable_sentences(results: Results) -> list[str]:
     outcomes = attack_outcomes(results.students)
     teacher = results.teachers.get("undistillable")
-    if teacher is None:
-        price = "was not evaluated"
-    else:
-        price = "preserved its accuracy" if accuracy_preserved(teacher) else "lost accuracy itself"
-    failed = [o for o in outcomes if o.verdict == "failed"]
-    succeeded = [o for o in outcomes if o.verdict == "succeeded"]
+    prices = {
+        "holds": "preserved its accuracy",
+        "violated": "lost accuracy itself",
+        "inconclusive": "may have lost accuracy itself (inconclusive)",
+    }
+    price = "was not evaluated" if teacher is None else prices[accuracy_preserved(teacher)]
+    of = {v: [o for o in outcomes if o.verdict == v] for v in ("failed", "succeeded")}
     inconclusive = [o for o in outcomes if o.verdict == "inconclusive"]
     sentences = [
-        f"The undistillable teacher {price}. Of {len(outcomes)} attacks on it {len(failed)} "
-        "failed: their students end at half of what the same attack takes from the original, or "
-        "less, at their last and at their best checkpoint.",
-        f"Succeeded: {_accuracies(results.students, succeeded)}."
-        if succeeded
-        else "None succeeded.",
+        f"The undistillable teacher {price}. Of {len(outcomes)} attacks on it {len(of['failed'])} "
+        f"failed, {len(of['succeeded'])} succeeded and {len(inconclusive)} are inconclusive, by "
+        "whether the whole interval over seeds lies at half of what the same attack takes from the "
+        "original, or less, at the last and at the best checkpoint.",
     ]
-    if inconclusive:
-        sentences.append(
-            "Inconclusive (less than half in the mean, but the interval of the change holds 0): "
-            f"{_accuracies(results.students, inconclusive)}."
-        )
+    for word, rows in (("Succeeded", of["succeeded"]), ("Inconclusive", inconclusive)):
+        if rows:
+            sentences.append(f"{word}: {_accuracies(results.students, rows)}.")
     return sentences
 
 
@@ -287,32 +374,32 @@ def _defence_sentences(defences: Mapping[str, DefenceResult]) -> list[str]:
     return [
         _defence_sentence(name, d, defences["none"])
         for name, d in defences.items()
-        if name not in ("none", "undistillable") and d.change.n
+        if name not in ("none", "task_only", "undistillable") and d.change.n
     ]
 
 
 def _defence_sentence(name: str, defence: DefenceResult, none: DefenceResult) -> str:
     """What a defence does to students of sampled text, and what it costs."""
-    score = defence.score
-    if may_be_zero(defence.change) or (score is not None and score.low <= 1 <= score.high):
+    if may_be_zero(defence.change):
         effect = "does not measurably change"
-    elif defence.change.mean <= MIN_LOSS:
+    elif at_most(defence.change, MIN_LOSS) == "holds":
         effect = "halves (or more)"
     else:
         effect = "lowers" if defence.change.mean < 0 else "raises"
     kind = " (an attacker's own move, too)" if name in ATTACKS_AS_DEFENCE.values() else ""
     return (
         f'Serving "{name}"{kind} {effect} what students take ({none.student.mean:.3f} to '
-        f"{defence.student.mean:.3f}), {_price(defence.served, none.served)}."
+        f"{defence.student.mean:.3f}, {change_words(defence.change)}), {_price(defence.price)}."
     )
 
 
-def _price(served: Estimate, undefended: Estimate) -> str:
-    if not served.n:
+def _price(price: Estimate) -> str:
+    """Of accuracy that whoever is served loses."""
+    if not price.n:
         return "at a price not measured"
-    points = 100 * (undefended.mean - served.mean)
-    if math.isnan(points):
-        return "at a price not measured"
-    if points > 100 * MAX_ACCURACY_CHANGE:
-        return f"at {points:.1f} points of served accuracy"
-    return "at the same served accuracy"
+    words = f"{points_with_interval(price)} points"
+    if at_most(price, MAX_ACCURACY_CHANGE) == "holds":
+        return f"at the same served accuracy within 2 points (lost: {words})"
+    if at_most(price, MAX_ACCURACY_CHANGE) == "violated":
+        return f"at {words} of served accuracy"
+    return f"at {words} of served accuracy, inconclusive"

@@ -1,5 +1,6 @@
 """Verdicts on pairs of known numbers: present, absent, and inconclusive without an interval."""
 
+import math
 import re
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from reflux.trainer.diagnosis.gradient_snr import (
     OnMinusOff,
     SignalToNoise,
 )
+from reflux.trainer.diagnosis.report import estimate_text
 from reflux.trainer.diagnosis.summary import diagnose_token_stats
 from reflux.trainer.diagnosis.verdict import flatten, with_verdict
 from reflux.trainer.runs.stats import Estimate
@@ -87,6 +89,19 @@ def test_a_pair_that_is_far_apart_is_never_advised_as_if_it_were_near(kl, far, t
     assert ("Bring the student nearer first" in trap.advice) is far
     if kl == 2.7:
         assert "14.9 times less likely" in trap.advice
+
+
+def test_a_tail_without_function_words_is_no_verdict():
+    """In the first ten classes they carry nothing: no lift to compare with, so no number and no
+    interval of the prompts that happen to have one.
+    """
+    diagnosis = diagnose_token_stats([token_stats(i, "teacher") for i in range(3)])
+    nothing = Estimate(math.nan, math.nan, math.nan, math.nan, 3)
+    tail = {d: replace(t, tail_noise_index=nothing) for d, t in diagnosis.tail.items()}
+    (trap,) = with_verdict(replace(diagnosis, tail=tail)).verdict
+    assert trap.present is None and trap.advice.startswith("cannot be measured here")
+    assert estimate_text(nothing) == "no number"
+    assert estimate_text(Estimate(0.5, math.nan, math.nan, math.nan, 1)) == "0.500 (no interval)"
 
 
 def test_without_student_texts_there_is_only_the_first_verdict():

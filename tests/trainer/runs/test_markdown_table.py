@@ -9,6 +9,7 @@ from reflux.trainer.runs.markdown_table import (
     interval,
     mean_and_std,
     points,
+    points_with_interval,
     render_template,
     score,
     table,
@@ -39,3 +40,16 @@ def test_a_page_from_a_template(tmp_path):
     assert page == "# a & b\n- 1.0\n- nan\nend <&>\n"
     with pytest.raises(jinja2.UndefinedError, match="'title' is undefined"):
         render_template(file, rows=[])
+
+
+def test_another_number_of_seeds_is_said():
+    two = over_seeds([0.1, 0.3])
+    assert mean_and_std(two, 3) == "0.200 +- 0.141 (n 2)" and mean_and_std(two, 2)[-1] == "1"
+    assert points(over_seeds([0.25]), 3) == "+25.0 (n 1)"
+    assert points_with_interval(Estimate(0.01, 0.1, -0.02, 0.04, 2), 3) == "+1.0 [-2.0, +4.0] (n 2)"
+    assert points_with_interval(over_seeds([]), 3) == ""
+
+
+def test_a_ratio_that_several_runs_do_not_bound_says_so():
+    assert score(Estimate(0.5, 0.1, math.nan, math.nan, 3)) == "0.50 [unbounded]"
+    assert score(over_seeds([0.5])) == "0.50"

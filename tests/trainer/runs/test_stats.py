@@ -11,12 +11,19 @@ from hypothesis import strategies as st
 from reflux.trainer.runs.stats import (
     bootstrap,
     bootstrap_ratio,
+    holm,
     may_be_zero,
     mean_over_prompts,
     over_seeds,
     paired_difference,
+    ratio_over_runs,
+    ratio_over_seeds,
+    ratio_p,
     relative_change,
+    relative_over_seeds,
     sign_flip_p,
+    t95,
+    t_tail,
 )
 
 FINITE = st.lists(st.floats(-10, 10), min_size=2, max_size=8)
@@ -26,7 +33,7 @@ def test_three_values_by_hand():
     e = over_seeds([1.0, 2.0, 3.0])
     assert (e.mean, e.std, e.n) == (2.0, 1.0, 3)
     # Student's t, 2 degrees of freedom
-    assert e.high - e.mean == pytest.approx(4.303 / math.sqrt(3))
+    assert e.high - e.mean == pytest.approx(4.302653 / math.sqrt(3))
 
 
 def test_one_value_has_no_std_and_none_has_no_mean():
@@ -85,8 +92,8 @@ def test_every_bootstrap_has_the_same_draws():
 
 
 def test_a_change_over_several_seeds_may_be_zero():
-    """One seed has no interval, so it cannot say so."""
-    assert may_be_zero(over_seeds([0.1, -0.1, 0.05])) and not may_be_zero(over_seeds([0.1]))
+    """One seed has no interval, so nothing is excluded."""
+    assert may_be_zero(over_seeds([0.1, -0.1, 0.05])) and may_be_zero(over_seeds([0.1]))
     assert not may_be_zero(over_seeds([0.1, 0.11, 0.12]))
 
 
@@ -140,3 +147,94 @@ def test_a_bootstrap_over_many_prompts_is_drawn_in_parts():
     e = bootstrap_ratio(dict(enumerate(values)), dict.fromkeys(range(1000), 1.0))
     draws = values[np.random.default_rng(0).integers(1000, size=(2000, 1000))].mean(1)
     assert (e.low, e.high) == tuple(pytest.approx(q) for q in np.quantile(draws, [0.025, 0.975]))
+
+
+def test_students_t_against_tables():
+    """Two-sided 95 % quantiles as every table prints them, and P(|T| > 1) of one and two degrees of
+    freedom by their closed forms.
+    """
+    table = {2: 12.706, 3: 4.303, 4: 3.182, 6: 2.571, 10: 2.262, 31: 2.042, 121: 1.980}
+    assert {n: round(t95(n), 3) for n in table} == table
+    assert t_tail(1.0, 1) == pytest.approx(0.5)
+    assert t_tail(-1.0, 2) == pytest.approx(1 - 1 / math.sqrt(3))
+    assert t_tail(0.0, 5) == 1.0
+
+
+def test_a_ratio_over_seeds_is_fiellers():
+    """By definition: the bounds are the r for which top - r bottom has a t interval that ends at
+    0.
+    """
+    top, bottom = [0.1, 0.02, 0.05], [0.25, 0.2, 0.3]
+    e = ratio_over_seeds(top, bottom)
+    assert e.mean == pytest.approx(0.17 / 0.75) and e.n == 3
+    for bound, end in ((e.low, "low"), (e.high, "high")):
+        rest = over_seeds([a - bound * b for a, b in zip(top, bottom)])
+        assert min(abs(rest.low), abs(rest.high)) == pytest.approx(0, abs=1e-9), end
+    assert ratio_p(top, bottom, e.high) == pytest.approx(0.05, abs=1e-6)
+    assert ratio_p(top, bottom, 0.5) == pytest.approx(
+        t_tail(-0.205 / 3 / (np.std([-0.025, -0.08, -0.1], ddof=1) / math.sqrt(3)), 2)
+    )
+
+
+def test_a_ratio_whose_bottom_may_be_nothing_has_no_bounds():
+    e = ratio_over_seeds([0.3, 0.3, 0.3], [0.5, 0.01, 0.02])
+    assert e.n == 3 and math.isfinite(e.mean) and math.isnan(e.low) and math.isnan(e.high)
+    assert ratio_over_seeds([0.1], [0.2]).mean == 0.5 and math.isnan(ratio_over_seeds([1], [2]).low)
+    assert ratio_over_seeds([1.0, 2.0], [0.0, 0.0]).n == ratio_over_seeds([], []).n == 0
+    assert math.isnan(ratio_p([1.0], [2.0], 0.5))
+    with pytest.raises(ValueError, match="the same seeds in the same order"):
+        ratio_over_seeds([1.0], [1.0, 2.0])
+
+
+def test_no_relative_interval_below_minus_all():
+    """Fieller's lower bound is below 0 of the original here, and accuracies are not."""
+    after, before = [0.0, 0.1, 0.0], [0.25, 0.17, 0.25]
+    assert ratio_over_seeds(after, before).low < 0
+    e = relative_over_seeds(after, before)
+    assert e.low == -1.0 and e.mean == pytest.approx(0.1 / 0.67 - 1) and e.high > e.mean
+
+
+def test_intervals_over_runs_cover_the_truth_and_items_do_not():
+    """True ratio 0.5. Seeds differ by +-0.1 around 0.3 and 0.6, with 100 items of each: the
+    interval over runs covers about as often as it says, with 3 seeds by t and with 12 by the
+    bootstrap of seeds and items; pooling the items covers far less often.
+    """
+    g, hits = np.random.default_rng(2), {"t": [], "bootstrap": [], "pooled": []}
+    for kind, seeds, rounds in (("t", 3, 100), ("bootstrap", 12, 40)):
+        for _ in range(rounds):
+            chances = [(g.normal(0.3, 0.1), g.normal(0.6, 0.1)) for _ in range(seeds)]
+            top = {s: (g.random(100) < a).astype(float) for s, (a, _) in enumerate(chances)}
+            bottom = {s: (g.random(100) < b).astype(float) for s, (_, b) in enumerate(chances)}
+            e = ratio_over_runs(top, bottom)
+            hits[kind].append(e.low <= 0.5 <= e.high)
+            if kind == "t":
+                flat = (np.concatenate(list(x.values())) for x in (top, bottom))
+                pooled = bootstrap_ratio(*(dict(enumerate(x)) for x in flat))
+                hits["pooled"].append(pooled.low <= 0.5 <= pooled.high)
+    assert 0.9 <= np.mean(hits["t"]) and 0.8 <= np.mean(hits["bootstrap"])
+    assert np.mean(hits["pooled"]) < 0.75
+
+
+def test_holms_family():
+    """0.01 x 3, 0.02 x 2, 0.04 x 1; what follows is never smaller; an unknown one counts."""
+    assert holm([0.04, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert holm([0.03, 0.02]) == pytest.approx([0.04, 0.04]) and holm([0.9, 0.8]) == [1.0, 1.0]
+    first, unknown = holm([0.02, math.nan])
+    assert first == 0.04 and math.isnan(unknown) and holm([]) == []
+
+
+def test_a_statistic_that_draws_cannot_compute_has_no_interval():
+    """The mean is no number though most draws are; and a mean with a third of its draws
+    undefined.
+    """
+
+    def without_mean(drawn):
+        return math.nan if len(set(drawn)) == 8 else 1.0
+
+    assert math.isnan(bootstrap(without_mean, range(8)).low)
+
+    def often_undefined(drawn):
+        return math.nan if 0 not in drawn else float(np.mean(drawn))
+
+    assert math.isnan(bootstrap(often_undefined, range(8)).low)  # (7/8)^8 = 34 % without 0
+    assert math.isfinite(bootstrap(lambda drawn: float(np.mean(drawn)), range(8)).low)

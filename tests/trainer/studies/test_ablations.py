@@ -37,13 +37,14 @@ def write(folder, names=("joint", "gate_none")):
 
 def test_rows_are_paired_by_seed(tmp_path):
     rows = ablation_rows(load_finished_runs(write(tmp_path)))
-    assert list(rows["distillable"]) == ["default", "joint", "gate_none"]
-    default, joint, gate_none = rows["distillable"].values()
+    assert list(rows["distillable"]) == ["default", "eta = 0", "joint", "gate_none"]
+    default, control, joint, gate_none = rows["distillable"].values()
+    assert control.student.n == 0
     assert joint.student.mean == pytest.approx(0.7) and joint.student.n == 3
     assert joint.student_gap.mean == pytest.approx(0.2)
     assert joint.student_gap.std == pytest.approx(0.01)
     assert joint.teacher_gap.mean == pytest.approx(0.01)
-    assert joint.accuracy_preserved and not gate_none.accuracy_preserved
+    assert (joint.accuracy_preserved, gate_none.accuracy_preserved) == ("holds", "violated")
     assert joint.reference_kl.mean == pytest.approx(0.02)  # steps 1 to 3 log 0.01, 0.02, 0.03
     assert default.teacher_gap.mean == pytest.approx(0)  # not the sweep's teacher
     unmeasured = rows["undistillable"]["joint"]
@@ -54,11 +55,35 @@ def test_rows_are_paired_by_seed(tmp_path):
 def test_the_files_are_written(tmp_path):
     text = write_ablations(write(tmp_path))
     assert "## distillable\n\n| calibration |" in text and "\n\n## undistillable\n" in text
-    assert "| joint | +1.0 +- 0.0 | 0.020 +- 0.000 |" in text
-    assert "| +20.0 +- 1.0 | 2.00 [" in text and "| gate_none | -5.0" in text
+    assert "| joint | +1.0 [+1.0, +1.0] | 0.020 +- 0.000 |" in text and "n = 3 seeds" in text
+    assert "| +20.0 [+17.5, +22.5] | 2.00 [" in text and "| gate_none | -5.0" in text
+    assert "| eta = 0 | not run | | | | | | |" in text
     assert (tmp_path / "ablations.md").read_text() == text
     saved = json.loads((tmp_path / "ablations.json").read_text())
-    assert saved["distillable"]["joint"]["accuracy_preserved"] is True
+    assert saved["distillable"]["joint"]["accuracy_preserved"] == "holds"
+
+
+def test_the_control_is_a_row_and_an_ablation_without_effect_is_none(tmp_path):
+    """gate_none with the default's teachers to the last digit: nothing in this world depends on
+    it.
+    """
+    write(tmp_path)
+    for seed in "012":
+        log = (tmp_path / f"tdefault{seed}/run.jsonl").read_text()
+        (tmp_path / f"tgate_none{seed}/run.jsonl").write_text(log)
+    matrix = json.loads((tmp_path / "matrix.json").read_text())
+    for seed in "012":
+        for role, accuracy in (("teacher", 0.9), ("student", 0.4)):
+            labels = {"role": role, "teacher": "task_only", "attack": "seq_kd"}
+            run = tmp_path / f"control-{role}-{seed}"
+            matrix["cells"].append(write_run(run, labels, accuracy, accuracy, seed=seed))
+    (tmp_path / "matrix.json").write_text(json.dumps(matrix))
+    text = write_ablations(tmp_path)
+    assert (
+        "| gate_none |" not in text and "nothing in this world depends on them): gate_none" in text
+    )
+    # -10 points of the default's 0.5
+    assert "| eta = 0 | +0.0 [+0.0, +0.0] |" in text and "| -10.0 [-10.0, -10.0] | 1.00 [" in text
 
 
 def test_the_attack_report_leaves_ablations_out(tmp_path):

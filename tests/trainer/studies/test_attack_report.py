@@ -19,17 +19,20 @@ def test_the_claims_hold_when_the_numbers_do(tmp_path):
     text = write_report(tmp_path)
     assert "teacher distillable: accuracy preserved" in text
     assert "teacher undistillable: accuracy preserved" in text
-    assert "1 of 1 attacks (kd +20%)" in text and "1 of 1 attacks (kd -60%)" in text
-    assert "eta = 0" not in text
+    assert "1 of 1 attacks kd +20% [+20%, +20%]" in text
+    assert "1 of 1 attacks kd -60% [-60%, -60%]" in text
+    assert "teacher task_only (eta = 0, the control): not run" in text
     assert "kd: answers found 100%" in text and "wrong answers, not missing ones" in text
     report = json.loads((tmp_path / "report.json").read_text())
     student = report["students"]["kd"]["distillable"]
     assert student["change"]["sampled"]["mean"] == pytest.approx(0.2)
     difference = report["teachers"]["distillable"]["difference"]["sampled"]
     assert difference["mean"] == pytest.approx(0.01)
-    assert difference["n"] == 200  # both seeds' items
+    assert difference["n"] == 2  # seeds
+    items = report["teachers"]["distillable"]["difference"]["sampled_items"]
+    assert items["n"] == 200  # both seeds'
     markdown = (tmp_path / "report.md").read_text()
-    assert "0.600 +- 0.000 (+20%)" in markdown and "c0ffee" in markdown
+    assert "0.600 +- 0.000 (+20% [+20%, +20%])" in markdown and "c0ffee" in markdown
     for name in report["plots"]:
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG" and name in markdown
     assert set(report["plots"]) == {"students.png", "calibration.png", "styles.png", "curves.png"}
@@ -45,6 +48,8 @@ def test_every_run_is_one_flat_row_of_the_report(tmp_path):
         "seed": "1",
         "sampled": 0.6,
         "greedy": 0.6,
+        "best": 0.6,
+        "at_start": 0.1,
         "reference_kl": 0.03,
         "seconds": 10.0,
     } in json.loads((tmp_path / "report.json").read_text())["runs"]
@@ -57,9 +62,9 @@ def test_an_attacker_who_stops_early_is_judged_by_its_best_checkpoint(tmp_path):
     write_matrix(tmp_path, {"original": 0.5, "distillable": 0.6, "undistillable": 0.05})
     report = build_report(tmp_path)
     assert report.students["kd"]["undistillable"].best.mean == pytest.approx(0.05)
-    assert "None succeeded." in report.conclusion
-    best = "best checkpoint (the attacker stops early), <= -50% of the original's"
-    assert f"{best}: 1 of 1 attacks (kd -90%)" in "\n".join(report.verdict)
+    assert "1 failed, 0 succeeded and 0 are inconclusive" in report.conclusion
+    best = "best checkpoint (the attacker stops early), whole interval over n = 2 seeds <= -50%"
+    assert f"{best} of the original's: 1 of 1 attacks kd -90% [" in "\n".join(report.verdict)
 
     edit_logs(tmp_path, ["s-undistillable"], with_an_earlier_checkpoint(0.4))
     text = write_report(tmp_path)
@@ -67,12 +72,13 @@ def test_an_attacker_who_stops_early_is_judged_by_its_best_checkpoint(tmp_path):
     assert student.best.mean == pytest.approx(0.4)
     assert student.change.best.mean == pytest.approx(-0.2)
     assert student.change.sampled.mean == pytest.approx(-0.9)
-    assert "<= -50% of the original's: 1 of 1 attacks (kd -90%)" in text
-    assert "succeeded or inconclusive early: kd -20%" in text
+    assert "<= -50% of the original's: 1 of 1 attacks kd -90% [" in text
+    assert "attack succeeded early: kd -20% [" in text
     markdown = (tmp_path / "report.md").read_text()
     accuracies = "0.400 against 0.500 from the original, with its best checkpoint"
     assert f"Succeeded: kd ({accuracies})." in markdown
-    assert "Of 1 attacks on it 0 failed" in markdown and "0.400 +- 0.000 (-20%)" in markdown
+    assert "Of 1 attacks on it 0 failed" in markdown and "0.400 +- 0.000 (-20% [" in markdown
+    assert "| kd | succeeded | best | " in markdown
 
 
 def with_an_earlier_checkpoint(accuracy):

@@ -48,6 +48,7 @@ def test_defences_stand_beside_the_undefended_original(folder):
     )
     results = defence_results(load_finished_runs(folder))
     assert list(results) == ["none", "undistillable", "answers only, reasoning withheld", "poe"]
+    assert results["poe"].price.mean == pytest.approx(0.2)
     none, rewritten, poe = (
         results["none"],
         results["answers only, reasoning withheld"],
@@ -61,7 +62,8 @@ def test_defences_stand_beside_the_undefended_original(folder):
     assert none.served.mean == pytest.approx(0.9) and none.student.mean == pytest.approx(0.5)
     write_report(folder)
     markdown = (folder / "report.md").read_text()
-    assert "| poe | 0.700 +- 0.000 | 0.300 +- 0.000 | -40% | 0.50 [" in markdown
+    assert "| poe | 0.700 +- 0.000 | 0.300 +- 0.000 | -40% [-40%, -40%] | 0.50 [" in markdown
+    assert "| task_only | not run |" in markdown  # the control, as long as no run is there
     report = json.loads((folder / "report.json").read_text())
     # the defended one is not among them
     original = report["students"]["seq_kd"]["original"]["sampled"]
@@ -81,14 +83,14 @@ def test_text_at_another_temperature_is_served_at_its_own_accuracy(folder):
     """
     add_runs(folder, [(student("original", "seq_kd_cold"), 0.2)])
     assert defence_results(load_finished_runs(folder))["temperature 0.5"].served.n == 0
-    effect = "halves (or more) what students take (0.500 to 0.200)"
+    effect = "halves (or more) what students take (0.500 to 0.200, -60% [-60%, -60%])"
     move = "an attacker's own move, too"
     sentence = f'Serving "temperature 0.5" ({move}) {effect}, at a price not measured.'
     assert sentence in build_report(folder).conclusion
     add_runs(folder, [({"role": "defence", "defence": "temperature 0.5"}, 0.7)])
     cold = defence_results(load_finished_runs(folder))["temperature 0.5"]
     assert cold.served.mean == pytest.approx(0.7) and cold.student.mean == pytest.approx(0.2)
-    price = "(0.500 to 0.200), at 20.0 points of served accuracy."
+    price = "-60%]), at +20.0 [+20.0, +20.0] points of served accuracy."
     assert price in build_report(folder).conclusion
 
 
@@ -130,8 +132,8 @@ def test_a_difference_within_the_interval_over_seeds_is_inconclusive(folder):
     add("undistillable", 0.45, "0")
     add("undistillable", 0.0, "1")
     repair, choices = check_lines(load_finished_runs(folder))
-    assert repair.endswith("the drop survives in the mean, inconclusive over seeds"), repair
-    assert choices.endswith("is lower in the mean, inconclusive over seeds"), choices
+    assert repair.endswith("-100%, +517%], n = 2 seeds): inconclusive: whether the drop survives")
+    assert "is lower in the mean, inconclusive over seeds (difference -0.275 [" in choices
 
 
 def write_proxies(folder):
@@ -173,9 +175,9 @@ def test_distillability_by_proxy(folder):
     assert "gkd_reverse" not in deep.modes["undistillable"].scores
     assert proxy_lines(results) == [
         "sensitivity to the proxy, distillable by seq_kd: distillability from 0.50 (deep) to 1.25 "
-        "(default), a range of 0.75 over 2 proxies",
+        "(default), a range of means of 0.75 over 2 proxies",
         "sensitivity to the proxy, undistillable by seq_kd: distillability from 0.25 (default) to "
-        "0.75 (deep), a range of 0.50 over 2 proxies",
+        "0.75 (deep), a range of means of 0.50 over 2 proxies",
     ]
 
 
@@ -186,7 +188,7 @@ def test_the_report_has_a_section_on_proxies(folder):
     lines = proxy_lines(proxy_results(load_finished_runs(folder)))
     assert lines[0] in text and "## Sensitivity to the proxy" in markdown
     assert "| deep | 0.800 +- 0.000 | 0.850 +- 0.000 | 0.50 [" in markdown
-    assert "joint" not in markdown
+    assert "joint" not in markdown and "| none (eta = 0) |  | not run | not run |" in markdown
     report = json.loads((folder / "report.json").read_text())
     # the main teachers' only
     protected = report["students"]["seq_kd"]["undistillable"]["sampled"]

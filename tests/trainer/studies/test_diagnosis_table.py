@@ -50,7 +50,8 @@ def write(folder):
 
 def test_estimates_over_the_seeds_that_have_a_number(tmp_path):
     pairs = load_diagnoses(write(tmp_path))
-    assert {pair: len(seeds) for pair, seeds in pairs.items()} == {"before": 2, "after": 1}
+    counts = {pair: len(seeds) for pair, seeds in pairs.items()}
+    assert counts == {"before": 2, "after": 1, "unfinished": 0}
     rows = {row.measure: row for row in diagnosis_rows(pairs)}
     noise = next(iter(rows.values()))
     assert noise.measure == "tail noise: tail-noise index"
@@ -66,9 +67,10 @@ def test_estimates_over_the_seeds_that_have_a_number(tmp_path):
 
 def test_the_files_are_written(tmp_path):
     text = write_diagnoses(write(tmp_path))
-    assert "|  | before | after |\n|---|---|---|\n| tail noise: tail-noise index | " in text
-    assert "| tail noise: tail-noise index | 2.000 +- 1.414 (1 of 2) |  |\n" in text
-    assert "| wrong-trace preference | 0.200 | 0.600 |" in text
+    assert "|  | before | after | unfinished |\n|---|---|---|---|\n| tail noise: tail" in text
+    index = "2.000 +- 1.414 [-10.706, 14.706] (1 of 2)"
+    assert f"| tail noise: tail-noise index | {index} | no number (of 1) | not run |\n" in text
+    assert "| wrong-trace preference | 0.200 (n 1) | 0.600 | not run |" in text
     assert (tmp_path / "diagnoses.md").read_text() == text
     saved = json.loads((tmp_path / "diagnoses.json").read_text())
     assert saved["repeated 4-grams"]["before"]["n"] == 2

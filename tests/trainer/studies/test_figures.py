@@ -24,7 +24,7 @@ MEASURED = {
     "late_spike": 1.0,
 }
 TEACHER = TeacherResult(
-    **MEASURED, reference_kl=NOTHING, difference=AccuracyDifference(NOTHING, NOTHING)
+    **MEASURED, reference_kl=NOTHING, difference=AccuracyDifference(*[NOTHING] * 4)
 )
 
 

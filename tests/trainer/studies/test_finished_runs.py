@@ -39,7 +39,23 @@ def test_distillability_is_a_fraction_of_the_originals_gain(tmp_path):
     write_matrix(tmp_path, {"original": 0.6, "distillable": 0.8, "undistillable": 0.1}, start=0.2)
     up, down = scores(tmp_path).values()
     assert up.mean == pytest.approx(1.5) and down.mean == pytest.approx(-0.25)
-    assert up.low < 1.5 < up.high and up.n == 200
+    assert up.low == pytest.approx(1.5) == up.high and up.n == 2  # seeds alike: nothing varies
+
+
+def test_distillability_varies_by_seed_and_not_by_prompt(tmp_path):
+    """By seed 0.5 and 1.5 of what the original gives: 1 with an interval of two seeds, which items
+    could not give. One seed has none.
+    """
+    write_matrix(tmp_path, {"original": 0.6}, start=0.2)
+    for seed, accuracy in (("0", 0.4), ("1", 0.8)):
+        labels = {"role": "student", "teacher": "distillable", "attack": "kd", "start": "student"}
+        add_runs(tmp_path, [(labels, accuracy)], seeds=seed)
+    runs = load_finished_runs(tmp_path)
+    up = distillability(runs, "kd", "distillable")
+    half = 12.706 * 0.5  # t of one degree of freedom x the standard error of 0.5 and 1.5
+    assert (up.low, up.mean, up.high) == pytest.approx((1 - half, 1.0, 1 + half), rel=1e-3)
+    one = distillability([r for r in runs if r.labels["seed"] == "0"], "kd", "distillable")
+    assert one.mean == pytest.approx(0.5) and one.n == 1 and math.isnan(one.low)
 
 
 def test_a_student_of_random_weights_starts_at_nothing(tmp_path):

@@ -28,6 +28,7 @@ def test_a_report_is_its_sections_in_order(report):
         "The rules, one by one",
         "Teachers",
         "Students",
+        "Attacks on the undistillable teacher",
         "Attacks in detail",
         "Collapse or format failure",
         "Curves",
@@ -53,17 +54,20 @@ def test_a_section_is_one_function_and_one_entry(report, monkeypatch):
 def test_tables_have_as_many_cells_as_their_heads(report):
     sections = [section for make in SECTIONS if (section := make(report))]
     tables = [section.table for section in sections if section.table]
-    assert len(tables) == 3
+    assert len(tables) == 4
     for table in tables:
         assert table.rows and {len(row) for row in table.rows} == {len(table.head)}
 
 
 def test_numbers_of_the_tables(report):
     text = render(report)
-    teacher = "| distillable | 0.910 +- 0.000 | 0.910 +- 0.000 | +1.0 [-0.4, +2.4] n 200 | 0.0300 |"
-    assert f"{teacher} 75% / 91% | 25% / 92% | 0% / 0% |" in text
-    student = "| kd | 0.500 +- 0.000 | 0.600 +- 0.000 (+20%) | 0.200 +- 0.000 (-60%) |"
-    assert f"{student} 0.500 / 0.600 / 0.200 |" in text
+    teacher = "| distillable | 0.910 +- 0.000 | 0.910 +- 0.000 | +1.0 [+1.0, +1.0] |"
+    styles = "0.0300 | 75% / 91% | 25% / 92% | 0% / 0% |"
+    assert f"{teacher} +1.0 [-0.4, +2.4] n 200 | {styles}" in text  # over seeds, over items
+    assert "| task_only | not run |" in text
+    student = "| kd | 0.500 +- 0.000 | not run | 0.600 +- 0.000 (+20% [+20%, +20%]) |"
+    assert f"{student} 0.200 +- 0.000 (-60% [-60%, -60%]) | 0.500 / - / 0.600 / 0.200 |" in text
+    assert "n = 2 seeds where a cell names no other" in text
     assert "Without a teacher, sft: 0.400 +- 0.000 sampled, 0.400 greedy." in text
     assert "| kd | 0 / 0 | 0 | 10 |" in text and "| 1.25 [" in text
     assert "![Curves](curves.png)" in text

@@ -1,13 +1,15 @@
 """The acceptance rules, on runs and on results whose numbers are known."""
 
 import json
+from dataclasses import replace
+from statistics import stdev
 
 import pytest
 from report_runs import edit_logs, write_matrix
 
-from reflux.trainer.runs.stats import Estimate, over_seeds
+from reflux.trainer.runs.stats import Estimate, over_seeds, relative_over_seeds, t_tail
 from reflux.trainer.studies.attack_report import build_report
-from reflux.trainer.studies.results import Change, QueryCost, Results, StudentResult
+from reflux.trainer.studies.results import Change, QueryCost, Results, SeedPairs, StudentResult
 from reflux.trainer.studies.verdict import (
     AttackOutcome,
     attack_outcomes,
@@ -47,23 +49,51 @@ def student(last, best):
     )
 
 
-def test_an_attack_fails_only_by_both_checkpoints_and_beyond_the_interval():
-    low, wide, high = estimate(-0.8), estimate(-0.8, half=0.9), estimate(-0.2)
+def test_an_attack_fails_only_by_the_whole_interval_of_both_checkpoints():
+    low, wide, high = estimate(-0.8), estimate(-0.8, half=0.4), estimate(-0.2)
     changes = {
         "by both": (low, low),
         "early": (low, high),
         "early, wide": (low, wide),
         "late": (high, high),
         "wide": (wide, low),
+        "wide, early": (wide, high),
+        "one seed": (over_seeds([-0.8]), over_seeds([-0.8])),
     }
     students = {a: {"undistillable": student(*c)} for a, c in changes.items()}
     assert attack_outcomes(students) == [
         AttackOutcome("by both", "failed"),
         AttackOutcome("late", "succeeded"),
         AttackOutcome("wide", "inconclusive"),
+        AttackOutcome("one seed", "inconclusive"),
         AttackOutcome("early", "succeeded", "best"),
         AttackOutcome("early, wide", "inconclusive", "best"),
+        AttackOutcome("wide, early", "succeeded", "best"),
     ]
+
+
+def with_pairs(after, before):
+    """A student with these accuracies by seed, at both checkpoints."""
+    seeds = tuple(map(str, range(len(after))))
+    pairs = SeedPairs(seeds, tuple(after), tuple(before))
+    change = relative_over_seeds(after, before)
+    made = student(change, change)
+    return replace(made, change=replace(made.change, pairs={"last": pairs, "best": pairs}))
+
+
+def test_what_fails_alone_need_not_fail_in_a_family():
+    """Three seeds at a fifth of the original's, give or take: p 0.01 alone, times the family."""
+    weak = with_pairs([0.10, 0.14, 0.16], [0.62, 0.60, 0.61])
+    kept = with_pairs([0.55, 0.60, 0.62], [0.60, 0.62, 0.61])
+    students = {f"a{i}": {"undistillable": weak} for i in range(8)}
+    students["kept"] = {"undistillable": kept}
+    outcomes = attack_outcomes(students)
+    assert [o.verdict for o in outcomes] == ["failed"] * 8 + ["succeeded"]
+    rest = [a - b / 2 for a, b in zip([0.10, 0.14, 0.16], [0.62, 0.60, 0.61])]
+    p = t_tail(sum(rest) / 3 / (stdev(rest) / 3**0.5), 2)
+    assert outcomes[0].p == pytest.approx(p) and 0.005 < p < 0.05 / 2
+    assert outcomes[0].p_family == pytest.approx(8 * p) and 8 * p > 0.05  # "kept" comes first
+    assert attack_outcomes({"a0": {"undistillable": weak}})[0].p_family == pytest.approx(p)
 
 
 def test_the_rules_have_their_own_side():
@@ -71,24 +101,30 @@ def test_the_rules_have_their_own_side():
     for teacher, holds in (("distillable", "up"), ("undistillable", "down")):
         students = {a: {teacher: student(c, c)} for a, c in changes.items()}
         rule = check_rule(students, teacher)
-        assert rule.holds == (holds,) and rule.violated == [a for a in changes if a != holds]
+        assert rule.of("holds") == [holds]
+        assert rule.of("violated") == [a for a in changes if a != holds]
     unmeasured = {"a": {"undistillable": student(over_seeds([]), over_seeds([]))}}
     assert check_rule(unmeasured, "undistillable").changes == {}
 
 
-def test_a1_needs_every_seed():
-    assert within_a1([0.02, -0.02]) and not within_a1([0.0, 0.03]) and not within_a1([])
+def test_a1_needs_the_whole_interval():
+    """Two seeds at +-2 points are far from sure; one is never."""
+    assert within_a1(over_seeds([0.002, 0.001, 0.0])) == "holds"
+    assert within_a1(over_seeds([0.02, -0.02])) == "inconclusive"
+    assert within_a1(over_seeds([0.1, 0.101])) == "violated"
+    assert within_a1(over_seeds([0.0])) == within_a1(over_seeds([])) == "inconclusive"
 
 
 def test_a_teacher_that_lost_accuracy_and_an_attack_that_succeeded_are_named(tmp_path):
     scores = {"original": 0.5, "distillable": 0.52, "undistillable": 0.45}
     write_matrix(tmp_path, scores, teachers=PAID)
     lines = build_report(tmp_path).verdict
-    limit = "within 2 points (sampled -10.0, greedy -10.0)"
+    gap = "-10.0 [-10.0, -10.0]"
+    limit = f"within 2 points (sampled {gap}, greedy {gap}; n = 2 seeds)"
     assert f"teacher undistillable: accuracy NOT preserved {limit}" in lines
     assert sum("0 of 1 attacks" in line for line in lines) == 3
-    assert "not reached: kd +4%" in lines
-    assert "succeeded or inconclusive: kd -10%" in lines
+    assert "not reached: kd +4% [+4%, +4%]" in lines
+    assert "attack succeeded: kd -10% [-10%, -10%]" in lines
 
 
 def test_the_conclusion_names_what_succeeded_and_what_the_teacher_paid(tmp_path):
@@ -99,17 +135,18 @@ def test_the_conclusion_names_what_succeeded_and_what_the_teacher_paid(tmp_path)
         "The undistillable teacher lost accuracy itself. Of 1 attacks on it 0 failed"
     )
     assert "Succeeded: kd (0.450 against 0.500 from the original)." in text
-    assert "at least 15% more than the original under 0 of 1 attacks; not under kd." in text
+    assert "by the whole interval, under 0 of 1 attacks; not under kd." in text
     assert "One seed" not in text
     matrix = json.loads((tmp_path / "matrix.json").read_text())
     matrix["cells"] = [c for c in matrix["cells"] if c["labels"]["seed"] == "0"]
     (tmp_path / "matrix.json").write_text(json.dumps(matrix))
-    assert build_report(tmp_path).conclusion.endswith(
-        "One seed: no number here has a standard deviation over seeds yet."
-    )
+    report = build_report(tmp_path)
+    assert report.conclusion.endswith("One seed: no interval over seeds, so no verdict.")
+    assert "0 failed, 0 succeeded and 1 are inconclusive" in report.conclusion
+    assert "accuracy INCONCLUSIVE within 2 points" in "\n".join(report.verdict)
 
 
-def test_less_than_half_with_an_interval_that_holds_0_is_inconclusive(tmp_path):
+def test_less_than_half_with_an_interval_that_is_not_is_inconclusive(tmp_path):
     """Original 0.9 and 0.1 over two seeds, undistillable 0.05: -90 % in the mean, and an interval
     over two seeds that holds 0.
     """
@@ -122,25 +159,27 @@ def test_less_than_half_with_an_interval_that_holds_0_is_inconclusive(tmp_path):
 
         edit_logs(tmp_path, [f"s-original-{seed}"], edit)
     report = build_report(tmp_path)
-    assert "succeeded or inconclusive: kd -90% (its interval holds 0)" in report.verdict
-    assert "Of 1 attacks on it 0 failed" in report.conclusion
-    assert "None succeeded. Inconclusive (less than half in the mean" in report.conclusion
-    assert "holds 0): kd (0.050 against 0.500 from the original)." in report.conclusion
+    # two seeds bound no ratio to 0.9 and 0.1
+    assert "inconclusive: kd -90%" in report.verdict
+    assert "Of 1 attacks on it 0 failed, 0 succeeded and 1 are" in report.conclusion
+    assert "Inconclusive: kd (0.050 against 0.500 from the original)." in report.conclusion
 
 
 def test_a_gain_that_training_on_the_task_gives_too_is_seen(tmp_path):
     scores = {"original": 0.4, "task_only": 0.7, "distillable": 0.6, "undistillable": 0.1}
     write_matrix(tmp_path, scores)
-    line = "above the student of the task-only teacher (eta = 0): 0 of 1 attacks"
-    assert line in build_report(tmp_path).verdict
+    line = "above the student of the task-only teacher (eta = 0), whole interval: 0 of 1 attacks"
+    assert (
+        f"{line}, 0 inconclusive; the control was not run for 0" in build_report(tmp_path).verdict
+    )
 
 
 def test_the_headline_is_the_worst_attack(tmp_path):
     write_matrix(tmp_path, {"original": 0.6, "distillable": 0.8, "undistillable": 0.1}, start=0.2)
     text = "\n".join(build_report(tmp_path).verdict)
-    most = "distillability of the undistillable teacher, the attack that gained most"
-    assert f"{most}: kd, -0.25 [" in text
-    assert "of the distillable teacher, the attack that gained least: kd, 1.50 [" in text
+    most = "headline: largest distillability of the undistillable teacher over 1 attacks"
+    assert f"{most}: -0.25 [-0.25, -0.25] (kd; n = 2 seeds), mean over attacks -0.25" in text
+    assert "smallest distillability of the distillable teacher over 1 attacks: 1.50 [" in text
     # the original's gain of 0.01 is too small to compare with
     little = {"original": 0.21, "distillable": 0.8, "undistillable": 0.1}
     write_matrix(tmp_path / "little", little, start=0.2)
