@@ -190,6 +190,7 @@ def make_trainer(path, dump_folder, *, backend="auto", seq_len=64, **sections):
     from torchtitan.trainer import Trainer
 
     from reflux.trainer.engine.torchtitan_host import NoData
+    from reflux.trainer.engine.weights import load_weights
 
     path = str(path)
     config = dict(
@@ -210,12 +211,10 @@ def make_trainer(path, dump_folder, *, backend="auto", seq_len=64, **sections):
         checkpoint=CheckpointManager.Config(
             enable=True,
             interval=1000,
-            initial_load_in_hf=True,
-            initial_load_path=path,
             last_save_model_only=False,
         ),
         debug=DebugConfig(seed=1, enable_structured_logging=False),
     )
     trainer = Trainer.Config(**config | sections).build()
-    trainer.checkpointer.load(step=-1)
+    load_weights(trainer.model_parts[0], trainer.config.model_spec, path)
     return trainer

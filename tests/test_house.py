@@ -56,6 +56,7 @@ TESTED_ELSEWHERE = {  # module -> the test file that exercises it
     "trainer/diagnosis/plots.py": "trainer/diagnosis/test_report.py",
     "trainer/diagnosis/token_rows.py": "trainer/diagnosis/test_phase.py",
     "trainer/data/row_checks.py": "trainer/data/test_fitted_prompts.py",
+    "trainer/engine/hf_adapter.py": "trainer/engine/test_conversions.py",
     "trainer/evaluation/questions.py": "trainer/evaluation/test_evaluator.py",
     "trainer/preflight/data_checks.py": "trainer/preflight/test_check.py",
     "trainer/preflight/length_checks.py": "trainer/preflight/test_check.py",

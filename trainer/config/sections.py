@@ -18,7 +18,7 @@ class ModelSection:
     """The trained model: a Hugging Face folder."""
 
     path: str = ""
-    # native: torchtitan's qwen3/llama3 (tensor parallel); hf: every dense causal LM
+    # native: torchtitan's qwen3/llama3 (tensor parallel); hf: transformers'
     backend: Backend = "auto"
     attention: Attention = "auto"
     # random weights on purpose: only config.json and the tokenizer are read from `path`

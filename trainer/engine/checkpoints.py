@@ -39,6 +39,7 @@ from .checkpoint_writer import CheckpointWriter
 from .manifest import FileDigest, Manifest, data_files, digest_and_sync, sync_folder, write_manifest
 from .ranks import Peers
 from .safe_metadata import SafePlanner, SafeReader, read_metadata
+from .weights import FolderAdapter, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +144,11 @@ class Checkpointer(CheckpointManager):
     ) -> None:
         """As torchtitan's, but nothing that a file names is called."""
         if from_hf:
-            super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+            adapter = self.sd_adapter
+            assert isinstance(adapter, FolderAdapter)  # build_spec makes no others
+            weights = adapter.to_hf(state_dict)
+            read_weights(weights, checkpoint_id, adapter)
+            self.states[MODEL].load_state_dict(adapter.from_hf(weights))
             return
         reader, planner = SafeReader(checkpoint_id), SafePlanner()
         group = self.peers.group

@@ -21,9 +21,11 @@ from torch.distributed.checkpoint._consolidate_hf_safetensors import (
 from torchtitan.components.checkpoint import ModelWrapper
 from torchtitan.config import TORCH_DTYPE_MAP
 
-from .hf_models import text_config
+from .hf_models import whole_config
 from .manifest import sync_file, sync_folder
 from .ranks import Peers
+from .weight_files import Stored, has_weights, stored_tensors
+from .weights import adapter_of
 
 COPIED = (
     "tokenizer.json",
@@ -37,6 +39,10 @@ COPIED = (
     "spiece.model",
     "chat_template.jinja",
     "chat_template.json",
+    # what else a multimodal model reads
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
     # byte for byte: a tokenizer that was loaded and saved again is another file
     "generation_config.json",
 )
@@ -68,7 +74,7 @@ def export_hf(trainer, out: str, source: str, *, dtype: str = "bfloat16", card: 
         staging.mkdir(parents=True)
     dist.barrier()
     try:
-        _write_weights(_weights(trainer, dtype), staging)
+        _write_weights(_weights(trainer, source, dtype), staging)
         Peers().from_first(partial(_finish, target, staging, source, dtype, card))
     except BaseException:
         if dist.get_rank() == 0:  # a full disk gets its space back
@@ -76,16 +82,19 @@ def export_hf(trainer, out: str, source: str, *, dtype: str = "bfloat16", card: 
         raise
 
 
-def _weights(trainer, dtype: str) -> dict[str, Tensor]:
-    """Hugging Face name -> shard (DTensor) in the wanted dtype."""
-    spec = trainer.config.model_spec
-    weights = spec.state_dict_adapter(spec.model, None).to_hf(
-        ModelWrapper(trainer.model_parts[0]).state_dict()
-    )
-    return {
-        name: w.detach().to(TORCH_DTYPE_MAP[dtype]) if w.is_floating_point() else w
+def _weights(trainer, source: str, dtype: str) -> dict[str, Tensor]:
+    """Name in the files -> shard (DTensor) in the wanted dtype, or as FolderAdapter.files."""
+    adapter = adapter_of(trainer.config.model_spec, source)
+    weights = adapter.to_hf(ModelWrapper(trainer.model_parts[0]).state_dict())
+    stored: dict[str, Stored] = stored_tensors(source) if has_weights(source) else {}
+    wanted = TORCH_DTYPE_MAP[dtype]
+    cast = {
+        name: w.detach().to(wanted)
+        if w.is_floating_point() and not adapter.keeps_float32(name)
+        else w
         for name, w in weights.items()
     }
+    return adapter.files(cast, stored, wanted)
 
 
 def _write_weights(weights: dict[str, Tensor], staging: Path) -> None:
@@ -94,7 +103,7 @@ def _write_weights(weights: dict[str, Tensor], staging: Path) -> None:
     """
     shards, files = staging / "shards", file_numbers(weights)
     dcp.save(
-        weights,
+        {name: w for name, w in weights.items() if w.device.type != "meta"},
         storage_writer=HuggingFaceStorageWriter(
             path=str(shards), save_distributed=True, fqn_to_index_mapping=files
         ),
@@ -130,7 +139,7 @@ def _finish(target: Path, staging: Path, source: str, dtype: str, card: str) -> 
 
 def _write_config_and_card(staging: Path, source: str, dtype: str, card: str) -> None:
     shutil.rmtree(staging / "shards")
-    config = text_config(source)
+    config = whole_config(source)
     config.dtype = dtype
     config.save_pretrained(staging)
     for name in COPIED:

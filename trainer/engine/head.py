@@ -92,5 +92,8 @@ def head_logits(model, hidden_NLD: Tensor) -> Tensor:
 
 
 def _hf_config(model):
-    """transformers' config of an HFDecoder; None of a native model, which has no scale or cap."""
-    return getattr(getattr(model, "hf", None), "config", None)
+    """transformers' config of an HFDecoder's text; None of a native model, which has no scale or
+    cap.
+    """
+    config = getattr(getattr(model, "hf", None), "config", None)
+    return None if config is None else config.get_text_config()

@@ -1,4 +1,5 @@
-"""transformers' models behind torchtitan's names: any dense decoder, with FSDP2 only.
+"""transformers' models behind torchtitan's names: any decoder, dense, of experts or hybrid, and the
+text part of multimodal ones, with FSDP2 only.
 
 Shapes: N rows, L row length, D hidden size, V vocabulary.
 """
@@ -11,17 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torchtitan.protocols.model import BaseModel
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 
 from .head import head_logits
-from .weights import FolderAdapter
+from .hf_init import initialize
 
 log = logging.getLogger(__name__)
 
@@ -30,21 +32,29 @@ log = logging.getLogger(__name__)
 RANDOM_RATE = re.compile(r"drop|jitter")
 
 
-def text_config(path: str) -> PreTrainedConfig:
-    """The folder's language-model config (of a multimodal model: its text part). ValueError for a
-    config.json that transformers cannot read.
-    """
+def whole_config(path: str) -> PreTrainedConfig:
+    """The folder's config. ValueError for a config.json that transformers cannot read."""
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises what its parsers raise
         raise ValueError(
             f"{path}/config.json: transformers cannot read it ({shortened(error)})"
         ) from error
-    if hasattr(config, "num_hidden_layers"):
+
+
+def text_config(path: str) -> PreTrainedConfig:
+    """The folder's language-model config (of a multimodal model: its text part)."""
+    config = whole_config(path)
+    if not is_multimodal(config):
         return config
     if not hasattr(config, "text_config"):
         raise ValueError(f"{path}/config.json describes no language model")
     return config.text_config
+
+
+def is_multimodal(config: PreTrainedConfig) -> bool:
+    """Whether the language model is a part of it, with a config of its own."""
+    return not hasattr(config, "num_hidden_layers") or hasattr(config, "text_config")
 
 
 def shortened(error: Exception) -> str:
@@ -111,11 +121,11 @@ class HFDecoder(BaseModel):
                 )
 
         def get_nparams_and_flops(self, model, seq_len):
-            hf = model.hf.config
             total = sum(p.numel() for p in model.parameters())
             matmul = (
                 total if model.enable_weight_tying else total - model.tok_embeddings.weight.numel()
             )
+            hf = model.hf.config.get_text_config()
             return total, 6 * matmul + 12 * hf.num_hidden_layers * hf.hidden_size * seq_len
 
     _skip_lm_head = False  # torchtitan's name; hidden_states sets it on the instance
@@ -123,34 +133,21 @@ class HFDecoder(BaseModel):
     def __init__(self, config: Config):
         super().__init__()
         self.path = config.path
-        hf_config = text_config(config.path)
-        if rates := switch_off_dropout(hf_config):
-            log.info("%s: dropout is off, whatever config.json says: %s", config.path, rates)
-        if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ValueError(
-                f"{config.path}: transformers has no causal language model {hf_config.model_type!r}"
-            )
-        self.hf = AutoModelForCausalLM.from_config(
-            hf_config,
-            attn_implementation=config.attention,
-            dtype=torch.get_default_dtype(),
-            trust_remote_code=False,  # else transformers asks at a terminal
-        )
-        for module in self.hf.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.p = 0.0  # some rates are written in the code
-        self.enable_weight_tying = bool(tied_names(hf_config))
+        self.hf = build_hf(config.path, config.attention)
+        drop_other_modalities(self.hf)
+        self.enable_weight_tying = bool(tied_names(self.hf))
         # transformers lets flash attention see document bounds only in batches of one row
         self.flattens_packed_rows = config.attention == "flash_attention_2"
-        if not hasattr(self.decoder, "layers") or getattr(self.lm_head, "bias", None) is not None:
+        if getattr(self.lm_head, "bias", None) is not None:
             raise ValueError(
-                f"{config.path}: {type(self.hf).__name__} is not supported: want a decoder with "
-                "`layers` and an output head without bias"
+                f"{config.path}: {type(self.hf).__name__} is not supported: want an output head "
+                "without bias"
             )
+        self._blocks = name_of_blocks(self.decoder, config.path)
 
     @property
     def decoder(self) -> nn.Module:
-        return self.hf.get_decoder()
+        return decoder_of(self.hf)
 
     @property
     def tok_embeddings(self) -> nn.Module:
@@ -162,25 +159,20 @@ class HFDecoder(BaseModel):
 
     @property
     def layers(self) -> dict[str, nn.Module]:
-        return dict(self.decoder.get_submodule("layers").named_children())
+        return dict(self.block_list.named_children())
+
+    @property
+    def block_list(self) -> nn.Module:
+        return self.decoder.get_submodule(self._blocks)
 
     def verify_module_protocol(self) -> None:
         """The submodules are transformers', not torchtitan's."""
 
     def init_states(self, *, buffer_device=None) -> None:
-        for module in self.hf.modules():
-            module._is_hf_initialized = False
+        """Random weights; buffers that to_empty() wiped are computed again."""
         if self.enable_weight_tying:
             self.hf.tie_weights()
-        try:
-            with torch.no_grad():
-                # also recomputes the rotary buffers that to_empty() wiped
-                self.hf.initialize_weights()
-        except RuntimeError as error:  # state-space models mix sharded and plain tensors
-            raise ValueError(
-                f"{self.path}: {type(self.hf).__name__} cannot be initialised in shards ({error}). "
-                "Want a transformer with dense attention"
-            ) from error
+        initialize(self.hf, list(self.layers.values()))
 
     def forward(self, tokens, positions=None, attention_masks=None, cache=None, packed=False):
         """Logits, or hidden states with the head skipped. attention_masks: [N, L'] of real tokens
@@ -202,39 +194,72 @@ class HFDecoder(BaseModel):
         return hidden_NLD if self._skip_lm_head else head_logits(self, hidden_NLD)
 
 
-def _architecture(config: PreTrainedConfig) -> Any:
-    """transformers' class of the causal language model."""
+def architecture(path: str, config: PreTrainedConfig) -> Any:
+    """transformers' class of the causal language model; of a multimodal folder the class that
+    config.json names, or the one that its kind has.
+    """
+    if is_multimodal(config):
+        named = getattr(transformers, (config.architectures or [""])[0], None)
+        kind = named or transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+        if kind is not None and hasattr(kind, "get_decoder"):
+            return kind
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{path}: transformers has no causal language model {config.model_type!r}")
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
-def tied_names(config: PreTrainedConfig) -> Mapping[str, str]:
+def build_hf(path: str, attention: str | None = None) -> PreTrainedModel:
+    """transformers' model of the folder, every modality of it, with random weights and without
+    dropout, in torch's default dtype.
+    """
+    config = whole_config(path)
+    kind = architecture(path, config)
+    if not isinstance(config, kind.config_class):  # a text model that reads multimodal folders
+        config = config.get_text_config()
+    if rates := switch_off_dropout(config):
+        log.info("%s: dropout is off, whatever config.json says: %s", path, rates)
+    model = kind._from_config(
+        config, attn_implementation=attention, dtype=torch.get_default_dtype()
+    )
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0  # some rates are written in the code
+    return model
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """Embedding, blocks and final norm, without the head."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    while any(module is head for module in decoder.modules()) and hasattr(decoder, "model"):
+        decoder = decoder.model
+    return decoder
+
+
+def drop_other_modalities(model: PreTrainedModel) -> None:
+    """Takes out of the model what is neither its decoder nor its head: no text needs it."""
+    kept = {decoder_of(model), model.get_output_embeddings()}
+
+    def prune(module: nn.Module) -> None:
+        for name, child in list(module.named_children()):
+            if child in kept:
+                continue
+            if any(inner in kept for inner in child.modules()):
+                prune(child)
+            elif any(True for _ in child.parameters()):
+                module._modules[name] = None
+
+    prune(model)
+
+
+def name_of_blocks(decoder: nn.Module, path: str) -> str:
+    """What the decoder calls the list of its blocks: layers, h, blocks."""
+    lists = {n: m for n, m in decoder.named_children() if isinstance(m, nn.ModuleList)}
+    for name in ("layers", *lists):
+        if name in lists and len(lists[name]):
+            return name
+    raise ValueError(f"{path}: {type(decoder).__name__} is not supported: want a list of blocks")
+
+
+def tied_names(model: PreTrainedModel) -> Mapping[str, str]:
     """Tensor without weights of its own -> the one whose weights it has, in transformers' names."""
-    tied = getattr(config, "tie_word_embeddings", False)
-    return dict(_architecture(config)._tied_weights_keys or {}) if tied else {}
-
-
-class HFAdapter(FolderAdapter):
-    """Parameter names are Hugging Face's already; only the prefix and the tied head differ."""
-
-    @property
-    def tied(self) -> Mapping[str, str]:
-        return tied_names(text_config(self.model_config.path))
-
-    @property
-    def ignored(self) -> tuple[str, ...]:
-        kind = _architecture(text_config(self.model_config.path))
-        return (*super().ignored, *(kind._keys_to_ignore_on_load_unexpected or ()))
-
-    def to_hf(self, state_dict):
-        out = {name.removeprefix("hf."): value for name, value in state_dict.items()}
-        for name in self.tied:
-            out.pop(name, None)
-            if self.fqn_to_index_mapping:
-                self.fqn_to_index_mapping.pop(name, None)
-        return out
-
-    def from_hf(self, hf_state_dict):
-        out = {"hf." + name: value for name, value in hf_state_dict.items()}
-        for name, of in self.tied.items():
-            out.setdefault("hf." + name, out["hf." + of])
-        return out
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})

@@ -9,7 +9,8 @@ from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
-from .hf_models import HFAdapter, HFDecoder, buildable, text_config
+from .hf_adapter import HFAdapter
+from .hf_models import HFDecoder, buildable, is_multimodal, text_config, whole_config
 from .native_models import native_model, native_obstacle
 from .sharding import parallelize
 
@@ -26,17 +27,19 @@ def build_spec(path: str, *, backend: str = "auto", attention: str = "auto") -> 
     choice, and for a model that the chosen backend does not compute exactly.
     """
     _check_choice(path, backend, attention)
-    config = text_config(path)
-    if getattr(config, "quantization_config", None) is not None:
+    config, whole = text_config(path), whole_config(path)
+    if any(getattr(c, "quantization_config", None) is not None for c in (config, whole)):
         raise ValueError(
             f"{path}: the weights are quantised; want float32, float16 or bfloat16 safetensors"
         )
-    if named := getattr(config, "transformers_weights", None):
+    if named := getattr(whole, "transformers_weights", None):
         raise ValueError(
             f"{path}/config.json names its weights, transformers_weights = {named!r}; want them in "
             "model.safetensors, or in shards with an index"
         )
     obstacle = native_obstacle(config, attention)
+    if is_multimodal(whole):
+        obstacle = "knows no multimodal folders"
     if backend == "native" and obstacle:
         raise ValueError(f"{path}: backend 'native' {obstacle}; use backend = 'hf' or 'auto'")
     native = backend == "native" or backend == "auto" and not obstacle

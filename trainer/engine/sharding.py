@@ -2,14 +2,19 @@
 tensor parallelism for native models; activation checkpointing; compile.
 """
 
+import logging
+
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.fsdp import get_fsdp_reshard_after_forward_policy
 from torchtitan.tools import utils
 
 from .hf_models import HFDecoder
+
+log = logging.getLogger(__name__)
 
 
 def parallelize(
@@ -27,7 +32,7 @@ def parallelize(
             "parallelism: context, pipeline or expert parallel degree above 1; want data and "
             "tensor parallelism only"
         )
-    body = model.decoder if isinstance(model, HFDecoder) else model
+    body = _with_layers(model) if isinstance(model, HFDecoder) else model
     if parallel_dims.tp_enabled:
         if isinstance(model, HFDecoder):
             raise ValueError(
@@ -36,12 +41,33 @@ def parallelize(
             )
         model.parallelize(parallel_dims)
     if ac_config is not None:
+        if isinstance(ac_config, SelectiveAC.Config) and has_state(body):
+            log.info("activation checkpointing is 'full': this architecture writes in place")
+            ac_config = FullAC.Config()
         ac_config.build(dump_folder=dump_folder).apply(body)
     if compile_config.enable and "model" in compile_config.components:
         apply_compile(body, compile_config=compile_config, parallel_dims=parallel_dims)
     axes = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
     _shard(model, parallel_dims.get_mesh(axes), training, parallelism.fsdp_reshard_after_forward)
     return model
+
+
+def has_state(model: nn.Module) -> bool:
+    """Whether some block is recurrent: linear attention, a state space, a short convolution. Their
+    plain torch code changes tensors that selective checkpointing keeps.
+    """
+    kinds = (nn.Conv1d,)
+    names = ("A_log", "time_decay", "recurrent_gate_weight")
+    return any(
+        isinstance(m, kinds) or any(hasattr(m, name) for name in names) for m in model.modules()
+    )
+
+
+def _with_layers(model: HFDecoder) -> nn.Module:
+    """The decoder's blocks under the name that torchtitan looks for."""
+    holder = nn.Module()
+    holder.layers = model.block_list
+    return holder
 
 
 def _shard(model, mesh, training, policy: str) -> None:

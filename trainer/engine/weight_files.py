@@ -49,6 +49,10 @@ def weight_files(path: str) -> tuple[str, ...]:
     return tuple(os.path.join(path, name) for name in names)
 
 
+def has_weights(path: str) -> bool:
+    return any(os.path.isfile(os.path.join(path, name)) for name in (SINGLE, INDEX))
+
+
 def read_index(path: str) -> dict[str, str]:
     """Tensor -> file name, of the folder's index; empty without one."""
     file = os.path.join(path, INDEX)

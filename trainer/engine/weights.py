@@ -10,6 +10,7 @@ Every error is a ValueError that names the file and the tensor. transformers wou
 tensor from random numbers and drop an extra one.
 """
 
+import contextlib
 import re
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -25,8 +26,10 @@ from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpoint import ModelWrapper
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
+from transformers import PreTrainedModel
 
 from .agreement import agreed, is_first_rank
+from .conversions import Assembly, Part, meta_shapes, same_names
 from .weight_files import Stored, opened, read_index, stored_tensors, weight_files
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
@@ -51,6 +54,38 @@ class FolderAdapter(StateDictAdapter):
     def ignored(self) -> tuple[str, ...]:
         """Regular expressions: buffers that old exports stored and no model reads."""
         return (r"rotary_emb\.inv_freq$",)
+
+    def keeps_float32(self, name: str) -> bool:
+        """Whether the model computes with this tensor in float32, whatever its own dtype."""
+        return False
+
+    def assembly(self, stored: Iterable[str], weights: Iterable[str]) -> Assembly:
+        """Which tensors of the files (names `stored`) make those of the model (names `weights`, and
+        tied ones).
+        """
+        return same_names(stored, [*weights, *self.tied])
+
+    def shapes(self, part: Part, stored: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:
+        """Of the model's tensors, as the files' shapes make them."""
+        if part.converter is None:
+            return {part.targets[0]: stored[part.names[0]].shape}
+        return meta_shapes(part, self.model, lambda name: stored[name].shape)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """On the meta device, for conversions."""
+        raise NotImplementedError(f"{type(self).__name__} converts nothing")
+
+    def files(
+        self, weights: Mapping[str, Tensor], stored: Mapping[str, Stored], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """The tensors of an export, by their names in the files: shards, or whole ones that one
+        rank holds and that are on the meta device on the others. Collective.
+
+        weights: as to_hf returns them, in `dtype`. stored: the folder that the model came from;
+        empty where it has no weights.
+        """
+        return dict(weights)
 
     def get_hf_storage_reader(
         self, path: str, from_quantized: bool = False
@@ -89,30 +124,32 @@ def check_weights(weights: Mapping[str, Tensor], path: str, adapter: FolderAdapt
     weights: Hugging Face name -> tensor of the global shape; its values do not matter.
     """
     stored = stored_tensors(path)
+    assembly = adapter.assembly(stored, weights)
     for name, weight in weights.items():
-        if name not in stored:
+        if name not in assembly.targets:
             why = _layers_differ(weights, stored) or _other_names(weights, stored)
             raise ValueError(
                 f"{path}: no tensor {name!r} {tuple(weight.shape)} in {_files(stored)}; {why}"
             )
-        _check_tensor(name, weight, stored[name])
-    extra = sorted(
+    made_by = {target: part for part in assembly.parts for target in part.targets}
+    for targets in dict.fromkeys(made_by[name].targets for name in weights):
+        _check_part(made_by[targets[0]], weights, stored, adapter)
+    extra = [
         name
-        for name in stored.keys() - weights.keys() - adapter.tied.keys()
+        for name in sorted(assembly.strangers)
         if not _is_buffer(name, stored[name], adapter.ignored)
-    )
+    ]
     if extra:
-        why = _layers_differ(weights, stored) or (
-            "the architecture in its config.json lacks them (multimodal folders: export the text "
-            "model)"
-        )
+        why = _layers_differ(weights, stored) or "the architecture in its config.json lacks them"
         raise ValueError(
             f"{stored[extra[0]].file}: {len(extra)} tensors that the model does not have, first "
             f"{extra[0]!r}; {why}"
         )
+    file_names = {t: part.names[0] for part in assembly.parts for t in part.targets}
     for name, of in adapter.tied.items():
-        if name in stored and is_first_rank():
-            _check_tied(name, stored[name], of, stored[of])
+        if name in file_names and of in file_names and is_first_rank():
+            a, b = file_names[name], file_names[of]
+            _check_tied(a, stored[a], b, stored[b])
 
 
 def _files(stored: Mapping[str, Stored]) -> str:
@@ -139,18 +176,34 @@ def _layers(names: Iterable[str]) -> int:
     return max((int(n[1]) + 1 for n in numbers if n), default=0)
 
 
-def _check_tensor(name: str, weight: Tensor, stored: Stored) -> None:
-    if weight.is_floating_point() and stored.dtype not in FLOATS:
+def _check_part(
+    part: Part,
+    weights: Mapping[str, Tensor],
+    stored: Mapping[str, Stored],
+    adapter: FolderAdapter,
+) -> None:
+    for name in part.names:
+        if weights[part.targets[0]].is_floating_point() and stored[name].dtype not in FLOATS:
+            raise ValueError(
+                f"{stored[name].file}: tensor {name!r} is {stored[name].dtype}; want float32, "
+                "float16 or bfloat16. Quantised weights mean nothing without their scales: take "
+                "the model they were made from"
+            )
+    first = part.names[0]
+    more = f" and {len(part.names) - 1} others" if part.names[1:] else ""
+    try:
+        shapes = adapter.shapes(part, stored)
+    except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(
-            f"{stored.file}: tensor {name!r} is {stored.dtype}; want float32, float16 or bfloat16. "
-            "Quantised weights mean nothing without their scales: take the model they were made "
-            "from"
-        )
-    if stored.shape != tuple(weight.shape):
-        raise ValueError(
-            f"{stored.file}: tensor {name!r} is {stored.shape}; the model of its config.json wants "
-            f"{tuple(weight.shape)}"
-        )
+            f"{stored[first].file}: tensors {first!r}{more} do not fit together: {error}"
+        ) from error
+    for target, shape in shapes.items():
+        if target in weights and shape != tuple(weights[target].shape):
+            what = f"tensor {first!r} is" if not more else f"tensors {first!r}{more} make"
+            raise ValueError(
+                f"{stored[first].file}: {what} {shape}; the model of its config.json wants "
+                f"{tuple(weights[target].shape)}"
+            )
 
 
 def _is_buffer(name: str, stored: Stored, ignored: Iterable[str]) -> bool:
@@ -188,13 +241,49 @@ def load_weights(model: nn.Module, spec: ModelSpec, path: str) -> None:
     adapter = adapter_of(spec, path)
     weights = adapter.to_hf(ModelWrapper(model).state_dict())
     agreed(partial(check_weights, weights, path, adapter))
+    read_weights(weights, path, adapter)
+    ModelWrapper(model).load_state_dict(adapter.from_hf(weights))
+    verify_weights(model, spec, path)
+
+
+@torch.no_grad()
+def read_weights(weights: Mapping[str, Tensor], path: str, adapter: FolderAdapter) -> None:
+    """Fills this rank's shards in place. weights: as adapter.to_hf returns them. Collective."""
+    stored = agreed(partial(stored_tensors, path))
+    parts = adapter.assembly(stored, weights).parts
+    same = {p.names[0]: weights[p.targets[0]] for p in parts if _is_same(p, weights)}
     try:
-        dcp.load(weights, storage_reader=adapter.get_hf_storage_reader(path))
+        dcp.load(same, storage_reader=adapter.get_hf_storage_reader(path))
     except CheckpointException as error:
         causes = "; ".join(str(cause[0]) for cause in error.failures.values())
         raise ValueError(f"{path}: the weights cannot be read: {causes}") from error
-    ModelWrapper(model).load_state_dict(adapter.from_hf(weights))
-    verify_weights(model, spec, path)
+    others = [p for p in parts if p.converter and weights.keys() & set(p.targets)]
+    agreed(partial(_read_converted, others, weights, stored, adapter))
+
+
+def _is_same(part: Part, weights: Mapping[str, Tensor]) -> bool:
+    return part.converter is None and part.targets[0] in weights
+
+
+def _read_converted(
+    parts: Iterable[Part],
+    weights: Mapping[str, Tensor],
+    stored: Mapping[str, Stored],
+    adapter: FolderAdapter,
+) -> None:
+    with contextlib.ExitStack() as files:
+        tensors = {f: files.enter_context(opened(f)) for f in {s.file for s in stored.values()}}
+        for part in parts:
+            read = partial(_tensor, tensors, stored)
+            for name, shard in part.read(adapter.model, weights, read):
+                weight = weights[name]
+                local = weight.to_local() if isinstance(weight, DTensor) else weight
+                local.copy_(shard)
+
+
+def _tensor(files: Mapping[str, Any], stored: Mapping[str, Stored], name: str) -> Tensor:
+    tensor: Tensor = files[stored[name].file].get_tensor(name)
+    return tensor
 
 
 def verify_weights(model: nn.Module, spec: ModelSpec, path: str) -> None:
@@ -206,18 +295,21 @@ def verify_weights(model: nn.Module, spec: ModelSpec, path: str) -> None:
     adapter = adapter_of(spec, path)
     weights = adapter.to_hf(ModelWrapper(model).state_dict())
     stored = agreed(partial(stored_tensors, path))
-    agreed(partial(check_finite, weights, {name: s.file for name, s in stored.items()}))
-    name = min(
-        (name for name in weights if weights[name].dim() == 2),
-        key=lambda name: (weights[name].numel(), name),
+    parts = adapter.assembly(stored, weights).parts
+    files = {t: stored[p.names[0]].file for p in parts for t in p.targets}
+    agreed(partial(check_finite, weights, files))
+    part = min(
+        (p for p in parts if _is_same(p, weights) and weights[p.targets[0]].dim() == 2),
+        key=lambda p: (weights[p.targets[0]].numel(), p.targets),
     )
-    with opened(stored[name].file) as tensors:
-        want = tensors.get_tensor(name)
-    weight = weights[name]
+    weight, (stored_name,) = weights[part.targets[0]], part.names
+    with opened(stored[stored_name].file) as tensors:
+        want = tensors.get_tensor(stored_name)
     got = weight.full_tensor() if isinstance(weight, DTensor) else weight
     if not torch.equal(got.detach().cpu(), want.to(got.dtype)):
         raise RuntimeError(
-            f"{path}: {name!r} in the model is not the one in the file: the weights were not loaded"
+            f"{path}: {stored_name!r} in the model is not the one in the file: the weights were "
+            "not loaded"
         )
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from assets import save_model
 
-from reflux.trainer.engine.hf_models import HFAdapter, HFDecoder
+from reflux.trainer.engine.hf_adapter import HFAdapter
+from reflux.trainer.engine.hf_models import HFDecoder
 from reflux.trainer.engine.model_builder import build_spec
 
 

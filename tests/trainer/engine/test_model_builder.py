@@ -31,14 +31,15 @@ def test_two_ranks_compute_what_one_does(assets, tmp_path):
     """Two gloo processes, data and tensor parallel: logits, gradients, decoding, export as
     transformers' on one.
     """
-    script = Path(__file__).parents[2] / "two_ranks_engine.py"
+    root = Path(__file__).parents[3]
+    script = root / "tests" / "two_ranks_engine.py"
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
         + [str(script), str(assets), str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=600,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count("all equal") == 2

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from reflux.trainer.engine import weights as weights_module
-from reflux.trainer.engine.hf_models import HFAdapter, HFDecoder
+from reflux.trainer.engine.hf_adapter import HFAdapter
+from reflux.trainer.engine.hf_models import HFDecoder
 from reflux.trainer.engine.weights import check_finite
 
 UP = "model.layers.1.mlp.up_proj.weight"
