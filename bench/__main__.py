@@ -115,7 +115,7 @@ def run_cases(ops: list[str], shapes: list, seconds: float | None, on_gpu: bool)
 
 def show(row: dict) -> str:
     """One line for people: time, fraction of the floor, rate, best peer, memory, goal."""
-    head = f"{row['case']:<30} {row['name']:<12}"
+    head = f"{row['case']:<30} {row.get('name', ''):<12}"
     if "not_measured" in row:
         return f"{head} not measured: {row['not_measured']}"
     times = {name: p50 for name, (_, p50, _) in row["ms_p20_p50_p80"].items()}

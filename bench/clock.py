@@ -71,3 +71,33 @@ def roofline_now() -> dict[str, float]:
         "matmul_tflops": 2 * 8192**3 / ms["matmul"][1] / 1e9,
         "copy_gbps": 2 * x.numel() / ms["copy"][1] / 1e6,
     }
+
+
+def ceilings(dry: bool) -> dict[str, dict[str, float]]:
+    """TFLOP/s of the GEMMs of one chunk, by rows: fp32 logits out, dhidden, fp32 dhead added to.
+
+    At V = 151,936 and D = 2048: which chunk a fused op wants. On a CPU, or dry, nothing.
+    """
+    if dry or not torch.cuda.is_available():
+        return {}
+    V, D, rates = 151_936, 2048, {}
+    head = torch.randn(V, D, device="cuda", dtype=torch.bfloat16)
+    total = torch.zeros(V, D, device="cuda")
+    for rows in (512, 768, 1024, 2048):
+        hidden = torch.randn(rows, D, device="cuda", dtype=torch.bfloat16)
+        logits = torch.empty(rows, V, device="cuda")
+        d = torch.randn(rows, V, device="cuda", dtype=torch.bfloat16)
+        calls: dict[str, Step] = {
+            "logits": lambda h=hidden, z=logits: torch.mm(
+                h, head.t(), out_dtype=torch.float32, out=z
+            ),
+            "dhidden": lambda d=d: d @ head,
+            "dhead": lambda d=d, h=hidden: torch.addmm(
+                total, d.t(), h, out_dtype=torch.float32, out=total
+            ),
+        }
+        ms = time_ms(calls, on_gpu=True, seconds=0.5)
+        rates[f"chunk_{rows}_tflops"] = {
+            name: 2 * rows * V * D / p50 / 1e9 for name, (_, p50, _) in ms.items()
+        }
+    return rates

@@ -13,7 +13,9 @@ from .cases import BANDWIDTH, FLOPS
 
 def _measured(path: Path) -> list[dict]:
     return [
-        row for row in json.loads(path.read_text())["rows"]["ours"] if "not_measured" not in row
+        row
+        for row in json.loads(path.read_text())["rows"]["ours"]
+        if "not_measured" not in row and row.get("op") != "tune"
     ]
 
 
@@ -84,6 +86,8 @@ def draw(path: Path) -> list[Path]:
         figure.savefig(made[-1], dpi=130, bbox_inches="tight")
         pyplot.close(figure)
 
+    if not rows:
+        return made
     figure, axes = pyplot.subplots(figsize=(8, 1 + 0.6 * len(rows)))
     bars(rows, axes)
     save(figure, "bars")

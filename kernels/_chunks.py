@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._parallel import VocabShard
-from ._triton import check_ids, runs_triton
+from ._triton import check_ids, on_gpu, runs_triton
 
 # one [rows, V] buffer on a CPU; larger ones leave the caches and page-fault anew each call
 CPU_CHUNK_BYTES = 4 * 2**20
@@ -140,7 +140,7 @@ def chunks(
     """
     row_bytes = V * wide(x.dtype).itemsize
     size = int(workspace_mb * 2**20 / (buffers * row_bytes))
-    if not x.is_cuda:
+    if not on_gpu(x):
         size = min(size, max(CPU_CHUNK_BYTES // row_bytes, 128))
     size = max(1, size - size % 128 if size >= 128 else size)
     total = x.shape[0] if rows_M is None else rows_M.shape[0]
@@ -168,7 +168,7 @@ def logits_ref(
 
 def on_tensor_cores(x: Tensor) -> bool:
     """16-bit GEMMs with fp32 output exist on CUDA only; a CPU upcasts."""
-    return x.is_cuda and x.dtype.itemsize == 2
+    return on_gpu(x) and x.dtype.itemsize == 2
 
 
 def project(
@@ -185,10 +185,12 @@ def project(
     (C, _), V, dtype = hidden_CD.shape, head_VD.shape[0], wide(hidden_CD.dtype)
     block = hidden_CD.new_empty(C, _width(hidden_CD, V), dtype=dtype)
     logits_CV = block[:, :V]
-    if on_tensor_cores(hidden_CD):  # out= is also what keeps autocast away
-        torch.mm(hidden_CD, head_VD.t(), out_dtype=torch.float32, out=logits_CV)
-    else:
-        torch.mm(hidden_CD.to(dtype), head_VD.to(dtype).t(), out=logits_CV)
+    # it reaches into a custom op and would round logits to 16 bits
+    with torch.autocast(hidden_CD.device.type, enabled=False):
+        if on_tensor_cores(hidden_CD):
+            torch.mm(hidden_CD, head_VD.t(), out_dtype=torch.float32, out=logits_CV)
+        else:
+            torch.mm(hidden_CD.to(dtype), head_VD.to(dtype).t(), out=logits_CV)
     if bias_V is not None and bias_V.numel():
         logits_CV += bias_V
     if softcap:

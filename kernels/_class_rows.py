@@ -19,7 +19,7 @@ from . import _triton
 from ._chunks import padded, wide
 from ._divergence import exp_diff
 from ._parallel import merge_sums
-from ._triton import LAUNCH, runs_triton, tl, triton
+from ._triton import LAUNCH, launch, runs_triton, scalar, tl, triton
 
 LONG = 128  # ids of a class that gets a program of its own
 CLASSES = 128  # classes of one program
@@ -41,6 +41,7 @@ def class_sums(
     LONG: tl.constexpr,
     WIDE: tl.constexpr,
 ):
+    inv_temp = scalar(inv_temp, WIDE)
     t = tl.program_id(0).to(tl.int64)  # T=16k times V=152k overflows int32
     c = tl.program_id(1) * CLASSES + tl.arange(0, CLASSES)
     begin = tl.load(first + c, mask=c < N, other=0)
@@ -66,6 +67,7 @@ def class_sums(
 def long_class_sums(
     by_class, first, long, top, sums, stride_t, N, inv_temp, R: tl.constexpr, WIDE: tl.constexpr
 ):
+    inv_temp = scalar(inv_temp, WIDE)
     t = tl.program_id(0).to(tl.int64)
     c = tl.load(long + tl.program_id(1))
     begin = tl.load(first + c)
@@ -105,6 +107,9 @@ def class_backward(
     WIDE: tl.constexpr,
 ):
     # dlogits = e^(a - z_c) dz_c da/dlogits; class_logit holds z relative to row_top
+    inv_temp = scalar(inv_temp, WIDE)
+    grad_scale = scalar(grad_scale, WIDE)
+    inv_cap = scalar(inv_cap, WIDE)
     t = tl.program_id(0).to(tl.int64)
     M = tl.load(row_top + t)
     row = logits + t * stride_t
@@ -146,7 +151,9 @@ def class_rows(
         top_CN, sums_CN = (logits_CL.new_empty(C, N, dtype=dtype) for _ in range(2))
         # an empty grid is no launch
         if C:
-            class_sums[(C, triton.cdiv(N, CLASSES))](
+            launch(
+                class_sums,
+                (C, triton.cdiv(N, CLASSES)),
                 logits_CL,
                 first_N1,
                 top_CN,
@@ -161,7 +168,9 @@ def class_rows(
                 **LAUNCH,
             )
         if C and long_H.shape[0]:
-            long_class_sums[(C, long_H.shape[0])](
+            launch(
+                long_class_sums,
+                (C, long_H.shape[0]),
                 logits_CL,
                 first_N1,
                 long_H,
@@ -216,7 +225,9 @@ def class_rows_backward(
     if C:
         # pad columns are banned: any class will do
         class_P = torch.nn.functional.pad(class_L, (0, P - L))
-        class_backward[(C,)](
+        launch(
+            class_backward,
+            (C,),
             x_CP,
             class_P,
             top_C,

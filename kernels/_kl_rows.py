@@ -27,7 +27,7 @@ from . import _triton
 from ._chunks import wide
 from ._divergence import DIVERGENCES, divergence_terms, exp_diff, terms
 from ._parallel import all_sum, merge_sums
-from ._triton import LAUNCH, runs_triton, tl, triton
+from ._triton import LAUNCH, launch, runs_triton, scalar, tl, triton
 
 
 @triton.jit
@@ -51,6 +51,8 @@ def kl_stats(
     R: tl.constexpr,
     WIDE: tl.constexpr,
 ):
+    mul_z = scalar(mul_z, WIDE)
+    mul_u = scalar(mul_u, WIDE)
     t = tl.program_id(0).to(tl.int64)  # T=16k times V=152k overflows int32
     if chosen is not None:
         if tl.load(chosen + t) == 0:
@@ -114,6 +116,9 @@ def kl_losses(
     R: tl.constexpr,
     WIDE: tl.constexpr,
 ):
+    mul_z = scalar(mul_z, WIDE)
+    mul_u = scalar(mul_u, WIDE)
+    beta = scalar(beta, WIDE)
     t = tl.program_id(0).to(tl.int64)
     if chosen is not None:
         if tl.load(chosen + t) == 0:
@@ -160,6 +165,10 @@ def kl_gradient(
     R: tl.constexpr,
     WIDE: tl.constexpr,
 ):
+    mul_z = scalar(mul_z, WIDE)
+    mul_u = scalar(mul_u, WIDE)
+    inv_cap = scalar(inv_cap, WIDE)
+    beta = scalar(beta, WIDE)
     t = tl.program_id(0).to(tl.int64)
     d_row = dz + t * stride_d
     lanes = tl.arange(0, R)[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -227,16 +236,20 @@ def kl_rows(
     }
     strides, stats_5C = (z_CV.stride(0), u_CV.stride(0)), z_CV.new_empty(5, C, dtype=dtype)
     sizes = *strides, C, V, *spec.scales
-    kl_stats[(C,)](z_CV, u_CV, stats_5C, chosen_C, *sizes, **options)
+    launch(kl_stats, (C,), z_CV, u_CV, stats_5C, chosen_C, *sizes, **options)
     stats_5C = _merge(stats_5C, spec.divergence, spec.group)
     if spec.divergence in ("forward", "reverse"):
         kl_C, G_C = _loss_and_G(stats_5C, spec.divergence)
     else:
         sums_2C = z_CV.new_empty(2, C, dtype=dtype)
-        kl_losses[(C,)](z_CV, u_CV, stats_5C, sums_2C, chosen_C, *sizes, spec.beta, **options)
+        launch(
+            kl_losses, (C,), z_CV, u_CV, stats_5C, sums_2C, chosen_C, *sizes, spec.beta, **options
+        )
         kl_C, G_C = all_sum(sums_2C, spec.group)
     if dz_CV is not None:
-        kl_gradient[(C,)](
+        launch(
+            kl_gradient,
+            (C,),
             z_CV,
             u_CV,
             stats_5C,

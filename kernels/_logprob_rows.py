@@ -22,7 +22,7 @@ from . import _triton
 from ._chunks import wide
 from ._divergence import exp_diff
 from ._parallel import all_max, all_sum
-from ._triton import LAUNCH, check_ids, runs_triton, tl, triton
+from ._triton import LAUNCH, check_ids, launch, runs_triton, scalar, tl, triton
 
 PADDING, ELSEWHERE = -1, -2
 LOWEST = -1000.0  # e to it is 0 in fp64, too; stands for -inf where 0 * -inf would be NaN
@@ -53,6 +53,7 @@ def logprob_stats(
     R: tl.constexpr,
     WIDE: tl.constexpr,
 ):
+    inv_temp = scalar(inv_temp, WIDE)
     t = tl.program_id(0).to(tl.int64)  # T=16k times V=152k overflows int32
     row = logits + t * stride_t
     k = tl.arange(0, KB)
@@ -118,6 +119,8 @@ def logprob_gradient(
     WIDE: tl.constexpr,
 ):
     # dx[v] = sum_k g_k 1[v == y_k] + g_all p_v - g_H p_v (log p_v + H);  dlogits = dx / temperature
+    inv_temp = scalar(inv_temp, WIDE)
+    inv_cap = scalar(inv_cap, WIDE)
     t = tl.program_id(0).to(tl.int64)
     M = tl.load(top + t)
     log_S = tl.load(log_s + t)
@@ -233,7 +236,9 @@ def logprob_rows(
         logits_CV.new_empty(n, dtype=wide(logits_CV.dtype))
         for n in ((C, K), C, C, C if entropy else 0)
     )
-    logprob_stats[(C,)](
+    launch(
+        logprob_stats,
+        (C,),
         logits_CV,
         target_CK,
         chosen_CK,
@@ -319,7 +324,9 @@ def logprob_gradient_(
     if not runs_triton(logits_CV):
         return _gradient_torch_(logits_CV, target_CK, saved, grads, inv_temp, softcap, out_CV)
     scratch_CK = torch.empty_like(grads[0])
-    logprob_gradient[(C,)](
+    launch(
+        logprob_gradient,
+        (C,),
         logits_CV,
         target_CK,
         *saved,

@@ -23,7 +23,7 @@ from ._chunks import wide
 from ._divergence import DIVERGENCES, divergence_terms, exp_diff, terms
 from ._parallel import all_sum, merge_sums
 from ._topk_inputs import TAILS
-from ._triton import LAUNCH, runs_triton, tl, triton
+from ._triton import LAUNCH, launch, runs_triton, scalar, tl, triton
 
 
 class TopKSpec(NamedTuple):
@@ -53,6 +53,7 @@ def topk_lift(
     R: tl.constexpr,
     WIDE: tl.constexpr,
 ):
+    inv_temp = scalar(inv_temp, WIDE)
     t = tl.program_id(0).to(tl.int64)  # T=16k times V=152k overflows int32
     row = z + t * stride_z
     k = tl.arange(0, KB)
@@ -100,6 +101,9 @@ def topk_terms(
     KB: tl.constexpr,
     WIDE: tl.constexpr,
 ):
+    inv_temp = scalar(inv_temp, WIDE)
+    inv_cap = scalar(inv_cap, WIDE)
+    beta = scalar(beta, WIDE)
     t = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, KB)
     logq = tl.load(teacher_logp + t * K + k, mask=k < K, other=float("-inf")).to(WIDE)
@@ -170,6 +174,8 @@ def topk_gradient(
     R: tl.constexpr,
     WIDE: tl.constexpr,
 ):
+    inv_temp = scalar(inv_temp, WIDE)
+    inv_cap = scalar(inv_cap, WIDE)
     t = tl.program_id(0).to(tl.int64)
     row = z + t * stride_z
     d_row = dz + t * stride_d
@@ -238,7 +244,9 @@ def _lift_(z_CV: Tensor, ids_CK: Tensor, spec: TopKSpec) -> tuple[Tensor, Tensor
     raw_CK, tail_max_C, tail_sum_C = (
         z_CV.new_empty(shape, dtype=dtype) for shape in ((C, K), C, C)
     )
-    topk_lift[(C,)](
+    launch(
+        topk_lift,
+        (C,),
         z_CV,
         ids_CK,
         raw_CK,
@@ -274,7 +282,9 @@ def topk_terms_of(
         return _terms_torch(raw_CK, logq_CK, logq_tail_C, tail_max_C, tail_sum_C, coeff_C, spec)
     C, K = raw_CK.shape
     kl_C, d_CK, factor_C = raw_CK.new_empty(C), raw_CK.new_empty(C, K), raw_CK.new_zeros(C)
-    topk_terms[(C,)](
+    launch(
+        topk_terms,
+        (C,),
         raw_CK,
         logq_CK,
         logq_tail_C,
@@ -311,7 +321,9 @@ def _write_gradient(
     """The gradient of all logits into dz, from z as `_lift_` left it."""
     (C, V), K = z_CV.shape, ids_CK.shape[1]
     if runs_triton(z_CV):
-        topk_gradient[(C,)](
+        launch(
+            topk_gradient,
+            (C,),
             z_CV,
             ids_CK,
             d_CK,

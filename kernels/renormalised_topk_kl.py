@@ -47,7 +47,7 @@ from ._loss import (
 from ._parallel import VocabShard, all_sum, local_width, slice_of
 from ._topk_inputs import check_tail, check_topk, local_ids, topk_inputs
 from ._topk_rows import TopKSpec, topk_terms_of
-from ._triton import LAUNCH, runs_triton, tl, triton
+from ._triton import LAUNCH, launch, runs_triton, tl, triton
 
 # of the vocabulary: V / 184 is where both take equally long if gathers stream at full bandwidth
 GATHER_BELOW = 1 / 600
@@ -193,8 +193,10 @@ def _dots(x_MD: Tensor, head_VD: Tensor, ids_MK: Tensor) -> Tensor:
     """x[m] . head[ids[m, k]] [M, K] in fp32 or fp64; 0 where an id is -1."""
     (M, D), K, dtype = x_MD.shape, ids_MK.shape[1], wide(x_MD.dtype)
     dots_MK = x_MD.new_empty(M, K, dtype=dtype)
-    if runs_triton(x_MD) and M:
-        gather_dot[(M, triton.cdiv(K, ROWS))](
+    if runs_triton(x_MD):
+        launch(
+            gather_dot,
+            (M, triton.cdiv(K, ROWS)),
             x_MD,
             head_VD,
             ids_MK,
@@ -220,10 +222,20 @@ def _dhidden(head_VD: Tensor, ids_MK: Tensor, d_MK: Tensor) -> Tensor:
     """sum_k d[m, k] head[ids[m, k]] [M, D] in the dtype of the head."""
     (M, K), D = ids_MK.shape, head_VD.shape[1]
     dx_MD = head_VD.new_empty(M, D)
-    if runs_triton(head_VD) and M:
+    if runs_triton(head_VD):
         tiles = _tiles(d_MK.dtype)
-        gather_rows[(M, triton.cdiv(D, tiles["DB"]))](
-            head_VD, ids_MK, d_MK, dx_MD, *head_VD.stride(), D, K, KB=ROWS, **tiles
+        launch(
+            gather_rows,
+            (M, triton.cdiv(D, tiles["DB"])),
+            head_VD,
+            ids_MK,
+            d_MK,
+            dx_MD,
+            *head_VD.stride(),
+            D,
+            K,
+            KB=ROWS,
+            **tiles,
         )
         return dx_MD
     for c in _pieces(M, K * D * d_MK.dtype.itemsize):
@@ -238,14 +250,25 @@ def _dhidden(head_VD: Tensor, ids_MK: Tensor, d_MK: Tensor) -> Tensor:
 def _dhead(x_MD: Tensor, ids_MK: Tensor, d_MK: Tensor, V: int, dtype: torch.dtype) -> Tensor:
     """sum of d[m, k] x[m] over the pairs with ids[m, k] = v, [V, D], added in the order of m."""
     (M, K), D = ids_MK.shape, x_MD.shape[1]
-    if runs_triton(x_MD) and M:
+    if runs_triton(x_MD):
         dhead_VD, tiles = x_MD.new_zeros(V, D, dtype=dtype), _tiles(d_MK.dtype)
         sorted_N, order_N = ids_MK.flatten().sort(stable=True)
         offset_V1 = torch.searchsorted(
             sorted_N, torch.arange(V + 1, device=x_MD.device, dtype=sorted_N.dtype)
         )
-        sum_pairs[(V, triton.cdiv(D, tiles["DB"]))](
-            x_MD, order_N, d_MK, offset_V1, dhead_VD, x_MD.stride(0), D, K, NB=ROWS, **tiles
+        launch(
+            sum_pairs,
+            (V, triton.cdiv(D, tiles["DB"])),
+            x_MD,
+            order_N,
+            d_MK,
+            offset_V1,
+            dhead_VD,
+            x_MD.stride(0),
+            D,
+            K,
+            NB=ROWS,
+            **tiles,
         )
         return dhead_VD
     dhead_VD = d_MK.new_zeros(V, D)

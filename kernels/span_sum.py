@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._chunks import wide
-from ._triton import LAUNCH, check_ids, runs_triton, tl, triton
+from ._triton import LAUNCH, check_ids, launch, runs_triton, tl, triton
 
 SPANS = 128  # spans of one program
 STEP = 4  # tokens of a span that one step reads; most spans are shorter
@@ -62,7 +62,9 @@ def _op(x_T: Tensor, span_T: Tensor, num_spans: int) -> Tensor:
     all_spans_S1 = torch.arange(num_spans + 1, device=x_T.device, dtype=span_T.dtype)
     offset_S1 = torch.searchsorted(sorted_T, all_spans_S1)
     wide_tl = tl.float64 if sums_S.dtype == torch.float64 else tl.float32
-    _sum[(triton.cdiv(num_spans, SPANS),)](
+    launch(
+        _sum,
+        (triton.cdiv(num_spans, SPANS),),
         x_T.contiguous(),
         order_T,
         offset_S1,

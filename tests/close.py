@@ -124,7 +124,11 @@ class NoLargeTensor(TorchDispatchMode):
         else:  # dispatching it whole would hide what its body allocates
             with self:
                 out = ours._init_fn(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.set_:
+            return out  # another view of memory that is there: how the interpreter copies
         for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, Tensor) and x.dtype == torch.uint8:
+                continue  # the interpreter's copy of a tensor that is there
             assert not isinstance(x, Tensor) or x.numel() < self.limit, (
                 f"{func} made {list(x.shape)}"
             )

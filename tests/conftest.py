@@ -21,6 +21,11 @@ settings.register_profile("gpu", max_examples=6, deadline=None, derandomize=True
 settings.register_profile("deep", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
+if os.environ.get("REFLUX_SIMULATE_GPU") == "1":
+    from gpu_simulation import simulate
+
+    simulate()
+
 if find_spec("torchtitan"):  # a machine that only tests kernels may do without
     from assets import assets, titan_process  # noqa: F401  fixtures for every test file
     from runs import talkers  # noqa: F401

@@ -109,8 +109,8 @@ BY_HAND = [  # file, old text (once in it), new text, tests or None for the file
     ("_chunks", "yield c if rows_M is None else rows_M[c]", "yield c", None),
     (
         "_chunks",
-        "torch.autocast(hidden_CD.device.type, enabled=False)",
-        "torch.autocast(hidden_CD.device.type, enabled=True)",
+        "enabled=False):\n        if dhead_VD is not None and",
+        "enabled=True):\n        if dhead_VD is not None and",
         None,
     ),
     ("_parallel", "max_C = all_max(local_max_C.clone(), group)", "max_C = local_max_C", "parallel"),

@@ -9,6 +9,9 @@ import tempfile
 import traceback
 from collections.abc import Callable
 
+import pytest
+import torch
+
 TIMEOUT_S = 600  # a collective that one rank never enters would wait for ever
 
 
@@ -18,8 +21,11 @@ def run_on_ranks(fn: Callable, *args, ranks: int = 2) -> list:
 
     fn is a function of a test module, args and results are what pickle takes; inside,
     dist.get_rank() gives the rank. If one fails, the tracebacks of all that failed are the
-    message.
+    message. Ranks are processes without a GPU: where there is one, the test is skipped; it runs
+    there under CUDA_VISIBLE_DEVICES= (empty).
     """
+    if torch.cuda.is_available():
+        pytest.skip("ranks are CPU processes: run it with an empty CUDA_VISIBLE_DEVICES")
     context = multiprocessing.get_context("forkserver")
     # once, not per rank
     context.set_forkserver_preload(
@@ -58,7 +64,6 @@ def _answer(pipe) -> tuple:
 
 
 def _rank(pipe, folder: str, rank: int, ranks: int, fn: Callable, args: bytes) -> None:
-    import torch
     import torch.distributed as dist
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -119,27 +119,6 @@ def test_plots_come_from_a_record(tmp_path):
     assert all(p.stat().st_size > 5000 for p in made)
 
 
-def test_the_one_command_for_a_bare_gpu_machine_needs_no_installation(tmp_path):
-    """bench/gpu.py on a machine where reflux is not installed; one op stands for all."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "bench" / "gpu.py"),
-            "span_sum",
-            "--out",
-            str(tmp_path),
-            "--dry-run",
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "reflux.kernels from " in done.stdout and "shim" in done.stdout, (
-        "the checkout's kernels, not installed ones"
-    )
-
-
 def test_a_failing_op_is_not_timed(tmp_path):
     """The gate is the op's own test file: here pytest is told to collect nothing of it, which
     fails.

@@ -69,7 +69,9 @@ def test_spans_are_ordered_equal_in_bytes_and_symmetric(n, m, seed):  # T17
 
 def test_the_picture_of_tokenaligns_docstring():
     """the| cat|alog against the| ca|talog."""
-    span_a, span_b, count_B = align_spans(torch.tensor([[3, 4, 4]]), torch.tensor([[3, 3, 5]]))
+    span_a, span_b, count_B = align_spans(
+        torch.tensor([[3, 4, 4]], device=DEVICE), torch.tensor([[3, 3, 5]], device=DEVICE)
+    )
     assert (
         span_a.tolist() == [[0, 1, 1]]
         and span_b.tolist() == [[0, 1, 1]]
@@ -78,23 +80,30 @@ def test_the_picture_of_tokenaligns_docstring():
 
 
 def test_one_tokenization_is_cut_everywhere_and_no_common_end_nowhere():
-    lengths = torch.tensor([[2, 0, 3, 1]])
+    lengths = torch.tensor([[2, 0, 3, 1]], device=DEVICE)
     assert align_spans(lengths, lengths)[0].tolist() == [[0, 1, 1, 2]]
-    assert [t.tolist() for t in align_spans(torch.tensor([[2, 2]]), torch.tensor([[3]]))] == [
+    assert [
+        t.tolist()
+        for t in align_spans(
+            torch.tensor([[2, 2]], device=DEVICE), torch.tensor([[3]], device=DEVICE)
+        )
+    ] == [
         [[-1, -1]],
         [[-1]],
         [0],
     ]
-    assert align_spans(torch.tensor([[0, 0]]), torch.tensor([[0]]))[2].tolist() == [0]
+    assert align_spans(torch.tensor([[0, 0]], device=DEVICE), torch.tensor([[0]], device=DEVICE))[
+        2
+    ].tolist() == [0]
 
 
 def test_a_row_does_not_know_its_batch_and_long_texts_do_not_overflow():
-    long = torch.tensor([[2**40, 2**41, 5]]).repeat(70, 1)
-    other = torch.tensor([[2**40, 5, 2**41]]).repeat(70, 1)
+    long = torch.tensor([[2**40, 2**41, 5]], device=DEVICE).repeat(70, 1)
+    other = torch.tensor([[2**40, 5, 2**41]], device=DEVICE).repeat(70, 1)
     span_a, span_b, count_B = align_spans(long, other)
     assert (
-        (span_a == torch.tensor([0, 1, 1])).all()
-        and (span_b == torch.tensor([0, 1, 1])).all()
+        (span_a == torch.tensor([0, 1, 1], device=DEVICE)).all()
+        and (span_b == torch.tensor([0, 1, 1], device=DEVICE)).all()
         and (count_B == 2).all()
     )
 
@@ -105,7 +114,12 @@ def test_the_op_keeps_torch_librarys_contract_compiles_and_never_waits():
     compiled = torch.compile(align_spans, backend="aot_eager", fullgraph=True)
     assert all(torch.equal(a, b) for a, b in zip(compiled(*args), align_spans(*args)))
     with FakeTensorMode():
-        assert [t.shape for t in align_spans(torch.ones(2, 5).long(), torch.ones(2, 3).long())] == [
+        assert [
+            t.shape
+            for t in align_spans(
+                torch.ones(2, 5, device=DEVICE).long(), torch.ones(2, 3, device=DEVICE).long()
+            )
+        ] == [
             (2, 5),
             (2, 3),
             (2,),
@@ -115,16 +129,19 @@ def test_the_op_keeps_torch_librarys_contract_compiles_and_never_waits():
 @pytest.mark.parametrize(
     "change, match",
     [
-        (dict(len_a_BN=torch.zeros(2, 3)), "want integers"),
-        (dict(len_b_BM=torch.zeros(4).long()), r"want integers \[B, tokens\]"),
-        (dict(mask_a_BN=torch.ones(2, 3)), "want bool"),
-        (dict(mask_b_BM=torch.ones(2, 3, dtype=torch.bool)), "for lengths"),
-        (dict(len_b_BM=torch.zeros(3, 4).long()), "one text"),
-        (dict(len_a_BN=torch.full((2, 3), -1)), "negative lengths"),
+        (dict(len_a_BN=torch.zeros(2, 3, device=DEVICE)), "want integers"),
+        (dict(len_b_BM=torch.zeros(4, device=DEVICE).long()), r"want integers \[B, tokens\]"),
+        (dict(mask_a_BN=torch.ones(2, 3, device=DEVICE)), "want bool"),
+        (dict(mask_b_BM=torch.ones(2, 3, dtype=torch.bool, device=DEVICE)), "for lengths"),
+        (dict(len_b_BM=torch.zeros(3, 4, device=DEVICE).long()), "one text"),
+        (dict(len_a_BN=torch.full((2, 3), -1, device=DEVICE)), "negative lengths"),
     ],
 )
 def test_mistakes_say_how_to_fix_them(change, match, monkeypatch):
     monkeypatch.setattr(_triton, "DEBUG", True)
-    args = dict(len_a_BN=torch.zeros(2, 3).long(), len_b_BM=torch.zeros(2, 4).long())
+    args = dict(
+        len_a_BN=torch.zeros(2, 3, device=DEVICE).long(),
+        len_b_BM=torch.zeros(2, 4, device=DEVICE).long(),
+    )
     with pytest.raises(ValueError, match=match):
         align_spans(**(args | change))

@@ -46,7 +46,7 @@ def classes_of(V, N, g):
     class_V = torch.where(
         torch.rand(V, generator=g) < 0.5, 0, torch.randint(-1, N, (V,), generator=g)
     )
-    class_V[torch.randperm(V, generator=g)[:N]] = torch.arange(N)
+    class_V[torch.randperm(V, generator=g)[:N]] = torch.arange(N, device=DEVICE)
     return class_map(class_V.to(DEVICE), N)
 
 
@@ -372,8 +372,11 @@ def test_it_compiles_into_a_full_graph_and_never_waits_for_the_device():
 
     assert_compiles(loss, [t.requires_grad_() for t in args[:2]])
     with FakeTensorMode(allow_non_fake_inputs=True):  # has no values: reading one raises
-        x_TD, w_VD = torch.randn(3, 5, requires_grad=True), torch.randn(20, 5, requires_grad=True)
-        y_TE, v_WE = torch.randn(3, 4), torch.randn(15, 4)
+        x_TD, w_VD = (
+            torch.randn(3, 5, requires_grad=True, device=DEVICE),
+            torch.randn(20, 5, requires_grad=True, device=DEVICE),
+        )
+        y_TE, v_WE = torch.randn(3, 4, device=DEVICE), torch.randn(15, 4, device=DEVICE)
         bucket_kl(x_TD, w_VD, args[2], y_TE, v_WE, args[5]).total.backward()
     assert x_TD.grad.shape == x_TD.shape and w_VD.grad.shape == w_VD.shape
 
@@ -441,7 +444,10 @@ def test_slices_of_both_vocabularies_equal_the_whole():
             torch.testing.assert_close(torch.cat(parts) if cuts[0] else parts[0], want[i])
 
 
-MAPS = class_map(torch.tensor([0, 1, 1, -1]), 3), class_map(torch.tensor([0, 1, 0]), 3)
+MAPS = (
+    class_map(torch.tensor([0, 1, 1, -1], device=DEVICE), 3),
+    class_map(torch.tensor([0, 1, 0], device=DEVICE), 3),
+)
 
 
 @pytest.mark.parametrize(
@@ -449,21 +455,27 @@ MAPS = class_map(torch.tensor([0, 1, 1, -1]), 3), class_map(torch.tensor([0, 1, 
     [
         (dict(divergence="kl"), "want one of forward"),
         (dict(divergence="jsd", beta=1.0), "use divergence='forward'"),
-        (dict(weight=torch.ones(2, 1)), r"want \[T\]"),
-        (dict(teacher_head_WE=torch.zeros(6, 3)), r"\(teacher\): the class map has 3 ids"),
-        (dict(teacher_hidden_TE=torch.zeros(3, 3)), "3 teacher rows"),
-        (dict(teacher_classes=class_map(torch.tensor([0, 1, 0]), 2)), "one numbering"),
-        (dict(student_bias=torch.zeros(3)), "one a row"),
+        (dict(weight=torch.ones(2, 1, device=DEVICE)), r"want \[T\]"),
+        (
+            dict(teacher_head_WE=torch.zeros(6, 3, device=DEVICE)),
+            r"\(teacher\): the class map has 3 ids",
+        ),
+        (dict(teacher_hidden_TE=torch.zeros(3, 3, device=DEVICE)), "3 teacher rows"),
+        (
+            dict(teacher_classes=class_map(torch.tensor([0, 1, 0], device=DEVICE), 2)),
+            "one numbering",
+        ),
+        (dict(student_bias=torch.zeros(3, device=DEVICE)), "one a row"),
         (dict(temperature=-1.0), "want > 0"),
     ],
 )
 def test_mistakes_say_how_to_fix_them(change, match):
     args = dict(
-        student_hidden_TD=torch.zeros(2, 4),
-        student_head_VD=torch.zeros(4, 4),
+        student_hidden_TD=torch.zeros(2, 4, device=DEVICE),
+        student_head_VD=torch.zeros(4, 4, device=DEVICE),
         student_classes=MAPS[0],
-        teacher_hidden_TE=torch.zeros(2, 3),
-        teacher_head_WE=torch.zeros(3, 3),
+        teacher_hidden_TE=torch.zeros(2, 3, device=DEVICE),
+        teacher_head_WE=torch.zeros(3, 3, device=DEVICE),
         teacher_classes=MAPS[1],
     )
     with pytest.raises(ValueError, match=match):

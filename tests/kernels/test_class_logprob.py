@@ -136,7 +136,10 @@ def test_the_typical_gradient_of_an_id_is_exact(path):
             (dlogits_VD,) = torch.autograd.grad(logp_1N[:, 0].sum(), w_VD)
         wide_VD = w_VD.detach().double().requires_grad_()
         (truth_VD,) = torch.autograd.grad(
-            class_logprob_ref(torch.ones(1, 1).double(), wide_VD, classes)[:, 0].sum(), wide_VD
+            class_logprob_ref(torch.ones(1, 1, device=DEVICE).double(), wide_VD, classes)[
+                :, 0
+            ].sum(),
+            wide_VD,
         )
         errors.append(((dlogits_VD - truth_VD).abs() / truth_VD.abs().clamp(min=1e-9)).median())
     assert torch.stack(errors).median() < 2e-7
@@ -315,7 +318,14 @@ def test_rows_that_lie_far_apart_are_read():
 def test_the_full_logits_never_exist():  # T25
     tensors, classes = inputs(300, 400, 9, torch.float32, seed=4)
     with running("torch"), NoLargeTensor(300 * 400 // 2):
-        run(class_logprob, tensors, classes, torch.float32, torch.ones(300, 9), workspace_mb=0.5)
+        run(
+            class_logprob,
+            tensors,
+            classes,
+            torch.float32,
+            torch.ones(300, 9, device=DEVICE),
+            workspace_mb=0.5,
+        )
     with pytest.raises(AssertionError, match="made"), NoLargeTensor(300 * 400 // 2):
         class_logprob_ref(*tensors[:2], classes)
 
@@ -361,7 +371,7 @@ def test_the_op_keeps_torch_librarys_contract(path):
 def test_it_compiles_into_a_full_graph_and_never_waits_for_the_device():
     tensors, classes = inputs(3, 20, 4, torch.float32, seed=8)
     x_TD, w_VD, bias_V = (t.requires_grad_() for t in tensors)
-    rows_M = torch.tensor([0, 2])
+    rows_M = torch.tensor([0, 2], device=DEVICE)
 
     def loss(x_TD, w_VD):
         logp_TN = class_logprob(x_TD * 2, w_VD, classes, bias=bias_V, rows=rows_M)
@@ -369,7 +379,10 @@ def test_it_compiles_into_a_full_graph_and_never_waits_for_the_device():
 
     assert_compiles(loss, [x_TD, w_VD])
     with FakeTensorMode(allow_non_fake_inputs=True):  # has no values: reading one raises
-        x_TD, w_VD = torch.randn(3, 5, requires_grad=True), torch.randn(20, 5, requires_grad=True)
+        x_TD, w_VD = (
+            torch.randn(3, 5, requires_grad=True, device=DEVICE),
+            torch.randn(20, 5, requires_grad=True, device=DEVICE),
+        )
         class_logprob(x_TD, w_VD, classes)[:, 0].sum().backward()
     assert x_TD.grad.shape == x_TD.shape and w_VD.grad.shape == w_VD.shape
 
@@ -409,7 +422,7 @@ def test_slices_of_a_vocabulary_equal_the_whole():
                     softcap=4.0,
                     logit_scale=0.5,
                     temperature=2.0,
-                    rows=torch.tensor([2, 0]),
+                    rows=torch.tensor([2, 0], device=DEVICE),
                     workspace_mb=0.001,
                 ),
             )
@@ -432,35 +445,39 @@ def test_slices_of_a_vocabulary_equal_the_whole():
         torch.testing.assert_close(torch.cat([torch.from_numpy(r[3]) for r in (a, b)]), dbias_V)
 
 
-MAP = class_map(torch.tensor([0, 1, 1, -1]), 3)
+MAP = class_map(torch.tensor([0, 1, 1, -1], device=DEVICE), 3)
 
 
 @pytest.mark.parametrize(
     "head, options, match",
     [
-        (torch.zeros(5, 2), {}, "4 ids and the head 5 rows"),
-        (torch.zeros(4, 2), dict(vocab_size=3), "Pass vocab_size"),
-        (torch.zeros(4, 2), dict(shard=VocabShard("g", 4)), "starts at id 0 and the head at 4"),
-        (torch.zeros(4, 2), dict(bias=torch.zeros(3)), "one a row"),
-        (torch.zeros(4, 2), dict(temperature=0.0), "want > 0"),
-        (torch.zeros(4, 2), dict(softcap=-1.0), "softcap"),
-        (torch.zeros(4, 2), dict(logit_scale=0.0), "logit_scale"),
-        (torch.zeros(4, 3), {}, "Flatten batch"),
+        (torch.zeros(5, 2, device=DEVICE), {}, "4 ids and the head 5 rows"),
+        (torch.zeros(4, 2, device=DEVICE), dict(vocab_size=3), "Pass vocab_size"),
+        (
+            torch.zeros(4, 2, device=DEVICE),
+            dict(shard=VocabShard("g", 4)),
+            "starts at id 0 and the head at 4",
+        ),
+        (torch.zeros(4, 2, device=DEVICE), dict(bias=torch.zeros(3, device=DEVICE)), "one a row"),
+        (torch.zeros(4, 2, device=DEVICE), dict(temperature=0.0), "want > 0"),
+        (torch.zeros(4, 2, device=DEVICE), dict(softcap=-1.0), "softcap"),
+        (torch.zeros(4, 2, device=DEVICE), dict(logit_scale=0.0), "logit_scale"),
+        (torch.zeros(4, 3, device=DEVICE), {}, "Flatten batch"),
     ],
 )
 def test_mistakes_say_how_to_fix_them(head, options, match):
     with pytest.raises(ValueError, match=match):
-        class_logprob(torch.zeros(2, 2), head, MAP, **options)
+        class_logprob(torch.zeros(2, 2, device=DEVICE), head, MAP, **options)
 
 
 @pytest.mark.parametrize(
     "class_V, N, match",
     [
-        (torch.tensor([0, 3]), 3, r"want -1 .. 2"),
-        (torch.tensor([0, -2]), 3, r"from \[-2\]"),
-        (torch.tensor([-1, -1]), 3, "at least one id"),
-        (torch.tensor([0.0, 1.0]), 3, "integers"),
-        (torch.zeros(2, 2).long(), 3, "integers"),
+        (torch.tensor([0, 3], device=DEVICE), 3, r"want -1 .. 2"),
+        (torch.tensor([0, -2], device=DEVICE), 3, r"from \[-2\]"),
+        (torch.tensor([-1, -1], device=DEVICE), 3, "at least one id"),
+        (torch.tensor([0.0, 1.0], device=DEVICE), 3, "integers"),
+        (torch.zeros(2, 2, device=DEVICE).long(), 3, "integers"),
     ],
 )
 def test_class_maps_are_checked_when_they_are_made(class_V, N, match):

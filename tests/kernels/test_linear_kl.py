@@ -271,7 +271,9 @@ def test_a_row_that_is_not_finite_is_reported_and_left_out(path, divergence):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("rows_M", [None, torch.arange(0, 300, 2)], ids=["all", "rows"])
+@pytest.mark.parametrize(
+    "rows_M", [None, torch.arange(0, 300, 2, device=DEVICE)], ids=["all", "rows"]
+)
 def test_the_full_logits_never_exist(divergence, rows_M):  # T25
     tensors, weight_T = inputs(300, 400, 8, 8, torch.float32, seed=4)
     bias_V = torch.zeros(400, device=DEVICE, requires_grad=True)
@@ -383,23 +385,23 @@ def test_it_compiles_into_a_full_graph():
     [
         (dict(divergence="kl"), "want one of forward"),
         (dict(divergence="jsd", beta=1.0), "use divergence='forward'"),
-        (dict(weight=torch.ones(2, 1)), r"want \[T\]"),
-        (dict(teacher_head_VE=torch.zeros(6, 3)), "pass vocab_size"),
-        (dict(teacher_hidden_TE=torch.zeros(3, 3)), "3 teacher rows"),
+        (dict(weight=torch.ones(2, 1, device=DEVICE)), r"want \[T\]"),
+        (dict(teacher_head_VE=torch.zeros(6, 3, device=DEVICE)), "pass vocab_size"),
+        (dict(teacher_hidden_TE=torch.zeros(3, 3, device=DEVICE)), "3 teacher rows"),
         (dict(temperature=-1.0), "want > 0"),
         (dict(student_logit_scale=-1.0), "logit_scale is -1.0; want > 0"),
-        (dict(student_bias=torch.zeros(4)), "a head of 5 rows"),
-        (dict(rows=torch.ones(2, dtype=torch.bool)), "mask.nonzero"),
+        (dict(student_bias=torch.zeros(4, device=DEVICE)), "a head of 5 rows"),
+        (dict(rows=torch.ones(2, dtype=torch.bool, device=DEVICE)), "mask.nonzero"),
         (dict(vocab_size=6), "1 <= vocab_size"),
         (dict(student_softcap=0.0), "None for no cap"),
     ],
 )
 def test_mistakes_say_how_to_fix_them(options, match):
     args = dict(
-        student_hidden_TD=torch.zeros(2, 4),
-        student_head_VD=torch.zeros(5, 4),
-        teacher_hidden_TE=torch.zeros(2, 3),
-        teacher_head_VE=torch.zeros(5, 3),
+        student_hidden_TD=torch.zeros(2, 4, device=DEVICE),
+        student_head_VD=torch.zeros(5, 4, device=DEVICE),
+        teacher_hidden_TE=torch.zeros(2, 3, device=DEVICE),
+        teacher_head_VE=torch.zeros(5, 3, device=DEVICE),
     )
     with pytest.raises(ValueError, match=match):
         linear_kl(**(args | options))

@@ -213,7 +213,7 @@ def test_the_full_logits_never_exist():
     hidden_TD.requires_grad_(), head_VD.requires_grad_()
     for options in (dict(entropy=True), dict(frozen_head=True)):
         with running("torch"), NoLargeTensor(300 * 400 // 2):
-            out = linear_logprob(hidden_TD, head_VD, target_T, workspace_mb=0.5, **options)
+            out = linear_logprob(hidden_TD, head_VD, target_T, workspace_mb=0.25, **options)
             (
                 out.logp.sum() + out.entropy.sum() if out.entropy is not None else out.logp.sum()
             ).backward()
@@ -272,7 +272,9 @@ def on_slices(tensors, target, cases):
                 results.append(
                     (
                         [logp_T.detach()],
-                        torch.autograd.grad((logp_T * torch.arange(4.0)).sum(), x_TD),
+                        torch.autograd.grad(
+                            (logp_T * torch.arange(4.0, device=DEVICE)).sum(), x_TD
+                        ),
                     )
                 )
             else:
@@ -315,7 +317,7 @@ def test_slices_of_a_vocabulary_are_the_whole_one():
             ).logp
             want, true_grads = (
                 [want.detach()],
-                torch.autograd.grad((want * torch.arange(4.0)).sum(), x_TD),
+                torch.autograd.grad((want * torch.arange(4.0, device=DEVICE)).sum(), x_TD),
             )
         else:
             want, true_grads = run(
@@ -368,26 +370,29 @@ def test_compiles_into_one_graph_and_under_autocast():
 @pytest.mark.parametrize(
     "change, match",
     [
-        (dict(hidden_TD=torch.zeros(2, 3, 4)), "Flatten batch and time"),
-        (dict(head_VD=torch.zeros(5, 3)), r"want \[T, D\] and \[V, D\]"),
-        (dict(head_VD=torch.zeros(5, 4, dtype=torch.bfloat16)), "want one floating dtype"),
-        (dict(target=torch.zeros(3, dtype=torch.long)), "for 2 rows"),
-        (dict(target=torch.zeros(2)), "want integers"),
-        (dict(target=torch.zeros(2, 0, dtype=torch.long)), "K >= 1"),
+        (dict(hidden_TD=torch.zeros(2, 3, 4, device=DEVICE)), "Flatten batch and time"),
+        (dict(head_VD=torch.zeros(5, 3, device=DEVICE)), r"want \[T, D\] and \[V, D\]"),
+        (
+            dict(head_VD=torch.zeros(5, 4, dtype=torch.bfloat16, device=DEVICE)),
+            "want one floating dtype",
+        ),
+        (dict(target=torch.zeros(3, dtype=torch.long, device=DEVICE)), "for 2 rows"),
+        (dict(target=torch.zeros(2, device=DEVICE)), "want integers"),
+        (dict(target=torch.zeros(2, 0, dtype=torch.long, device=DEVICE)), "K >= 1"),
         (dict(temperature=0.0), "take the argmax"),
         (dict(vocab_size=6), "1 <= vocab_size <= rows"),
         (dict(softcap=-1.0), "None for no cap"),
         (dict(logit_scale=0.0), "want > 0"),
-        (dict(bias=torch.zeros(4)), "for a head of 5 rows"),
-        (dict(rows=torch.zeros(2)), "distinct row numbers"),
+        (dict(bias=torch.zeros(4, device=DEVICE)), "for a head of 5 rows"),
+        (dict(rows=torch.zeros(2, device=DEVICE)), "distinct row numbers"),
         (dict(shard=VocabShard("", 0)), "size of the whole vocabulary"),
     ],
 )
 def test_mistakes_say_how_to_fix_them(change, match):
     args = dict(
-        hidden_TD=torch.zeros(2, 4),
-        head_VD=torch.zeros(5, 4),
-        target=torch.zeros(2, dtype=torch.long),
+        hidden_TD=torch.zeros(2, 4, device=DEVICE),
+        head_VD=torch.zeros(5, 4, device=DEVICE),
+        target=torch.zeros(2, dtype=torch.long, device=DEVICE),
     )
     with pytest.raises(ValueError, match=match):
         linear_logprob(**(args | change))

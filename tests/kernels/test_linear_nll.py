@@ -139,7 +139,7 @@ def test_the_full_logits_never_exist():
     (x_TD, w_VD, _), target_T, _ = inputs(300, 400, 8, 1, torch.float32, 4)
     with running("torch"), NoLargeTensor(300 * 400 // 2):
         linear_nll(
-            x_TD.requires_grad_(), w_VD.requires_grad_(), target_T, workspace_mb=0.5
+            x_TD.requires_grad_(), w_VD.requires_grad_(), target_T, workspace_mb=0.25
         ).total.backward()
 
 
@@ -212,9 +212,14 @@ def test_compiles_into_one_graph_and_under_autocast():
     assert not torch.equal(want[0], half[0])
 
 
-@pytest.mark.parametrize("weight", [torch.zeros(3), torch.zeros(2, 2)])
+@pytest.mark.parametrize(
+    "weight", [torch.zeros(3, device=DEVICE), torch.zeros(2, 2, device=DEVICE)]
+)
 def test_a_weight_of_the_wrong_shape(weight):
     with pytest.raises(ValueError, match="0 for what is to be left out"):
         linear_nll(
-            torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(2, dtype=torch.long), weight=weight
+            torch.zeros(2, 4, device=DEVICE),
+            torch.zeros(5, 4, device=DEVICE),
+            torch.zeros(2, dtype=torch.long, device=DEVICE),
+            weight=weight,
         )

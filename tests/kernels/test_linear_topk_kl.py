@@ -191,7 +191,7 @@ def test_few_ids_are_gathered_and_many_are_not():
         softcap=3.0,
         logit_scale=0.5,
         temperature=2.0,
-        rows=torch.tensor([2, 0]),
+        rows=torch.tensor([2, 0], device=DEVICE),
         scale_t2=True,
         weight=signed_weights(3, 13),
     )
@@ -223,7 +223,19 @@ def test_the_full_logits_never_exist():
     tensors = *student(300, 400, 8, 5, torch.float32), 1.0, 4.0
     topk = floats(top_k(randn(300, 400, seed=6), 8))
     for tail in ("bucket", "renorm"):
-        options = torch.ones(300), None, "jsd", 0.5, 1.0, False, tail, 400, "", 0, 0.5
+        options = (
+            torch.ones(300, device=DEVICE),
+            None,
+            "jsd",
+            0.5,
+            1.0,
+            False,
+            tail,
+            400,
+            "",
+            0,
+            0.5,
+        )
         with running("torch"), NoLargeTensor(300 * 400 // 2):
             _op._init_fn(*tensors, *topk, *options, True, True, True)
 
@@ -240,7 +252,7 @@ def test_nothing_waits_for_the_device():
         args = [
             mode.from_tensor(x.detach()) if isinstance(x, torch.Tensor) else x for x in arguments()
         ]
-        for rows_M in (None, torch.arange(2)):
+        for rows_M in (None, torch.arange(2, device=DEVICE)):
             _, kl_T, *gradients = _op._init_fn(*args[:9], rows_M, *args[10:])
             shapes = [list(d.shape) for d in gradients]
             assert kl_T.shape == (3,) and shapes == [[3, 4], [20, 4], [20]]
@@ -248,7 +260,7 @@ def test_nothing_waits_for_the_device():
 
 def test_it_compiles_into_a_full_graph():
     topk = top_k(randn(3, 20, seed=18), 4)
-    options = dict(divergence="jsd", rows=torch.tensor([2, 0]))
+    options = dict(divergence="jsd", rows=torch.tensor([2, 0], device=DEVICE))
 
     def loss(x_TD, w_VD, b_V):
         return linear_topk_kl(x_TD * 2, w_VD, *topk, bias=b_V, **options).total * 3
@@ -366,8 +378,8 @@ def test_slices_of_the_vocabulary_give_what_the_whole_gives(path, cuts):
         (
             dict(
                 tail="renorm",
-                ids_TK=torch.zeros(2, 1, dtype=torch.int32),
-                teacher_logp_TK=torch.zeros(2, 1),
+                ids_TK=torch.zeros(2, 1, dtype=torch.int32, device=DEVICE),
+                teacher_logp_TK=torch.zeros(2, 1, device=DEVICE),
             ),
             "K = 1",
         ),
@@ -375,27 +387,30 @@ def test_slices_of_the_vocabulary_give_what_the_whole_gives(path, cuts):
         (dict(tail="drop"), "allow_drop=True"),
         (dict(tail="sampled", divergence="jsd"), "use tail='bucket'"),
         (dict(teacher_tail_T=None), "teacher_topk returns it"),
-        (dict(teacher_tail_T=torch.zeros(3)), r"want \[T\]"),
+        (dict(teacher_tail_T=torch.zeros(3, device=DEVICE)), r"want \[T\]"),
         (
-            dict(ids_TK=torch.zeros(2, 6, dtype=torch.int32), teacher_logp_TK=torch.zeros(2, 6)),
+            dict(
+                ids_TK=torch.zeros(2, 6, dtype=torch.int32, device=DEVICE),
+                teacher_logp_TK=torch.zeros(2, 6, device=DEVICE),
+            ),
             "1 <= K <= V",
         ),
-        (dict(teacher_logp_TK=torch.zeros(2, 3)), r"want \[T, K\] both"),
-        (dict(teacher_logp_TK=torch.zeros(2, 2).bfloat16()), "want float32"),
-        (dict(ids_TK=torch.zeros(2, 2)), "want int32 or int64"),
+        (dict(teacher_logp_TK=torch.zeros(2, 3, device=DEVICE)), r"want \[T, K\] both"),
+        (dict(teacher_logp_TK=torch.zeros(2, 2, device=DEVICE).bfloat16()), "want float32"),
+        (dict(ids_TK=torch.zeros(2, 2, device=DEVICE)), "want int32 or int64"),
         (dict(temperature=0.0), "want > 0"),
         (dict(temperature=2.0, teacher_temperature=1.0), "do not give the tail"),
-        (dict(bias=torch.zeros(4)), "one a row"),
+        (dict(bias=torch.zeros(4, device=DEVICE)), "one a row"),
         (dict(logit_scale=0.0), "1 for none"),
     ],
 )
 def test_mistakes_say_how_to_fix_them(options, match):
     args = dict(
-        student_hidden_TD=torch.zeros(2, 4),
-        student_head_VD=torch.zeros(5, 4),
-        ids_TK=torch.zeros(2, 2, dtype=torch.int32),
-        teacher_logp_TK=torch.zeros(2, 2),
-        teacher_tail_T=torch.zeros(2),
+        student_hidden_TD=torch.zeros(2, 4, device=DEVICE),
+        student_head_VD=torch.zeros(5, 4, device=DEVICE),
+        ids_TK=torch.zeros(2, 2, dtype=torch.int32, device=DEVICE),
+        teacher_logp_TK=torch.zeros(2, 2, device=DEVICE),
+        teacher_tail_T=torch.zeros(2, device=DEVICE),
     )
     with pytest.raises(ValueError, match=match):
         linear_topk_kl(**(args | options))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch.distributed as dist
+from close import DEVICE
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 
@@ -21,13 +22,13 @@ from reflux.kernels.renormalised_topk_kl import renormalised_topk_kl
 from reflux.kernels.token_kl import token_kl
 
 T, V, D, E, K = 5, 30, 8, 6, 4
-CLASSES = torch.arange(V) % 7
+CLASSES = torch.arange(V, device=DEVICE) % 7
 
 
 def teacher(dtype, rows=T):
     generator = torch.Generator().manual_seed(1)
-    hidden_TE = torch.randn(rows, E, generator=generator).to(dtype)
-    return hidden_TE, torch.randn(V, E, generator=generator).to(dtype)
+    hidden_TE = torch.randn(rows, E, generator=generator).to(DEVICE, dtype)
+    return hidden_TE, torch.randn(V, E, generator=generator).to(DEVICE, dtype)
 
 
 def topk(dtype, rows=T):
@@ -57,7 +58,7 @@ def buckets(hidden_TD, head_VD, **options):
 
 
 def likelihood(hidden_TD, head_VD, **options):
-    target_T = torch.arange(len(hidden_TD)) % V
+    target_T = torch.arange(len(hidden_TD), device=DEVICE) % V
     return linear_nll(hidden_TD, head_VD, target_T, **options).total
 
 
@@ -67,7 +68,10 @@ each_loss = pytest.mark.parametrize("loss", LOSSES)
 
 def student(dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
-    hidden_TD, head_VD = torch.randn(T, D).to(dtype), (torch.randn(V, D) * D**-0.5).to(dtype)
+    hidden_TD, head_VD = (
+        torch.randn(T, D, device=DEVICE).to(dtype),
+        (torch.randn(V, D, device=DEVICE) * D**-0.5).to(dtype),
+    )
     return hidden_TD, head_VD.requires_grad_()
 
 
@@ -75,7 +79,7 @@ def student(dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("junk", [float("nan"), float("inf")])
 def test_a_row_of_weight_0_reaches_nothing(loss, junk):
     hidden_TD, head_VD = student()
-    weight = torch.tensor([1.0, 2.0, 0.0, -0.5, 1.0])
+    weight = torch.tensor([1.0, 2.0, 0.0, -0.5, 1.0], device=DEVICE)
     got = []
     for row in (0.0, junk):
         x_TD = hidden_TD.clone()
@@ -92,7 +96,7 @@ def test_a_teacher_row_of_weight_0_reaches_nothing():
     hidden_TD, head_VD = student()
     hidden_TE, head_VE = teacher(torch.float32)
     hidden_TE[2] = float("nan")
-    weight = torch.tensor([1.0, 2.0, 0.0, -0.5, 1.0])
+    weight = torch.tensor([1.0, 2.0, 0.0, -0.5, 1.0], device=DEVICE)
     total = linear_kl(hidden_TD, head_VD, hidden_TE, head_VE, weight=weight).total
     assert total.isfinite() and torch.autograd.grad(total, head_VD)[0].isfinite().all()
 
@@ -101,7 +105,7 @@ def test_a_teacher_row_of_weight_0_reaches_nothing():
 def test_a_row_without_a_target_reaches_nothing(op):
     hidden_TD, head_VD = student()
     hidden_TD[3] = float("nan")
-    target_T = torch.tensor([1, 2, 3, -1, 4])
+    target_T = torch.tensor([1, 2, 3, -1, 4], device=DEVICE)
     result = op(hidden_TD, head_VD, target_T)
     total = result.total if op is linear_nll else result.logp.sum()
     assert total.isfinite() and torch.autograd.grad(total, head_VD)[0].isfinite().all()
@@ -110,7 +114,7 @@ def test_a_row_without_a_target_reaches_nothing(op):
 def test_a_row_that_counts_is_still_seen_to_be_broken():
     hidden_TD, head_VD = student()
     hidden_TD[2] = float("nan")
-    assert kl(hidden_TD, head_VD, weight=torch.ones(T)).isnan()
+    assert kl(hidden_TD, head_VD, weight=torch.ones(T, device=DEVICE)).isnan()
 
 
 @each_loss
@@ -129,7 +133,7 @@ def test_a_mean_as_weights_loses_nothing_in_fp16(loss):
     """1 / N as a weight under a loss scale of N: as good as the sum."""
     hidden_TD, head_VD = student(torch.float16)
     N, got = 65536, []
-    for weight, scale in ((None, 1.0), (torch.full((T,), 1 / N), float(N))):
+    for weight, scale in ((None, 1.0), (torch.full((T,), 1 / N, device=DEVICE), float(N))):
         x_TD = hidden_TD.clone().requires_grad_()
         total = loss(x_TD, head_VD, weight=weight)
         got.append([g.float() for g in torch.autograd.grad(total * scale, (x_TD, head_VD))])
@@ -178,9 +182,9 @@ def test_few_graphs_serve_every_number_of_tokens_and_temperature(name, calls):
 
     compiled = torch.compile(call, backend=backend, fullgraph=True)
     for rows, temperature in calls:
-        x_TD = torch.randn(rows, D, requires_grad=True)
+        x_TD = torch.randn(rows, D, requires_grad=True, device=DEVICE)
         ids, logp, tail = (x.clone() for x in topk(torch.float32, rows))
-        target_T = torch.randint(V, (rows,))
+        target_T = torch.randint(V, (rows,), device=DEVICE)
         other = hidden_TE[:rows].clone()
         got = compiled(x_TD, other, ids, logp, tail, target_T, temperature)
         want = call(x_TD, other, ids, logp, tail, target_T, temperature)
@@ -189,6 +193,7 @@ def test_few_graphs_serve_every_number_of_tokens_and_temperature(name, calls):
     assert graphs <= 3
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="its mesh is of CPUs")
 def test_a_replicated_head_is_a_head(tmp_path):
     hidden_TD, head_VD = student()
     want = kl(hidden_TD, head_VD)

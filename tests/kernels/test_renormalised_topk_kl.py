@@ -250,14 +250,17 @@ def test_nothing_waits_for_the_device():
         args = [
             mode.from_tensor(x.detach()) if isinstance(x, torch.Tensor) else x for x in arguments()
         ]
-        for rows_M in (None, torch.arange(2)):
+        for rows_M in (None, torch.arange(2, device=DEVICE)):
             _, kl_T, *gradients = _op._init_fn(*args[:8], rows_M, *args[9:])
             shapes = [list(d.shape) for d in gradients]
             assert kl_T.shape == (3,) and shapes == [[3, 4], [20, 4], [20]]
 
 
 def test_it_compiles_into_a_full_graph():
-    topk, options = topk_of(3, 20, 4, 20), dict(divergence="jsd", rows=torch.tensor([2, 0]))
+    topk, options = (
+        topk_of(3, 20, 4, 20),
+        dict(divergence="jsd", rows=torch.tensor([2, 0], device=DEVICE)),
+    )
 
     def loss(x_TD, w_VD, b_V):
         return renormalised_topk_kl(x_TD * 2, w_VD, *topk, bias=b_V, **options).total * 3
@@ -354,25 +357,31 @@ def test_slices_of_the_vocabulary_give_what_the_whole_gives(path, cuts):
     "options, match",
     [
         (
-            dict(ids_TK=torch.zeros(2, 1, dtype=torch.int32), teacher_logp_TK=torch.zeros(2, 1)),
+            dict(
+                ids_TK=torch.zeros(2, 1, dtype=torch.int32, device=DEVICE),
+                teacher_logp_TK=torch.zeros(2, 1, device=DEVICE),
+            ),
             "K = 1",
         ),
         (
-            dict(ids_TK=torch.zeros(2, 6, dtype=torch.int32), teacher_logp_TK=torch.zeros(2, 6)),
+            dict(
+                ids_TK=torch.zeros(2, 6, dtype=torch.int32, device=DEVICE),
+                teacher_logp_TK=torch.zeros(2, 6, device=DEVICE),
+            ),
             "1 <= K <= V",
         ),
-        (dict(teacher_logp_TK=torch.zeros(2, 2).bfloat16()), "want float32"),
+        (dict(teacher_logp_TK=torch.zeros(2, 2, device=DEVICE).bfloat16()), "want float32"),
         (dict(divergence="jsd", beta=1.0), "use divergence='forward'"),
         (dict(temperature=2.0, teacher_temperature=1.0), "do not give the tail"),
-        (dict(bias=torch.zeros(4)), "one a row"),
+        (dict(bias=torch.zeros(4, device=DEVICE)), "one a row"),
     ],
 )
 def test_mistakes_say_how_to_fix_them(options, match):
     args = dict(
-        hidden_TD=torch.zeros(2, 4),
-        head_VD=torch.zeros(5, 4),
-        ids_TK=torch.zeros(2, 2, dtype=torch.int32),
-        teacher_logp_TK=torch.zeros(2, 2),
+        hidden_TD=torch.zeros(2, 4, device=DEVICE),
+        head_VD=torch.zeros(5, 4, device=DEVICE),
+        ids_TK=torch.zeros(2, 2, dtype=torch.int32, device=DEVICE),
+        teacher_logp_TK=torch.zeros(2, 2, device=DEVICE),
     )
     with pytest.raises(ValueError, match=match):
         renormalised_topk_kl(**(args | options))

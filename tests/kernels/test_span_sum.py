@@ -32,7 +32,7 @@ def test_sums_and_gradient_match_float64(path, T, S, dtype, is_sorted, ids, seed
     with running(path):
         sums_S = span_sum(x_T, span_T, S)
         (dx_T,) = torch.autograd.grad((sums_S * upstream_S).sum(), x_T)
-    truth_S = torch.zeros(S, dtype=torch.float64)
+    truth_S = torch.zeros(S, dtype=torch.float64, device=DEVICE)
     for t, s in enumerate(span_T.tolist()):
         if 0 <= s < S:
             truth_S[s] += x_T[t].double().cpu()
@@ -108,8 +108,11 @@ def test_a_span_has_the_same_sum_in_whatever_batch_it_is_packed(path):
 
 
 def test_it_compiles_retains_its_graph_and_never_waits_for_the_device():
-    x_T = torch.randn(7, generator=torch.Generator().manual_seed(2), requires_grad=True)
-    span_T, upstream_S = torch.tensor([0, 0, 2, -1, 2, 1, 0]), torch.tensor([1.0, -2.0, 3.0])
+    x_T = torch.randn(7, generator=torch.Generator().manual_seed(2)).to(DEVICE).requires_grad_()
+    span_T, upstream_S = (
+        torch.tensor([0, 0, 2, -1, 2, 1, 0], device=DEVICE),
+        torch.tensor([1.0, -2.0, 3.0], device=DEVICE),
+    )
 
     def loss(x_T):
         return (span_sum(x_T * 2, span_T, 3) * upstream_S).sum()
@@ -117,20 +120,26 @@ def test_it_compiles_retains_its_graph_and_never_waits_for_the_device():
     total = torch.compile(loss, backend="aot_eager", fullgraph=True)(x_T)
     for times in (1, 2):
         total.backward(retain_graph=True)
-        torch.testing.assert_close(x_T.grad, times * 2 * torch.tensor([1.0, 1, 3, 0, 3, -2, 1]))
+        torch.testing.assert_close(
+            x_T.grad, times * 2 * torch.tensor([1.0, 1, 3, 0, 3, -2, 1], device=DEVICE)
+        )
     with FakeTensorMode():  # has no values: reading one raises
-        x_T = torch.randn(7, requires_grad=True)
-        span_sum(x_T, torch.zeros(7, dtype=torch.int32), 3).sum().backward()
+        x_T = torch.randn(7, requires_grad=True, device=DEVICE)
+        span_sum(x_T, torch.zeros(7, dtype=torch.int32, device=DEVICE), 3).sum().backward()
         assert x_T.grad.shape == (7,)
 
 
 @pytest.mark.parametrize(
     "x, span, match",
     [
-        (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.long), "Flatten a batch"),
-        (torch.zeros(3), torch.zeros(3), "int32 or int64"),
-        (torch.zeros(3).long(), torch.zeros(3).long(), "bincount"),
-        (torch.zeros(3), torch.tensor([0, 1, 2]), "id 2 of 2"),
+        (
+            torch.zeros(2, 3, device=DEVICE),
+            torch.zeros(2, 3, dtype=torch.long, device=DEVICE),
+            "Flatten a batch",
+        ),
+        (torch.zeros(3, device=DEVICE), torch.zeros(3, device=DEVICE), "int32 or int64"),
+        (torch.zeros(3, device=DEVICE).long(), torch.zeros(3, device=DEVICE).long(), "bincount"),
+        (torch.zeros(3, device=DEVICE), torch.tensor([0, 1, 2], device=DEVICE), "id 2 of 2"),
     ],
 )
 def test_mistakes_say_how_to_fix_them(x, span, match, monkeypatch):

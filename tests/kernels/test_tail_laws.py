@@ -129,7 +129,9 @@ def test_dropping_the_tail_is_not_a_divergence():
     with running("torch"):
         _, kl_1, dz_1V = run(topk_tail, [z_1V], topk, torch.float64, tail="drop")
         nearer = topk_tail(
-            z_1V.scatter_add(1, topk[0].long(), torch.ones(1, 4, dtype=torch.float64)),
+            z_1V.scatter_add(
+                1, topk[0].long(), torch.ones(1, 4, dtype=torch.float64, device=DEVICE)
+            ),
             *topk,
             tail="drop",
         ).kl
@@ -138,8 +140,8 @@ def test_dropping_the_tail_is_not_a_divergence():
 
 def tilted(n: int, kl: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of two distributions over n tokens, KL(first || second) = kl."""
-    slope_N, low, high = torch.linspace(-1, 1, n, dtype=torch.float64), 0.0, 10.0
-    flat_N = torch.full((n,), -math.log(n), dtype=torch.float64)
+    slope_N, low, high = torch.linspace(-1, 1, n, dtype=torch.float64, device=DEVICE), 0.0, 10.0
+    flat_N = torch.full((n,), -math.log(n), dtype=torch.float64, device=DEVICE)
     for _ in range(60):
         middle = (low + high) / 2
         tilted_N = (middle * slope_N).log_softmax(0)
@@ -155,14 +157,14 @@ def on_the_ray(shifts) -> tuple:
     (in_q, in_p), (out_q, out_p) = tilted(K, 0.227), tilted(V - K, 0.304)
     teacher_V = torch.cat([in_p + math.log(P), out_p + math.log(1 - P)])
     student_V = torch.cat([in_q + math.log(Q), out_q + math.log(1 - Q)])
-    student_SV = student_V + torch.tensor(shifts, dtype=torch.float64)[:, None] * (
-        torch.arange(V) < K
+    student_SV = student_V + torch.tensor(shifts, dtype=torch.float64, device=DEVICE)[:, None] * (
+        torch.arange(V, device=DEVICE) < K
     )
     n = len(shifts)
     topk = (
-        torch.arange(K).expand(n, K),
+        torch.arange(K, device=DEVICE).expand(n, K),
         teacher_V[:K].expand(n, K),
-        torch.full((n,), math.log(1 - P)).double(),
+        torch.full((n,), math.log(1 - P), device=DEVICE).double(),
     )
     return student_SV, teacher_V.expand(n, V), topk
 
@@ -186,11 +188,11 @@ def test_the_table_of_the_exploit():  # T4
 
 # T4: least at logit Q = logit P - C_r, and rising ever after
 def test_the_bucket_turns_where_the_mass_is_right():
-    shifts = torch.linspace(2, -12, 561, dtype=torch.float64)
+    shifts = torch.linspace(2, -12, 561, dtype=torch.float64, device=DEVICE)
     student_SV, _, topk = on_the_ray(shifts.tolist())
     with running("torch"):
         bucket_S = topk_tail(student_SV, *topk, divergence="reverse").kl
-    logit_S = torch.log(0.349 / torch.tensor(1 - 0.349)) + shifts
+    logit_S = torch.log(0.349 / torch.tensor(1 - 0.349, device=DEVICE)) + shifts
     turn = math.log(0.228 / (1 - 0.228)) - 0.227
     assert abs(logit_S[bucket_S.argmin()] - turn) < 0.03
     beyond_S = bucket_S[logit_S < turn - 0.03]
@@ -213,10 +215,13 @@ def test_sampled_gradients_average_to_the_full_forward_kl(path):
     z_1V, u_1V = randn(1, V, seed=3), randn(1, V, seed=4)
     q_V = u_1V.softmax(1)[0]
     first, second = (
-        x.flatten() for x in torch.meshgrid(torch.arange(V), torch.arange(V), indexing="ij")
+        x.flatten()
+        for x in torch.meshgrid(
+            torch.arange(V, device=DEVICE), torch.arange(V, device=DEVICE), indexing="ij"
+        )
     )
     # merged when collected: weight 1, one id
-    once = (first == second)[:, None] & torch.tensor([[False, True]])
+    once = (first == second)[:, None] & torch.tensor([[False, True]], device=DEVICE)
     ids_N2 = torch.stack([first, second], 1).masked_fill(once, -1).to(DEVICE)
     logw_N2 = (
         torch.full((V * V, 2), 0.5, dtype=torch.float64)

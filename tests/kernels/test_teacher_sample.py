@@ -157,4 +157,4 @@ def test_compiles_into_one_graph():
 
 def test_no_draws():
     with pytest.raises(ValueError, match="at least 1 draw"):
-        teacher_sample(torch.zeros(2, 5), None, 0)
+        teacher_sample(torch.zeros(2, 5, device=DEVICE), None, 0)

@@ -109,7 +109,7 @@ def test_a_tail_far_below_fp32_resolution_is_exact():
     head_VD = torch.tensor([[40.0]] + [[0.0]] * 9, device=DEVICE)
     tail = teacher_topk(hidden_TD, head_VD, 1).tail.item()
     # log(1 - p) in fp32 would be -inf
-    assert abs(tail - (torch.tensor(9.0).log().item() - 40)) < 1e-5
+    assert abs(tail - (torch.tensor(9.0, device=DEVICE).log().item() - 40)) < 1e-5
 
 
 def test_logits_near_1e4_lose_nothing():
@@ -262,15 +262,30 @@ def test_compiles_into_one_graph():
         (dict(k=0), "1 <= k <= V"),
         (dict(support="both"), "one of teacher, student, union"),
         (dict(support="union"), "without student_hidden"),
-        (dict(student_hidden=torch.zeros(2, 3)), "with student_hidden"),
-        (dict(support="union", student_hidden=torch.zeros(2, 4)), "pass vocab_size"),
-        (dict(support="union", student_hidden=torch.zeros(3, 5)), "the student has 3 rows"),
+        (dict(student_hidden=torch.zeros(2, 3, device=DEVICE)), "with student_hidden"),
+        (dict(support="union", student_hidden=torch.zeros(2, 4, device=DEVICE)), "pass vocab_size"),
+        (
+            dict(support="union", student_hidden=torch.zeros(3, 5, device=DEVICE)),
+            "the student has 3 rows",
+        ),
         (dict(head_VE=None, softcap=3.0), "without a head"),
-        (dict(head_VE=None, bias=torch.zeros(5)), "no bias"),
+        (dict(head_VE=None, bias=torch.zeros(5, device=DEVICE)), "no bias"),
         (dict(temperature=0.0), "take the argmax"),
-        (dict(hidden_TE=torch.zeros(2, 2, 3), head_VE=None), "Flatten batch and time"),
+        (
+            dict(hidden_TE=torch.zeros(2, 2, 3, device=DEVICE), head_VE=None),
+            "Flatten batch and time",
+        ),
     ],
 )
 def test_mistakes_say_how_to_fix_them(change, match):
     with pytest.raises(ValueError, match=match):
-        teacher_topk(**(dict(hidden_TE=torch.zeros(2, 3), head_VE=torch.zeros(5, 3), k=2) | change))
+        teacher_topk(
+            **(
+                dict(
+                    hidden_TE=torch.zeros(2, 3, device=DEVICE),
+                    head_VE=torch.zeros(5, 3, device=DEVICE),
+                    k=2,
+                )
+                | change
+            )
+        )

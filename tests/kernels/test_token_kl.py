@@ -267,16 +267,36 @@ def test_it_compiles_into_a_full_graph():
 @pytest.mark.parametrize(
     "args, options, match",
     [
-        ((torch.zeros(2, 3), torch.zeros(2, 4)), {}, "pass vocab_size"),
-        ((torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)), {}, "Flatten first"),
-        ((torch.zeros(4, 2).t(), torch.zeros(2, 4)), {}, "contiguous"),
-        ((torch.zeros(2, 4), torch.zeros(2, 4)), {"vocab_size": 5}, "1 <= vocab_size <= columns"),
         (
-            (torch.zeros(2, 4), torch.zeros(2, 4)),
+            (torch.zeros(2, 3, device=DEVICE), torch.zeros(2, 4, device=DEVICE)),
+            {},
+            "pass vocab_size",
+        ),
+        (
+            (torch.zeros(2, 3, 4, device=DEVICE), torch.zeros(2, 3, 4, device=DEVICE)),
+            {},
+            "Flatten first",
+        ),
+        (
+            (torch.zeros(4, 2, device=DEVICE).t(), torch.zeros(2, 4, device=DEVICE)),
+            {},
+            "contiguous",
+        ),
+        (
+            (torch.zeros(2, 4, device=DEVICE), torch.zeros(2, 4, device=DEVICE)),
+            {"vocab_size": 5},
+            "1 <= vocab_size <= columns",
+        ),
+        (
+            (torch.zeros(2, 4, device=DEVICE), torch.zeros(2, 4, device=DEVICE)),
             {"shard": VocabShard("0", 0)},
             "size of the whole vocabulary",
         ),
-        ((torch.zeros(2, 4), torch.zeros(2, 4)), {"temperature": 0.0}, "take the argmax"),
+        (
+            (torch.zeros(2, 4, device=DEVICE), torch.zeros(2, 4, device=DEVICE)),
+            {"temperature": 0.0},
+            "take the argmax",
+        ),
     ],
 )
 def test_mistakes_say_how_to_fix_them(args, options, match):

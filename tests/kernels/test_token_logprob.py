@@ -131,7 +131,7 @@ def test_logits_near_1e4_lose_nothing(path):
     torch.testing.assert_close(b[0].double(), truth.logp, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(b[2].double(), truth.entropy, rtol=1e-6, atol=1e-6)
     # softmax is blind to a shift, lse follows it
-    assert (a[3].sum(1) - torch.linspace(-1, 2, 3)).abs().max() < 1e-5
+    assert (a[3].sum(1) - torch.linspace(-1, 2, 3, device=DEVICE)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -306,35 +306,45 @@ def test_compiles_into_one_graph():
     "logits, target, options, match",
     [
         (
-            torch.zeros(2, 3, 5),
-            torch.zeros(2, 3, dtype=torch.long),
+            torch.zeros(2, 3, 5, device=DEVICE),
+            torch.zeros(2, 3, dtype=torch.long, device=DEVICE),
             {},
             "Flatten batch and time first",
         ),
-        (torch.zeros(5, 2).t(), torch.zeros(2, dtype=torch.long), {}, r"\.contiguous\(\)"),
-        (torch.zeros(2, 5), torch.zeros(2), {}, "want integers"),
-        (torch.zeros(2, 5), torch.zeros(2, 0, dtype=torch.long), {}, "K >= 1"),
         (
-            torch.zeros(2, 5),
-            torch.zeros(2, dtype=torch.long),
+            torch.zeros(5, 2, device=DEVICE).t(),
+            torch.zeros(2, dtype=torch.long, device=DEVICE),
+            {},
+            r"\.contiguous\(\)",
+        ),
+        (torch.zeros(2, 5, device=DEVICE), torch.zeros(2, device=DEVICE), {}, "want integers"),
+        (
+            torch.zeros(2, 5, device=DEVICE),
+            torch.zeros(2, 0, dtype=torch.long, device=DEVICE),
+            {},
+            "K >= 1",
+        ),
+        (
+            torch.zeros(2, 5, device=DEVICE),
+            torch.zeros(2, dtype=torch.long, device=DEVICE),
             {"temperature": 0.0},
             "take the argmax",
         ),
         (
-            torch.zeros(2, 5),
-            torch.zeros(2, dtype=torch.long),
+            torch.zeros(2, 5, device=DEVICE),
+            torch.zeros(2, dtype=torch.long, device=DEVICE),
             {"vocab_size": 6},
             "1 <= vocab_size <= columns",
         ),
         (
-            torch.zeros(2, 5),
-            torch.zeros(2, dtype=torch.long),
-            {"rows": torch.zeros(1)},
+            torch.zeros(2, 5, device=DEVICE),
+            torch.zeros(2, dtype=torch.long, device=DEVICE),
+            {"rows": torch.zeros(1, device=DEVICE)},
             "distinct row numbers",
         ),
         (
-            torch.zeros(2, 5),
-            torch.zeros(2, dtype=torch.long),
+            torch.zeros(2, 5, device=DEVICE),
+            torch.zeros(2, dtype=torch.long, device=DEVICE),
             {"shard": VocabShard("", 0)},
             "size of the whole vocabulary",
         ),
@@ -348,4 +358,4 @@ def test_mistakes_say_how_to_fix_them(logits, target, options, match):
 def test_ids_of_another_vocabulary_raise_in_debug_mode(monkeypatch):
     monkeypatch.setattr(_triton, "DEBUG", True)
     with pytest.raises(ValueError, match="id 9 of 5 classes"):
-        token_logprob(torch.zeros(2, 5), torch.tensor([1, 9]))
+        token_logprob(torch.zeros(2, 5, device=DEVICE), torch.tensor([1, 9], device=DEVICE))

@@ -118,7 +118,7 @@ def test_a_tiny_tail_keeps_its_gradient(path):
 # T5: P or Q -> 0 and 1, logits of 1e4, ties, all padded
 def test_extreme_masses_stay_finite(path, divergence, tail, dtype):
     V, K = 40, 4
-    z_TV, u_TV = torch.zeros(6, V), torch.zeros(6, V)
+    z_TV, u_TV = torch.zeros(6, V, device=DEVICE), torch.zeros(6, V, device=DEVICE)
     z_TV[0, :K], u_TV[1, :K] = 80, 80  # all of Q, of P in the support
     z_TV[2, K:], u_TV[2] = 1e4, 0  # none of Q
     z_TV[3], u_TV[3] = 1e4, -1e4  # constant rows: ties everywhere
@@ -254,7 +254,7 @@ def test_the_logits_are_left_alone(path):
 
 @both_paths
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [None, torch.tensor([3, 0])])
+@pytest.mark.parametrize("rows", [None, torch.tensor([3, 0], device=DEVICE)])
 def test_in_place_the_gradient_takes_the_memory_of_the_logits(path, dtype, rows):
     z_TV, topk = (
         randn(4, 30, seed=11, dtype=dtype).requires_grad_(),
@@ -300,7 +300,19 @@ def test_in_place_is_refused_where_it_would_destroy():
 # T25; of the op's body alone: its own result may be as large
 def test_only_the_gradient_is_as_large_as_the_logits():
     z_TV, topk = randn(300, 400, seed=13, dtype=torch.float32), top_k(randn(300, 400, seed=14), 8)
-    options = torch.ones(300), None, "jsd", 0.5, 1.0, False, "bucket", 400, "", 0, 0.5
+    options = (
+        torch.ones(300, device=DEVICE),
+        None,
+        "jsd",
+        0.5,
+        1.0,
+        False,
+        "bucket",
+        400,
+        "",
+        0,
+        0.25,
+    )
     args = z_TV, *floats(topk), *options
     with running("torch"), NoLargeTensor(300 * 400 // 2):
         _op._init_fn(*args, False)
@@ -342,14 +354,14 @@ def test_nothing_waits_for_the_device():
         args = [
             mode.from_tensor(x.detach()) if isinstance(x, torch.Tensor) else x for x in arguments()
         ]
-        for rows_M in (None, torch.arange(2)):
+        for rows_M in (None, torch.arange(2, device=DEVICE)):
             _, kl_T, dz_TV = _op._init_fn(*args[:5], rows_M, *args[6:])
             assert kl_T.shape == (3,) and dz_TV.shape == (3, 20)
 
 
 def test_it_compiles_into_a_full_graph():
     topk = top_k(randn(3, 20, seed=18), 4)
-    rows_M = torch.tensor([2, 0])
+    rows_M = torch.tensor([2, 0], device=DEVICE)
     options = dict(divergence="jsd", rows=rows_M, scale_t2=True, temperature=2.0)
 
     def loss(z_TV):
@@ -417,36 +429,39 @@ def test_slices_of_the_vocabulary_give_what_the_whole_gives(path, cuts):
         (
             dict(
                 tail="renorm",
-                ids_TK=torch.zeros(2, 1, dtype=torch.int32),
-                teacher_logp_TK=torch.zeros(2, 1),
+                ids_TK=torch.zeros(2, 1, dtype=torch.int32, device=DEVICE),
+                teacher_logp_TK=torch.zeros(2, 1, device=DEVICE),
             ),
             "K = 1",
         ),
         (dict(tail="drop"), "allow_drop=True"),
         (dict(teacher_tail_T=None), "teacher_topk returns it"),
-        (dict(teacher_tail_T=torch.zeros(3)), r"want \[T\]"),
+        (dict(teacher_tail_T=torch.zeros(3, device=DEVICE)), r"want \[T\]"),
         (
-            dict(ids_TK=torch.zeros(2, 6, dtype=torch.int32), teacher_logp_TK=torch.zeros(2, 6)),
+            dict(
+                ids_TK=torch.zeros(2, 6, dtype=torch.int32, device=DEVICE),
+                teacher_logp_TK=torch.zeros(2, 6, device=DEVICE),
+            ),
             "1 <= K <= V",
         ),
-        (dict(teacher_logp_TK=torch.zeros(2, 3)), r"want \[T, K\] both"),
-        (dict(teacher_logp_TK=torch.zeros(2, 2).bfloat16()), "want float32"),
-        (dict(ids_TK=torch.zeros(2, 2)), "want int32 or int64"),
+        (dict(teacher_logp_TK=torch.zeros(2, 3, device=DEVICE)), r"want \[T, K\] both"),
+        (dict(teacher_logp_TK=torch.zeros(2, 2, device=DEVICE).bfloat16()), "want float32"),
+        (dict(ids_TK=torch.zeros(2, 2, device=DEVICE)), "want int32 or int64"),
         (dict(temperature=0.0), "want > 0"),
         (dict(temperature=2.0, teacher_temperature=1.0), "do not give the tail"),
-        (dict(student_logits_TV=torch.zeros(2, 1, 5)), "Flatten first"),
-        (dict(student_logits_TV=torch.zeros(5, 2).t()), "dense"),
+        (dict(student_logits_TV=torch.zeros(2, 1, 5, device=DEVICE)), "Flatten first"),
+        (dict(student_logits_TV=torch.zeros(5, 2, device=DEVICE).t()), "dense"),
         (dict(vocab_size=6), "vocab_size <= columns"),
         (dict(shard=VocabShard("g", 0)), "size of the whole vocabulary"),
-        (dict(rows=torch.ones(2)), "int64"),
+        (dict(rows=torch.ones(2, device=DEVICE)), "int64"),
     ],
 )
 def test_mistakes_say_how_to_fix_them(options, match):
     args = dict(
-        student_logits_TV=torch.zeros(2, 5),
-        ids_TK=torch.zeros(2, 2, dtype=torch.int32),
-        teacher_logp_TK=torch.zeros(2, 2),
-        teacher_tail_T=torch.zeros(2),
+        student_logits_TV=torch.zeros(2, 5, device=DEVICE),
+        ids_TK=torch.zeros(2, 2, dtype=torch.int32, device=DEVICE),
+        teacher_logp_TK=torch.zeros(2, 2, device=DEVICE),
+        teacher_tail_T=torch.zeros(2, device=DEVICE),
     )
     with pytest.raises(ValueError, match=match):
         topk_tail_kl(**(args | options))

@@ -1,0 +1,129 @@
+"""Sweeps of what may be chosen: workspace of fused ops; columns, warps, stages of row kernels.
+
+    python bench/gpu.py --tune --seconds 240
+
+Rows as the bench writes them, with the setting in "case". Row kernels run on the blocks that the
+fused ops give them: fp32 logits of one chunk, a bf16 gradient beside them.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+from reflux.kernels import _triton
+from reflux.kernels._kl_rows import KLSpec, kl_rows
+from reflux.kernels._logprob_rows import logprob_gradient_, logprob_rows
+from reflux.kernels.linear_kl import linear_kl
+from reflux.kernels.linear_nll import linear_nll
+
+from .cases import BANDWIDTH, OPS, QWEN, TINY, Shape
+from .clock import time_ms
+
+WORKSPACES = (600, 1200, 2400, 4800)  # MiB
+COLUMNS, WARPS, STAGES = (1024, 2048, 4096, 8192), (4, 8, 16), (1, 2, 3)
+CHUNK = 768  # rows
+Unit = tuple[str, int, Callable[[], object]]  # what, bytes that it must move or 0, one call
+
+
+def workspaces(shape: Shape, where: str) -> Iterator[Unit]:
+    losses = {
+        "linear_kl": ("forward", lambda *a, **o: linear_kl(*a, **o).total),
+        "linear_nll": ("", lambda *a, **o: linear_nll(*a, **o).total),
+    }
+    for op, (variant, loss) in losses.items():
+        case = OPS[op][variant](shape, where)
+        leaves = [x for x in case.args if torch.is_tensor(x) and x.requires_grad]
+        for mb in WORKSPACES:
+
+            def step(loss=loss, case=case, mb=mb, leaves=leaves):
+                return torch.autograd.grad(loss(*case.args, workspace_mb=mb), leaves)
+
+            yield f"{op} workspace {mb} MiB", 0, step
+
+
+def row_kernels(shape: Shape, where: str) -> Iterator[Unit]:
+    """Every setting of every row kernel of a chunk."""
+    rows, V = min(CHUNK, shape.T), shape.V
+    z, u = (torch.randn(rows, V, device=where) for _ in range(2))
+    dz = torch.empty(rows, V, device=where, dtype=torch.bfloat16)
+    one, target = torch.ones(rows, device=where), torch.randint(V, (rows, 1), device=where)
+
+    def divergence(name: str):
+        return lambda: kl_rows(z, u, one, KLSpec(name, 0.5, (1.0, 1.0), 0.0, ""), dz)
+
+    def likelihood():
+        _, _, empty, *saved = logprob_rows(z, target, 1.0, False)
+        return logprob_gradient_(
+            z, target, (*saved, empty), (one[:, None], -one, empty), 1.0, 0.0, dz
+        )
+
+    calls = {
+        "kl rows forward": (18, divergence("forward")),
+        "kl rows jsd": (26, divergence("jsd")),
+        "nll rows": (10, likelihood),
+    }
+    for name, (per_logit, call) in calls.items():
+        for columns in COLUMNS:
+            for warps in WARPS:
+                for stages in STAGES if columns == 2048 else (3,):
+                    setting = f"{columns} columns {warps} warps {stages} stages"
+                    step = with_setting(call, columns, warps, stages)
+                    yield f"{name} {setting}", per_logit * rows * V, step
+
+
+def with_setting(call: Callable, columns: int, warps: int, stages: int) -> Callable[[], object]:
+    launch = {"num_warps": warps, "num_stages": stages}
+
+    def step():
+        with patch.object(_triton, "BLOCK_V", columns), patch.dict(_triton.LAUNCH, launch):
+            return call()
+
+    return step
+
+
+def measure(unit: Unit, shape: Shape, on_gpu: bool, seconds: float) -> dict:
+    what, moved, step = unit
+    row = {"op": "tune", "case": what, **vars(shape)}
+    try:
+        p20, p50, p80 = time_ms({"ours": step}, on_gpu, seconds)["ours"]
+    except Exception as error:  # a setting that does not fit is a result
+        return row | {"not_measured": f"{type(error).__name__}: {str(error)[:200]}"}
+    floor = moved / BANDWIDTH * 1e3
+    return row | {
+        "ms_p20_p50_p80": {"ours": [p20, p50, p80]},
+        "bytes": moved,
+        "flop": 0,
+        "floor_ms": floor,
+        "of_floor": floor / p50,
+    }
+
+
+def run(rows_file: Path, until: float, dry: bool) -> None:
+    from .gpu import append_row
+
+    on_gpu, shape = torch.cuda.is_available(), TINY if dry else QWEN
+    where = "cuda" if on_gpu else "cpu"
+    units = [*workspaces(shape, where), *row_kernels(shape, where)]
+    units = units[:: len(units) // 8] if dry else units
+    best: dict[str, tuple[float, str]] = {}
+    for i, unit in enumerate(units):
+        left = until - time.time()
+        limit = max(left, 0.0)
+        append_row(rows_file, {"event": "op", "op": "tune", "time": time.time(), "limit_s": limit})
+        if left < (0 if dry else 5):
+            append_row(rows_file, {"op": "tune", "case": unit[0], "not_measured": "out of time"})
+            continue
+        row = measure(unit, shape, on_gpu, min(1.0, 0.5 * left / (len(units) - i)))
+        append_row(rows_file, row)
+        if "not_measured" in row:
+            print(f"{row['case']}: {row['not_measured']}", flush=True)
+            continue
+        ms, what = row["ms_p20_p50_p80"]["ours"][1], unit[0]
+        print(f"{what:<52} {ms:8.3f} ms  {100 * row['of_floor']:.0f} % of floor", flush=True)
+        group = " ".join(what.split()[:3]) if "rows" in what else what.split()[0]
+        best[group] = min(best.get(group, (ms, what)), (ms, what))
+    for group, (ms, what) in best.items():
+        print(f"best of {group}: {what}, {ms:.3f} ms", flush=True)
