@@ -32,9 +32,26 @@ from reflux.trainer.data.graders import Grade
 from reflux.trainer.engine.metrics import MetricSums
 from reflux.trainer.losses import HeadInputs, Loss
 
-# step(ids_NL, positions_NL, real_NL, first) -> logits [N, V] of the last position
-DecodeStep = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
-# decode(rows, max_length) -> context of (step, device): one KV cache
+
+class DecodeStep(Protocol):
+    """One call of a decoder with a KV cache."""
+
+    def __call__(
+        self,
+        ids_NL: Tensor,
+        positions_NL: Tensor,
+        real_NL: Tensor,
+        first: bool,
+        rows_N: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [N, V] of the last position. real_NL: bool, false for padding, over everything fed
+        so far. rows_N: which row of the call before each row goes on with, so that prompts are fed
+        once for many texts and finished texts are left out; None: the same rows.
+        """
+        ...
+
+
+# decode(rows, max_length) -> context of (step, device): one KV cache. rows: at most
 Decode = Callable[[int, int], AbstractContextManager[tuple[DecodeStep, torch.device]]]
 LossFunction = Callable[[HeadInputs, Batch], Loss]
 Advance = Callable[[int], None]  # is called with the number of items done since the last call

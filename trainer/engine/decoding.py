@@ -4,18 +4,21 @@ weights.
     with gathered(model, policy), kv_decoder(model, max_length=...) as step:
         logits_NV = step(ids_NL, positions_NL, real_NL, True)   # the prompts, padded on the left
         logits_NV = step(ids_N1, positions_N1, real_NL, False)  # then one token a row
+        logits_MV = step(ids_M1, positions_M1, real_ML, False, rows_M)  # of some of the rows
 
 Inside `gathered` decoding needs no collective: ranks may sample different numbers of texts of
 different lengths. Shapes: N rows, L length so far (padding included), V vocabulary.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torchtitan.tools import utils
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from reflux.trainer.phase import Decode, DecodeStep
 
@@ -68,24 +71,33 @@ def gathered(model, policy: str = "default") -> Iterator[None]:
 
 @contextlib.contextmanager
 def kv_decoder(model, *, max_length: int = 0) -> Iterator[DecodeStep]:
-    """Yields step(ids_NL, positions_NL, real_NL, first) -> logits_NV of the last position, in the
-    compute dtype.
+    """Yields step(ids_NL, positions_NL, real_NL, first, rows_N) -> logits_NV of the last position,
+    in the compute dtype; see phase.DecodeStep.
 
     The first call takes the prompts padded on the left, every later one a single token a row.
-    real_NL: bool, false for padding, over everything fed so far, this call's tokens included.
-    max_length: tokens to reserve room for in the native cache (it doubles when exceeded). Only the
-    last position goes through the head.
+    max_length: tokens to reserve room for in the cache (it doubles when exceeded). Only the last
+    position goes through the head.
     """
-    hidden_of = _hf_hidden(model) if isinstance(model, HFDecoder) else _native_hidden(model)
     cached = (MaskedSDPA, CachedFlexAttention)
     layers = [module for module in model.modules() if isinstance(module, cached)]
-    for layer in layers:
-        layer.cache = KVCache(max_length)
+    caches = [KVCache(max_length) for _ in layers]
+    for layer, cache in zip(layers, caches):
+        layer.cache = cache
+    if isinstance(model, HFDecoder):
+        hidden_of = _hf_hidden(model, max_length)
+    else:
+        hidden_of = _native_hidden(model, caches)
 
     @torch.no_grad()
-    def step(ids_NL: Tensor, positions_NL: Tensor, real_NL: Tensor, first: bool) -> Tensor:
+    def step(
+        ids_NL: Tensor,
+        positions_NL: Tensor,
+        real_NL: Tensor,
+        first: bool,
+        rows_N: Tensor | None = None,
+    ) -> Tensor:
         with head_skipped(model):
-            hidden_N1D = hidden_of(ids_NL, positions_NL, real_NL, first)[:, -1:]
+            hidden_N1D = hidden_of(ids_NL, positions_NL, real_NL, first, rows_N)[:, -1:]
         return head_logits(model, hidden_N1D)[:, 0]
 
     try:
@@ -106,20 +118,57 @@ def decoder_of(model, device: torch.device) -> Decode:
     return decode
 
 
-def _hf_hidden(model) -> DecodeStep:
+class RoomyLayer(DynamicLayer):
+    """transformers' cache of a layer, written in place: theirs is copied for every token."""
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self._cache = KVCache(capacity)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = self._cache.append(key_states, value_states)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._cache.select(beam_idx)
+        self.keys, self.values = self._cache.stored
+
+
+def _hf_hidden(model, max_length: int) -> DecodeStep:
     """Hidden states [N, L, D] of the new tokens, by transformers' own cache."""
     cache = DynamicCache(config=model.hf.config)
+    # sliding windows keep theirs, which forgets
+    cache.layers = [RoomyLayer(max_length) if type(x) is DynamicLayer else x for x in cache.layers]
 
-    def hidden_of(ids_NL: Tensor, positions_NL: Tensor, real_NL: Tensor, first: bool) -> Tensor:
+    def hidden_of(
+        ids_NL: Tensor,
+        positions_NL: Tensor,
+        real_NL: Tensor,
+        first: bool,
+        rows_N: Tensor | None = None,
+    ) -> Tensor:
+        if rows_N is not None:
+            cache.reorder_cache(cast(torch.LongTensor, rows_N))
         return model(ids_NL, positions=positions_NL, attention_masks=real_NL.long(), cache=cache)
 
     return hidden_of
 
 
-def _native_hidden(model) -> DecodeStep:
+def _native_hidden(model, caches: Sequence[KVCache]) -> DecodeStep:
     """Hidden states [N, L, D] of the new tokens, by the caches in the attention layers."""
 
-    def hidden_of(ids_NL: Tensor, positions_NL: Tensor, real_NL: Tensor, first: bool) -> Tensor:
+    def hidden_of(
+        ids_NL: Tensor,
+        positions_NL: Tensor,
+        real_NL: Tensor,
+        first: bool,
+        rows_N: Tensor | None = None,
+    ) -> Tensor:
+        if rows_N is not None:
+            for cache in caches:
+                cache.select(rows_N)
         mask = real_NL[:, None, None, :]
         # causal within the prompt; a padding token sees itself, so that no softmax row is empty
         if first:

@@ -57,6 +57,23 @@ class KVCache:
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
+    def select(self, rows_N: Tensor) -> None:
+        """Goes on with these rows, in this order; a row may be taken more than once."""
+        if self._keys is None or self._values is None:
+            return
+        self._keys, self._values = (self._taken(x, rows_N) for x in (self._keys, self._values))
+
+    @property
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Views of everything stored so far."""
+        assert self._keys is not None and self._values is not None
+        return self._keys[:, :, : self.length], self._values[:, :, : self.length]
+
+    def _taken(self, old_MKLC: Tensor, rows_N: Tensor) -> Tensor:
+        room = old_MKLC.new_empty(len(rows_N), *old_MKLC.shape[1:])
+        room[:, :, : self.length] = old_MKLC[:, :, : self.length].index_select(0, rows_N)
+        return room
+
     def append(self, k_NKLC: Tensor, v_NKLC: Tensor) -> tuple[Tensor, Tensor]:
         """Stores the new positions; returns views of everything stored so far."""
         start, self.length = self.length, self.length + k_NKLC.shape[2]
@@ -68,7 +85,7 @@ class KVCache:
             self._keys, self._values = keys, values
         keys[:, :, start : self.length] = k_NKLC
         values[:, :, start : self.length] = v_NKLC
-        return keys[:, :, : self.length], values[:, :, : self.length]
+        return self.stored
 
     def _grown(self, new_NKLC: Tensor, old_NKLC: Tensor | None) -> Tensor:
         N, K, _, C = new_NKLC.shape

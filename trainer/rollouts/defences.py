@@ -37,9 +37,16 @@ def product_decoder(model: Decode, proxy: Decode, gamma: float) -> Decode:
             proxy(rows, max_length) as (proxy_step, _),
         ):
 
-            def step(ids_NL: Tensor, positions_NL: Tensor, real_NL: Tensor, first: bool) -> Tensor:
-                model_NV = model_step(ids_NL, positions_NL, real_NL, first).float()
-                proxy_NV = proxy_step(ids_NL, positions_NL, real_NL, first).float()
+            def step(
+                ids_NL: Tensor,
+                positions_NL: Tensor,
+                real_NL: Tensor,
+                first: bool,
+                rows_N: Tensor | None = None,
+            ) -> Tensor:
+                fed = ids_NL, positions_NL, real_NL, first, rows_N
+                model_NV = model_step(*fed).float()
+                proxy_NV = proxy_step(*fed).float()
                 # heads may be padded beyond the ids they share
                 V = min(model_NV.shape[1], proxy_NV.shape[1])
                 return (1 - gamma) * model_NV[:, :V] + gamma * proxy_NV[:, :V]
@@ -56,8 +63,15 @@ def tempered_decoder(model: Decode, temperature: float) -> Decode:
     def decode(rows: int, max_length: int) -> Iterator[tuple[DecodeStep, torch.device]]:
         with model(rows, max_length) as (model_step, device):
 
-            def step(ids_NL: Tensor, positions_NL: Tensor, real_NL: Tensor, first: bool) -> Tensor:
-                return model_step(ids_NL, positions_NL, real_NL, first).float() / temperature
+            def step(
+                ids_NL: Tensor,
+                positions_NL: Tensor,
+                real_NL: Tensor,
+                first: bool,
+                rows_N: Tensor | None = None,
+            ) -> Tensor:
+                fed = ids_NL, positions_NL, real_NL, first, rows_N
+                return model_step(*fed).float() / temperature
 
             yield step, device
 

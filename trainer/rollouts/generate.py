@@ -4,7 +4,8 @@ Every random number belongs to (seed, step, prompt, its repeat in the step, grou
 run, and a run on another number of ranks, samples the same texts, and no generator state needs to
 be saved.
 
-Shapes: B rows decoded together, L length so far, T new tokens, V vocabulary.
+Shapes: B rows decoded together, P distinct prompts of them, L length so far, T new tokens, V
+vocabulary, K blocks of it.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +21,10 @@ from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.phase import Advance, Decode, Sampling
 from reflux.trainer.runs.progress import ignore
+
+LOOK_EVERY = 8  # tokens between two looks at which rows have ended, on a GPU
+LEAVING = 0.125  # fraction of the rows that has to have ended before they are left out
+BLOCK = 128  # tokens that are summed before a draw looks at each of them
 
 
 @dataclass(frozen=True)
@@ -102,31 +107,86 @@ class _Job(NamedTuple):
 
 @torch.no_grad()
 def _decode_block(decode: Decode, chat: Chat, jobs: Sequence[_Job], s: Sampling) -> list[Rollout]:
-    """One left-padded block, until every row has ended or is full."""
-    ids_BL, real_BL = _left_padded(jobs)
-    tokens, logps, stops = [], [], []
-    with decode(len(jobs), ids_BL.shape[1] + s.max_tokens) as (step, device):
-        ids_BL, real_BL = ids_BL.to(device), real_BL.to(device)
-        position_BL = (real_BL.long().cumsum(1) - 1).clamp(min=0)
-        noise_BT = _noise(jobs, s).to(device)
+    """One block, until every row has ended or is full. Equal prompts are fed once; rows that have
+    ended are left out.
+    """
+    prompts, rows = _distinct(jobs)
+    ids_PL, real_PL = _left_padded(prompts)
+    width = ids_PL.shape[1]
+    with decode(len(jobs), width + s.max_tokens) as (step, device):
         stop_ids = torch.tensor(chat.stop_ids, device=device)
-        done_B = torch.zeros(len(jobs), dtype=torch.bool, device=device)
+        texts = _Texts(jobs, s, stop_ids, device)
+        noise_BT = _noise(jobs, s).to(device)
+        real_BL = torch.ones(len(jobs), width + s.max_tokens, dtype=torch.bool, device=device)
+        rows_B = torch.tensor(rows, device=device)
+        real_BL[:, :width] = real_PL.to(device)[rows_B]
+        position_PL = (real_PL.long().cumsum(1) - 1).clamp(min=0).to(device)
+        logits_PV = step(ids_PL.to(device), position_PL, real_PL.to(device), True)
+        logits_BV, position_B1 = logits_PV[rows_B], position_PL[rows_B, -1:]
+        pending: Tensor | None = None if len(prompts) == len(jobs) else rows_B
         for t in range(s.max_tokens):
-            logits_BV = step(ids_BL, position_BL, real_BL, t == 0)[:, : chat.vocab_size]
-            token_B, logp_B, stop_B = _draw(logits_BV.float(), noise_BT[:, t], stop_ids, s)
-            token_B = torch.where(done_B, stop_ids[0], token_B)
-            tokens.append(token_B)
-            logps.append(logp_B)
-            stops.append(stop_B)
-            done_B = done_B | torch.isin(token_B, stop_ids)
-            # a look at the flag stalls a GPU
-            if (device.type == "cpu" or t % 8 == 7) and bool(done_B.all()):
+            logits_BV = logits_BV[:, : chat.vocab_size].float()
+            token_B, left = texts.add(t, *_draw(logits_BV, noise_BT[:, t], stop_ids, s))
+            if texts.done or t + 1 == s.max_tokens:
                 break
-            real_BL = torch.cat([real_BL, real_BL.new_ones(len(jobs), 1)], 1)
-            position_BL = position_BL[:, -1:] + 1
-            ids_BL = token_B[:, None]
-    columns = [torch.stack(x, 1).tolist() for x in (tokens, logps, stops)]
-    return [_rollout(chat, job, *row) for job, *row in zip(jobs, *columns)]
+            if left is not None:  # rows that go on
+                token_B, noise_BT, real_BL, position_B1 = (
+                    x[left] for x in (token_B, noise_BT, real_BL, position_B1)
+                )
+                pending = left if pending is None else pending[left]
+            position_B1 = position_B1 + 1
+            real = real_BL[:, : width + t + 1]
+            logits_BV = step(token_B[:, None], position_B1, real, False, pending)
+            pending = None
+    return [_rollout(chat, job, *row) for job, *row in zip(jobs, *texts.columns())]
+
+
+def _distinct(jobs: Sequence[_Job]) -> tuple[list[_Job], list[int]]:
+    """One job of each prompt, and which of them each job has the prompt of."""
+    place: dict[tuple[int, ...], int] = {}
+    rows = [place.setdefault(job.prompt_ids, len(place)) for job in jobs]
+    first = {row: job for row, job in zip(reversed(rows), reversed(jobs))}
+    return [first[row] for row in range(len(place))], rows
+
+
+class _Texts:
+    """What the rows of a block have become. Rows that have ended leave it once there are enough of
+    them: a copy of the caches of the others costs about a step.
+    """
+
+    def __init__(self, jobs: Sequence[_Job], s: Sampling, stop_ids: Tensor, device: torch.device):
+        shape = len(jobs), s.max_tokens
+        self._stop_ids, self._on_cpu = stop_ids, device.type == "cpu"
+        # filled with a stop: a row that has left has ended before
+        self._tokens = torch.full(shape, int(stop_ids[0]), device=device)
+        self._logps, self._stops = torch.zeros(2, *shape, device=device)
+        self._rows_B = torch.arange(len(jobs), device=device)  # those that are still decoded
+        self._done_B = torch.zeros(len(jobs), dtype=torch.bool, device=device)
+        self.done = False
+
+    def add(
+        self, t: int, token_B: Tensor, logp_B: Tensor, stop_B: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Token t of every decoded row. Returns the tokens, and the rows to go on with, where some
+        leave.
+        """
+        token_B = torch.where(self._done_B, self._stop_ids[0], token_B)
+        self._tokens[self._rows_B, t] = token_B
+        self._logps[self._rows_B, t], self._stops[self._rows_B, t] = logp_B, stop_B
+        self._done_B = self._done_B | torch.isin(token_B, self._stop_ids)
+        if not self._on_cpu and t % LOOK_EVERY != LOOK_EVERY - 1:  # a look stalls a GPU
+            return token_B, None
+        ended = int(self._done_B.sum())
+        self.done = ended == len(self._done_B)
+        if self.done or ended < LEAVING * len(self._done_B):
+            return token_B, None
+        left = (~self._done_B).nonzero()[:, 0]
+        self._rows_B, self._done_B = self._rows_B[left], self._done_B[left]
+        return token_B, left
+
+    def columns(self) -> list[list[list]]:
+        """Tokens, their log-probabilities, those of the stop set, of every row."""
+        return [x.tolist() for x in (self._tokens, self._logps, self._stops)]
 
 
 def _left_padded(jobs: Sequence[_Job]) -> tuple[Tensor, Tensor]:
@@ -161,19 +221,35 @@ def _rollout(
 def _draw(
     logits_BV: Tensor, noise_B: Tensor, stop_ids: Tensor, s: Sampling
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One token a row by inverse CDF: token, its log-probability, that of the stop set."""
+    """One token a row by inverse CDF: token, its log-probability, that of the stop set.
+
+    The CDF is summed in float64, of blocks first and then inside the one that was hit: float32 sums
+    of a large vocabulary are 6e-8 apart near 1, which is more than many a token holds.
+    """
     if s.greedy:
         logp_BV = logits_BV.log_softmax(-1)
         token_B = logp_BV.argmax(-1)
     else:
         logp_BV = _truncate(logits_BV / s.temperature, s).log_softmax(-1)
-        cdf_BV = logp_BV.double().exp().cumsum(-1)
-        u_B1 = noise_B.double()[:, None] * cdf_BV[:, -1:]
-        token_B = torch.searchsorted(cdf_BV, u_B1, right=True)[:, 0].clamp(
-            max=logits_BV.shape[1] - 1
-        )
+        token_B = _drawn(logp_BV.exp(), noise_B.double())
     logp_B = logp_BV.gather(1, token_B[:, None])[:, 0]
     return token_B, logp_B, logp_BV[:, stop_ids].logsumexp(-1)
+
+
+def _drawn(weight_BV: Tensor, noise_B: Tensor) -> Tensor:
+    """Tokens [B] drawn by weight, where noise in [0, 1) falls."""
+    B, V = weight_BV.shape
+    weight_BKL = torch.nn.functional.pad(weight_BV, (0, -V % BLOCK)).view(B, -1, BLOCK)
+    ends_BK = weight_BKL.sum(2, dtype=torch.float64).cumsum(1)
+    at_B1 = noise_B[:, None] * ends_BK[:, -1:]
+    block_B1 = torch.searchsorted(ends_BK, at_B1, right=True).clamp(max=ends_BK.shape[1] - 1)
+    before_B1 = torch.where(block_B1 > 0, ends_BK.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
+    rows_B = torch.arange(B, device=weight_BV.device)
+    inside_BL = weight_BKL[rows_B, block_B1[:, 0]].double().cumsum(1)
+    # where rounding leaves none, the last one that has a weight
+    last_B1 = (inside_BL < inside_BL[:, -1:]).sum(1, keepdim=True)
+    place_B1 = torch.searchsorted(inside_BL, at_B1 - before_B1, right=True)
+    return (block_B1 * BLOCK + torch.minimum(place_B1, last_B1))[:, 0]
 
 
 def _truncate(logits_BV: Tensor, s: Sampling) -> Tensor:

@@ -33,6 +33,37 @@ def test_decoding_with_a_cache_is_the_full_forward(host, assets, name, backend, 
     assert not any(module.cache for module in model.modules() if isinstance(module, MaskedSDPA))
 
 
+@pytest.mark.parametrize("name, backend", BACKENDS)
+@pytest.mark.parametrize("room", [0, 64])
+def test_rows_go_on_twice_in_another_order_or_not_at_all(host, assets, name, backend, room):
+    """Row n of a call goes on with rows_N[n] of the call before it."""
+    model, ids_NL = load_frozen(host, assets / name, backend).model, random_ids(5, 30)
+    real = torch.ones(2, 12, dtype=torch.bool)
+    real[0, :5] = False
+    positions_NL = (real.long().cumsum(1) - 1).clamp(min=0)
+    origin = torch.tensor([0, 1])
+    rows_of_call = {12: [1, 0, 1, 1, 0], 15: [4, 2, 0], 20: [2]}
+    own = torch.arange(2)  # which row of random ids each text reads behind its prompt
+    with gathered(model), kv_decoder(model, max_length=room) as step:
+        step(ids_NL[:2, :12], positions_NL, real, True)
+        fed = [ids_NL[i, 5 * (i == 0) : 12].tolist() for i in range(2)]
+        for t in range(12, 30):
+            rows = torch.tensor(rows_of_call[t]) if t in rows_of_call else None
+            if rows is not None:
+                origin, real, positions_NL = origin[rows], real[rows], positions_NL[rows]
+                own = torch.arange(5) if t == 12 else own[rows]
+                fed = [list(fed[i]) for i in rows.tolist()]
+            positions_NL = positions_NL[:, -1:] + 1
+            real = torch.cat([real, real.new_ones(len(real), 1)], 1)
+            new = ids_NL[own, t : t + 1]
+            fed = [x + y for x, y in zip(fed, new.tolist())]
+            logits = step(new, positions_NL, real, False, rows)
+            if t in (12, 19, 29):
+                for text, got in zip(fed, logits):
+                    want = reference_logits(assets / name, torch.tensor([text]))[0, -1]
+                    assert (got - want).abs().max() <= 3e-6 * want.abs().max()
+
+
 @pytest.mark.parametrize("policy", ["default", "always", "never"])
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_tied", "gemma3"])
 def test_decoding_leaves_every_group_resharding_as_before(assets, host, tmp_path, name, policy):

@@ -23,7 +23,7 @@ def decoder(logits_NV):
 
     @contextlib.contextmanager
     def decode(rows, max_length):
-        def step(ids, positions, real, first):
+        def step(ids, positions, real, first, rows_N=None):
             fed.append((ids, first, rows, max_length))
             return logits_NV
 

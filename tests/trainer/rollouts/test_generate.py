@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from reflux.trainer.data.batch import Prompt
 from reflux.trainer.phase import Sampling
 from reflux.trainer.rollouts.generate import (
+    LEAVING,
     EmbeddedSampler,
     _Job,
     _noise,
@@ -52,14 +53,17 @@ def logits_after(token: int, position: int) -> torch.Tensor:
 @contextmanager
 def decode(rows: int, max_length: int):
     """The next token depends on the last one and on its position; padding must have none."""
-    fed = 0
+    fed, before = 0, 0
 
-    def step(ids_BL, position_BL, real_BL, first):
-        nonlocal fed
+    def step(ids_BL, position_BL, real_BL, first, rows_B=None):
+        nonlocal fed, before
         fed += ids_BL.shape[1]
-        assert len(ids_BL) == rows and fed <= max_length and first == (fed == ids_BL.shape[1])
+        assert len(ids_BL) <= rows and (first or rows_B is not None or len(ids_BL) == before)
+        assert rows_B is None or (len(rows_B) == len(ids_BL) and int(rows_B.max()) < before)
+        before = len(ids_BL)
+        assert fed <= max_length and first == (fed == ids_BL.shape[1])
         assert (
-            real_BL.shape == (rows, fed)
+            real_BL.shape == (len(ids_BL), fed)
             and (real_BL.sum(1) == position_BL[:, -1] + 1).all()
             and real_BL[:, -1].all()
         )
@@ -140,6 +144,27 @@ def test_texts_do_not_depend_on_blocks_order_or_rank(s, rows, order):
     assert [g[:2] for g in whole] == generate(decode, Chat(), SOME, 2, s), (
         "a member is the same in a smaller group"
     )
+
+
+def test_equal_prompts_are_fed_once_and_ended_texts_are_left_out():
+    fed = []
+
+    @contextmanager
+    def watched(rows: int, max_length: int):
+        with decode(rows, max_length) as (step, device):
+
+            def seen(ids_BL, position_BL, real_BL, first, rows_B=None):
+                fed.append(len(ids_BL))
+                return step(ids_BL, position_BL, real_BL, first, rows_B)
+
+            yield seen, device
+
+    groups = generate(watched, Chat(), SOME[:2], 40, Sampling(9, seed=2))
+    texts = [r for group in groups for r in group]
+    assert fed[0] == 2 and fed[1] <= 80 and fed[1:] == sorted(fed[1:], reverse=True)
+    for t, rows in enumerate(fed[1:], 1):
+        going_on = sum(len(r.ids) > t for r in texts)
+        assert going_on <= rows <= max(1, going_on / (1 - LEAVING)) + 1
 
 
 def test_every_part_of_the_key_matters():
