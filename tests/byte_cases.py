@@ -77,6 +77,7 @@ def masses_of(w: ByteWindows, trie: ByteTrie, prob_RV: torch.Tensor) -> RowMasse
         in_order_RV[:, stop[0] : stop[1]].sum(1),
         in_order_RV[:, stop[1] :].sum(1),
         prob_RV[rows, w.ids_R].log(),
+        prob_RV.new_zeros(len(prob_RV)),
     )
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .byte_trie import END, SYMBOLS, ByteTrie
 
+TINY = 1e-290  # beside it a text's own tokens have no weight left: everything is missing
 FLOOR = 1e-30  # share of a symbol that nothing spells; its log is -69
 
 
@@ -206,6 +207,7 @@ class RowMasses(NamedTuple):
     stop_R: Tensor
     control_R: Tensor
     logp_R: Tensor  # log p of the row's own id
+    unknown_R: Tensor  # mass of ids that are not told apart: missing wherever they may end
 
 
 class NextBytes(NamedTuple):
@@ -238,13 +240,14 @@ def next_byte_logprob(
     if symbols is not None:
         missing_P = missing_P + mass_PS.detach()[:, ~symbols].sum(1)
         mass_PS = torch.where(symbols, mass_PS, 0.0)
-    all_P = mass_PS.sum(1) + missing_P
-    spread_P1 = (missing_P / SYMBOLS + FLOOR * all_P.detach())[:, None]
+    all_P = (mass_PS.sum(1) + missing_P).clamp(min=TINY)
+    spread_P1 = (missing_P / SYMBOLS + FLOOR * all_P.detach() + TINY)[:, None]
     logp_PS = (mass_PS + spread_P1).log()
     logp_PS = logp_PS - logp_PS.logsumexp(1, keepdim=True)
     first_P = w.first_R[w.row_P]
     prefix_P = all_P.log() + before_R[w.reference_P] - before_R[first_P]
-    return NextBytes(logp_PS, missing_P / all_P.detach(), prefix_P)
+    share_P = torch.where(all_P > TINY, missing_P / all_P, 1.0).detach()
+    return NextBytes(logp_PS, share_P, prefix_P)
 
 
 @torch.no_grad()
@@ -259,4 +262,5 @@ def _missing(w: ByteWindows, masses: RowMasses, weight_W: Tensor, weight_R: Tens
     lost_P = off_X.new_zeros(w.positions).index_add(0, w.at_W[w.window_X], off_X)
     lost_P = lost_P.index_add(0, w.at_R, weight_R * masses.control_R.clamp(min=0))
     total_P, segment_P = lost_P.cumsum(0), w.at_R[w.row_P]
-    return (total_P - total_P[segment_P]).clamp(min=0) + lost_P[segment_P]
+    missing_P = (total_P - total_P[segment_P]).clamp(min=0) + lost_P[segment_P]
+    return missing_P.index_add(0, w.at_W, weight_W * masses.unknown_R[w.row_W])

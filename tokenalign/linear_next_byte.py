@@ -31,6 +31,7 @@ from reflux.kernels._chunks import (
     wide,
 )
 from reflux.kernels._divergence import check_divergence, divergence_ref
+from reflux.kernels.teacher_topk import TopK
 
 from .byte_trie import SYMBOLS, ByteTrie
 from .byte_windows import ByteWindows, NextBytes, RowMasses, next_byte_logprob
@@ -85,7 +86,9 @@ def row_masses(
     softcap = check_softcap("row_masses", model.softcap)
     call = _Call(trie, windows, V, softcap, workspace_mb)
     need = needs_gradients(model.hidden_TD, model.head_VD, frozen_head)
-    return RowMasses(*_RowMasses.apply(model.hidden_TD, model.head_VD, call, *need))
+    found = _RowMasses.apply(model.hidden_TD, model.head_VD, call, *need)
+    entry_E, exact_X, stop_R, control_R, logp_R = found
+    return RowMasses(entry_E, exact_X, stop_R, control_R, logp_R, torch.zeros_like(logp_R))
 
 
 def next_bytes(
@@ -101,7 +104,46 @@ def next_bytes(
     """
     with torch.no_grad():
         masses = row_masses(model, trie, windows, workspace_mb=workspace_mb)
-        found = [next_byte_logprob(part, m, symbols) for part, m in _groups(windows, masses)]
+        return _next_bytes(windows, masses, symbols)
+
+
+def next_bytes_of_topk(
+    rows: TopK,
+    trie: ByteTrie,
+    windows: ByteWindows,
+    *,
+    symbols: Tensor | None = None,
+    workspace_mb: float = WORKSPACE_MB,
+) -> NextBytes:
+    """`next_bytes` of a teacher by its likeliest ids at every token of the texts, kept in a cache.
+
+    A tail is missing mass wherever a token of its row may end. Where a token of the text is
+    not among the ids, its weight is unknown: everything is missing at the positions that need it.
+    """
+    V, R = len(trie.order_V), len(windows.ids_R)
+    rank_V = torch.empty_like(trie.order_V)
+    rank_V[trie.order_V] = torch.arange(V, device=rank_V.device)
+    known_RK = (rows.ids >= 0) & (rows.logp > -torch.inf)
+    prob_RK = torch.where(known_RK, rows.logp.double().exp(), 0.0)
+    place_RK = torch.where(known_RK, rank_V[rows.ids.clamp(min=0).long()], V)
+    own_RK = known_RK & (rows.ids == windows.ids_R[:, None])
+    own_R = (prob_RK * own_RK).sum(1)
+    call = _Call(trie, windows, V, 0.0, workspace_mb)
+    at_most_R = torch.where(own_R > 0, own_R, rows.tail.double().exp())
+    masses = _empty_masses(windows, at_most_R.log().clamp(min=LEAST_LOGP))
+    for c in call.chunks(prob_RK):
+        p_CV = prob_RK.new_zeros(c.stop - c.start, V + 1)
+        p_CV.scatter_add_(1, place_RK[c], prob_RK[c])
+        call.take(p_CV[:, :V], c, masses)
+    masses = masses._replace(unknown_R=rows.tail.double().exp())
+    found = _next_bytes(windows, masses, symbols)
+    unknown_R = torch.cat([own_R.new_zeros(1), (own_R == 0).double().cumsum(0)])
+    needed_P = unknown_R[windows.row_P] > unknown_R[windows.reference_P] if R else own_R.bool()
+    return found._replace(missing_P=torch.where(needed_P, 1.0, found.missing_P))
+
+
+def _next_bytes(windows: ByteWindows, masses: RowMasses, symbols: Tensor | None) -> NextBytes:
+    found = [next_byte_logprob(part, m, symbols) for part, m in _groups(windows, masses)]
     if not found:
         none = masses.logp_R
         return NextBytes(none.float().new_zeros(0, SYMBOLS), none, none)
@@ -181,7 +223,9 @@ def _groups(windows: ByteWindows, masses: RowMasses) -> Iterator[tuple[ByteWindo
         yield (
             windows.rows(start, row),
             RowMasses(
-                masses.entry_E[e:e1], masses.exact_X[x:x1], *(m[start:row] for m in masses[2:])
+                masses.entry_E[e:e1],
+                masses.exact_X[x:x1],
+                *(m[start:row] for m in masses[2:]),
             ),
         )
         start = row
@@ -204,6 +248,15 @@ class _Call(NamedTuple):
         z_CV = project(hidden_CD, head_VD[: self.vocab_size], self.softcap)
         return z_CV, z_CV.softmax(1).index_select(1, self.trie.order_V)
 
+    def take(self, p_CV: Tensor, c: slice, masses: RowMasses) -> None:
+        """The sums of a chunk's softmax, in the trie's order, into their places."""
+        sums = p_CV.new_zeros(len(p_CV), p_CV.shape[1] + 1, dtype=torch.float64)
+        torch.cumsum(p_CV, 1, dtype=torch.float64, out=sums[:, 1:])
+        r = self.ranges(c)
+        found = sums.flatten()[r.end] - sums.flatten()[r.begin]
+        for out, part, into in zip(masses, found.split(r.counts), r.into):
+            out[into] = part
+
     def ranges(self, c: slice) -> "_Ranges":
         """Of a chunk of rows, as flat positions in [C, V + 1]."""
         w, width = self.windows, self.vocab_size + 1
@@ -218,6 +271,12 @@ class _Call(NamedTuple):
         return _Ranges(torch.cat(begin), torch.cat(end), tuple(map(len, begin)), into)
 
 
+def _empty_masses(windows: ByteWindows, logp_R: Tensor) -> RowMasses:
+    sizes = (len(windows.symbol_E), len(windows.window_X), len(logp_R), len(logp_R))
+    entry_E, exact_X, stop_R, control_R = (logp_R.new_empty(n) for n in sizes)
+    return RowMasses(entry_E, exact_X, stop_R, control_R, logp_R, torch.zeros_like(logp_R))
+
+
 class _Ranges(NamedTuple):
     begin: Tensor
     end: Tensor
@@ -228,22 +287,17 @@ class _Ranges(NamedTuple):
 class _RowMasses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TD, head_VD, call, need_dhidden, need_dhead):
-        w, double = call.windows, {"dtype": torch.float64, "device": hidden_TD.device}
-        R = len(w.ids_R)
-        sizes = (len(w.symbol_E), len(w.window_X), R, R)
-        masses, logp_T = [torch.empty(n, **double) for n in sizes], torch.empty(R, **double)
+        ids_R = call.windows.ids_R
+        logp_R = torch.empty(len(ids_R), dtype=torch.float64, device=ids_R.device)
+        masses = _empty_masses(call.windows, logp_R)
         for c in call.chunks(hidden_TD):
             z_CV, p_CV = call.probabilities(hidden_TD[c], head_VD)
-            logp_T[c] = _own(z_CV, w.ids_R[c]) - z_CV.logsumexp(1)
-            sums = p_CV.new_zeros(len(p_CV), p_CV.shape[1] + 1, dtype=torch.float64)
-            torch.cumsum(p_CV, 1, dtype=torch.float64, out=sums[:, 1:])
-            r = call.ranges(c)
-            found = sums.flatten()[r.end] - sums.flatten()[r.begin]
-            for out, part, into in zip(masses, found.split(r.counts), r.into):
-                out[into] = part
+            logp_R[c] = _own(z_CV, ids_R[c]) - z_CV.logsumexp(1)
+            call.take(p_CV, c, masses)
         ctx.save_for_backward(hidden_TD, head_VD)
         ctx.call, ctx.needed = call, (need_dhidden, need_dhead)
-        return *masses, logp_T.clamp(min=LEAST_LOGP)
+        logp_R.clamp_(min=LEAST_LOGP)
+        return masses[:5]  # of a model every id is known
 
     @staticmethod
     @once_differentiable

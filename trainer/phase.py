@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from reflux.trainer.config.sections import FrozenSection
-from reflux.trainer.data.batch import Batch, Prompt, Rollout, Sample, TeacherView
+from reflux.trainer.data.batch import Batch, Prompt, Rollout, Sample, TeacherView, TopKRows
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.graders import Grade
 from reflux.trainer.engine.metrics import MetricSums
@@ -320,6 +320,10 @@ class Teacher(Protocol):
         """Divergence from the teacher's distributions at the positions it shares with the student,
         summed. `index`: which of the batch's teacher views is its own.
         """
+        ...
+
+    def kept_rows(self, rollout: Rollout) -> TopKRows | None:
+        """What it has said at every token of a text of its ids; None where it is asked instead."""
         ...
 
     def score_texts(

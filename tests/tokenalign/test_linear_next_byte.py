@@ -9,10 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reflux.kernels._divergence import DIVERGENCES, divergence_ref
+from reflux.kernels.teacher_topk import TopK
 from reflux.tokenalign import linear_next_byte
 from reflux.tokenalign.byte_trie import ByteTrie, alphabet
 from reflux.tokenalign.byte_windows import byte_windows, next_byte_logprob
-from reflux.tokenalign.linear_next_byte import ByteDivergence, byte_kl, next_bytes, row_masses
+from reflux.tokenalign.linear_next_byte import (
+    ByteDivergence,
+    byte_kl,
+    next_bytes,
+    next_bytes_of_topk,
+    row_masses,
+)
 from reflux.tokenalign.linear_rows import Linear
 
 D = 4
@@ -120,6 +127,37 @@ def test_low_precision_is_no_worse_than_its_logits():
         got, want = of(low), of(wide)
         assert got.total.dtype == torch.float32
         assert abs(got.total - want.total) / want.total < within
+
+
+def kept(prob_RV, k):
+    logp, ids = prob_RV.log().topk(k, 1)
+    tail = (1 - logp.exp().sum(1)).clamp(min=1e-300).log()
+    return TopK(ids.int(), logp, tail)
+
+
+def test_the_likeliest_ids_of_a_cache_give_the_same_up_to_what_is_missing():
+    w = windows_of(MERGES, [MERGES.cut(b"abcabca"), MERGES.cut(b"ccab", ended=False)])
+    prob_RV = probabilities(heads(MERGES, len(w.ids_R)))
+    whole = next_byte_logprob(w, masses_of(w, MERGES.trie, prob_RV))
+    everything = next_bytes_of_topk(kept(prob_RV, prob_RV.shape[1]), MERGES.trie, w)
+    torch.testing.assert_close(everything.logp_PS.double(), whole.logp_PS, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(everything.missing_P, whole.missing_P, atol=1e-12, rtol=1e-9)
+    for k in (2, 4):
+        got = next_bytes_of_topk(kept(prob_RV, k), MERGES.trie, w)
+        distance = (got.logp_PS.exp() - whole.logp_PS.exp()).abs().sum(1) / 2
+        assert (got.missing_P >= whole.missing_P - 1e-9).all() and (got.missing_P < 1).any()
+        assert (distance <= got.missing_P + 1e-6).all()
+
+
+def test_a_text_that_a_model_all_but_excludes_has_numbers_and_no_gradient():
+    w = windows_of(LETTERS, [LETTERS.cut(b"abc")])
+    student = heads(LETTERS, 4)
+    student = Linear(torch.full_like(student.hidden_TD, 1e3), student.head_VD, vocab_size=5)
+    student.head_VD.requires_grad_()
+    targets = next_bytes(heads(LETTERS, 4, seed=1), LETTERS.trie, w)
+    got = byte_kl(student, LETTERS.trie, w, targets, ByteDivergence("reverse", max_missing=1.0))
+    got.total.backward()
+    assert got.kl_P.isfinite().all() and student.head_VD.grad.isfinite().all()
 
 
 def test_no_text_has_no_loss_and_a_gradient():

@@ -13,15 +13,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reflux.kernels.teacher_topk import TopK
 from reflux.tokenalign.byte_trie import ByteTrie, alphabet
-from reflux.tokenalign.byte_windows import ByteWindows, Tokens, byte_windows
-from reflux.tokenalign.linear_next_byte import ByteDivergence, ByteKL, byte_kl, next_bytes
+from reflux.tokenalign.byte_windows import ByteWindows, NextBytes, Tokens, byte_windows
+from reflux.tokenalign.linear_next_byte import (
+    ByteDivergence,
+    ByteKL,
+    byte_kl,
+    next_bytes,
+    next_bytes_of_topk,
+)
 from reflux.tokenalign.offsets import spell
 from reflux.tokenalign.vocab_map import Vocabulary
 from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.data.batch import Batch, Rollout, TeacherView
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.losses import HeadInputs, Loss
+from reflux.trainer.phase import Engine
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,15 +53,37 @@ class ByteLoss:
         self, student: HeadInputs, teacher: HeadInputs, batch: Batch, teacher_batch: Batch
     ) -> Loss:
         """(sum over byte positions, metrics as sums). teacher_batch: Batch.for_teacher."""
-        spec = self.spec
-        how = ByteDivergence(spec.divergence, spec.beta, spec.temperature, spec.max_missing)
         others = next_bytes(
             teacher, self.teacher, windows_of(self.teacher, teacher_batch), symbols=self.symbols
         )
+        return self.against(student, others, batch)
+
+    def of_cache(self, student: HeadInputs, rows: TopK, batch: Batch, teacher_batch: Batch) -> Loss:
+        """The same by a teacher's likeliest ids at every token of its texts."""
+        windows = windows_of(self.teacher, teacher_batch)
+        others = next_bytes_of_topk(rows, self.teacher, windows, symbols=self.symbols)
+        return self.against(student, others, batch)
+
+    def against(self, student: HeadInputs, others: NextBytes, batch: Batch) -> Loss:
+        spec = self.spec
+        how = ByteDivergence(spec.divergence, spec.beta, spec.temperature, spec.max_missing)
         windows = windows_of(self.student, batch)
         result = byte_kl(student, self.student, windows, others, how, symbols=self.symbols)
         scale = spec.temperature**2 if spec.scale_t2 else 1.0
         return scale * result.total, _metrics(result, others.missing_P)
+
+
+def byte_loss(
+    spec: DistillSection, student: Chat, teacher: Chat, engine: Engine, *, same: bool
+) -> ByteLoss:
+    """ValueError for a tokenizer that is not byte-exact."""
+    rows = engine.vocab_size if same else teacher.vocab_size
+    return ByteLoss.of(
+        spec,
+        Vocabulary(student.table, student.stop_ids, engine.vocab_size),
+        Vocabulary(teacher.table, teacher.stop_ids, rows),
+        engine.device,
+    )
 
 
 def windows_of(trie: ByteTrie, batch: Batch) -> ByteWindows:
@@ -64,34 +94,26 @@ def windows_of(trie: ByteTrie, batch: Batch) -> ByteWindows:
     return byte_windows(trie, Tokens(batch.target_T, batch.sample_T, space_T))
 
 
-def byte_view(student: Chat, teacher: Chat, rollout: Rollout, *, same: bool) -> TeacherView | None:
+def byte_view(
+    student: Chat, teacher: Chat, rollout: Rollout, read: Sequence[int] | None
+) -> TeacherView | None:
     """The response as the teacher reads it, for byte positions; None where one of the two does not
     spell its bytes: it ends inside a character, holds control ids, or a normaliser changes it.
 
-    same: both have one id -> bytes map, so the teacher reads the student's ids.
+    read: its content in the teacher's ids, where they are known; None: encoded.
     """
     lens, ids = student.table.lens, rollout.content_ids
     spelled = spell(student.table, ids)
     if spelled.text is None or spelled.cut or not lens[list(ids)].all():
         return None
-    prompt_ids = teacher.prompt_ids(rollout.prompt.messages)
-    if not same:
-        ids = teacher.encode(spelled.text)
-    read = teacher.table.bytes_of(ids)
-    space = read == b" " + spelled.bytes  # that the teacher's tokenizer puts in front
-    if not (space or read == spelled.bytes) or not teacher.table.lens[list(ids)].all():
+    read = teacher.encode(spelled.text) if read is None else tuple(read)
+    raw = teacher.table.bytes_of(read)
+    space = raw == b" " + spelled.bytes  # that the teacher's tokenizer puts in front
+    if not (space or raw == spelled.bytes) or not teacher.table.lens[list(read)].all():
         return None
     stop = (teacher.stop_id,) if rollout.ended else ()
-    return TeacherView(prompt_ids, (*ids, *stop), space=space)
-
-
-def byte_views(
-    student: Chat, teachers: Sequence[tuple[Chat, bool]], rollout: Rollout
-) -> tuple[TeacherView, ...] | None:
-    """One view for each (teacher, has the student's ids); None where one is missing."""
-    views = [byte_view(student, chat, rollout, same=same) for chat, same in teachers]
-    found = [v for v in views if v is not None]
-    return tuple(found) if len(found) == len(views) else None
+    prompt_ids = teacher.prompt_ids(rollout.prompt.messages)
+    return TeacherView(prompt_ids, (*read, *stop), space=space)
 
 
 def _metrics(result: ByteKL, teacher_missing_P: Tensor) -> dict[str, Tensor]:

@@ -17,12 +17,13 @@ import torch
 from reflux.kernels.teacher_topk import TopK
 from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.config.schema import Config
-from reflux.trainer.data.batch import Batch, Prompt, Rollout, TeacherView
+from reflux.trainer.data.batch import Batch, Prompt, Rollout, TeacherView, TopKRows
 from reflux.trainer.data.chat import Chat, same_vocabulary
 from reflux.trainer.losses import HeadInputs, Loss, topk_kl
 from reflux.trainer.phase import Advance, Engine, Sampler, Sampling, Teacher, TextScore
 from reflux.trainer.runs.progress import ignore
 
+from .byte_loss import ByteLoss, byte_loss
 from .teacher_cache import Description, TeacherCache, check_same, narrowed
 
 # what a text in a cache depends on: a name of its description -> one of Sampling
@@ -84,6 +85,7 @@ class CachedTeacher:
     cache: TeacherCache
     chat: Chat
     shares_ids: bool
+    byte_loss: ByteLoss | None = None  # of objective = "byte"
     weight: float = 1.0
 
     @property
@@ -92,6 +94,12 @@ class CachedTeacher:
 
     def view(self, rollout: Rollout, step: int) -> TeacherView:
         """What the teacher has said of the text."""
+        rows = self.kept_rows(rollout)
+        kept = rows if self.spec.tail == "sampled" else narrowed(rows, self.spec.top_k)
+        return TeacherView(rollout.prompt_ids, rows=kept)
+
+    def kept_rows(self, rollout: Rollout) -> TopKRows:
+        """What the teacher has said at every token of a text of its ids."""
         rows = self.cache.rows_of(rollout)
         if rows is None:
             raise ValueError(
@@ -99,8 +107,7 @@ class CachedTeacher:
                 f"{rollout.prompt.index}: it is another text, or longer than the cached one "
                 f"({self.cache.description.texts}). Write the cache for this data and these lengths"
             )
-        kept = rows if self.spec.tail == "sampled" else narrowed(rows, self.spec.top_k)
-        return TeacherView(rollout.prompt_ids, rows=kept)
+        return rows
 
     def divergence(self, student: HeadInputs, batch: Batch, index: int) -> Loss:
         """See phase.Teacher."""
@@ -108,6 +115,8 @@ class CachedTeacher:
         if stored is None:  # a batch without tokens, for a rank that has none left
             nothing_TK = student.hidden_TD.new_zeros(0, 1, dtype=torch.float32)
             stored = nothing_TK.long(), nothing_TK, nothing_TK[:, 0]
+        if self.byte_loss is not None:
+            return self.byte_loss.of_cache(student, TopK(*stored), batch, batch.for_teacher(index))
         return topk_kl(student, TopK(*stored), self.spec)
 
     def score_texts(
@@ -128,8 +137,21 @@ def load_cached(cfg: Config, engine: Engine, chat: Chat) -> list[Teacher]:
     shares_ids = same_vocabulary(chat, own)
     if cfg.distill.objective == "kl":
         _check_rows(cfg.distill, cache.description, engine.vocab_size)
-    teacher = CachedTeacher(cfg.distill, cache, own, shares_ids)
+    compared = None
+    if cfg.distill.objective == "byte":
+        _check_for_bytes(cache.description)
+        compared = byte_loss(cfg.distill, chat, own, engine, same=shares_ids)
+    teacher = CachedTeacher(cfg.distill, cache, own, shares_ids, compared)
     return [teacher]
+
+
+def _check_for_bytes(cache: Description) -> None:
+    if cache.tail == "sampled" or cache.temperature != 1:
+        raise ValueError(
+            f"distill.objective = 'byte' with a cache of tail = {cache.tail!r}, temperature = "
+            f"{cache.temperature}; want the likeliest tokens at temperature 1 (distill.temperature "
+            "acts on the bytes): write the cache with cache.tail = 'bucket', temperature = 1.0"
+        )
 
 
 def _check_rows(spec: DistillSection, cache: Description, vocab_size: int) -> None:

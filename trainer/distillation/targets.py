@@ -22,7 +22,7 @@ from reflux.trainer.engine.metrics import MetricSums
 from reflux.trainer.phase import Teacher
 from reflux.trainer.rollouts.scoring import Aligned, align_texts
 
-from .byte_loss import byte_views
+from .byte_loss import byte_view
 from .texts import Text
 
 
@@ -70,16 +70,29 @@ class Targets:
     # byte
     def _byte_samples(self, texts: Sequence[Text], metric_sums: MetricSums) -> list[Sample]:
         """Each text in the student's tokens and in every teacher's."""
-        readers = [(t.chat, t.shares_ids) for t in self.teachers]
         samples = []
         for text in texts:
             rollout = self.for_student(text)
-            views = byte_views(self.chat, readers, rollout)
-            if views is not None:
-                samples.append(Sample(rollout, off_policy=text.off_policy, teacher_views=views))
-        found = len(samples)
-        metric_sums.add("unaligned", [0.0] * found + [1.0] * (len(texts) - found))
+            views = [self._byte_view(text, rollout, i) for i in range(len(self.teachers))]
+            found = tuple(v for v in views if v is not None)
+            if len(found) == len(views):
+                samples.append(Sample(rollout, off_policy=text.off_policy, teacher_views=found))
+        lost = len(texts) - len(samples)
+        metric_sums.add("unaligned", [0.0] * len(samples) + [1.0] * lost)
         return samples
+
+    def _byte_view(self, text: Text, rollout: Rollout, index: int) -> TeacherView | None:
+        """The text as teacher `index` reads it, with its rows where they are kept."""
+        teacher = self.teachers[index]
+        own = text.sampled_by == "teacher" and text.teacher == index
+        read = text.rollout.content_ids if own else None
+        if teacher.shares_ids:
+            read = rollout.content_ids
+        view = byte_view(self.chat, teacher.chat, rollout, read)
+        if view is None or view.ids is None:
+            return None
+        kept = teacher.kept_rows(replace(rollout, ids=view.ids))
+        return view if kept is None else replace(view, rows=kept)
 
     # class
     def _class_samples(self, texts: Sequence[Text], metric_sums: MetricSums) -> list[Sample]:

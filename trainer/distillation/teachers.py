@@ -26,7 +26,7 @@ from reflux.tokenalign.vocab_map import Partition, Vocabulary, first_merge
 from reflux.trainer.config.distillation import DistillSection, exact_settings
 from reflux.trainer.config.roles import distill_advice
 from reflux.trainer.config.schema import Config
-from reflux.trainer.data.batch import Batch, Rollout, TeacherView
+from reflux.trainer.data.batch import Batch, Rollout, TeacherView, TopKRows
 from reflux.trainer.data.chat import Chat, same_vocabulary
 from reflux.trainer.losses import (
     HeadInputs,
@@ -41,7 +41,7 @@ from reflux.trainer.rollouts.defences import DefendedDecoding
 from reflux.trainer.rollouts.generate import EmbeddedSampler
 from reflux.trainer.rollouts.scoring import score_ids
 
-from .byte_loss import ByteLoss
+from .byte_loss import ByteLoss, byte_loss
 from .cached_teacher import load_cached
 from .draws import draw_noise
 
@@ -128,6 +128,10 @@ class FrozenTeacher:
             return None if ids == rollout.prompt_ids else TeacherView(ids)
         noise = draw_noise(rollout, self.spec.top_k, seed=self.seed, step=step)
         return TeacherView(ids, uniform=noise)
+
+    def kept_rows(self, rollout: Rollout) -> TopKRows | None:
+        """None: it is asked."""
+        return None
 
     def divergence(self, student: HeadInputs, batch: Batch, index: int) -> Loss:
         """See phase.Teacher. Collective: the teacher's head is gathered."""
@@ -237,19 +241,6 @@ def has_biased_fixed_point(spec: DistillSection, chat: Chat, teachers: Sequence[
         spec.objective == "span"
         or bool(exact_settings(spec))
         or first_merge(chat.table) is not None
-    )
-
-
-def byte_loss(
-    spec: DistillSection, student: Chat, teacher: Chat, engine: Engine, *, same: bool
-) -> ByteLoss:
-    """ValueError for a tokenizer that is not byte-exact."""
-    rows = engine.vocab_size if same else teacher.vocab_size
-    return ByteLoss.of(
-        spec,
-        Vocabulary(student.table, student.stop_ids, engine.vocab_size),
-        Vocabulary(teacher.table, teacher.stop_ids, rows),
-        engine.device,
     )
 
 

@@ -115,6 +115,25 @@ def test_learning_from_its_own_texts_is_learning_from_a_query_budget(talkers, tm
                 assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), (name, key)
 
 
+def test_a_student_of_other_tokens_learns_bytes_from_a_cache(talkers, tmp_path):
+    """All ids kept: the numbers of the teacher itself; a few: positions are left out."""
+    size = Chat(str(talkers / "proxy")).vocab_size
+    options = {"objective": "byte", "on_policy": 0.0, "max_missing": 1.0}
+    teacher = {"path": str(talkers / "proxy")}
+    local = learn(
+        talkers, tmp_path / "local", None, teacher=teacher, distill=options | {"query_budget": 24}
+    )
+    runs = []
+    for k in (size, 4):
+        folder, _ = write_cache(talkers, tmp_path / f"c{k}", "proxy", texts="teacher", top_k=k)
+        kept = teacher | {"source": "cache", "cache": str(folder)}
+        runs.append(learn(talkers, tmp_path / f"cached{k}", None, teacher=kept, distill=options))
+    for a, b in zip(local.steps, runs[0].steps, strict=True):
+        for key in (*KEYS, "missing/teacher", "byte_positions"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
+    assert runs[1].steps[0]["missing/teacher"] > 1.5 * runs[0].steps[0]["missing/teacher"]
+
+
 def test_rounded_log_probabilities_cost_what_cache_json_says(talkers, tmp_path):
     """The forward KL moves by at most the error, for every stored log-probability does."""
     options = GIVEN | {"divergence": "forward", "tail": "bucket", "top_k": 9}
