@@ -180,7 +180,7 @@ def overflowing_proxy(place):
 
 
 def diverging_run(place):
-    """Texts are cut at 4 tokens; unless they are graded, all rewards are equal and nothing moves."""
+    """Texts are cut at 4 tokens: unless they are graded, all rewards are equal."""
     task = {"name": "small_tasks:reward_vowels", "options": {"grade_truncated": True}}
     return {"optim": {"lr": 1e30}, "steps": 5, "task": task}
 

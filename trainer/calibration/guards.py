@@ -78,18 +78,32 @@ class Guards:
         self.engine.checkpoint()
 
     def _check_utility(self, step: int, results: Mapping[str, float]) -> None:
-        accuracy = results.get("eval/sampled", results.get("eval/greedy"))
-        if accuracy is None or not self.cfg.guard.utility_drop:
+        """Every part of [eval.parts] by itself: one that falls is not made up for by another."""
+        if not self.cfg.guard.utility_drop:
             return
-        start = self.notes.setdefault("utility_start", accuracy)
-        low = accuracy < start - self.cfg.guard.utility_drop
-        failures = self.notes.get("utility_failures", 0.0) + 1.0 if low else 0.0
-        self.notes["utility_failures"] = failures
-        if not low:
+        low, stop = False, ""
+        for part in self.cfg.eval.parts or ("",):
+            fallen, words = self._check_part(part, results)
+            low, stop = low or fallen, stop or words
+        if not low and ("eval/sampled" in results or "eval/greedy" in results):
             self.notes["utility_passed"] = float(step)
-        if failures >= 2:
-            raise Stop(
-                f"accuracy {accuracy:.3f} is more than guard.utility_drop = "
-                f"{self.cfg.guard.utility_drop} below the start's {start:.3f} for the second time",
-                int(self.notes.get("utility_passed", 0)),
-            )
+        if stop:
+            raise Stop(stop, int(self.notes.get("utility_passed", 0)))
+
+    def _check_part(self, part: str, results: Mapping[str, float]) -> tuple[bool, str]:
+        """Whether the accuracy is low, and why the run has to stop, if it has."""
+        prefix, suffix = (f"eval/{part}/", f"/{part}") if part else ("eval/", "")
+        accuracy = results.get(f"{prefix}sampled", results.get(f"{prefix}greedy"))
+        if accuracy is None:
+            return False, ""
+        start = self.notes.setdefault(f"utility_start{suffix}", accuracy)
+        low = accuracy < start - self.cfg.guard.utility_drop
+        failures = self.notes.get(f"utility_failures{suffix}", 0.0) + 1.0 if low else 0.0
+        self.notes[f"utility_failures{suffix}"] = failures
+        if failures < 2:
+            return low, ""
+        of = f" of part {part}" if part else ""
+        return low, (
+            f"accuracy {accuracy:.3f}{of} is more than guard.utility_drop = "
+            f"{self.cfg.guard.utility_drop} below the start's {start:.3f} for the second time"
+        )

@@ -22,10 +22,10 @@ from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Batch, Rollout, Sample
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.failed_grades import FailedGradesBudget, count_failed
-from reflux.trainer.data.fitted_prompts import load_training_prompts
 from reflux.trainer.data.graders import Grade
 from reflux.trainer.data.prompts import shard
-from reflux.trainer.data.tasks import build_task
+from reflux.trainer.data.task_routing import build_grader, task_names
+from reflux.trainer.data.training_prompts import load_training_prompts
 from reflux.trainer.engine.metrics import MetricSums
 from reflux.trainer.evaluation.evaluator import Evaluator
 from reflux.trainer.losses import (
@@ -72,8 +72,8 @@ class CalibratePhase:
         engine.vocab_size = min(engine.vocab_size, self.chat.vocab_size)
         self.prompts = load_training_prompts(cfg, self.chat, engine)
         self.data_fields = self.prompts.fit.fields
-        self.task = build_task(cfg.task.name, cfg.task.options)
-        self.failed_grades = FailedGradesBudget(cfg.task.name, cfg.task.max_failed)
+        self.task = build_grader(cfg)
+        self.failed_grades = FailedGradesBudget(task_names(cfg), cfg.task.max_failed)
         self.evaluator = Evaluator(cfg, engine, self.chat, self.task)
         self.guards = Guards(cfg, engine)
         self.sampler = EmbeddedSampler(engine.gathered_weights, self.chat)
@@ -161,7 +161,7 @@ class CalibratePhase:
         proxy = "" if off else f", against the frozen proxy `{cfg.proxy.path}`"
         return f"Calibrated teacher: {eta}", (
             f"Reinforcement fine-tuned from `{cfg.model.path}`{proxy}, on the task "
-            f"`{cfg.task.name}`, with beta {cfg.reference.beta:g} on the KL to the original."
+            f"`{task_names(cfg)}`, with beta {cfg.reference.beta:g} on the KL to the original."
         )
 
     # from rollouts to samples
@@ -281,11 +281,30 @@ class CalibratePhase:
         all_correct_P = (groups.correct_PG | ~groups.graded_PG).all(1)
         add("groups/all_correct", all_correct_P.astype(float))
         add("groups/all_wrong", (~(groups.correct_PG & groups.graded_PG).any(1)).astype(float))
+        self._report_parts(flat, grades, scores)
         if scores is not None:
             scored = [s for s in scores if s.scored]
             add("reward/cal", [s.value for s in scored])
             add("cal/raw_nats", [s.raw for s in scored])
             add("cal/clipped", [s.clipped for s in scored])
+
+    def _report_parts(
+        self,
+        flat: Sequence[Rollout],
+        grades: Sequence[Grade],
+        scores: Sequence[CalibrationScore] | None,
+    ) -> None:
+        """Of each part of a mixture by itself; every rank adds under the same names."""
+        add = self.metric_sums.add
+        for part in self.cfg.data.parts:
+            mine = [i for i, r in enumerate(flat) if r.prompt.part == part]
+            graded = [grades[i] for i in mine if not grades[i].failed]
+            add(f"accuracy/{part}", [float(is_correct(g)) for g in graded])
+            add(f"reward/task/{part}", [g.reward for g in graded])
+            add(f"length/{part}", [len(flat[i].ids) for i in mine])
+            if scores is not None:
+                scored = [scores[i] for i in mine if scores[i].scored]
+                add(f"cal/raw_nats/{part}", [s.raw for s in scored])
 
     def _report_calibration(self, part: CalibrationPart, eta: float) -> None:
         self.metric_sums.add("cal/groups", part.fraction if eta else 0.0)

@@ -3,10 +3,11 @@ of a configuration.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
-from .data import SourceSection
+from .data import EvalPartSection, SourceSection, check_parts
 
 PASS_AT = re.compile(r"pass@([1-9]\d*)")
 LIKELIHOOD = ("likelihood_sum", "likelihood_per_byte")
@@ -23,6 +24,8 @@ class EvalSection(SourceSection):
     """Held-out prompts and what is measured on them; no source: no evaluation."""
 
     split: str = "test"
+    # several sources, each with its own numbers: [eval.parts.NAME] with source and task
+    parts: Mapping[str, EvalPartSection] = field(default_factory=dict)
     every: int = 0  # steps; 0: only before the first step and after the last
     samples: int = 1  # sampled answers per prompt, beside the greedy one
     at_start: bool = True
@@ -40,6 +43,7 @@ class EvalSection(SourceSection):
 
     def __post_init__(self):
         super().__post_init__()
+        check_parts(self, self.parts)
         for name in ("every", "samples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}; want >= 0")
@@ -58,6 +62,11 @@ class EvalSection(SourceSection):
             re.compile(self.refusal)
         except re.error as error:
             raise ValueError(f"refusal = {self.refusal!r}: {error}") from error
+
+    @property
+    def asks(self) -> bool:
+        """Whether there are questions."""
+        return bool(self.source or self.parts)
 
     @property
     def generates(self) -> bool:
@@ -82,6 +91,7 @@ class AcceptSection:
     """
 
     metric: str = "sampled"  # sampled | greedy | pass@K | likelihood_sum | likelihood_per_byte
+    part: str = ""  # of [eval.parts]; empty: all questions
     against: str = ""  # folder of the run to compare with; for max_drop, min_change, max_change
     run: str = ""  # folder of the run to judge; empty: this one
     min: float | None = None  # the metric itself

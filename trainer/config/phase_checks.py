@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .evaluation import check_options
+from .parts import used_tasks
 
 if TYPE_CHECKING:
     from .schema import Config
@@ -22,7 +23,8 @@ def check_common(cfg: Config) -> None:
             "'dataset' (plain SFT) runs without a teacher"
         )
     check_teacher_source(cfg)
-    if (cfg.distill.correct_only or cfg.eval.source) and not cfg.task.name:
+    graded = used_tasks(cfg, "eval") + used_tasks(cfg, "data") * cfg.distill.correct_only
+    if not all(task.name for task in graded):
         raise ValueError("task.name is missing; eval.source and distill.correct_only need a grader")
 
 
@@ -87,7 +89,7 @@ def check_cached_teacher(cfg: Config) -> None:
 
 
 def check_prompts(cfg: Config) -> None:
-    if not cfg.data.source:
+    if not (cfg.data.source or cfg.data.parts):
         raise ValueError("data.source is missing; want prompts, e.g. 'train.jsonl'")
 
 
@@ -128,7 +130,8 @@ def check_calibrate(cfg: Config) -> None:
     check_minibatches(cfg)
     check_no_gates(cfg)
     check_no_defence(cfg)
-    if not cfg.task.name:
+    trained = used_tasks(cfg, "data")
+    if not all(task.name for task in trained):
         raise ValueError(
             "task.name is missing; calibration needs a task reward, which keeps the teacher's "
             "accuracy up"
@@ -138,7 +141,8 @@ def check_calibrate(cfg: Config) -> None:
             f"proxy.path is missing; calibration.mode = {cfg.calibration.mode!r} needs a frozen "
             "proxy"
         )
-    if cfg.task.name == "reward_model" and cfg.calibration.cal_gate == "skip_degenerate":
+    judged = any(task.name == "reward_model" for task in trained)
+    if judged and cfg.calibration.cal_gate == "skip_degenerate":
         raise ValueError(
             "calibration.cal_gate = 'skip_degenerate' with task.name = 'reward_model': its grades "
             "are neither correct nor incorrect, so every group would be skipped. Use "
@@ -185,9 +189,10 @@ def check_diagnose(cfg: Config) -> None:
 
 def check_evaluate(cfg: Config) -> None:
     e = cfg.eval
-    if not (e.source and cfg.task.name):
+    if not (e.asks and all(task.name for task in used_tasks(cfg, "eval"))):
         raise ValueError("phase = 'evaluate' needs eval.source and task.name")
-    check_options(e, cfg.task.name)
+    for task in used_tasks(cfg, "eval"):
+        check_options(e, task.name)
     for name, rule in cfg.accept.items():
         if not rule.run and rule.metric not in e.metrics:
             measured = ", ".join(e.metrics) or "an evaluation that answers (eval.by, eval.samples)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from .parts import used_tasks
 from .sections import FrozenSection
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def calibrate_advice(cfg: Config, same_ids: bool, merge: Merge = None) -> Advice
 
 def distill_samples(cfg: Config) -> bool:
     """Whether the student samples: on-policy texts, or answers of an evaluation."""
-    return cfg.distill.on_policy > 0 or bool(cfg.eval.source)
+    return cfg.distill.on_policy > 0 or cfg.eval.asks
 
 
 def distill_grades(cfg: Config) -> bool:
@@ -182,7 +183,7 @@ def cache_given(cfg: Config) -> bool:
 
 def diagnose_grades(cfg: Config) -> bool:
     """Without a task there is no gap."""
-    return bool(cfg.task.name)
+    return all(task.name for task in used_tasks(cfg, "data"))
 
 
 def diagnose_roles(cfg: Config) -> list[Role]:

@@ -93,15 +93,6 @@ class FittedPrompts(Prompts):
         return self._prompts.location(row)
 
 
-def load_training_prompts(cfg: Config, chat: Chat, host: Host) -> FittedPrompts:
-    """The prompts of [data] for the model of [model], whose tokenizer is `chat`. Collective.
-
-    ValueError, the same on every rank, for a row that is no prompt, that lacks an answer or a
-    response where the phase needs it, or that is too long.
-    """
-    return Fitting(cfg, host, chat).fitted()
-
-
 def training_listing(cfg: Config) -> Listing | None:
     """How the options of multiple-choice rows are written under their questions."""
     lists, options = cfg.data.list_options, cfg.task.options
@@ -116,9 +107,10 @@ def training_listing(cfg: Config) -> Listing | None:
 class Fitting:
     """The rows of a source against the models that read them. Collective."""
 
-    def __init__(self, cfg: Config, host: Host, chat: Chat):
+    def __init__(self, cfg: Config, host: Host, chat: Chat, name: str = "data"):
+        """name: of the source in host.inputs."""
         d, spec = cfg.data, spec_of(cfg.phase)
-        self.cfg, self.host, self.given = cfg, host, spec.given(cfg)
+        self.cfg, self.host, self.name, self.given = cfg, host, name, spec.given(cfg)
         self.listing = training_listing(cfg)
         self.prompts = load_prompts(d, listing=self.listing, check_rows=False)
         self.lengths = self._measured(chat)
@@ -245,7 +237,7 @@ class Fitting:
         )
 
     def _key(self, chat: Chat) -> str | None:
-        data = self.host.inputs.get("data")
+        data = self.host.inputs.get(self.name)
         return cache_key(data, self.cfg.data, chat, responses=self.given, listing=self.listing)
 
     def _named(self, rows: np.ndarray) -> str:

@@ -31,6 +31,7 @@ class Prompt:
     response: str | None = None  # a given text (SFT, KD on given text)
     extra: Mapping[str, Any] = field(default_factory=dict)  # the row's other columns
     repeat: int = 0  # how often the step's batch had it before
+    part: str = ""  # of a mixture: the name in [data.parts] or [eval.parts]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "messages", tuple(map(FrozenDict, self.messages)))

@@ -19,9 +19,9 @@ import torch
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat, same_vocabulary
-from reflux.trainer.data.fitted_prompts import load_training_prompts
 from reflux.trainer.data.graders import Grade
-from reflux.trainer.data.tasks import build_task
+from reflux.trainer.data.task_routing import build_grader, task_names
+from reflux.trainer.data.training_prompts import load_training_prompts
 from reflux.trainer.phase import Engine, Grader, Phase, ReadableModel, Sampler, Sampling
 from reflux.trainer.rollouts.generate import EmbeddedSampler, given_rollout
 from reflux.trainer.rollouts.scoring import score_ids
@@ -82,8 +82,8 @@ class DiagnosePhase:
         self.data_fields = prompts.fit.fields
         self.prompts = [prompts[i] for i in range(engine.rank, len(prompts), engine.world)]
         self.grader: Grader | None = None
-        if cfg.task.name:
-            self.grader = build_task(cfg.task.name, cfg.task.options)
+        if task_names(cfg):
+            self.grader = build_grader(cfg)
         self.sampler = EmbeddedSampler(engine.gathered_weights, self.chat)
         self.teacher_sampler = EmbeddedSampler(
             partial(engine.gathered_frozen_weights, self.teacher), self.teacher_chat
@@ -147,7 +147,7 @@ class DiagnosePhase:
     def _names_answers(self, stats: Sequence[TokenStats]) -> bool:
         """A user's function may grade without naming an answer."""
         return self.grader is not None and (
-            ":" not in self.cfg.task.name or any(s.answer is not None for s in stats)
+            ":" not in task_names(self.cfg) or any(s.answer is not None for s in stats)
         )
 
     def _gradient(self, stage: Stage, stats: Sequence[TokenStats]) -> GradientNoise | None:

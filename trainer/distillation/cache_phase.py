@@ -24,7 +24,7 @@ from reflux.kernels.teacher_topk import TopK, teacher_topk
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Batch, Prompt, Rollout, Sample, TeacherView, TopKRows, pack
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.data.fitted_prompts import load_training_prompts
+from reflux.trainer.data.training_prompts import load_training_prompts
 from reflux.trainer.losses import HeadInputs
 from reflux.trainer.phase import Engine, Sampler, Sampling
 from reflux.trainer.rollouts.generate import EmbeddedSampler, given_rollout

@@ -26,7 +26,7 @@ from torch import Tensor
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Batch, Sample
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.data.tasks import build_task
+from reflux.trainer.data.task_routing import build_grader, task_names
 from reflux.trainer.engine.metrics import MetricSums
 from reflux.trainer.evaluation.evaluator import Evaluator
 from reflux.trainer.losses import HeadInputs, Loss, nll, nll_metrics, span_kl, token_logprob_of
@@ -51,9 +51,7 @@ class DistillPhase:
         self.cfg, self.engine, self.spec = cfg, engine, cfg.distill
         self.chat = Chat(cfg.model.path)
         engine.vocab_size = min(engine.vocab_size, self.chat.vocab_size)
-        self.task: Grader | None = (
-            build_task(cfg.task.name, cfg.task.options) if cfg.task.name else None
-        )
+        self.task: Grader | None = build_grader(cfg) if task_names(cfg) else None
         self.evaluator = Evaluator(cfg, engine, self.chat, self.task)
         self.teachers: Sequence[Teacher] = []
         if cfg.needs_teacher:

@@ -15,9 +15,9 @@ import numpy as np
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.data.fitted_prompts import FittedPrompts, load_training_prompts
 from reflux.trainer.data.prompts import epoch_indices, shard
 from reflux.trainer.data.sources import load_function
+from reflux.trainer.data.training_prompts import load_training_prompts
 from reflux.trainer.phase import Engine, Grader, Sampling, Teacher
 from reflux.trainer.rollouts.generate import EmbeddedSampler, given_rollout
 
@@ -60,7 +60,7 @@ class TextSource:
         self.cfg, self.engine, self.spec = cfg, engine, cfg.distill
         self.chat, self.teachers, self.task = chat, teachers, task
         self.student = EmbeddedSampler(engine.gathered_weights, chat)
-        self.prompts: FittedPrompts = load_training_prompts(cfg, chat, engine)
+        self.prompts = load_training_prompts(cfg, chat, engine)
         self.rewrite: Callable[[Prompt, str], str | None] | None = (
             load_function(self.spec.rewrite) if self.spec.rewrite else None
         )

@@ -26,6 +26,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from reflux.trainer.config.data import SourceSection
+from reflux.trainer.config.parts import input_name, tasks
 from reflux.trainer.config.phases import roles
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.sources import source_files
@@ -76,12 +78,26 @@ def _sources(cfg: Config) -> dict[str, _Source]:
         description = Path(cfg.teacher.cache).resolve() / "cache.json"
         files = {description.name: description} if description.is_file() else {}
         sources["teacher cache"] = _Source(str(description.parent), files, {})
-    for name, section in (("data", cfg.data), ("eval", cfg.eval)):
-        if section.source:
-            sources[name] = _data(section.source)
-    if cfg.task.name:
-        sources["task"] = _task(cfg.task.name, cfg.task.options)
+    for name, source in data_sources(cfg).items():
+        sources[name] = _data(source)
+    for part, task in tasks(cfg).items():
+        if task.name and (not part or task != cfg.task):
+            sources[input_name("task", part)] = _task(task.name, task.options)
     return sources
+
+
+def data_sources(cfg: Config) -> dict[str, str | tuple[str, ...]]:
+    """Every source of prompts by its name among the inputs: data, eval, data.PART, eval.PART."""
+    sections: dict[str, Mapping[str, SourceSection]] = {
+        "data": cfg.data.parts or {"": cfg.data},
+        "eval": cfg.eval.parts or {"": cfg.eval},
+    }
+    return {
+        input_name(table, part): section.source
+        for table, parts in sections.items()
+        for part, section in parts.items()
+        if section.source
+    }
 
 
 def _model(path: str, *, weights: bool = True) -> _Source:

@@ -11,7 +11,7 @@ from reflux.trainer.config.evaluation import AcceptSection
 from reflux.trainer.config.sections import TaskSection
 from reflux.trainer.runs.stats import Estimate, mean_over_prompts
 
-from .metrics import Difference, check_same, compare, metric_values, of_mode
+from .metrics import Difference, check_same, compare, metric_values, of_mode, of_part
 from .predictions import Prediction, Question, failed_grades, load_predictions
 
 NOT_ACCEPTED = 3  # exit code
@@ -46,13 +46,18 @@ def check_rule(
     ours: Sequence[Question] = expected
     if rule.run:
         ours = load_graded(rule.run, f"accept.{name}.run", task)
+    ours = of_part(ours, rule.part)
+    if not ours:
+        raise ValueError(
+            f"accept.{name}.part = {rule.part!r}: no question is of it; want a name in [eval.parts]"
+        )
     mode = "sampled" if rule.metric.startswith("pass@") else rule.metric
     if not of_mode(ours, mode):
         raise ValueError(
             f"accept.{name}: {rule.run} has no {rule.metric} answers; want a run that measured it"
         )
     if rule.against:
-        theirs = load_graded(rule.against, f"accept.{name}.against", task)
+        theirs = of_part(load_graded(rule.against, f"accept.{name}.against", task), rule.part)
         check_same(ours, theirs, rule.against, [mode])
 
 
@@ -69,11 +74,11 @@ def load_graded(folder: str, option: str, task: TaskSection) -> list[Prediction]
 def judge(name: str, rule: AcceptSection, predictions: Sequence[Prediction]) -> RuleVerdict:
     """One rule over this run's predictions (or those of `rule.run`)."""
     ours = load_predictions(rule.run, f"accept.{name}.run") if rule.run else predictions
-    values = metric_values(ours, rule.metric)
+    values = metric_values(of_part(ours, rule.part), rule.metric)
     if not rule.against:
         value = mean_over_prompts(values)
         return _verdict(name, rule, value, f"{rule.metric} {_show(value)}")
-    theirs = load_predictions(rule.against, f"accept.{name}.against")
+    theirs = of_part(load_predictions(rule.against, f"accept.{name}.against"), rule.part)
     difference = compare(values, metric_values(theirs, rule.metric))
     moved = difference.difference if rule.threshold == "max_drop" else difference.change
     return _verdict(name, rule, moved, _against(rule, difference, moved))

@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 
 from reflux.trainer.config.data import SourceSection
+from reflux.trainer.config.parts import tasks
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.failed_grades import FEW
 from reflux.trainer.data.graders import Grade
+from reflux.trainer.data.task_routing import task_names
 from reflux.trainer.phase import Engine, Grader, Sampler, Sampling
 from reflux.trainer.rollouts.defences import DefendedDecoding
 from reflux.trainer.rollouts.generate import EmbeddedSampler
 
 from .acceptance import load_graded
-from .metrics import Difference, check_same, compare, measure, metric_values
+from .metrics import Difference, check_same, compare, measure, metric_values, of_part
 from .multiple_choice import choices_by_likelihood, score_options
 from .predictions import (
     MODES,
@@ -34,7 +36,7 @@ from .predictions import (
     save_predictions,
     with_outcomes,
 )
-from .questions import Questions
+from .questions import load_questions
 from .results import Evaluation, log_fields
 
 SAMPLE_STREAM = 1 << 31  # evaluation draws its own random numbers, whatever step it happens at
@@ -42,6 +44,7 @@ BLOCK = 4  # times rollout.rows: answers of one rank between two writes of unfin
 # what the answers depend on, of [eval]
 SPEC = (
     *(f.name for f in fields(SourceSection)),
+    "parts",
     "samples",
     "by",
 )
@@ -79,9 +82,9 @@ class Evaluator:
         self.prompts: Sequence[Prompt] = ()
         self._theirs: list[Prediction] | None = None
         self._unfinished: Unfinished | None = None
-        if not e.source:
+        if not e.asks:
             return
-        self.questions = Questions(cfg, engine, chat)
+        self.questions = load_questions(cfg, engine, chat)
         self.prompts = self.questions.prompts
         if e.against:
             self._theirs = load_graded(e.against, "eval.against", cfg.task)
@@ -101,7 +104,9 @@ class Evaluator:
     def expected(self) -> list[Question]:
         """The questions, before anything is answered."""
         return [
-            Question(mode=mode, prompt=p.index, sample=k, id=prompt_id(p), answer=p.answer)
+            Question(
+                mode=mode, prompt=p.index, sample=k, id=prompt_id(p), answer=p.answer, part=p.part
+            )
             for way, count in self._samples.items()
             for mode in MODES[way]
             for p in self.prompts
@@ -141,7 +146,8 @@ class Evaluator:
                 m: compare(metric_values(predictions, m), metric_values(self._theirs, m))
                 for m in metrics
             }
-        return Evaluation(measure(predictions, metrics), differences)
+        parts = {part: measure(of_part(predictions, part), metrics) for part in self.cfg.eval.parts}
+        return Evaluation(measure(predictions, metrics), differences, parts=parts)
 
     @property
     def _generated(self) -> int:
@@ -166,7 +172,7 @@ class Evaluator:
         if counts.failed <= task.max_failed * of:
             return
         try:
-            counts.check(task.name, task.max_failed, few=0 if self.whole_run else FEW)
+            counts.check(task_names(self.cfg), task.max_failed, few=0 if self.whole_run else FEW)
         except ValueError as error:
             if self._unfinished is None:
                 raise
@@ -175,15 +181,17 @@ class Evaluator:
     def _with_outcomes(self, predictions: list[Prediction]) -> list[Prediction]:
         """A user's grader may give no answers at all: then none is missing."""
         generated = any(p.extracted is not None for p in predictions)
-        names_answers = ":" not in self.cfg.task.name or generated
+        names_answers = ":" not in task_names(self.cfg) or generated
         return with_outcomes(predictions, self.cfg.eval.refusal, names_answers)
 
     def _spec(self) -> dict[str, Any]:
         """All that the answers depend on."""
         c = self.cfg
-        sections = (("model", c.model), ("defence", c.defence), ("task", c.task))
+        sections = (("model", c.model), ("defence", c.defence))
         spec = {name: asdict(section) for name, section in (*sections, ("rollout", c.rollout))}
-        chosen = {key: getattr(c.eval, key) for key in SPEC}
+        spec["tasks"] = {part: asdict(task) for part, task in tasks(c).items()}
+        questions = asdict(c.eval)
+        chosen = {key: questions[key] for key in SPEC}
         return {**spec, "seed": c.seed, **chosen, "inputs": self.engine.inputs}
 
     def _blocks(self, done: Sequence[Prediction]) -> Iterator[tuple[list[Prompt], Answer]]:
@@ -223,6 +231,7 @@ class Evaluator:
         return Prediction(
             mode=mode,
             prompt=rollout.prompt.index,
+            part=rollout.prompt.part,
             sample=sample,
             id=id,
             answer=rollout.prompt.answer,

@@ -164,6 +164,11 @@ def position_stats(predictions: Sequence[Prediction], mode: str) -> list[Positio
     ]
 
 
+def of_part(questions: Sequence[Q], part: str) -> Sequence[Q]:
+    """Of one part of [eval.parts]; of an empty name, all."""
+    return [q for q in questions if q.part == part] if part else questions
+
+
 def of_mode(questions: Iterable[Q], mode: str) -> list[Q]:
     return [q for q in questions if q.mode == mode]
 

@@ -42,6 +42,7 @@ def choices_by_likelihood(
             Prediction(
                 mode=mode,
                 prompt=prompt.index,
+                part=prompt.part,
                 sample=0,
                 id=id or prompt_id(prompt),
                 answer=prompt.answer,

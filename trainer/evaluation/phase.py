@@ -9,7 +9,7 @@ from typing import Any
 
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.data.tasks import build_task
+from reflux.trainer.data.task_routing import build_grader
 from reflux.trainer.phase import Engine
 from reflux.trainer.rollouts.defences import DefendedDecoding
 
@@ -39,7 +39,7 @@ class EvaluatePhase:
                 )
         self.cfg, self.engine, chat = cfg, engine, Chat(cfg.model.path)
         engine.vocab_size = min(engine.vocab_size, chat.vocab_size)
-        grader = build_task(cfg.task.name, cfg.task.options)
+        grader = build_grader(cfg)
         defence = DefendedDecoding(cfg, engine, [chat])
         self.evaluator = Evaluator(cfg, engine, chat, grader, defence=defence, whole_run=True)
         for name, rule in cfg.accept.items():

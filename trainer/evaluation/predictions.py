@@ -1,10 +1,10 @@
 """The answers of an evaluation on disk: predictions/step-N.jsonl, one line each, and those of an
 evaluation that has not finished.
 
-Every line: mode (greedy, sampled, likelihood_sum, likelihood_per_byte), prompt (its index), id (of
-the question itself), sample, answer, correct, reward, extracted, error; position and choice_at, the
-positions of the correct and of the chosen option (from 0; null without). With an error, correct and
-reward say nothing: such a line is in no metric.
+Every line: mode (greedy, sampled, likelihood_sum, likelihood_per_byte), prompt (its index), part
+(where there are several), id (of the question itself), sample, answer, correct, reward, extracted,
+error; position and choice_at, the positions of the correct and of the chosen option (from 0; null
+without). With an error, correct and reward say nothing: such a line is in no metric.
   generated        text, ended, tokens, nll, outcome, graded
   by likelihood    logp (nats) and bytes of every option, in the order shown; extracted is the text
                    of the chosen one
@@ -40,6 +40,7 @@ class Question:
     sample: int
     id: str | None  # of the question and its answer (prompt_id); None in files of older versions
     answer: str | None  # the reference answer
+    part: str = ""  # of an evaluation of several parts
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,7 @@ class Unfinished:
 def _to_row(p: Prediction) -> dict[str, Any]:
     """The keys of a line, in their order."""
     row: dict[str, Any] = {"mode": p.mode, "prompt": p.prompt, "sample": p.sample}
+    row |= {"part": p.part} if p.part else {}
     positions = {"position": p.position, "choice_at": p.choice_at}
     if g := p.generation:
         row |= {"text": g.text, "answer": p.answer, "ended": g.ended, "tokens": g.tokens}
@@ -212,6 +214,7 @@ def _from_row(row: Mapping[str, Any]) -> Prediction:
     return Prediction(
         **{name: row[name] for name in names},
         id=row.get("id"),
+        part=row.get("part", ""),
         position=row.get("position"),
         choice_at=row.get("choice_at"),
         generation=generation,

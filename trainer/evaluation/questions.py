@@ -4,9 +4,14 @@ them before anything is answered.
 N: rows of the source.
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+
 import numpy as np
 
 from reflux.trainer.config.evaluation import check_options
+from reflux.trainer.config.parts import input_name, part_configs
 from reflux.trainer.config.phases import roles
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt
@@ -18,25 +23,27 @@ from reflux.trainer.data.row_checks import Need, check_answers
 
 
 class Questions:
-    """The prompts of [eval], as they are in the source."""
+    """The prompts of [eval], as they are in one source."""
 
-    def __init__(self, cfg: Config, host: Host, chat: Chat):
-        """Collective. ValueError for a row that is no prompt, whose options cannot be read, that
-        lacks an answer or is too long for the model.
+    def __init__(self, cfg: Config, host: Host, chat: Chat, name: str = "eval"):
+        """name: of the source in host.inputs. Collective. ValueError for a row that is no prompt,
+        whose options cannot be read, that lacks an answer or is too long for the model.
         """
-        e, self.cfg = cfg.eval, cfg
+        e, self.cfg, self._name = cfg.eval, cfg, name
         check_options(e, cfg.task.name)
         given = cfg.task.options
         named = {"column": given.get("choices"), "answer_is": given.get("answer_is")}
         self._format = {name: value for name, value in named.items() if value is not None}
-        self.prompts = load_prompts(e, check_rows=False)
-        choices = self.prompts.shape == "choices" and e.by == "generation"
+        prompts = load_prompts(e, check_rows=False)
+        self.prompts: Sequence[Prompt] = prompts
+        self.location = prompts.location
+        choices = prompts.shape == "choices" and e.by == "generation"
         self._listed = choices if e.list_options is None else e.list_options
         lengths = self._measured(host, chat)
         for prompt in self.prompts if e.scores_options or self._listed else ():
             self.options(prompt)
         if e.generates:
-            check_answers(self.prompts.location, lengths.answered_N, cfg.task, "eval")
+            check_answers(self.location, lengths.answered_N, cfg.task, "eval")
         self._check_lengths(lengths, host.seq_len, chat)
 
     def shown(self, prompt: Prompt) -> Prompt:
@@ -61,11 +68,11 @@ class Questions:
             return None
 
     def _measured(self, host: Host, chat: Chat) -> PromptLengths:
-        e, location = self.cfg.eval, self.prompts.location
+        e, location = self.cfg.eval, self.location
         if self._listed:
             shown = [self.shown(p) for p in self.prompts]
             return measure_prompts(shown, chat, host, location=location)
-        key = cache_key(host.inputs.get("eval"), e, chat)
+        key = cache_key(host.inputs.get(self._name), e, chat)
         return measure_prompts(self.prompts, chat, host, key, location=location)
 
     def _check_lengths(self, lengths: PromptLengths, seq_len: int, chat: Chat) -> None:
@@ -81,6 +88,45 @@ class Questions:
         need = Need(role, chat, lengths.prompt_N, behind_N, behind, seq_len + 1, limit)
         if need.over_N.any():
             raise ValueError(
-                f"{need.words(self.prompts.location)}. {need.advice}, or leave these rows out of "
+                f"{need.words(self.location)}. {need.advice}, or leave these rows out of "
                 "eval.source: an evaluation drops nothing by itself"
             )
+
+
+class QuestionParts:
+    """The questions of [eval.parts], one part behind the other; each prompt has the name of its
+    part.
+    """
+
+    def __init__(self, parts: Mapping[str, Questions]):
+        self._parts = parts
+        self.prompts: Sequence[Prompt] = [
+            replace(prompt, index=start + prompt.index, part=name)
+            for (name, part), start in zip(parts.items(), _starts(parts))
+            for prompt in part.prompts
+        ]
+
+    def shown(self, prompt: Prompt) -> Prompt:
+        return self._parts[prompt.part].shown(prompt)
+
+    def options(self, prompt: Prompt) -> Options:
+        return self._parts[prompt.part].options(prompt)
+
+    def options_or_none(self, prompt: Prompt) -> Options | None:
+        return self._parts[prompt.part].options_or_none(prompt)
+
+
+def _starts(parts: Mapping[str, Questions]) -> list[int]:
+    return [0, *accumulate(len(part.prompts) for part in parts.values())]
+
+
+def load_questions(cfg: Config, host: Host, chat: Chat) -> Questions | QuestionParts:
+    """Of one source, or of all parts. Collective; ValueError as Questions."""
+    if not cfg.eval.parts:
+        return Questions(cfg, host, chat)
+    return QuestionParts(
+        {
+            name: Questions(part, host, chat, input_name("eval", name))
+            for name, part in part_configs(cfg, "eval").items()
+        }
+    )

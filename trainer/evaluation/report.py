@@ -9,6 +9,7 @@ from typing import Any
 from reflux.trainer.config.evaluation import EvalSection
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import RolloutSection
+from reflux.trainer.data.task_routing import task_names
 from reflux.trainer.runs.files import write_json, write_whole
 from reflux.trainer.runs.markdown_table import interval, render_template, with_interval
 from reflux.trainer.runs.stats import Estimate
@@ -41,8 +42,8 @@ def _json(
     e, differences = cfg.eval, evaluation.differences
     return {
         "model": cfg.model.path,
-        "source": e.source,
-        "task": cfg.task.name,
+        "source": e.name,
+        "task": task_names(cfg),
         "by": e.by,
         "seed": cfg.seed,
         "prompts": prompts,
@@ -50,6 +51,7 @@ def _json(
         "max_tokens": cfg.rollout.max_tokens,
         "sampling": {key: getattr(cfg.rollout, key) for key in ("temperature", "top_p", "top_k")},
         "metrics": evaluation.estimates,
+        "parts": evaluation.parts,
         "against": {"folder": e.against, **differences} if differences else None,
         "positions": positions,
         "harness": evaluation.harness,
@@ -81,6 +83,10 @@ def _page(
         verdicts=evaluation.verdicts,
         metrics={n: e for n, e in estimates.items() if n in shown or n.endswith(endings)},
         outcomes=_outcomes(estimates),
+        parts={
+            part: {n: own[n] for n in shown if n in own} for part, own in evaluation.parts.items()
+        },
+        task=task_names(cfg),
         differences=evaluation.differences,
         positions=positions,
         harness=evaluation.harness,

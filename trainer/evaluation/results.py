@@ -18,6 +18,8 @@ class Evaluation:
     differences: Mapping[str, Difference]  # to the run in eval.against; empty without one
     verdicts: tuple[RuleVerdict, ...] = ()  # of the [accept] rules
     harness: Mapping[str, float] = field(default_factory=dict)  # "harness/TASK/METRIC" -> value
+    # part of [eval.parts] -> its own numbers by metric
+    parts: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
 
     @property
     def accepted(self) -> bool:
@@ -38,5 +40,10 @@ def log_fields(evaluation: Evaluation, metrics: Sequence[str]) -> dict[str, Any]
             fields[f"eval/{name}_{part}"] = value.mean
             fields |= {f"eval/{name}_{part}_low": value.low, f"eval/{name}_{part}_high": value.high}
         fields[f"eval/{name}_p"] = d.p
+    for part, estimates in evaluation.parts.items():
+        for name in metrics:
+            e = estimates[name]
+            fields[f"eval/{part}/{name}"] = e.mean
+            fields |= {f"eval/{part}/{name}_low": e.low, f"eval/{part}/{name}_high": e.high}
     verdicts = {f"accept/{v.name}": v.words for v in evaluation.verdicts}
     return {**fields, **evaluation.harness, **verdicts}

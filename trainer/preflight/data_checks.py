@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from reflux.trainer.config.parts import input_name, part_configs, tasks
 from reflux.trainer.config.phases import spec_of
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import TaskSection
@@ -25,15 +26,21 @@ ACCEPTED = 0.9  # fraction of the data's own responses that a grader should call
 def first_prompts(cfg: Config) -> tuple[list[Prompt], list[Finding]]:
     """The first rows of the phase's own prompts."""
     section = spec_of(cfg.phase).data_section
-    d = cfg.eval if section == "eval" else cfg.data
-    limit = min(d.limit or FIRST_PROMPTS, FIRST_PROMPTS)
-    try:
-        listing = None if section == "eval" else training_listing(cfg)
-        prompts = load_prompts(d, limit=limit, listing=listing)
-        return list(prompts), [_shape_finding(section, prompts)]
-    except (OSError, ValueError, ImportError) as error:
-        what = f"{section}.source = {d.name!r} cannot be read: {first_line(error)}"
-        return [], [Finding("error", what, "lengths, grader and texts are not checked")]
+    parts, prompts, findings = part_configs(cfg, section), [], []
+    for name, alone in parts.items():
+        d = alone.eval if section == "eval" else alone.data
+        limit = min(d.limit or FIRST_PROMPTS, FIRST_PROMPTS)
+        listing = None if section == "eval" else training_listing(alone)
+        where = input_name(section, name)
+        try:
+            rows = load_prompts(d, limit=limit, listing=listing)
+            prompts += [replace(p, part=name) for p in rows]
+            findings.append(_shape_finding(where, rows))
+        except (OSError, ValueError, ImportError) as error:
+            what = f"{where}.source = {d.name!r} cannot be read: {first_line(error)}"
+            advice = "lengths, grader and texts are not checked"
+            return [], [*findings, Finding("error", what, advice)]
+    return prompts, findings
 
 
 def _shape_finding(section: str, prompts: Prompts) -> Finding:
@@ -63,33 +70,47 @@ def given_responses(
 
 
 def task_findings(cfg: Config, texts: Sequence[Rollout]) -> list[Finding]:
-    """Whether the grader accepts the data's own responses."""
-    if not cfg.task.name:
-        return []
-    if cfg.task.name == "reward_model":
+    """Whether the graders accept the data's own responses."""
+    findings = []
+    for part, task in _tasks_of(cfg).items():
+        findings += _task_findings(task, [t for t in texts if t.prompt.part == part])
+    return findings
+
+
+def _tasks_of(cfg: Config) -> dict[str, TaskSection]:
+    """Of the parts whose prompts are looked at."""
+    parts = part_configs(cfg, spec_of(cfg.phase).data_section)
+    return {name: task for name, task in tasks(cfg).items() if name in parts and task.name}
+
+
+def _task_findings(task: TaskSection, texts: Sequence[Rollout]) -> list[Finding]:
+    if task.name == "reward_model":
         return [Finding("ok", "task reward_model: its grades have no correct and incorrect")]
     try:
-        task = build_task(cfg.task.name, cfg.task.options)
+        grader = build_task(task.name, task.options)
     except (OSError, ValueError, ImportError) as error:
         return [Finding("error", f"task: {first_line(error)}", "mend task.name or task.options")]
     if not texts:
         return [
             Finding(
                 "warning",
-                f"task {cfg.task.name}: the data has no responses to grade",
+                f"task {task.name}: the data has no responses to grade",
                 "the grader is not checked; a `response` column with correct answers would do it",
             )
         ]
-    return _grader_findings(cfg.task, texts, task.grade(texts))
+    return _grader_findings(task, texts, grader.grade(texts))
 
 
 def sampled_findings(cfg: Config, texts: Sequence[Rollout]) -> list[Finding]:
-    """Whether the grader grades at all, on texts of the model where the data have none."""
-    if not cfg.task.name or cfg.task.name == "reward_model":
-        return []
+    """Whether the graders grade at all, on texts of the model where the data have none."""
     whole = [replace(t, ended=True) for t in texts]  # cut short by this check, not by the model
-    grades = build_task(cfg.task.name, cfg.task.options).grade(whole)
-    return _failed_findings(cfg.task, grades)
+    findings = []
+    for part, task in _tasks_of(cfg).items():
+        mine = [t for t in whole if t.prompt.part == part]
+        if mine and task.name != "reward_model":
+            grades = build_task(task.name, task.options).grade(mine)
+            findings += _failed_findings(task, grades)
+    return findings
 
 
 def _failed_findings(task: TaskSection, grades: Sequence[Grade]) -> list[Finding]:

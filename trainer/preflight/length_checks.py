@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from reflux.trainer.config.parts import input_name, part_configs
 from reflux.trainer.config.phases import spec_of
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.fitted_prompts import Fitting
 from reflux.trainer.data.prompt_lengths import OneRank
 from reflux.trainer.data.row_checks import Need
-from reflux.trainer.engine.fingerprints import data_input
-from reflux.trainer.evaluation.questions import Questions
+from reflux.trainer.engine.fingerprints import data_input, data_sources
+from reflux.trainer.evaluation.questions import load_questions
 
 from .report import Finding
 from .shapes import Shape
@@ -36,16 +37,17 @@ def length_findings(
     if any(s.role.name not in chats for s in shapes):  # that is a finding already
         return []
     own = next(s.role for s in shapes if s.role.own)
-    sections = {"data": cfg.data.source, "eval": cfg.eval.source}
-    used = [n for n in sections if sections[n] and (n == "eval" or _reads_data(cfg))]
+    sources = data_sources(cfg)
+    used = [n for n in sources if n.partition(".")[0] == "eval" or _reads_data(cfg)]
     try:
-        inputs = {name: asdict(data_input(sections[name])) for name in used}
+        inputs = {name: asdict(data_input(sources[name])) for name in used}
     except (OSError, ValueError) as error:
         return [Finding("error", f"the data cannot be read: {error}", MEND)]
     run, findings = PlannedRun(seq_len=seq_len, inputs=inputs), []
-    if "data" in used:
-        findings += _training_findings(cfg, run, chats[own.name])
-    if "eval" in used:
+    for part, alone in part_configs(cfg, "data").items() if _reads_data(cfg) else ():
+        name = input_name("data", part)
+        findings += _training_findings(alone, run, chats[own.name], name)
+    if cfg.eval.asks:
         findings.append(_question_finding(cfg, run, chats[own.name]))
     return findings
 
@@ -54,17 +56,17 @@ def _reads_data(cfg: Config) -> bool:
     return spec_of(cfg.phase).data_section == "data"
 
 
-def _training_findings(cfg: Config, run: PlannedRun, chat: Chat) -> list[Finding]:
+def _training_findings(cfg: Config, run: PlannedRun, chat: Chat, name: str) -> list[Finding]:
     try:
-        fitting = Fitting(cfg, run, chat)
+        fitting = Fitting(cfg, run, chat, name)
     except (OSError, ValueError, ImportError) as error:
-        return [Finding("error", f"data.source: {error}", MEND)]
+        return [Finding("error", f"{name}.source: {error}", MEND)]
     findings = [_need_finding(cfg, need, own=not i) for i, need in enumerate(fitting.needs)]
     if not any(f.level == "error" for f in findings):
         try:
             fitting.fitted()
         except ValueError as error:  # nothing is left, or cannot be cut
-            findings.append(Finding("error", f"data.source: {error}", MEND))
+            findings.append(Finding("error", f"{name}.source: {error}", MEND))
     return findings
 
 
@@ -92,7 +94,7 @@ def _need_finding(cfg: Config, need: Need, *, own: bool) -> Finding:
 
 def _question_finding(cfg: Config, run: PlannedRun, chat: Chat) -> Finding:
     try:
-        count = len(Questions(cfg, run, chat).prompts)
+        count = len(load_questions(cfg, run, chat).prompts)
     except (OSError, ValueError, ImportError) as error:
         return Finding("error", f"eval.source: {error}", MEND)
     return Finding("ok", f"eval.source: all {count} questions fit")

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from reflux.trainer.calibration.guards import KL_DECAY, KL_MARKS, Guards
-from reflux.trainer.config.data import DataSection
+from reflux.trainer.config.data import DataSection, EvalPartSection
+from reflux.trainer.config.evaluation import EvalSection
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import (
     CalibrationSection,
@@ -171,3 +172,20 @@ def test_ordinary_recipes_do_not_warn():
             config(calibration=CalibrationSection(mode="undistillable", denominator="reference")),
             SimpleNamespace(notes={}),
         )
+
+
+def test_every_part_keeps_its_own_accuracy():
+    """The mean of both stays, and one of them falls."""
+    parts = {"sums": EvalPartSection("a"), "facts": EvalPartSection("b")}
+    engine = engine_with({})
+    guards = Guards(config(eval=EvalSection(parts=parts)), engine)
+
+    def found(sums: float, facts: float) -> dict:
+        mean = (sums + facts) / 2
+        return {"eval/sampled": mean, "eval/sums/sampled": sums, "eval/facts/sampled": facts}
+
+    guards.check(0, {}, found(0.8, 0.6))
+    guards.check(1, {}, found(0.9, 0.5))
+    with pytest.raises(Stop, match="of part facts is more than guard.utility_drop") as stop:
+        guards.check(2, {}, found(0.9, 0.5))
+    assert stop.value.restore == 0

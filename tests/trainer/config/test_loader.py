@@ -23,8 +23,11 @@ SECTIONS = {f.name: f.type for f in fields(Config) if is_dataclass(f.type)}
 KEYS = [("", name) for name in sections()] + [
     (s, f.name) for s, kind in SECTIONS.items() for f in fields(kind)
 ]
-LEAVES = [
-    (s, f.name, get_type_hints(kind)[f.name]) for s, kind in SECTIONS.items() for f in fields(kind)
+LEAVES = [  # without tables of named tables, [data.parts.NAME]
+    (s, f.name, get_type_hints(kind)[f.name])
+    for s, kind in SECTIONS.items()
+    for f in fields(kind)
+    if f.name != "parts"
 ]
 
 

@@ -10,8 +10,8 @@ from thread_ranks import ThreadRank, on_ranks
 from reflux.trainer.config.loader import deep_merge, fill
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.data.fitted_prompts import load_training_prompts
 from reflux.trainer.data.prompts import load_prompts
+from reflux.trainer.data.training_prompts import load_training_prompts
 
 LONG = (3, 8)  # rows
 SEQ_LEN, MAX_TOKENS = 60, 10

@@ -1,0 +1,54 @@
+"""One grader for all parts of a mixture: each prompt is graded by the task of its part."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from reflux.trainer.config.parts import tasks
+from reflux.trainer.config.schema import Config
+from reflux.trainer.config.sections import TaskSection
+
+from .batch import Rollout
+from .graders import Grade
+from .tasks import build_task
+
+if TYPE_CHECKING:
+    from reflux.trainer.phase import Grader
+
+
+class RoutedGrader:
+    """graders: by the name of the part."""
+
+    def __init__(self, graders: Mapping[str, "Grader"]):
+        self._graders = graders
+
+    def grade(self, rollouts: Sequence[Rollout]) -> list[Grade]:
+        """One grade per rollout, in order."""
+        grades: dict[int, Grade] = {}
+        for part, grader in self._graders.items():
+            mine = [i for i, r in enumerate(rollouts) if r.prompt.part == part]
+            if mine:
+                grades |= zip(mine, grader.grade([rollouts[i] for i in mine]))
+        return [grades[i] for i in range(len(rollouts))]
+
+
+def build_grader(cfg: Config) -> "Grader":
+    """The grader of a run: of [task], or of the parts' tasks. Parts with one task share its
+    process. ValueError as build_task.
+    """
+    named = {part: task for part, task in tasks(cfg).items() if task.name}
+    if not (cfg.data.parts or cfg.eval.parts):
+        return build_task(cfg.task.name, cfg.task.options)
+    built: list[tuple[TaskSection, Grader]] = []
+    graders = {}
+    for part, task in named.items():
+        known = next((grader for other, grader in built if other == task), None)
+        if known is None:
+            known = build_task(task.name, task.options)
+            built.append((task, known))
+        graders[part] = known
+    return RoutedGrader(graders)
+
+
+def task_names(cfg: Config) -> str:
+    """For messages."""
+    return ", ".join(dict.fromkeys(task.name for task in tasks(cfg).values() if task.name))
