@@ -40,6 +40,9 @@ BASES = [
 ]
 # by a run; so are bare names of other kinds than these in FILE
 LOG_FIELDS = (
+    "epoch",
+    "length/",
+    "accuracy/",
     "cache/",
     "accept/",
     "cal/",
