@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from enumerated_texts import longest_first
 from hypothesis import strategies as st
-from vocab_pairs import table_of
+from vocab_pairs import longest_first, table_of
 
 from reflux.tokenalign.byte_trie import ByteTrie
 from reflux.tokenalign.byte_windows import ByteWindows, RowMasses, Tokens, byte_windows

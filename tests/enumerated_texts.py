@@ -4,16 +4,21 @@ that cut a text longest-first, the policy's trajectories and the proxy's scores 
 S: spans. T: tokens of the policy, its stop token included.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from vocab_pairs import table_of
+import torch
+from byte_cases import masses_of, tokens_of
+from vocab_pairs import longest_first, table_of
 
+from reflux.tokenalign.byte_trie import ByteTrie
+from reflux.tokenalign.byte_windows import byte_windows, settled_prefix_logp
 from reflux.tokenalign.credit import following_span
+from reflux.tokenalign.next_byte import next_byte_ref
 from reflux.tokenalign.offsets import side
 from reflux.tokenalign.scores import sequence_scores
 from reflux.tokenalign.spans import align_spans
+from reflux.tokenalign.vocab_map import Vocabulary
 
 # (policy, proxy): merges of 2 and 3 bytes on either side and on both
 MERGES = {
@@ -28,15 +33,6 @@ MERGES = {
     "words": (["un", "it", "happy", "a"], ["un", "unit", "happy", "it", "a", "ita"]),
     "a proxy that never merges across a comma": (["a", "b", ","], ["a", "b", ",", "ab"]),
 }
-
-
-def longest_first(text: str, pieces: Sequence[str]) -> tuple[int, ...]:
-    ids: list[int] = []
-    while text:
-        piece = max((p for p in pieces if text.startswith(p)), key=len)
-        ids.append(pieces.index(piece))
-        text = text[len(piece) :]
-    return tuple(ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +107,42 @@ class World:
         prob = float(np.exp(logp.sum()))
         return Trajectory(ids, prob, scores.span_ratio, alignment.bounds, alignment.span_b, end)
 
+    def prefixes(self, trajectory: Trajectory, exact: bool) -> tuple[np.ndarray, np.ndarray]:
+        """[T] log-probabilities of what stands before each token, of the proxy and the policy:
+        the proxy's by all covers, or by the windows of its one reading of the text.
+        """
+        ids, stop = trajectory.ids, len(self.policy)
+        own = self._logp(self.logp, ids, stop)
+        content = [i for i in ids if i != stop]
+        starts = np.cumsum([0, *(len(self.policy[i]) for i in content)])[: len(ids)]
+        text = "".join(self.policy[i] for i in content)
+        value = self._covered if exact else self._settled_values
+        return value(text)[starts], np.cumsum(own) - own
+
+    def _covered(self, text: str) -> np.ndarray:
+        """Independent of what follows a prefix by definition."""
+        count = len(self.proxy)
+        vocabulary = Vocabulary(self.tables[0], [count])
+
+        def conditional(history):
+            row = np.exp(self._conditional(self.logq, history, count))
+            return np.append(row, [0.0] * (count + 1 - len(row)))
+
+        def value(prefix):
+            return np.log(next_byte_ref(conditional, vocabulary, prefix).prefix)
+
+        return np.array([value(text[:k].encode()) for k in range(len(text) + 1)])
+
+    def _settled_values(self, text: str) -> np.ndarray:
+        count = len(self.proxy)
+        trie = ByteTrie.of(Vocabulary(self.tables[0], [count]))
+        read = (*longest_first(text, self.proxy), count)
+        rows = [self._conditional(self.logq, read[:t], count) for t in range(len(read))]
+        prob = np.array([[*np.exp(x), *[0.0] * (count + 1 - len(x))] for x in rows])
+        windows = byte_windows(trie, tokens_of([read]))
+        masses = masses_of(windows, trie, torch.from_numpy(prob))
+        return settled_prefix_logp(windows, masses).numpy()
+
     def settled(self, trajectory: Trajectory) -> np.ndarray:
         """[T] by the definition: the spans in front that are the same in every continuation."""
         counts = []
@@ -131,8 +163,21 @@ class World:
         """The expected policy gradient in the logits of all histories; credit(x) -> [T]."""
         got = {h: np.zeros_like(row) for h, row in self.logp.items()}
         for x in self.trajectories:
-            for t, (i, c) in enumerate(zip(x.ids, credit(x), strict=True)):
-                score = -np.exp(self.logp[x.ids[:t]])
-                score[i] += 1
-                got[x.ids[:t]] += x.prob * c * score
+            for h, part in self._terms(x, credit):
+                got[h] += x.prob * part
         return np.concatenate([got[h] for h in sorted(got)])
+
+    def variance(self, credit) -> float:
+        """Of the gradient of one sampled text, summed over the logits."""
+        square = sum(
+            x.prob * sum((part**2).sum() for _, part in self._terms(x, credit))
+            for x in self.trajectories
+        )
+        return float(square - (self.gradient(credit) ** 2).sum())
+
+    def _terms(self, x: Trajectory, credit):
+        """(history, gradient in its logits) of one text; its histories are distinct."""
+        for t, (i, c) in enumerate(zip(x.ids, credit(x), strict=True)):
+            score = -np.exp(self.logp[x.ids[:t]])
+            score[i] += 1
+            yield x.ids[:t], c * score

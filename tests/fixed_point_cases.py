@@ -10,9 +10,8 @@ from functools import cached_property
 import numpy as np
 import torch
 from byte_cases import masses_of, tokens_of
-from enumerated_texts import longest_first
 from torch import Tensor
-from vocab_pairs import table_of
+from vocab_pairs import longest_first, table_of
 
 from reflux.kernels._divergence import divergence_ref
 from reflux.tokenalign import vocab_map

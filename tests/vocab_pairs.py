@@ -1,5 +1,7 @@
 """Drawn pairs of vocabularies, for several test files."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from hypothesis import strategies as st
 
@@ -16,6 +18,15 @@ def table_of(pieces, controls=1, family="byte_level"):
     return ByteTable(
         (*pieces, *(f"<{k}>".encode() for k in range(controls))), np.array(kind, np.int8), family
     )
+
+
+def longest_first(text: str, pieces: Sequence[str]) -> tuple[int, ...]:
+    ids: list[int] = []
+    while text:
+        piece = max((p for p in pieces if text.startswith(p)), key=len)
+        ids.append(pieces.index(piece))
+        text = text[len(piece) :]
+    return tuple(ids)
 
 
 @st.composite

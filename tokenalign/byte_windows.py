@@ -264,3 +264,27 @@ def _missing(w: ByteWindows, masses: RowMasses, weight_W: Tensor, weight_R: Tens
     total_P, segment_P = lost_P.cumsum(0), w.at_R[w.row_P]
     missing_P = (total_P - total_P[segment_P]).clamp(min=0) + lost_P[segment_P]
     return missing_P.index_add(0, w.at_W, weight_W * masses.unknown_R[w.row_W])
+
+
+def settled_prefix_logp(w: ByteWindows, masses: RowMasses) -> Tensor:
+    """[P] log of the probability of the bytes so far, nats, by what no later byte can change.
+
+    Let i be the first row from which some token of the vocabulary still spells all bytes up to the
+    position. Every row before it is settled, and the value is
+
+        log p(tokens before i) + log p(a token that begins with the bytes since | tokens before i)
+
+    a function of the bytes so far alone where the tokenizer takes the longest match; then it is
+    the byte-prefix probability of a model that spells in one way. `NextBytes.prefix_P` follows the
+    text's own tokens further, and so depends on what comes.
+    """
+    before_R = masses.logp_R.cumsum(0) - masses.logp_R
+    nodes = w.row_W.new_zeros(len(w.row_W), dtype=torch.float64)
+    mass_W = nodes.index_add(0, w.window_E, masses.entry_E)
+    mass_W = mass_W.index_add(0, w.window_X, masses.exact_X)
+    root_W = w.root_R[w.row_W] & (w.at_W == w.at_R[w.row_W])
+    value_W = torch.where(root_W, 0.0, mass_W.clamp(min=TINY).log()) + before_R[w.row_W]
+    first_P = torch.full_like(w.byte_P, len(w.ids_R)).scatter_reduce(0, w.at_W, w.row_W, "amin")
+    settled_W = (w.row_W == first_P[w.at_W]).nonzero()[:, 0]
+    value_P = value_W.new_zeros(w.positions).index_copy(0, w.at_W[settled_W], value_W[settled_W])
+    return value_P - before_R[w.first_R[w.row_P]]

@@ -11,6 +11,10 @@ scores "un" accordingly. Where both sides have the same tokens every earlier spa
 (`following_span`). A baseline may be another text's `span_to_go` at the same count: it does not
 depend on what follows the token.
 
+`prefix_to_go` settles bytes, not spans: it leaves out what the two models make of the text before
+the token, each a function of those bytes alone (`byte_windows.settled_prefix_logp`). So it needs no
+span to be settled, and is exact for any two tokenizers.
+
 S: spans. T: tokens of one side, span -1 = outside every span (no credit).
 """
 
@@ -88,6 +92,24 @@ def reward_to_go(
     value_S, span_T = _check(value_S, span_T)
     following = following_span(span_T, len(value_S), length)
     return span_to_go(value_S, end)[settled_spans(settled, following)]
+
+
+def prefix_to_go(total: float, prefix_a: np.ndarray, prefix_b: np.ndarray) -> np.ndarray:
+    """total - (prefix_a - prefix_b): for each token the whole sum without what the text before it
+    is worth; float64 [T].
+
+    prefix_a, prefix_b [T]: log-probabilities of the text before each token under the two models,
+    nats, that no later token can change. Whatever they are, the expected gradient is that of the
+    total; the closer they are to the probabilities of the prefix, the smaller its variance.
+    ValueError: two lengths.
+    """
+    prefix_a, prefix_b = (np.asarray(x, np.float64) for x in (prefix_a, prefix_b))
+    if prefix_a.shape != prefix_b.shape or prefix_a.ndim != 1:
+        raise ValueError(
+            f"prefix_to_go: prefixes of shape {list(prefix_a.shape)} and {list(prefix_b.shape)}; "
+            "want one value per token on both sides."
+        )
+    return total - (prefix_a - prefix_b)
 
 
 def settled_spans(settled: np.ndarray | None, following: np.ndarray) -> np.ndarray:

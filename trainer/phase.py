@@ -88,6 +88,9 @@ class CalibrationScore:
     # [n] spans that were settled before each response token, the stop token included
     # (tokenalign.credit); None: none, so that span credit is the whole sum
     settled: np.ndarray | None = None
+    # [n] the difference of log-probabilities, nats, that the text before each response token is
+    # worth whatever follows (tokenalign.credit.prefix_to_go); None: nothing is known of it
+    before: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +99,9 @@ class TextScore:
 
     logp: np.ndarray
     stop: float
+    # log-probability of the bytes up to each byte position of the text, its end included, that no
+    # later byte can change (tokenalign.byte_windows.settled_prefix_logp); None: not asked for
+    prefix_logp: np.ndarray | None = None
 
 
 class Stop(Exception):

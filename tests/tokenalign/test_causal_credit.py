@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from enumerated_texts import MERGES, World
 
-from reflux.tokenalign.credit import reward_to_go
+from reflux.tokenalign.credit import prefix_to_go, reward_to_go
 
 # pairs in which the proxy never cuts anew what stands before a token
 CAUSAL = ("no merge", "the policy merges 2", "the policy merges 3")
@@ -51,6 +51,29 @@ def test_every_earlier_span_is_settled_only_where_the_proxy_does_not_look_ahead(
     assert bias < 1e-12 if name in CAUSAL else bias > 0.01
     all_settled = all((world.settled(x) == x.following).all() for x in world.trajectories)
     assert all_settled == (name in CAUSAL)
+
+
+@pytest.mark.parametrize("name", MERGES)
+@pytest.mark.parametrize("exact", [True, False], ids=["all covers", "one reading"])
+@pytest.mark.parametrize("clip", [0.0, 0.7])
+def test_leaving_out_what_the_bytes_before_are_worth_is_exact(name, exact, clip):
+    """The proxy merges across the token's start, the policy does, or both."""
+    world = World(*MERGES[name], clip=clip)
+    got = world.gradient(lambda x: prefix_to_go(x.total, *world.prefixes(x, exact)))
+    np.testing.assert_allclose(got, world.gradient(whole), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MERGES)
+@pytest.mark.parametrize("exact", [True, False], ids=["all covers", "one reading"])
+def test_it_has_less_variance_than_the_whole_sum(name, exact):
+    world = World(*MERGES[name])
+    ours = world.variance(lambda x: prefix_to_go(x.total, *world.prefixes(x, exact)))
+    assert ours < 0.95 * world.variance(whole)
+
+
+def test_two_lengths_are_refused():
+    with pytest.raises(ValueError, match="one value per token"):
+        prefix_to_go(1.0, np.zeros(3), np.zeros(2))
 
 
 def test_a_comma_settles_what_stands_before_it():

@@ -4,7 +4,7 @@
     A_i       = norm(r_task)_i + eta * norm(r_cal)_i             the same on every token of i   (4)
 
 Each reward is normalised by itself. With calibration.normalise = "joint" the sum is normalised
-instead; with calibration.credit = "span" a token's calibration part leaves out the spans that were
+instead; with calibration.credit = "prefix" or "span" a token's calibration part leaves out what was
 settled before it.
 
 Everything here is float64 numpy: P prompts, G rollouts of each, n tokens of one response.
@@ -15,7 +15,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from reflux.tokenalign.credit import following_span, reward_to_go, settled_spans, span_to_go
+from reflux.tokenalign.credit import (
+    following_span,
+    prefix_to_go,
+    reward_to_go,
+    settled_spans,
+    span_to_go,
+)
 from reflux.trainer.config.sections import CalibrationSection
 from reflux.trainer.phase import CalibrationScore
 
@@ -75,7 +81,7 @@ def advantages(
         cal_PG = group_normalise(part.value_PG, part.floor_P1, part.scored_PG)
         total_PG = task_PG + eta * part.weight_P[:, None] * cal_PG
         return spread_over_tokens(total_PG, groups.lengths_PG)
-    return span_credit(groups, part, task_PG, eta)
+    return span_credit(groups, part, task_PG, eta, cal.credit)
 
 
 def task_part(task_PG: np.ndarray, graded_PG: np.ndarray | None = None) -> np.ndarray:
@@ -120,19 +126,22 @@ def joint_reward(groups: Groups, part: CalibrationPart, eta: float) -> np.ndarra
 
 
 def span_credit(
-    groups: Groups, part: CalibrationPart, task_PG: np.ndarray, eta: float
+    groups: Groups, part: CalibrationPart, task_PG: np.ndarray, eta: float, credit: str = "span"
 ) -> TokenAdvantages:
-    """Equation (4) with the calibration term as a reward-to-go of the span values."""
+    """Equation (4) with the calibration term as a reward-to-go, of span values or of prefixes."""
     assert groups.scores_PG is not None
+
+    def advantage(group: Sequence[CalibrationScore], g: int, n: int) -> np.ndarray:
+        if credit == "prefix":
+            return prefix_advantage(group, g, n)
+        return span_advantage(group, g, n, group[g].settled)
+
     scale_P1 = _scale(part)
     scale_P1 = np.where(scale_P1 > 0, scale_P1, 1.0)
     return [
         [
             np.full(n, task)
-            + eta
-            * part.weight_P[p]
-            * span_advantage(scores_G, g, int(n), scores_G[g].settled)
-            / scale_P1[p, 0]
+            + eta * part.weight_P[p] * advantage(scores_G, g, int(n)) / scale_P1[p, 0]
             for g, (task, n) in enumerate(zip(task_PG[p], groups.lengths_PG[p]))
         ]
         for p, scores_G in enumerate(_scored_only(groups.scores_PG, part.scored_PG))
@@ -160,6 +169,27 @@ def span_advantage(
     )
     own_n = reward_to_go(mine.span_value, mine.span, settled=at_n, end=mine.stop, length=n)
     return own_n - baseline_n
+
+
+def prefix_advantage(group: Sequence[CalibrationScore], g: int, n: int) -> np.ndarray:
+    """[n] the whole reward without what the text before each token is worth, minus the others' mean
+    of the same at that token, or at their last one (score_norm = "sum").
+
+    Both are functions of what stands before the token, or of other texts, so the expected gradient
+    is that of the whole reward.
+    """
+    others = [s for i, s in enumerate(group) if s.scored and i != g]
+    if not group[g].scored or not others:
+        return np.zeros(n)
+    to_go = [_prefix_to_go(s) for s in others]
+    baseline_n = np.mean([x[np.minimum(np.arange(n), len(x) - 1)] for x in to_go], 0)
+    return np.broadcast_to(_prefix_to_go(group[g]), n) - baseline_n
+
+
+def _prefix_to_go(s: CalibrationScore) -> np.ndarray:
+    """[n]; one number for all tokens where nothing is known of the prefixes."""
+    before_n = np.zeros(1) if s.before is None or not len(s.before) else s.before
+    return prefix_to_go(s.value, before_n, np.zeros_like(before_n))
 
 
 def std_nats(groups: Groups, part: CalibrationPart, cal: CalibrationSection, eta: float) -> float:

@@ -14,15 +14,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from reflux.tokenalign.byte_trie import ByteTrie
 from reflux.tokenalign.credit import following_span
 from reflux.tokenalign.scores import compare_spans, span_logprobs
+from reflux.tokenalign.vocab_map import Vocabulary
 from reflux.trainer.config.roles import calibrate_advice
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Rollout
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.engine.metrics import MetricSums
 from reflux.trainer.phase import CalibrationScore, Engine, TextScore
-from reflux.trainer.rollouts.scoring import Aligned, align_texts, score_ids
+from reflux.trainer.rollouts.scoring import Aligned, Prefixes, align_texts, score_ids
 from reflux.trainer.runs import commands
 
 from .rewards import UNALIGNED, calibration_score
@@ -39,6 +41,11 @@ class LikelihoodRatio:
         if advice is not None and advice.level == "error":  # before a model is loaded for nothing
             raise ValueError(advice.text)
         self.proxy = engine.frozen(cfg.proxy)
+        self.trie: ByteTrie | None = None
+        if cfg.calibration.credit == "prefix" and not self.same_ids:
+            own = self.proxy_chat
+            vocabulary = Vocabulary(own.table, own.stop_ids, own.vocab_size)
+            self.trie = ByteTrie.of(vocabulary, engine.device)
         if cfg.calibration.score_norm == "per_token" and not self.same_ids:
             warnings.warn(
                 "calibration.score_norm = 'per_token' is not fair across tokenizers: the two sides "
@@ -93,8 +100,28 @@ class LikelihoodRatio:
             self.proxy_chat,
             tokens=self.cfg.batch.tokens,
             temperature=self.cfg.rollout.temperature,
+            prefixes=self._prefixes([aligned[i] for i in scorable]),
         )
         return dict(zip(scorable, scores))
+
+    def _prefixes(self, aligned: Sequence[Aligned]) -> Prefixes | None:
+        """What credit = "prefix" asks the proxy for."""
+        if self.trie is None:
+            return None
+        return Prefixes(self.trie, [_space_in_front(a, self.proxy_chat) for a in aligned])
+
+    def _before(
+        self, rollout: Rollout, proxy: TextScore, own_logp_n: np.ndarray
+    ) -> np.ndarray | None:
+        """CalibrationScore.before: proxy minus denominator, of the text before each token."""
+        if self.same_ids:
+            proxy_n = np.append(proxy.logp, proxy.stop)[: len(rollout.ids)]
+            return np.cumsum(proxy_n - own_logp_n) - (proxy_n - own_logp_n)
+        if proxy.prefix_logp is None:
+            return None
+        lens_n = self.chat.table.lens[list(rollout.ids)]
+        start_n = np.minimum(np.cumsum(lens_n) - lens_n, len(proxy.prefix_logp) - 1)
+        return proxy.prefix_logp[start_n] - (np.cumsum(own_logp_n) - own_logp_n)
 
     def _score_one(
         self, rollout: Rollout, aligned: Aligned, proxy: TextScore, own_logp_n: np.ndarray
@@ -117,7 +144,8 @@ class LikelihoodRatio:
         settled = None
         if self.same_ids or cal.allow_biased:
             settled = following_span(aligned.sampler_span, aligned.spans, len(rollout.ids))
-        return calibration_score(scores, aligned.sampler_span, cal, settled)
+        before = self._before(rollout, proxy, own_logp_n) if cal.credit == "prefix" else None
+        return calibration_score(scores, aligned.sampler_span, cal, settled, before)
 
     def _check_unaligned(self, unaligned: float, total: int) -> None:
         """ValueError above calibration.max_unaligned, over all ranks."""
@@ -129,3 +157,16 @@ class LikelihoodRatio:
                 f"want at most {limit:.0%} (calibration.max_unaligned). Examples:\n"
                 f"  {commands.again('--check')}"
             )
+
+
+def _space_in_front(aligned: Aligned, proxy: Chat) -> bool | None:
+    """Whether the proxy's tokenizer put a space before the text; None where its ids spell other
+    bytes than the sampler's.
+    """
+    if aligned.parts is None:
+        return None
+    source, ids = aligned.parts[1].source, aligned.scorer_ids
+    read = proxy.table.bytes_of(ids)
+    if source is None or not proxy.table.lens[list(ids)].all():
+        return None
+    return True if read == b" " + source else False if read == source else None

@@ -25,10 +25,14 @@ def build_reward(cfg: Config, engine: Engine, chat: Chat) -> CalibrationReward:
 
 
 def calibration_score(
-    scores: Scores, span: np.ndarray, cal: CalibrationSection, settled: np.ndarray | None = None
+    scores: Scores,
+    span: np.ndarray,
+    cal: CalibrationSection,
+    settled: np.ndarray | None = None,
+    before: np.ndarray | None = None,
 ) -> CalibrationScore:
     """r_cal from the scores of one text, the proxy being side a and the denominator side b. span:
-    [n] of the policy's tokens; settled: as in CalibrationScore.
+    [n] of the policy's tokens; settled, before: as in CalibrationScore.
     """
     return CalibrationScore(
         value=scores.ratio(cal.score_norm),
@@ -40,4 +44,5 @@ def calibration_score(
         clipped=scores.clipped_fraction,
         scored=True,
         settled=settled,
+        before=before,
     )

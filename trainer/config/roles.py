@@ -103,8 +103,8 @@ def calibrate_advice(cfg: Config, same_ids: bool, merge: Merge = None) -> Advice
             "error",
             "calibration.credit = 'span' with a proxy of another tokenizer: what the proxy says of "
             "a span may change with the token that follows, so leaving earlier spans out biases "
-            "the gradient (docs/tokenalign.md, \"Credit\"). Use calibration.credit = 'sequence'; "
-            "calibration.allow_biased = true runs it all the same, for comparison",
+            "the gradient (docs/tokenalign.md, \"Credit\"). Use calibration.credit = 'prefix' or "
+            "'sequence'; calibration.allow_biased = true runs it all the same, for comparison",
         )
     if same_ids or cal.score_norm != "per_token":
         return None

@@ -97,9 +97,10 @@ class CalibrationSection:
     score_stop: bool = True  # add the stop set's log-probability where a rollout was not truncated
     # joint: one z-score of r_task + eta r_cal; the term of the larger std dominates
     normalise: Literal["separate", "joint"] = "separate"
-    # span: each token without the spans settled before it, not winsorised; exact where the proxy
-    # has the policy's token ids, refused where it has not
-    credit: Literal["sequence", "span"] = "sequence"
+    # prefix: each token without what the text before it is worth under proxy and denominator, not
+    # winsorised; exact for any two tokenizers that take the longest match. span: without the spans
+    # settled before it; refused where the proxy has other token ids
+    credit: Literal["sequence", "prefix", "span"] = "sequence"
     # credit = "span" across tokenizers, as if every earlier span were settled: for comparison
     allow_biased: bool = False
     # what becomes of rollouts cut at max_tokens
@@ -124,16 +125,16 @@ class CalibrationSection:
             )
         not_negative(self, "span_clip", "winsor", "std_floor")
         fraction(self, "max_unaligned")
-        if self.credit == "span" and self.score_norm != "sum":
+        if self.credit != "sequence" and self.score_norm != "sum":
             raise ValueError(
-                f"credit = 'span' with score_norm = {self.score_norm!r}: a score divided by the "
-                "length of the whole text is no sum over spans, so no reward-to-go. Use "
+                f"credit = {self.credit!r} with score_norm = {self.score_norm!r}: a score divided "
+                "by the length of the whole text is no sum over spans, so no reward-to-go. Use "
                 "score_norm = 'sum' or credit = 'sequence'"
             )
-        if self.credit == "span" and self.normalise == "joint":
+        if self.credit != "sequence" and self.normalise == "joint":
             raise ValueError(
-                "credit = 'span' with normalise = 'joint': the sum of the rewards belongs to the "
-                "whole text. Use credit = 'sequence' or normalise = 'separate'"
+                f"credit = {self.credit!r} with normalise = 'joint': the sum of the rewards "
+                "belongs to the whole text. Use credit = 'sequence' or normalise = 'separate'"
             )
 
     @property

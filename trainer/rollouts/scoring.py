@@ -9,18 +9,21 @@ Shapes: n tokens of the sampler, m of the scorer, S spans, T tokens of a batch, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import torch
 
+from reflux.tokenalign.byte_trie import ByteTrie
+from reflux.tokenalign.byte_windows import Tokens, byte_windows, settled_prefix_logp
+from reflux.tokenalign.linear_next_byte import row_masses
 from reflux.tokenalign.offsets import Side, side, spell
 from reflux.tokenalign.span_starts import SpanStarts, span_starts
 from reflux.tokenalign.spans import Alignment, align_spans
 from reflux.trainer.data.batch import Batch, Prompt, Rollout, Sample, pack
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.losses import token_logprob_of
+from reflux.trainer.losses import HeadInputs, at_positions, token_logprob_of
 from reflux.trainer.phase import Engine, ReadableModel, TextScore
 
 
@@ -53,6 +56,30 @@ class Aligned:
         return SpanStarts(a, b, span)
 
 
+@dataclass(frozen=True, eq=False)
+class Prefixes:
+    """Which texts' prefixes `score_ids` scores, and the values that it found, by text."""
+
+    trie: ByteTrie  # of the scorer
+    # by text: its first byte is a space that the scorer's tokenizer put there; None: a text whose
+    # bytes its ids do not spell, which is left out
+    spaces: Sequence[bool | None]
+    found: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def score(self, out: HeadInputs, batch: Batch) -> None:
+        """Adds those of a micro-batch."""
+        usable_M = torch.tensor([s is not None for s in self.spaces] or [False])
+        space_M = torch.tensor([bool(s) for s in self.spaces] or [False])
+        rows = usable_M.to(batch.sample_T.device)[batch.sample_T].nonzero()[:, 0]
+        sample_R = batch.sample_T[rows]
+        space_R = space_M.to(sample_R.device)[sample_R]
+        windows = byte_windows(self.trie, Tokens(batch.target_T[rows], sample_R, space_R))
+        masses = row_masses(at_positions(out, rows), self.trie, windows)
+        value_P = settled_prefix_logp(windows, masses).cpu().numpy()
+        sample_P = sample_R[windows.row_P].cpu().numpy()
+        self.found.update({int(i): value_P[sample_P == i] for i in np.unique(sample_P)})
+
+
 def score_ids(
     scorer: ReadableModel,
     engine: Engine,
@@ -62,12 +89,14 @@ def score_ids(
     tokens: int,
     temperature: float = 1.0,
     stop: bool = True,
+    prefixes: Prefixes | None = None,
 ) -> list[TextScore]:
     """Scores of (prompt ids, content ids) pairs under `scorer`, a frozen model or the engine
     itself. Collective.
 
     chat: of the scorer. tokens: positions of a micro-batch. stop: score the stop set behind each
-    text; that takes one position more than the text has. ValueError, on every rank, where a
+    text; that takes one position more than the text has. prefixes: score the bytes before every
+    position, too, at temperature 1; needs `stop`. ValueError, on every rank, where a
     log-probability is -inf or NaN: a reward made of it would teach nonsense.
     """
     samples = [_sample(prompt, (*ids, chat.stop_id) if stop else ids) for prompt, ids in jobs]
@@ -82,13 +111,19 @@ def score_ids(
         candidates = torch.cat([batch.target_T[:, None], stop_TK], 1)
         with engine.forward_no_grad(scorer, batch, chat.vocab_size) as out, torch.no_grad():
             scores = token_logprob_of(out, candidates, temperature=temperature).logp
+            if prefixes is not None:
+                prefixes.score(out, batch)
         scores_TK = scores.double().cpu().numpy()
         sample_T = batch.sample_T.cpu().numpy()
         for i in np.unique(sample_T):
             logp[i] = scores_TK[sample_T == i, 0]
         for t in np.flatnonzero(last_T.cpu().numpy()):
             stop_logp[sample_T[t]] = np.logaddexp.reduce(scores_TK[t, 1:])
-    results = [TextScore(x[:-1] if stop else x, float(s)) for x, s in zip(logp, stop_logp)]
+    found = prefixes.found if prefixes is not None else {}
+    results = [
+        TextScore(x[:-1] if stop else x, float(s), found.get(i))
+        for i, (x, s) in enumerate(zip(logp, stop_logp))
+    ]
     _check_finite(results, chat, engine)
     return results
 

@@ -24,6 +24,7 @@ from reflux.trainer.calibration.advantages import (
     group_normalise,
     group_std,
     margin_strength,
+    prefix_advantage,
     span_advantage,
     std_nats,
     task_part,
@@ -474,6 +475,32 @@ def test_span_credit_across_tokenizers_keeps_the_expected_gradient(name):
     want = world.gradient(lambda x: np.full(len(x.ids), x.total))
     np.testing.assert_allclose(expected(lambda x: None), want, atol=1e-12)
     np.testing.assert_allclose(expected(lambda x: settled[x.ids]), want, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_prefix_credit_keeps_the_expected_gradient(name):
+    """Any two tokenizers; every pair of texts listed, the other one being the baseline."""
+    world = World(*MERGES[name], tokens=2)
+    scores = []
+    for x in world.trajectories:
+        proxy, policy = world.prefixes(x, exact=False)
+        scores.append(replace(score(x.total), before=proxy - policy))
+    credit = {
+        x.ids: sum(
+            other.prob * prefix_advantage([mine, baseline], 0, len(x.ids))
+            for other, baseline in zip(world.trajectories, scores)
+        )
+        for x, mine in zip(world.trajectories, scores)
+    }
+    want = world.gradient(lambda x: np.full(len(x.ids), x.total))
+    np.testing.assert_allclose(world.gradient(lambda x: credit[x.ids]), want, atol=1e-12)
+
+
+def test_prefix_credit_without_prefixes_is_the_whole_reward():
+    group = [score(3.0), score(1.0), UNALIGNED]
+    np.testing.assert_allclose(prefix_advantage(group, 0, 3), 2.0)
+    assert (prefix_advantage(group, 2, 3) == 0).all()
+    assert (prefix_advantage([score(3.0), UNALIGNED], 0, 2) == 0).all()
 
 
 # the direction of eta

@@ -6,15 +6,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from byte_cases import masses_of, tokens_of
 from runs import config
 
+from reflux.tokenalign.byte_trie import ByteTrie
+from reflux.tokenalign.byte_windows import byte_windows, settled_prefix_logp
 from reflux.tokenalign.credit import following_span
+from reflux.tokenalign.vocab_map import Vocabulary
 from reflux.trainer.calibration.likelihood_ratio import LikelihoodRatio
 from reflux.trainer.config.roles import calibrate_advice
-from reflux.trainer.data.batch import Prompt, Rollout
+from reflux.trainer.data.batch import Prompt, Rollout, Sample, pack
 from reflux.trainer.data.chat import Chat
+from reflux.trainer.losses import HeadInputs
 from reflux.trainer.phase import TextScore
-from reflux.trainer.rollouts.scoring import align_texts
+from reflux.trainer.rollouts.scoring import Prefixes, align_texts
 
 
 def reward(talkers, tmp_path, proxy, engine=None, **calibration):
@@ -33,7 +39,7 @@ def test_span_credit_across_tokenizers_is_refused_before_the_proxy_is_loaded(tal
     def load(role):
         raise AssertionError("the proxy was loaded first")
 
-    with pytest.raises(ValueError, match="Use calibration.credit = 'sequence'.*allow_biased"):
+    with pytest.raises(ValueError, match="Use calibration.credit = 'prefix' or.*allow_biased"):
         reward(talkers, tmp_path, "proxy", SimpleNamespace(frozen=load), credit="span")
 
 
@@ -45,7 +51,7 @@ def test_check_says_the_same(talkers, tmp_path, credit, same_ids, biased):
     cfg = config(talkers, tmp_path / "run", "calibrate", calibration=calibration)
     advice = calibrate_advice(cfg, same_ids)
     if credit == "span" and not same_ids and not biased:
-        assert advice.level == "error" and "credit = 'sequence'" in advice.text
+        assert advice.level == "error" and "credit = 'prefix'" in advice.text
     else:
         assert advice is None
 
@@ -72,3 +78,50 @@ def test_what_is_settled(talkers, tmp_path, proxy, calibration, earlier_spans, e
     want = following_span(score.span, len(score.span_value), len(ids))
     assert np.array_equal(score.settled, want) and want[-1] == len(want) - 1 or not by.same_ids
     assert len(score.settled) == len(ids) and score.settled[0] == 0 < score.settled[-1]
+
+
+@pytest.mark.parametrize("proxy", ["teacher", "proxy"])
+@pytest.mark.parametrize("ended", [False, True])
+def test_what_the_text_before_a_token_is_worth(talkers, tmp_path, proxy, ended):
+    """The proxy's byte prefixes at each token's first byte, minus the policy's tokens before."""
+    by = reward(talkers, tmp_path, proxy, device_engine(), credit="prefix")
+    ids = by.chat.encode("1+2 is => 3") + ((by.chat.stop_id,) if ended else ())
+    rollout = Rollout(Prompt(0, ()), (1,), ids, (-1.0,) * len(ids), -0.5, "1+2 is => 3", ended)
+    (aligned,) = align_texts(by.chat, by.proxy_chat, [rollout], same=by.same_ids)
+    proxy_score = TextScore(np.full(len(aligned.scorer_ids), -2.0), -0.25, -np.arange(12.0) / 2)
+    score = by._score_one(rollout, aligned, proxy_score, np.full(len(ids), -1.0))
+    t = np.arange(len(ids))
+    if by.same_ids:
+        want = -2.0 * t + t
+    else:
+        start = [len(by.chat.table.bytes_of(ids[:k])) for k in t]
+        want = -np.array(start) / 2 + t
+    np.testing.assert_allclose(score.before, want)
+
+
+def device_engine():
+    return SimpleNamespace(frozen=lambda role: role.path, device="cpu")
+
+
+@pytest.mark.parametrize("text", ["1+2 is => 3", "x"])
+def test_prefixes_of_a_scorer_are_those_of_its_own_rows(talkers, text):
+    """Prefixes.score against the same quantity by sums over softmax rows."""
+    chat = Chat(str(talkers / "proxy"))
+    trie = ByteTrie.of(Vocabulary(chat.table, chat.stop_ids, chat.vocab_size))
+    ids = (*chat.encode(text), chat.stop_id)
+    g = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(n, 8, generator=g) for n in (len(ids), chat.vocab_size))
+    out = HeadInputs(hidden, head, None, chat.vocab_size)
+    (batch,) = pack([Sample(Rollout(Prompt(0, ()), (1,), ids, (), 0.0, "", True))],
+                    tokens=64, seq_len=64)  # fmt: skip
+    space = chat.table.bytes_of(ids[:-1]) == b" " + text.encode()
+    prefixes = Prefixes(trie, [space])
+    prefixes.score(out, batch)
+    windows = byte_windows(trie, tokens_of([ids], [space]))
+    masses = masses_of(windows, trie, (hidden @ head.T).double().softmax(1))
+    want = settled_prefix_logp(windows, masses).numpy()
+    np.testing.assert_allclose(prefixes.found[0], want, atol=1e-5)
+    assert want[0] <= 0 and len(want) == len(text) + 1 and (np.diff(want) < 1e-9).all()
+    left_out = Prefixes(trie, [None])
+    left_out.score(out, batch)
+    assert left_out.found == {}

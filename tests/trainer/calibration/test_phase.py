@@ -387,6 +387,7 @@ OPTIONS = [
     {"calibration": {"denominator": "reference"}},
     {"calibration": {"score_stop": False}},
     {"calibration": {"credit": "span", "allow_biased": True}},
+    {"calibration": {"credit": "prefix"}},
     {"calibration": {"truncated": "drop"}},
     {"calibration": {"truncated": "score_prefix"}},
     {"calibration": {"span_clip": 0.2}},
