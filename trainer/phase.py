@@ -4,7 +4,7 @@
                        config/phases.py; implemented by the file phase.py of each phase's room
     Engine             the trained model and everything that knows about ranks (engine/engine.py)
     FrozenModel        a model that is only read: reference, proxy, teacher (engine/frozen.py)
-    Sampler            samples responses (rollouts/generate.py)
+    Sampler            samples responses (rollouts/samplers.py)
     Teacher            what a student learns from (distillation/teachers.py)
     CalibrationReward  scores rollouts (calibration/rewards.py)
     Grader             grades rollouts for the task reward (data/tasks.py)
@@ -200,6 +200,24 @@ class Engine(ReadableModel, Protocol):
     def seq_len(self) -> int: ...
 
     @property
+    def compute_dtype(self) -> str:
+        """Of a forward: "float32" or "bfloat16"."""
+        ...
+
+    @property
+    def weights_version(self) -> str:
+        """The name of the present weights, the same on every rank: another one as soon as one of
+        them has moved.
+        """
+        ...
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor in the compute dtype), one after the other; every rank
+        has to take all of them.
+        """
+        ...
+
+    @property
     def inputs(self) -> dict[str, Any]:
         """What the run reads, by hash: the head of run.jsonl."""
         ...
@@ -280,6 +298,10 @@ class Engine(ReadableModel, Protocol):
 
     def memory_gib(self) -> float:
         """Peak of this rank. Not collective."""
+        ...
+
+    def when_closing(self, close: Callable[[], None]) -> None:
+        """Calls `close` as the last thing before the process group ends. Not collective."""
         ...
 
     def close(self) -> None: ...

@@ -44,7 +44,7 @@ from reflux.trainer.phase import (
     ReadableModel,
     Sampling,
 )
-from reflux.trainer.rollouts.generate import EmbeddedSampler
+from reflux.trainer.rollouts.overlap import StepJob, StepSampler
 from reflux.trainer.rollouts.scoring import score_ids
 
 from .advantages import (
@@ -56,6 +56,7 @@ from .advantages import (
     std_nats,
 )
 from .guards import Guards
+from .importance import importance_weights
 from .rewards import build_reward
 
 STD_CAL_DECAY = 0.9  # of the moving average behind the margin guard
@@ -76,7 +77,7 @@ class CalibratePhase:
         self.failed_grades = FailedGradesBudget(task_names(cfg), cfg.task.max_failed)
         self.evaluator = Evaluator(cfg, engine, self.chat, self.task)
         self.guards = Guards(cfg, engine)
-        self.sampler = EmbeddedSampler(engine.gathered_weights, self.chat)
+        self.sampler = StepSampler(cfg, engine, self.chat)
         self.reference: FrozenModel | None = None
         self.reward: CalibrationReward | None = None
         for role in calibrate_roles(cfg):
@@ -88,11 +89,14 @@ class CalibratePhase:
 
     def sample(self, step: int) -> list[list[Rollout]]:
         """[P][G] rollouts of this rank's part of the step's prompts."""
+        return self.sampler.sample(step, self._job)
+
+    def _job(self, step: int) -> StepJob:
         r, seed = self.cfg.rollout, self.cfg.seed
         batch = self.prompts.batch(step - 1, r.prompts, seed=seed, shuffle=self.cfg.data.shuffle)
         sampling = Sampling(r.max_tokens, seed, step, r.temperature, rows=r.rows)
         mine = shard(batch, self.engine.rank, self.engine.world)
-        return self.sampler.sample(mine, r.group, sampling)
+        return StepJob(mine, r.group, sampling)
 
     def score(self, rollouts_PG: Sequence[Sequence[Rollout]]) -> list[Sample]:
         """Grades, calibration rewards and advantages; one sample per rollout that may teach
@@ -190,6 +194,8 @@ class CalibratePhase:
     ) -> list[Sample]:
         drop = self.cfg.calibration.truncated == "drop"
         samples = []
+        for name in ("is/weight", "is/truncated", "is/gap") if self.cfg.policy.max_is else ():
+            self.metric_sums.add(name, [])  # the same names on a rank without samples
         for i, rollout in enumerate(flat):
             if not graded[i] or (drop and not rollout.ended):
                 continue
@@ -198,8 +204,19 @@ class CalibratePhase:
                 log_ratio_n = behaviour_logp[i] - reference_logp[i]
                 to_go_n = np.cumsum(log_ratio_n[::-1])[::-1]
                 advantage_n = advantage_n - self.cfg.reference.beta * to_go_n
+            if self.cfg.policy.max_is:
+                advantage_n = advantage_n * self._weights(rollout, behaviour_logp[i])
             samples.append(Sample(rollout, advantage_n, behaviour_logp[i]))
         return samples
+
+    def _weights(self, rollout: Rollout, trainer_logp_n: np.ndarray) -> np.ndarray:
+        """Truncated importance weights of the tokens, and their part of the log's line."""
+        limit, sampler_logp_n = self.cfg.policy.max_is, np.asarray(rollout.logp)
+        weight_n = importance_weights(trainer_logp_n, sampler_logp_n, limit)
+        self.metric_sums.add("is/weight", weight_n)
+        self.metric_sums.add("is/truncated", (weight_n >= limit).astype(float))
+        self.metric_sums.add("is/gap", np.abs(trainer_logp_n - sampler_logp_n))
+        return weight_n
 
     def _count_failed(self, grades: Sequence[Grade]) -> None:
         """ValueError on every rank where more grades failed than task.max_failed allows."""
@@ -282,6 +299,8 @@ class CalibratePhase:
         add("groups/all_correct", all_correct_P.astype(float))
         add("groups/all_wrong", (~(groups.correct_PG & groups.graded_PG).any(1)).astype(float))
         self._report_parts(flat, grades, scores)
+        if self.cfg.rollout.overlap:
+            add("staleness", [self.sampler.staleness] * len(flat))
         if scores is not None:
             scored = [s for s in scores if s.scored]
             add("reward/cal", [s.value for s in scored])

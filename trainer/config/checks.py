@@ -1,6 +1,8 @@
 """Ranges of numbers in a table of a configuration; ValueError with the range outside of it."""
 
+from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 
 def positive(table: Any, *names: str) -> None:
@@ -25,6 +27,20 @@ def fraction(table: Any, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(table, name) <= 1:
             raise ValueError(f"{name} = {getattr(table, name)}; want 0 to 1")
+
+
+def check_addresses(servers: Sequence[str]) -> None:
+    """http://host:port, each once."""
+    for server in servers:
+        parts = urlsplit(server)
+        try:
+            known = parts.scheme == "http" and parts.hostname and parts.port
+        except ValueError:  # of a port that is no number
+            known = False
+        if not known or parts.path.strip("/") or parts.query or parts.fragment:
+            raise ValueError(f"servers: {server!r}; want http://host:port")
+    if len(set(servers)) < len(servers):
+        raise ValueError(f"servers = {list(servers)}; want each address once")
 
 
 def positive_limit(table: Any) -> None:

@@ -23,6 +23,7 @@ def check_common(cfg: Config) -> None:
             "'dataset' (plain SFT) runs without a teacher"
         )
     check_teacher_source(cfg)
+    check_sampler(cfg)
     graded = used_tasks(cfg, "eval") + used_tasks(cfg, "data") * cfg.distill.correct_only
     if not all(task.name for task in graded):
         raise ValueError("task.name is missing; eval.source and distill.correct_only need a grader")
@@ -85,6 +86,22 @@ def check_cached_teacher(cfg: Config) -> None:
         raise ValueError(
             f"distill.support = {d.support!r} with teacher.source = 'cache': its ids were chosen "
             "before the student. Use support = 'teacher', or source = 'local'"
+        )
+
+
+def check_sampler(cfg: Config) -> None:
+    """Who samples, and what that excludes."""
+    engine = cfg.rollout.engine
+    if engine != "embedded" and cfg.defence.changes_text:
+        raise ValueError(
+            f"{_defence(cfg)} with rollout.engine = {engine!r}: a defence changes logits while "
+            "they are decoded. Use rollout.engine = 'embedded'"
+        )
+    if cfg.policy.max_is and cfg.rollout.old_logp != "trainer":
+        raise ValueError(
+            f"policy.max_is = {cfg.policy.max_is} with rollout.old_logp = "
+            f"{cfg.rollout.old_logp!r}: the weights compare the sampler's log-probabilities with "
+            "the trainer's. Set rollout.old_logp = 'trainer'"
         )
 
 

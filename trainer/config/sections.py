@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .calibration_rewards import REWARDS
-from .checks import above_zero, fraction, not_negative, positive
+from .checks import above_zero, check_addresses, fraction, not_negative, positive
 
 Backend = Literal["auto", "native", "hf"]
 Attention = Literal["auto", "sdpa", "flash_attention_2", "flex"]
@@ -47,6 +47,15 @@ class TeacherSection(FrozenSection):
     # source = "cache": the folder <run>/cache that phase = "cache" has written. `path` is the
     # teacher that wrote it, or this folder again, where the teacher is not at hand
     cache: str = ""
+    servers: tuple[str, ...] = ()  # of source = "server": http://host:port
+
+    def __post_init__(self):
+        if (self.source == "server") != bool(self.servers):
+            raise ValueError(
+                f"source = {self.source!r} with servers = {list(self.servers)}; want source = "
+                "'server' and the addresses of servers, such as 'http://host:8000', or neither"
+            )
+        check_addresses(self.servers)
 
 
 @dataclass(frozen=True)
@@ -71,10 +80,23 @@ class RolloutSection:
     rows: int = 256  # sequences decoded together on one rank
     # trainer: one more forward; bf16 samplers are off by 0.05 nats
     old_logp: Literal["sampler", "trainer"] = "sampler"
+    # who samples: the training weights themselves; vLLM in this process, one engine per rank or
+    # tensor-parallel group; vLLM servers (docs/engines.md)
+    engine: Literal["embedded", "vllm", "server"] = "embedded"
+    gpu_memory_fraction: float = 0.4  # vllm: of the device (a CPU's memory) while it samples
+    max_running: int = 256  # vllm: sequences decoded together by one engine
+    tensor_parallel: int = 1  # vllm: ranks of one engine
+    servers: tuple[str, ...] = ()  # server: http://host:port of reflux.trainer.rollouts.serve
+    server_timeout_s: float = 600.0  # server: seconds in which one request has to be answered
+    server_retries: int = 3  # server: times that a request is asked again, elsewhere if there is
+    # server: 1 samples the next step's texts while a step trains; they are one update old
+    overlap: int = 0
 
     def __post_init__(self):
-        positive(self, "prompts", "group", "max_tokens", "rows")
-        not_negative(self, "top_k")
+        positive(self, "prompts", "group", "max_tokens", "rows", "max_running", "tensor_parallel")
+        not_negative(self, "top_k", "server_retries", "overlap")
+        above_zero(self, "server_timeout_s")
+        _check_engine(self)
         if not self.temperature > 0:
             raise ValueError(
                 f"temperature = {self.temperature}; want > 0. Greedy rollouts of a prompt are all "
@@ -82,6 +104,37 @@ class RolloutSection:
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p}; want 0 < top_p <= 1")
+
+
+def _check_engine(r: RolloutSection) -> None:
+    """ValueError for options of an engine that is not chosen, and for numbers out of range."""
+    if not 0 < r.gpu_memory_fraction <= 1:
+        raise ValueError(
+            f"gpu_memory_fraction = {r.gpu_memory_fraction}; want 0 < gpu_memory_fraction <= 1"
+        )
+    if (r.engine == "server") != bool(r.servers):
+        raise ValueError(
+            f"engine = {r.engine!r} with servers = {list(r.servers)}; want engine = 'server' and "
+            "the addresses of servers, such as 'http://host:8000', or neither"
+        )
+    check_addresses(r.servers)
+    if r.tensor_parallel > 1 and r.engine != "vllm":
+        raise ValueError(
+            f"tensor_parallel = {r.tensor_parallel} with engine = {r.engine!r}; want engine = "
+            "'vllm'. A server has its own --tensor-parallel"
+        )
+    if r.overlap > 1:
+        raise ValueError(f"overlap = {r.overlap}; want 0 or 1")
+    if r.overlap and r.engine != "server":
+        raise ValueError(
+            f"overlap = 1 with engine = {r.engine!r}: it samples on the device that trains. Want "
+            "engine = 'server'"
+        )
+    if r.overlap and r.old_logp != "sampler":
+        raise ValueError(
+            "overlap = 1 with old_logp = 'trainer': the trainer's weights are no longer those that "
+            "sampled, and ratios need the behaviour policy. Use old_logp = 'sampler'"
+        )
 
 
 @dataclass(frozen=True)
@@ -170,9 +223,15 @@ class PolicySection:
     # optimizer updates in each pass, over whole groups dealt anew; rollout.prompts is a multiple of
     # it, and of it times the ranks for equal work
     minibatches: int = 1
+    # truncated importance weights for an engine that is not quite the trainer: each token's
+    # advantage times min(p_trainer / p_sampler, max_is). 0: off; 2 is common
+    max_is: float = 0.0
 
     def __post_init__(self):
         positive(self, "epochs", "minibatches")
+        not_negative(self, "max_is")
+        if 0 < self.max_is < 1:
+            raise ValueError(f"max_is = {self.max_is}; want 0 (off) or >= 1")
         above_zero(self, "clip")
 
 

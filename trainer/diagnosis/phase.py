@@ -24,6 +24,7 @@ from reflux.trainer.data.task_routing import build_grader, task_names
 from reflux.trainer.data.training_prompts import load_training_prompts
 from reflux.trainer.phase import Engine, Grader, Phase, ReadableModel, Sampler, Sampling
 from reflux.trainer.rollouts.generate import EmbeddedSampler, given_rollout
+from reflux.trainer.rollouts.samplers import build_sampler
 from reflux.trainer.rollouts.scoring import score_ids
 from reflux.trainer.runs import commands
 from reflux.trainer.runs.progress import Stage, progress
@@ -84,7 +85,7 @@ class DiagnosePhase:
         self.grader: Grader | None = None
         if task_names(cfg):
             self.grader = build_grader(cfg)
-        self.sampler = EmbeddedSampler(engine.gathered_weights, self.chat)
+        self.sampler = build_sampler(cfg, engine, self.chat)
         self.teacher_sampler = EmbeddedSampler(
             partial(engine.gathered_frozen_weights, self.teacher), self.teacher_chat
         )
@@ -299,7 +300,7 @@ class DiagnosePhase:
             replace(p, messages=(*p.messages, {"role": "assistant", "content": prefix}))
             for p, prefix in prefixes
         ]
-        sampler = EmbeddedSampler(self.engine.gathered_weights, ContinuedChat(self.chat))
+        sampler = build_sampler(self.cfg, self.engine, ContinuedChat(self.chat))
         with stage(f"continued texts, {stream}", len(prompts)) as advance:
             groups = sampler.sample(prompts, 1, self._sampling(stream), advance)
         continued = [g[0] for g in groups]

@@ -179,6 +179,8 @@ class DistillPhase:
         add = self.metric_sums.add
         add("length", [len(t.rollout.ids) for t in texts])
         add("truncated", [float(not t.rollout.ended) for t in texts])
+        if self.source.student is not None and self.cfg.rollout.overlap:
+            add("staleness", [self.source.student.staleness])
         add("on_policy", [float(not t.off_policy) for t in texts])
         if self.task is not None and self.spec.on_policy > 0:
             grades = self.task.grade([t.rollout for t in texts if not t.off_policy])

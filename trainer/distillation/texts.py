@@ -19,7 +19,8 @@ from reflux.trainer.data.prompts import epoch_indices, shard
 from reflux.trainer.data.sources import load_function
 from reflux.trainer.data.training_prompts import load_training_prompts
 from reflux.trainer.phase import Engine, Grader, Sampling, Teacher
-from reflux.trainer.rollouts.generate import EmbeddedSampler, given_rollout
+from reflux.trainer.rollouts.generate import given_rollout
+from reflux.trainer.rollouts.overlap import StepJob, StepSampler
 
 from .teacher_texts import load_teacher_texts, recipe_of, save_teacher_texts
 
@@ -42,6 +43,7 @@ class Text:
 
 
 Groups = list[list[Text]]  # [P][G]
+Slots = list[tuple[int, Prompt]]  # (place in the step's batch, prompt)
 
 
 class TextSource:
@@ -59,7 +61,9 @@ class TextSource:
     ):
         self.cfg, self.engine, self.spec = cfg, engine, cfg.distill
         self.chat, self.teachers, self.task = chat, teachers, task
-        self.student = EmbeddedSampler(engine.gathered_weights, chat)
+        self.student: StepSampler | None = None
+        if cfg.distill.on_policy > 0:
+            self.student = StepSampler(cfg, engine, chat)
         self.prompts = load_training_prompts(cfg, chat, engine)
         self.rewrite: Callable[[Prompt, str], str | None] | None = (
             load_function(self.spec.rewrite) if self.spec.rewrite else None
@@ -69,20 +73,27 @@ class TextSource:
 
     def sample(self, step: int) -> Groups:
         """[P][G] texts of this rank's part of the step's prompts, in the batch's order."""
-        r, seed = self.cfg.rollout, self.cfg.seed
-        batch = self.prompts.batch(step - 1, r.prompts, seed=seed, shuffle=self.cfg.data.shuffle)
-        slots = shard(list(enumerate(batch)), self.engine.rank, self.engine.world)
-        on_policy = self._on_policy_slots(step)
+        mine, others = self._slots(step)
         groups: dict[int, list[Text]] = {}  # by slot
-        if self.spec.on_policy > 0:
-            mine = [s for s in slots if s[0] in on_policy]
-            rollouts_PG = self.student.sample([p for _, p in mine], r.group, self._sampling(step))
-            for (slot, _), group in zip(mine, rollouts_PG):
+        if self.student is not None:
+            for (slot, _), group in zip(mine, self.student.sample(step, self._job)):
                 groups[slot] = [Text(x, "student") for x in group]
         if self.spec.on_policy < 1:
-            others = [s for s in slots if s[0] not in on_policy]
             groups |= zip((slot for slot, _ in others), self._off_policy(step, others))
-        return [groups[slot] for slot, _ in slots]
+        return [groups[slot] for slot in sorted(groups)]
+
+    def _slots(self, step: int) -> tuple[Slots, Slots]:
+        """This rank's part of the step's batch: what the student answers, and the rest."""
+        batch = self.prompts.batch(
+            step - 1, self.cfg.rollout.prompts, seed=self.cfg.seed, shuffle=self.cfg.data.shuffle
+        )
+        slots = shard(list(enumerate(batch)), self.engine.rank, self.engine.world)
+        chosen = self._on_policy_slots(step)
+        return [s for s in slots if s[0] in chosen], [s for s in slots if s[0] not in chosen]
+
+    def _job(self, step: int) -> StepJob:
+        prompts = [prompt for _, prompt in self._slots(step)[0]]
+        return StepJob(prompts, self.cfg.rollout.group, self._sampling(step))
 
     def _off_policy(self, step: int, slots: Sequence[tuple[int, Prompt]]) -> Groups:
         r = self.cfg.rollout

@@ -15,7 +15,8 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ from .metrics import MetricSums
 from .model_builder import build_spec
 from .model_folder import check_folders, model_folder
 from .probe import prove_decoding, prove_forward
-from .ranks import RankGroup
+from .publish import named_weights
+from .ranks import RankGroup, from_all_ranks
 from .rescue import Announcement, Rescue, first_line
 from .torchtitan_host import RefluxTrainer
 from .trainer_config import check_world, titan_config
@@ -106,6 +108,10 @@ class Engine:
         self._last = LastStep(self._trainer)
         self._rescue = self._watch_other_ranks()
         self._is_ending = False
+        # of weights_version; the same on every rank
+        self._run_id = from_all_ranks(lambda: uuid.uuid4().hex[:12])[0]
+        self._moves = 0
+        self._closing: list[Callable[[], None]] = []
 
     # What a phase may look at
 
@@ -121,6 +127,20 @@ class Engine:
     def inputs(self) -> dict[str, Any]:
         """What the run reads, by hash (fingerprints.py)."""
         return self._trainer.inputs
+
+    @property
+    def compute_dtype(self) -> str:
+        """Of a forward: "float32" or "bfloat16"."""
+        return self._config.training.mixed_precision_param
+
+    @property
+    def weights_version(self) -> str:
+        """The name of the present weights: another one as soon as one of them has moved."""
+        return f"{self._run_id}/{self._moves}"
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor in the compute dtype), one after the other."""
+        return named_weights(self._trainer, self.compute_dtype)
 
     @property
     def seq_len(self) -> int:
@@ -270,6 +290,7 @@ class Engine:
             self._save_and_raise(batches, epoch_means([update]))
         trainer.checkpointer.maybe_wait_for_staging()
         self._last.begins_to_move()
+        self._moves += 1
         if tokens:
             trainer.optimizers.step()
         return update
@@ -365,6 +386,7 @@ class Engine:
         from. Returns its step.
         """
         self._last.begins_to_move()
+        self._moves += 1
         restored = self._trainer.checkpointer.back_to(step)
         self._last.is_loaded()
         return restored
@@ -394,6 +416,10 @@ class Engine:
         stats = utils.device_module.memory_stats(self.device)
         return stats.get("reserved_bytes.all.peak", 0) / 2**30
 
+    def when_closing(self, close: Callable[[], None]) -> None:
+        """Calls `close` as the last thing before the process group ends."""
+        self._closing.append(close)
+
     def close(self) -> None:
         if self._rescue is not None:
             self._rescue.close()
@@ -401,6 +427,8 @@ class Engine:
             self._trainer.close()
         except OSError as error:  # a tracker that cannot write its last numbers ends no run
             log.warning("closing: %s", error)
+        for close in self._closing:
+            close()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -21,6 +21,7 @@ from reflux.trainer.data.task_routing import task_names
 from reflux.trainer.phase import Engine, Grader, Sampler, Sampling
 from reflux.trainer.rollouts.defences import DefendedDecoding
 from reflux.trainer.rollouts.generate import EmbeddedSampler
+from reflux.trainer.rollouts.samplers import build_sampler
 
 from .acceptance import load_graded
 from .metrics import Difference, check_same, compare, measure, metric_values, of_part
@@ -75,15 +76,13 @@ class Evaluator:
         """
         self.cfg, self.engine, self.chat, self.grader = cfg, engine, chat, grader
         self.whole_run = whole_run
-        gathered = engine.gathered_weights
-        weights = gathered if defence is None else defence.weights(gathered)
-        self.sampler: Sampler = EmbeddedSampler(weights, chat)
         e = cfg.eval
         self.prompts: Sequence[Prompt] = ()
         self._theirs: list[Prediction] | None = None
         self._unfinished: Unfinished | None = None
         if not e.asks:
             return
+        self.sampler = self._build_sampler(defence)
         self.questions = load_questions(cfg, engine, chat)
         self.prompts = self.questions.prompts
         if e.against:
@@ -91,6 +90,12 @@ class Evaluator:
             check_same(self.expected(), self._theirs, e.against)
         if whole_run:
             self._unfinished = Unfinished(Path(cfg.folder), self._spec())
+
+    def _build_sampler(self, defence: DefendedDecoding | None) -> Sampler:
+        cfg, engine = self.cfg, self.engine
+        if defence is None or not cfg.defence.changes_text:
+            return build_sampler(cfg, engine, self.chat)
+        return EmbeddedSampler(defence.weights(engine.gathered_weights), self.chat)
 
     def due(self, step: int) -> dict[str, Any]:
         """Log fields if this step evaluates, else nothing. Collective."""

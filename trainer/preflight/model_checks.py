@@ -20,7 +20,7 @@ from reflux.trainer.data.batch import Prompt, Rollout, Sample, TeacherView, pack
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.losses import exact_reference_kl
 from reflux.trainer.phase import Engine, FrozenModel, Sampling
-from reflux.trainer.rollouts.generate import EmbeddedSampler
+from reflux.trainer.rollouts.samplers import build_sampler
 from reflux.trainer.rollouts.scoring import score_ids
 
 from .pair_checks import shares_ids
@@ -57,7 +57,7 @@ def sample_texts(
     sampling = Sampling(
         min(r.max_tokens, SAMPLE_TOKENS, room), cfg.seed, 0, r.temperature, rows=r.rows
     )
-    groups = EmbeddedSampler(engine.gathered_weights, chat).sample(shortest, 1, sampling)
+    groups = build_sampler(cfg, engine, chat).sample(shortest, 1, sampling)
     return [rollout for group in groups for rollout in group]
 
 

@@ -45,6 +45,25 @@ def test_minibatches_and_epochs_are_updates_one_after_the_other(engine):
     assert alone[3]["loss"] < alone[0]["loss"], "updates that change nothing would prove nothing"
 
 
+def test_published_weights_are_those_of_a_folder_and_have_another_name_after_a_step(engine):
+    from safetensors.torch import load_file
+
+    stored = load_file(f"{engine.cfg.model.path}/model.safetensors")
+    names = [engine.weights_version]
+    published = dict(engine.named_weights())
+    assert engine.compute_dtype == "float32" and published.keys() == stored.keys()
+    current = whole_weights(engine)
+    assert all(torch.equal(published[n], current[f"hf.{n}"]) for n in published if "norm" in n)
+    next(engine.steps())
+    names.append(engine.weights_version)
+    batch = pack(samples(), tokens=99, seq_len=64)
+    engine.step([[batch]], likelihood_loss)
+    names.append(engine.weights_version)
+    assert names[0] == names[1] != names[2]
+    moved = dict(engine.named_weights())
+    assert any(not torch.equal(moved[n], published[n]) for n in moved)
+
+
 def test_means_are_over_entries_and_missing_ones_are_zero(engine):
     metric_sums = MetricSums()
     metric_sums.add("a", [1.0, 2.0, 6.0])

@@ -1,0 +1,31 @@
+"""The trained weights for whoever samples elsewhere: one tensor after the other, under the names
+and in the layout of a Hugging Face folder.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torchtitan.components.checkpoint import ModelWrapper
+from torchtitan.config import TORCH_DTYPE_MAP
+
+
+@torch.no_grad()
+def named_weights(trainer, dtype: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor in `dtype`) of every weight that an export would have. Collective: every
+    rank has to take all of them, in order.
+
+    Shards are cast before they are gathered, as FSDP2 does for a forward, and no rank holds more
+    than one gathered tensor that its caller does not keep.
+    """
+    spec = trainer.config.model_spec
+    weights = spec.state_dict_adapter(spec.model, None).to_hf(
+        ModelWrapper(trainer.model_parts[0]).state_dict()
+    )
+    for name in list(weights):
+        weight = weights.pop(name).detach()
+        if weight.is_floating_point():
+            weight = weight.to(TORCH_DTYPE_MAP[dtype])
+        weight = weight.to(trainer.device)  # off-loaded shards; nothing for all others
+        yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight

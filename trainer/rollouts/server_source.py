@@ -1,0 +1,70 @@
+"""rollout.engine = "server": texts from vLLM on other machines, by the weights of this run."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+from reflux.trainer.config.schema import Config
+from reflux.trainer.phase import Advance, Engine
+
+from . import wire
+from .client import Servers, check_servers
+from .engine_texts import SampledText, TextRequest
+from .vllm_engine import chunks
+
+
+class ServerSource:
+    """Pushes the weights of the run to its servers and asks them for texts. Every rank asks for its
+    own; the first one pushes.
+    """
+
+    def __init__(self, cfg: Config, engine: Engine):
+        """Collective. ValueError for a server that does not answer, or serves another model."""
+        r = cfg.rollout
+        self.trainer = engine
+        self.servers = Servers(r.servers, r.server_timeout_s, r.server_retries)
+        self.version = ""
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: list[Future] = []
+        engine.when_closing(partial(self._thread.shutdown, wait=False, cancel_futures=True))
+        facts = check_servers(self.servers, cfg.model.path, weights=False, option="rollout.servers")
+        if facts["max_len"] < engine.seq_len + 1:
+            raise ValueError(
+                f"rollout.servers: --max-len {facts['max_len']} of a server; want at least "
+                f"training.seq_len + 1 = {engine.seq_len + 1}"
+            )
+
+    def texts(self, requests: Sequence[TextRequest], advance: Advance) -> list[list[SampledText]]:
+        """See Source."""
+        texts = self.start(requests)()
+        advance(sum(map(len, texts)))
+        return texts
+
+    def start(self, requests: Sequence[TextRequest]) -> Callable[[], list[list[SampledText]]]:
+        """See Source."""
+        self._push()
+        pending = self._thread.submit(self.servers.texts, list(requests), self.version)
+        self._pending = [pending]
+        return pending.result
+
+    def _push(self) -> None:
+        """The present weights, if the servers have others; texts that were asked for come first."""
+        version = self.trainer.weights_version
+        if version == self.version:
+            return
+        for pending in self._pending:
+            pending.exception()  # whoever takes the result hears of it
+        self.trainer.gather([None])  # no rank waits for a text any more
+        bodies = self._bodies()
+        if self.trainer.is_main:
+            self.servers.push(version, bodies)
+        for _ in bodies:  # gathering is collective; and the first rank's servers may all be gone
+            pass
+        self.servers.ask_all_again()
+        for failed in self.trainer.gather([self.servers.failed if self.trainer.is_main else {}]):
+            self.servers.leave_out(failed)
+        self.version = version
+
+    def _bodies(self) -> Iterator[bytes]:
+        for chunk in chunks(self.trainer.named_weights()):
+            yield wire.pack_weights(chunk) if self.trainer.is_main else b""
