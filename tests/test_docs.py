@@ -49,6 +49,7 @@ LOG_FIELDS = (
     "eval/",
     "gap/",
     "groups/",
+    "is/",
     "off_policy/",
     "reward/",
     "tail/",

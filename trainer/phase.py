@@ -338,9 +338,9 @@ class Teacher(Protocol):
         """Its token ids mean what the student's mean."""
         ...
 
-    def view(self, rollout: Rollout, step: int) -> TeacherView | None:
-        """What it reads of a text, or has said of it, where that is not what the student reads. Not
-        collective; ValueError where it can say nothing of the text.
+    def views(self, rollouts: Sequence[Rollout], step: int) -> Sequence[TeacherView | None]:
+        """What it reads of each text, or has said of it, where that is not what the student reads.
+        Not collective; ValueError where it can say nothing of a text.
         """
         ...
 

@@ -89,6 +89,34 @@ def check_cached_teacher(cfg: Config) -> None:
         )
 
 
+def check_served_teacher(cfg: Config) -> None:
+    """A server says the top-k of each position at temperature 1, and writes texts."""
+    d = cfg.distill
+    if cfg.teacher.source != "server":
+        return
+    if d.objective not in ("kl", "nll"):
+        raise ValueError(
+            f"distill.objective = {d.objective!r} with teacher.source = 'server': it asks the "
+            "teacher for more than a server answers. Use 'kl' or 'nll', or source = 'local'"
+        )
+    if d.objective == "kl" and d.tail not in ("bucket", "renorm", "drop"):
+        raise ValueError(
+            f"distill.tail = {d.tail!r} with teacher.source = 'server': it answers the likeliest "
+            "tokens. Use tail = 'bucket' with its top_k, which is exact, or source = 'local'"
+        )
+    if d.objective == "kl" and d.temperature != 1:
+        raise ValueError(
+            f"distill.temperature = {d.temperature} with teacher.source = 'server': what it "
+            "answers holds at temperature 1; the tail at another is not known. Use temperature = "
+            "1.0, or source = 'local'"
+        )
+    if d.support != "teacher":
+        raise ValueError(
+            f"distill.support = {d.support!r} with teacher.source = 'server'; want 'teacher', or "
+            "source = 'local'"
+        )
+
+
 def check_sampler(cfg: Config) -> None:
     """Who samples, and what that excludes."""
     engine = cfg.rollout.engine
@@ -183,6 +211,7 @@ def check_distill(cfg: Config) -> None:
     check_minibatches(cfg)
     check_no_gates(cfg)
     check_cached_teacher(cfg)
+    check_served_teacher(cfg)
     d = cfg.distill
     if cfg.defence.changes_text and (d.objective != "nll" or d.source != "teacher"):
         raise ValueError(

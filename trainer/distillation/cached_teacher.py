@@ -92,8 +92,11 @@ class CachedTeacher:
     def sampler(self) -> Sampler:
         return CachedTexts(self.cache)
 
-    def view(self, rollout: Rollout, step: int) -> TeacherView:
-        """What the teacher has said of the text."""
+    def views(self, rollouts: Sequence[Rollout], step: int) -> list[TeacherView]:
+        """What the teacher has said of the texts."""
+        return [self._view(rollout) for rollout in rollouts]
+
+    def _view(self, rollout: Rollout) -> TeacherView:
         rows = self.kept_rows(rollout)
         kept = rows if self.spec.tail == "sampled" else narrowed(rows, self.spec.top_k)
         return TeacherView(rollout.prompt_ids, rows=kept)

@@ -49,10 +49,9 @@ class Targets:
         samples_N = [Sample(self.for_student(t), off_policy=t.off_policy) for t in texts]
         if self.spec.objective == "nll" or not self.teachers:
             return samples_N
-        return [
-            replace(s, teacher_views=tuple(t.view(s.rollout, step) for t in self.teachers))
-            for s in samples_N
-        ]
+        rollouts = [s.rollout for s in samples_N]
+        by_sample = zip(*(t.views(rollouts, step) for t in self.teachers))
+        return [replace(s, teacher_views=views) for s, views in zip(samples_N, by_sample)]
 
     def for_student(self, text: Text) -> Rollout:
         """The text behind the student's own prompt, in its ids: as sampled where they are shared,

@@ -44,6 +44,7 @@ from reflux.trainer.rollouts.scoring import score_ids
 from .byte_loss import ByteLoss, byte_loss
 from .cached_teacher import load_cached
 from .draws import draw_noise
+from .served_teacher import load_served
 
 PARTITIONS: dict[str, Callable[[Vocabulary, Vocabulary], Partition]] = {
     "first_byte": vocab_map.first_byte,
@@ -119,10 +120,13 @@ class FrozenTeacher:
     byte_loss: ByteLoss | None = None  # of objective = "byte"
     seed: int = 0  # of draws from it
 
-    def view(self, rollout: Rollout, step: int) -> TeacherView | None:
-        """Its own rendering of the prompt, and where its tokens are drawn; None where the student
+    def views(self, rollouts: Sequence[Rollout], step: int) -> list[TeacherView | None]:
+        """Its own rendering of the prompts, and where its tokens are drawn; None where the student
         reads the same.
         """
+        return [self._view(rollout, step) for rollout in rollouts]
+
+    def _view(self, rollout: Rollout, step: int) -> TeacherView | None:
         ids = self.chat.prompt_ids(rollout.prompt.messages)
         if self.spec.tail != "sampled":
             return None if ids == rollout.prompt_ids else TeacherView(ids)
@@ -217,6 +221,7 @@ def load_local(cfg: Config, engine: Engine, chat: Chat) -> Sequence[Teacher]:
 SOURCES: dict[str, Callable[[Config, Engine, Chat], Sequence[Teacher]]] = {
     "local": load_local,
     "cache": load_cached,
+    "server": load_served,
 }
 
 

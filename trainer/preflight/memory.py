@@ -111,6 +111,8 @@ def _frozen(ranks: RankPlan, shape: Shape) -> list[Part]:
 
 def _sampling(cfg: Config, training: Any, ranks: RankPlan, shape: Shape) -> list[Part]:
     role, r = shape.role, cfg.rollout
+    if role.own and r.engine != "embedded":
+        return _engine(cfg, training, shape) if r.engine == "vllm" else []
     size = BYTES[training.mixed_precision_param if role.own else role.model.dtype]
     rows = min(r.rows, max(r.prompts * r.group // ranks.data, 1))
     cache = rows * training.seq_len * shape.cache_values * size
@@ -119,6 +121,19 @@ def _sampling(cfg: Config, training: Any, ranks: RankPlan, shape: Shape) -> list
         Part(role.name, "gathered copy", shape.numel // ranks.tensor * size, "sample"),
         Part(role.name, f"KV cache, {rows} rows", cache, "sample"),
         Part(role.name, "sampler's logits", logits, "sample"),
+    ]
+
+
+def _engine(cfg: Config, training: Any, shape: Shape) -> list[Part]:
+    """What vLLM holds beside the shards; its cache takes what gpu_memory_fraction leaves, at most
+    this.
+    """
+    name, r = shape.role.name, cfg.rollout
+    size = BYTES[training.mixed_precision_param]
+    cache = r.max_running * training.seq_len * shape.cache_values * size
+    return [
+        Part(name, "vLLM's weights", shape.numel * size // r.tensor_parallel, "sample"),
+        Part(name, f"its cache, {r.max_running} rows", cache // r.tensor_parallel, "sample"),
     ]
 
 

@@ -35,6 +35,13 @@ MAY_CHANGE = (
     "compile",
     "folder",
     "data.too_long",
+    # where texts come from, not what they are
+    "rollout.servers",
+    "rollout.server_timeout_s",
+    "rollout.server_retries",
+    "rollout.gpu_memory_fraction",
+    "rollout.max_running",
+    "teacher.servers",
 )
 SEQ_LEN = 2048  # torchtitan's default
 

@@ -295,8 +295,9 @@ def test_sft_on_given_text_needs_no_teacher_and_calibration_off_no_proxy():
 
 
 def test_a_teacher_that_is_not_loaded_is_for_one_teacher_of_a_distillation():
-    served = {"path": "t", "source": "server"}
-    (role,) = distill_roles(distill(teacher=served))
+    served = {"path": "t", "source": "server", "servers": ["http://h:1"]}
+    texts = {"objective": "nll", "on_policy": 0.0}
+    (role,) = distill_roles(distill(teacher=served, distill=texts))
     assert role.elsewhere and role.probe is None and not role.samples
     for refused, says in (
         (lambda: distill(phase="diagnose", teacher=served), "'server' with phase = 'diagnose'"),
@@ -304,7 +305,7 @@ def test_a_teacher_that_is_not_loaded_is_for_one_teacher_of_a_distillation():
         (
             lambda: distill(
                 teacher=served,
-                distill={"objective": "nll", "on_policy": 0.0},
+                distill=texts,
                 defence={"temperature": 2.0},
             ),
             "defence.temperature = 2.0 with teacher.source = 'server'",
@@ -315,6 +316,61 @@ def test_a_teacher_that_is_not_loaded_is_for_one_teacher_of_a_distillation():
         assert says in str(error.value)
     with pytest.raises(ValueError, match="teacher is a FrozenSection; want a TeacherSection"):
         replace(distill(), teacher=FrozenSection("t"))
+
+
+SERVER = {"engine": "server", "servers": ["http://h:1"]}
+TEACHER_SERVER = {"source": "server", "servers": ["http://h:1"]}
+
+
+@pytest.mark.parametrize(
+    "build, says",
+    [
+        (lambda: calibrate(rollout={"engine": "server"}), "engine = 'server' with servers = []"),
+        (lambda: calibrate(rollout={"servers": ["http://h:1"]}), "or neither"),
+        (lambda: calibrate(rollout=SERVER | {"servers": ["h:1"]}), "'h:1'; want http://host:port"),
+        (lambda: calibrate(rollout=SERVER | {"servers": ["http://h"]}), "want http://host:port"),
+        (lambda: calibrate(rollout=SERVER | {"servers": ["http://h:x"]}), "want http://host:port"),
+        (lambda: calibrate(rollout=SERVER | {"servers": ["http://h:1"] * 2}), "each address once"),
+        (lambda: calibrate(rollout=SERVER | {"tensor_parallel": 2}), "A server has its own"),
+        (lambda: calibrate(rollout=SERVER | {"overlap": 2}), "overlap = 2; want 0 or 1"),
+        (lambda: calibrate(rollout={"overlap": 1}), "it samples on the device that trains"),
+        (lambda: calibrate(rollout={"engine": "vllm", "overlap": 1}), "on the device that trains"),
+        (
+            lambda: calibrate(rollout=SERVER | {"overlap": 1, "old_logp": "trainer"}),
+            "ratios need the behaviour policy",
+        ),
+        (lambda: calibrate(rollout={"gpu_memory_fraction": 0.0}), "want 0 < gpu_memory_fraction"),
+        (lambda: calibrate(policy={"max_is": 2.0}), "Set rollout.old_logp = 'trainer'"),
+        (lambda: calibrate(policy={"max_is": 0.5}), "max_is = 0.5; want 0 (off) or >= 1"),
+        (
+            lambda: distill(
+                rollout={"engine": "vllm"},
+                distill={"objective": "nll", "on_policy": 0.0},
+                defence={"temperature": 2.0},
+            ),
+            "Use rollout.engine = 'embedded'",
+        ),
+        (lambda: distill(teacher={"source": "server"}), "source = 'server' with servers = []"),
+        (lambda: distill(teacher=TEACHER_SERVER), "distill.tail = 'full' with teacher.source"),
+        (
+            lambda: distill(
+                teacher=TEACHER_SERVER,
+                distill={"tail": "bucket", "top_k": 4, "temperature": 2.0},
+            ),
+            "the tail at another is not known",
+        ),
+        (
+            lambda: distill(
+                teacher=TEACHER_SERVER, distill={"objective": "span", "allow_biased": True}
+            ),
+            "more than a server answers",
+        ),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused(build, says):
+    with pytest.raises(ValueError, match="x.toml: ") as error:
+        build()
+    assert says in str(error.value)
 
 
 def test_the_mode_sets_the_sign_of_eta():

@@ -52,6 +52,26 @@ def test_memory_of_a_rank_by_hand(calibrate):
     )
 
 
+def test_an_engine_of_its_own_is_planned_for_and_one_on_other_machines_costs_nothing(calibrate):
+    ranks, training = (
+        RankPlan(1, 1, 1, 1),
+        SimpleNamespace(
+            dtype="float32", mixed_precision_param="float32", enable_cpu_offload=False, seq_len=96
+        ),
+    )
+
+    def sampling(**rollout):
+        cfg = calibrate(rollout=rollout)
+        parts = memory_parts(cfg, training, ranks, planned_shapes(cfg)[0])
+        return {p.what: p.bytes for p in parts if p.when == "sample"}
+
+    assert sampling(engine="server", servers=["http://h:1"]) == {}
+    assert sampling(engine="vllm", max_running=8, tensor_parallel=2) == {
+        "vLLM's weights": 119232 * 4 // 2,
+        "its cache, 8 rows": 8 * 96 * (2 * 2 * 64) * 4 // 2,
+    }
+
+
 def test_one_process_plans_for_the_world_of_the_degrees_and_more_have_to_fit():
     p = SimpleNamespace(
         data_parallel_replicate_degree=2, data_parallel_shard_degree=-1, tensor_parallel_degree=2

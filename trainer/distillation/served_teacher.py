@@ -1,0 +1,141 @@
+"""A teacher on other machines: vLLM servers answer what it thinks of a text, or write texts.
+
+At each token of a response it says its top-k and their log-probabilities. The tail follows:
+
+    tail = log(1 - sum over the top-k of p)
+
+so that distill.tail = "bucket", "renorm" and "drop" lose nothing against the teacher itself. The
+rows are those of temperature 1, for a server does not say what all other ids would be at another.
+
+Shapes: n tokens of one response, K top-k entries.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from reflux.kernels.teacher_topk import TopK
+from reflux.trainer.config.distillation import DistillSection
+from reflux.trainer.config.schema import Config
+from reflux.trainer.data.batch import Batch, Rollout, TeacherView, TopKRows
+from reflux.trainer.data.chat import Chat, same_vocabulary
+from reflux.trainer.losses import HeadInputs, Loss, topk_kl
+from reflux.trainer.phase import Advance, Engine, Sampler, Teacher, TextScore
+from reflux.trainer.rollouts.client import Servers, check_servers
+from reflux.trainer.rollouts.engine_texts import (
+    SampledText,
+    ScoredText,
+    ScoreRequest,
+    TextRequest,
+)
+from reflux.trainer.rollouts.samplers import EngineSampler
+
+LOADED = "folder"  # the version of a server to which nobody has pushed
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherTexts:
+    """The servers as a source of texts; nobody pushes to them."""
+
+    servers: Servers
+
+    def texts(self, requests: Sequence[TextRequest], advance: Advance) -> list[list[SampledText]]:
+        """Not collective."""
+        texts = self.servers.texts(requests, LOADED)
+        advance(sum(map(len, texts)))
+        return texts
+
+    def start(self, requests: Sequence[TextRequest]):
+        texts = self.servers.texts(requests, LOADED)
+        return lambda: texts
+
+
+@dataclass(frozen=True, eq=False)
+class ServedTeacher:
+    """Servers as the Teacher of a run."""
+
+    spec: DistillSection
+    servers: Servers
+    chat: Chat
+    shares_ids: bool
+    weight: float = 1.0
+
+    @property
+    def sampler(self) -> Sampler:
+        return EngineSampler(TeacherTexts(self.servers), self.chat)
+
+    def views(self, rollouts: Sequence[Rollout], step: int) -> list[TeacherView | None]:
+        """The teacher's rows for each text, behind its own rendering of the prompt."""
+        requests = []
+        for rollout in rollouts:
+            prompt_ids = self.chat.prompt_ids(rollout.prompt.messages)
+            ids = prompt_ids + rollout.ids
+            requests.append(ScoreRequest(ids, len(prompt_ids), self.spec.top_k))
+        scores = self.servers.scores(requests, LOADED)
+        return [TeacherView(r.prompt_ids, rows=rows_of(s)) for r, s in zip(rollouts, scores)]
+
+    def kept_rows(self, rollout: Rollout) -> TopKRows | None:
+        """None: it is asked."""
+        return None
+
+    def divergence(self, student: HeadInputs, batch: Batch, index: int) -> Loss:
+        """See phase.Teacher."""
+        stored = batch.stored_topk(index)
+        if stored is None:  # a batch without tokens, for a rank that has none left
+            nothing_TK = student.hidden_TD.new_zeros(0, 1, dtype=torch.float32)
+            stored = nothing_TK.long(), nothing_TK, nothing_TK[:, 0]
+        return topk_kl(student, TopK(*stored), self.spec)
+
+    def score_texts(
+        self, jobs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+    ) -> list[TextScore]:
+        """See phase.Teacher; only of no text at all."""
+        assert not jobs, "check_served_teacher refuses what would ask"
+        return []
+
+
+def rows_of(score: ScoredText) -> TopKRows:
+    """Top-k and tail. ValueError for probabilities that are none: more than 1 together, or not in
+    order.
+    """
+    logp = score.topk_logp.astype(np.float64)
+    mass = np.exp(logp).sum(1)
+    if not np.isfinite(logp).all() or (mass > 1 + 1e-4).any() or (np.diff(logp, axis=1) > 0).any():
+        raise ValueError(
+            "a served teacher's top-k log-probabilities are not finite, not in order, or sum to "
+            f"{mass.max(initial=0):.4f}; want the log-probabilities of one distribution"
+        )
+    with np.errstate(divide="ignore"):  # a tail of nothing is -inf
+        tail = np.log1p(-np.minimum(mass, 1.0))
+    return TopKRows(score.topk_ids, score.topk_logp, tail.astype(np.float32))
+
+
+def load_served(cfg: Config, engine: Engine, chat: Chat) -> list[Teacher]:
+    """The servers of teacher.servers. ValueError where one does not answer, serves another model
+    than teacher.path, or cannot answer what the configuration asks for.
+    """
+    t, r, own = cfg.teacher, cfg.rollout, Chat(cfg.teacher.path)
+    servers = Servers(t.servers, r.server_timeout_s, r.server_retries)
+    facts = check_servers(servers, t.path, weights=True, option="teacher.servers")
+    if facts["version"] != LOADED:
+        raise ValueError(
+            f"teacher.servers: {t.servers[0]} holds the weights {facts['version']}, which another "
+            "run has pushed; want servers of the teacher alone"
+        )
+    if cfg.distill.top_k > facts["max_logprobs"]:
+        raise ValueError(
+            f"distill.top_k = {cfg.distill.top_k}, but the teacher's servers answer at most the "
+            f"top {facts['max_logprobs']}. Lower it, or start them with --max-logprobs "
+            f"{cfg.distill.top_k}"
+        )
+    if facts["max_len"] < engine.seq_len + 2:
+        raise ValueError(
+            f"teacher.servers: --max-len {facts['max_len']} of a server; want at least "
+            f"training.seq_len + 2 = {engine.seq_len + 2}"
+        )
+    return [ServedTeacher(cfg.distill, servers, own, same_vocabulary(chat, own))]
+
+
+_TEACHER: type[Teacher] = ServedTeacher  # mypy proves that it keeps the contract
