@@ -1,7 +1,7 @@
 """Real servers over HTTP: texts, pushes of weights, one step off, two ranks."""
 
 import pytest
-from conftest import start_server
+from engine_servers import start_server
 from runs import config, run_here, run_ranks
 
 pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("titan_process")]
