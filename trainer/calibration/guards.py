@@ -22,7 +22,7 @@ class Guards:
     def __init__(self, cfg: Config, engine: Engine):
         self.cfg, self.engine = cfg, engine
         cal, beta = cfg.calibration, cfg.reference.beta
-        if cal.mode == "undistillable" and cal.denominator == "policy" and cal.strength >= beta:
+        if cal.mode == "undistillable" and cal.denominator != "reference" and cal.strength >= beta:
             warnings.warn(
                 f"undistillable with strength {cal.strength} >= reference.beta {beta}: the "
                 "un-normalised objective has no interior optimum (docs/method.md, section 3.3); "

@@ -11,6 +11,7 @@ Shapes: n tokens of one response, S spans.
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from reflux.trainer.rollouts.scoring import Aligned, Prefixes, align_texts, scor
 from reflux.trainer.runs import commands
 
 from .rewards import UNALIGNED, calibration_score
+from .spellings import marginal_excess
 
 
 class LikelihoodRatio:
@@ -76,12 +78,28 @@ class LikelihoodRatio:
         self._check_unaligned(sum(unaligned), len(rollouts))
         own_logp = reference_logp if cal.denominator == "reference" else behaviour_logp
         assert own_logp is not None
+        excess = self._excess(rollouts, behaviour_logp)
         return [
-            self._score_one(rollouts[i], aligned[i], proxy_scores[i], own_logp[i])
+            self._score_one(rollouts[i], aligned[i], proxy_scores[i], own_logp[i], excess[i])
             if i in proxy_scores
             else UNALIGNED
             for i in range(len(rollouts))
         ]
+
+    def _excess(
+        self, rollouts: Sequence[Rollout], behaviour_logp: Sequence[np.ndarray]
+    ) -> list[float]:
+        """What denominator = "marginal" adds to the log-probability of the sampled ids."""
+        if self.cfg.calibration.denominator != "marginal":
+            return [0.0] * len(rollouts)
+        return marginal_excess(
+            self.chat,
+            self.engine,
+            rollouts,
+            behaviour_logp,
+            tokens=self.cfg.batch.tokens,
+            temperature=self.cfg.rollout.temperature,
+        )
 
     def _proxy_scores(
         self, rollouts: Sequence[Rollout], aligned: Sequence[Aligned], scorable: list[int]
@@ -124,7 +142,12 @@ class LikelihoodRatio:
         return proxy.prefix_logp[start_n] - (np.cumsum(own_logp_n) - own_logp_n)
 
     def _score_one(
-        self, rollout: Rollout, aligned: Aligned, proxy: TextScore, own_logp_n: np.ndarray
+        self,
+        rollout: Rollout,
+        aligned: Aligned,
+        proxy: TextScore,
+        own_logp_n: np.ndarray,
+        excess: float = 0.0,
     ) -> CalibrationScore:
         assert aligned.spans is not None
         cal = self.cfg.calibration
@@ -145,7 +168,16 @@ class LikelihoodRatio:
         if self.same_ids or cal.allow_biased:
             settled = following_span(aligned.sampler_span, aligned.spans, len(rollout.ids))
         before = self._before(rollout, proxy, own_logp_n) if cal.credit == "prefix" else None
-        return calibration_score(scores, aligned.sampler_span, cal, settled, before)
+        score = calibration_score(scores, aligned.sampler_span, cal, settled, before)
+        if not excess:
+            return score
+        unit = max(score.n_bytes, 1) if cal.score_norm == "per_byte" else 1
+        return replace(
+            score,
+            value=score.value - excess / unit,
+            raw=score.raw - excess,
+            stop=score.stop - excess,
+        )
 
     def _check_unaligned(self, unaligned: float, total: int) -> None:
         """ValueError above calibration.max_unaligned, over all ranks."""

@@ -58,6 +58,7 @@ from .advantages import (
 from .guards import Guards
 from .importance import importance_weights
 from .rewards import build_reward
+from .spellings import canonical_share
 
 STD_CAL_DECAY = 0.9  # of the moving average behind the margin guard
 
@@ -234,7 +235,9 @@ class CalibratePhase:
         if "std_cal_nats" not in notes:  # the guard holds from the first step on
             self._note_std(groups, part, cal.eta)
         eta = cal.eta
-        guarded = cal.mode == "undistillable" and cal.denominator == "policy" and cal.margin_guard
+        guarded = (
+            cal.mode == "undistillable" and cal.denominator != "reference" and cal.margin_guard
+        )
         if guarded and (std := notes.get("std_cal_nats")) is not None:
             eta = -margin_strength(cal.strength, self.cfg.reference.beta, std)
         self._note_std(groups, part, eta)
@@ -295,6 +298,7 @@ class CalibratePhase:
         add("grader_error", [float(g.failed) for g in grades])
         add("length", [len(r.ids) for r in flat])
         add("truncated", [float(not r.ended) for r in flat])
+        add("canonical", canonical_share(self.chat, flat))
         all_correct_P = (groups.correct_PG | ~groups.graded_PG).all(1)
         add("groups/all_correct", all_correct_P.astype(float))
         add("groups/all_wrong", (~(groups.correct_PG & groups.graded_PG).any(1)).astype(float))

@@ -145,8 +145,10 @@ class CalibrationSection:
     strength: float = 0.5  # |eta|: weight of the calibration reward, both at unit std
     # what a score is divided by; per_token has no span_clip and no stop term
     score_norm: Literal["sum", "per_token", "per_byte"] = "sum"
-    # the model whose log-probability is subtracted from the proxy's
-    denominator: Literal["policy", "reference"] = "policy"
+    # whose log-probability is subtracted from the proxy's: that of the sampled ids under the policy
+    # or the reference, or that of the text under the policy, summed over its spellings, so that
+    # spreading over spellings does not pay
+    denominator: Literal["policy", "marginal", "reference"] = "policy"
     score_stop: bool = True  # add the stop set's log-probability where a rollout was not truncated
     # joint: one z-score of r_task + eta r_cal; the term of the larger std dominates
     normalise: Literal["separate", "joint"] = "separate"
@@ -183,6 +185,11 @@ class CalibrationSection:
                 f"credit = {self.credit!r} with score_norm = {self.score_norm!r}: a score divided "
                 "by the length of the whole text is no sum over spans, so no reward-to-go. Use "
                 "score_norm = 'sum' or credit = 'sequence'"
+            )
+        if self.denominator == "marginal" and self.score_norm == "per_token":
+            raise ValueError(
+                "denominator = 'marginal' with score_norm = 'per_token': spellings of one text "
+                "have different numbers of tokens. Use score_norm = 'sum' or 'per_byte'"
             )
         if self.credit != "sequence" and self.normalise == "joint":
             raise ValueError(

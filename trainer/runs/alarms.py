@@ -13,6 +13,7 @@ STEPS = 3  # in a row before an alarm
 NO_GRADIENT = 1e-6  # gradient norm
 ALIKE = 0.95  # of the groups
 TRUNCATED = 0.05  # of the texts
+SPELLING = 0.05  # of the texts, less in their canonical spelling than at the first step
 DRIFT = 3.0  # times, or a third of, the first step's value
 DRIFTING = {"entropy": "nats per token", "length": "tokens"}  # log field -> unit
 
@@ -51,6 +52,9 @@ class Alarms:
         yield "no_learning", self._no_learning(stats)
         yield "groups_alike", self._groups_alike(stats)
         yield "truncation", self._truncation(stats)
+        if "canonical" in stats:
+            first = notes.setdefault("alarm/first/canonical", stats["canonical"])
+            yield "spelling", _spelling(first, stats["canonical"])
         for field, unit in DRIFTING.items():
             if field in stats:
                 first = notes.setdefault(f"alarm/first/{field}", stats[field])
@@ -96,6 +100,16 @@ class Alarms:
 
 def _alike(stats: Mapping[str, float]) -> float:
     return stats.get("groups/all_correct", 0.0) + stats.get("groups/all_wrong", 0.0)
+
+
+def _spelling(first: float, now: float) -> str | None:
+    if now >= first - SPELLING:
+        return None
+    return (
+        f"{now:.0%} of the texts are spelled as the tokenizer spells them, at first {first:.0%}: "
+        "other spellings of the same text raise the calibration reward in distillable mode. Set "
+        "calibration.denominator = 'marginal', or raise reference.beta"
+    )
 
 
 def _drift(field: str, unit: str, first: float, now: float) -> str | None:

@@ -19,6 +19,12 @@ ILL = {
 }
 
 
+def test_texts_that_drift_into_other_spellings_are_reported():
+    steps = [WELL | {"canonical": x} for x in (0.97, 0.93, 0.9, 0.9, 0.9, 0.5)]
+    assert spoken(steps, {}) == [[], [], [], [], ["spelling"], []]
+    assert spoken([WELL | {"canonical": 0.2}] * 6, {}) == [[]] * 6  # as it was from the first step
+
+
 def spoken(steps, notes=None) -> list[list[str]]:
     alarms = Alarms(CFG, lambda: notes)
     return [[a.name for a in alarms.check(stats)] for stats in steps]
