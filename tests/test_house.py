@@ -63,6 +63,7 @@ TESTED_ELSEWHERE = {  # module -> the test file that exercises it
     "trainer/engine/publish.py": "trainer/engine/test_engine.py",
     "trainer/rollouts/fingerprint.py": "trainer/rollouts/test_client.py",
     "trainer/data/row_checks.py": "trainer/data/test_fitted_prompts.py",
+    "trainer/engine/document_masks.py": "trainer/engine/test_forward.py",
     "trainer/engine/hf_adapter.py": "trainer/engine/test_conversions.py",
     "trainer/evaluation/questions.py": "trainer/evaluation/test_evaluator.py",
     "trainer/preflight/data_checks.py": "trainer/preflight/test_check.py",

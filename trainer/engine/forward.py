@@ -3,27 +3,12 @@
 Shapes: N rows, L row length, D hidden size.
 """
 
-import torch
 from torch import Tensor
 from torchtitan.models.common.attention import FlexAttention
 
+from .document_masks import document_mask
 from .head import head_skipped, plain
 from .hf_models import HFDecoder
-
-
-def document_mask(positions_NL: Tensor, *, packed: bool) -> Tensor | None:
-    """bool [N, 1, L, L], true where query i may see key j: j <= i and both in one document. None
-    unless packed.
-
-    A document starts wherever a position is 0. Padding with position 0 makes one-token documents,
-    so that no softmax row is empty. The caller knows `packed`; looking would be a host sync.
-    """
-    if not packed:
-        return None
-    document_NL = (positions_NL == 0).cumsum(1)
-    L = positions_NL.shape[1]
-    causal_LL = torch.ones(L, L, dtype=torch.bool, device=positions_NL.device).tril()
-    return ((document_NL[:, :, None] == document_NL[:, None, :]) & causal_LL)[:, None]
 
 
 def hidden_states(

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .document_masks import TAKE_MASKS, masks_by_layer_type
 from .head import head_logits
 from .hf_init import initialize
 
@@ -143,6 +144,7 @@ class HFDecoder(BaseModel):
                 f"{config.path}: {type(self.hf).__name__} is not supported: want an output head "
                 "without bias"
             )
+        self._text = self.hf.config.get_text_config()
         self._blocks = name_of_blocks(self.decoder, config.path)
 
     @property
@@ -177,11 +179,17 @@ class HFDecoder(BaseModel):
     def forward(self, tokens, positions=None, attention_masks=None, cache=None, packed=False):
         """Logits, or hidden states with the head skipped. attention_masks: [N, L'] of real tokens
         (decoding only); document bounds are read off `positions` by transformers, also for sliding
-        windows.
+        windows, or given as masks where a family does not.
         """
         shape, flat = tokens.shape, packed and self.flattens_packed_rows
         if flat:
             tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
+        elif packed and self._text.model_type in TAKE_MASKS:
+            # the root holds the final norm in the compute dtype
+            dtype = next(self.decoder.get_submodule("norm").parameters()).dtype
+            attention_masks = masks_by_layer_type(self._text, positions, dtype)
+            if "_vl" in self._text.model_type:  # positions of texts in front
+                positions = positions.expand(4, *positions.shape)
         hidden_NLD = self.decoder(
             input_ids=tokens,
             position_ids=positions,

@@ -15,6 +15,7 @@ from engine_cases import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.model_families import make_model
 from reflux.trainer.engine.forward import document_mask, hidden_states
 from reflux.trainer.engine.head import head_logits
 from reflux.trainer.engine.hf_models import HFDecoder
@@ -52,6 +53,19 @@ def test_packed_documents_do_not_see_each_other(host, assets, name, backend):
         frozen.model.flattens_packed_rows = True
         flat = frozen.hidden(ids_NL, positions_NL, packed=True)
         assert (flat - packed).abs().max() <= 2e-6 * scale
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "afmoe", "qwen2_vl", "mixtral"])
+def test_packed_documents_of_experts_do_not_see_each_other(host, tmp_path, family):
+    make_model(family, tmp_path)
+    frozen, lengths = load_frozen(host, tmp_path), (15, 1, 11, 13)
+    ids_NL = random_ids(2, 40)
+    separate = [
+        frozen.hidden(ids, positions(n, rows=2))
+        for n, ids in zip(lengths, ids_NL.split(lengths, 1))
+    ]
+    packed = frozen.hidden(ids_NL, positions(*lengths, rows=2), packed=True)
+    assert (packed - torch.cat(separate, 1)).abs().max() <= 1e-5 * packed.abs().max()
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
