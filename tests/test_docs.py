@@ -40,6 +40,7 @@ BASES = [
 ]
 # by a run; so are bare names of other kinds than these in FILE
 LOG_FIELDS = (
+    "missing/",
     "epoch",
     "length/",
     "accuracy/",
