@@ -37,7 +37,7 @@ class LikelihoodRatio:
 
     def __init__(self, cfg: Config, engine: Engine, chat: Chat):
         self.cfg, self.engine, self.chat = cfg, engine, chat
-        self.proxy_chat = Chat(cfg.proxy.path)
+        self.proxy_chat = Chat.of(cfg.proxy)
         self.same_ids = chat.table.fingerprint() == self.proxy_chat.table.fingerprint()
         advice = calibrate_advice(cfg, self.same_ids)
         if advice is not None and advice.level == "error":  # before a model is loaded for nothing

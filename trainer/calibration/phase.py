@@ -70,7 +70,7 @@ class CalibratePhase:
 
     def __init__(self, cfg: Config, engine: Engine):
         self.cfg, self.engine = cfg, engine
-        self.chat = Chat(cfg.model.path)
+        self.chat = Chat.of(cfg.model)
         engine.vocab_size = min(engine.vocab_size, self.chat.vocab_size)
         self.prompts = load_training_prompts(cfg, self.chat, engine)
         self.data_fields = self.prompts.fit.fields

@@ -70,7 +70,15 @@ class Advice:
 
 def own_model(cfg: Config) -> FrozenSection:
     """The model of [model], as a role describes it."""
-    return FrozenSection(cfg.model.path, cfg.model.backend, cfg.model.attention, dtype="float32")
+    m = cfg.model
+    return FrozenSection(
+        m.path,
+        m.backend,
+        m.attention,
+        dtype="float32",
+        template=m.template,
+        template_arguments=m.template_arguments,
+    )
 
 
 def defence_roles(cfg: Config) -> list[Role]:

@@ -23,6 +23,10 @@ class ModelSection:
     attention: Attention = "auto"
     # random weights on purpose: only config.json and the tokenizer are read from `path`
     from_scratch: bool = False
+    # a file with a chat template instead of the tokenizer's own
+    template: str = ""
+    # what the template is given beside the messages: { enable_thinking = false }
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ class FrozenSection:
     attention: Attention = "auto"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     offload: bool = False  # CUDA: weights wait in host memory between uses
+    # a file with a chat template instead of the tokenizer's own
+    template: str = ""
+    # what the template is given beside the messages: { enable_thinking = false }
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,8 @@ class TaskSection:
     name: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     max_failed: float = 0.05  # fraction of failed grades above which a run ends; they leave groups
+    # only what follows the last one of these is graded, "</think>" say; a text without it is whole
+    thinking_end: str = ""
 
     def __post_init__(self):
         fraction(self, "max_failed")

@@ -4,15 +4,16 @@ Templates are never mapped as strings: each model renders the messages with its 
 response bytes are shared (docs/method.md, "Templates").
 """
 
+import hashlib
 import json
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from reflux.tokenalign.byte_table import ByteTable, encode_text, normalizer_of
-from reflux.tokenalign.table_cache import cached_table
+from reflux.tokenalign.table_cache import cached_table, key_of
 
 from .time_limit import time_limit
 
@@ -29,22 +30,51 @@ TURN_ENDS = (
 )
 
 
+class ReadsPrompts(Protocol):
+    """What a section says of a model that reads prompts."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def template(self) -> str: ...
+
+    @property
+    def template_arguments(self) -> Mapping[str, Any]: ...
+
+
 class Chat:
     """Renders prompts, encodes and decodes text, and knows which tokens end a response.
 
     stop_ids: any of them ends a response. stop_id: the one that the template ends a turn with.
     """
 
-    def __init__(self, path: str):
-        """path: a folder with a tokenizer. ValueError where it cannot be loaded, where its template
-        fails or shows no message, and where it has no end-of-sequence token.
+    def __init__(self, path: str, template: str = "", arguments: Mapping[str, Any] | None = None):
+        """path: a folder with a tokenizer. template: a file with another template than its own.
+        arguments: of the template. ValueError where the tokenizer or the file cannot be loaded,
+        where the template fails or shows no message, and where there is no end-of-sequence token.
         """
-        self.path = path
+        self.path, self.arguments = path, dict(arguments or {})
         self.tokenizer = _load_tokenizer(path)
+        self.template_file = Path(template) if template else _template_file(path)
+        if template:
+            self.tokenizer.chat_template = _read_template(self.template_file)
         self._check_template()
         self.stop_ids = self._find_stop_ids()
         self.stop_id = self._find_stop_id()
         self._rendered = lru_cache(maxsize=65536)(self._render)  # prompts come back every epoch
+
+    @classmethod
+    def of(cls, model: ReadsPrompts) -> "Chat":
+        """The model of a section, as it says that it is to be talked to."""
+        return cls(model.path, model.template, model.template_arguments)
+
+    @cached_property
+    def key(self) -> str:
+        """Of everything that prompts are rendered with, for caches."""
+        spec = [key_of(Path(self.path)), self.tokenizer.chat_template, sorted(self.arguments)]
+        spec += [repr(self.arguments[name]) for name in sorted(self.arguments)]
+        return hashlib.sha256(json.dumps(spec).encode()).hexdigest()
 
     @cached_property
     def table(self) -> ByteTable:
@@ -141,7 +171,7 @@ class Chat:
     def _apply_template(self, messages: list[dict[str, str]], generate: bool) -> str:
         with time_limit(TEMPLATE_S):
             text = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=generate, tokenize=False
+                messages, add_generation_prompt=generate, tokenize=False, **self.arguments
             )
         assert isinstance(text, str)  # of one conversation
         return text
@@ -160,7 +190,7 @@ class Chat:
                 )
             except Exception:
                 pass  # the system message is not what it fails on
-        where = f"{_template_file(self.path)}: chat_template{_template_line(error)}"
+        where = f"{self.template_file}: chat_template{_template_line(error)}"
         what = f"{type(error).__name__}: {str(error).rstrip('.')}"
         return f"{where} fails on a conversation with the roles {roles}: {what}. {fix}"
 
@@ -171,7 +201,7 @@ class Chat:
         texts = {self._text_of([{"role": "user", "content": text}]) for text in ("Ask", "Zyx")}
         if len(texts) == 1:
             raise ValueError(
-                f"{_template_file(self.path)}: chat_template makes {texts.pop()[:80]!r} of any "
+                f"{self.template_file}: chat_template makes {texts.pop()[:80]!r} of any "
                 "message of the user: every prompt would be the same. Take the template of the "
                 "model's publisher, or remove it for a base model"
             )
@@ -265,6 +295,13 @@ def _torn(file: Path) -> str | None:
     if not isinstance(table, dict):
         return f"{file}: {type(table).__name__} in JSON; want an object"
     return None
+
+
+def _read_template(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"template = {str(file)!r}: it cannot be read: {error}") from error
 
 
 def _template_file(path: str) -> Path:

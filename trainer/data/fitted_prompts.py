@@ -12,12 +12,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import overload
 
 import numpy as np
 
-from reflux.tokenalign.table_cache import key_of
 from reflux.trainer.config.phases import roles, spec_of
 from reflux.trainer.config.roles import Role
 from reflux.trainer.config.schema import Config
@@ -169,10 +167,10 @@ class Fitting:
         for role in others:
             if role.is_copy:
                 continue
-            chat = Chat(role.model.path)
+            chat = Chat.of(role.model)
             if chat.positions is None:
                 continue
-            same = key_of(Path(chat.path)) == key_of(Path(own.chat.path))
+            same = chat.key == own.chat.key
             prompt_N = own.prompt_N if same else self._measured(chat).prompt_N
             limit = f"the positions of {role.model.path}"
             yield Need(role.name, chat, prompt_N, one_N, "a response", chat.positions, limit)

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from reflux.tokenalign.table_cache import cache_folder, key_of
+from reflux.tokenalign.table_cache import cache_folder
 from reflux.trainer.config.data import SourceSection
 
 from .chat import Chat
@@ -101,7 +101,7 @@ def cache_key(
         return None
     spec: list[Any] = [FORMAT, responses, section.name if generated else ""]
     spec += [sorted(data["files"].items()), section.split, sorted(section.columns.items())]
-    spec += [section.limit, section.shape, section.system, repr(listing), key_of(Path(chat.path))]
+    spec += [section.limit, section.shape, section.system, repr(listing), chat.key]
     return hashlib.sha256(json.dumps(spec).encode()).hexdigest()
 
 

@@ -9,7 +9,7 @@ from reflux.trainer.config.sections import TaskSection
 
 from .batch import Rollout
 from .graders import Grade
-from .tasks import build_task
+from .tasks import task_grader
 
 if TYPE_CHECKING:
     from reflux.trainer.phase import Grader
@@ -37,13 +37,13 @@ def build_grader(cfg: Config) -> "Grader":
     """
     named = {part: task for part, task in tasks(cfg).items() if task.name}
     if not (cfg.data.parts or cfg.eval.parts):
-        return build_task(cfg.task.name, cfg.task.options)
+        return task_grader(cfg.task)
     built: list[tuple[TaskSection, Grader]] = []
     graders = {}
     for part, task in named.items():
         known = next((grader for other, grader in built if other == task), None)
         if known is None:
-            known = build_task(task.name, task.options)
+            known = task_grader(task)
             built.append((task, known))
         graders[part] = known
     return RoutedGrader(graders)

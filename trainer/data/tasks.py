@@ -13,7 +13,10 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+from reflux.trainer.config.sections import TaskSection
 
 from .attempt import GraderAlarm, GradeText, attempt
 from .batch import Prompt, Rollout
@@ -97,6 +100,27 @@ class RewardModelGrader:
                 failed[0],
             )
         return grades
+
+
+class AnswerGrader:
+    """Grades what follows the last `marker`, as where a model thinks before it answers; a text
+    without it is graded whole.
+    """
+
+    def __init__(self, grader: "Grader", marker: str):
+        self._grader, self._marker = grader, marker
+
+    def grade(self, rollouts: Sequence[Rollout]) -> list[Grade]:
+        """One grade per rollout, in order."""
+        return self._grader.grade(
+            [replace(r, text=r.text.rpartition(self._marker)[2]) for r in rollouts]
+        )
+
+
+def task_grader(task: TaskSection) -> "Grader":
+    """The grader of a section. ValueError as build_task."""
+    grader = build_task(task.name, task.options)
+    return AnswerGrader(grader, task.thinking_end) if task.thinking_end else grader
 
 
 def build_task(name: str, options: Mapping[str, Any]) -> "Grader":

@@ -69,7 +69,7 @@ class DiagnosePhase:
     def __init__(self, cfg: Config, engine: Engine):
         self.cfg, self.engine, self.section = cfg, engine, cfg.diagnose
         self.stability = read_stability(cfg)  # a wrong folder is an error before anything is loaded
-        self.chat, self.teacher_chat = Chat(cfg.model.path), Chat(cfg.teacher.path)
+        self.chat, self.teacher_chat = Chat.of(cfg.model), Chat.of(cfg.teacher)
         engine.vocab_size = min(engine.vocab_size, self.chat.vocab_size)
         self.teacher = engine.frozen(cfg.teacher)
         rows = engine.vocab_size, min(self.teacher.vocab_size, self.teacher_chat.vocab_size)

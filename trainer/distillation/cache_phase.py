@@ -65,7 +65,7 @@ class CachePhase:
 
     def __init__(self, cfg: Config, engine: Engine):
         self.cfg, self.engine, self.spec = cfg, engine, cfg.cache
-        self.chat = Chat(cfg.model.path)
+        self.chat = Chat.of(cfg.model)
         engine.vocab_size = min(engine.vocab_size, self.chat.vocab_size)
         self.sampler: Sampler = EmbeddedSampler(engine.gathered_weights, self.chat)
         self.prompts = load_training_prompts(cfg, self.chat, engine)

@@ -134,7 +134,7 @@ def load_cached(cfg: Config, engine: Engine, chat: Chat) -> list[Teacher]:
     """The cache of teacher.cache. ValueError where it is not of teacher.path, or does not hold what
     the configuration asks for.
     """
-    cache, own = TeacherCache(cfg.teacher.cache), Chat(cfg.teacher.path)
+    cache, own = TeacherCache(cfg.teacher.cache), Chat.of(cfg.teacher)
     files = engine.inputs.get("teacher", {}).get("files", {})
     check_same(cache.description, own, files, cfg.teacher.path)
     shares_ids = same_vocabulary(chat, own)

@@ -49,7 +49,7 @@ class DistillPhase:
 
     def __init__(self, cfg: Config, engine: Engine):
         self.cfg, self.engine, self.spec = cfg, engine, cfg.distill
-        self.chat = Chat(cfg.model.path)
+        self.chat = Chat.of(cfg.model)
         engine.vocab_size = min(engine.vocab_size, self.chat.vocab_size)
         self.task: Grader | None = build_grader(cfg) if task_names(cfg) else None
         self.evaluator = Evaluator(cfg, engine, self.chat, self.task)

@@ -183,7 +183,7 @@ def load_local(cfg: Config, engine: Engine, chat: Chat) -> Sequence[Teacher]:
     """
     paths = (cfg.teacher.path, *cfg.distill.more_teachers)
     weights = cfg.distill.teacher_weights or (1.0,) * len(paths)
-    chats = [Chat(path) for path in paths]
+    chats = [Chat.of(replace(cfg.teacher, path=path)) for path in paths]
     shares_ids = [same_vocabulary(chat, c) for c in chats]
     _refuse(cfg, chat, chats, shares_ids)
     objective = cfg.distill.objective

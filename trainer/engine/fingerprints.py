@@ -73,7 +73,8 @@ def _sources(cfg: Config) -> dict[str, _Source]:
             if role.elsewhere and cfg.teacher.cache:
                 # weights prove that the cache is of this teacher, where they are at hand
                 unread = not any(Path(role.model.path).glob("*.safetensors"))
-            sources[role.name] = _model(role.model.path, weights=not unread)
+            template = role.model.template
+            sources[role.name] = _model(role.model.path, weights=not unread, template=template)
     if cfg.teacher.cache:  # it names the hashes of its shards
         description = Path(cfg.teacher.cache).resolve() / "cache.json"
         files = {description.name: description} if description.is_file() else {}
@@ -100,11 +101,12 @@ def data_sources(cfg: Config) -> dict[str, str | tuple[str, ...]]:
     }
 
 
-def _model(path: str, *, weights: bool = True) -> _Source:
+def _model(path: str, *, weights: bool = True, template: str = "") -> _Source:
     folder = os.path.abspath(os.path.expanduser(path))
     names = [*SETTINGS, INDEX] if weights else list(SETTINGS)
     names += [os.path.basename(f) for f in weight_files(folder)] if weights else []
     files = {name: Path(folder) / name for name in names}
+    files |= {"template": Path(os.path.abspath(template))} if template else {}
     return _Source(folder, {n: f for n, f in files.items() if f.is_file()}, {})
 
 

@@ -37,7 +37,7 @@ class EvaluatePhase:
                     f"eval.harness on {ranks} ranks: the harness loads a copy of its own. Start it "
                     "with one process"
                 )
-        self.cfg, self.engine, chat = cfg, engine, Chat(cfg.model.path)
+        self.cfg, self.engine, chat = cfg, engine, Chat.of(cfg.model)
         engine.vocab_size = min(engine.vocab_size, chat.vocab_size)
         grader = build_grader(cfg)
         defence = DefendedDecoding(cfg, engine, [chat])

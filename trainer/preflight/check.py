@@ -123,7 +123,7 @@ def _scratch_engine(cfg: Config) -> Iterator[Engine]:
         )
         try:
             engine = Engine(quiet, hashes_inputs=False)
-            engine.vocab_size = min(engine.vocab_size, Chat(cfg.model.path).vocab_size)
+            engine.vocab_size = min(engine.vocab_size, Chat.of(cfg.model).vocab_size)
             yield engine
             engine.close()
         finally:

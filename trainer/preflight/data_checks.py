@@ -13,7 +13,7 @@ from reflux.trainer.data.failed_grades import count_failed
 from reflux.trainer.data.fitted_prompts import training_listing
 from reflux.trainer.data.graders import Grade
 from reflux.trainer.data.prompts import Prompts, load_prompts
-from reflux.trainer.data.tasks import build_task
+from reflux.trainer.data.tasks import task_grader
 from reflux.trainer.rollouts.generate import given_rollout
 
 from .report import Finding, first_line, short
@@ -87,7 +87,7 @@ def _task_findings(task: TaskSection, texts: Sequence[Rollout]) -> list[Finding]
     if task.name == "reward_model":
         return [Finding("ok", "task reward_model: its grades have no correct and incorrect")]
     try:
-        grader = build_task(task.name, task.options)
+        grader = task_grader(task)
     except (OSError, ValueError, ImportError) as error:
         return [Finding("error", f"task: {first_line(error)}", "mend task.name or task.options")]
     if not texts:
@@ -108,7 +108,7 @@ def sampled_findings(cfg: Config, texts: Sequence[Rollout]) -> list[Finding]:
     for part, task in _tasks_of(cfg).items():
         mine = [t for t in whole if t.prompt.part == part]
         if mine and task.name != "reward_model":
-            grades = build_task(task.name, task.options).grade(mine)
+            grades = task_grader(task).grade(mine)
             findings += _failed_findings(task, grades)
     return findings
 

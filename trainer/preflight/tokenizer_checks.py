@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich import box
@@ -18,7 +19,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 def open_chats(roles: Sequence[Role]) -> tuple[dict[str, Chat], list[Finding]]:
     """The tokenizer of every role that has one, by role name; roles of one folder share it."""
-    by_path: dict[str, Chat] = {}
+    known: dict[str, Chat] = {}
     chats, findings = {}, []
     for role in roles:
         path = os.path.expanduser(role.model.path)
@@ -27,7 +28,9 @@ def open_chats(roles: Sequence[Role]) -> tuple[dict[str, Chat], list[Finding]]:
             findings.append(_no_tokenizer(role, "none of " + ", ".join(TOKENIZER_FILES)))
             continue
         try:
-            chats[role.name] = by_path[path] = by_path.get(path) or Chat(path)
+            model = replace(role.model, path=path)
+            spec = repr((path, model.template, model.template_arguments))
+            chats[role.name] = known[spec] = known.get(spec) or Chat.of(model)
         except (OSError, ValueError, ImportError) as error:
             findings.append(_no_tokenizer(role, first_line(error)))
     return chats, findings
@@ -147,5 +150,5 @@ def _head_finding(role: Role, chat: Chat, rows: int) -> Finding:
 def _ids_behind_a_response(chat: Chat) -> list[int]:
     """What the template writes behind an assistant's message."""
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    text = str(chat.tokenizer.apply_chat_template(turn, tokenize=False))
+    text = str(chat.tokenizer.apply_chat_template(turn, tokenize=False, **chat.arguments))
     return chat.tokenizer(text.rpartition("b")[2], add_special_tokens=False)["input_ids"]

@@ -265,3 +265,27 @@ def test_a_document_begins_behind_one_token(make, settings, first):
     assert chat.prompt_ids(()) == (first,)
     asked, document = chat.prompt_lengths([ASK, ()])
     assert document == 1 and asked == len(chat.prompt_ids(ASK))
+
+
+def test_a_template_of_another_file_and_its_arguments(make, tmp_path):
+    file = tmp_path / "short.jinja"
+    file.write_text(
+        "{% for m in messages %}<|bos|>{{ m.content }}<|eos|>{% endfor %}"
+        "{% if think is defined and not think %}no thoughts{% endif %}"
+    )
+    folder = make().path
+    plain, other = Chat(folder), Chat(folder, str(file))
+    silent = Chat(folder, str(file), {"think": False})
+    assert other.tokenizer.decode(other.prompt_ids(ASK)) == "<|bos|>what remains?<|eos|>"
+    assert silent.tokenizer.decode(silent.prompt_ids(ASK)).endswith("<|eos|>no thoughts")
+    assert silent.prompt_lengths([ASK]) == [len(silent.prompt_ids(ASK))]
+    assert len({plain.key, other.key, silent.key}) == 3 and plain.key == Chat(folder).key
+
+
+def test_a_template_that_cannot_be_read_or_fails_is_named(make, tmp_path):
+    folder = make().path
+    with pytest.raises(ValueError, match="template = '.*missing.jinja': it cannot be read"):
+        Chat(folder, str(tmp_path / "missing.jinja"))
+    (tmp_path / "torn.jinja").write_text("one\n{% for m in %}")
+    with pytest.raises(ValueError, match="torn.jinja: chat_template, line 2, fails"):
+        Chat(folder, str(tmp_path / "torn.jinja"))

@@ -9,9 +9,10 @@ import time
 
 import pytest
 
+from reflux.trainer.config.sections import TaskSection
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.graders import Grade
-from reflux.trainer.data.tasks import build_task
+from reflux.trainer.data.tasks import build_task, task_grader
 
 USER = """
 import os, sys, time
@@ -255,3 +256,19 @@ def test_a_wrong_name_or_option_is_explained(user, name, options, part):
     with pytest.raises(ValueError) as error:
         build_task(name, options)
     assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, correct",
+    [
+        ("3? No, 5.</think>4", True),
+        ("4</think>5", False),
+        ("<think>a</think>b</think>\n4", True),
+        ("4", True),
+        ("</think>", False),
+    ],
+)
+def test_only_the_answer_behind_the_thoughts_is_graded(text, correct):
+    task = TaskSection("exact", thinking_end="</think>")
+    rollout = Rollout(Prompt(0, (), "4"), (1,), (2,), (0.0,), 0.0, text, True)
+    assert task_grader(task).grade([rollout])[0].correct is correct
