@@ -68,7 +68,8 @@ class TeacherSection(FrozenSection):
 
 @dataclass(frozen=True)
 class TaskSection:
-    # exact | math | multiple_choice | reasoning_gym | reward_model | package.module:function
+    # exact | math | multiple_choice | instructions | reasoning_gym | reward_model |
+    # package.module:function
     name: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     max_failed: float = 0.05  # fraction of failed grades above which a run ends; they leave groups

@@ -7,13 +7,14 @@ from typing import Any, get_type_hints
 from reflux.trainer.config.fit import fit, nearest
 
 from .attempt import GradeText
-from .graders import Exact, Function, Math, MultipleChoice, ReasoningGym
+from .graders import Exact, Function, Instructions, Math, MultipleChoice, ReasoningGym
 from .sources import load_function
 
 GRADERS: dict[str, type] = {
     "exact": Exact,
     "math": Math,
     "multiple_choice": MultipleChoice,
+    "instructions": Instructions,
     "reasoning_gym": ReasoningGym,
 }
 TASKS = (*GRADERS, "reward_model")

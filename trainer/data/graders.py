@@ -185,6 +185,32 @@ class MultipleChoice:
 
 
 @dataclass(frozen=True)
+class Instructions:
+    """Reward: the fraction of a row's verifiable instructions that the text follows
+    (instructions.py); correct where it follows all of them.
+    """
+
+    evaluates: ClassVar[bool] = False
+    cannot_hang: ClassVar[bool] = True
+    # columns: names of the instructions, and a table of options for each
+    kinds: str = "instruction_id_list"
+    options: str = "kwargs"
+
+    def __call__(self, prompt: Prompt, text: str) -> Grade:
+        from .instructions import follows
+
+        kinds, options = prompt.extra.get(self.kinds), prompt.extra.get(self.options)
+        if not kinds or options is None or len(options) != len(kinds):
+            raise ValueError(
+                f"columns {self.kinds!r} and {self.options!r}: {kinds!r:.80}, {options!r:.80}; "
+                "want names of instructions, and as many tables of options"
+            )
+        followed = [follows(kind, text, given or {}) for kind, given in zip(kinds, options)]
+        names = ", ".join(kind for kind, ok in zip(kinds, followed) if ok)
+        return Grade(sum(followed) / len(followed), all(followed), names or None)
+
+
+@dataclass(frozen=True)
 class ReasoningGym(Answer):
     """Reward: the data set's score of the answer, in [0, 1]; correct from `threshold` on. The
     answer is extracted by marker or pattern, else from the last <answer>...</answer>, or is the
