@@ -18,7 +18,7 @@ def start_server(model, *more: str):
     command += ["--port", str(port), "--dtype", "float32", "--max-len", "128"]
     process = subprocess.Popen([*command, "--max-running", "32", *more], env=environment())
     server = Server(f"http://127.0.0.1:{port}", 120.0)
-    for _ in range(240):
+    for _ in range(600):
         time.sleep(0.5)
         try:
             server.info()
@@ -26,7 +26,7 @@ def start_server(model, *more: str):
         except ServerError:
             assert process.poll() is None, "the server ended"
     process.kill()
-    raise AssertionError("the server did not start in two minutes")
+    raise AssertionError("the server did not start in five minutes")
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,6 @@ TESTED_ELSEWHERE = {  # module -> the test file that exercises it
     "trainer/rollouts/samplers.py": "engines/test_vllm.py",
     "trainer/rollouts/serve.py": "trainer/rollouts/test_client.py",
     "trainer/rollouts/server_source.py": "engines/test_serve.py",
-    "trainer/rollouts/vllm_engine.py": "engines/test_vllm.py",
     "trainer/engine/publish.py": "trainer/engine/test_engine.py",
     "trainer/rollouts/fingerprint.py": "trainer/rollouts/test_client.py",
     "trainer/data/row_checks.py": "trainer/data/test_fitted_prompts.py",

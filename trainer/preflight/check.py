@@ -19,6 +19,7 @@ from reflux.trainer.engine.engine import Engine
 from reflux.trainer.runs import commands
 
 from .data_checks import first_prompts, given_responses, sampled_findings, task_findings
+from .engine_checks import engine_findings
 from .length_checks import length_findings
 from .model_checks import PROBES, Trial, load_frozen, no_reference, sample_texts, sampler_gap
 from .pair_checks import alignment_findings, pair_findings
@@ -44,6 +45,7 @@ def examine(cfg: Config) -> PreflightReport:
         findings += _lengths(cfg, shapes, chats)
         texts, cut = given_responses(cfg, next(iter(chats.values())), prompts)
         findings += cut + task_findings(cfg, texts)
+    findings += engine_findings(cfg)
     if has_errors(findings):
         advice = "mend the errors first, then check again"
         findings.append(Finding("warning", "the models were not loaded", advice))
