@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 from reflux.trainer.config.schema import Config
 from reflux.trainer.phase import Advance, Engine
@@ -27,7 +28,15 @@ class ServerSource:
         self._thread = ThreadPoolExecutor(1)
         self._pending: list[Future] = []
         engine.when_closing(partial(self._thread.shutdown, wait=False, cancel_futures=True))
-        facts = check_servers(self.servers, cfg.model.path, weights=False, option="rollout.servers")
+        if r.overlap and int(cfg.titan.get("parallelism", {}).get("tensor_parallel_degree", 1)) > 1:
+            raise ValueError(
+                "rollout.overlap = 1 with parallelism.tensor_parallel_degree > 1: the ranks of a "
+                "row do not wait for each other's texts before weights are pushed. Use overlap = 0"
+            )
+        check = partial(check_servers, self.servers, cfg.model.path)
+        facts = from_first_rank(
+            engine, partial(check, weights=False, option="rollout.servers"), engine.rank == 0
+        )
         if facts["max_len"] < engine.seq_len + 1:
             raise ValueError(
                 f"rollout.servers: --max-len {facts['max_len']} of a server; want at least "
@@ -55,16 +64,32 @@ class ServerSource:
         for pending in self._pending:
             pending.exception()  # whoever takes the result hears of it
         self.trainer.gather([None])  # no rank waits for a text any more
-        bodies = self._bodies()
-        if self.trainer.is_main:
-            self.servers.push(version, bodies)
-        for _ in bodies:  # gathering is collective; and the first rank's servers may all be gone
+        bodies, pushes = self._bodies(), self.trainer.is_main
+        for _ in bodies if not pushes else ():  # gathering is collective
             pass
+        failed = from_first_rank(self.trainer, lambda: self._pushed(version, bodies), pushes)
         self.servers.ask_all_again()
-        for failed in self.trainer.gather([self.servers.failed if self.trainer.is_main else {}]):
-            self.servers.leave_out(failed)
+        self.servers.leave_out(failed or {})
         self.version = version
+
+    def _pushed(self, version: str, bodies: Iterator[bytes]) -> dict[str, str]:
+        """Which servers did not take the weights, and why."""
+        self.servers.push(version, bodies)
+        return self.servers.failed
 
     def _bodies(self) -> Iterator[bytes]:
         for chunk in chunks(self.trainer.named_weights()):
             yield wire.pack_weights(chunk) if self.trainer.is_main else b""
+
+
+def from_first_rank(engine: Engine, work: Callable[[], Any], first: bool) -> Any:
+    """work() of the first rank, on every rank; its ValueError too. Collective."""
+    result, error = None, None
+    try:
+        result = work() if first else None
+    except ValueError as caught:
+        error = caught
+    result, message = engine.gather([(result, None if error is None else str(error))])[0]
+    if message is not None:
+        raise ValueError(message) from error
+    return result
