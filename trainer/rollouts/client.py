@@ -110,6 +110,11 @@ class Servers:
         with self._lock:
             self._failed.clear()
 
+    def _recover(self, server: Server) -> None:
+        with self._lock:
+            if self._failed.pop(server, None) is not None:
+                log.warning("%s answers again", server.address)
+
     def fail(self, server: Server, why: Exception) -> None:
         """Names a server once."""
         with self._lock:
@@ -162,17 +167,19 @@ class Servers:
         last = "no server was asked"
         for attempt in range(self.retries + 1):
             alive = self.alive
-            if not alive:
-                break
+            if not alive:  # perhaps only for a moment
+                time.sleep(min(PAUSE_S * 2**attempt, PAUSE_LIMIT_S))
+                alive = self.servers
             server = alive[(turn + attempt) % len(alive)]
             try:
-                return ask(server, part)
+                answers = ask(server, part)
             except (ServerError, ValueError) as error:
                 # a wrong answer is an answer of a wrong server: another one may be right
                 last = str(error)
                 self.fail(server, error)
-            if self.alive:
-                time.sleep(min(PAUSE_S * 2**attempt, PAUSE_LIMIT_S) if len(self.alive) < 2 else 0)
+                continue
+            self._recover(server)
+            return answers
         raise ValueError(
             f"no server answers any more: {last}. All of them: "
             + "; ".join(self.failed.values() or [last])

@@ -79,9 +79,13 @@ class EngineThread:
         try:
             while True:
                 self._turn()
+        except KeyboardInterrupt:
+            raise
         except BaseException as error:
             self.broken = f"the engine has died: {error}"
             log.exception("the engine has died")
+            while not self._queue.empty():
+                self._waiting.append(self._queue.get())
             for job in [*self._waiting, *self._running.values()]:
                 job.future.cancel()
             raise

@@ -114,7 +114,7 @@ def path(assets):
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(client, "PAUSE_S", 0.01)
+    monkeypatch.setattr(client, "PAUSE_S", 0.05)
 
 
 def test_texts_of_several_servers_come_back_in_order(path):
@@ -139,6 +139,14 @@ def test_a_faulty_server_is_named_and_its_texts_are_asked_elsewhere(path, fault,
             "short": "another number of texts",
         }
         assert why[fault] in asked.failed[address(servers[0])]
+
+
+def test_a_server_that_is_alone_is_asked_again(path):
+    with serving(path, "slow") as servers:
+        asked = asking(servers, timeout_s=0.5, retries=5)
+        threading.Timer(1.2, lambda: setattr(servers[0].engine, "fault", "")).start()
+        assert asked.texts(requests(1), VERSION)[0][0].ids.tolist() == [0, 0]
+        assert not asked.failed
 
 
 def test_an_address_without_a_server_is_left_out(path):
