@@ -330,7 +330,7 @@ class Teacher(Protocol):
 
     @property
     def weight(self) -> float:
-        """Of its loss; the weights of all teachers sum to one."""
+        """Of its loss; the weights of all teachers of a text sum to one."""
         ...
 
     @property

@@ -4,6 +4,7 @@ r_cal = [l_C(x, y) - sg(l_D(x, y))] / z(y)       C the proxy, D the policy or th
 """
 
 import importlib
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,14 +15,26 @@ from reflux.trainer.config.sections import CalibrationSection
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.phase import CalibrationReward, CalibrationScore, Engine
 
+from .several_proxies import UNSCORED, SeveralProxies
+
 # of a text that does not round-trip through the proxy's tokenizer, or is masked by rule
-UNALIGNED = CalibrationScore(0.0, 0.0, np.zeros(0), np.zeros(0, np.int64), 0.0, 0, 0.0, False)
+UNALIGNED = UNSCORED
 
 
 def build_reward(cfg: Config, engine: Engine, chat: Chat) -> CalibrationReward:
-    """The reward that calibration.reward names. `chat`: the policy's tokenizer. Collective."""
+    """The reward that calibration.reward names, with every proxy of the run. `chat`: the policy's
+    tokenizer. Collective.
+    """
     module, _, name = REWARDS[cfg.calibration.reward].partition(":")
-    return getattr(importlib.import_module(module), name)(cfg, engine, chat)
+    kind, cal = getattr(importlib.import_module(module), name), cfg.calibration
+    if not cal.proxies:
+        return kind(cfg, engine, chat)
+    alone = replace(cal, proxies=(), proxy_aggregate="mean", proxy_route="")
+    rewards = [
+        kind(replace(cfg, proxy=replace(cfg.proxy, path=path), calibration=alone), engine, chat)
+        for path in (cfg.proxy.path, *cal.proxies)
+    ]
+    return SeveralProxies(cfg, rewards)
 
 
 def calibration_score(

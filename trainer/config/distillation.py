@@ -50,6 +50,16 @@ class DistillSection:
     # one teacher, drawn by weight
     more_teachers: tuple[str, ...] = ()
     teacher_weights: tuple[float, ...] = ()  # one per teacher, teacher.path first; empty: equal
+    # column of [data] that names the one teacher of a row, in place of weights: its number, or the
+    # last part of its folder's path
+    route: str = ""
+    # column of [data] with a text that the teacher reads and the student does not: a solution, a
+    # hint. With teacher.path = model.path: self-distillation (OPSD)
+    privileged: str = ""
+    # what the teacher reads in place of the last message of the user
+    privileged_template: str = (
+        "{prompt}\n\nA reference solution, for you alone:\n{privileged}\n\nAnswer the question."
+    )
     # run an objective across tokenizers that trains a right student away from the truth, as a
     # baseline (docs/tokenalign.md, "Fixed points")
     allow_biased: bool = False
@@ -98,6 +108,7 @@ def _check_combinations(d: DistillSection) -> None:
             "objective = 'span' takes one teacher; several can be compared with objective = "
             "'byte' or 'kl'"
         )
+    _check_reading(d)
     _check_top_k(d)
     if d.divergence in ("jsd", "skew_forward", "skew_reverse") and not 0 < d.beta < 1:
         raise ValueError(
@@ -105,6 +116,27 @@ def _check_combinations(d: DistillSection) -> None:
         )
     if not d.allow_biased:
         _refuse_biased(d)
+
+
+def _check_reading(d: DistillSection) -> None:
+    """Which rows a teacher reads, and how."""
+    if d.route and (not d.more_teachers or d.teacher_weights):
+        raise ValueError(
+            f"route = {d.route!r} with more_teachers = {list(d.more_teachers)}, teacher_weights = "
+            f"{list(d.teacher_weights)}; want more_teachers to choose from, and no weights"
+        )
+    if d.route and d.objective not in ("kl", "nll"):
+        raise ValueError(
+            f"route = {d.route!r} with objective = {d.objective!r}; want 'kl' or 'nll'"
+        )
+    if d.privileged and d.objective != "kl":
+        raise ValueError(
+            f"privileged = {d.privileged!r} with objective = {d.objective!r}: a text that only the "
+            "teacher reads changes its distributions. Use objective = 'kl'"
+        )
+    missing = [name for name in ("{prompt}", "{privileged}") if name not in d.privileged_template]
+    if d.privileged and missing:
+        raise ValueError(f"privileged_template has no {' and no '.join(missing)}; want both")
 
 
 def _check_top_k(d: DistillSection) -> None:

@@ -49,6 +49,11 @@ def check_teacher_source(cfg: Config) -> None:
             f"teacher.source = {source!r} with distill.more_teachers; want source = 'local' for "
             "several teachers"
         )
+    if cfg.distill.privileged:
+        raise ValueError(
+            f"distill.privileged = {cfg.distill.privileged!r} with teacher.source = {source!r}; "
+            "want 'local': only a teacher that is loaded reads another prompt"
+        )
     if cfg.defence.changes_text:
         raise ValueError(
             f"{_defence(cfg)} with teacher.source = {source!r}: a defence changes what a local "

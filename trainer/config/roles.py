@@ -96,6 +96,9 @@ def calibrate_roles(cfg: Config) -> list[Role]:
         roles.append(Role("reference", reference, "model", probe="same_weights"))
     if cfg.calibration.eta:
         roles.append(Role("proxy", cfg.proxy, "proxy", probe="token_order"))
+        for i, path in enumerate(cfg.calibration.proxies, 2):
+            model = replace(cfg.proxy, path=path)
+            roles.append(Role(f"proxy {i}", model, "calibration.proxies"))
     return roles
 
 

@@ -153,6 +153,12 @@ class CalibrationSection:
     # the sign of eta; off: plain GRPO
     mode: Literal["off", "distillable", "undistillable"] = "off"
     reward: str = "likelihood_ratio"  # a name in config/calibration_rewards.py
+    # folders beside proxy.path, with its dtype: r_cal is made of the rewards of all of them
+    proxies: tuple[str, ...] = ()
+    # mean | min | max of them, or row: that of the one proxy which column proxy_route of [data]
+    # names, by its number or the last part of its folder's path
+    proxy_aggregate: Literal["mean", "min", "max", "row"] = "mean"
+    proxy_route: str = ""
     strength: float = 0.5  # |eta|: weight of the calibration reward, both at unit std
     # what a score is divided by; per_token has no span_clip and no stop term
     score_norm: Literal["sum", "per_token", "per_byte"] = "sum"
@@ -188,6 +194,16 @@ class CalibrationSection:
         if not self.strength >= 0:
             raise ValueError(
                 f"strength = {self.strength}; want >= 0. The sign of eta is set by mode"
+            )
+        if (self.proxy_aggregate == "row") != bool(self.proxy_route):
+            raise ValueError(
+                f"proxy_aggregate = {self.proxy_aggregate!r} with proxy_route = "
+                f"{self.proxy_route!r}; want both, 'row' and a column of [data], or neither"
+            )
+        if self.proxies and self.proxy_aggregate != "row" and self.credit == "span":
+            raise ValueError(
+                f"proxy_aggregate = {self.proxy_aggregate!r} with credit = 'span': the proxies cut "
+                "the texts of a group into different spans. Use credit = 'sequence', or 'row'"
             )
         not_negative(self, "span_clip", "winsor", "std_floor")
         fraction(self, "max_unaligned")

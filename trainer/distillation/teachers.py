@@ -44,6 +44,7 @@ from reflux.trainer.rollouts.scoring import score_ids
 from .byte_loss import ByteLoss, byte_loss
 from .cached_teacher import load_cached
 from .draws import draw_noise
+from .reading import Reading, not_compared
 from .served_teacher import load_served
 
 PARTITIONS: dict[str, Callable[[Vocabulary, Vocabulary], Partition]] = {
@@ -115,6 +116,7 @@ class FrozenTeacher:
     sampler: Sampler  # of its texts, as `[defence]` serves them
     weight: float
     shares_ids: bool
+    reading: Reading
     tokens: int  # of a micro-batch, padding included
     class_loss: ClassLoss | None  # of objective = "class"
     byte_loss: ByteLoss | None = None  # of objective = "byte"
@@ -122,12 +124,21 @@ class FrozenTeacher:
 
     def views(self, rollouts: Sequence[Rollout], step: int) -> list[TeacherView | None]:
         """Its own rendering of the prompts, and where its tokens are drawn; None where the student
-        reads the same.
+        reads the same. ValueError where it has no positions for a longer prompt.
         """
         return [self._view(rollout, step) for rollout in rollouts]
 
     def _view(self, rollout: Rollout, step: int) -> TeacherView | None:
-        ids = self.chat.prompt_ids(rollout.prompt.messages)
+        if not self.reading.is_for(rollout.prompt):
+            return not_compared(rollout, self.spec.top_k if self.spec.tail == "sampled" else 0)
+        ids = self.chat.prompt_ids(self.reading.messages(rollout.prompt))
+        room = self.chat.positions
+        if self.spec.privileged and room is not None and len(ids) + len(rollout.ids) > room:
+            raise ValueError(
+                f"distill.privileged = {self.spec.privileged!r}: prompt {rollout.prompt.index} has "
+                f"{len(ids)} tokens for the teacher and {len(rollout.ids)} of response; want at "
+                f"most its {room} positions. Shorten the column, or lower rollout.max_tokens"
+            )
         if self.spec.tail != "sampled":
             return None if ids == rollout.prompt_ids else TeacherView(ids)
         noise = draw_noise(rollout, self.spec.top_k, seed=self.seed, step=step)
@@ -145,6 +156,7 @@ class FrozenTeacher:
             if self.byte_loss is not None:
                 return self.byte_loss(student, teacher, batch, teacher_batch)
             if self.class_loss is None:
+                student = at_positions(student, batch.aligned_positions(index))
                 return distill_kl(student, teacher, self.spec, self._uniform(batch, index))
             return self.class_loss(at_positions(student, batch.aligned_positions(index)), teacher)
 
@@ -183,6 +195,7 @@ def load_local(cfg: Config, engine: Engine, chat: Chat) -> Sequence[Teacher]:
     """
     paths = (cfg.teacher.path, *cfg.distill.more_teachers)
     weights = cfg.distill.teacher_weights or (1.0,) * len(paths)
+    total = 1.0 if cfg.distill.route else sum(weights)  # routed: a text has one teacher
     chats = [Chat.of(replace(cfg.teacher, path=path)) for path in paths]
     shares_ids = [same_vocabulary(chat, c) for c in chats]
     _refuse(cfg, chat, chats, shares_ids)
@@ -205,14 +218,15 @@ def load_local(cfg: Config, engine: Engine, chat: Chat) -> Sequence[Teacher]:
             EmbeddedSampler(
                 defence.weights(partial(engine.gathered_frozen_weights, model)), teacher_chat
             ),
-            weight / sum(weights),
+            weight / total,
             same,
+            Reading(cfg.distill, paths, i),
             cfg.batch.tokens,
             *compared,
             cfg.seed,
         )
-        for model, teacher_chat, weight, same, compared in zip(
-            models, chats, weights, shares_ids, losses
+        for i, (model, teacher_chat, weight, same, compared) in enumerate(
+            zip(models, chats, weights, shares_ids, losses)
         )
     ]
 

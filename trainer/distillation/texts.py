@@ -22,6 +22,7 @@ from reflux.trainer.phase import Engine, Grader, Sampling, Teacher
 from reflux.trainer.rollouts.generate import given_rollout
 from reflux.trainer.rollouts.overlap import StepJob, StepSampler
 
+from .reading import teacher_of
 from .teacher_texts import load_teacher_texts, recipe_of, save_teacher_texts
 
 # Streams of random numbers beside those of the rollouts, which are keyed by (prompt, group member)
@@ -65,6 +66,9 @@ class TextSource:
         if cfg.distill.on_policy > 0:
             self.student = StepSampler(cfg, engine, chat)
         self.prompts = load_training_prompts(cfg, chat, engine)
+        self._paths = (cfg.teacher.path, *self.spec.more_teachers)
+        if self.spec.route:  # every row, before the first step
+            self._teacher_of(0, [], self.prompts)
         self.rewrite: Callable[[Prompt, str], str | None] | None = (
             load_function(self.spec.rewrite) if self.spec.rewrite else None
         )
@@ -102,8 +106,9 @@ class TextSource:
         if self.spec.query_budget:
             rows = epoch_indices(len(self.teacher_texts), step - 1, r.prompts, seed=self.cfg.seed)
             return [self.teacher_texts[rows[slot]] for slot, _ in slots]
-        teacher_of = self._teacher_of_slots(step, [slot for slot, _ in slots])
-        return self._sampled_by_teachers([p for _, p in slots], teacher_of, step)
+        prompts = [prompt for _, prompt in slots]
+        teacher_of = self._teacher_of(step, [slot for slot, _ in slots], prompts)
+        return self._sampled_by_teachers(prompts, teacher_of, step)
 
     def _sampled_by_teachers(
         self, prompts: Sequence[Prompt], teacher_of: Sequence[int], step: int
@@ -166,6 +171,7 @@ class TextSource:
             defence=cfg.defence,
             more_teachers=self.spec.more_teachers,
             teacher_weights=self.spec.teacher_weights,
+            route=self.spec.route,
             rewrite=self.spec.rewrite,
             dedup=self.spec.dedup,
             correct_only=self.spec.correct_only,
@@ -178,7 +184,7 @@ class TextSource:
         rank, world = self.engine.rank, self.engine.world
         chosen = epoch_indices(len(self.prompts), 0, count, seed=self.cfg.seed)
         unique = list({p.index: p for p in (self.prompts[i] for i in chosen)}.values())
-        teacher_of = self._teacher_of_slots(0, list(range(len(unique))))
+        teacher_of = self._teacher_of(0, list(range(len(unique))), unique)
         mine = self._sampled_by_teachers(unique[rank::world], teacher_of[rank::world], 0)
         groups = [group for group in self.engine.gather(mine) if group]
         if not groups:
@@ -217,10 +223,12 @@ class TextSource:
         chosen = int(self.spec.on_policy * count + draws[-1])
         return set(np.argsort(draws[:-1], kind="stable")[:chosen].tolist())
 
-    def _teacher_of_slots(self, step: int, slots: list[int]) -> list[int]:
-        """Which teacher answers each slot of the step's batch: drawn by weight, the same on every
-        rank.
+    def _teacher_of(self, step: int, slots: list[int], prompts: Sequence[Prompt]) -> list[int]:
+        """Which teacher answers each prompt: the one that its row names (distill.route), or drawn
+        by weight for its slot in the step's batch, the same on every rank.
         """
+        if self.spec.route:
+            return [teacher_of(prompt, self.spec, self._paths) for prompt in prompts]
         if len(self.teachers) == 1:
             return [0] * len(slots)
         draws = self._uniform(step, TEACHER_STREAM, max(slots, default=0) + 1)

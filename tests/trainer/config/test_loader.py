@@ -237,6 +237,9 @@ def test_every_option_survives_the_round_trip():
         ("rollout", "top_p"): 1.0,
         ("distill", "temperature"): 1.0,
         ("teacher", "cache"): "",
+        ("distill", "route"): "",
+        ("distill", "privileged"): "",
+        ("calibration", "proxy_route"): "",
     }
     for section, kind in SECTIONS.items():
         hints = get_type_hints(kind)
