@@ -3,6 +3,7 @@
     python -m bench linear_kl                # one op
     python -m bench all --seconds 360        # every op; what does not fit into the time is named
     python -m bench linear_kl --tokens 1024 4096 16384 32768
+    python -m bench trainer                  # this trainer against TRL (trainer.py)
     python -m bench linear_kl --base HEAD~3  # the same cases with that revision's kernels, in turns
 
 A record with plots goes to bench/records (or --out FOLDER) when this is a GPU, the tests pass and
@@ -192,6 +193,10 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["trainer"]:
+        from .trainer import main as against_trl
+
+        return against_trl(sys.argv[2:])
     args = _arguments()
     if args.kernels_of:
         _use_kernels_of(args.kernels_of)
