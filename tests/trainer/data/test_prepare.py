@@ -1,0 +1,126 @@
+"""Public sets as rows of ours, from small files of the same shape that are made here."""
+
+import json
+
+import pytest
+
+from reflux.trainer.data.prepare import SETS, Choice, PublicSet, main, prepare
+from reflux.trainer.data.prompts import load_prompts
+
+LONG = "a train leaves at noon with {} people and a second one follows it an hour later at speed"
+GSM = [{"question": LONG.format(i), "answer": f"so it is\n#### {i}"} for i in range(200)]
+CSQA = {
+    "question": "Where is it?",
+    "question_concept": "it",
+    "choices": {"label": list("ABC"), "text": ["here", "there", "gone"]},
+    "answerKey": "C",
+}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().split("\n") if line]
+
+
+def test_a_part_is_held_out_by_the_question_alone(tmp_path):
+    """Rows that share 13 words are near each other: here every second word is another number."""
+    rows = [{"question": f"what is {i} and {i * 7} ?", "answer": str(8 * i)} for i in range(400)]
+    source = write(tmp_path / "rows.jsonl", rows)
+    m = prepare("sums", PublicSet(source), Choice(tmp_path / "a", test_fraction=0.25))
+    assert m.train + m.test == 400 and 60 <= m.test <= 140 and m.contaminated == 0
+    more = write(tmp_path / "more.jsonl", rows[::-1] + [{"question": "new?", "answer": "0"}])
+    again = prepare("sums", PublicSet(more), Choice(tmp_path / "b", test_fraction=0.25))
+    held = [{row["prompt"] for row in lines(tmp_path / f / "test.jsonl")} for f in "ab"]
+    assert held[0] == held[1] - {"new?"} and again.read == 401
+    other = prepare("sums", PublicSet(source), Choice(tmp_path / "c", test_fraction=0.25, seed=1))
+    assert {row["prompt"] for row in lines(tmp_path / "c/test.jsonl")} != held[0]
+    assert other.files != m.files
+
+
+def test_rows_that_share_13_words_with_a_held_out_question_are_left_out(tmp_path):
+    source = write(tmp_path / "rows.jsonl", [*GSM, *GSM[:5], {"question": "short one?"}])
+    held = write(tmp_path / "held.jsonl", [{"prompt": "Look: " + LONG.format(3).upper()}])
+    choice = Choice(tmp_path / "out", test_fraction=0.0, held_out=(held,))
+    m = prepare("trains", PublicSet(source, task="math"), choice)
+    # 12 words follow the number, so only row 3 shares 13
+    assert (m.read, m.repeated, m.contaminated, m.test) == (206, 5, 1, 0)
+    assert LONG.format(3) not in {row["prompt"] for row in lines(tmp_path / "out/train.jsonl")}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        GSM[3],
+        CSQA,
+        {"instruction": "Add.", "context": "2, 2", "response": "4", "category": "qa"},
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"prompt": "Be short.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+        {"text": "A document."},
+    ],
+)
+def test_what_is_written_is_read_back_as_the_same(tmp_path, row):
+    source = write(tmp_path / "rows.jsonl", [row])
+    prepare("one", PublicSet(source), Choice(tmp_path / "out", test_fraction=0.0))
+    before, after = load_prompts(source)[0], load_prompts(str(tmp_path / "out/train.jsonl"))[0]
+    for name in ("messages", "answer", "response"):
+        assert getattr(before, name) == getattr(after, name)
+    for name in ("choices", "category", "instruction_id_list"):
+        assert before.extra.get(name) == after.extra.get(name)
+
+
+def test_the_command_filters_says_its_counts_and_keeps_what_is_there(tmp_path, capsys):
+    rows = [{"problem": f"p {i}", "answer": str(i), "level": i % 3} for i in range(30)]
+    source, out = write(tmp_path / "rows.jsonl", rows), tmp_path / "out"
+    words = ["bigmath", "--source", source, "--out", str(out), "--where", "level=1,2"]
+    assert main([*words, "--test-fraction", "0.2"]) == 0
+    said = capsys.readouterr().out
+    assert "30 rows of shape question read, 10 filtered" in said
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["task"] == "math" and manifest["train"] + manifest["test"] == 20
+    assert {row["level"] for row in lines(out / "train.jsonl")} == {1, 2}
+    assert main(words) == 2 and "holds a prepared set already" in capsys.readouterr().err
+    assert main([*words, "--force"]) == 0
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["bigmaths"], "unknown set 'bigmaths', did you mean bigmath?"),
+        (
+            ["mine", "--source", "{rows}", "--where", "levl=1"],
+            "no such column, did you mean level?",
+        ),
+        (["mine", "--source", "{rows}", "--where", "level"], "want column=value,value"),
+        (["mine", "--source", "{rows}", "--where", "level=9"], "no row is left of 1"),
+        (["mine", "--source", "{rows}", "--test-fraction", "1"], "want 0 to less than 1"),
+    ],
+)
+def test_mistakes_are_told(tmp_path, capsys, words, says):
+    rows = write(tmp_path / "rows.jsonl", [{"problem": "p", "answer": "1", "level": 3}])
+    filled = [word.format(rows=rows) for word in words]
+    assert main([*filled, "--out", str(tmp_path / "out")]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_own_splits_of_a_set_are_kept(tmp_path):
+    import datasets
+
+    parts = {
+        "train": datasets.Dataset.from_list(GSM[:20]),
+        "test": datasets.Dataset.from_list(GSM[18:25]),
+    }
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "gsm"))
+    public = PublicSet(str(tmp_path / "gsm"), test="test")
+    m = prepare("gsm8k", public, Choice(tmp_path / "out"))
+    assert (m.train, m.test, m.contaminated) == (18, 7, 2), "two questions are in both splits"
+
+
+def test_the_paper_s_sets_have_a_grader():
+    from reflux.trainer.data.grader_options import TASKS
+
+    assert all(public.task in TASKS for public in SETS.values())
