@@ -3,6 +3,10 @@
     norm(r)_i = (r_i - mean of the group) / max(std of the group, floor)                        (3)
     A_i       = norm(r_task)_i + eta * norm(r_cal)_i             the same on every token of i   (4)
 
+With calibration.score_norm = "length_free" r_cal is what length does not explain in the group:
+
+    r_i <- [r_i - mean r - slope (b_i - mean b)] / mean b       b bytes, least squares          (2')
+
 Each reward is normalised by itself. With calibration.normalise = "joint" the sum is normalised
 instead; with calibration.credit = "prefix" or "span" a token's calibration part leaves out what was
 settled before it.
@@ -27,6 +31,9 @@ from reflux.trainer.phase import CalibrationScore
 
 MAD_TO_STD = 1.4826  # of a normal distribution
 MEAN_DEVIATION_TO_STD = 1.2533
+# of byte lengths in a group, std / mean: below it the texts have one length, and a byte more or
+# less may be all that tells their styles apart
+ONE_LENGTH = 0.05
 HALF_CORRECT_STD = 0.5  # of 0/1 rewards, the most such a group can have
 TASK_STD_FLOOR = 1e-6
 
@@ -53,6 +60,9 @@ class CalibrationPart:
     weight_P: np.ndarray  # of the calibration term, by calibration.cal_gate
     floor_P1: np.ndarray  # the least std that is divided by, in the units of r_cal
     used_P: np.ndarray  # bool: groups that have a calibration term
+    # of the variance of r_cal in a group, as it was scored: the fraction that a line through the
+    # byte lengths explains; 0 where nothing varies
+    length_r2_P: np.ndarray
 
     @property
     def std(self) -> float:
@@ -95,21 +105,57 @@ def calibration_part(groups: Groups, cal: CalibrationSection) -> CalibrationPart
     """
     if groups.scores_PG is None:
         return None
-    value_PG = _array(groups.scores_PG, "value")
+    raw_PG = _array(groups.scores_PG, "value")
     scored_PG = _array(groups.scores_PG, "scored").astype(bool) & groups.graded_PG
     bytes_PG = _array(groups.scores_PG, "n_bytes")
     mean_bytes_P1 = _mean_scored(bytes_PG, scored_PG)
     unit_P1 = mean_bytes_P1 if cal.score_norm == "sum" else np.ones_like(mean_bytes_P1)
     floor_P1 = cal.std_floor * unit_P1
+    value_PG = winsorise(
+        length_free(raw_PG, bytes_PG, scored_PG) if cal.score_norm == "length_free" else raw_PG,
+        cal.winsor,
+        floor_P1,
+        scored_PG,
+    )
+    if cal.score_norm == "length_free":  # pulling in an outlier makes a new slope
+        value_PG = without_length(value_PG, bytes_PG, scored_PG)
     task_std_P = group_std(groups.task_PG, groups.graded_PG)
     weight_P = gate(groups.correct_PG, task_std_P, cal.cal_gate, groups.graded_PG)
     return CalibrationPart(
-        winsorise(value_PG, cal.winsor, floor_P1, scored_PG),
+        value_PG,
         scored_PG,
         weight_P,
         floor_P1,
         used_P=(weight_P > 0) & (scored_PG.sum(1) > 1),
+        length_r2_P=length_r2(raw_PG, bytes_PG, scored_PG),
     )
+
+
+def length_free(value_PG: np.ndarray, bytes_PG: np.ndarray, scored_PG: np.ndarray) -> np.ndarray:
+    """Equation (2'): nats per byte of the group's mean length. 0 where a rollout is not scored."""
+    mean_P1 = np.maximum(_mean_scored(bytes_PG, scored_PG), 1.0)
+    return without_length(value_PG, bytes_PG, scored_PG) / mean_P1
+
+
+def without_length(value_PG: np.ndarray, bytes_PG: np.ndarray, scored_PG: np.ndarray) -> np.ndarray:
+    """The residuals of a least-squares line through (bytes, value) of each group's scored rollouts:
+    their sum and their sum times bytes are 0, so no step along the length of texts is paid for.
+    Only the mean is taken out where the lengths vary by less than ONE_LENGTH.
+    """
+    centred_PG, length_PG = _centred(value_PG, scored_PG), _centred(bytes_PG, scored_PG)
+    square_P1 = (length_PG**2).sum(1, keepdims=True)
+    std_P1 = group_std(bytes_PG, scored_PG)[:, None]
+    varies_P1 = std_P1 > ONE_LENGTH * _mean_scored(bytes_PG, scored_PG)
+    slope_P1 = (centred_PG * length_PG).sum(1, keepdims=True) / np.where(varies_P1, square_P1, 1.0)
+    return centred_PG - np.where(varies_P1, slope_P1, 0.0) * length_PG
+
+
+def length_r2(value_PG: np.ndarray, bytes_PG: np.ndarray, scored_PG: np.ndarray) -> np.ndarray:
+    """[P] squared correlation of value and bytes over the scored rollouts of each group."""
+    centred_PG, length_PG = _centred(value_PG, scored_PG), _centred(bytes_PG, scored_PG)
+    squares_P = (centred_PG**2).sum(1) * (length_PG**2).sum(1)
+    product_P = (centred_PG * length_PG).sum(1)
+    return np.where(squares_P > 0, product_P**2 / np.where(squares_P > 0, squares_P, 1.0), 0.0)
 
 
 def spread_over_tokens(advantage_PG: np.ndarray, lengths_PG: np.ndarray) -> TokenAdvantages:
@@ -301,6 +347,7 @@ def _mean_divisor(groups: Groups, scored_PG: np.ndarray, cal: CalibrationSection
     assert groups.scores_PG is not None
     size_PG = {
         "sum": np.ones_like(scored_PG, float),
+        "length_free": _array(groups.scores_PG, "n_bytes"),
         "per_token": groups.lengths_PG.astype(float),
         "per_byte": _array(groups.scores_PG, "n_bytes"),
     }[cal.score_norm]

@@ -1,5 +1,5 @@
-"""What ends a calibration before it does harm (docs/method.md, "Guards"): a KL budget and a
-task-utility gate.
+"""What ends a calibration before it does harm (docs/method.md, "Guards"): a KL budget, a
+task-utility gate, and how far length, entropy and truncation may drift from the first step's.
 """
 
 import logging
@@ -10,8 +10,11 @@ from reflux.trainer.config.schema import Config
 from reflux.trainer.phase import Engine, Stop
 
 log = logging.getLogger(__name__)
-KL_DECAY = 0.8  # of the moving average that is compared with the budget
+KL_DECAY = 0.8  # of the moving averages that are compared with the budget and with the start
 KL_MARKS = (0.5, 0.75, 0.9)  # of the budget: a checkpoint is written where one is passed
+
+# guard.NAME -> the field of the log that it watches
+DRIFTS = {"length_drift": "length", "entropy_drift": "entropy", "truncation_drift": "truncated"}
 
 
 class Guards:
@@ -42,8 +45,11 @@ class Guards:
         return self.engine.notes
 
     def check(self, step: int, stats: Mapping[str, float], results: Mapping[str, float]) -> None:
-        """Raises Stop when the KL budget is spent or the task accuracy fell twice in a row."""
+        """Raises Stop when the KL budget is spent, the texts have drifted too far, or the task
+        accuracy fell twice in a row.
+        """
         self._check_kl(step, stats)
+        self._check_drift(step, stats)
         self._check_utility(step, results)
 
     def _check_kl(self, step: int, stats: Mapping[str, float]) -> None:
@@ -60,6 +66,23 @@ class Guards:
             )
         self.notes["kl_accepted"] = float(step)
         self._approach(step, average, budget)
+
+    def _check_drift(self, step: int, stats: Mapping[str, float]) -> None:
+        """Against the first step, whose texts are those of the model before its first update."""
+        for name, field in DRIFTS.items():
+            limit, now = getattr(self.cfg.guard, name), stats.get(field)
+            if not limit or now is None:
+                continue
+            start = self.notes.setdefault(f"{name}/start", now)
+            average = KL_DECAY * self.notes.get(name, now) + (1 - KL_DECAY) * now
+            self.notes[name] = average
+            if not _within(name, start, average, limit):  # NaN stops too
+                raise Stop(
+                    f"{field} went from {start:.3g} in the first step to {average:.3g} (moving "
+                    f"average) in step {step}, beyond guard.{name} = {limit}",
+                    restore=int(self.notes.get("drift_accepted", 0)),
+                )
+        self.notes["drift_accepted"] = float(step)
 
     def _approach(self, step: int, average: float, budget: float) -> None:
         """Saves at each mark on the way to the budget, so that the weights to go back to are near;
@@ -107,3 +130,10 @@ class Guards:
             f"accuracy {accuracy:.3f}{of} is more than guard.utility_drop = "
             f"{self.cfg.guard.utility_drop} below the start's {start:.3f} for the second time"
         )
+
+
+def _within(name: str, start: float, now: float, limit: float) -> bool:
+    """Fractions may rise by the limit; other numbers change by a factor of 1 + limit at most."""
+    if name == "truncation_drift":
+        return now <= start + limit
+    return start / (1 + limit) <= now <= start * (1 + limit)

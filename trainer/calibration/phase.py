@@ -332,6 +332,7 @@ class CalibratePhase:
     def _report_calibration(self, part: CalibrationPart, eta: float) -> None:
         self.metric_sums.add("cal/groups", part.fraction if eta else 0.0)
         self.metric_sums.add("cal/std", part.std if eta else 0.0)
+        self.metric_sums.add("cal/length_r2", part.length_r2_P[part.used_P].tolist())
         self.metric_sums.add("eta", eta)
 
 

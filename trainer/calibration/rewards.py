@@ -45,10 +45,12 @@ def calibration_score(
     before: np.ndarray | None = None,
 ) -> CalibrationScore:
     """r_cal from the scores of one text, the proxy being side a and the denominator side b. span:
-    [n] of the policy's tokens; settled, before: as in CalibrationScore.
+    [n] of the policy's tokens; settled, before: as in CalibrationScore. With score_norm =
+    "length_free" the sum in nats: what length explains is known only in the group (advantages.py).
     """
+    alone = "sum" if cal.score_norm == "length_free" else cal.score_norm
     return CalibrationScore(
-        value=scores.ratio(cal.score_norm),
+        value=scores.ratio(alone),
         raw=scores.log_ratio_unclipped,
         span_value=scores.span_ratio,
         span=span,

@@ -203,6 +203,16 @@ def check_calibrate(cfg: Config) -> None:
             f"rollout.group = {cfg.rollout.group}; want >= 2, rewards are normalised inside the "
             "group"
         )
+    if (
+        cfg.calibration.score_norm == "length_free"
+        and cfg.calibration.eta
+        and cfg.rollout.group < 3
+    ):
+        raise ValueError(
+            f"rollout.group = {cfg.rollout.group} with calibration.score_norm = 'length_free'; "
+            "want >= 3: two texts are always on one line, so nothing would be left. Or score_norm "
+            "= 'sum'"
+        )
     if cfg.rollout.top_p < 1 or cfg.rollout.top_k:
         raise ValueError(
             f"rollout.top_p = {cfg.rollout.top_p}, top_k = {cfg.rollout.top_k}: the policy ratio "

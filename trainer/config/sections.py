@@ -160,8 +160,10 @@ class CalibrationSection:
     proxy_aggregate: Literal["mean", "min", "max", "row"] = "mean"
     proxy_route: str = ""
     strength: float = 0.5  # |eta|: weight of the calibration reward, both at unit std
-    # what a score is divided by; per_token has no span_clip and no stop term
-    score_norm: Literal["sum", "per_token", "per_byte"] = "sum"
+    # what becomes of a score's length (docs/method.md, "Length"). length_free: nats per byte,
+    # without what a line through the group explains by length; where answers have one length that
+    # is `sum`. per_token has no span_clip and no stop term
+    score_norm: Literal["length_free", "sum", "per_token", "per_byte"] = "length_free"
     # whose log-probability is subtracted from the proxy's: that of the sampled ids under the policy
     # or the reference, or that of the text under the policy, summed over its spellings, so that
     # spreading over spellings does not pay
@@ -274,9 +276,14 @@ class GuardSection:
     kl_budget: float = 0.10  # nats per token of KL(pi || pi_ref); the run stops above it. 0: off
     # accuracy; two evaluations in a row below the start by more than this stop the run. 0: off
     utility_drop: float = 0.02
+    # how far texts may drift from the first step's, by a moving average; more stops the run. 0: off
+    length_drift: float = 0.0  # 0.25: longer than 1.25 times, or shorter than 1 / 1.25
+    entropy_drift: float = 0.0  # of the entropy, likewise
+    truncation_drift: float = 0.0  # 0.1: a tenth of the texts more than at first is truncated
 
     def __post_init__(self):
-        not_negative(self, "kl_budget", "utility_drop")
+        drifts = ("length_drift", "entropy_drift", "truncation_drift")
+        not_negative(self, "kl_budget", "utility_drop", *drifts)
 
 
 @dataclass(frozen=True)

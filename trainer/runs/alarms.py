@@ -15,7 +15,9 @@ ALIKE = 0.95  # of the groups
 TRUNCATED = 0.05  # of the texts
 SPELLING = 0.05  # of the texts, less in their canonical spelling than at the first step
 DRIFT = 3.0  # times, or a third of, the first step's value
+CALIBRATED_LENGTH = 1.5  # the same of the length in a calibration, whose reward may pay for it
 DRIFTING = {"entropy": "nats per token", "length": "tokens"}  # log field -> unit
+LENGTH_EXPLAINS = 0.5  # of the variance of the calibration reward inside groups
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,16 @@ class Alarms:
         if "canonical" in stats:
             first = notes.setdefault("alarm/first/canonical", stats["canonical"])
             yield "spelling", _spelling(first, stats["canonical"])
+        yield "length_reward", self._length_reward(stats)
         for field, unit in DRIFTING.items():
             if field in stats:
+                watched = field == "length" and self.cfg.phase == "calibrate"
+                factor = CALIBRATED_LENGTH if watched else DRIFT
                 first = notes.setdefault(f"alarm/first/{field}", stats[field])
-                yield f"{field}_drift", _drift(field, unit, first, stats[field])
+                yield f"{field}_drift", _drift(field, unit, factor, first, stats[field])
+        if "truncated" in stats:
+            first = notes.setdefault("alarm/first/truncated", stats["truncated"])
+            yield "truncation_drift", self._truncation_drift(first, stats["truncated"])
 
     def _no_learning(self, stats: Mapping[str, float]) -> str | None:
         if stats.get("grad_norm", 1.0) > NO_GRADIENT:
@@ -97,6 +105,28 @@ class Alarms:
             "is learned. Raise rollout.max_tokens"
         )
 
+    def _truncation_drift(self, first: float, now: float) -> str | None:
+        if now <= first + TRUNCATED:
+            return None
+        return (
+            f"{now:.0%} of the texts are truncated, {first:.0%} were in the first step: texts grow "
+            "until they are cut. See guard.truncation_drift, which ends such a run"
+        )
+
+    def _length_reward(self, stats: Mapping[str, float]) -> str | None:
+        explained = stats.get("cal/length_r2", 0.0)
+        if explained <= LENGTH_EXPLAINS:
+            return None
+        norm = self.cfg.calibration.score_norm
+        hint = "score_norm = 'length_free' takes that out"
+        if norm == "length_free":
+            hint = "it is taken out, and what is left may be small"
+        return (
+            f"length explains {explained:.0%} of the calibration reward's variance inside groups "
+            f"(calibration.score_norm = {norm!r}): {hint}; guard.length_drift ends a run "
+            "whose texts change their length"
+        )
+
 
 def _alike(stats: Mapping[str, float]) -> float:
     return stats.get("groups/all_correct", 0.0) + stats.get("groups/all_wrong", 0.0)
@@ -112,8 +142,8 @@ def _spelling(first: float, now: float) -> str | None:
     )
 
 
-def _drift(field: str, unit: str, first: float, now: float) -> str | None:
-    if first <= 0 or first / DRIFT <= now <= first * DRIFT:
+def _drift(field: str, unit: str, factor: float, first: float, now: float) -> str | None:
+    if first <= 0 or first / factor <= now <= first * factor:
         return None
     return (
         f"{field} went from {first:.3g} to {now:.3g} {unit}: read samples.jsonl for what the texts "

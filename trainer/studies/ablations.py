@@ -30,6 +30,7 @@ from .finished_runs import (
     gap_by_seed,
     labelled,
     last_steps,
+    length_ratio,
     load_finished_runs,
     mean_accuracy,
     with_role,
@@ -51,7 +52,8 @@ class AblationRow:
     teacher_gap: Estimate  # accuracy minus the original teacher's
     accuracy_preserved: Rule  # A1
     reference_kl: Estimate  # of the teacher, nats per token
-    reward: Estimate  # its calibration reward, nats
+    reward: Estimate  # its calibration reward, in the units of its score_norm
+    length: Estimate  # of its texts over the last five steps / in the first step
     student: Estimate  # accuracy
     student_gap: Estimate  # minus that of the default teacher's student
     score: Estimate | None  # distillability
@@ -103,6 +105,7 @@ def _row(
         accuracy_preserved=within_a1(teacher_gap),
         reference_kl=last_steps(teachers, "reference_kl"),
         reward=last_steps(teachers, "reward/cal"),
+        length=over_seeds([length_ratio(r) for r in teachers if r.run.steps]),
         student=mean_accuracy(students),
         student_gap=over_seeds(gap_by_seed(students, defaults)),
         score=gain_ratio(

@@ -236,6 +236,13 @@ def last_steps(runs: Iterable[FinishedRun], key: str) -> Estimate:
     return over_seeds([sum(row) / len(row) for row in rows if row])
 
 
+def length_ratio(run: FinishedRun) -> float:
+    """Mean length of the run's texts over its last five steps / in its first; NaN without."""
+    lengths = [s["length"] for s in run.run.steps if "length" in s]
+    last = lengths[-5:]
+    return sum(last) / len(last) / lengths[0] if lengths and lengths[0] else math.nan
+
+
 def late_spike(run: FinishedRun) -> float:
     """Largest gradient norm of the second half of a run / their median there (the first half holds
     the warm-up); inf where a loss or norm of the run is not finite, NaN without steps.

@@ -1,6 +1,6 @@
 """The task and the untrained models of `make quickstart`.
 
-    python -m reflux.trainer.studies.synthetic_task --out FOLDER [--seed 0]
+    python -m reflux.trainer.studies.synthetic_task --out FOLDER [--seed 0] [--notes]
 
 Task: "Add 3 to each of 7,4,9,2,5,1,0" (last digits only). An answer has one of three styles, named
 by its first word; all three are correct:
@@ -15,6 +15,10 @@ at 1 % of `right` or `outer` even after 450 steps on these alone (one trial; ben
 the lengths and orders that were too easy). The style of a worked answer is drawn from a mix that
 depends on the wording of the question, so a student of the original teacher sees all styles.
 Calibration changes only which of its correct styles a teacher prefers.
+
+With --notes a worked answer goes on with "#" and one to seven of its digits backwards, or with
+nothing, each length equally often; the grader does not read it: "left:0;7;2;5;8;4;3#3485". So texts
+have 18 to 27 bytes, and a note is something that one layer finds unlikely: the longer, the more.
 
 Writes: tokenizers and untrained models (a teacher of two layers and students of one with a
 byte-level BPE; a proxy, a smaller and a deeper one, and a second student with a character
@@ -90,11 +94,16 @@ def write_answer(digits: list[int], style: str) -> str:
     return f"{style}:" + ";".join(map(str, solve(digits, style)))
 
 
+def write_note(digits: list[int], length: int) -> str:
+    """What may follow an answer: that many of its digits, backwards."""
+    return "#" + "".join(map(str, solve(digits, "right")[:length])) if length else ""
+
+
 def grade(prompt: Prompt, text: str) -> Grade:
     """Correct iff every digit is correct in the order of the named style. An unknown style or
-    another number of digits is no answer.
+    another number of digits is no answer. What follows a "#" is not read.
     """
-    style, colon, rest = text.strip().partition(":")
+    style, colon, rest = text.strip().partition("#")[0].partition(":")
     parts = rest.split(";")
     if (
         not colon
@@ -137,9 +146,11 @@ def is_held_out(digits: list[int]) -> bool:
 
 
 def questions(
-    rng: random.Random, count: int, *, held_out: bool, worked: bool
+    rng: random.Random, count: int, *, held_out: bool, worked: bool, notes: bool = False
 ) -> Iterator[dict[str, str]]:
-    """Rows of a data file; `worked` adds an answer in a style drawn for the wording."""
+    """Rows of a data file; `worked` adds an answer in a style drawn for the wording, `notes` a note
+    of 0 to DIGITS digits to that.
+    """
     while count:
         digits = rng.choices(range(10), k=DIGITS)
         wording = rng.randrange(len(WORDINGS))
@@ -150,17 +161,19 @@ def questions(
             "prompt": f"{WORDINGS[wording]} {','.join(map(str, digits))}?",
             "answer": ",".join(map(str, digits)),
         }
-        yield row | ({"response": write_answer(digits, style)} if worked else {})
+        note = write_note(digits, rng.randint(0, DIGITS)) if notes else ""
+        yield row | ({"response": write_answer(digits, style) + note} if worked else {})
         count -= 1
 
 
-def write_data(out: Path, seed: int) -> list[str]:
+def write_data(out: Path, seed: int, notes: bool = False) -> list[str]:
     """The data files; returns the texts that the BPE tokenizer learns from."""
     texts: list[str] = []
     for name, size in SIZES.items():
         rng = random.Random(f"{seed}/{name}")
         worked = name in ("train", "start")
-        rows = list(questions(rng, size, held_out=name == "heldout", worked=worked))
+        held_out = name == "heldout"
+        rows = list(questions(rng, size, held_out=held_out, worked=worked, notes=notes and worked))
         _write_rows(out / f"{name}.jsonl", rows)
         if name == "start":
             texts = [row["prompt"] + row["response"] for row in rows]
@@ -265,9 +278,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--notes", action="store_true", help="answers of varying length")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    texts = write_data(args.out, args.seed)
+    texts = write_data(args.out, args.seed, args.notes)
     tokenizers = {"bpe": train_tokenizer(texts, MERGES), "char": train_tokenizer([], 0)}
     for name, model in MODELS.items():
         if not (args.out / name).exists():

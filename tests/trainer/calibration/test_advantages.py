@@ -34,8 +34,9 @@ from reflux.trainer.calibration.rewards import UNALIGNED
 from reflux.trainer.config.sections import CalibrationSection
 
 SEEDS = st.integers(0, 2**32 - 1)
+SUM = CalibrationSection(score_norm="sum")
 RAW = CalibrationSection(
-    mode="distillable", winsor=0.0, span_clip=0.0, std_floor=0.0, cal_gate="none"
+    mode="distillable", score_norm="sum", winsor=0.0, span_clip=0.0, std_floor=0.0, cal_gate="none"
 )
 
 
@@ -147,8 +148,8 @@ def test_off_is_plain_grpo_bit_for_bit(credit, seed):
 @pytest.mark.parametrize("credit", ["sequence", "span"])
 @given(seed=SEEDS, eta=st.floats(0.01, 2.0))
 def test_the_other_word_negates_the_calibration_part_and_nothing_else(credit, seed, eta):
-    task, correct, lengths, scores = group(seed, cal=CalibrationSection())
-    cal = CalibrationSection(credit=credit)
+    task, correct, lengths, scores = group(seed, cal=SUM)
+    cal = replace(SUM, credit=credit)
     plus, minus = (flat(solve(task, correct, lengths, scores, cal, e)) for e in (eta, -eta))
     plain = flat(solve(task, correct, lengths, None, cal, 0.0))
     # a rounding of a large sum, not more
@@ -228,9 +229,10 @@ def test_unscored_rollouts_get_the_task_and_give_nothing(seed):
     task, correct, lengths, scores = group(seed)
     for cal in (
         RAW,
+        SUM,
+        replace(SUM, credit="span"),
+        replace(SUM, normalise="joint"),
         CalibrationSection(),
-        CalibrationSection(credit="span"),
-        CalibrationSection(normalise="joint"),
     ):
         a = solve(task, correct, lengths, scores, cal, 0.5)
         junk = replace(UNALIGNED, value=1e9, raw=1e9, n_bytes=10**6, span_value=np.array([1e9]))

@@ -189,3 +189,27 @@ def test_every_part_keeps_its_own_accuracy():
     with pytest.raises(Stop, match="of part facts is more than guard.utility_drop") as stop:
         guards.check(2, {}, found(0.9, 0.5))
     assert stop.value.restore == 0
+
+
+@pytest.mark.parametrize(
+    "field, guard, values, want",
+    [
+        ("length", {"length_drift": 0.25}, [40.0] * 3 + [80.0] * 3, 5),  # averages 48, 54.4
+        ("length", {"length_drift": 0.25}, [40.0] + [20.0] * 3, 4),  # 36, 32.8, 30.2: below 32
+        ("length", {"length_drift": 0.25}, [40.0] + [48.0] * 20, None),
+        ("entropy", {"entropy_drift": 1.0}, [2.0] + [0.1] * 9, 5),
+        ("truncated", {"truncation_drift": 0.1}, [0.3] + [0.9] * 3, 2),  # 0.42
+        ("truncated", {"truncation_drift": 0.1}, [0.3] + [0.0] * 9, None),  # fewer are no harm
+        ("length", {}, [1.0, 1e9], None),  # off
+        ("length", {"length_drift": 0.25}, [40.0, float("nan")], 2),
+    ],
+)
+def test_texts_are_held_to_those_of_the_first_step(field, guard, values, want):
+    steps = [({field: v}, {}) for v in values]
+    for resume_at in (None, 2, 3):
+        got = stops_at(steps, guard=GuardSection(**guard), resume_at=resume_at)
+        assert (got and got[0]) == want, resume_at
+    if got:
+        name = next(iter(guard))
+        assert f"beyond guard.{name} = {guard[name]}" in str(got[1])
+        assert got[1].restore == want - 1 and f"{field} went from {values[0]:.3g}" in str(got[1])

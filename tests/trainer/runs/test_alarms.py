@@ -9,13 +9,17 @@ from hypothesis import strategies as st
 
 from reflux.trainer.runs.alarms import STEPS, Alarms
 
-CFG = SimpleNamespace(rollout=SimpleNamespace(max_tokens=7))
+CFG = SimpleNamespace(
+    phase="distill",
+    rollout=SimpleNamespace(max_tokens=7),
+    calibration=SimpleNamespace(score_norm="sum"),
+)
 WELL = {"grad_norm": 0.5, "truncated": 0.01, "entropy": 2.0, "length": 20.0, "accuracy": 0.5}
 WELL |= {"groups/all_correct": 0.2, "groups/all_wrong": 0.2}
 ILL = {
     "no_learning": ({"grad_norm": 0.0}, "gradient has been 0"),
     "groups_alike": ({"groups/all_correct": 0.8}, "100% of the groups"),
-    "truncation": ({"truncated": 0.3}, "30% of the texts are truncated at rollout.max_tokens = 7"),
+    "truncation": ({"truncated": 0.055}, "6% of the texts are truncated at rollout.max_tokens = 7"),
 }
 
 
@@ -83,3 +87,36 @@ def test_drift_is_measured_from_the_first_step(field, factor, speaks):
     steps = [WELL, *[WELL | {field: factor * WELL[field]}] * 4]
     names = [name for step in spoken(steps, {}) for name in step]
     assert names == ([f"{field}_drift"] if speaks else [])
+
+
+@pytest.mark.parametrize("factor, speaks", [(1.4, False), (1.6, True), (0.7, False), (0.6, True)])
+def test_a_calibration_may_change_the_length_of_texts_less(factor, speaks):
+    calibrates = SimpleNamespace(**vars(CFG) | {"phase": "calibrate"})
+    notes: dict = {}
+    alarms = Alarms(calibrates, lambda: notes)
+    steps = [WELL, *[WELL | {"length": factor * WELL["length"]}] * 4]
+    names = [a.name for stats in steps for a in alarms.check(stats)]
+    assert names == (["length_drift"] if speaks else [])
+
+
+def test_texts_that_grow_into_the_limit_are_told_from_those_that_always_did():
+    always = [WELL | {"truncated": 0.3}] * 5
+    assert [name for step in spoken(always, {}) for name in step] == ["truncation"]
+    grow = [WELL, *[WELL | {"truncated": 0.3}] * 4]
+    assert [name for step in spoken(grow, {}) for name in step] == [
+        "truncation",
+        "truncation_drift",
+    ]
+
+
+@pytest.mark.parametrize(
+    "norm, says", [("sum", "'length_free' takes that out"), ("length_free", "may be small")]
+)
+def test_a_reward_for_length_is_named(norm, says):
+    notes: dict = {}
+    cfg = SimpleNamespace(**vars(CFG) | {"calibration": SimpleNamespace(score_norm=norm)})
+    alarms = Alarms(cfg, lambda: notes)
+    steps = [WELL | {"cal/length_r2": 0.6}] * STEPS
+    (alarm,) = [a for stats in steps for a in alarms.check(stats)]
+    assert alarm.name == "length_reward" and "length explains 60%" in alarm.message
+    assert says in alarm.message

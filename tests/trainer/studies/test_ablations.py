@@ -52,12 +52,18 @@ def test_rows_are_paired_by_seed(tmp_path):
     assert joint.score.mean == pytest.approx((0.7 - 0.1) / (0.4 - 0.1))
 
 
+def joint_length(folder):
+    rows = ablation_rows(load_finished_runs(folder))
+    return rows["distillable"]["joint"].length.mean
+
+
 def test_the_files_are_written(tmp_path):
     text = write_ablations(write(tmp_path))
     assert "## distillable\n\n| calibration |" in text and "\n\n## undistillable\n" in text
     assert "| joint | +1.0 [+1.0, +1.0] | 0.020 +- 0.000 |" in text and "n = 3 seeds" in text
     assert "| +20.0 [+17.5, +22.5] | 2.00 [" in text and "| gate_none | -5.0" in text
-    assert "| eta = 0 | not run | | | | | | |" in text
+    assert "| eta = 0 | not run | | | | | | | |" in text
+    assert joint_length(tmp_path) == pytest.approx(1.0)  # all texts of the runs have 9 tokens
     assert (tmp_path / "ablations.md").read_text() == text
     saved = json.loads((tmp_path / "ablations.json").read_text())
     assert saved["distillable"]["joint"]["accuracy_preserved"] == "holds"

@@ -20,7 +20,9 @@ from reflux.trainer.studies.synthetic_task import (
     is_held_out,
     learnable_only,
     main,
+    solve,
     write_answer,
+    write_data,
 )
 
 DIGIT_LISTS = st.lists(st.integers(0, 9), min_size=DIGITS, max_size=DIGITS)
@@ -154,3 +156,18 @@ def test_every_digit_is_one_token_in_both_vocabularies(world):
         pieces = [chat.table.pieces[i] for i in chat.encode(text)]
         assert b"".join(pieces) == text.encode() and sum(p.isdigit() for p in pieces) == DIGITS
         assert len(pieces) == len(text) if model.tokenizer == "char" else len(pieces) < len(text)
+
+
+def test_notes_make_texts_of_many_lengths_and_no_other_answers(tmp_path):
+    with mock.patch.dict(SIZES, {"train": 300, "start": 40, "prompts": 5, "heldout": 5}):
+        write_data(tmp_path, 0, notes=True)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    lengths = Counter(len(row["response"]) for row in rows)
+    assert len(lengths) >= 9 and max(lengths) == 27 and min(lengths) == 18
+    for row in rows:
+        digits = list(map(int, row["answer"].split(",")))
+        answer, _, note = row["response"].partition("#")
+        assert grade(prompt(digits), row["response"]).correct
+        assert grade(prompt(digits), answer + "#x").correct  # a note is not read
+        assert note == "".join(map(str, solve(digits, "right")))[: len(note)]
+    assert not any("response" in json.loads(x) for x in (tmp_path / "prompts.jsonl").open())
