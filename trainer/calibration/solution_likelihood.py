@@ -1,0 +1,85 @@
+"""A raising rival: the reward of Reinforcement-Learned Teachers (Cetin, Zhao, Tang,
+arXiv:2506.08388), for comparison with likelihood_ratio.
+
+    r_cal = mean_i log p_C(solution token i | x, y, solution tokens before it)
+          + KL_WEIGHT [log p_C(y | x) / tokens of C - log p_D(y | x) / tokens of D]
+
+C the proxy, their student; D the policy or the reference. The second term is minus their KL of the
+teacher's text, estimated from its sampled tokens. [ours]: the solution is the prompt's `answer`
+behind the text and a line feed, for a teacher here is not shown it; their terms of the least likely
+token are left out; sampled tokens instead of whole distributions, so that tokenizers may differ.
+
+n tokens of a solution.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from reflux.trainer.config.schema import Config
+from reflux.trainer.data.batch import Rollout
+from reflux.trainer.data.chat import Chat
+from reflux.trainer.engine.metrics import MetricSums
+from reflux.trainer.phase import CalibrationScore, Engine
+from reflux.trainer.rollouts.scoring import score_ids
+
+from .likelihood_ratio import LikelihoodRatio
+
+KL_WEIGHT = 1.0
+BEFORE_SOLUTION = "\n"
+
+
+class SolutionLikelihood(LikelihoodRatio):
+    """How likely the proxy finds the solution after the text, and the text itself."""
+
+    def __init__(self, cfg: Config, engine: Engine, chat: Chat):
+        if cfg.calibration.score_norm != "per_token":
+            raise ValueError(
+                "calibration.reward = 'solution_likelihood' with calibration.score_norm = "
+                f"{cfg.calibration.score_norm!r}; want 'per_token', as the reward is defined"
+            )
+        super().__init__(cfg, engine, chat)
+
+    def score(
+        self,
+        rollouts: Sequence[Rollout],
+        behaviour_logp: Sequence[np.ndarray],
+        reference_logp: Sequence[np.ndarray] | None,
+        metric_sums: MetricSums,
+    ) -> list[CalibrationScore]:
+        """One score per rollout. ValueError, on every rank, for a prompt without an answer.
+        Collective.
+        """
+        missing = self.engine.sum(float(sum(not r.prompt.answer for r in rollouts)))
+        if missing:
+            raise ValueError(
+                f"calibration.reward = 'solution_likelihood': {missing:.0f} rollouts are of "
+                "prompts without `answer`; want a solution in every row of data.source"
+            )
+        texts = super().score(rollouts, behaviour_logp, reference_logp, metric_sums)
+        solutions = self._solutions(rollouts)
+        metric_sums.add("cal/solution", [s for s, t in zip(solutions, texts) if t.scored])
+        return [
+            replace(text, value=solution + KL_WEIGHT * text.value) if text.scored else text
+            for text, solution in zip(texts, solutions)
+        ]
+
+    def _solutions(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """Mean log-probability of each solution's tokens under the proxy; nats."""
+        texts = [self.proxy_chat.encode(r.text + BEFORE_SOLUTION) for r in rollouts]
+        answers = [self.proxy_chat.encode(str(r.prompt.answer)) for r in rollouts]
+        jobs = [
+            (self.proxy_chat.prompt_ids(r.prompt.messages), (*text, *answer))
+            for r, text, answer in zip(rollouts, texts, answers)
+        ]
+        scores = score_ids(
+            self.proxy,
+            self.engine,
+            jobs,
+            self.proxy_chat,
+            tokens=self.cfg.batch.tokens,
+            temperature=self.cfg.rollout.temperature,
+            stop=False,
+        )
+        return [float(s.logp[len(text) :].mean()) for s, text in zip(scores, texts)]
