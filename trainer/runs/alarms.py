@@ -15,7 +15,7 @@ ALIKE = 0.95  # of the groups
 TRUNCATED = 0.05  # of the texts
 SPELLING = 0.05  # of the texts, less in their canonical spelling than at the first step
 DRIFT = 3.0  # times, or a third of, the first step's value
-CALIBRATED_LENGTH = 1.5  # the same of the length in a calibration, whose reward may pay for it
+REWARDED_LENGTH = 1.5  # the same of the length where texts are rewarded, which may pay for it
 DRIFTING = {"entropy": "nats per token", "length": "tokens"}  # log field -> unit
 LENGTH_EXPLAINS = 0.5  # of the variance of the calibration reward inside groups
 
@@ -60,8 +60,8 @@ class Alarms:
         yield "length_reward", self._length_reward(stats)
         for field, unit in DRIFTING.items():
             if field in stats:
-                watched = field == "length" and self.cfg.phase == "calibrate"
-                factor = CALIBRATED_LENGTH if watched else DRIFT
+                rewarded = field == "length" and "reward/task" in stats
+                factor = REWARDED_LENGTH if rewarded else DRIFT
                 first = notes.setdefault(f"alarm/first/{field}", stats[field])
                 yield f"{field}_drift", _drift(field, unit, factor, first, stats[field])
         if "truncated" in stats:

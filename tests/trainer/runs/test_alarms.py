@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from reflux.trainer.runs.alarms import STEPS, Alarms
 
 CFG = SimpleNamespace(
-    phase="distill",
     rollout=SimpleNamespace(max_tokens=7),
     calibration=SimpleNamespace(score_norm="sum"),
 )
@@ -91,11 +90,9 @@ def test_drift_is_measured_from_the_first_step(field, factor, speaks):
 
 @pytest.mark.parametrize("factor, speaks", [(1.4, False), (1.6, True), (0.7, False), (0.6, True)])
 def test_a_calibration_may_change_the_length_of_texts_less(factor, speaks):
-    calibrates = SimpleNamespace(**vars(CFG) | {"phase": "calibrate"})
-    notes: dict = {}
-    alarms = Alarms(calibrates, lambda: notes)
-    steps = [WELL, *[WELL | {"length": factor * WELL["length"]}] * 4]
-    names = [a.name for stats in steps for a in alarms.check(stats)]
+    rewarded = WELL | {"reward/task": 0.5}
+    steps = [rewarded, *[rewarded | {"length": factor * WELL["length"]}] * 4]
+    names = [name for step in spoken(steps, {}) for name in step]
     assert names == (["length_drift"] if speaks else [])
 
 
