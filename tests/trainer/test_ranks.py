@@ -8,7 +8,12 @@ from runs import command, config, environment, run_here, run_ranks
 
 pytestmark = pytest.mark.usefixtures("titan_process")
 CALIBRATE = {
-    "calibration": {"mode": "undistillable", "credit": "span", "allow_biased": True},
+    "calibration": {
+        "mode": "undistillable",
+        "credit": "span",
+        "allow_biased": True,
+        "score_norm": "sum",
+    },
     "reference": {"beta": 0.2},
     "log": {"samples_every": 1},
     "rollout": {"prompts": 4, "old_logp": "trainer"},

@@ -29,7 +29,8 @@ def reward(talkers, tmp_path, proxy, engine=None, **calibration):
         tmp_path / "run",
         "calibrate",
         proxy={"path": str(talkers / proxy)},
-        calibration={"mode": "distillable", "truncated": "score_prefix"} | calibration,
+        calibration={"mode": "distillable", "truncated": "score_prefix", "score_norm": "sum"}
+        | calibration,
     )
     engine = engine or SimpleNamespace(frozen=lambda role: role.path)
     return LikelihoodRatio(cfg, engine, Chat(str(talkers / "policy")))
@@ -47,7 +48,7 @@ def test_span_credit_across_tokenizers_is_refused_before_the_proxy_is_loaded(tal
 @pytest.mark.parametrize("same_ids", [False, True])
 @pytest.mark.parametrize("credit", ["sequence", "span"])
 def test_check_says_the_same(talkers, tmp_path, credit, same_ids, biased):
-    calibration = {"credit": credit, "allow_biased": biased}
+    calibration = {"credit": credit, "allow_biased": biased, "score_norm": "sum"}
     cfg = config(talkers, tmp_path / "run", "calibrate", calibration=calibration)
     advice = calibrate_advice(cfg, same_ids)
     if credit == "span" and not same_ids and not biased:

@@ -356,6 +356,7 @@ def test_texts_of_one_token_and_rows_filled_to_the_last_position(
                 "mode": "undistillable",
                 "denominator": "reference",
                 "credit": credit,
+                "score_norm": "sum" if credit == "span" else "length_free",
                 "allow_biased": True,  # the proxy has another tokenizer
                 "truncated": "score_prefix",
             },
@@ -372,7 +373,7 @@ def test_texts_of_one_token_and_rows_filled_to_the_last_position(
 
 
 BASE = {
-    "calibration": {"mode": "undistillable", "margin_guard": False},
+    "calibration": {"mode": "undistillable", "margin_guard": False, "score_norm": "sum"},
     "reference": {"beta": 0.2},
     "task": {"name": "small_tasks:is_even"},
     "seed": 3,
@@ -382,6 +383,7 @@ OPTIONS = [
     {"calibration": {"mode": "off"}},
     {"calibration": {"mode": "distillable"}},
     {"calibration": {"strength": 1.0}},
+    {"calibration": {"score_norm": "length_free"}},
     {"calibration": {"score_norm": "per_byte"}},
     {"calibration": {"score_norm": "per_token"}},
     {"calibration": {"denominator": "reference"}},

@@ -84,7 +84,11 @@ def test_a_student_that_merges_is_an_error_for_classes(distill, talkers):
 
 
 def test_span_credit_across_tokenizers_is_an_error(calibrate):
-    errors = problems(examine(calibrate(calibration={"mode": "distillable", "credit": "span"})))
+    errors = problems(
+        examine(
+            calibrate(calibration={"mode": "distillable", "credit": "span", "score_norm": "sum"})
+        )
+    )
     assert "calibration.credit = 'span' with a proxy of another tokenizer" in errors
     assert "Use calibration.credit = 'sequence'" in errors
 
