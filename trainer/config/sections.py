@@ -212,8 +212,8 @@ class CalibrationSection:
         if self.credit != "sequence" and self.score_norm != "sum":
             raise ValueError(
                 f"credit = {self.credit!r} with score_norm = {self.score_norm!r}: a score that "
-                "looks at the length of the whole text is no sum over spans, so no reward-to-go. Use "
-                "score_norm = 'sum' or credit = 'sequence'"
+                "looks at the length of the whole text is no sum over spans, so no reward-to-go. "
+                "Use score_norm = 'sum' or credit = 'sequence'"
             )
         if self.denominator == "marginal" and self.score_norm == "per_token":
             raise ValueError(
