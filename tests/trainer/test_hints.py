@@ -40,6 +40,8 @@ WRITTEN_OUT = {  # texts that hold a command and do not come from runs/commands.
     "trainer/studies/real_pair.py": "the name of the program, in --help",
     "trainer/studies/synthetic_task.py": "the name of the program, in --help",
     "trainer/engine/trainer_config.py": "how many processes to start: an option of torchrun",
+    "trainer/rollouts/serve.py": "the name of the program, in --help",
+    "trainer/rollouts/vllm_engine.py": "names an extra to install",
     "trainer/verify.py": "the name of the program, in --help",
     "trainer/data/prepare.py": "the name of the program, in --help",
     "trainer/runs/torchrun_report.py": "names an option of torchrun",
