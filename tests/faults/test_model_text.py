@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 from assets import save_model, save_tokenizer, sentences, train_tokenizer
+from fault_runs import budget
 from runs import command, config, environment, make_talker
 
 from reflux.trainer.config.schema import Config
@@ -85,15 +86,26 @@ def poisoned_run(poisoned, folder, name, phase, task):
         assert "makedirs" in "".join(texts)
 
 
-@pytest.mark.parametrize("phase", ["evaluate", "calibrate"])
-@pytest.mark.parametrize("task", ["reasoning_gym", "my_grader:runs_text"])
-@pytest.mark.parametrize("name", ["puzzle24", "binary_matrix"])
-def test_a_learned_payload_does_not_run(poisoned, folder, phase, task, name):
+CASES = [
+    ("puzzle24", "reasoning_gym", "evaluate"),
+    ("puzzle24", "my_grader:runs_text", "calibrate"),
+    ("binary_matrix", "reasoning_gym", "calibrate"),
+    ("binary_matrix", "my_grader:runs_text", "evaluate"),
+    ("puzzle24", "reasoning_gym", "calibrate"),
+    ("puzzle24", "my_grader:runs_text", "evaluate"),
+    ("binary_matrix", "reasoning_gym", "evaluate"),
+    ("binary_matrix", "my_grader:runs_text", "calibrate"),
+]
+
+
+@pytest.mark.parametrize("name, task, phase", CASES[: budget(2, 4, 8)])
+def test_a_learned_payload_does_not_run(poisoned, folder, record_property, name, task, phase):
+    record_property("fault", f"a payload as the answer: {name}, {task}, {phase}")
     poisoned_run(poisoned, folder, name, phase, {"name": task})
     assert not (folder / "made").exists()
 
 
-@pytest.mark.parametrize("phase", ["evaluate", "calibrate"])
+@pytest.mark.parametrize("phase", ["evaluate", "calibrate"][: budget(1, 1, 2)])
 def test_it_would_run_in_the_trainers_process(poisoned, folder, phase):
     """What the test above is worth."""
     task = {"name": "my_grader:runs_text", "options": {"isolate": False}}
