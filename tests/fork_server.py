@@ -1,8 +1,9 @@
 """Runs of trainer/main.py in a second instead of six: a process that has imported everything forks
 one for each run. A run can be told to die by itself: at the n-th change of a file, or a moment
-after it.
+after it. A run may also be several ranks, processes of their own as under torchrun.
 
-`python tests/fork_server.py` is that process: a request a line on stdin, answers on stdout.
+`python tests/fork_server.py` is that process: a request a line on stdin, answers on stdout. It
+waits for one run at a time; those with a `status` file end in the background.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "shutil.
 class Request:
     """One run. `kill_at`: the number of the change, counted from 1, before which it dies, or 0;
     with `delay` > 0 that many seconds after it. `largest_file`: a limit in bytes, or 0. The run has
-    an own cache, the folder cache in `directory`.
+    an own cache, the folder cache in `directory`, unless `cache` names another.
     """
 
     arguments: tuple[str, ...]
@@ -36,6 +37,10 @@ class Request:
     delay: float = 0.0
     largest_file: int = 0
     changes: str = ""  # a file for the number of changes, written where the run ends by itself
+    cache: str = ""
+    status: str = ""  # a file for the exit code; then nobody waits, and several may run
+    ranks: int = 0  # 0: plain python
+    port: int = 0  # where ranks meet
 
 
 # --- in the process of a run
@@ -80,8 +85,9 @@ def _run(request: Request) -> int:
     for file, number in ((null, 0), (out, 1), (out, 2)):
         os.dup2(file, number)
     os.chdir(request.directory)
-    os.environ["REFLUX_CACHE"] = os.path.join(request.directory, "cache")
+    os.environ["REFLUX_CACHE"] = request.cache or os.path.join(request.directory, "cache")
     sys.path[:] = [p for p in sys.path if p]  # "" is the directory of the server
+    sys.argv[:] = ["main.py", *request.arguments]
     if request.largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request.largest_file,) * 2)
     changes = _Changes(request)
@@ -111,6 +117,61 @@ def _child(request: Request) -> None:
         os._exit(code)
 
 
+# --- between the server and runs that nobody waits for
+
+
+def _supervise(request: Request) -> list[int]:
+    """Starts the run, all ranks of it, below a process that writes down how it ended. Returns the
+    process ids of the ranks.
+    """
+    read, write = os.pipe()
+    if not os.fork():
+        pids = [_fork_rank(request, rank) for rank in range(max(request.ranks, 1))]
+        os.write(write, json.dumps(pids).encode())
+        os.close(write)
+        _write_status(request.status, _wait_for_all(pids))
+        os._exit(0)
+    os.close(write)
+    with open(read) as pipe:
+        return json.load(pipe)
+
+
+def _fork_rank(request: Request, rank: int) -> int:
+    pid = os.fork()
+    if not pid:
+        if request.ranks:
+            world = {"WORLD_SIZE": request.ranks, "LOCAL_WORLD_SIZE": request.ranks}
+            world |= {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": request.port}
+            os.environ.update({name: str(value) for name, value in world.items()})
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+        _child(request)
+    return pid
+
+
+def _wait_for_all(pids: list[int]) -> int:
+    """The first exit code that is not 0; the others have a minute then."""
+    left, code, end = set(pids), 0, float("inf")
+    while left:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if not pid:
+            if time.monotonic() > end:
+                for other in left:
+                    os.kill(other, signal.SIGKILL)
+                end = float("inf")
+            time.sleep(0.01)
+            continue
+        left.discard(pid)
+        if not code:
+            code = os.waitstatus_to_exitcode(status)
+            end = time.monotonic() + 60 if code else end
+    return code
+
+
+def _write_status(path: str, code: int) -> None:
+    Path(path + ".new").write_text(str(code))
+    os.rename(path + ".new", path)
+
+
 # --- in the server
 
 
@@ -136,6 +197,9 @@ def serve() -> None:
     for line in sys.stdin:
         table = json.loads(line)
         request = Request(**table | {"arguments": tuple(table["arguments"])})
+        if request.status:
+            print(json.dumps({"pids": _supervise(request)}), file=answers, flush=True)
+            continue
         pid = os.fork()
         if not pid:
             _child(request)
@@ -156,8 +220,43 @@ class Ended:
     seconds: float
 
 
+class Background:
+    """A run that nobody waits for, all ranks of it. As a subprocess.Popen."""
+
+    def __init__(self, request: Request, pids: list[int]):
+        self._request, self.pids, self.pid = request, pids, pids[0]
+        self.returncode: int | None = None
+
+    @property
+    def output(self) -> str:
+        """Of both streams and all ranks."""
+        return _read(self._request.output)
+
+    def poll(self) -> int | None:
+        if self.returncode is None and os.path.exists(self._request.status):
+            self.returncode = int(_read(self._request.status))
+        return self.returncode
+
+    def wait(self, timeout: float = 300) -> int:
+        end = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                self.kill()
+                raise AssertionError(f"a run took over {timeout} s: {self.output[-3000:]}")
+            time.sleep(0.01)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
 class ForkServer:
-    """The client's side; one run at a time."""
+    """The client's side; one run at a time, and any number in the background."""
 
     def __init__(self, environment: dict[str, str]):
         self._process = subprocess.Popen(
@@ -186,10 +285,18 @@ class ForkServer:
         return Ended(ended, _read(request.output), time.monotonic() - start)
 
     def start(self, request: Request) -> int:
+        self._send(request)
+        return self._answer()["pid"]
+
+    def start_in_background(self, request: Request) -> Background:
+        """A request with a `status` file; nothing else may be running in the foreground."""
+        self._send(request)
+        return Background(request, self._answer()["pids"])
+
+    def _send(self, request: Request) -> None:
         assert self._process.stdin
         self._process.stdin.write(json.dumps(asdict(request)).encode() + b"\n")
         self._process.stdin.flush()
-        return self._answer()["pid"]
 
     def poll(self, seconds: float) -> int | None:
         """The exit code, once the run has ended; None where it has not in that time."""

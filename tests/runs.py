@@ -5,17 +5,20 @@ read back from the log.
 vowels.jsonl and vowel_choices.jsonl.
 """
 
+import atexit
+import functools
 import json
 import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from assets import free_port, make_assets
+from fork_server import Background, ForkServer, Request
 from small_tasks import (
     is_answer_of_prompt_0,
     is_easy,
@@ -188,16 +191,37 @@ def command(cfg: Config, file: Path, ranks: int = 0) -> list[str]:
     return [*start, str(MAIN), "--config", str(file)]
 
 
-def run_ranks(cfg: Config, ranks: int = 2) -> Run:
-    """The log of the run, made under torchrun."""
-    done = subprocess.run(
-        command(cfg, Path(cfg.folder + ".toml"), ranks),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=environment(),
+@functools.cache
+def fork_server() -> ForkServer:
+    """One for all tests of this process; it ends with it."""
+    server = ForkServer(environment())
+    atexit.register(server.close)
+    return server
+
+
+def run_forked(arguments: Sequence[str], cwd: Path, ranks: int = 0) -> Background:
+    """Starts `main.py arguments` in the folder cwd, a second instead of six, as plain python or as
+    ranks. Processes of their own, as under torchrun, but without torchrun.
+    """
+    notes = Path(tempfile.mkdtemp(prefix="run-"))
+    request = Request(
+        tuple(arguments),
+        str(cwd),
+        str(notes / "output.txt"),
+        cache=os.environ["REFLUX_CACHE"],
+        status=str(notes / "status"),
+        ranks=ranks,
+        port=free_port() if ranks else 0,
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-12000:]
+    return fork_server().start_in_background(request)
+
+
+def run_ranks(cfg: Config, ranks: int = 2) -> Run:
+    """The log of the run, made by that many processes."""
+    file = Path(cfg.folder + ".toml")
+    file.write_text(to_toml(cfg))
+    run = run_forked(["--config", str(file)], file.parent, ranks)
+    assert run.wait(300) == 0, run.output[-12000:]
     return load_run(cfg.folder)
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 from fault_runs import Undisturbed, make_place, undisturbed, write_record
-from fork_server import ForkServer
-from runs import environment
+from runs import fork_server
 
 HERE = Path(__file__).parent
 RECORD: list[dict] = []
@@ -47,9 +46,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def server():
-    process = ForkServer(environment())
-    yield process
-    process.close()
+    return fork_server()
 
 
 @pytest.fixture(scope="session")

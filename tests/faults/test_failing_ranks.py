@@ -29,7 +29,7 @@ FAULTS = {
     "log:3:0:value": 3,
     "score:4:1:interrupt": 3,
 }
-TRIED = list(FAULTS)[: budget(2, 4, len(FAULTS))]
+TRIED = list(FAULTS)[: budget(2, 3, len(FAULTS))]
 
 
 @pytest.fixture(scope="module")

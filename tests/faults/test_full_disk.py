@@ -8,9 +8,9 @@ import pytest
 from fault_runs import TRAINED, budget, make_place
 from full_disk import grow, small_disk
 
-DISKS = [(phase, i) for i in range(budget(1, 3, 8)) for phase in TRAINED]
+DISKS = [(phase, i) for i in range(budget(1, 1, 8)) for phase in TRAINED]
 LIMITS = [
-    (phase, i) for i in range(budget(1, 2, 6)) for phase in ("distill", "evaluate", "diagnose")
+    (phase, i) for i in range(budget(1, 1, 6)) for phase in ("distill", "evaluate", "diagnose")
 ]
 
 
@@ -42,7 +42,7 @@ def test_a_disk_that_is_too_small(server, talkers, whole, tmp_path, record_prope
 NAMED = [(phase, size) for size in (5, 1, 8) for phase in ("distill", "calibrate", "diagnose")]
 
 
-@pytest.mark.parametrize("phase, megabytes", NAMED[: budget(1, 3, 9)], ids=str)
+@pytest.mark.parametrize("phase, megabytes", NAMED[: budget(1, 2, 9)], ids=str)
 def test_disks_of_these_sizes(server, talkers, whole, tmp_path, record_property, phase, megabytes):
     """Large enough for some, or for all of what the run writes."""
     steps = {"steps": 12, "checkpoint": {"interval": 1, "keep_latest_k": 2}}

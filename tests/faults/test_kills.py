@@ -7,7 +7,7 @@ import random
 import pytest
 from fault_runs import PHASES, budget, draw_kill, make_place
 
-KILLS = [(phase, i) for i in range(budget(1, 8, 20)) for phase in PHASES]
+KILLS = [(phase, i) for i in range(budget(1, 4, 20)) for phase in PHASES]
 
 
 @pytest.mark.parametrize("phase, i", KILLS, ids=lambda v: str(v))

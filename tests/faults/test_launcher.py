@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fault_runs import budget
 from runs import command, config, environment, numbers, run_ranks
 
 from reflux.trainer.runs.lock import process_start
@@ -20,7 +21,10 @@ def children(pid: int) -> dict[int, int | None]:
     return {int(word): process_start(int(word)) for word in words}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda n: n.name)
+NUMBERS = [signal.SIGKILL, signal.SIGTERM][: budget(1, 1, 2)]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda n: n.name)
 def test_the_launcher_is_killed(talkers, tmp_path, record_property, number):
     clean = run_ranks(config(talkers, tmp_path / "whole", "calibrate", **OVER))
     cfg = config(talkers, tmp_path / "run", "calibrate", **OVER)

@@ -10,9 +10,9 @@ from fault_runs import TRAINED, budget, make_place
 
 from reflux.trainer.runs.logger import load_run
 
-STEPS = budget(120, 500, 500)
+STEPS = budget(120, 120, 500)
 PAGE = os.sysconf("SC_PAGE_SIZE")
-KB_PER_STEP = budget(100, 24, 24)  # of resident memory, over the second half
+KB_PER_STEP = budget(100, 100, 24)  # of resident memory, over the second half
 
 
 def sizes(pid: int) -> tuple[float, int, int]:

@@ -97,7 +97,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_any_sequence(server, talkers, whole, tmp_path, record_property):
-    examples = budget(3, 12, 40)
+    examples = budget(3, 6, 40)
     record_property("fault", f"{examples} sequences of kills, changes and moves")
     blank = make_place(server, talkers, tmp_path / "blank", "distill")
     run_state_machine_as_test(

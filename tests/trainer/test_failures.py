@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from fork_server import Ended, ForkServer, Request
-from runs import MAIN, environment, table
+from runs import MAIN, environment, fork_server, table
 
 from reflux.trainer.config.loader import deep_merge, fill, to_toml
 from reflux.trainer.config.schema import Config
@@ -47,9 +47,7 @@ NO_SYSTEM = (
 
 @pytest.fixture(scope="module")
 def server():
-    process = ForkServer(environment())
-    yield process
-    process.close()
+    return fork_server()
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from fork_server import Background
 from packaging.requirements import Requirement
-from runs import command, config, environment, run_here
+from runs import MAIN, command, config, environment, run_forked, run_here
 
 from reflux.trainer import main, matrix
 from reflux.trainer.config.loader import to_toml
@@ -103,6 +104,15 @@ def run(line: str, cwd: Path) -> subprocess.CompletedProcess:
     )
 
 
+def run_in_words(line: str, cwd: Path) -> Background:
+    """The command's words as a shell reads them, by a process that has imported everything."""
+    python, script, *arguments = shlex.split(line)
+    assert python == sys.executable and Path(cwd, script).samefile(MAIN)
+    ended = run_forked(arguments, cwd)
+    ended.wait()
+    return ended
+
+
 def write(cfg, path: Path) -> list[str]:
     path.write_text(to_toml(cfg))
     return ["--config", path.name]
@@ -125,9 +135,9 @@ def test_a_folder_owned_on_another_host(talkers, world, capsys):
     )
     (world / "run" / "lock-t.json").write_text(json.dumps(asdict(owner)))
     (line,) = printed(message(capsys, *write(cfg, world / "x.toml")))
-    done = run(line, world)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "taken over from process" in done.stderr and load_run(cfg.folder).summary
+    done = run_in_words(line, world)
+    assert done.returncode == 0, done.output[-3000:]
+    assert "taken over from process" in done.output and load_run(cfg.folder).summary
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
@@ -176,8 +186,8 @@ def test_texts_that_the_proxy_cannot_spell(talkers, world, capsys, monkeypatch):
     )
     (line,) = printed(message(capsys, *write(cfg, world / "x.toml")))
     assert line.endswith(" --check")
-    done = run(line, world)
-    assert "finding" in done.stdout and "Traceback" not in done.stderr, done.stderr[-3000:]
+    done = run_in_words(line, world)
+    assert "finding" in done.output and "Traceback" not in done.output, done.output[-3000:]
 
 
 def test_a_check_that_cannot_load_the_models(talkers, world, monkeypatch, capsys):
@@ -190,7 +200,7 @@ def test_a_check_that_cannot_load_the_models(talkers, world, monkeypatch, capsys
     cfg = config(talkers, world / "run", "calibrate", steps=1)
     assert main.main([*write(cfg, world / "x.toml"), "--check"]) == 1
     dry, with_traceback = printed(capsys.readouterr().out)
-    assert "memory" in run(dry, world).stdout
+    assert "memory" in run_in_words(dry, world).output
     assert with_traceback.startswith("REFLUX_TRACEBACK=1 ") and run(with_traceback, world).stdout
 
 
@@ -206,8 +216,8 @@ def test_a_distillation_that_has_not_ended(talkers, world, capsys):
         diagnose={"runs": ["student"]},
     )
     (line,) = printed(message(capsys, *write(diagnosis, world / "x.toml")))
-    done = run(line, world)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_in_words(line, world)
+    assert done.returncode == 0, done.output[-3000:]
     assert load_run(cfg.folder).summary["step"] == 2
 
 

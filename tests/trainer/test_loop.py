@@ -4,14 +4,13 @@ numbers and bad graders.
 
 import os
 import signal
-import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from runs import command, config, environment, numbers, run_here
+from runs import config, numbers, run_forked, run_here
 from safetensors.torch import load_file
 
 from reflux.trainer import loop, losses
@@ -55,13 +54,8 @@ def test_a_killed_run_goes_on_to_the_last_digit(talkers, tmp_path):
         "import time\nfrom runs import reward_vowels as fast\n"
         "def reward_vowels(prompt, text):\n    time.sleep(0.05)\n    return fast(prompt, text)\n"
     )
-    process = subprocess.Popen(
-        command(cfg, tmp_path / "killed.toml"),
-        env=environment(),
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    (tmp_path / "killed.toml").write_text(config_file.to_toml(cfg))
+    process = run_forked(["--config", "killed.toml"], tmp_path)
     wait_until(lambda: (tmp_path / "killed/checkpoint/step-3/.metadata").exists(), process)
     process.kill()
     process.wait()

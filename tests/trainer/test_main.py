@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from assets import free_port
-from runs import MAIN, command, config, environment
+from fork_server import Background
+from runs import MAIN, command, config, environment, run_forked
 
 from reflux.trainer import main
 from reflux.trainer.config import loader as config_file
@@ -161,12 +162,12 @@ def slow(talkers, tmp_path):
     return config(talkers, tmp_path / "run", "calibrate", **over)
 
 
-def background(words: list[str], cwd, **streams) -> subprocess.Popen:
-    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | streams
-    return subprocess.Popen(words, cwd=cwd, env=environment(), text=True, **streams)
+def begin(cfg, cwd) -> Background:
+    (cwd / "a.toml").write_text(to_toml(cfg))
+    return run_forked(["--config", "a.toml"], cwd)
 
 
-def wait_for_steps(cfg, count: int, process: subprocess.Popen) -> None:
+def wait_for_steps(cfg, count: int, process: Background) -> None:
     end, log = time.monotonic() + 120, Path(cfg.folder) / "run.jsonl"
     while not log.exists() or log.read_text().count('"loss"') < count:
         assert process.poll() is None, f"the process ended with {process.returncode}"
@@ -178,17 +179,26 @@ def wrote(folder) -> dict[str, int]:
     return {str(p): p.stat().st_mtime_ns for p in Path(folder).rglob("*") if p.is_file()}
 
 
+def turned_away(cfg, cwd, ranks: int) -> tuple[int, str]:
+    """Exit code and words of a second start; of ranks under torchrun, whose store they meet in."""
+    if not ranks:
+        second = run_forked(["--config", "a.toml"], cwd)
+        return second.wait(120), second.output
+    words = command(cfg, cwd / "b.toml", ranks)
+    done = subprocess.run(
+        words, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    return done.returncode, done.stderr
+
+
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_a_second_writer_is_turned_away_on_every_rank(slow, tmp_path, ranks):
-    first = background(command(slow, tmp_path / "a.toml"), tmp_path)
+    first = begin(slow, tmp_path)
     try:
         wait_for_steps(slow, 1, first)
-        words = command(slow, tmp_path / "b.toml", ranks)
-        second = subprocess.run(
-            words, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
-        )
-        assert second.returncode == 2 and "Traceback" not in second.stderr, second.stderr
-        assert second.stderr.count(f"run is in use by process {first.pid} on ") == 1
+        code, said = turned_away(slow, tmp_path, ranks)
+        assert code == 2 and "Traceback" not in said, said
+        assert said.count(f"run is in use by process {first.pid} on ") == 1
         before = len(load_run(slow.folder).steps)
         wait_for_steps(slow, before + 1, first)
     finally:
@@ -200,7 +210,7 @@ def test_a_second_writer_is_turned_away_on_every_rank(slow, tmp_path, ranks):
 
 def test_two_ranks_take_over_a_dead_owner_and_leave_no_lock(slow, tmp_path):
     """`new` beside it: the ranks go where the first one goes."""
-    first = background(command(slow, tmp_path / "a.toml"), tmp_path)
+    first = begin(slow, tmp_path)
     wait_for_steps(slow, 1, first)
     first.kill()
     first.wait()
@@ -216,27 +226,20 @@ def test_two_ranks_take_over_a_dead_owner_and_leave_no_lock(slow, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"taken over from process {first.pid} " in done.stderr and not left.exists()
-    beside = subprocess.run(
-        [*command(short, tmp_path / "c.toml", ranks=2), "--set", "on_existing_run=new"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert beside.returncode == 0 and len(load_run(tmp_path / "run-2").steps) == 2
+    words = ["--config", "b.toml", "--set", "on_existing_run=new"]
+    beside = run_forked(words, tmp_path, ranks=2)
+    assert beside.wait() == 0 and len(load_run(tmp_path / "run-2").steps) == 2
     assert not (tmp_path / "run-3").exists() and not list(tmp_path.glob("run*/lock-*"))
 
 
 def test_whose_folder_is_taken_by_force_ends_without_another_line(slow, tmp_path):
-    with open(tmp_path / "err.txt", "w") as error:
-        first = background(command(slow, tmp_path / "a.toml"), tmp_path, stderr=error)
-        wait_for_steps(slow, 1, first)
-        (lock,) = Path(slow.folder).glob("lock-*")
-        lock.unlink()
-        before = wrote(slow.folder)
-        assert first.wait(60) == 2
-    told = (tmp_path / "err.txt").read_text()
+    first = begin(slow, tmp_path)
+    wait_for_steps(slow, 1, first)
+    (lock,) = Path(slow.folder).glob("lock-*")
+    lock.unlink()
+    before = wrote(slow.folder)
+    assert first.wait(60) == 2
+    told = first.output
     assert "does not own its folder any more" in told and "Traceback" not in told
     grown = {p for p, t in wrote(slow.folder).items() if before.get(p) != t}
     assert grown <= {f"{slow.folder}/run.jsonl"}, "the step that was being logged, at most"
@@ -264,12 +267,11 @@ def test_phases_without_steps_own_their_folder_too(talkers, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_scheduler_or_a_closed_terminal_ends_a_run_with_a_saved_step(slow, tmp_path, number):
-    with open(tmp_path / "err.txt", "w") as error:
-        run = background(command(slow, tmp_path / "a.toml"), tmp_path, stderr=error)
-        wait_for_steps(slow, 1, run)
-        run.send_signal(number)
-        assert run.wait(60) == 130
-    told = (tmp_path / "err.txt").read_text()
+    run = begin(slow, tmp_path)
+    wait_for_steps(slow, 1, run)
+    run.send_signal(number)
+    assert run.wait(60) == 130
+    told = run.output
     assert "finishing this step" in told and "Traceback" not in told
     log = load_run(slow.folder)
     saved = tmp_path / "run" / "checkpoint" / f"step-{log.steps[-1]['step']}"
@@ -281,9 +283,11 @@ def test_a_scheduler_or_a_closed_terminal_ends_a_run_with_a_saved_step(slow, tmp
 @pytest.mark.parametrize("words", [[], ["--print-config"], ["--dry-run"]])
 def test_head_ends_nothing(talkers, tmp_path, words):
     cfg = config(talkers, tmp_path / "run", "calibrate", steps=3, log={"quiet": False})
-    run = background(
+    run = subprocess.Popen(
         [*command(cfg, tmp_path / "a.toml"), *words],
-        tmp_path,
+        cwd=tmp_path,
+        env=environment(),
+        text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

@@ -45,6 +45,7 @@ labels = {{ role = "student", attack = "{{x}}" }}
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     (tmp_path / "toy_cell.py").write_text(TOY)
+    monkeypatch.setattr("reflux.trainer.cells.PRELOAD", [])  # a toy needs no torch
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "m.toml").write_text(TABLE.format(folder=tmp_path / "runs"))
@@ -239,18 +240,16 @@ def test_ctrl_c_is_passed_on_and_the_next_call_goes_on(toy):
         TOY.replace("    return 3", "    import time; time.sleep(0.3)\n    return 3")
     )
     env = os.environ | {"PYTHONPATH": str(toy)}
-    command = [
-        sys.executable,
-        "-m",
-        "reflux.trainer.matrix",
-        str(toy / "m.toml"),
-        "--set",
-        "seeds=[0]",
-        "--set",
-        "parallel=1",
-    ]
+    words = [str(toy / "m.toml"), "--set", "seeds=[0]", "--set", "parallel=1"]
+    command = [sys.executable, "-m", "reflux.trainer.matrix", *words]
+    fast = "import sys; from reflux.trainer import cells, matrix; cells.PRELOAD = []; "
     process = subprocess.Popen(
-        command, env=env, cwd=toy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-c", fast + "sys.exit(matrix.main())", *words],
+        env=env,
+        cwd=toy,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     order = toy / "runs/seed-0/order.txt"
     for _ in range(600):

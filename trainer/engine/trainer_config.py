@@ -108,7 +108,7 @@ def check_world(parallelism: ParallelismConfig, world: int) -> None:
         raise ValueError(
             f"parallelism: data_parallel_replicate_degree {replicate} x data_parallel_shard_degree "
             f"{shard} x tensor_parallel_degree {tensor} want {wanted} processes, and {world} "
-            f"{'was' if world == 1 else 'were'} started. Start torchrun --nproc-per-node {wanted}, "
+            f"{'was' if world == 1 else 'were'} started. Use --nproc-per-node {wanted}, "
             "or lower the degrees"
         )
 
