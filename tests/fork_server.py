@@ -7,6 +7,7 @@ waits for one run at a time; those with a `status` file end in the background.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import resource
@@ -18,6 +19,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 # audit events of Python by which a file or folder changes; the first argument is a path
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "shutil.rmtree", "os.utime")
@@ -126,19 +128,26 @@ def _supervise(request: Request) -> list[int]:
     """
     read, write = os.pipe()
     if not os.fork():
+        _end_with_parent()
         pids = [_fork_rank(request, rank) for rank in range(max(request.ranks, 1))]
-        os.write(write, json.dumps(pids).encode())
-        os.close(write)
+        os.write(write, json.dumps(pids).encode() + b"\n")
         _write_status(request.status, _wait_for_all(pids))
         os._exit(0)
     os.close(write)
     with open(read) as pipe:
-        return json.load(pipe)
+        return json.loads(pipe.readline())  # not to its end: the ranks have it open too
+
+
+def _end_with_parent() -> None:
+    """A test that is killed leaves no run behind."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _fork_rank(request: Request, rank: int) -> int:
     pid = os.fork()
     if not pid:
+        _end_with_parent()
         if request.ranks:
             world = {"WORLD_SIZE": request.ranks, "LOCAL_WORLD_SIZE": request.ranks}
             world |= {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": request.port}

@@ -199,11 +199,16 @@ def fork_server() -> ForkServer:
     return server
 
 
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="forked-")
+
+
 def run_forked(arguments: Sequence[str], cwd: Path, ranks: int = 0) -> Background:
     """Starts `main.py arguments` in the folder cwd, a second instead of six, as plain python or as
     ranks. Processes of their own, as under torchrun, but without torchrun.
     """
-    notes = Path(tempfile.mkdtemp(prefix="run-"))
+    notes = Path(tempfile.mkdtemp(dir=_scratch().name))
     request = Request(
         tuple(arguments),
         str(cwd),
