@@ -26,7 +26,7 @@ from torch import Tensor
 from ._chunks import WORKSPACE_MB, Rows, check_rows, check_temperature, chunks, wide
 from ._parallel import VocabShard, all_max, all_sum, common_width, process_group, slice_of
 from ._select_rows import NO_ID, all_gather, sort_pairs
-from .teacher_topk import Source, TopK, checked_source, given_or_projected_ref
+from .teacher_topk import TopK, TopKSource, checked_source, given_or_projected_ref
 
 BLOCK = 128
 
@@ -106,7 +106,7 @@ def _op(
     workspace_mb: float,
 ) -> tuple[Tensor, Tensor]:
     """ids int32 [T, K] and logp [T, K], K = min(N, V)."""
-    source = Source(teacher, teacher_head, teacher_bias, logit_scale, softcap)
+    source = TopKSource(teacher, teacher_head, teacher_bias, logit_scale, softcap)
     width = source.width(vocab_size, vocab_start)
     ids_TN = torch.full_like(uniform_TN, NO_ID, dtype=torch.int64)
 

@@ -102,7 +102,7 @@ def given_or_projected_ref(
     return logits_ref(x, head_VE, bias, logit_scale, softcap, vocab_size)
 
 
-class Source(NamedTuple):
+class TopKSource(NamedTuple):
     """Where logits come from: hidden states and a head, or x itself where there is no head."""
 
     x: Tensor
@@ -149,8 +149,8 @@ def _op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ids int32 [T, K], logp [T, K], tail [T]."""
     T, dtype = len(teacher), wide(teacher.dtype)
-    source = Source(teacher, teacher_head, teacher_bias, logit_scale, softcap)
-    other = None if student is None else Source(student, student_head, student_bias, 1.0, 0.0)
+    source = TopKSource(teacher, teacher_head, teacher_bias, logit_scale, softcap)
+    other = None if student is None else TopKSource(student, student_head, student_bias, 1.0, 0.0)
     width = source.width(vocab_size, vocab_start)
     ids_TK = teacher.new_full((T, 2 * k if support == "union" else k), NO_ID, dtype=torch.int64)
     x_TK = teacher.new_zeros(ids_TK.shape, dtype=dtype)
@@ -233,12 +233,12 @@ def checked_source(
     softcap: float | None,
     vocab_size: int | None,
     shard: VocabShard | None,
-) -> tuple[Source, int]:
+) -> tuple[TopKSource, int]:
     """(hidden, head and bias, or logits, without gradients; size of the whole vocabulary)."""
     if head is not None:
         side = hidden, head, bias, logit_scale, softcap
         checked, V = checked_head(op, *side, vocab_size, shard)
-        return Source(*checked.detach()), V
+        return TopKSource(*checked.detach()), V
     if not (hidden.ndim == 2 and hidden.is_floating_point() and bias is None):
         raise ValueError(
             f"{op}: without a head, logits are {hidden.dtype} {list(hidden.shape)}, bias "
@@ -258,7 +258,7 @@ def checked_source(
             f"{op}: vocab_size is {V} and logits have {hidden.shape[1]} columns; want 1 <= "
             "vocab_size <= columns"
         )
-    return Source(hidden.detach(), None, None, 1.0, 0.0), V
+    return TopKSource(hidden.detach(), None, None, 1.0, 0.0), V
 
 
 def teacher_topk(

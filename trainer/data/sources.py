@@ -44,7 +44,7 @@ Location = Callable[[int], str]  # row number -> where it comes from, for error 
 
 
 @dataclass(frozen=True)
-class Source:
+class OpenSource:
     """name: as messages call it."""
 
     name: str
@@ -52,7 +52,7 @@ class Source:
     location: Location
 
 
-def open_source(section: SourceSection, limit: int | None) -> Source:
+def open_source(section: SourceSection, limit: int | None) -> OpenSource:
     """section.source: a file of BUILDERS, several of one kind or a pattern of them; a folder
     written by `datasets.save_to_disk` or readable by `datasets.load_dataset`; an id of the hub,
     with its subset and revision; `reasoning_gym:NAME?size=1000&seed=7&key=value`; or
@@ -73,7 +73,7 @@ def open_source(section: SourceSection, limit: int | None) -> Source:
     name, _, query = source.partition("?")
     if name.startswith("reasoning_gym:"):
         entries = _Generated(name.partition(":")[2], _options(source, query), limit)
-        return Source(source, entries, partial(_entry_of, source))
+        return OpenSource(source, entries, partial(_entry_of, source))
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
         return _call(source, name, _options(source, query), limit)
     if HUB_ID.fullmatch(source):
@@ -102,11 +102,11 @@ def source_files(source: str | Sequence[str]) -> list[Path]:
     return []
 
 
-def _open_files(files: Sequence[Path], limit: int | None) -> Source:
+def _open_files(files: Sequence[Path], limit: int | None) -> OpenSource:
     name = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files"
     if all(map(_has_plain_lines, files)):
         rows = _Joined([Lines(file, limit) for file in files], limit)
-        return Source(name, rows, rows.location) if len(files) > 1 else _only(name, rows)
+        return OpenSource(name, rows, rows.location) if len(files) > 1 else _only(name, rows)
     builders = {builder_of(file) for file in files}
     if len(builders) > 1:
         raise ValueError(f"{name}: files of several kinds; want one kind in a source: {FORMS}")
@@ -116,9 +116,9 @@ def _open_files(files: Sequence[Path], limit: int | None) -> Source:
     return _of_table(name, table, limit)
 
 
-def _only(name: str, rows: "_Joined") -> Source:
+def _only(name: str, rows: "_Joined") -> OpenSource:
     lines = rows.parts[0]
-    return Source(name, lines, lines.location)
+    return OpenSource(name, lines, lines.location)
 
 
 def _has_plain_lines(file: Path) -> bool:
@@ -129,12 +129,12 @@ def _has_plain_lines(file: Path) -> bool:
     return file.suffix in (".jsonl", ".ndjson") or builder_of(file) is None
 
 
-def _of_table(name: str, table: Any, limit: int | None) -> Source:
+def _of_table(name: str, table: Any, limit: int | None) -> OpenSource:
     rows = table.select(range(min(limit or len(table), len(table))))
-    return Source(name, rows, partial(_row_of, name))
+    return OpenSource(name, rows, partial(_row_of, name))
 
 
-def _call(source: str, name: str, options: dict[str, Any], limit: int | None) -> Source:
+def _call(source: str, name: str, options: dict[str, Any], limit: int | None) -> OpenSource:
     function = load_function(name)
     try:
         rows = function(**options)
@@ -142,7 +142,7 @@ def _call(source: str, name: str, options: dict[str, Any], limit: int | None) ->
             rows = list(islice(rows, limit))
     except Exception as error:
         raise ValueError(f"{source}: the function failed with {explain(error)}") from error
-    return Source(source, rows, partial(_row_of, source))
+    return OpenSource(source, rows, partial(_row_of, source))
 
 
 def _row_of(source: str, i: int) -> str:

@@ -5,7 +5,7 @@ import torch
 from engine_cases import likelihood_loss, samples
 
 from reflux.trainer.data.batch import pack
-from reflux.trainer.engine.gradients import accumulate_gradients, token_means
+from reflux.trainer.engine.gradients import Update, accumulate_gradients, epoch_means, totals
 from reflux.trainer.engine.ranks import RankGroup
 
 
@@ -32,10 +32,15 @@ def test_metrics_are_summed_and_maxima_are_maxima(engine):
     def loss(out, batch):
         total, _ = likelihood_loss(out, batch)
         tokens = torch.tensor(float(batch.tokens))
-        return total, {"tokens": tokens, "max/tokens": tokens}
+        return total, {"size": tokens, "max/size": tokens}
 
     sums, _ = gradients(engine, 1, loss)
-    assert sums["tokens"] == 15 and sums["max/tokens"] == 7
-    means = token_means(RankGroup(None, engine.device), sums, 15.0)
-    assert means["tokens"] == 1.0 and means["max/tokens"] == 7.0
+    assert sums["size"] == 15 and sums["max/size"] == 7
+    update = Update(totals(RankGroup(None, engine.device), sums), grad_norm=3.0, tokens=15.0)
+    means = epoch_means([update])
+    assert means["size"] == 1.0 and means["max/size"] == 7.0 and means["tokens"] == 15.0
     assert means["loss"] == pytest.approx(float(sums["loss"]) / 15)
+    other = Update({"loss": 5.0, "size": 5.0, "max/size": 9.0}, grad_norm=1.0, tokens=5.0)
+    both = epoch_means([update, other])
+    assert both["size"] == 1.0 and both["max/size"] == 9.0 and both["grad_norm"] == 2.0
+    assert both["loss"] == pytest.approx((float(sums["loss"]) + 5.0) / 20)
