@@ -243,10 +243,20 @@ class _Call(NamedTuple):
             assert isinstance(c, slice)
             yield slice(c.start, min(c.stop, len(hidden_TD)))
 
-    def probabilities(self, hidden_CD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor]:
-        """(logits [C, V], softmax [C, V] in the trie's order)"""
+    def probabilities(
+        self, hidden_CD: Tensor, head_VD: Tensor, ids_C: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(softmax [C, V], log p [C] of the ids, the cap's slope [C, V] or nothing)"""
         z_CV = project(hidden_CD, head_VD[: self.vocab_size], self.softcap)
-        return z_CV, z_CV.softmax(1).index_select(1, self.trie.order_V)
+        slope_CV = 1 - (z_CV / self.softcap).square() if self.softcap else z_CV.new_zeros(0)
+        z_CV -= z_CV.logsumexp(1, keepdim=True)
+        logp_C = z_CV.gather(1, ids_C[:, None])[:, 0]
+        return z_CV.exp_(), logp_C, slope_CV
+
+    def keeps(self, hidden_TD: Tensor) -> bool:
+        """Whether all rows' softmax may wait for the backward pass: an eighth of the workspace."""
+        size = len(hidden_TD) * self.vocab_size * wide(hidden_TD.dtype).itemsize
+        return not self.softcap and 8 * size <= self.workspace_mb * 2**20
 
     def take(self, p_CV: Tensor, c: slice, masses: RowMasses) -> None:
         """The sums of a chunk's softmax, in the trie's order, into their places."""
@@ -290,10 +300,13 @@ class _RowMasses(torch.autograd.Function):
         ids_R = call.windows.ids_R
         logp_R = torch.empty(len(ids_R), dtype=torch.float64, device=ids_R.device)
         masses = _empty_masses(call.windows, logp_R)
+        kept = []
         for c in call.chunks(hidden_TD):
-            z_CV, p_CV = call.probabilities(hidden_TD[c], head_VD)
-            logp_R[c] = _own(z_CV, ids_R[c]) - z_CV.logsumexp(1)
-            call.take(p_CV, c, masses)
+            p_CV, logp_R[c], _ = call.probabilities(hidden_TD[c], head_VD, ids_R[c])
+            call.take(p_CV.index_select(1, call.trie.order_V), c, masses)
+            if (need_dhidden or need_dhead) and call.keeps(hidden_TD):
+                kept.append(p_CV)
+        ctx.kept = kept
         ctx.save_for_backward(hidden_TD, head_VD)
         ctx.call, ctx.needed = call, (need_dhidden, need_dhead)
         logp_R.clamp_(min=LEAST_LOGP)
@@ -306,8 +319,17 @@ class _RowMasses(torch.autograd.Function):
         call, (need_dhidden, need_dhead), V = ctx.call, ctx.needed, ctx.call.vocab_size
         dhidden_TD, dhead_VD = gradient_buffers(hidden_TD, head_VD, need_dhidden, need_dhead)
         dhead_used_VD = dhead_VD[:V] if need_dhead else None
-        for c in call.chunks(hidden_TD):
-            dz_CV = _logit_gradient(call, hidden_TD, head_VD, c, grads)
+        rank_V = torch.empty_like(call.trie.order_V)
+        rank_V[call.trie.order_V] = torch.arange(V, device=rank_V.device)
+        for i, c in enumerate(call.chunks(hidden_TD)):
+            if ctx.kept:
+                p_CV, slope_CV = ctx.kept[i], hidden_TD.new_zeros(0)
+            else:
+                ids_C = call.windows.ids_R[c]
+                p_CV, _, slope_CV = call.probabilities(hidden_TD[c], head_VD, ids_C)
+            dz_CV = _logit_gradient(call, p_CV, rank_V, c, grads)
+            if call.softcap:
+                dz_CV *= slope_CV
             dhidden_CD = backproject(dz_CV, hidden_TD[c], head_VD[:V], need_dhidden, dhead_used_VD)
             if dhidden_CD is not None:
                 dhidden_TD[c] = dhidden_CD
@@ -318,25 +340,19 @@ class _RowMasses(torch.autograd.Function):
         )
 
 
-def _logit_gradient(call: _Call, hidden_TD: Tensor, head_VD: Tensor, c: slice, grads) -> Tensor:
+def _logit_gradient(call: _Call, p_CV: Tensor, rank_V: Tensor, c: slice, grads) -> Tensor:
     """[C, V] from the gradients of the masses and of the own log-probabilities.
 
     A range's gradient is that of each of its ids: g at its begin, -g at its end, summed up.
     """
-    z_CV, p_CV = call.probabilities(hidden_TD[c], head_VD)
     r = call.ranges(c)
     g = torch.cat([grad[into] for grad, into in zip(grads, r.into)])
     steps = p_CV.new_zeros(p_CV.shape[0] * (p_CV.shape[1] + 1), dtype=torch.float64)
     steps.index_add_(0, r.begin, g).index_add_(0, r.end, -g)
-    d_CV = steps.view(len(p_CV), -1).cumsum_(1)[:, :-1]
-    dp_CV = (d_CV - (d_CV * p_CV).sum(1, keepdim=True)) * p_CV
-    dz_CV = torch.empty_like(z_CV).index_copy_(1, call.trie.order_V, dp_CV.to(z_CV.dtype))
-    dlogp_C = grads[4][c].to(z_CV.dtype)
-    dz_CV -= dlogp_C[:, None] * z_CV.softmax(1)
+    d_CV = steps.view(len(p_CV), -1).cumsum_(1).index_select(1, rank_V)
+    dlogp_C = grads[4][c]
+    d_CV -= ((d_CV * p_CV).sum(1) + dlogp_C)[:, None]
+    dz_CV = p_CV * d_CV.to(p_CV.dtype)
     ids_C = call.windows.ids_R[c]
-    dz_CV[torch.arange(len(ids_C), device=ids_C.device), ids_C] += dlogp_C
-    return dz_CV * (1 - (z_CV / call.softcap).square()) if call.softcap else dz_CV
-
-
-def _own(z_CV: Tensor, ids_C: Tensor) -> Tensor:
-    return z_CV.gather(1, ids_C[:, None])[:, 0]
+    dz_CV[torch.arange(len(ids_C), device=ids_C.device), ids_C] += dlogp_C.to(p_CV.dtype)
+    return dz_CV
