@@ -16,6 +16,7 @@ from reflux.tokenalign.byte_table import ByteTable, encode_text, normalizer_of
 from reflux.tokenalign.table_cache import cached_table, key_of
 
 from .time_limit import time_limit
+from .tokenizer_health import panics_in_words, warn_of_another_tokenizer
 
 TEMPLATE_S = 10.0  # seconds in which a template has to render one conversation
 TURN_ENDS = (
@@ -56,6 +57,7 @@ class Chat:
         """
         self.path, self.arguments = path, dict(arguments or {})
         self.tokenizer = _load_tokenizer(path)
+        warn_of_another_tokenizer(path, self.tokenizer)
         self.template_file = Path(template) if template else _template_file(path)
         if template:
             self.tokenizer.chat_template = _read_template(self.template_file)
@@ -217,7 +219,8 @@ class Chat:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of response content: control strings in it are plain text, nothing is added."""
-        return tuple(encode_text(self.tokenizer, text))
+        with panics_in_words(self.path, text):
+            return tuple(encode_text(self.tokenizer, text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` without control tokens."""
@@ -275,7 +278,11 @@ def _load_tokenizer(path: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # KeyError, TypeError, and the exceptions of tokenizers
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # KeyError, TypeError, the exceptions of tokenizers, and a panic of its Rust code, which is a
+    # BaseException
+    except BaseException as error:
         torn = next((x for f in sorted(Path(path).glob("*.json")) if (x := _torn(f))), None)
         if torn is not None:
             raise ValueError(f"{torn}. Copy or download it again") from error
