@@ -56,7 +56,7 @@ TESTED_ELSEWHERE = {  # module -> the test file that exercises it
     "trainer/diagnosis/plots.py": "trainer/diagnosis/test_report.py",
     "trainer/diagnosis/token_rows.py": "trainer/diagnosis/test_phase.py",
     "trainer/rollouts/overlap.py": "engines/test_serve.py",
-    "trainer/rollouts/samplers.py": "engines/test_vllm.py",
+    "trainer/rollouts/samplers.py": "engines/test_vllm_runs.py",
     "trainer/rollouts/serve.py": "trainer/rollouts/test_client.py",
     "trainer/rollouts/server_source.py": "engines/test_serve.py",
     "trainer/engine/publish.py": "trainer/engine/test_engine.py",

@@ -227,8 +227,9 @@ class VllmEngine:
     # memory
 
     def close(self) -> None:
-        """Ends the engine, and torch.distributed with it."""
-        self._engine.engine_core.shutdown()
+        """Ends the engine, and torch.distributed with it if that has not ended yet."""
+        with contextlib.suppress(ValueError):  # of process groups that are gone
+            self._engine.engine_core.shutdown()
 
     def sleep(self) -> None:
         """Gives the device's memory back; the weights are gone. Nothing on a CPU."""
