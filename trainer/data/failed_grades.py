@@ -61,9 +61,10 @@ class FailedGradesBudget:
         their sum; ValueError, the same on every rank, where the budget is used up.
         """
         step = sum(counts, FailedGrades())
-        self._steps.append(step)
+        if step.graded:  # others would pile up: no newer text pushes them out
+            self._steps.append(step)
         total = sum(self._steps, FailedGrades())
-        while total.graded - self._steps[0].graded >= NEWEST:
+        while self._steps and total.graded - self._steps[0].graded >= NEWEST:
             self._steps.popleft()
             total = sum(self._steps, FailedGrades())
         total.check(self._task, self._max_failed, few=FEW)

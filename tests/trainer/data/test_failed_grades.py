@@ -84,3 +84,11 @@ def test_the_budget_is_that_of_the_newest_texts(steps):
         except ValueError:
             assert over
             return
+
+
+def test_what_a_budget_remembers_does_not_grow():
+    """Steps without a graded text, and steps beyond the newest texts, are forgotten."""
+    budget = FailedGradesBudget("t", 0.5)
+    for graded in (2, 0, 0, 3) * 1000:
+        budget.add([FailedGrades(graded)])
+    assert len(budget._steps) <= NEWEST / 2
