@@ -35,6 +35,7 @@ CALIBRATED = {
         "max_unaligned": 1.0,
         "truncated": "score_prefix",
         "cal_gate": "none",
+        "score_norm": "sum",  # groups of two
     },
     "proxy": {"path": "proxy"},
 }
