@@ -355,10 +355,13 @@ class Teacher(Protocol):
         ...
 
     def score_texts(
-        self, jobs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+        self,
+        jobs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        spaces: Sequence[bool] | None = None,
     ) -> list[TextScore]:
-        """Log-probabilities of (prompt ids, content ids) pairs in the teacher's tokens.
-        Collective.
+        """Log-probabilities of (prompt ids, content ids) pairs in the teacher's tokens. spaces:
+        score the bytes before every position, too (TextScore.prefix_logp); whether a text's first
+        byte is a space that the teacher's tokenizer put there. Collective.
         """
         ...
 

@@ -15,7 +15,8 @@ UNBIASED_PARTITIONS = ("prefix", "first_byte")
 @dataclass(frozen=True)
 class DistillSection:
     # byte: teacher and student with different tokenizers, exact; span, class: baselines for these
-    objective: Literal["nll", "kl", "byte", "span", "class"] = "kl"
+    # policy_gradient: the teacher's log-probability of the student's own texts as a reward
+    objective: Literal["nll", "kl", "byte", "policy_gradient", "span", "class"] = "kl"
     divergence: Literal["forward", "reverse", "jsd", "skew_forward", "skew_reverse"] = "reverse"
     beta: float = 0.5  # jsd, skew: weight of the teacher in the mixture
     # what becomes of the teacher's probability outside its top-k. sampled: top_k independent draws
@@ -103,10 +104,16 @@ def _check_combinations(d: DistillSection) -> None:
             f"teacher_weights = {list(d.teacher_weights)} for {teachers} teachers; want one number "
             "> 0 for each, teacher.path first"
         )
-    if d.more_teachers and d.objective == "span":
+    if d.objective == "policy_gradient" and (d.on_policy < 1 or d.nll_weight):
         raise ValueError(
-            "objective = 'span' takes one teacher; several can be compared with objective = "
-            "'byte' or 'kl'"
+            f"objective = 'policy_gradient' with on_policy = {d.on_policy}, nll_weight = "
+            f"{d.nll_weight}: only the student's own texts have its probabilities. Set on_policy = "
+            "1.0 and nll_weight = 0.0, or objective = 'byte'"
+        )
+    if d.more_teachers and d.objective in ("span", "policy_gradient"):
+        raise ValueError(
+            f"objective = {d.objective!r} takes one teacher; several can be compared with "
+            "objective = 'byte' or 'kl'"
         )
     _check_reading(d)
     _check_top_k(d)

@@ -227,7 +227,13 @@ def check_distill(cfg: Config) -> None:
     check_no_gates(cfg)
     check_cached_teacher(cfg)
     check_served_teacher(cfg)
-    d = cfg.distill
+    d, r = cfg.distill, cfg.rollout
+    if d.objective == "policy_gradient" and (r.temperature, r.top_p, r.top_k) != (1.0, 1.0, 0):
+        raise ValueError(
+            f"distill.objective = 'policy_gradient' with rollout.temperature = {r.temperature}, "
+            f"top_p = {r.top_p}, top_k = {r.top_k}: the reward is of the student's full softmax. "
+            "Set temperature = 1.0, top_p = 1.0, top_k = 0"
+        )
     if cfg.defence.changes_text and (d.objective != "nll" or d.source != "teacher"):
         raise ValueError(
             f"{_defence(cfg)} with distill.objective = {d.objective!r}, source = {d.source!r}: "

@@ -158,7 +158,7 @@ def distill_roles(cfg: Config) -> list[Role]:
 def distill_pair(cfg: Config) -> Pair | None:
     if not cfg.needs_teacher:
         return None
-    aligned = cfg.distill.objective in ("byte", "span", "class")
+    aligned = cfg.distill.objective in ("byte", "policy_gradient", "span", "class")
     return Pair("student", "teacher", same_ids="vocabulary", aligned=aligned)
 
 

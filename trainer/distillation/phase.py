@@ -5,6 +5,8 @@ across tokenizers).
                 kl     token KL to the teacher at the same positions: KD off-policy, GKD with
                        on_policy > 0
                 byte   distributions over the next byte and the end: another tokenizer
+                policy_gradient   the teacher's log-probability of the student's own texts as a
+                       reward, credited by bytes: another tokenizer
                 span   likelihoods of aligned byte spans: another tokenizer
                 class  distributions over the classes of a vocabulary partition, at the positions
                        before which both models have read the same bytes: another tokenizer
@@ -29,7 +31,15 @@ from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.task_routing import build_grader, task_names
 from reflux.trainer.engine.metrics import MetricSums
 from reflux.trainer.evaluation.evaluator import Evaluator
-from reflux.trainer.losses import HeadInputs, Loss, nll, nll_metrics, span_kl, token_logprob_of
+from reflux.trainer.losses import (
+    HeadInputs,
+    Loss,
+    nll,
+    nll_metrics,
+    policy_gradient,
+    span_kl,
+    token_logprob_of,
+)
 from reflux.trainer.phase import Engine, Grader, Teacher
 
 from .targets import Targets
@@ -90,6 +100,11 @@ class DistillPhase:
             return total, nll_metrics(logp_T, batch.off_policy_T)
         if self.spec.objective == "span":
             return self._span_loss(out, batch)
+        if self.spec.objective == "policy_gradient":
+            logp_T = token_logprob_of(out, batch.target_T).logp
+            return policy_gradient(
+                logp_T, batch.old_logp_T, batch.advantage_T, self.cfg.policy.clip
+            )
         total, metrics = self._likelihood_terms(out, batch)
         divergence, more = self._divergence(out, batch)
         return total + divergence, metrics | more
@@ -110,6 +125,7 @@ class DistillPhase:
         how = {
             "nll": "likelihood of the teacher's texts",
             "byte": f"{d.divergence} KL of exact next-byte distributions",
+            "policy_gradient": "policy gradient on the teacher's log-probability of its own texts",
             "span": "likelihoods of aligned byte spans",
             "kl": f"{d.divergence} KL, tail {d.tail}",
             "class": f"{d.divergence} KL over a partition of both vocabularies ({d.partition})",

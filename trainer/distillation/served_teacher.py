@@ -89,7 +89,9 @@ class ServedTeacher:
         return topk_kl(student, TopK(*stored), self.spec)
 
     def score_texts(
-        self, jobs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+        self,
+        jobs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        spaces: Sequence[bool] | None = None,
     ) -> list[TextScore]:
         """See phase.Teacher; only of no text at all."""
         assert not jobs, "check_served_teacher refuses what would ask"

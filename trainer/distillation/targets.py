@@ -3,6 +3,7 @@
     nll    the text itself
     kl     the teacher's own rendering of the prompt, or its rows of a cache; ids are shared
     byte   the text in every teacher's tokens, where both spell its bytes
+    policy_gradient   the teacher's log-probability of the student's texts and of their prefixes
     class  the text in every teacher's tokens, and the aligned positions
     span   the teacher's log-probability of every span that both tokenizations share
 
@@ -23,6 +24,7 @@ from reflux.trainer.phase import Teacher
 from reflux.trainer.rollouts.scoring import Aligned, align_texts
 
 from .byte_loss import byte_view
+from .text_rewards import less_the_others, rewards_to_go, text_reward
 from .texts import Text
 
 
@@ -42,6 +44,8 @@ class Targets:
             samples = self._span_samples(texts)
             metric_sums.add("unaligned", [float(s is None) for s in samples])
             return [s for s in samples if s is not None]
+        if self.spec.objective == "policy_gradient":
+            return self._rewarded_samples(texts, metric_sums)
         if self.spec.objective == "byte" and self.teachers:
             return self._byte_samples(texts, metric_sums)
         if self.spec.objective == "class" and self.teachers:
@@ -79,6 +83,25 @@ class Targets:
         lost = len(texts) - len(samples)
         metric_sums.add("unaligned", [0.0] * len(samples) + [1.0] * lost)
         return samples
+
+    # policy_gradient
+    def _rewarded_samples(self, texts: Sequence[Text], metric_sums: MetricSums) -> list[Sample]:
+        """The student's own texts with an advantage per token. Collective."""
+        teacher, found = self.teachers[0], []
+        for text in texts:
+            view = self._byte_view(text, text.rollout, 0)
+            if view is not None and view.ids is not None:
+                content = view.ids[: len(view.ids) - text.rollout.ended]
+                found.append((text.rollout, (view.prompt_ids, content), view.space))
+        scores = teacher.score_texts([job for _, job, _ in found], [space for *_, space in found])
+        rollouts = [rollout for rollout, *_ in found]
+        to_go = [rewards_to_go(self.chat, r, s) for r, s in zip(rollouts, scores)]
+        metric_sums.add("log_ratio", [text_reward(r, s) for r, s in zip(rollouts, scores)])
+        metric_sums.add("unaligned", [0.0] * len(found) + [1.0] * (len(texts) - len(found)))
+        advantages = less_the_others(to_go, [r.prompt.index for r in rollouts])
+        return [
+            Sample(r, advantage, np.asarray(r.logp)) for r, advantage in zip(rollouts, advantages)
+        ]
 
     def _byte_view(self, text: Text, rollout: Rollout, index: int) -> TeacherView | None:
         """The text as teacher `index` reads it, with its rows where they are kept."""

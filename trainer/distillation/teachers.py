@@ -39,7 +39,7 @@ from reflux.trainer.losses import (
 from reflux.trainer.phase import Engine, FrozenModel, Sampler, Teacher, TextScore
 from reflux.trainer.rollouts.defences import DefendedDecoding
 from reflux.trainer.rollouts.generate import EmbeddedSampler
-from reflux.trainer.rollouts.scoring import score_ids
+from reflux.trainer.rollouts.scoring import Prefixes, score_ids
 
 from .byte_loss import ByteLoss, byte_loss
 from .cached_teacher import load_cached
@@ -47,6 +47,7 @@ from .draws import draw_noise
 from .reading import Reading, not_compared
 from .served_teacher import load_served
 
+BY_BYTES = ("byte", "policy_gradient")  # objectives that need both vocabularies as tries
 PARTITIONS: dict[str, Callable[[Vocabulary, Vocabulary], Partition]] = {
     "first_byte": vocab_map.first_byte,
     "common": vocab_map.common,
@@ -171,10 +172,17 @@ class FrozenTeacher:
         return uniform_TK
 
     def score_texts(
-        self, jobs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+        self,
+        jobs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        spaces: Sequence[bool] | None = None,
     ) -> list[TextScore]:
         """See phase.Teacher. Collective."""
-        return score_ids(self.model, self.engine, jobs, self.chat, tokens=self.tokens)
+        prefixes = None
+        if spaces is not None and self.byte_loss is not None:
+            prefixes = Prefixes(self.byte_loss.teacher, spaces)
+        return score_ids(
+            self.model, self.engine, jobs, self.chat, tokens=self.tokens, prefixes=prefixes
+        )
 
 
 def load_teachers(cfg: Config, engine: Engine, chat: Chat) -> Sequence[Teacher]:
@@ -203,7 +211,7 @@ def load_local(cfg: Config, engine: Engine, chat: Chat) -> Sequence[Teacher]:
     losses = [
         (
             _class_loss(cfg.distill, chat, c, engine) if objective == "class" else None,
-            byte_loss(cfg.distill, chat, c, engine, same=same) if objective == "byte" else None,
+            byte_loss(cfg.distill, chat, c, engine, same=same) if objective in BY_BYTES else None,
         )
         for c, same in zip(chats, shares_ids)
     ]

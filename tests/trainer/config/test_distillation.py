@@ -76,6 +76,11 @@ def test_exact_bytes_need_no_permission():
             assert DistillSection(objective="byte", **options)
     with pytest.raises(ValueError, match="top_k = 8 need objective"):
         DistillSection(objective="byte", top_k=8, tail="bucket")
+    for wrong in ({"on_policy": 0.5}, {"nll_weight": 1.0}):
+        with pytest.raises(ValueError, match="only the student's own texts"):
+            DistillSection(objective="policy_gradient", **wrong)
+    with pytest.raises(ValueError, match="'policy_gradient' takes one teacher"):
+        DistillSection(objective="policy_gradient", more_teachers=("x",))
     with pytest.raises(ValueError, match="max_missing = 1.5; want 0 to 1"):
         DistillSection(objective="byte", max_missing=1.5)
 
