@@ -41,10 +41,7 @@ def _tail(diagnosis: Diagnosis) -> TrapVerdict:
     if cross:
         option = "distill.objective = 'class', partition = 'common', tail = 'bucket'"
         option += ", allow_biased = true"
-        everything = (
-            "all classes (distill.objective = 'class', partition = 'prefix', divergence = "
-            "'forward', on_policy = 0.0)"
-        )
+        everything = "the whole distribution (distill.objective = 'byte')"
     advice = (
         f"{option} and top_k = {tail.top_k}: the first {tail.top_k} classes hold "
         f"{tail.kl_fraction:.0%} of the {divergence} KL, the tail bucket holds the rest; "
@@ -73,13 +70,13 @@ def _off_policy(diagnosis: Diagnosis) -> TrapVerdict | None:
         return None
     divergence = _worse(off.prefix_ratio)
     gradient = _gradient_words(off.gradient, divergence)
-    biased = " (with allow_biased = true)" if diagnosis.cross_tokenizer else ""
+    bytes_ = " with distill.objective = 'byte'" if diagnosis.cross_tokenizer else ""
     return _verdict(
         "off-policy instability",
         f"{divergence} KL on student prefixes / on teacher prefixes",
         off.prefix_ratio[divergence],
         1.0,
-        f"distill.on_policy > 0{biased}: the pair differs more on the student's own prefixes than "
+        f"distill.on_policy > 0{bytes_}: the pair differs more on the student's own prefixes than "
         "on the teacher's, and off-policy texts never reach those (effective fraction of the "
         f"teacher's texts under the student: {off.effective_samples['whole'].mean:.0%}){gradient}"
         + _far_apart(diagnosis, ". But"),

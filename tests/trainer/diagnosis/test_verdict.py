@@ -123,7 +123,7 @@ def test_the_advice_for_two_tokenizers_is_a_config_that_exists():
     assert DistillSection(**options, top_k=top_k, allow_biased=True).objective == "class"
     rare = replace(diagnosis, cross_tokenizer=cross_tokenizer(teacher_mass=0.6))
     advice = with_verdict(rare).verdict[0].advice
-    assert advice.startswith("all classes (distill.objective = 'class', partition = 'prefix', ")
+    assert advice.startswith("the whole distribution (distill.objective = 'byte')")
     options = dict(re.findall(r"(\w+) = '(\w+)'", advice.partition(")")[0]))
-    assert DistillSection(**options, on_policy=0.0).partition == "prefix"
+    assert DistillSection(**options).objective == "byte"
     assert "only 60.0% of the teacher's mass" in advice
