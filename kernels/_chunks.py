@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._parallel import VocabShard
-from ._triton import check_ids, on_gpu, runs_triton
+from ._triton import check_row_numbers, on_gpu, runs_triton
 
 # one [rows, V] buffer on a CPU; larger ones leave the caches and page-fault anew each call
 CPU_CHUNK_BYTES = 4 * 2**20
@@ -113,7 +113,7 @@ def check_bias(op: str, bias_V: Tensor | None, head_VD: Tensor) -> Tensor | None
 
 
 def check_rows(op: str, rows_M: Tensor | None, hidden_TD: Tensor) -> Tensor | None:
-    """The rows to work on, int64 [M], or None for all. Values are not read: that would sync."""
+    """The rows to work on, int64 [M], or None. Values are read on a CPU: a GPU would wait."""
     if not (rows_M is None or (rows_M.ndim == 1 and rows_M.dtype in (torch.int32, torch.int64))):
         raise ValueError(
             f"{op}: rows is {getattr(rows_M, 'dtype', None)} {list(getattr(rows_M, 'shape', []))}; "
@@ -121,7 +121,7 @@ def check_rows(op: str, rows_M: Tensor | None, hidden_TD: Tensor) -> Tensor | No
             "best where the batch is packed: on a GPU it waits"
         )
     if rows_M is not None:
-        check_ids(f"{op} (rows)", rows_M, hidden_TD.shape[0])
+        check_row_numbers(op, rows_M, hidden_TD.shape[0])
     return None if rows_M is None else rows_M.long()
 
 

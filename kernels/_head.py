@@ -22,6 +22,7 @@ from ._chunks import (
     wide,
 )
 from ._parallel import VocabShard, all_sum, local_head
+from ._triton import check_plain
 
 
 class Head(NamedTuple):
@@ -72,6 +73,7 @@ def checked_head(
     shard: VocabShard | None,
 ) -> tuple[Head, int]:
     """(plain tensors in the dtype of autocast, size of the whole vocabulary), or ValueError."""
+    check_plain(op, hidden_TD, head_VD, bias_V)
     head_VD = local_head(op, head_VD, shard)
     bias_V = None if bias_V is None else local_head(f"{op} (bias)", bias_V, shard)
     hidden_TD, head_VD, bias_V = as_autocast(hidden_TD, head_VD, bias_V)

@@ -5,7 +5,7 @@
 Shapes: T tokens, M chosen rows, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -128,6 +128,7 @@ def save_gradients(ctx: Any, inputs: tuple, output: tuple) -> None:
     # else autograd makes zero gradients for the saved [T, D] and [V, D] outputs
     ctx.set_materialize_grads(False)
     ctx.needed, ctx.num_inputs = inputs[-len(gradients) :], len(inputs)
+    ctx.leaves = inputs[: len(gradients)]
 
 
 def scale_gradients(ctx: Any, g_total: Tensor | None, *_: Tensor | None) -> tuple:
@@ -135,22 +136,27 @@ def scale_gradients(ctx: Any, g_total: Tensor | None, *_: Tensor | None) -> tupl
     if g_total is None:
         return (None,) * ctx.num_inputs
     scaled = [d * g_total if needed else None for d, needed in zip(ctx.saved_tensors, ctx.needed)]
-    return *refuse_second_derivative(scaled), *[None] * (ctx.num_inputs - len(ctx.needed))
+    none = [None] * (ctx.num_inputs - len(ctx.needed))
+    return *refuse_second_derivative(scaled, ctx.leaves), *none
 
 
-def refuse_second_derivative(gradients: list[Tensor | None]) -> list[Tensor | None]:
+def refuse_second_derivative(
+    gradients: list[Tensor | None], leaves: Sequence[Tensor | None]
+) -> list[Tensor | None]:
     """With create_graph, the gradients behind a node that raises when it is differentiated: they
-    were made in the forward and hold no graph, so that a penalty on them would count as constant.
+    hold no graph, so that a penalty on them would count as constant. The node leads to the op's
+    inputs, `leaves`: autograd walks only where it finds what it is asked for.
     """
     if not torch.is_grad_enabled():
         return gradients
     message = (
         b"the fused losses of reflux.kernels have no second derivative: their gradients are made "
-        b"in the forward. Use the op's definition (<op>_ref) where a gradient penalty is needed"
+        b"in kernels. Use the op's definition (<op>_ref) where a gradient penalty is needed"
     )
     made = [d.detach().requires_grad_() for d in gradients if d is not None]
     if not made:
         return gradients
+    made += [x for x in leaves if x is not None and x.requires_grad]
     behind = torch._C._functions.DelayedError(message, len(made))(*made)
     rest = iter(behind if isinstance(behind, tuple) else (behind,))
     return [None if d is None else next(rest) for d in gradients]

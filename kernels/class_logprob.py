@@ -20,6 +20,7 @@ from ._chunks import WORKSPACE_MB, check_rows, check_temperature, chunks, logits
 from ._classes import ClassMap, ClassSide, checked_side, fake_gradients, gradients_by_id, row_floats
 from ._classes import class_map as class_map
 from ._head import Head
+from ._loss import refuse_second_derivative
 from ._parallel import VocabShard, common_width, slice_of
 
 
@@ -135,8 +136,9 @@ def _grad(ctx, g_TN, _top_T, _log_s_T):
     *saved, rows_M = ctx.saved_tensors[:7]
     columns, need = list(ctx.saved_tensors[7:]), ctx.needs_input_grad[:3]
     grads = _op_backward(g_TN, *saved, *ctx.scales, columns, rows_M, *ctx.options, *need)
+    wanted = [g if needed else None for g, needed in zip(grads, need)]
     return (
-        *(g if needed else None for g, needed in zip(grads, need)),
+        *refuse_second_derivative(wanted, saved[-3:]),
         *[None] * len(ctx.scales),
         [None] * len(columns),
         *[None] * (1 + len(ctx.options)),

@@ -175,7 +175,7 @@ def _check_sides(
             "pad one vocabulary, pass vocab_size; else the tokenizers differ and no token-level "
             "KL exists. Slices of a vocabulary must be cut at the same rows"
         )
-    rows = len(student.hidden_TD), len(teacher.hidden_TD)
+    rows = student.hidden_TD.shape[0], teacher.hidden_TD.shape[0]
     if rows[0] != rows[1]:
         raise ValueError(
             f"linear_kl: {rows[0]} student rows and {rows[1]} teacher rows; want one row per token "

@@ -46,7 +46,7 @@ from ._logprob_rows import (
     logprob_rows,
     upstream,
 )
-from ._loss import without_ignored
+from ._loss import refuse_second_derivative, without_ignored
 from ._parallel import VocabShard, common_width, local_width, slice_of
 from .token_logprob import token_logprob_ref
 
@@ -197,7 +197,7 @@ def _grad(ctx, g_logp_TK, g_lse_T, g_entropy_T, *_):
     needed, none = list(ctx.needs_input_grad[:3]), [None] * 11
     if dlogp_TD.numel() and g_lse_T is None and g_entropy_T is None:
         dx_TD = None if g_logp_TK is None else (dlogp_TD * g_logp_TK).to(head[0].dtype)
-        return dx_TD, None, None, *none
+        return *refuse_second_derivative([dx_TD, None, None], head), *none
     if g_logp_TK is None:
         g_logp_TK = torch.zeros_like(logp_TK)
     if entropy_T.numel() and g_entropy_T is not None:
@@ -217,7 +217,8 @@ def _grad(ctx, g_logp_TK, g_lse_T, g_entropy_T, *_):
         *ctx.options,
         needed,
     )
-    return *(d if need else None for d, need in zip(gradients, needed)), *none
+    wanted = [d if need else None for d, need in zip(gradients, needed)]
+    return *refuse_second_derivative(wanted, head), *none
 
 
 _op.register_fake(_fake)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._chunks import wide
-from ._triton import LAUNCH, check_ids, launch, runs_triton, tl, triton
+from ._triton import LAUNCH, check_ids, check_plain, launch, runs_triton, tl, triton
 
 SPANS = 128  # spans of one program
 STEP = 4  # tokens of a span that one step reads; most spans are shorter
@@ -105,6 +105,7 @@ def span_sum(x_T: Tensor, span_T: Tensor, num_spans: int) -> Tensor:
     to no span. Weigh tokens by multiplying x. Packed sequences: shift row b's spans by the number
     of spans before it and flatten. ValueError on shapes or a span that is not an integer tensor.
     """
+    check_plain("span_sum", x_T)
     if not (x_T.ndim == 1 and span_T.shape == x_T.shape):
         raise ValueError(
             f"span_sum: x is {list(x_T.shape)} and span {list(span_T.shape)}; want [T] and [T]. "

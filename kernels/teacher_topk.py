@@ -148,7 +148,7 @@ def _op(
     workspace_mb: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ids int32 [T, K], logp [T, K], tail [T]."""
-    T, dtype = len(teacher), wide(teacher.dtype)
+    T, dtype = teacher.shape[0], wide(teacher.dtype)
     source = TopKSource(teacher, teacher_head, teacher_bias, logit_scale, softcap)
     other = None if student is None else TopKSource(student, student_head, student_bias, 1.0, 0.0)
     width = source.width(vocab_size, vocab_start)
@@ -212,7 +212,7 @@ def _normalise(x_TK: Tensor, top_T: Tensor, sum_1T: Tensor) -> tuple[Tensor, Ten
 
 def _fake(teacher, *inputs):
     k, support, _, vocab_size = inputs[8:12]
-    shape = len(teacher), min(2 * k if support == "union" else k, vocab_size)
+    shape = teacher.shape[0], min(2 * k if support == "union" else k, vocab_size)
     dtype = wide(teacher.dtype)
     return (
         teacher.new_empty(shape, dtype=torch.int32),
@@ -305,7 +305,7 @@ def teacher_topk(
     if student_hidden is not None:
         tensors = student_hidden, student_head, student_bias, 1.0, None
         other, student_V = checked_source(f"{op} (student)", *tensors, *cut)
-        if (student_V, len(other.x)) != (V, len(teacher.x)):
+        if (student_V, other.x.shape[0]) != (V, teacher.x.shape[0]):
             raise ValueError(
                 f"{op}: the student has {len(other.x)} rows of {student_V} classes and the teacher "
                 f"{len(teacher.x)} of {V}; want the same. If both heads pad one vocabulary, pass "

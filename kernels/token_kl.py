@@ -33,7 +33,7 @@ from ._loss import (
     weighted_total,
 )
 from ._parallel import VocabShard, common_width, local_width, slice_of
-from ._triton import runs_triton
+from ._triton import check_plain, runs_triton
 
 
 def token_kl_ref(
@@ -76,7 +76,7 @@ def _sweep(
     V, t2 = local_width(z_TV.shape[1], vocab_size, vocab_start), loss_factor(temperature, scale_t2)
     chosen_T = None
     if rows_M is not None:
-        chosen_T = torch.zeros(len(z_TV), dtype=torch.bool, device=z_TV.device)
+        chosen_T = torch.zeros(z_TV.shape[0], dtype=torch.bool, device=z_TV.device)
         chosen_T.index_fill_(0, rows_M, True)
     if dz_TV is not None:
         dz_TV[:, V:] = 0
@@ -84,7 +84,7 @@ def _sweep(
     spec = KLSpec(divergence, beta, (1 / temperature, 1 / temperature), 0.0, group)
     if runs_triton(z_TV):
         return kl_rows(z_TV, u_TV, weight_T * t2, spec, d_TV, chosen_T).mul_(t2)
-    kl_T = weight_T.new_zeros(len(z_TV))
+    kl_T = weight_T.new_zeros(z_TV.shape[0])
     for c in chunks(z_TV, common_width(vocab_size, group), 8, WORKSPACE_MB, rows_M):
         z_CV = z_TV[c]  # a view, or a copy of the chosen rows, which then takes the gradient
         d_CV = None if d_TV is None else d_TV[c] if rows_M is None else z_CV
@@ -205,6 +205,7 @@ def token_kl(
     options as in `linear_kl`. ValueError on shapes, strides, or an option that has no meaning.
     """
     op, z_TV = "token_kl", student_logits_TV
+    check_plain(op, z_TV, teacher_logits_TV)
     V = _check_logits(z_TV, teacher_logits_TV, vocab_size, shard)
     options = LossOptions(divergence, beta, temperature, weight, rows, scale_t2)
     losses = options.checked(op, z_TV)

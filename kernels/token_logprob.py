@@ -26,8 +26,9 @@ from ._logprob_rows import (
     logprob_rows,
     upstream,
 )
+from ._loss import refuse_second_derivative
 from ._parallel import VocabShard, common_width, local_width, slice_of
-from ._triton import runs_triton
+from ._triton import check_plain, runs_triton
 
 
 def token_logprob_ref(logits_TV: Tensor, target: Tensor, *, temperature: float = 1.0) -> LogProb:
@@ -123,7 +124,7 @@ def _grad(ctx, g_logp_TK, g_lse_T, g_entropy_T, _top_T, _log_s_T):
     dlogits_TV = _op_backward(
         *grads, g_entropy_T.contiguous(), logits_TV, target_TK, *saved, ctx.temperature
     )
-    return dlogits_TV, *[None] * 5
+    return *refuse_second_derivative([dlogits_TV], [logits_TV]), *[None] * 5
 
 
 _op.register_fake(_fake)
@@ -150,6 +151,7 @@ def token_logprob(
     vocabulary and vocab_size is its size. ValueError on shapes, strides, temperature <= 0.
     """
     op = "token_logprob"
+    check_plain(op, logits_TV)
     if not (
         logits_TV.ndim == 2
         and logits_TV.is_floating_point()

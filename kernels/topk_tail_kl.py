@@ -44,7 +44,7 @@ from ._loss import (
 from ._parallel import VocabShard, common_width, local_width, slice_of
 from ._topk_inputs import check_tail, check_topk, local_ids, topk_inputs
 from ._topk_rows import TopKSpec, topk_rows_
-from ._triton import runs_triton
+from ._triton import check_plain, runs_triton
 
 
 def topk_tail_kl_ref(
@@ -242,6 +242,7 @@ def topk_tail_kl(
     `linear_topk_kl`. ValueError on shapes, dtypes, or an option that has no meaning.
     """
     op, z_TV = "topk_tail_kl", student_logits_TV
+    check_plain(op, z_TV)
     V = _check_logits(op, z_TV, vocab_size, shard)
     options = LossOptions(divergence, beta, temperature, weight, rows, scale_t2)
     check_tail(op, tail, options, teacher_temperature, allow_drop)

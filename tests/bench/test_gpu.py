@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from bench import gpu, gpu_worker, tune  # noqa: E402
+from bench import gpu, gpu_trainer, gpu_worker, tune  # noqa: E402
 from bench.cases import OPS, TINY  # noqa: E402
 
 WORKER = """
@@ -121,3 +121,24 @@ def test_the_whole_command_without_a_gpu_and_without_an_installation(tmp_path, m
     assert "span_sum" in said and "Recorded in" in said
     (record,) = [json.loads(p.read_text()) for p in tmp_path.glob("*.json")]
     assert record["dry"] and record["rows"]["ours"][0]["gate"] == "passed"
+
+
+def test_the_trainers_smoke_names_what_is_wrong():
+    good = [{"loss": 2.0, "tokens_per_s": 100.0, "memory_gib": 1.0}] * gpu_trainer.STEPS
+    row = gpu_trainer.summary("distill", 10**9, "", good, 3.0)
+    assert not row["failed"] and row["mfu"] == pytest.approx(6e11 / gpu_trainer.PEAK)
+    nan = [*good[:-1], {"loss": float("nan")}]
+    assert "nan" in gpu_trainer.summary("distill", 1, "", nan, 3.0)["failed"]
+    assert "3 of 4" in gpu_trainer.summary("distill", 1, "", good[:3], 3.0)["failed"]
+    assert gpu_trainer.compare([2.0, 2.0], [2.01, 1.99]) == ""
+    assert gpu_trainer.compare([2.0, 3.0], [2.0, 2.0]).startswith("step 2: loss 3.0000")
+    assert "FAILED: x" in gpu_trainer.show({"case": "distill", "failed": "x"})
+
+
+def test_a_run_of_the_trainers_smoke(tmp_path, monkeypatch, capsys):
+    arguments = ["gpu_trainer.py", "--dry", "--out", str(tmp_path), "--only", "distill"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert gpu_trainer.main() == 0
+    assert capsys.readouterr().out.startswith("distill ")
+    (row,) = gpu.read_rows(tmp_path / "trainer.jsonl")
+    assert len(row["losses"]) == gpu_trainer.STEPS and row["tokens_per_s"] > 0

@@ -412,7 +412,7 @@ def test_rows_are_checked_when_debugging(monkeypatch):
     monkeypatch.setattr(_triton, "DEBUG", True)
     with running("torch"):
         linear_kl(*tensors, rows=torch.tensor([2, 0], device=DEVICE))
-        for wrong, match in (([1, 1], "occur twice"), ([0, 3], "id 3 of 3")):
+        for wrong, match in (([1, 1], "1 of them twice"), ([0, 3], "rows 0 to 3")):
             with pytest.raises(ValueError, match=match):
                 linear_kl(*tensors, rows=torch.tensor(wrong, device=DEVICE))
 
