@@ -5,9 +5,11 @@
     python -m bench linear_kl --tokens 1024 4096 16384 32768
     python -m bench trainer                  # this trainer against TRL (trainer.py)
     python -m bench linear_kl --base HEAD~3  # the same cases with that revision's kernels, in turns
+    python -m bench linear_kl --tokens 512 2048 8192 --vocab 5000 32000   # also on a CPU
 
-A record with plots goes to bench/records (or --out FOLDER) when this is a GPU, the tests pass and
-the tree is clean. On a CPU tiny shapes prove the harness and nothing is recorded.
+A record with plots goes to bench/records (or --out FOLDER) when the tests pass and the tree is
+clean. On a CPU, tiny shapes prove the harness and nothing is recorded unless --tokens says which
+to time: narrow fp32 ones, one thread, floor = the GEMMs alone, memory = what tensors hold.
 """
 
 import argparse
@@ -18,7 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .clock import peak_mib, time_ms
@@ -52,10 +55,14 @@ def _pass_tests(ops: list[str], on_gpu: bool) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def _shapes(tokens: list[int], on_gpu: bool) -> list:
-    from .cases import GEMMA, QWEN, TINY, at_tokens
+def _shapes(tokens: list[int], on_gpu: bool, vocab: Sequence[int] = ()) -> list:
+    from .cases import CPU, GEMMA, QWEN, TINY, at_tokens
 
-    return [at_tokens(QWEN, T) for T in tokens] if tokens else [QWEN, GEMMA] if on_gpu else [TINY]
+    if tokens:
+        shapes = [at_tokens(QWEN if on_gpu else CPU, T) for T in tokens]
+        wide = [replace(s, V=V, name=f"{s.name} V={V}") for V in vocab for s in shapes]
+        return wide or shapes
+    return [QWEN, GEMMA] if on_gpu else [TINY]
 
 
 def measure(case, title: str, seconds: float, on_gpu: bool) -> dict:
@@ -75,13 +82,10 @@ def measure(case, title: str, seconds: float, on_gpu: bool) -> dict:
                 "out of memory" if isinstance(error, torch.OutOfMemoryError) else repr(error)[:200]
             )
     ms = time_ms({name: case.step(name) for name in working}, on_gpu, seconds)
-    mib = (
-        {name: peak_mib(case.step(name)) - case.gradient_mib for name in working} if on_gpu else {}
-    )
+    mib = {name: memory_mib(case, name, on_gpu) - case.gradient_mib for name in working}
     return {
         "case": title,
         **vars(case.shape),
-        "dtype": "bf16",
         "bytes": case.bytes,
         "flop": case.flop,
         "floor_ms": case.floor_ms,
@@ -91,6 +95,16 @@ def measure(case, title: str, seconds: float, on_gpu: bool) -> dict:
         "extra_mib": mib,
         "failed": failed,
     }
+
+
+def memory_mib(case, name: str, on_gpu: bool) -> float:
+    """Peak above the inputs; on a CPU of what tensors hold."""
+    if on_gpu:
+        return peak_mib(case.step(name))
+    from . import memory
+
+    given = [x for x in case.peer_args.get(name, case.args) if hasattr(x, "untyped_storage")]
+    return memory.peak_mib(case.step(name), given)
 
 
 def run_cases(ops: list[str], shapes: list, seconds: float | None, on_gpu: bool) -> Iterator[dict]:
@@ -110,7 +124,10 @@ def run_cases(ops: list[str], shapes: list, seconds: float | None, on_gpu: bool)
         torch.manual_seed(0)
         # compilation takes time, too
         case_s = 4.0 if left is None else max(0.5, 0.4 * left / (len(todo) - done))
-        yield measure(OPS[op][variant](shape, "cuda" if on_gpu else "cpu"), title, case_s, on_gpu)
+        case = OPS[op][variant](shape, "cuda" if on_gpu else "cpu")
+        if not on_gpu:  # takes longer than all else
+            case = replace(case, peers={k: f for k, f in case.peers.items() if "compile" not in k})
+        yield measure(case, title, case_s, on_gpu)
         torch.compiler.reset()
 
 
@@ -180,6 +197,9 @@ def _arguments() -> argparse.Namespace:
         help="Qwen's shape with these numbers of tokens",
     )
     parser.add_argument(
+        "--vocab", type=int, nargs="+", default=[], metavar="V", help="with these vocabularies"
+    )
+    parser.add_argument(
         "--seconds", type=float, help="stop after this time; what is missing is named"
     )
     parser.add_argument("--base", metavar="REF", help="also time this git revision's kernels")
@@ -203,14 +223,19 @@ def main() -> None:
     import torch
 
     on_gpu = torch.cuda.is_available()
-    shapes = _shapes(args.tokens, on_gpu)
+    if not on_gpu:
+        torch.set_num_threads(1)
+    shapes = _shapes(args.tokens, on_gpu, args.vocab)
     if args.kernels_of:
         print(json.dumps(list(run_cases(args.ops, shapes, args.seconds, on_gpu))))
         return
     gate = _pass_tests(args.ops, on_gpu)
     print(f"gate: {gate}", flush=True)
     rows = {"ours": []}
+    where = device()
     for row in run_cases(args.ops, shapes, args.seconds, on_gpu):
+        if not on_gpu and "flop" in row:  # chunks stay in the cache: what is left is the GEMMs
+            row["floor_ms"] = row["flop"] / where["gemm_gflops"] / 1e6
         print(show(row), flush=True)
         rows["ours"].append(row)
     if args.base:
@@ -222,12 +247,12 @@ def main() -> None:
             *(f"{title} {show(row)}" for title in ("base", "again") for row in rows[title]),
             sep="\n",
         )
-    if not on_gpu or commit()[1]:
-        print(f"No record: {'the working tree is dirty' if on_gpu else 'no GPU here'}.")
+    if commit()[1] or not (on_gpu or args.tokens):
+        print(f"No record: {'changes in the tree' if commit()[1] else 'tiny shapes on a CPU'}.")
         return
     path = write(
-        f"{args.op}_{torch.cuda.get_device_name().lower().replace(' ', '-')}",
-        {**device(), "base": args.base, "gate": gate, "rows": rows},
+        f"{args.op}_{where['device'].lower().replace(' ', '-') if on_gpu else 'cpu'}",
+        {**where, "base": args.base, "gate": gate, "rows": rows},
         args.out,
     )
     from .plots import draw

@@ -43,11 +43,14 @@ class Shape:
     D: int
     E: int
     K: int = 64
+    dtype: str = "bfloat16"
 
 
 QWEN = Shape("qwen", T=8192, V=151_936, D=2048, E=4096)
 GEMMA = Shape("gemma", T=8192, V=262_144, D=2048, E=4096)
 TINY = Shape("tiny", T=12, V=96, D=16, E=24, K=8)
+# for a record of a CPU: narrow, so that most of the time is what the ops differ in
+CPU = Shape("cpu", T=2048, V=32_000, D=128, E=128, dtype="float32")
 
 
 def at_tokens(shape: Shape, T: int) -> Shape:
@@ -98,18 +101,19 @@ class Case:
         return sum(x.nbytes for x in self.args if isinstance(x, Tensor) and x.requires_grad) / 2**20
 
 
-def _randn(*shape: int, device: str, grad: bool = False, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, device=device, dtype=torch.bfloat16) * scale).requires_grad_(grad)
+def _randn(s: Shape, *shape: int, device: str, grad: bool = False, scale: float = 1.0) -> Tensor:
+    dtype = getattr(torch, s.dtype)
+    return (torch.randn(*shape, device=device, dtype=dtype) * scale).requires_grad_(grad)
 
 
 def _student(s: Shape, device: str) -> tuple[Tensor, Tensor]:
-    return _randn(s.T, s.D, device=device, grad=True), _randn(
-        s.V, s.D, device=device, grad=True, scale=s.D**-0.5
+    return _randn(s, s.T, s.D, device=device, grad=True), _randn(
+        s, s.V, s.D, device=device, grad=True, scale=s.D**-0.5
     )
 
 
 def _teacher(s: Shape, device: str) -> tuple[Tensor, Tensor]:
-    return _randn(s.T, s.E, device=device), _randn(s.V, s.E, device=device, scale=s.E**-0.5)
+    return _randn(s, s.T, s.E, device=device), _randn(s, s.V, s.E, device=device, scale=s.E**-0.5)
 
 
 def _targets(s: Shape, device: str) -> Tensor:
@@ -183,7 +187,7 @@ def _renormalised_topk_kl(s: Shape, device: str) -> Case:
 
 def _topk_tail_kl(s: Shape, device: str) -> Case:
     topk = teacher_topk(*_teacher(s, device), s.K)
-    args = _randn(s.T, s.V, device=device, grad=True), *topk
+    args = _randn(s, s.T, s.V, device=device, grad=True), *topk
     return Case(
         s,
         args,
@@ -199,7 +203,7 @@ def _token_kl(s: Shape, device: str) -> Case:
     )
     return Case(
         s,
-        (_randn(s.T, s.V, device=device, grad=True), _randn(s.T, s.V, device=device)),
+        (_randn(s, s.T, s.V, device=device, grad=True), _randn(s, s.T, s.V, device=device)),
         lambda *args: token_kl(*args).total,
         peer_losses,
         bytes=10 * s.T * s.V,
@@ -208,7 +212,7 @@ def _token_kl(s: Shape, device: str) -> Case:
 
 
 def _token_logprob(s: Shape, device: str, backward: bool = True) -> Case:
-    logits_PV, target_T = _randn(s.T + 1, s.V, device=device), _targets(s, device)
+    logits_PV, target_T = _randn(s, s.T + 1, s.V, device=device), _targets(s, device)
     args = logits_PV[: s.T].requires_grad_(backward), target_T
     peer_losses = _with_compile(lambda *args: token_logprob_ref(*args).logp.sum())
     if not backward and (liger := peers.liger().get("token_logprob")):

@@ -73,6 +73,13 @@ def roofline_now() -> dict[str, float]:
     }
 
 
+def gemm_gflops() -> float:
+    """fp32, on the threads that torch has, at the width of the CPU's cases."""
+    a, b = torch.randn(256, 128), torch.randn(128, 4096)
+    ms = time_ms({"gemm": lambda: a @ b}, on_gpu=False, seconds=0.5)["gemm"][1]
+    return 2 * 256 * 128 * 4096 / ms / 1e6
+
+
 def ceilings(dry: bool) -> dict[str, dict[str, float]]:
     """TFLOP/s of the GEMMs of one chunk, by rows: fp32 logits out, dhidden, fp32 dhead added to.
 

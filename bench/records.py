@@ -42,7 +42,10 @@ def device() -> dict:
     import torch
 
     if not torch.cuda.is_available():
-        return {"device": _cpu(), "cpus": os.cpu_count(), "load_average": os.getloadavg()}
+        from .clock import gemm_gflops
+
+        there = {"device": _cpu(), "cpus": os.cpu_count(), "load_average": os.getloadavg()}
+        return there | {"threads": torch.get_num_threads(), "gemm_gflops": gemm_gflops()}
     from .clock import roofline_now
 
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

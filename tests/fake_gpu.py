@@ -2,25 +2,25 @@
 
     with FakeGPU() as gpu:
         loss(...).backward()          # hidden, head ... made inside, on device="gpu"
-    gpu.peak_mib
+    gpu.peak                          # bytes
 
 Custom ops run their real bodies, not their register_fake, up to the kernel launches, which
 `_triton.launch` leaves out for fake tensors after it has compared their devices. A tensor that
 stayed behind on the CPU, a read of a value (a synchronisation) and a wrong shape raise as on a GPU.
 """
 
-import weakref
+import sys
 from contextlib import ExitStack
 from functools import cache
+from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from reflux.kernels._triton import on_gpu
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench.memory import PeakMemory  # noqa: E402
+from reflux.kernels._triton import on_gpu  # noqa: E402
 
 NAME = "gpu"
 # torch >= 2.12: a device type without a C++ backend, experimental
@@ -43,19 +43,13 @@ def is_no_cpu(x):
     return x.device.type != "cpu"
 
 
-class FakeGPU(TorchDispatchMode):
+class FakeGPU(PeakMemory):
     """Also counts the bytes of the tensors that are alive, their largest sum and the largest."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(NAME)
         register()
-        self.alive, self.peak, self.largest = 0, 0, 0
-        self._seen: set[int] = set()
         self._fake, self._stack = FakeTensorMode(), ExitStack()
-
-    @property
-    def peak_mib(self) -> float:
-        return self.peak / 2**20
 
     @property
     def largest_mib(self) -> float:
@@ -76,33 +70,9 @@ class FakeGPU(TorchDispatchMode):
         self.peak, self.largest = self.alive, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        ours = OPDEFS.get(func._schema.name)
-        if ours is not None:
-            with self:
-                return ours._init_fn(*args, **kwargs)
         if func is torch.ops.aten.addmm.dtype_out:  # its meta kernel wants a CUDA build
             out, a, b = kwargs["out"], *args[1:3]
             assert out.shape == (a.shape[0], b.shape[1]) and a.shape[1] == b.shape[0]
             assert out.dtype == args[3] and a.dtype == b.dtype and out.device == a.device
             return out
-        result = func(*args, **kwargs)
-        for x in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(x, Tensor) and x.device.type == NAME:
-                self._count(x)
-        return result
-
-    def _count(self, x: Tensor) -> None:
-        storage = x.untyped_storage()
-        key = storage._cdata
-        if key in self._seen:
-            return
-        size = storage.nbytes()
-        self._seen.add(key)
-        self.alive += size
-        self.peak, self.largest = max(self.peak, self.alive), max(self.largest, size)
-        weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.alive -= size
+        return super().__torch_dispatch__(func, types, args, kwargs)

@@ -15,8 +15,8 @@ from close import DEVICE
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from bench import clock, peers, plots  # noqa: E402
-from bench.__main__ import measure, run_cases, show  # noqa: E402
-from bench.cases import OPS, QWEN, TINY  # noqa: E402
+from bench.__main__ import measure, memory_mib, run_cases, show  # noqa: E402
+from bench.cases import CPU, OPS, QWEN, TINY  # noqa: E402
 
 CASES = [(op, variant) for op, variants in OPS.items() for variant in variants]
 
@@ -73,6 +73,24 @@ def test_a_row_names_what_failed_and_what_there_was_no_time_for():
     assert "hungry: out of memory" in show(row) and "x chunked" in show(row)
     skipped = list(run_cases(["token_kl"], [TINY], -1.0, on_gpu=False))
     assert "out of time" in show(skipped[0])
+
+
+def test_a_cpu_counts_what_tensors_hold_inside_our_ops_too():
+    """Naive logits, log-softmax and gradients of [T, V]; ours a chunk of them."""
+    shape = replace(CPU, T=700, V=900)
+    case = OPS["linear_nll"][""](shape, "cpu")
+    row = measure(case_without_compile(case), "linear_nll", 0.01, on_gpu=False)
+    block = 700 * 900 * 4 / 2**20
+    assert row["dtype"] == "float32"
+    assert row["extra_mib"]["torch"] > 2 * block
+    # 4 MiB blocks at most, or 128 rows
+    many = OPS["linear_nll"][""](replace(shape, T=7000), "cpu")
+    ours = [memory_mib(c, "ours", False) - c.gradient_mib for c in (case, many)]
+    assert ours[1] < ours[0] + 6300 * (4 * shape.D + 64) / 2**20 + 4 * 4.1
+
+
+def case_without_compile(case):
+    return replace(case, peers={k: f for k, f in case.peers.items() if "compile" not in k})
 
 
 def test_our_own_failure_is_never_a_row():
