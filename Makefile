@@ -4,6 +4,7 @@
 # make test-faults  kills, full disks, damaged files, leaks: 100 random kills; RECORD=FILE writes what was tried (about 25 minutes)
 # make test-gpu-sim the kernels' tests on a CPU that imitates what a GPU does differently (about 10 minutes)
 # make test-engines a real vLLM in an environment of its own, build/engines/.venv: on a CPU (6 minutes, half of it installation)
+# make test-integrations  our losses in TRL's place, against TRL itself at a pinned version, beside .venv (1 minute)
 # make audit        known vulnerabilities of what is installed, where pip-audit reaches its data; else only the list, docs/dependencies.txt
 # make bench        kernels against floors and peers (needs a GPU for numbers; on a CPU it proves the harness)
 # make bench-gpu    the same on a machine with a GPU where nothing of this is installed: no network, 9 minutes, see bench/README.md
@@ -16,7 +17,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart report test test-faults test-gpu-sim test-engines audit bench bench-gpu real lint clean
+.PHONY: quickstart report test test-faults test-gpu-sim test-engines test-integrations audit bench bench-gpu real lint clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m reflux.trainer.matrix configs/quickstart.toml
@@ -49,6 +50,10 @@ $(ENGINES)/ready: pyproject.toml CMakeLists.txt $(wildcard tokenalign/native/*)
 
 test-engines: $(ENGINES)/ready
 	OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest tests/engines -m engines --durations 15 -p no:logging
+
+test-integrations: $(VENV)/ready
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/integrations trl==1.16.0
+	PYTHONPATH=build/integrations REFLUX_INTEGRATIONS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trainer/integrations
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -3,10 +3,18 @@
     logp[t, k] as in linear_logprob
     total      = - sum_t sum_k weight[t, k] logp[t, k]
 
+and with label_smoothing e and z_loss c, for one target a row, lse[t] = log sum_v e^a[t, v], a the
+logits as the softmax sees them:
+
+    total      = sum_t weight[t] ((1 - e) (-logp[t]) + e (lse[t] - mean_v a[t, v]) + c lse[t]^2)
+
+that is e of the target spread evenly over the vocabulary (Szegedy et al., arXiv:1512.00567) and
+PaLM's pull of the normaliser to 1 (arXiv:2204.02311). mean_v a is the hidden state times the mean
+row of the head, so that neither costs a pass over the logits.
+
 The weights are known in the forward (a loss mask, a reward, 1 / number of tokens), so gradients of
 total are made there, chunk by chunk, and the backward only scales them; an op boundary at logp
-costs 4 GEMMs. Supervised fine-tuning, sequence distillation, REINFORCE with fixed rewards. There is
-no further term in total: no z-loss, no smoothing.
+costs 4 GEMMs. Supervised fine-tuning, sequence distillation, REINFORCE with fixed rewards.
 
 A target < 0 or >= V is padding and a weight of 0 leaves its token out, whatever it is. A banned
 target (a bias of -inf) makes total infinite, as its weight says, and gets no gradient.
@@ -26,14 +34,22 @@ from ._chunks import (
     check_temperature,
     chunks,
     gradient_block,
+    logits_ref,
     padded,
     wide,
     workspace_buffers,
 )
 from ._head import Head, HeadGradients, checked_head, fake_gradients
-from ._logprob_rows import check_target, local_target, logprob_gradient_, logprob_rows, upstream
+from ._logprob_rows import (
+    PADDING,
+    check_target,
+    local_target,
+    logprob_gradient_,
+    logprob_rows,
+    upstream,
+)
 from ._loss import save_gradients, scale_gradients, unit_of, without_ignored
-from ._parallel import VocabShard, common_width, local_width, slice_of
+from ._parallel import VocabShard, all_sum, common_width, local_width, slice_of
 from .linear_logprob import GRADIENT_BUFFERS, linear_logprob_ref
 
 
@@ -43,17 +59,71 @@ class LinearNLL(NamedTuple):
 
 
 def linear_nll_ref(
-    hidden_TD: Tensor, head_VD: Tensor, target: Tensor, *, weight: Tensor | None = None, **options
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    temperature: float = 1.0,
+    **options,
 ) -> LinearNLL:
     """The definition, with the options of linear_logprob_ref. fp32 arithmetic, or fp64 for fp64."""
-    logp = linear_logprob_ref(hidden_TD, head_VD, target, **options).logp
+    result = linear_logprob_ref(hidden_TD, head_VD, target, temperature=temperature, **options)
+    logp = result.logp
     weight = torch.ones_like(logp) if weight is None else weight.to(logp.dtype)
-    return LinearNLL(_total(logp, weight), logp.detach())
+    total = (1 - label_smoothing) * _total(logp, weight)
+    if label_smoothing or z_loss:
+        side = options.get("bias"), options.get("logit_scale", 1.0), options.get("softcap")
+        cut = options.get("vocab_size")
+        a_TV = logits_ref(hidden_TD, head_VD, *side, cut) / temperature
+        lse_T = a_TV.logsumexp(-1)
+        more_T = label_smoothing * (lse_T - a_TV.mean(-1)) + z_loss * lse_T.square()
+        used_T = (target >= 0) & (target < a_TV.shape[1]) & (weight != 0)
+        total = total + torch.where(used_T, weight * more_T, 0.0).sum()
+    return LinearNLL(total, logp.detach())
 
 
 def _total(logp: Tensor, weight: Tensor) -> Tensor:
     weight = weight[:, None] if weight.ndim < logp.ndim else weight
     return -torch.where(weight != 0, weight * logp, 0.0).sum()
+
+
+class Even(NamedTuple):
+    """What an evenly spread share of the target needs: mean_v a = scale (x . row + bias)."""
+
+    head: Head
+    weight_T: Tensor  # of the share, 0 where a row is not used
+    scale: float
+    row_D: Tensor  # sum of this slice's head rows / size of the whole vocabulary
+    bias: Tensor  # [], likewise
+    part: float  # 1 / size of the whole vocabulary
+    group: str
+
+    @classmethod
+    def of(cls, head: Head, weight_T: Tensor, scale: float, V: int, group: str) -> "Even":
+        dtype, none = weight_T.dtype, weight_T.new_zeros(())
+        row_D = head.head_VD.sum(0, dtype=dtype) / V
+        bias = none if head.bias_V is None else head.bias_V.sum(dtype=dtype) / V
+        return cls(head, weight_T, scale, row_D, bias, 1 / V, group)
+
+    def mean(self, c: Rows) -> Tensor:
+        mean_C = self.head.hidden_TD[c].to(self.row_D.dtype) @ self.row_D + self.bias
+        return all_sum(self.scale * mean_C, self.group)
+
+    def add_gradients(self, c: Rows, grads: HeadGradients) -> None:
+        if grads.need[0]:
+            d_C1 = (self.weight_T[c] * -self.scale)[:, None]
+            grads.dhidden_TD[c] += (d_C1 * self.row_D).to(grads.dhidden_TD.dtype)
+
+    def add_head_gradient(self, grads: HeadGradients) -> None:
+        """Every row of the head gets the same: one pass over its gradient."""
+        V, d_T = len(self.head.head_VD), self.weight_T * (-self.scale * self.part)
+        if grads.need[1]:
+            grads.dhead_VD[:V] += d_T @ self.head.hidden_TD.to(d_T.dtype)
+        if grads.need[2]:
+            grads.dbias_V[:V] += d_T.sum()
 
 
 @torch.library.custom_op("reflux::linear_nll", mutates_args=())
@@ -67,6 +137,8 @@ def _op(
     rows_M: Tensor | None,
     weight_TK: Tensor,
     temperature: float,
+    label_smoothing: float,
+    z_loss: float,
     vocab_size: int,
     group: str,
     vocab_start: int,
@@ -82,25 +154,46 @@ def _op(
     scale, d_scale = head.scales(temperature)
     target_TK = local_target(target_TK, vocab_start, V, rows_M)
     logp_TK = torch.zeros_like(weight_TK)
+    used_TK = torch.where(target_TK == PADDING, 0.0, weight_TK)
+    even = (
+        Even.of(head, used_TK[:, 0] * label_smoothing, scale, vocab_size, group)
+        if label_smoothing
+        else None
+    )
+    more_T = torch.zeros_like(weight_TK[:, 0])
 
     # a function, so that its blocks are free before the next chunk's are made
     def step(c: Rows) -> None:
         logits_CV = head.logits(c)
-        logp_CK, _, empty, *saved = logprob_rows(
+        logp_CK, lse_C, empty, *saved = logprob_rows(
             padded(logits_CV), target_TK[c], scale, False, group
         )
         logp_TK[c] = logp_CK
+        w_C, g_lse_C = used_TK[c, 0], None
+        if label_smoothing or z_loss:
+            more_C, g_C = w_C * z_loss * lse_C.square(), 2 * z_loss * w_C * lse_C
+            if even is not None:
+                more_C += even.weight_T[c] * (lse_C - even.mean(c))
+                g_C += even.weight_T[c]
+            more_T[c], g_lse_C = more_C, g_C * d_scale
         if any(grads.need):
-            g_C = *upstream(target_TK[c], logp_CK, weight_TK[c] * -d_scale), empty
+            g_CK = weight_TK[c] * (label_smoothing - 1) * d_scale
+            grads_C = *upstream(target_TK[c], logp_CK, g_CK, g_lse_C), empty
             d_CV = gradient_block(logits_CV, x_TD)
-            rows = padded(logits_CV), target_TK[c], (*saved, empty), g_C, scale, softcap
+            rows = padded(logits_CV), target_TK[c], (*saved, empty), grads_C, scale, softcap
             logprob_gradient_(*rows, padded(d_CV))
             grads.add(c, d_CV, head)
+            if even is not None:
+                even.add_gradients(c, grads)
 
     buffers = workspace_buffers(x_TD, GRADIENT_BUFFERS, 4)
     for c in chunks(x_TD, common_width(vocab_size, group), buffers, workspace_mb, rows_M):
         step(c)
-    return _total(logp_TK, weight_TK), logp_TK, *grads.finish(head_VD, bias_V, group)
+    if even is not None:
+        even.add_head_gradient(grads)
+    total = (1 - label_smoothing) * _total(logp_TK, weight_TK)
+    total = total + torch.where(used_TK[:, 0] != 0, more_T, 0.0).sum()
+    return total, logp_TK, *grads.finish(head_VD, bias_V, group)
 
 
 def _fake(hidden_TD, head_VD, bias_V, logit_scale, softcap, target_TK, rows_M, weight_TK, *rest):
@@ -126,6 +219,26 @@ def _weights(weight: Tensor | None, target_TK: Tensor, dtype: torch.dtype) -> Te
     return (weight[:, None] if weight.ndim == 1 else weight).expand(target_TK.shape).contiguous()
 
 
+def _check_regularisers(
+    label_smoothing: float, z_loss: float, softcap: float | None, target: Tensor
+) -> None:
+    if not (0 <= label_smoothing < 1 and 0 <= z_loss < float("inf")):
+        raise ValueError(
+            f"linear_nll: label_smoothing {label_smoothing} and z_loss {z_loss}; want 0 <= "
+            "label_smoothing < 1 and z_loss >= 0, 1e-4 as it were"
+        )
+    if label_smoothing and softcap is not None:
+        raise ValueError(
+            f"linear_nll: label_smoothing {label_smoothing} with softcap {softcap}; want one of "
+            "them: the mean of capped logits is no product with the head's mean row"
+        )
+    if (label_smoothing or z_loss) and target.ndim != 1:
+        raise ValueError(
+            f"linear_nll: label_smoothing or z_loss for targets {list(target.shape)}; want one "
+            "target a row, [T]"
+        )
+
+
 def linear_nll(
     hidden_TD: Tensor,
     head_VD: Tensor,
@@ -133,6 +246,8 @@ def linear_nll(
     *,
     weight: Tensor | None = None,
     temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     frozen_head: bool = False,
     rows: Tensor | None = None,
     bias: Tensor | None = None,
@@ -146,13 +261,16 @@ def linear_nll(
 
     total is differentiable in hidden, head and bias; logp is detached. weight: constant, [T] or
     like target, of any sign; ones if None. total is a sum: divide by your own number of tokens, or
-    let weight hold 1 / number. All other arguments are those of linear_logprob.
+    let weight hold 1 / number. label_smoothing (0 <= e < 1, without a soft cap) and z_loss (>= 0)
+    want one target a row; logp stays the target's. A head or bias with a banned token (-inf) has
+    no even share: total is inf. All other arguments are those of linear_logprob.
     """
     op, tensors = "linear_nll", (hidden_TD, head_VD, bias, logit_scale, softcap)
     check_temperature(op, temperature)
     head, V = checked_head(op, *tensors, vocab_size, shard)
     x_TD = head.hidden_TD
     target_TK = check_target(op, target, x_TD.shape[0], V)
+    _check_regularisers(label_smoothing, z_loss, softcap, target)
     weight_TK = _weights(weight, target_TK, wide(x_TD.dtype))
     used_T = ((weight_TK != 0) & (target_TK >= 0)).any(1)
     head = head._replace(hidden_TD=without_ignored(x_TD, used_T))
@@ -163,6 +281,8 @@ def linear_nll(
         check_rows(op, rows, x_TD),
         weight_TK if unit is None else weight_TK / unit,
         temperature,
+        label_smoothing,
+        z_loss,
         V,
         *slice_of(shard),
         workspace_mb,

@@ -31,6 +31,7 @@ ROOMS = {  # room or file of trainer/ -> the rooms that it may import, beside th
     "main": "config runs loop preflight",
     "verify": "engine disk_space",
     "studies": "config runs data",
+    "integrations": "",
     "cells": "runs main",
     "matrix": "config runs cells studies",
 }

@@ -46,13 +46,28 @@ def run(fn, tensors, target, dtype, **options):
     dtype=st.sampled_from(DTYPES),
     temperature=st.sampled_from([0.5, 1.0, 2.0]),
     softcap=st.sampled_from([None, 4.0]),
+    smoothing=st.sampled_from([0.0, 0.1]),
+    z_loss=st.sampled_from([0.0, 0.02]),
     padded=st.integers(0, 3),
     block_v=st.sampled_from([64, 256]),
     workspace_mb=st.sampled_from([0.001, 1200]),
     seed=SEEDS,
 )
 def test_total_and_gradients_match_float64(
-    path, T, V, D, K, dtype, temperature, softcap, padded, block_v, workspace_mb, seed
+    path,
+    T,
+    V,
+    D,
+    K,
+    dtype,
+    temperature,
+    softcap,
+    smoothing,
+    z_loss,
+    padded,
+    block_v,
+    workspace_mb,
+    seed,
 ):
     (x_TD, w_VD, b_V), target, weight = inputs(T, V, D, K, dtype, seed)
     # columns of padding (T15)
@@ -61,6 +76,8 @@ def test_total_and_gradients_match_float64(
     options = dict(
         temperature=temperature, softcap=softcap, vocab_size=V, logit_scale=0.5, weight=weight
     )
+    if K == 1:
+        options |= {"z_loss": z_loss, "label_smoothing": 0.0 if softcap else smoothing}
     with running(path, block_v):
         got = run(linear_nll, tensors, target, dtype, workspace_mb=workspace_mb, **options)
     truth = run(linear_nll_ref, tensors, target, torch.float64, **options)
@@ -143,7 +160,7 @@ def test_the_full_logits_never_exist():
         ).total.backward()
 
 
-def on_slices(tensors, target, weight):
+def on_slices(tensors, target, weight, softcap=3.0, **more):
     from torch import distributed as dist
 
     results = []
@@ -161,11 +178,48 @@ def on_slices(tensors, target, weight):
                     shard=shard,
                     vocab_size=33,
                     weight=weight,
-                    softcap=3.0,
+                    softcap=softcap,
                     workspace_mb=0.001,
+                    **more,
                 )
             )
     return results
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_smoothing_is_torchs_and_the_z_loss_is_palms(path):
+    (x_TD, w_VD, b_V), _, _ = inputs(5, 40, 6, 1, torch.float64, 11)
+    target_T = torch.tensor([3, 0, 39, -100, 7], device=DEVICE)
+    rows = torch.tensor([4, 0, 3], device=DEVICE)
+    logits_TV = x_TD @ w_VD.T + b_V
+    smooth = torch.nn.functional.cross_entropy(
+        logits_TV, target_T, label_smoothing=0.2, reduction="none", ignore_index=-100
+    )
+    z_T = torch.where(target_T >= 0, logits_TV.logsumexp(1).square(), 0.0)
+    with running(path, 16):
+        for chosen in (None, rows):
+            options = dict(bias=b_V, label_smoothing=0.2, rows=chosen, workspace_mb=0.001)
+            out = linear_nll(x_TD, w_VD, target_T, **options)
+            more = linear_nll(x_TD, w_VD, target_T, z_loss=0.01, **options)
+            mine = slice(None) if chosen is None else chosen
+            torch.testing.assert_close(out.total, smooth[mine].sum())
+            torch.testing.assert_close(more.total - out.total, 0.01 * z_T[mine].sum())
+            torch.testing.assert_close(more.logp, out.logp, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        (dict(label_smoothing=1.0), "0 <= label_smoothing < 1"),
+        (dict(z_loss=-1.0), "z_loss >= 0"),
+        (dict(label_smoothing=0.1, softcap=3.0), "no product with the head's mean row"),
+        (dict(z_loss=0.1, target=torch.zeros(2, 2).long()), r"one target a row, \[T\]"),
+    ],
+)
+def test_regularisers_without_a_meaning(options, match):
+    options = {"target": torch.zeros(2, dtype=torch.long)} | options
+    with pytest.raises(ValueError, match=match):
+        linear_nll(torch.zeros(2, 4), torch.zeros(5, 4), **options)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="gloo ranks, in the interpreter")
@@ -189,11 +243,30 @@ def test_slices_of_a_vocabulary_are_the_whole_one():
             torch.testing.assert_close(torch.cat([a, b]), c, rtol=1e-11, atol=1e-12)
 
 
+def on_slices_smoothed(tensors, target, weight):
+    return on_slices(tensors, target, weight, softcap=None, label_smoothing=0.1, z_loss=0.01)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="gloo ranks, in the interpreter")
+def test_slices_share_the_even_part_and_the_normaliser():
+    tensors, target_T, weight_T = inputs(4, 40, 5, 1, torch.float64, 8)
+    options = dict(vocab_size=33, weight=weight_T, label_smoothing=0.1, z_loss=0.01)
+    target_T = target_T.clamp(max=33)
+    want = run(linear_nll_ref, tensors, target_T, torch.float64, **options)
+    ranks = run_on_ranks(on_slices_smoothed, tensors, target_T, weight_T)
+    for left, right in zip(*ranks, strict=True):
+        for a, b, c in zip(left[:3], right[:3], want[:3], strict=True):
+            assert torch.equal(a, b)
+            torch.testing.assert_close(a, c, rtol=1e-11, atol=1e-12)
+        for a, b, c in zip(left[3:], right[3:], want[3:], strict=True):
+            torch.testing.assert_close(torch.cat([a, b]), c, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_the_op_keeps_torch_librarys_contract(path):
     (x_TD, w_VD, b_V), target_TK, weight_TK = inputs(3, 20, 4, 2, torch.float32, 5)
     head = x_TD.requires_grad_(), w_VD.requires_grad_(), b_V, 1.0, 0.0
-    options = target_TK.clamp(max=19), None, weight_TK, 1.0, 20, "", 0, 1200.0
+    options = target_TK.clamp(max=19), None, weight_TK, 1.0, 0.1, 0.01, 20, "", 0, 1200.0
     with running(path, 16):
         torch.library.opcheck(_op, (*head, *options, True, True, False))
 

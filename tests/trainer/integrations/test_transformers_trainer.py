@@ -1,0 +1,58 @@
+"""transformers' Trainer with our loss: the value of its definition, and steps that lower it."""
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from reflux.trainer.integrations.transformers_trainer import DistillTrainer
+
+SMALL = dict(vocab_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+
+
+def make(tmp_path, steps=2, **loss):
+    torch.manual_seed(0)
+    student, teacher = (LlamaForCausalLM(LlamaConfig(hidden_size=n, **SMALL)) for n in (16, 32))
+    labels = torch.randint(64, (8, 8))
+    data = [
+        {"input_ids": ids, "labels": ids.clone().index_fill_(0, torch.arange(3), -100)}
+        for ids in labels
+    ]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=steps,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        learning_rate=0.02,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    options = dict(train_dataset=data, teacher=teacher, loss=loss)
+    return DistillTrainer(student, arguments, **options), data
+
+
+def test_the_loss_is_its_definition(tmp_path):
+    trainer, data = make(tmp_path, divergence="forward", temperature=2.0)
+    batch = {key: torch.stack([row[key] for row in data]) for key in data[0]}
+    with torch.no_grad():
+        logits, teacher = (m(batch["input_ids"]).logits for m in (trainer.model, trainer.teacher))
+        logp, logq = ((x[:, :-1] / 2).log_softmax(-1) for x in (logits, teacher))
+        kl_BT = (logq.exp() * (logq - logp)).sum(-1)
+        scored_BT = batch["labels"][:, 1:] != -100
+        got = trainer.compute_loss(trainer.model, dict(batch))
+        halved = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=80)
+    want = kl_BT[scored_BT].sum()
+    torch.testing.assert_close(got, want / scored_BT.sum())
+    torch.testing.assert_close(halved, want / 80)
+
+
+def test_steps_lower_it_and_leave_the_teacher_alone(tmp_path):
+    trainer, _ = make(tmp_path, steps=12)
+    before = [w.clone() for w in trainer.teacher.parameters()]
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < 0.9 * losses[0], losses
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.teacher.parameters()))

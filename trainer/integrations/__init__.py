@@ -1,0 +1,8 @@
+"""Our losses in the trainers of others: one import each, against a pinned version of theirs.
+
+    transformers_trainer   DistillTrainer, a transformers Trainer with a teacher
+    trl_losses             TRL's DistillationTrainer and GKDTrainer with our loss in theirs' place
+
+torchtitan's own Trainer, a plain loop and a head under FSDP2 are examples of docs/kernels.md. Here
+is no trainer of ours: these modules import `reflux.kernels` and the system they are for.
+"""
