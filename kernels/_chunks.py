@@ -112,6 +112,22 @@ def check_bias(op: str, bias_V: Tensor | None, head_VD: Tensor) -> Tensor | None
     return bias_V
 
 
+def workspace_that_fits(device: torch.device | str, share: float = 0.25) -> int:
+    """MiB for `workspace_mb`: a share of the memory that is free now, between WORKSPACE_MB and four
+    times as much; WORKSPACE_MB on a CPU, whose chunks are bound by its caches.
+
+    Ask once, when everything else is allocated, and keep the answer: the size of chunks decides in
+    which order the head's gradient is summed, so that two runs are equal only with equal sizes.
+    """
+    device = torch.device(device)
+    if not (0 < share <= 1):
+        raise ValueError(f"workspace_that_fits: share is {share}; want 0 < share <= 1")
+    if device.type != "cuda":
+        return WORKSPACE_MB
+    free_mib = torch.cuda.mem_get_info(device)[0] / 2**20
+    return int(max(WORKSPACE_MB, min(4 * WORKSPACE_MB, share * free_mib)))
+
+
 def check_rows(op: str, rows_M: Tensor | None, hidden_TD: Tensor) -> Tensor | None:
     """The rows to work on, int64 [M], or None. Values are read on a CPU: a GPU would wait."""
     if not (rows_M is None or (rows_M.ndim == 1 and rows_M.dtype in (torch.int32, torch.int64))):

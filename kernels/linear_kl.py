@@ -24,7 +24,8 @@ Options that all divergence ops share:
                   this rank's slice of the vocabulary, hidden states are the same on all ranks of
                   the group, and vocab_size counts the whole; kl, total and the gradient in hidden
                   are then the whole vocabulary's
-    workspace_mb  MiB, bounds the logits alive at once
+    workspace_mb  MiB, bounds the logits alive at once; workspace_that_fits(device) gives a larger
+                  one where memory is free: fewer passes over the head's gradient
     frozen_...    no gradient of head and bias, which otherwise accumulate in fp32
 
 Under autocast operands are cast as nn.Linear would.
@@ -47,6 +48,7 @@ from ._chunks import (
     wide,
     workspace_buffers,
 )
+from ._chunks import workspace_that_fits as workspace_that_fits
 from ._divergence import divergence_ref
 from ._head import Head, HeadGradients, checked_head, fake_gradients
 from ._kl_rows import KLSpec, kl_rows

@@ -8,12 +8,14 @@ from hypothesis import strategies as st
 
 from reflux.kernels import _triton
 from reflux.kernels._chunks import (
+    WORKSPACE_MB,
     backproject,
     chunks,
     fold_scale,
     gradient_buffers,
     padded,
     project,
+    workspace_that_fits,
 )
 from reflux.kernels._triton import check_ids
 
@@ -94,3 +96,13 @@ def test_ids_are_checked_only_while_debugging(monkeypatch):
     for V, match in ((4, "id 4 of 4 classes"), (5, "1 ids occur twice")):
         with pytest.raises(ValueError, match=match):
             check_ids("op", ids_TK, V)
+
+
+def test_a_workspace_takes_its_share_of_free_memory_once_asked(monkeypatch):
+    assert workspace_that_fits("cpu") == WORKSPACE_MB
+    for free_gib, want in ((1, 1200), (12, 3072), (100, 4800)):
+        free = free_gib * 2**30
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
+        assert workspace_that_fits("cuda:0") == want
+    with pytest.raises(ValueError, match="0 < share <= 1"):
+        workspace_that_fits("cuda", 0.0)
