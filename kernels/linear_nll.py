@@ -126,6 +126,17 @@ class Even(NamedTuple):
             grads.dbias_V[:V] += d_T.sum()
 
 
+def _of_normaliser(
+    c: Rows, lse_C: Tensor, w_C: Tensor, z_loss: float, even: Even | None
+) -> tuple[Tensor, Tensor]:
+    """The terms that hold lse, weighted, and their derivative in it, both [C]."""
+    more_C, g_C = w_C * z_loss * lse_C.square(), 2 * z_loss * w_C * lse_C
+    if even is not None:
+        more_C += even.weight_T[c] * (lse_C - even.mean(c))
+        g_C += even.weight_T[c]
+    return torch.where(w_C != 0, more_C, 0.0), g_C
+
+
 @torch.library.custom_op("reflux::linear_nll", mutates_args=())
 def _op(
     hidden_TD: Tensor,
@@ -155,11 +166,8 @@ def _op(
     target_TK = local_target(target_TK, vocab_start, V, rows_M)
     logp_TK = torch.zeros_like(weight_TK)
     used_TK = torch.where(target_TK == PADDING, 0.0, weight_TK)
-    even = (
-        Even.of(head, used_TK[:, 0] * label_smoothing, scale, vocab_size, group)
-        if label_smoothing
-        else None
-    )
+    share_T = used_TK[:, 0] * label_smoothing
+    even = Even.of(head, share_T, scale, vocab_size, group) if label_smoothing else None
     more_T = torch.zeros_like(weight_TK[:, 0])
 
     # a function, so that its blocks are free before the next chunk's are made
@@ -169,16 +177,10 @@ def _op(
             padded(logits_CV), target_TK[c], scale, False, group
         )
         logp_TK[c] = logp_CK
-        w_C, g_lse_C = used_TK[c, 0], None
-        if label_smoothing or z_loss:
-            more_C, g_C = w_C * z_loss * lse_C.square(), 2 * z_loss * w_C * lse_C
-            if even is not None:
-                more_C += even.weight_T[c] * (lse_C - even.mean(c))
-                g_C += even.weight_T[c]
-            more_T[c], g_lse_C = more_C, g_C * d_scale
+        more_T[c], g_lse_C = _of_normaliser(c, lse_C, used_TK[c, 0], z_loss, even)
         if any(grads.need):
             g_CK = weight_TK[c] * (label_smoothing - 1) * d_scale
-            grads_C = *upstream(target_TK[c], logp_CK, g_CK, g_lse_C), empty
+            grads_C = *upstream(target_TK[c], logp_CK, g_CK, g_lse_C * d_scale), empty
             d_CV = gradient_block(logits_CV, x_TD)
             rows = padded(logits_CV), target_TK[c], (*saved, empty), grads_C, scale, softcap
             logprob_gradient_(*rows, padded(d_CV))
@@ -191,8 +193,7 @@ def _op(
         step(c)
     if even is not None:
         even.add_head_gradient(grads)
-    total = (1 - label_smoothing) * _total(logp_TK, weight_TK)
-    total = total + torch.where(used_TK[:, 0] != 0, more_T, 0.0).sum()
+    total = (1 - label_smoothing) * _total(logp_TK, weight_TK) + more_T.sum()
     return total, logp_TK, *grads.finish(head_VD, bias_V, group)
 
 

@@ -34,21 +34,11 @@ BY_HAND = [  # file, old text (once in it), new text, tests or None for the file
     ("linear_nll", "g_C += even.weight_T[c]", "pass", None),
     ("linear_nll", "(label_smoothing - 1) * d_scale", "-d_scale", None),
     ("linear_nll", "2 * z_loss * w_C * lse_C", "z_loss * w_C * lse_C", None),
-    (
-        "linear_nll",
-        "self.weight_T * (-self.scale * self.part)",
-        "self.weight_T * -self.scale",
-        None,
-    ),
+    ("linear_nll", "(-self.scale * self.part)", "(-self.scale)", None),
     ("linear_nll", "(lse_C - even.mean(c))", "lse_C", None),
     ("linear_nll", "torch.where(target_TK == PADDING, 0.0, weight_TK)", "weight_TK", None),
     # a penalty beside its loss counts as constant again
-    (
-        "_loss",
-        "made += [x for x in leaves if x is not None and",
-        "[x for x in leaves if",
-        "transforms",
-    ),
+    ("_loss", "made += [x for x in leaves", "[x for x in leaves", "transforms"),
     (
         "_class_rows",
         "s = s * exp_diff(m, new) + tl.sum(exp_diff(a, new[:, None]), 1)\n        m = new\n    "
