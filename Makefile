@@ -1,7 +1,7 @@
 # make quickstart   the paper's claim in miniature, end to end (about 10 minutes on two cores)
 # make report       everything the miniature has to say: attacks, eta sweep, ablations, diagnoses (hours; Ctrl-C and again goes on)
 # make test         everything that must hold before a commit lands
-# make test-faults  kills, full disks, damaged files, leaks: 100 random kills; RECORD=FILE writes what was tried (about 25 minutes)
+# make test-faults  kills, full disks, damaged files, leaks: 100 random kills; RECORD=FILE writes what was tried (about 25 minutes); FAULTS=ci: some of each kind
 # make test-gpu-sim the kernels' tests on a CPU that imitates what a GPU does differently (about 10 minutes)
 # make test-engines a real vLLM in an environment of its own, build/engines/.venv: on a CPU (6 minutes, half of it installation)
 # make test-integrations  our losses in TRL's place, against TRL itself at a pinned version, beside .venv (1 minute)
