@@ -9,6 +9,7 @@ compared: other work on the machine does not count in them. The first step of ea
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -46,6 +47,10 @@ def trl_python() -> str:
     return str(python)
 
 
+class WorkerEnded(Exception):
+    """With the end of what it printed."""
+
+
 class Worker:
     """A process that trains one step when it is asked to."""
 
@@ -68,7 +73,7 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             self._errors.seek(0)
-            sys.exit(f"{self.name} ended:\n{self._errors.read()[-3000:]}")
+            raise WorkerEnded(f"{self.name} ended:\n{self._errors.read()[-3000:]}")
         return line.strip()
 
     def step(self) -> dict[str, float]:
@@ -83,8 +88,12 @@ class Worker:
 
     def close(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
         self._errors.close()
 
 
@@ -110,6 +119,8 @@ def summary(reports: list[dict[str, float]]) -> dict:
 
 def show(row: dict) -> str:
     """One line for people."""
+    if "failed" in row:
+        return f"{row['job']:<12} failed: {row['failed']}"
     (a, first), (b, second) = row["sides"].items()
     parts = [f"{row['job']:<12} {a} {first['cpu_s']:.2f} s, {b} {second['cpu_s']:.2f} s CPU"]
     for part, what in (("cpu_s", "whole"), ("sample_cpu_s", "sampling"), ("train_cpu_s", "rest")):
@@ -156,12 +167,23 @@ def run_jobs(chosen: list[str], rounds: int) -> list[dict]:
             sides = {"ours": (*ours, job), "trl": (python, "trainer_trl.py", job)}
             if job == "calibrate":
                 sides = {"grpo": (*ours, "grpo"), "calibrate": (*ours, job)}
-            workers = {side: Worker(*how, assets, assets) for side, how in sides.items()}
-            rows.append(measure(job, workers, rounds))
+            rows.append(_row(job, sides, assets, rounds))
             print(show(rows[-1]), flush=True)
-            for worker in workers.values():
-                worker.close()
     return rows
+
+
+def _row(job: str, sides: dict[str, tuple[str, str, str]], assets: Path, rounds: int) -> dict:
+    """A job's row; what does not run is a row that says so."""
+    workers: dict[str, Worker] = {}
+    try:
+        for side, how in sides.items():
+            workers[side] = Worker(*how, assets, assets)
+        return measure(job, workers, rounds)
+    except WorkerEnded as error:
+        return {"job": job, "failed": str(error)[-1000:], "sides": {}}
+    finally:
+        for worker in workers.values():
+            worker.close()
 
 
 def main(arguments: list[str]) -> None:

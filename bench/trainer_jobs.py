@@ -19,6 +19,7 @@ PROMPTS, GROUP = 4, 4  # of a step that samples; a step on given texts has their
 PROMPT_WORDS, NEW_TOKENS = 48, 64
 LR, SEED = 1e-5, 0
 JOBS = ("sft", "kd_reverse", "kd_jsd", "on_policy", "grpo", "sampling")
+SPACE = "\u0120"  # a space in a byte-level vocabulary
 SPECIALS = ["<|pad|>", "<|bos|>", "<|eos|>"]
 TEMPLATE = (
     "{% for m in messages %}<|bos|>{{ m['role'] }}: {{ m['content'] }}<|eos|>{% endfor %}"
@@ -30,15 +31,23 @@ TEXT_LENGTHS = (0.2, 0.35, 0.5, 1.0)
 
 def make_assets(folder: Path) -> None:
     """student, teacher and proxy as Hugging Face folders, and data.jsonl."""
-    words = _words()
+    tokenizer = _train_tokenizer()
+    words = sorted(x[1:] for x in tokenizer.get_vocab() if x.startswith(SPACE) and len(x) > 3)
     for name, layers in (("student", LAYERS), ("teacher", LAYERS), ("proxy", LAYERS // 2)):
         _save_model(folder / name, layers, seed=len(name))
-        _save_tokenizer(folder / name, words)
+        _save_tokenizer(folder / name, tokenizer)
     rng = random.Random(SEED)
+
+    def text(tokens: int) -> str:
+        while True:  # words are tokens, all but a few
+            drawn = " " + " ".join(rng.choices(words, k=tokens))
+            if len(tokenizer.encode(drawn).ids) == tokens:
+                return drawn
+
     rows = [
         {
-            "prompt": " ".join(rng.choices(words, k=PROMPT_WORDS)),
-            "response": " ".join(rng.choices(words, k=NEW_TOKENS - 1)),
+            "prompt": text(PROMPT_WORDS),
+            "response": text(NEW_TOKENS - 1),
             "answer": rng.choice("aeiou"),
         }
         for _ in range(256)
@@ -46,24 +55,30 @@ def make_assets(folder: Path) -> None:
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _words() -> list[str]:
-    """Made-up words, one token each."""
+def _train_tokenizer():
+    """A byte-level BPE of VOCAB entries, most of which are made-up words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     rng = random.Random(SEED)
     syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
-    words: set[str] = set()
-    while len(words) < VOCAB - len(SPECIALS) - 1:
-        words.add("".join(rng.choices(syllables, k=rng.randint(2, 4))))
-    return sorted(words)
+    words = ["".join(rng.choices(syllables, k=rng.randint(2, 3))) for _ in range(2 * VOCAB)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        (" " + word for word in words),
+        trainers.BpeTrainer(
+            vocab_size=VOCAB,
+            special_tokens=SPECIALS,
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
+    return tokenizer
 
 
-def _save_tokenizer(folder: Path, words: list[str]) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    vocabulary = {word: i for i, word in enumerate([*SPECIALS, "?", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(SPECIALS)
+def _save_tokenizer(folder: Path, tokenizer) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
