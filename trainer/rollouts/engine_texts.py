@@ -14,7 +14,7 @@ from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.phase import Sampling
 
-GROUP_BITS = 16  # of a seed: the members of a group count up from their prompt's seed
+LARGEST_GROUP = 1 << 16  # the members of a group count up from their prompt's seed
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,18 @@ class ScoredText:
 def group_seed(prompt: Prompt, sampling: Sampling) -> int:
     """The seed of a prompt's group, of (seed, step, prompt, its repeat in the step) alone: a
     resumed run, and one on another number of ranks or servers, asks for the same texts.
+
+    All of its bits are random: torch's generator of a CPU takes the lower 32 only.
     """
     key = f"{sampling.seed} {sampling.step} {prompt.index} {prompt.repeat}"
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> (GROUP_BITS + 1) << GROUP_BITS
+    return int.from_bytes(digest, "big") >> 2
 
 
 def text_request(prompt: Prompt, chat: Chat, group: int, sampling: Sampling) -> TextRequest:
     """`group` texts of one prompt, under the rules of `sampling`."""
-    if group > 1 << GROUP_BITS:
-        raise ValueError(f"rollout.group = {group}; want at most {1 << GROUP_BITS}")
+    if group > LARGEST_GROUP:
+        raise ValueError(f"rollout.group = {group}; want at most {LARGEST_GROUP}")
     return TextRequest(
         chat.prompt_ids(prompt.messages),
         group,

@@ -8,7 +8,6 @@ import pytest
 from reflux.trainer.data.batch import Prompt
 from reflux.trainer.phase import Sampling
 from reflux.trainer.rollouts.engine_texts import (
-    GROUP_BITS,
     SampledText,
     check_versions,
     group_seed,
@@ -46,7 +45,8 @@ def test_a_seed_is_that_of_the_prompt_the_step_and_the_repeat_alone():
         for t in range(4)
     }
     assert len(seeds) == 256 and max(seeds) < 2**63 and min(seeds) >= 0
-    assert all(seed % (1 << GROUP_BITS) == 0 for seed in seeds)
+    low = sorted(seed % 2**32 for seed in seeds)  # what a CPU generator takes of them
+    assert min(b - a for a, b in zip(low, low[1:])) > 16
     assert group_seed(PROMPT, SAMPLING) == group_seed(PROMPT, replace(SAMPLING, rows=1))
 
 
