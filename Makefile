@@ -3,7 +3,7 @@
 # make test         everything that must hold before a commit lands
 # make test-faults  kills, full disks, damaged files, leaks: 100 random kills; RECORD=FILE writes what was tried (about 25 minutes); FAULTS=ci: some of each kind
 # make test-gpu-sim the kernels' tests on a CPU that imitates what a GPU does differently (about 10 minutes)
-# make test-engines a real vLLM in an environment of its own, build/engines/.venv: on a CPU (6 minutes, half of it installation)
+# make test-engines a real vLLM in an environment of its own, build/engines/.venv: on a CPU (minutes, half of them installation)
 # make test-integrations  our losses in TRL's place, against TRL itself at a pinned version, beside .venv (1 minute)
 # make audit        known vulnerabilities of what is installed, where pip-audit reaches its data; else only the list, docs/dependencies.txt
 # make bench        kernels against floors and peers (needs a GPU for numbers; on a CPU it proves the harness)
