@@ -49,7 +49,10 @@ def device() -> dict:
     from .clock import roofline_now
 
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = "unknown"  # a machine without the tool still has numbers
     return {"device": torch.cuda.get_device_name(), "driver": driver, **roofline_now()}
 
 

@@ -142,3 +142,14 @@ def test_a_run_of_the_trainers_smoke(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("distill ")
     (row,) = gpu.read_rows(tmp_path / "trainer.jsonl")
     assert len(row["losses"]) == gpu_trainer.STEPS and row["tokens_per_s"] > 0
+
+
+def test_a_machine_without_nvidia_smi_still_has_numbers(monkeypatch):
+    def missing(*_, **__):
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "X 1")
+    monkeypatch.setattr(gpu.records.subprocess, "run", missing)
+    monkeypatch.setattr("bench.clock.roofline_now", lambda: {"copy_gbps": 1.0})
+    assert gpu.records.device() == {"device": "X 1", "driver": "unknown", "copy_gbps": 1.0}
