@@ -202,7 +202,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": {},
     "vaultgemma": dict(layer_types=["sliding_attention", "full_attention"]),
     "xglm": dict(d_model=64, ffn_dim=96, num_layers=2, attention_heads=4),
-    "xlstm": dict(num_heads=4, embedding_dim=64, chunkwise_kernel="chunkwise--native_autograd"),
+    "xlstm": dict(
+        num_heads=4,
+        embedding_dim=64,
+        qk_dim_factor=1.0,
+        v_dim_factor=1.0,
+        chunkwise_kernel="chunkwise--native_autograd",
+    ),
     "youtu": dict(num_key_value_heads=4, head_dim=8),
     "zamba": dict(
         layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],

@@ -265,12 +265,17 @@ def _prepare(folder: Path) -> None:
     import logging
 
     from assets import make_assets
+    from transformers.models.auto import tokenization_auto
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     os.environ["PYTHONPATH"] = str(TESTS)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # where it is installed for its tokenizer files alone, transformers would load it for mistral
+    kinds = tokenization_auto.TOKENIZER_MAPPING_NAMES
+    for name in [n for n, kind in kinds.items() if kind == "MistralCommonBackend"]:
+        kinds[name] = "TokenizersBackend"
     if not (folder / "assets" / "gemma3").exists():
         (folder / "assets").mkdir(parents=True, exist_ok=True)
         make_assets(folder / "assets")
@@ -336,9 +341,12 @@ def _short(words: str) -> str:
     return words if len(words) < 160 else words[:157] + "..."
 
 
-def _record(folder: Path, rows: list[dict[str, Any]]) -> None:
+def _record(folder: Path) -> None:
+    """Without the paths of this machine."""
     from importlib.metadata import version
 
+    texts = [file.read_text() for file in sorted(folder.glob("*.json"))]
+    rows = [json.loads(text.replace(f"{folder}/work/", "")) for text in texts]
     content = {
         "commits": sorted({row["commit"] for row in rows}),
         "transformers": version("transformers"),
@@ -347,7 +355,7 @@ def _record(folder: Path, rows: list[dict[str, Any]]) -> None:
         "nats_of_agreement": SAME,
         "families": rows,
     }
-    path = write("model_scan_cpu", content, command="python -m bench.model_scan FOLDER --record")
+    path = write("model_scan_cpu", content, command="python -m bench.model_scan")
     before, _, rest = DOCUMENT.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     said = document_table(json.loads(path.read_text()), path.name)
@@ -383,8 +391,7 @@ def main(arguments: list[str]) -> int:
     folder: Path = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if args.record:
-        files = sorted(folder.glob("*.json"))
-        _record(folder, [json.loads(file.read_text()) for file in files])
+        _record(folder)
         return 0
     _prepare(folder)
     for family in args.family:

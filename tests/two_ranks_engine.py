@@ -49,12 +49,26 @@ def check(trainer, path, out):
         if not tensor_parallel:
             dist.all_reduce(want.grad)  # gradients are summed over ranks
         assert (got.grad.full_tensor() - want.grad).abs().max() <= 2e-5 * want.grad.abs().max()
+    check_one_reduction(model, ids_NL, positions_NL)
     assert frozen.weights_hash() == before
     export_hf(trainer, out, path, dtype="float32", card="two ranks")
     exported = AutoModelForCausalLM.from_pretrained(out).state_dict()
     assert all(
         torch.equal(exported[name], weight) for name, weight in reference.state_dict().items()
     )
+
+
+def check_one_reduction(model, ids_NL, positions_NL):
+    """training.sync_every_microbatch = false: two batches, one reduction, twice the gradient."""
+    want = {name: 2 * p.grad.full_tensor() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for last in (False, True):
+        model.set_requires_gradient_sync(last)
+        logits_NLV = hidden_states(model, ids_NL, positions_NL) @ head_weight(model).T
+        logits_NLV.square().sum().backward()
+    for name, p in model.named_parameters():
+        gap = (p.grad.full_tensor() - want[name]).abs().max()
+        assert gap <= 1e-5 * want[name].abs().max(), name
 
 
 def gradients(model, reference):

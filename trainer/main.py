@@ -20,7 +20,7 @@ from typing import NoReturn
 # absolute imports: a script has no package to be relative to
 from reflux.trainer.config import loader
 from reflux.trainer.config.schema import Config
-from reflux.trainer.runs import commands, first_rank, limits, output, run_folder, signals
+from reflux.trainer.runs import commands, first_rank, hub, limits, output, run_folder, signals
 from reflux.trainer.runs.lock import RunLock
 
 PROGRAM = "torchrun trainer/main.py"
@@ -135,6 +135,7 @@ def _run(cfg: Config, args: argparse.Namespace, arguments: list[str] | None) -> 
     """Imports only what the action needs: torch and transformers take seconds."""
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
+    cfg = hub.with_local_models(cfg, weights=not args.dry_run)
     if args.dry_run:
         from reflux.trainer.preflight.dry_run import dry_run
 

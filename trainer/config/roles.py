@@ -78,6 +78,7 @@ def own_model(cfg: Config) -> FrozenSection:
         dtype="float32",
         template=m.template,
         template_arguments=m.template_arguments,
+        liger=m.liger,
     )
 
 

@@ -11,11 +11,12 @@ from .checks import above_zero, check_addresses, fraction, not_negative, positiv
 
 Backend = Literal["auto", "native", "hf"]
 Attention = Literal["auto", "sdpa", "flash_attention_2", "flex"]
+Liger = Literal["off", "auto", "on"]
 
 
 @dataclass(frozen=True)
 class ModelSection:
-    """The trained model: a Hugging Face folder."""
+    """The trained model: a Hugging Face folder, or an id of the hub, as Qwen/Qwen3-8B."""
 
     path: str = ""
     # native: torchtitan's qwen3/llama3 (tensor parallel); hf: transformers'
@@ -27,6 +28,10 @@ class ModelSection:
     template: str = ""
     # what the template is given beside the messages: { enable_thinking = false }
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    revision: str = ""  # of an id of the hub: branch, tag or commit; "": its main branch
+    # liger-kernel's RMSNorm, RoPE and gated MLPs with backend "hf"; auto: on CUDA, where it is
+    # installed and knows the family. Not measured on a GPU yet, so off
+    liger: Liger = "off"
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class FrozenSection:
     template: str = ""
     # what the template is given beside the messages: { enable_thinking = false }
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    revision: str = ""  # of an id of the hub, as model.revision
+    liger: Liger = "off"  # as model.liger
 
 
 @dataclass(frozen=True)

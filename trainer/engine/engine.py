@@ -73,7 +73,8 @@ class Engine:
         self.cfg = cfg
         check_folders(cfg)
         path = model_folder(cfg.model.path, "model.path")
-        spec = build_spec(path, backend=cfg.model.backend, attention=cfg.model.attention)
+        own = cfg.model
+        spec = build_spec(path, backend=own.backend, attention=own.attention, liger=own.liger)
         self._config = titan_config(cfg, spec)
         check_world(self._config.parallelism, int(os.environ.get("WORLD_SIZE", "1")))
         self._trainer = RefluxTrainer(self._config)
@@ -162,7 +163,7 @@ class Engine:
         path = model_folder(role.path, "path of a frozen model")
         limit = positions_of(text_config(path))
         frozen = build_frozen(
-            build_spec(path, backend=role.backend, attention=role.attention),
+            build_spec(path, backend=role.backend, attention=role.attention, liger=role.liger),
             path,
             self._config,
             self._trainer.parallel_dims,

@@ -7,6 +7,7 @@ Shapes: N rows, L row length, T response tokens, D hidden size, V vocabulary.
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,9 +60,12 @@ def accumulate_gradients(
 
     Returns this rank's plain sums of loss and metrics; of metrics named "max/...", the maxima.
     """
-    model = trainer.model_parts[0]
+    model: Any = trainer.model_parts[0]
     sums: dict[str, Tensor] = {"loss": torch.zeros((), device=trainer.device)}
-    for batch in (b.to(trainer.device) for b in batches):
+    every = getattr(trainer.config.training, "sync_every_microbatch", True)
+    for i, batch in enumerate(b.to(trainer.device) for b in batches):
+        # else the ranks keep whole gradients, and reduce their sum with the last batch
+        model.set_requires_gradient_sync(every or i == len(batches) - 1)
         with trainer.train_context():
             hidden_NLD = hidden_states(
                 model, batch.input_NL, batch.position_NL, packed=batch.packed

@@ -5,6 +5,7 @@ Shapes: N rows, L row length, D hidden size, V vocabulary.
 """
 
 import contextlib
+import inspect
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from .document_masks import TAKE_MASKS, masks_by_layer_type
+from .fused_layers import take_fused_layers
 from .head import head_logits
 from .hf_init import initialize
 
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 # config.json's rates of what makes a training forward random: attention_dropout, resid_pdrop,
 # layerdrop, drop_path_rate, router_jitter_noise
 RANDOM_RATE = re.compile(r"drop|jitter")
+
+CACHE_NAMES = ("cache", "cache_params", "past_key_values")  # newer, state spaces, older
 
 
 def whole_config(path: str) -> PreTrainedConfig:
@@ -92,6 +96,8 @@ def switch_off_dropout(config: PreTrainedConfig) -> dict[str, float]:
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
             rates |= switch_off_dropout(value)
+        elif config.model_type == "phimoe" and name == "router_jitter_noise":
+            pass  # it is also a threshold of its routing in evaluation
         elif RANDOM_RATE.search(name) and isinstance(value, float | int) and value:
             if not isinstance(value, bool):
                 rates[name] = float(value)
@@ -112,6 +118,7 @@ class HFDecoder(BaseModel):
     class Config(BaseModel.Config):
         path: str
         attention: str | None = None  # transformers' choice: sdpa where the model allows it
+        liger: str = "off"  # fused_layers.py
 
         def update_from_config(self, *, config, **_):
             limit, seq_len = positions_of(text_config(self.path)), config.training.seq_len
@@ -136,7 +143,14 @@ class HFDecoder(BaseModel):
         self.path = config.path
         self.hf = build_hf(config.path, config.attention)
         drop_other_modalities(self.hf)
-        self.enable_weight_tying = bool(tied_names(self.hf))
+        take_fused_layers(self.hf, config.liger, config.path)
+        tied = tied_names(self.hf)
+        self.enable_weight_tying = bool(tied)
+        if shared := [name for name in tied if re.search(r"\.\d+\.", name)]:
+            raise ValueError(
+                f"{config.path}: {type(self.hf).__name__} is not supported: its blocks share "
+                f"weights ({shared[0]}), which FSDP2 cannot"
+            )
         # transformers lets flash attention see document bounds only in batches of one row
         self.flattens_packed_rows = config.attention == "flash_attention_2"
         if getattr(self.lm_head, "bias", None) is not None:
@@ -144,6 +158,8 @@ class HFDecoder(BaseModel):
                 f"{config.path}: {type(self.hf).__name__} is not supported: want an output head "
                 "without bias"
             )
+        known = inspect.signature(self.decoder.forward).parameters
+        self._cache_name = next((n for n in CACHE_NAMES if n in known), CACHE_NAMES[-1])
         self._text = self.hf.config.get_text_config()
         self._blocks = name_of_blocks(self.decoder, config.path)
 
@@ -194,8 +210,8 @@ class HFDecoder(BaseModel):
             input_ids=tokens,
             position_ids=positions,
             attention_mask=attention_masks,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{self._cache_name: cache},
         ).last_hidden_state
         if flat:
             hidden_NLD = hidden_NLD.reshape(*shape, -1)

@@ -9,6 +9,7 @@ from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
+from .fused_layers import check_liger
 from .hf_adapter import HFAdapter
 from .hf_models import HFDecoder, buildable, is_multimodal, text_config, whole_config
 from .native_models import native_model, native_obstacle
@@ -17,7 +18,9 @@ from .sharding import parallelize
 CUDA_ONLY = ("flex", "flash_attention_2")
 
 
-def build_spec(path: str, *, backend: str = "auto", attention: str = "auto") -> ModelSpec:
+def build_spec(
+    path: str, *, backend: str = "auto", attention: str = "auto", liger: str = "off"
+) -> ModelSpec:
     """torchtitan's description of the causal language model in the Hugging Face folder `path`.
 
     backend: "native" (torchtitan's modules: TP, Flex), "hf" (transformers' modules: any dense
@@ -27,6 +30,7 @@ def build_spec(path: str, *, backend: str = "auto", attention: str = "auto") -> 
     choice, and for a model that the chosen backend does not compute exactly.
     """
     _check_choice(path, backend, attention)
+    check_liger(liger, path)
     config, whole = text_config(path), whole_config(path)
     if any(getattr(c, "quantization_config", None) is not None for c in (config, whole)):
         raise ValueError(
@@ -48,6 +52,10 @@ def build_spec(path: str, *, backend: str = "auto", attention: str = "auto") -> 
             f"{path}: attention 'flex' is for backend 'native', which "
             f"{obstacle or 'was not chosen'}; use 'sdpa' or 'flash_attention_2'"
         )
+    if native and liger == "on":
+        raise ValueError(
+            f"{path}: liger = 'on' is for backend 'hf'; want 'auto', or backend = 'hf'"
+        )
     model: BaseModel.Config
     adapter: type[StateDictAdapter]
     if native:
@@ -55,7 +63,7 @@ def build_spec(path: str, *, backend: str = "auto", attention: str = "auto") -> 
             model, adapter = native_model(config, attention)
     else:
         own_choice = None if attention == "auto" else attention
-        model, adapter = HFDecoder.Config(path=path, attention=own_choice), HFAdapter
+        model, adapter = HFDecoder.Config(path=path, attention=own_choice, liger=liger), HFAdapter
     return ModelSpec(
         name="native" if native else "hf",
         flavor=os.path.basename(os.path.normpath(path)),

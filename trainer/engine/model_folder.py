@@ -49,10 +49,11 @@ def check_folders(cfg: Config) -> None:
     for role in roles(cfg):
         path = model_folder(role.model.path, _option(role.section))
         random = role.elsewhere or (role.own and cfg.model.from_scratch)
-        key = path, role.model.backend, role.model.attention, random
+        key = path, role.model.backend, role.model.attention, role.model.liger, random
         if key not in done:
             check_files(path)
-            spec = build_spec(path, backend=role.model.backend, attention=role.model.attention)
+            m = role.model
+            spec = build_spec(path, backend=m.backend, attention=m.attention, liger=m.liger)
             check_model(spec, path, weights=not random)
         done.add(key)
 

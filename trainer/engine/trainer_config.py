@@ -31,6 +31,15 @@ REPLACED = {
 }
 
 
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Training(TrainingConfig):
+    """torchtitan's section, and what is ours of it."""
+
+    # gradients are reduced after every micro-batch and kept as shards; False: once a step, with
+    # whole gradients in between (their memory: one model in mixed_precision_reduce on every rank)
+    sync_every_microbatch: bool = True
+
+
 def titan_config(cfg: Config, spec: ModelSpec) -> RefluxTrainer.Config:
     """torchtitan's configuration of a run. ValueError for unknown keys and wrong types of its
     sections, and for keys that have no effect or do harm here.
@@ -55,7 +64,7 @@ def titan_config(cfg: Config, spec: ModelSpec) -> RefluxTrainer.Config:
         lr_scheduler=LRSchedulersContainer.Config(
             warmup_steps=min(10, cfg.steps // 10), decay_ratio=0.0
         ),
-        training=TrainingConfig(disable_cuda_graphs=True, gc_freq=10, steps=max(cfg.steps, 1)),
+        training=Training(disable_cuda_graphs=True, gc_freq=10, steps=max(cfg.steps, 1)),
         # spmd_types needs torch 2.14
         parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),
         # rollouts and rewards skew ranks

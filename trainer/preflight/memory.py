@@ -96,11 +96,15 @@ def memory_parts(
 def _trained(training: Any, ranks: RankPlan, shape: Shape) -> list[Part]:
     weights = shard_numel(shape.sizes, ranks) * BYTES[training.dtype]
     name, host = shape.role.name, training.enable_cpu_offload
-    return [
+    parts = [
         Part(name, f"master weights, {training.dtype}", weights, host=host),
         Part(name, "AdamW moments", 2 * weights, host=host),
         Part(name, "gradients", weights, "always" if host else "step", host),
     ]
+    if not training.sync_every_microbatch:
+        whole = shape.numel // ranks.tensor * BYTES[training.mixed_precision_reduce]
+        parts.append(Part(name, "gradients, whole between micro-batches", whole, "step"))
+    return parts
 
 
 def _frozen(ranks: RankPlan, shape: Shape) -> list[Part]:

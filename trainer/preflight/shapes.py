@@ -12,7 +12,7 @@ from reflux.trainer.config.phases import roles
 from reflux.trainer.config.roles import Role
 from reflux.trainer.config.schema import Config
 from reflux.trainer.engine.engine import NATIVE_CACHE_LIMIT
-from reflux.trainer.engine.hf_models import buildable, text_config
+from reflux.trainer.engine.hf_models import buildable, positions_of, text_config
 from reflux.trainer.engine.model_builder import build_spec
 from reflux.trainer.engine.native_models import native_obstacle
 from reflux.trainer.engine.trainer_config import titan_config
@@ -41,12 +41,12 @@ class Shape:
     @property
     def head_dim(self) -> int:
         c = self.config
-        return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        return getattr(c, "head_dim", None) or c.hidden_size // max(self.heads, 1)
 
     @property
     def max_positions(self) -> int:
         """The longest row that a frozen model takes."""
-        return min(self.config.max_position_embeddings, NATIVE_CACHE_LIMIT)
+        return min(positions_of(self.config) or NATIVE_CACHE_LIMIT, NATIVE_CACHE_LIMIT)
 
     def layer_bytes(self, dtype: str) -> int:
         """What the backward of one block keeps per token, at most: inputs of every matmul and gate
@@ -54,14 +54,28 @@ class Shape:
         Fitted to five architectures, within 1 to 2.
         """
         c, native = self.config, self.spec.name == "native"
-        heads = (c.num_attention_heads + c.num_key_value_heads) * self.head_dim
-        narrow = 4 * c.intermediate_size + (3 if native else 5) * c.hidden_size + 2 * heads
+        heads = (self.heads + self.key_value_heads) * self.head_dim
+        inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+        inner = max(inner) if isinstance(inner, list | tuple) else inner  # by layer
+        narrow = 4 * inner + (3 if native else 5) * c.hidden_size + 2 * heads
         return BYTES[dtype] * narrow + 4 * (5 * heads if native else 3 * heads + 8 * c.hidden_size)
 
     @property
     def cache_values(self) -> int:
         """Keys and values of one token in all layers."""
-        return 2 * self.config.num_hidden_layers * self.config.num_key_value_heads * self.head_dim
+        return 2 * self.config.num_hidden_layers * self.key_value_heads * self.head_dim
+
+    @property
+    def heads(self) -> int:
+        """Of queries; 0 without attention."""
+        return getattr(self.config, "num_attention_heads", None) or 0
+
+    @property
+    def key_value_heads(self) -> int:
+        """As many as of queries where the architecture does not say."""
+        c = self.config
+        found = getattr(c, "num_key_value_heads", None) or getattr(c, "num_kv_heads", None)
+        return found if isinstance(found, int) else self.heads
 
 
 def planned_shapes(cfg: Config) -> tuple[list[Shape], list[Finding]]:

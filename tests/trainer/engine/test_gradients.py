@@ -28,6 +28,18 @@ def test_sums_are_divided_once_however_the_work_is_cut(engine):
             assert (grad - want[name]).norm() <= 2e-6 * grad.norm(), name
 
 
+def test_gradients_reduced_once_a_step_are_the_same(engine):
+    want_sums, want = gradients(engine, 12, likelihood_loss)
+    engine._trainer.config.training.sync_every_microbatch = False
+    sums, got = gradients(engine, 12, likelihood_loss)
+    assert float(sums["loss"]) == float(want_sums["loss"])
+    for name, grad in got.items():
+        assert (grad - want[name]).norm() <= 2e-6 * grad.norm(), name
+    engine._trainer.config.training.sync_every_microbatch = True
+    again = gradients(engine, 12, likelihood_loss)[1]
+    assert all(torch.equal(again[name], want[name]) for name in want), "the switch is put back"
+
+
 def test_metrics_are_summed_and_maxima_are_maxima(engine):
     def loss(out, batch):
         total, _ = likelihood_loss(out, batch)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from assets import save_model
 
+from bench.model_families import make_model
 from reflux.trainer.engine.hf_adapter import HFAdapter
 from reflux.trainer.engine.hf_models import HFDecoder
 from reflux.trainer.engine.model_builder import build_spec
@@ -32,6 +33,19 @@ def test_rows_longer_than_the_models_positions_are_an_error(assets):
             continue
         with pytest.raises(ValueError, match="seq_len = 257; the model has 256 positions"):
             config.update_from_config(config=run)
+
+
+def test_weights_shared_between_blocks_are_an_error(tmp_path):
+    make_model("zamba2", tmp_path)
+    with pytest.raises(ValueError, match="its blocks share weights"), torch.device("meta"):
+        build_spec(str(tmp_path)).model.build()
+
+
+def test_what_is_neither_decoder_nor_head_is_dropped(tmp_path):
+    make_model("gemma3", tmp_path)
+    model = HFDecoder(HFDecoder.Config(path=str(tmp_path)))
+    names = {name for name, _ in model.named_parameters()}
+    assert names and all(".language_model." in name for name in names), "the head is tied"
 
 
 def test_a_head_with_a_bias_is_an_error(tmp_path):

@@ -30,7 +30,11 @@ def test_memory_of_a_rank_by_hand(calibrate):
         1,
     )
     training = SimpleNamespace(
-        dtype="float32", mixed_precision_param="float32", enable_cpu_offload=False, seq_len=96
+        dtype="float32",
+        mixed_precision_param="float32",
+        enable_cpu_offload=False,
+        seq_len=96,
+        sync_every_microbatch=True,
     )
     parts = {(p.role, p.what): p.bytes for p in memory_parts(cfg, training, ranks, shapes)}
     D, V, F, q, kv, c = 64, 512, 96, 128, 64, 32  # of tests/assets.py: qwen3_tied
@@ -40,6 +44,9 @@ def test_memory_of_a_rank_by_hand(calibrate):
     assert parts["policy", "master weights, float32"] == policy  # 4 bytes, 4 ranks
     assert parts["policy", "AdamW moments"] == 2 * policy
     assert parts["policy", "gradients"] == policy
+    training.sync_every_microbatch, training.mixed_precision_reduce = False, "float32"
+    whole = {(p.role, p.what): p.bytes for p in memory_parts(cfg, training, ranks, shapes)}
+    assert whole["policy", "gradients, whole between micro-batches"] == 4 * policy
     assert parts["reference", "weights, float32"] == policy
     assert parts["policy", "gathered copy"] == 4 * policy
     assert parts["policy", "KV cache, 4 rows"] == 4 * 96 * (2 * 2 * kv) * 4
@@ -56,7 +63,11 @@ def test_an_engine_of_its_own_is_planned_for_and_one_on_other_machines_costs_not
     ranks, training = (
         RankPlan(1, 1, 1, 1),
         SimpleNamespace(
-            dtype="float32", mixed_precision_param="float32", enable_cpu_offload=False, seq_len=96
+            dtype="float32",
+            mixed_precision_param="float32",
+            enable_cpu_offload=False,
+            seq_len=96,
+            sync_every_microbatch=True,
         ),
     )
 
