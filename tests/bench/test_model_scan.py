@@ -1,9 +1,12 @@
 """The scan of model families: what its words and its table say; docs/models.md prints it."""
 
+import json
+
 import pytest
 
 from bench.model_families import FAMILIES, MULTIMODAL, tiny_config
-from bench.model_scan import table, verdict
+from bench.model_scan import BEGIN, DOCUMENT, END, document_table, table, verdict
+from bench.records import FOLDER
 
 GOOD = {"family": "a", "refused": "", "logits": 0.0, "fused": 3e-6, "padded": 1e-6, "packed": 1e-6}
 GOOD |= {"decoding": 4e-6, "export": 0.0}
@@ -31,6 +34,12 @@ def test_the_table_gives_numbers_and_the_reason_of_what_is_refused():
     assert "| a | 0 | 3e-06 | 1e-06 | 1e-06 | 4e-06 | yes | yes | 0 |" in text
     assert "| b | 0 | 3e-06 | 1e-06 | 1e-06 | no |" in text
     assert "- `b`, decoding: no cache for it" in text and "- `c`: a head with a bias" in text
+
+
+def test_docs_models_prints_the_newest_record():
+    newest = max(FOLDER.glob("*_model_scan_cpu.json"))
+    printed = DOCUMENT.read_text().partition(BEGIN)[2].partition(END)[0].strip()
+    assert printed == document_table(json.loads(newest.read_text()), newest.name)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MULTIMODAL])
