@@ -231,6 +231,10 @@ class Engine(ReadableModel, Protocol):
         """Loads a frozen model, sharded like the trained one."""
         ...
 
+    def base(self) -> FrozenModel:
+        """The trained model with its adapters off ([lora]); no copy."""
+        ...
+
     def steps(self) -> Iterator[int]:
         """Step numbers from the one after the checkpoint; saves when a checkpoint is due."""
         ...

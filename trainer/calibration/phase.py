@@ -83,7 +83,11 @@ class CalibratePhase:
         self.reward: CalibrationReward | None = None
         for role in calibrate_roles(cfg):
             if role.name == "reference":
-                self.reference = engine.frozen(role.model, longest=engine.seq_len)
+                self.reference = (
+                    engine.base()
+                    if role.shared
+                    else engine.frozen(role.model, longest=engine.seq_len)
+                )
         if cfg.calibration.eta:
             self.reward = build_reward(cfg, engine, self.chat)
         self.metric_sums = MetricSums()

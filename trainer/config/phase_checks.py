@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def check_common(cfg: Config) -> None:
-    """Every phase: the model, a teacher where one is loaded, a grader where texts are graded."""
+    """Every phase: the model and its adapters, a teacher where one is loaded, a grader where texts
+    are graded.
+    """
+    check_lora(cfg)
     if not cfg.model.path:
         raise ValueError("model.path is missing; want a Hugging Face folder")
     if cfg.needs_teacher and not cfg.teacher.path:
@@ -135,6 +138,29 @@ def check_sampler(cfg: Config) -> None:
             f"policy.max_is = {cfg.policy.max_is} with rollout.old_logp = "
             f"{cfg.rollout.old_logp!r}: the weights compare the sampler's log-probabilities with "
             "the trainer's. Set rollout.old_logp = 'trainer'"
+        )
+
+
+def check_lora(cfg: Config) -> None:
+    """Whether there is anything that adapters could be trained on."""
+    if not cfg.lora.rank:
+        if cfg.export.merge:
+            raise ValueError("export.merge = true without [lora]: there is no adapter to merge")
+        return
+    if not cfg.trains:
+        raise ValueError(
+            f"lora.rank = {cfg.lora.rank} with phase = {cfg.phase!r}, which trains nothing; leave "
+            "[lora] out. A saved adapter is read where model.path is its folder"
+        )
+    if cfg.model.from_scratch:
+        raise ValueError(
+            f"lora.rank = {cfg.lora.rank} with model.from_scratch = true: an adapter beside random "
+            "weights is of no use; want a trained model, or rank = 0"
+        )
+    if cfg.reference.offload:
+        raise ValueError(
+            "reference.offload = true with lora.rank > 0: the reference is the policy with its "
+            "adapter off, there is no second model to move. Leave it out"
         )
 
 

@@ -41,6 +41,7 @@ class Role:
     samples: bool = False  # texts are sampled from it
     probe: Probe | None = None  # None: --check does not load it
     elsewhere: bool = False  # its weights are not loaded by this run: a served or cached teacher
+    shared: bool = False  # no model of its own: that of [model] with its adapters off
 
     @property
     def is_copy(self) -> bool:
@@ -94,7 +95,8 @@ def calibrate_roles(cfg: Config) -> list[Role]:
     r, roles = cfg.reference, []
     if r.beta or (cfg.calibration.eta and cfg.calibration.denominator == "reference"):
         reference = replace(own_model(cfg), dtype=r.dtype, offload=r.offload)
-        roles.append(Role("reference", reference, "model", probe="same_weights"))
+        shared = cfg.lora.rank > 0
+        roles.append(Role("reference", reference, "model", probe="same_weights", shared=shared))
     if cfg.calibration.eta:
         roles.append(Role("proxy", cfg.proxy, "proxy", probe="token_order"))
         for i, path in enumerate(cfg.calibration.proxies, 2):

@@ -25,6 +25,7 @@ from .sections import (
     FrozenSection,
     GuardSection,
     LogSection,
+    LoraSection,
     ModelSection,
     OptimSection,
     PolicySection,
@@ -64,6 +65,7 @@ class Config:
     activation_checkpoint: Literal["none", "selective", "full"] = "none"
     model: ModelSection = ModelSection()
     teacher: TeacherSection = TeacherSection()  # distill, diagnose
+    lora: LoraSection = LoraSection()  # of the trained model
     proxy: FrozenSection = FrozenSection()  # calibrate
     data: DataSection = DataSection()
     task: TaskSection = TaskSection()

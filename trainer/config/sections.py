@@ -35,6 +35,38 @@ class ModelSection:
 
 
 @dataclass(frozen=True)
+class LoraSection:
+    """Low-rank adapters that are trained in place of the weights (docs/lora.md)."""
+
+    rank: int = 0  # r; 0: off, every weight is trained
+    alpha: float = 32.0  # the adapter's output is multiplied by alpha / r
+    # ends of module names, "q_proj", or patterns, "layers.1?.*_proj", in the names of transformers'
+    # model on both back ends; empty: every linear layer except the head
+    targets: tuple[str, ...] = ()
+    dropout: float = 0.0  # only 0: the texts are sampled from the function that is trained
+    rslora: bool = False  # alpha / sqrt(r): the update keeps its size when r grows
+
+    def __post_init__(self):
+        not_negative(self, "rank")
+        above_zero(self, "alpha")
+        if self.dropout:
+            raise ValueError(
+                f"dropout = {self.dropout}; want 0. Ratios, KL and samples are of one function, "
+                "and dropout would train another one than is sampled from; lower rank or optim.lr "
+                "against overfitting"
+            )
+        if not self.rank and self.targets:
+            raise ValueError(
+                f"targets = {list(self.targets)} with rank = 0, which is off; want rank >= 1"
+            )
+
+    @property
+    def scale(self) -> float:
+        """s of y = W x + s B A x, as PEFT computes it."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+@dataclass(frozen=True)
 class FrozenSection:
     """A model that is never trained: teacher, proxy. In no optimizer and no checkpoint."""
 
@@ -43,12 +75,22 @@ class FrozenSection:
     attention: Attention = "auto"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     offload: bool = False  # CUDA: weights wait in host memory between uses
+    # CUDA: the linear layers but the head in 8 or 4 bits (bitsandbytes, extra `quantized`), whole
+    # on every rank; computed in `dtype`. Its log-probabilities are those of the rounded model
+    quantization: Literal["none", "int8", "nf4"] = "none"
     # a file with a chat template instead of the tokenizer's own
     template: str = ""
     # what the template is given beside the messages: { enable_thinking = false }
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     revision: str = ""  # of an id of the hub, as model.revision
     liger: Liger = "off"  # as model.liger
+
+    def __post_init__(self):
+        if self.offload and self.quantization != "none":
+            raise ValueError(
+                f"offload = true with quantization = {self.quantization!r}: quantised weights stay "
+                "on the GPU. Want one of the two"
+            )
 
 
 @dataclass(frozen=True)
@@ -65,6 +107,12 @@ class TeacherSection(FrozenSection):
     servers: tuple[str, ...] = ()  # of source = "server": http://host:port
 
     def __post_init__(self):
+        FrozenSection.__post_init__(self)
+        if self.source != "local" and self.quantization != "none":
+            raise ValueError(
+                f"quantization = {self.quantization!r} with source = {self.source!r}: no weights "
+                "are loaded here. Whoever serves or caches a teacher decides on its precision"
+            )
         if (self.source == "server") != bool(self.servers):
             raise ValueError(
                 f"source = {self.source!r} with servers = {list(self.servers)}; want source = "
@@ -393,3 +441,6 @@ class LogSection:
 class ExportSection:
     enable: bool = True  # a Hugging Face folder of the result, in <folder>/export
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    # with [lora]: a whole model, base plus adapter, in place of the adapter's folder; on one
+    # machine's disk, tensor by tensor
+    merge: bool = False

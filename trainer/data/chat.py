@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from reflux.tokenalign.byte_table import ByteTable, encode_text, normalizer_of
 from reflux.tokenalign.table_cache import cached_table, key_of
+from reflux.trainer.adapter_folder import base_of, file_of, tokenizer_of
 
 from .time_limit import time_limit
 from .tokenizer_health import panics_in_words, warn_of_another_tokenizer
@@ -56,9 +57,11 @@ class Chat:
         where the template fails or shows no message, and where there is no end-of-sequence token.
         """
         self.path, self.arguments = path, dict(arguments or {})
-        self.tokenizer = _load_tokenizer(path)
-        warn_of_another_tokenizer(path, self.tokenizer)
-        self.template_file = Path(template) if template else _template_file(path)
+        # of an adapter's folder without tokenizer, its base's
+        self._folder = tokenizer_of(path)
+        self.tokenizer = _load_tokenizer(self._folder)
+        warn_of_another_tokenizer(self._folder, self.tokenizer)
+        self.template_file = Path(template) if template else _template_file(self._folder)
         if template:
             self.tokenizer.chat_template = _read_template(self.template_file)
         self._check_template()
@@ -74,7 +77,7 @@ class Chat:
     @cached_property
     def key(self) -> str:
         """Of everything that prompts are rendered with, for caches."""
-        spec = [key_of(Path(self.path)), self.tokenizer.chat_template, sorted(self.arguments)]
+        spec = [key_of(Path(self._folder)), self.tokenizer.chat_template, sorted(self.arguments)]
         spec += [repr(self.arguments[name]) for name in sorted(self.arguments)]
         return hashlib.sha256(json.dumps(spec).encode()).hexdigest()
 
@@ -84,7 +87,7 @@ class Chat:
 
         ValueError for a tokenizer whose ids do not spell their text.
         """
-        return cached_table(self.path, self.tokenizer)
+        return cached_table(self._folder, self.tokenizer)
 
     @cached_property
     def normalize(self) -> Callable[[str], str]:
@@ -96,7 +99,7 @@ class Chat:
         """max_position_embeddings of the folder's config.json, or of its text part; None where it
         sets no limit.
         """
-        file = Path(self.path) / "config.json"
+        file = Path(base_of(self.path)) / "config.json"
         if not file.exists() or _torn(file) is not None:  # loading the model will say so
             return None
         config = json.loads(file.read_bytes())
@@ -325,7 +328,7 @@ def _template_line(error: Exception) -> str:
 
 
 def _generation_stops(path: str) -> list[int]:
-    file = Path(path) / "generation_config.json"
+    file = Path(file_of(path, "generation_config.json"))
     if not file.exists():
         return []
     if (torn := _torn(file)) is not None:

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,6 +63,7 @@ class Checkpointer(CheckpointManager):
         self.peers = Peers()
         self.saved_step = 0  # of what is on the disk of the present weights
         self.has_failed = False  # a save did: another try would fail too
+        self.start_over: Callable[[], None] | None = None  # loads what a run starts from
         self._weights_only_at_end = config.weights_only_at_end
         self._pending: int | None = None  # step of an asynchronous save that is not sealed
 
@@ -84,6 +85,8 @@ class Checkpointer(CheckpointManager):
             log.warning(message)
         if found.step is None:
             super()._load(-1)
+            if self.start_over is not None:
+                self.start_over()
         else:
             self._load_step(found)
         if not self.load_only:
@@ -100,7 +103,7 @@ class Checkpointer(CheckpointManager):
         except (Exception, CheckpointException) as error:
             raise ValueError(
                 f"{folder} is whole, but does not fit this run: {_reason(error)}. Was it written "
-                "with another model or another version?"
+                "with another model, another [lora] or another version?"
             ) from error
         if found.weights_only:
             self.states["train_state"].step = found.step
@@ -198,7 +201,7 @@ class Checkpointer(CheckpointManager):
         """Whether the model's state is its parameters themselves, the same at every save."""
         wrapper: ModelWrapper = self.states[MODEL]
         lasting = wrapper.cached_state_dict
-        now = {k: v for part in wrapper.model for k, v in part.state_dict().items()}
+        now = wrapper._get_state_dict()
         return lasting.keys() == now.keys() and all(
             not isinstance(v, torch.Tensor) or _shares_storage(v, lasting[k])
             for k, v in now.items()

@@ -18,6 +18,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,40 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torchtitan.components.checkpointer.base import MODEL
 from torchtitan.distributed import utils as dist_utils
+from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools import utils
 
 from reflux.trainer import disk_space
 from reflux.trainer import phase as contracts
+from reflux.trainer.adapter_folder import read_adapter
+from reflux.trainer.config.phases import spec_of
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import FrozenSection
 from reflux.trainer.data.batch import Batch
 from reflux.trainer.losses import HeadInputs
 
+from .agreement import agreed
 from .decoding import decoder_of, gathered
 from .export import export_hf
 from .fingerprints import RunInputs
 from .forward import hidden_states
-from .frozen import FrozenModel, build_frozen
+from .frozen import FrozenModel, build_frozen, build_quantized
 from .gradients import Update, accumulate_gradients, epoch_means, forward_no_grad, totals
 from .head import head_rows, logit_softcap, open_head
 from .hf_models import positions_of, text_config
 from .last_step import LastStep
+from .lora import (
+    AdapterState,
+    BaseModel,
+    adapted_layers,
+    gathered_adapters,
+    linear_layers,
+    reset_adapters,
+    with_adapters,
+)
+from .lora_export import export_adapter, export_merged, stored_layers
 from .metrics import MetricSums
 from .model_builder import build_spec
 from .model_folder import check_folders, model_folder
@@ -53,7 +69,7 @@ from .ranks import RankGroup, from_all_ranks
 from .rescue import Announcement, Rescue, first_line
 from .torchtitan_host import RefluxTrainer
 from .trainer_config import check_world, titan_config
-from .weights import verify_numbers, verify_weights
+from .weights import load_weights, verify_numbers, verify_weights
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +91,16 @@ class Engine:
         path = model_folder(cfg.model.path, "model.path")
         own = cfg.model
         spec = build_spec(path, backend=own.backend, attention=own.attention, liger=own.liger)
+        if cfg.lora.rank:
+            spec = with_adapters(spec, cfg.lora, path)
         self._config = titan_config(cfg, spec)
         check_world(self._config.parallelism, int(os.environ.get("WORLD_SIZE", "1")))
         self._trainer = RefluxTrainer(self._config)
+        if cfg.lora.rank:
+            self._prepare_adapters(spec, path)
+        elif read_adapter(path) is not None:
+            load = partial(load_weights, self.model, spec, path)
+            self._trainer.checkpointer.start_over = load
         found = self._trainer.checkpointer.find(self._config.checkpoint.load_step)
         from_folder = found.step is None and not cfg.model.from_scratch
         inputs = RunInputs(cfg) if hashes_inputs else None
@@ -90,7 +113,7 @@ class Engine:
             self._trainer.inputs = inputs.table
             self.resume_messages = (*self.resume_messages, *inputs.messages)
         self.resumed_step = self._trainer.step
-        if from_folder:
+        if from_folder and self._trainer.checkpointer.start_over is None:
             verify_weights(self.model, spec, path)
         else:
             verify_numbers(self.model, f"{cfg.folder}, step {self.resumed_step}")
@@ -113,6 +136,16 @@ class Engine:
         self._run_id = from_all_ranks(lambda: uuid.uuid4().hex[:12])[0]
         self._moves = 0
         self._closing: list[Callable[[], None]] = []
+
+    def _prepare_adapters(self, spec: ModelSpec, path: str) -> None:
+        """Loads what stays frozen; checkpoints and a return to step 0 are of the adapters alone."""
+        if self.cfg.export.merge:  # what cannot be merged is said before anything is trained
+            names = [layer.lora_name for layer in adapted_layers(self.model)]
+            agreed(partial(stored_layers, spec, path, names))
+        load_weights(self.model, spec, path)
+        checkpointer = self._trainer.checkpointer
+        checkpointer.states[MODEL] = AdapterState(self._trainer.model_parts)
+        checkpointer.start_over = partial(reset_adapters, self.model, self.cfg.seed)
 
     # What a phase may look at
 
@@ -162,18 +195,27 @@ class Engine:
         """
         path = model_folder(role.path, "path of a frozen model")
         limit = positions_of(text_config(path))
-        frozen = build_frozen(
-            build_spec(path, backend=role.backend, attention=role.attention, liger=role.liger),
-            path,
-            self._config,
-            self._trainer.parallel_dims,
-            self.device,
-            dtype=role.dtype,
-            seq_len=longest if limit is None else min(limit, longest),
-            offload=role.offload,
-        )
+        spec = build_spec(path, backend=role.backend, attention=role.attention, liger=role.liger)
+        seq_len = longest if limit is None else min(limit, longest)
+        if role.quantization != "none":
+            frozen = build_quantized(spec, path, self._config, self.device, role, seq_len)
+        else:
+            frozen = build_frozen(
+                spec,
+                path,
+                self._config,
+                self._trainer.parallel_dims,
+                self.device,
+                dtype=role.dtype,
+                seq_len=seq_len,
+                offload=role.offload,
+            )
         prove_forward(frozen.model, path, packed=self.cfg.trains and self.cfg.batch.pack)
         return frozen
+
+    def base(self) -> BaseModel:
+        """The trained model with its adapters off ([lora]); it costs no memory."""
+        return BaseModel(self.model, model_folder(self.cfg.model.path, "model.path"))
 
     # The loop
 
@@ -397,16 +439,33 @@ class Engine:
         self._trainer.checkpointer.save(self._trainer.step, last_step=True)
 
     def export(self, card: str) -> str:
-        """Writes the Hugging Face folder <folder>/export with this model card; returns its path."""
+        """Writes the folder <folder>/export with this model card, and returns its path: the model,
+        or with [lora] the adapter, unless export.merge is set.
+        """
         out = str(Path(self._config.dump_folder).resolve() / "export")
-        source = os.path.abspath(self.cfg.model.path)
         try:
-            export_hf(self._trainer, out, source, dtype=self.cfg.export.dtype, card=card)
+            self._export(out, card)
         except (Exception, CheckpointException) as error:
             if not (disk_space.is_full(error) or disk_space.has_none(self._config.dump_folder)):
                 raise
             raise disk_space.no_space(out, "the export does not fit", self.kept()) from error
         return out
+
+    def _export(self, out: str, card: str) -> None:
+        cfg, source = self.cfg, os.path.abspath(self.cfg.model.path)
+        dtype = cfg.export.dtype
+        if not cfg.lora.rank:
+            export_hf(self._trainer, out, source, dtype=dtype, card=card)
+            return
+        spec = self._config.model_spec
+        assert spec is not None
+        adapters = gathered_adapters(self.model, spec)
+        if cfg.export.merge:
+            export_merged(adapters, cfg.lora, spec, out, source, dtype=dtype, card=card)
+            return
+        layers = tuple(linear_layers(self.model, spec))
+        files = self.inputs.get(spec_of(cfg.phase).model_role, {}).get("files", {})
+        export_adapter(adapters, layers, cfg.lora, out, source, files=files, card=card)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """TensorBoard and W&B, where enabled. Not collective."""

@@ -8,6 +8,7 @@ as OUT.partial.
 
 import os
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from torch.distributed.checkpoint._consolidate_hf_safetensors import (
 )
 from torchtitan.components.checkpoint import ModelWrapper
 from torchtitan.config import TORCH_DTYPE_MAP
+
+from reflux.trainer.adapter_folder import CONFIG, file_of
 
 from .hf_models import whole_config
 from .manifest import sync_file, sync_folder
@@ -60,10 +63,24 @@ def export_hf(trainer, out: str, source: str, *, dtype: str = "bfloat16", card: 
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"export: dtype = {dtype!r}; want 'float32' or 'bfloat16'")
+
+    def write(staging: Path) -> None:
+        _write_weights(_weights(trainer, source, dtype), staging)
+
+    finish = partial(write_config_and_card, source=source, dtype=dtype, card=card)
+    export_folder(out, source, write, finish)
+
+
+def export_folder(
+    out: str, source: str, write: Callable[[Path], None], finish: Callable[[Path], None]
+) -> None:
+    """Puts a folder in the place of `out`, whole or not at all. write: fills it, on every rank;
+    finish: what the first rank adds. Collective. ValueError as of export_hf.
+    """
     target, staging = Path(os.path.realpath(out)), Path(os.path.realpath(out) + ".partial")
     if target == Path(os.path.realpath(source)):
         raise ValueError(f"export: {out} is the folder the model came from; want another one")
-    if target.exists() and not (target / "config.json").is_file():
+    if target.exists() and not any((target / name).is_file() for name in ("config.json", CONFIG)):
         raise ValueError(
             f"export: {out} exists and is not a model folder (no config.json); remove it or choose "
             "another"
@@ -74,8 +91,8 @@ def export_hf(trainer, out: str, source: str, *, dtype: str = "bfloat16", card: 
         staging.mkdir(parents=True)
     dist.barrier()
     try:
-        _write_weights(_weights(trainer, source, dtype), staging)
-        Peers().from_first(partial(_finish, target, staging, source, dtype, card))
+        write(staging)
+        Peers().from_first(partial(_finish, target, staging, finish))
     except BaseException:
         if dist.get_rank() == 0:  # a full disk gets its space back
             shutil.rmtree(staging, ignore_errors=True)
@@ -127,9 +144,10 @@ def file_numbers(weights: dict[str, Tensor], limit_bytes: int = FILE_BYTES) -> d
     return numbers
 
 
-def _finish(target: Path, staging: Path, source: str, dtype: str, card: str) -> None:
+def _finish(target: Path, staging: Path, finish: Callable[[Path], None]) -> None:
     """Everything but the weights; on the disk before the folder gets its name."""
-    _write_config_and_card(staging, source, dtype, card)
+    shutil.rmtree(staging / "shards", ignore_errors=True)
+    finish(staging)
     for file in (p for p in staging.rglob("*") if p.is_file()):
         sync_file(file)
     sync_folder(staging)
@@ -137,15 +155,21 @@ def _finish(target: Path, staging: Path, source: str, dtype: str, card: str) -> 
     sync_folder(target.parent)
 
 
-def _write_config_and_card(staging: Path, source: str, dtype: str, card: str) -> None:
-    shutil.rmtree(staging / "shards")
+def write_config_and_card(staging: Path, *, source: str, dtype: str, card: str) -> None:
+    """What a model folder holds beside its weights."""
     config = whole_config(source)
     config.dtype = dtype
     config.save_pretrained(staging)
-    for name in COPIED:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, staging / name)
+    copy_tokenizer(staging, source)
     (staging / "README.md").write_text(card, encoding="utf-8")
+
+
+def copy_tokenizer(staging: Path, source: str) -> None:
+    """COPIED, of the source or of its base."""
+    for name in COPIED:
+        file = Path(file_of(source, name))
+        if file.is_file():
+            shutil.copyfile(file, staging / name)
 
 
 def _replace(target: Path, staging: Path) -> None:

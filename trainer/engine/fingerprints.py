@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from reflux.trainer.adapter_folder import BASE_FILES, CONFIG, WEIGHTS, read_adapter
 from reflux.trainer.config.data import SourceSection
 from reflux.trainer.config.parts import input_name, tasks
 from reflux.trainer.config.phases import roles
@@ -102,7 +103,15 @@ def data_sources(cfg: Config) -> dict[str, str | tuple[str, ...]]:
 
 
 def _model(path: str, *, weights: bool = True, template: str = "") -> _Source:
+    """Of a LoRA adapter, its own files and those of its base."""
     folder = os.path.abspath(os.path.expanduser(path))
+    adapter = read_adapter(folder)
+    if adapter is not None:
+        base = {f"base/{name}": file for name, file in _model(adapter.base).files.items()}
+        names = [CONFIG, WEIGHTS, *SETTINGS]
+        own = {name: Path(folder) / name for name in names if (Path(folder) / name).is_file()}
+        own |= {"template": Path(os.path.abspath(template))} if template else {}
+        return _Source(folder, own | base, {})
     names = [*SETTINGS, INDEX] if weights else list(SETTINGS)
     names += [os.path.basename(f) for f in weight_files(folder)] if weights else []
     files = {name: Path(folder) / name for name in names}
@@ -180,10 +189,29 @@ def fingerprints(cfg: Config) -> dict[str, Input]:
     unknown = [f for f in files if known.get(f, [None])[:-1] != stats[f]]
     hashes = {f: known[f][-1] for f in files if f not in unknown} | _hashed(unknown)
     _remember(cfg.folder, hashes={f: [*stats[f], hashes[f]] for f in files if _settled(stats[f])})
-    return {
+    found = {
         name: Input(s.path, {n: hashes[str(f)] for n, f in s.files.items()} | dict(s.versions))
         for name, s in sources.items()
     }
+    agreed(partial(_check_bases, found.values()))
+    return found
+
+
+def _check_bases(inputs: Iterable[Input]) -> None:
+    """ValueError for an adapter that was trained on other weights than its base has now."""
+    for x in inputs:
+        file = Path(x.path) / BASE_FILES
+        if f"base/{SETTINGS[0]}" not in x.files or not file.is_file():
+            continue
+        trained_on = json.loads(file.read_text())
+        for name, digest in x.files.items():
+            told = trained_on.get(name.removeprefix("base/"), digest)
+            if name.startswith("base/") and name.endswith(".safetensors") and told != digest:
+                raise ValueError(
+                    f"{x.path}: the adapter was trained on another {name.removeprefix('base/')} "
+                    f"than its base has now ({BASE_FILES} holds its sha256). Put the base back, or "
+                    "name it in adapter_config.json"
+                )
 
 
 def _stats(files: Sequence[str]) -> dict[str, list[int]]:

@@ -20,10 +20,13 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools import utils
 
+from reflux.trainer.config.sections import FrozenSection
+
 from .decoding import run_root
 from .forward import hidden_states
 from .head import logit_softcap, open_head
 from .hf_models import positions_of, text_config
+from .quantized import check_quantizes, quantize
 from .weights import load_weights
 
 
@@ -87,6 +90,41 @@ def build_frozen(
     a gloo process group for the CPU). Collective. ValueError for an unknown dtype, too long a
     seq_len, and weights that do not fit the model.
     """
+    offload = offload and device.type != "cpu"
+    spec, config = _fitted(spec, path, trainer_config, dtype=dtype, seq_len=seq_len)
+    config.training = dataclasses.replace(config.training, enable_cpu_offload=offload)
+    model = _sharded(spec, config, parallel_dims, device, TORCH_DTYPE_MAP[dtype])
+    load_weights(model, spec, path)
+    run_root(model)
+    return FrozenModel(model, path, text_config(path).vocab_size)
+
+
+def build_quantized(
+    spec: ModelSpec, path: str, trainer_config, device: torch.device, role: FrozenSection, seq_len
+) -> FrozenModel:
+    """The same with the linear layers of the blocks in `role.quantization`, whole on every rank.
+
+    The weights pass through host memory, in role.dtype. Collective. ValueError on a CPU, and where
+    bitsandbytes is not installed.
+    """
+    check_quantizes(role.quantization, device)
+    spec, _ = _fitted(spec, path, trainer_config, dtype=role.dtype, seq_len=seq_len)
+    with torch.device("meta"), utils.set_default_dtype(TORCH_DTYPE_MAP[role.dtype]):
+        model = spec.model.build()
+    model.requires_grad_(False)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        model.init_weights(buffer_device=None)
+    load_weights(model, spec, path)
+    quantize(model, role.quantization, device)
+    run_root(model.eval())
+    return FrozenModel(model, path, text_config(path).vocab_size)
+
+
+def _fitted(spec: ModelSpec, path: str, trainer_config, *, dtype: str, seq_len: int):
+    """Copies of the spec and of torchtitan's configuration for a frozen model of this dtype and
+    length. ValueError as of build_frozen.
+    """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"{path}: dtype = {dtype!r}; want 'float32' or 'bfloat16'")
     limit = positions_of(text_config(path))
@@ -96,18 +134,14 @@ def build_frozen(
             "(max_position_embeddings). Shorten prompt or response, or take a model with a longer "
             "context"
         )
-    offload = offload and device.type != "cpu"
     # update_from_config cuts its RoPE cache
     spec = dataclasses.replace(spec, model=copy.deepcopy(spec.model))
     config = copy.copy(trainer_config)
     config.training = dataclasses.replace(
-        config.training, seq_len=seq_len, enable_cpu_offload=offload, mixed_precision_param=dtype
+        config.training, seq_len=seq_len, mixed_precision_param=dtype
     )
     spec.model.update_from_config(config=config)
-    model = _sharded(spec, config, parallel_dims, device, TORCH_DTYPE_MAP[dtype])
-    load_weights(model, spec, path)
-    run_root(model)
-    return FrozenModel(model, path, text_config(path).vocab_size)
+    return spec, config
 
 
 def _sharded(spec: ModelSpec, config, parallel_dims, device: torch.device, dtype: torch.dtype):

@@ -52,12 +52,17 @@ def head_weight(model) -> Tensor:
 
 @contextlib.contextmanager
 def open_head(model) -> Iterator[Tensor]:
-    """The plain [V, D] head weight, without gradient, held gathered inside. Collective on entry."""
+    """The plain [V, D] head weight, without gradient, held gathered inside. Collective on entry.
+
+    A head that is open already stays open: the graph of a step needs it.
+    """
+    before = model.lm_head.weight
     head_VD = head_weight(model).detach()
+    was_open = model.lm_head.weight is before  # gathering puts another parameter in its place
     try:
         yield head_VD
     finally:
-        if isinstance(model.lm_head, FSDPModule):
+        if isinstance(model.lm_head, FSDPModule) and not was_open:
             model.lm_head.reshard()
 
 

@@ -23,6 +23,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from reflux.trainer.adapter_folder import base_of
+
 from .document_masks import TAKE_MASKS, masks_by_layer_type
 from .fused_layers import take_fused_layers
 from .head import head_logits
@@ -41,6 +43,7 @@ CACHE_NAMES = ("cache", "cache_params", "past_key_values")  # newer, state space
 
 def whole_config(path: str) -> PreTrainedConfig:
     """The folder's config. ValueError for a config.json that transformers cannot read."""
+    path = base_of(path)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises what its parsers raise

@@ -9,6 +9,8 @@ from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
+from reflux.trainer.adapter_folder import base_of
+
 from .fused_layers import check_liger
 from .hf_adapter import HFAdapter
 from .hf_models import HFDecoder, buildable, is_multimodal, text_config, whole_config
@@ -31,6 +33,7 @@ def build_spec(
     """
     _check_choice(path, backend, attention)
     check_liger(liger, path)
+    path = base_of(path)  # of an adapter's folder
     config, whole = text_config(path), whole_config(path)
     if any(getattr(c, "quantization_config", None) is not None for c in (config, whole)):
         raise ValueError(
@@ -86,5 +89,5 @@ def _check_choice(path: str, backend: str, attention: str) -> None:
         raise ValueError(
             f"{path}: attention = {attention!r} needs a CUDA device; want 'auto' or 'sdpa' on CPU"
         )
-    if not os.path.isfile(os.path.join(path, "config.json")):
+    if not os.path.isfile(os.path.join(base_of(path), "config.json")):
         raise ValueError(f"{path}: no config.json there; want a local Hugging Face model folder")

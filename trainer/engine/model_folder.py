@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torchtitan.protocols.model_spec import ModelSpec
 
+from reflux.trainer.adapter_folder import base_of, read_adapter, tokenizer_of
 from reflux.trainer.config.phases import roles
 from reflux.trainer.config.schema import Config
 
+from .adapter_weights import check_adapter, saved_adapter
 from .hf_models import buildable, text_config
 from .model_builder import build_spec
 from .weights import adapter_of, check_weights
@@ -51,7 +53,8 @@ def check_folders(cfg: Config) -> None:
         random = role.elsewhere or (role.own and cfg.model.from_scratch)
         key = path, role.model.backend, role.model.attention, role.model.liger, random
         if key not in done:
-            check_files(path)
+            for folder in sorted({base_of(path), tokenizer_of(path)}):
+                check_files(folder)
             m = role.model
             spec = build_spec(path, backend=m.backend, attention=m.attention, liger=m.liger)
             check_model(spec, path, weights=not random)
@@ -65,9 +68,9 @@ def _option(section: str) -> str:
 def model_folder(path: str, option: str) -> str:
     """The absolute path. option: what names it in the configuration."""
     full = os.path.abspath(os.path.expanduser(path))
-    if os.path.isfile(os.path.join(full, "config.json")):
+    if os.path.isfile(os.path.join(base_of(full), "config.json")):
         return full
-    hint = "want a Hugging Face model folder"
+    hint = "want a Hugging Face model folder, or a LoRA adapter's with adapter_config.json"
     if HUB_ID.fullmatch(path) and not os.path.exists(full):
         hint += f". Ids of the hub are not downloaded: hf download {path} --local-dir {path}"
     raise ValueError(f"{option} = {path!r}: no config.json there; {hint}")
@@ -89,7 +92,12 @@ def check_model(spec: ModelSpec, path: str, *, weights: bool = True) -> None:
         model = spec.model.build()
     if weights:
         adapter = adapter_of(spec, path)
-        check_weights(adapter.to_hf(model.state_dict()), path, adapter)
+        state = adapter.to_hf(model.state_dict())
+        check_weights(state, path, adapter)
+        lora = read_adapter(path)
+        if lora is not None:
+            with saved_adapter(lora) as saved:
+                check_adapter(state, saved)
 
 
 def _table(file: Path) -> dict[str, Any]:

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torchtitan.components.checkpoint import ModelWrapper
 from torchtitan.config import TORCH_DTYPE_MAP
+
+from .lora import adapter_deltas
+from .weights import own_weights
 
 
 @torch.no_grad()
@@ -17,15 +19,19 @@ def named_weights(trainer, dtype: str) -> Iterator[tuple[str, Tensor]]:
     rank has to take all of them, in order.
 
     Shards are cast before they are gathered, as FSDP2 does for a forward, and no rank holds more
-    than one gathered tensor that its caller does not keep.
+    than one gathered tensor that its caller does not keep. Adapters are merged: W + s B A in fp32,
+    rounded once.
     """
-    spec = trainer.config.model_spec
-    weights = spec.state_dict_adapter(spec.model, None).to_hf(
-        ModelWrapper(trainer.model_parts[0]).state_dict()
-    )
+    spec, model = trainer.config.model_spec, trainer.model_parts[0]
+    weights = spec.state_dict_adapter(spec.model, None).to_hf(own_weights(model))
+    deltas = adapter_deltas(model, spec)
     for name in list(weights):
         weight = weights.pop(name).detach()
         if weight.is_floating_point():
             weight = weight.to(TORCH_DTYPE_MAP[dtype])
         weight = weight.to(trainer.device)  # off-loaded shards; nothing for all others
-        yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        layer = name.removesuffix(".weight")
+        if layer in deltas:
+            whole = (whole.float() + deltas[layer]().to(whole.device)).to(whole.dtype)
+        yield name, whole

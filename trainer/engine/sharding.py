@@ -3,7 +3,9 @@ tensor parallelism for native models; activation checkpointing; compile.
 """
 
 import logging
+from collections.abc import Callable
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torchtitan.config import TORCH_DTYPE_MAP
@@ -13,17 +15,27 @@ from torchtitan.distributed.fsdp import get_fsdp_reshard_after_forward_policy
 from torchtitan.tools import utils
 
 from .hf_models import HFDecoder
+from .weights import ADAPTERS
 
 log = logging.getLogger(__name__)
 
 
 def parallelize(
-    model, *, parallel_dims, training, parallelism, compile_config, ac_config, dump_folder
+    model,
+    *,
+    parallel_dims,
+    training,
+    parallelism,
+    compile_config,
+    ac_config,
+    dump_folder,
+    attach: Callable[[nn.Module, torch.dtype], None] | None = None,
 ):
     """torchtitan's parallelize_fn for every model here: TP (native), activation checkpointing,
     compile, FSDP2/HSDP.
 
-    Gradients are summed over ranks: a loss divides by its global token count, once.
+    Gradients are summed over ranks: a loss divides by its global token count, once. attach: puts
+    adapters into the model first, given the dtype of what stays frozen (lora.py).
     ValueError for context, pipeline and expert parallelism, and for TP with the Hugging Face
     backend.
     """
@@ -32,6 +44,8 @@ def parallelize(
             "parallelism: context, pipeline or expert parallel degree above 1; want data and "
             "tensor parallelism only"
         )
+    if attach is not None:
+        attach(model, TORCH_DTYPE_MAP[training.mixed_precision_param])
     body = _with_layers(model) if isinstance(model, HFDecoder) else model
     if parallel_dims.tp_enabled:
         if isinstance(model, HFDecoder):
@@ -97,12 +111,18 @@ def _shard(model, mesh, training, policy: str) -> None:
 def _units(model, policy: str) -> list[tuple[nn.Module | list[nn.Module], bool]]:
     """FSDP groups below the root, each with its reshard_after_forward under torchtitan's policy."""
     blocks = get_fsdp_reshard_after_forward_policy(policy, pp_enabled=False)
-    head = policy == "always"  # otherwise the backward follows at once and would gather it again
+    # otherwise the backward follows at once and would gather it again; and with adapters the same
+    # model is read as the reference between a forward and its backward
+    head = policy == "always" and not has_adapters(model)
     if model.enable_weight_tying:
         ends = [([model.tok_embeddings, model.lm_head], head)]
     else:
         ends = [(model.tok_embeddings, blocks), (model.lm_head, head)]
     return ends + [(block, blocks) for block in model.layers.values()]
+
+
+def has_adapters(model) -> bool:
+    return any(name.endswith(ADAPTERS) for name, _ in model.named_parameters())
 
 
 def restore_reshard(model, policy: str) -> None:

@@ -14,6 +14,7 @@ from torchtitan.config import CommConfig, DebugConfig, ParallelismConfig, Traini
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.protocols.model_spec import ModelSpec
 
+from reflux.trainer.adapter_folder import read_adapter
 from reflux.trainer.config.fit import fit, nearest
 from reflux.trainer.config.schema import Config
 
@@ -46,7 +47,8 @@ def titan_config(cfg: Config, spec: ModelSpec) -> RefluxTrainer.Config:
     """
     path = os.path.abspath(os.path.expanduser(cfg.model.path))
     initial: dict[str, Any] = {}
-    if not cfg.model.from_scratch:
+    # with adapters the engine itself loads what is in the folder
+    if not (cfg.model.from_scratch or cfg.lora.rank or read_adapter(path)):
         initial = {"initial_load_in_hf": True, "initial_load_path": path}
     config = RefluxTrainer.Config(
         model_spec=spec,
@@ -91,6 +93,11 @@ def titan_config(cfg: Config, spec: ModelSpec) -> RefluxTrainer.Config:
         # torchtitan's own meaning: no manager at all, and random weights in place of the model's
         config.checkpoint.enable = config.checkpoint.load_only = True
     _check_supported(config)
+    if cfg.lora.rank and config.checkpoint.last_save_in_hf:
+        raise ValueError(
+            "checkpoint.last_save_in_hf = true with lora.rank > 0: checkpoints hold adapters only. "
+            "Leave it out; export.merge = true writes the whole model"
+        )
     return config
 
 

@@ -17,6 +17,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from reflux.trainer.adapter_folder import base_of
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf", ".safetensors", ".h5", ".msgpack")
 LFS_POINTER = b"version https://git-lfs"
@@ -32,7 +34,10 @@ class Stored:
 
 
 def weight_files(path: str) -> tuple[str, ...]:
-    """ValueError where there are none, or a shard of the index is missing."""
+    """Of an adapter's folder, those of its base. ValueError where there are none, or a shard of the
+    index is missing.
+    """
+    path = base_of(path)
     single = os.path.join(path, SINGLE)
     if os.path.isfile(single):  # before an index, as transformers does
         return (single,)
@@ -55,7 +60,7 @@ def has_weights(path: str) -> bool:
 
 def read_index(path: str) -> dict[str, str]:
     """Tensor -> file name, of the folder's index; empty without one."""
-    file = os.path.join(path, INDEX)
+    file = os.path.join(base_of(path), INDEX)
     if not os.path.isfile(file):
         return {}
     try:
@@ -89,6 +94,7 @@ def stored_tensors(path: str) -> dict[str, Stored]:
     ValueError for a file that is truncated or is no safetensors, for a tensor that is in two files,
     and where the index and the shards differ.
     """
+    path = base_of(path)
     stored: dict[str, Stored] = {}
     for file in weight_files(path):
         with opened(file) as tensors:

@@ -2,7 +2,8 @@
 those of the model, all of them and no others, and finite numbers.
 
     check_weights    names, shapes, dtypes, number of layers, tied head: by the headers
-    load_weights     the check, the weights into the shards, then verify_weights
+    load_weights     the check, the weights into the shards, verify_weights, then the adapter
+                     where the folder is one
     verify_weights   no NaN or inf, and really read: torchtitan silently starts from random weights
                      when no load is configured
 
@@ -28,11 +29,15 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 from transformers import PreTrainedModel
 
+from reflux.trainer.adapter_folder import read_adapter
+
+from .adapter_weights import add_adapter, check_adapter, saved_adapter
 from .agreement import agreed, is_first_rank
 from .conversions import Assembly, Part, meta_shapes, same_names
 from .weight_files import Stored, opened, read_index, stored_tensors, weight_files
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
+ADAPTERS = (".lora_A", ".lora_B")  # ends of the names of what lora.py adds to a model
 ROWS = 4096  # of a tied head, compared at a time
 
 
@@ -235,15 +240,21 @@ def _equal(name: str, stored: Stored, of: str, original: Stored) -> bool:
 
 
 def load_weights(model: nn.Module, spec: ModelSpec, path: str) -> None:
-    """Reads the folder's weights into the shards through the spec's adapter: each rank its own.
-    Collective.
+    """Reads the folder's weights into the shards through the spec's adapter: each rank its own. Of
+    a LoRA adapter's folder, the base's, and s B A on top. Collective.
     """
     adapter = adapter_of(spec, path)
-    weights = adapter.to_hf(ModelWrapper(model).state_dict())
+    weights = adapter.to_hf(own_weights(model))
     agreed(partial(check_weights, weights, path, adapter))
     read_weights(weights, path, adapter)
     ModelWrapper(model).load_state_dict(adapter.from_hf(weights))
     verify_weights(model, spec, path)
+    lora = read_adapter(path)
+    if lora is not None:
+        with saved_adapter(lora) as saved:
+            agreed(partial(check_adapter, weights, saved))
+            agreed(partial(add_adapter, weights, saved))
+        ModelWrapper(model).load_state_dict(adapter.from_hf(weights))
 
 
 @torch.no_grad()
@@ -293,7 +304,7 @@ def verify_weights(model: nn.Module, spec: ModelSpec, path: str) -> None:
     A matrix, because freshly initialised norms are ones and so are many stored ones.
     """
     adapter = adapter_of(spec, path)
-    weights = adapter.to_hf(ModelWrapper(model).state_dict())
+    weights = adapter.to_hf(own_weights(model))
     stored = agreed(partial(stored_tensors, path))
     parts = adapter.assembly(stored, weights).parts
     files = {t: stored[p.names[0]].file for p in parts for t in p.targets}
@@ -311,6 +322,12 @@ def verify_weights(model: nn.Module, spec: ModelSpec, path: str) -> None:
             f"{path}: {stored_name!r} in the model is not the one in the file: the weights were "
             "not loaded"
         )
+
+
+def own_weights(model: nn.Module) -> dict[str, Any]:
+    """The model's state without adapters."""
+    state = ModelWrapper(model).state_dict()
+    return {name: weight for name, weight in state.items() if not name.endswith(ADAPTERS)}
 
 
 def verify_numbers(model: nn.Module, source: str) -> None:

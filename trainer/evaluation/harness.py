@@ -5,6 +5,7 @@ one process, one copy of the model.
 from collections.abc import Sequence
 from typing import Any
 
+from reflux.trainer.adapter_folder import read_adapter, tokenizer_of
 from reflux.trainer.runs import commands
 
 REQUIREMENT = "lm-eval[hf]>=0.4.13"  # as in pyproject.toml
@@ -32,11 +33,15 @@ def run_harness(
     """
     from transformers import AutoTokenizer
 
-    templated = AutoTokenizer.from_pretrained(folder).chat_template is not None
+    adapter, tokenizer = read_adapter(folder), tokenizer_of(folder)
+    templated = AutoTokenizer.from_pretrained(tokenizer).chat_template is not None
     lm_eval = load_harness()
+    model = {"pretrained": folder}
+    if adapter is not None:
+        model = {"pretrained": adapter.base, "peft": adapter.path, "tokenizer": tokenizer}
     results = lm_eval.simple_evaluate(
         model="hf",
-        model_args={"pretrained": folder},
+        model_args=model,
         tasks=list(tasks),
         batch_size=rows,
         device=device,

@@ -16,8 +16,9 @@ from reflux.trainer.config.schema import Config
 from reflux.trainer.data.chat import Chat
 
 from .data_checks import first_prompts
+from .gpus import gpu_table
 from .length_checks import length_findings
-from .memory import Part, RankPlan, activation_bytes, memory_parts, plan_ranks, totals
+from .memory import Part, RankPlan, activation_bytes, memory_parts, peak, plan_ranks, totals
 from .report import Finding, PreflightReport, has_errors, print_report, size
 from .shapes import Shape, planned_shapes, planned_titan
 from .tokenizer_checks import open_chats, tokenizer_findings
@@ -44,6 +45,9 @@ def plan(cfg: Config) -> PreflightReport:
         else:
             parts = memory_parts(cfg, config.training, ranks, shapes)
             tables.append(_memory_table(parts, ranks))
+            tables.append(
+                gpu_table(ranks, lambda r: peak(memory_parts(cfg, config.training, r, shapes)))
+            )
             findings += _budget(cfg, config.training, ranks, own, parts)
             prompts, failed = first_prompts(cfg)
             findings += as_warnings(failed)
@@ -82,18 +86,17 @@ def _budget(
     if r.prompts % ranks.data:
         what = f"rollout.prompts = {r.prompts} cannot be shared by {ranks.data} data ranks"
         findings.append(Finding("error", what, f"use a multiple of {ranks.data}"))
-    peak = max(v for k, v in totals(parts).items() if k != "host")
-    return findings + _device_finding(peak)
+    return findings + _device_finding(peak(parts))
 
 
-def _device_finding(peak: int) -> list[Finding]:
+def _device_finding(needed: int) -> list[Finding]:
     if not torch.cuda.is_available():
         return []
     memory = torch.cuda.get_device_properties(0).total_memory
-    if peak <= memory:
+    if needed <= memory:
         return []
     advice = "more ranks, batch.tokens down, rollout.rows down, or activation_checkpoint = 'full'"
-    return [Finding("warning", f"peak of {size(peak)} on a device of {size(memory)}", advice)]
+    return [Finding("warning", f"peak of {size(needed)} on a device of {size(memory)}", advice)]
 
 
 ROLE_COLUMNS = (

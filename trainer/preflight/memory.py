@@ -20,6 +20,10 @@ WORKSPACE_BUFFERS = 8
 SAMPLER_BYTES = 24
 
 
+# a weight of a quantised model: int8 with an fp32 scale a row; 4 bits with an fp32 scale for 64
+PACKED_BYTES = {"int8": 1 + 4 / 1024, "nf4": 0.5 + 4 / 64}
+
+
 @dataclass(frozen=True)
 class RankPlan:
     """Degrees of the meshes; data = ranks that see different prompts."""
@@ -94,23 +98,44 @@ def memory_parts(
 
 
 def _trained(training: Any, ranks: RankPlan, shape: Shape) -> list[Part]:
+    """Every weight, or with [lora] the frozen ones in the compute dtype and the adapters."""
+    name, host, parts = shape.role.name, training.enable_cpu_offload, []
     weights = shard_numel(shape.sizes, ranks) * BYTES[training.dtype]
-    name, host = shape.role.name, training.enable_cpu_offload
-    parts = [
-        Part(name, f"master weights, {training.dtype}", weights, host=host),
+    what = "master weights"
+    if shape.adapters:
+        dtype = training.mixed_precision_param
+        frozen = shard_numel(shape.sizes, ranks) * BYTES[dtype]
+        parts.append(Part(name, f"frozen weights, {dtype}", frozen, host=host))
+        weights = shard_numel(shape.adapters, ranks) * BYTES[training.dtype]
+        what = "adapters"
+    parts += [
+        Part(name, f"{what}, {training.dtype}", weights, host=host),
         Part(name, "AdamW moments", 2 * weights, host=host),
         Part(name, "gradients", weights, "always" if host else "step", host),
     ]
     if not training.sync_every_microbatch:
-        whole = shape.numel // ranks.tensor * BYTES[training.mixed_precision_reduce]
+        numel = sum(map(math.prod, shape.adapters)) or shape.numel
+        whole = numel // ranks.tensor * BYTES[training.mixed_precision_reduce]
         parts.append(Part(name, "gradients, whole between micro-batches", whole, "step"))
     return parts
 
 
 def _frozen(ranks: RankPlan, shape: Shape) -> list[Part]:
-    model = shape.role.model
+    model, name = shape.role.model, shape.role.name
+    if shape.role.shared:
+        return [Part(name, "the policy's weights, adapters off", 0)]
+    if model.quantization != "none":
+        return [Part(name, f"weights, {model.quantization}, whole on every rank", _packed(shape))]
     weights = shard_numel(shape.sizes, ranks) * BYTES[model.dtype]
-    return [Part(shape.role.name, f"weights, {model.dtype}", weights, host=model.offload)]
+    return [Part(name, f"weights, {model.dtype}", weights, host=model.offload)]
+
+
+def _packed(shape: Shape) -> int:
+    """Of a quantised model: its linear layers but the head, and the rest in the role's dtype."""
+    model = shape.role.model
+    linear = sum(map(math.prod, shape.linear))
+    rest = (shape.numel - linear) * BYTES[model.dtype]
+    return rest + math.ceil(linear * PACKED_BYTES[model.quantization])
 
 
 def _sampling(cfg: Config, training: Any, ranks: RankPlan, shape: Shape) -> list[Part]:
@@ -145,12 +170,17 @@ def _stepping(cfg: Config, training: Any, shapes: Sequence[Shape]) -> list[Part]
     own, frozen = shapes[0], shapes[1:]
     name, checkpoint = own.role.name, cfg.activation_checkpoint
     tokens = max(cfg.batch.tokens, training.seq_len)
-    opened = (own.block + own.ends) * (2 * BYTES[training.mixed_precision_param] + 4)
-    head = own.config.vocab_size * own.config.hidden_size * 4
+    # weights and gradients in the compute dtype, and the fp32 ones that are summed over ranks
+    trained = 1 if own.adapters else 2
+    opened = (own.block + own.ends) * trained * BYTES[training.mixed_precision_param]
+    head = 0
+    if not own.adapters:
+        opened += (own.block + own.ends) * 4
+        head = own.config.vocab_size * own.config.hidden_size * 4
     none, full = activation_bytes(cfg, training, own)
     activations = full if checkpoint == "full" else none
     parts = [
-        Part(name, "open block and head with gradients", opened, "step"),
+        Part(name, "open block and head", opened, "step"),
         Part(name, "head gradient of the fused loss, fp32", head, "step"),
         Part("kernels", "logits in chunks", _workspace(tokens, own), "step"),
         Part(name, f"activations, {tokens} tokens, checkpoint {checkpoint}", activations, "step"),
@@ -169,8 +199,11 @@ def _workspace(tokens: int, shape: Shape) -> int:
 
 def _passing(shape: Shape, tokens: int) -> int:
     """Of one frozen model while it is read."""
-    dtype = shape.role.model.dtype
-    return BYTES[dtype] * (shape.block + shape.ends) + tokens * shape.layer_bytes(dtype)
+    model = shape.role.model
+    size, values = BYTES[model.dtype], tokens * shape.layer_bytes(model.dtype)
+    if model.quantization != "none":  # one layer at a time is unpacked
+        return size * max(map(math.prod, shape.linear)) + values
+    return size * (shape.block + shape.ends) + values
 
 
 def activation_bytes(cfg: Config, training: Any, shape: Shape) -> tuple[int, int]:
@@ -196,3 +229,8 @@ def totals(parts: Sequence[Part]) -> dict[str, int]:
         "while a step runs": always + step,
         "host": sum(p.bytes for p in parts if p.host),
     }
+
+
+def peak(parts: Sequence[Part]) -> int:
+    """Device bytes of one rank at their highest."""
+    return max(bytes for name, bytes in totals(parts).items() if name != "host")

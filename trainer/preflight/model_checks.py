@@ -63,6 +63,8 @@ def sample_texts(
 
 def load_frozen(engine: Engine, role: Role) -> FrozenModel:
     """A copy of the trained model is scored on its rows; other models also on longer ones."""
+    if role.shared:
+        return engine.base()
     if role.is_copy:
         return engine.frozen(role.model, longest=engine.seq_len)
     return engine.frozen(role.model)

@@ -1,18 +1,23 @@
 """The models of a run on the meta device, from config.json alone."""
 
+import contextlib
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from reflux.trainer.adapter_folder import base_of
 from reflux.trainer.config.phases import roles
 from reflux.trainer.config.roles import Role
 from reflux.trainer.config.schema import Config
+from reflux.trainer.config.sections import LoraSection
 from reflux.trainer.engine.engine import NATIVE_CACHE_LIMIT
 from reflux.trainer.engine.hf_models import buildable, positions_of, text_config
+from reflux.trainer.engine.lora import choose_targets, linear_layers, with_adapters
 from reflux.trainer.engine.model_builder import build_spec
 from reflux.trainer.engine.native_models import native_obstacle
 from reflux.trainer.engine.trainer_config import titan_config
@@ -33,6 +38,8 @@ class Shape:
     block: int  # parameters of the largest block
     ends: int  # parameters of embedding and head
     why: str
+    linear: tuple[tuple[int, ...], ...] = ()  # sizes of every linear layer but the head
+    adapters: tuple[tuple[int, ...], ...] = ()  # sizes of every A and B of [lora]
 
     @property
     def numel(self) -> int:
@@ -82,22 +89,28 @@ def planned_shapes(cfg: Config) -> tuple[list[Shape], list[Finding]]:
     """The shape of every role whose folder has a config.json, and errors for the others."""
     shapes, findings = [], []
     for role in roles(cfg):
-        if not (Path(os.path.expanduser(role.model.path)) / "config.json").is_file():
+        if not _has_config(role.model.path):
             what = f"{role.name}: {role.section}.path = {role.model.path!r} has no config.json"
             fix = f"set {role.section}.path to a local Hugging Face model folder"
             findings.append(Finding("error", what, fix))
             continue
         try:
-            shapes.append(build_shape(role))
+            shapes.append(build_shape(role, cfg.lora if role.trained else None))
         except (OSError, ValueError, AttributeError) as error:
             fix = "take another model, backend or attention"
             findings.append(Finding("error", f"{role.name}: {error}", fix))
     return shapes, findings
 
 
-def build_shape(role: Role) -> Shape:
-    """ValueError as from build_spec. An attention that needs CUDA is replaced where there is none:
-    shapes are the same.
+def _has_config(path: str) -> bool:
+    with contextlib.suppress(ValueError):  # an adapter without its base
+        return (Path(base_of(os.path.expanduser(path))) / "config.json").is_file()
+    return False
+
+
+def build_shape(role: Role, lora: LoraSection | None = None) -> Shape:
+    """lora: of the trained model. ValueError as from build_spec, and for targets without a layer.
+    An attention that needs CUDA is replaced where there is none: shapes are the same.
     """
     path = os.path.expanduser(role.model.path)
     backend, attention = role.model.backend, role.model.attention
@@ -108,6 +121,9 @@ def build_shape(role: Role) -> Shape:
     spec = build_spec(path, backend=backend, attention=attention)
     with torch.device("meta"), buildable(path):
         model: Any = spec.model.build()
+    if lora is not None and lora.rank:
+        spec = with_adapters(spec, lora, path)
+    layers = {name: tuple(layer.weight.shape) for name, layer in linear_layers(model, spec).items()}
     sizes = tuple(tuple(p.shape) for p in model.parameters())
     block = max(sum(p.numel() for p in layer.parameters()) for layer in model.layers.values())
     ends = {id(p): p for m in (model.tok_embeddings, model.lm_head) for p in m.parameters()}
@@ -117,7 +133,27 @@ def build_shape(role: Role) -> Shape:
         why = "computes it exactly"
     else:
         why = f"native {obstacle or 'was not chosen'}"
-    return Shape(role, spec, config, sizes, block, sum(p.numel() for p in ends.values()), why)
+    return Shape(
+        role,
+        spec,
+        config,
+        sizes,
+        block,
+        sum(p.numel() for p in ends.values()),
+        why,
+        tuple(layers.values()),
+        _adapter_sizes(layers, lora, path),
+    )
+
+
+def _adapter_sizes(
+    layers: Mapping[str, tuple[int, ...]], lora: LoraSection | None, path: str
+) -> tuple[tuple[int, ...], ...]:
+    if lora is None or not lora.rank:
+        return ()
+    chosen = choose_targets(list(layers), lora.targets, path)
+    out_in = [layers[name] for name in chosen]
+    return tuple(size for out, width in out_in for size in ((lora.rank, width), (out, lora.rank)))
 
 
 def planned_titan(cfg: Config, shape: Shape) -> Any:

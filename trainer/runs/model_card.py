@@ -34,15 +34,17 @@ def model_card(
     """Markdown with a YAML head, as the Hugging Face hub reads it. title, story: what the phase
     says of the model (its `card`); stats: the numbers of the last step.
     """
+    is_adapter = cfg.lora.rank > 0 and not cfg.export.merge
+    library, tags = ("peft", ", lora") if is_adapter else ("transformers", "")
     numbers = "\n".join(f"| {k} | {stats[k]:.5g} |" for k in LAST_STEP if k in stats)
     return f"""---
-library_name: transformers
+library_name: {library}
 base_model: {json.dumps(cfg.model.path)}
-tags: [reflux, {cfg.phase}]
+tags: [reflux, {cfg.phase}{tags}]
 ---
 # {title}
 
-{story}
+{story}{_adapters(cfg)}
 
 Made with reflux-llm {_version()} in {_steps(cfg, outcome)}, seed {cfg.seed}. Method: {PAPER}.
 {_warnings(outcome)}
@@ -57,6 +59,21 @@ Made with reflux-llm {_version()} in {_steps(cfg, outcome)}, seed {cfg.seed}. Me
 ```toml
 {to_toml(cfg)}```
 """
+
+
+def _adapters(cfg: Config) -> str:
+    """What was trained where that is not every weight."""
+    lora = cfg.lora
+    if not lora.rank:
+        return ""
+    where = ", ".join(f"`{t}`" for t in lora.targets) or "every linear layer except the head"
+    what = f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}{', rslora' * lora.rslora}, on {where}"
+    if cfg.export.merge:
+        return f" Trained as {what}; merged into the weights."
+    return (
+        f" {what}. Load with `peft.PeftModel.from_pretrained(base, folder)`, or make one model of "
+        "both by `python -m reflux.trainer.merge`."
+    )
 
 
 def _steps(cfg: Config, outcome: Outcome) -> str:

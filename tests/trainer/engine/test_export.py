@@ -79,7 +79,7 @@ def test_bfloat16_rounds_and_an_old_export_stays_until_the_new_one_is_whole(
     for name, weight in trainer.model_parts[0].state_dict().items():
         if name in weights:  # embeddings, norms and head keep their names
             assert torch.equal(weights[name], weight.full_tensor().bfloat16())
-    monkeypatch.setattr("reflux.trainer.engine.export._write_config_and_card", lambda *_: 1 / 0)
+    monkeypatch.setattr("reflux.trainer.engine.export.copy_tokenizer", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export_hf(trainer, str(out), source, dtype="bfloat16", card="second")
     assert (out / "README.md").read_text() == "first" and AutoModelForCausalLM.from_pretrained(out)

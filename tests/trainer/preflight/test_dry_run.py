@@ -77,3 +77,12 @@ def test_a_missing_folder_is_named_with_its_role(calibrate, distill, tmp_path, c
 )
 def test_a_plan_that_cannot_run_is_an_error(calibrate, over, words):
     assert words in problems(plan(calibrate(**over)).findings)
+
+
+def test_a_dry_run_with_adapters_plans_them_and_names_the_gpus(calibrate, capsys):
+    assert dry_run(calibrate(lora={"rank": 4})) == 0
+    text = capsys.readouterr().out
+    for word in ("adapters, float32", "adapters off", "A100 40 GB", "B200", "fits", "fewest"):
+        assert word in text, word
+    wrong = calibrate(lora={"rank": 4, "targets": ["c_attn"]})
+    assert "lora.targets holds 'c_attn'" in problems(plan(wrong).findings)

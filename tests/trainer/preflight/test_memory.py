@@ -83,6 +83,44 @@ def test_an_engine_of_its_own_is_planned_for_and_one_on_other_machines_costs_not
     }
 
 
+def test_memory_of_a_rank_with_adapters_by_hand(calibrate):
+    """Rank 3 on q and v: gradients and moments are the adapters', the reference costs nothing, the
+    frozen weights are bf16.
+    """
+    lora = {"rank": 3, "targets": ["q_proj", "v_proj"]}
+    shapes, findings = planned_shapes(calibrate(lora=lora))
+    training = SimpleNamespace(
+        dtype="float32", mixed_precision_param="bfloat16", enable_cpu_offload=False, seq_len=96
+    )
+    ranks = RankPlan(2, 1, 1, 2)
+    parts = {
+        (p.role, p.what): p.bytes
+        for p in memory_parts(calibrate(lora=lora), training, ranks, shapes)
+    }
+    assert parts["policy", "frozen weights, bfloat16"] == 119232 * 2 // 2 and not findings
+    # values of the fullest rank: A's 3 rows are cut into 2 and 1; two layers
+    own = 2 * (2 * 2 * 64 + 128 * 3 // 2 + 64 * 3 // 2)
+    assert parts["policy", "adapters, float32"] == 4 * own
+    assert parts["policy", "AdamW moments"] == 8 * own
+    assert parts["policy", "gradients"] == 4 * own
+    assert parts["reference", "the policy's weights, adapters off"] == 0
+    assert parts["policy", "head gradient of the fused loss, fp32"] == 0
+
+
+def test_a_quantised_proxy_is_planned_by_its_packed_weights(calibrate):
+    cfg = calibrate(proxy={"quantization": "nf4"})
+    shapes, _ = planned_shapes(cfg)
+    training = SimpleNamespace(
+        dtype="float32", mixed_precision_param="float32", enable_cpu_offload=False, seq_len=96
+    )
+    parts = {p.what: p.bytes for p in memory_parts(cfg, training, RankPlan(4, 1, 1, 4), shapes)}
+    proxy = shapes[2]
+    linear = sum(a * b for a, b in proxy.linear)
+    assert parts["weights, nf4, whole on every rank"] == pytest.approx(
+        linear * (0.5 + 4 / 64) + (proxy.numel - linear) * 4, abs=1
+    )
+
+
 def test_one_process_plans_for_the_world_of_the_degrees_and_more_have_to_fit():
     p = SimpleNamespace(
         data_parallel_replicate_degree=2, data_parallel_shard_degree=-1, tensor_parallel_degree=2
