@@ -90,7 +90,11 @@ def test_memory_of_a_rank_with_adapters_by_hand(calibrate):
     lora = {"rank": 3, "targets": ["q_proj", "v_proj"]}
     shapes, findings = planned_shapes(calibrate(lora=lora))
     training = SimpleNamespace(
-        dtype="float32", mixed_precision_param="bfloat16", enable_cpu_offload=False, seq_len=96
+        dtype="float32",
+        mixed_precision_param="bfloat16",
+        enable_cpu_offload=False,
+        seq_len=96,
+        sync_every_microbatch=True,
     )
     ranks = RankPlan(2, 1, 1, 2)
     parts = {
@@ -111,7 +115,11 @@ def test_a_quantised_proxy_is_planned_by_its_packed_weights(calibrate):
     cfg = calibrate(proxy={"quantization": "nf4"})
     shapes, _ = planned_shapes(cfg)
     training = SimpleNamespace(
-        dtype="float32", mixed_precision_param="float32", enable_cpu_offload=False, seq_len=96
+        dtype="float32",
+        mixed_precision_param="float32",
+        enable_cpu_offload=False,
+        seq_len=96,
+        sync_every_microbatch=True,
     )
     parts = {p.what: p.bytes for p in memory_parts(cfg, training, RankPlan(4, 1, 1, 4), shapes)}
     proxy = shapes[2]
