@@ -121,7 +121,7 @@ def score_ids(
             stop_logp[sample_T[t]] = np.logaddexp.reduce(scores_TK[t, 1:])
     found = prefixes.found if prefixes is not None else {}
     results = [
-        TextScore(x[:-1] if stop else x, float(s), found.get(i))
+        TextScore(x[:-1] if stop else x, float(s) if stop else 0.0, found.get(i))
         for i, (x, s) in enumerate(zip(logp, stop_logp))
     ]
     _check_finite(results, chat, engine)
