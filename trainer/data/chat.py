@@ -74,9 +74,9 @@ class Chat:
         """The model of a section, as it says that it is to be talked to."""
         return cls(model.path, model.template, model.template_arguments)
 
-    @cached_property
+    @property
     def key(self) -> str:
-        """Of everything that prompts are rendered with, for caches."""
+        """Of everything that prompts are rendered with, as it lies on the disk now; for caches."""
         spec = [key_of(Path(self._folder)), self.tokenizer.chat_template, sorted(self.arguments)]
         spec += [repr(self.arguments[name]) for name in sorted(self.arguments)]
         return hashlib.sha256(json.dumps(spec).encode()).hexdigest()

@@ -90,7 +90,7 @@ def test_span_credit_across_tokenizers_is_an_error(calibrate):
         )
     )
     assert "calibration.credit = 'span' with a proxy of another tokenizer" in errors
-    assert "Use calibration.credit = 'sequence'" in errors
+    assert "Use calibration.credit = 'prefix' or 'sequence'" in errors
 
 
 @pytest.mark.usefixtures("titan_process")
