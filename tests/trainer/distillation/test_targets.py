@@ -173,7 +173,7 @@ def test_classes_of_one_vocabulary_are_its_tokens_the_stop_included(talkers, tmp
 
 
 def test_another_vocabulary_is_refused_with_the_way_out(talkers, tmp_path):
-    with pytest.raises(ValueError, match="different vocabularies.*'class' or 'span'"):
+    with pytest.raises(ValueError, match="different vocabularies.*'byte'"):
         run_here(
             config(talkers, tmp_path / "run", "distill", teacher={"path": str(talkers / "proxy")})
         )

@@ -66,7 +66,7 @@ def test_what_is_unknown_wrong_or_without_effect_is_an_error(
         (
             {"tensor_parallel_degree": 2},
             1,
-            "want 2 processes, and 1 was started. Start torchrun --n",
+            "want 2 processes, and 1 was started. Use --nproc-per-node 2",
         ),
         ({"tensor_parallel_degree": 3}, 8, "want 6 processes, and 8 were started"),
         ({"data_parallel_shard_degree": 3}, 1, "--nproc-per-node 3, or lower the degrees"),
