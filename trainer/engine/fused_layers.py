@@ -23,7 +23,7 @@ def check_liger(wanted: str, path: str) -> None:
     if wanted == "on" and not torch.cuda.is_available():
         raise ValueError(f"{path}: liger = 'on' needs a CUDA device; want 'off' or 'auto' on a CPU")
     if wanted == "on" and not _is_installed():
-        raise ValueError(f"{path}: liger = 'on', and liger-kernel is not installed: pip install it")
+        raise ValueError(f"{path}: liger = 'on', and the package liger-kernel is not installed")
 
 
 def take_fused_layers(model: PreTrainedModel, wanted: str, path: str) -> None:
