@@ -252,8 +252,8 @@ def folder_below_a_file(place):
 
 
 FAILURES = [
-    (hub_model, r"model.path = 'Qwen/Qwen3-0.6B': no config.json .* hf download Qwen"),
-    (hub_teacher, r"teacher.path = 'Qwen/Qwen3-0.6B': no config.json .* hf download Qwen"),
+    (hub_model, r"model.path = 'Qwen/Qwen3-0.6B': no folder here, .* hf download Qwen"),
+    (hub_teacher, r"teacher.path = 'Qwen/Qwen3-0.6B': no folder here, .* hf download Qwen"),
     (hub_data, r"openai/gsm8k: no such file or folder, .* of the hub .*hf download openai.gsm8k"),
     (no_weights, r"model: no model.safetensors .*; want a folder with weights"),
     (bin_weights, r"only pytorch_model.bin. Want .*convert the weights with save_pretrained"),
@@ -267,7 +267,10 @@ FAILURES = [
     (endless_template, r"chat_template, line 1, fails .*: no end within 10 s. Mend the template"),
     (constant_template, r"makes 'hello' of any message of the user: every prompt would be the s"),
     (template_without_system, r"data.jsonl, line 3: .*roles system, user: .*leave system messages"),
-    (two_ranks_of_one, r"tensor_parallel_degree 2 want 2 processes, and 1 was started. Start torc"),
+    (
+        two_ranks_of_one,
+        r"tensor_parallel_degree 2 want 2 processes, and 1 was started. Use --nproc",
+    ),
     (deep_json, r"data.jsonl, line 2: .*recursion.*; want one JSON object a line"),
     (long_line, r"data.jsonl, line 2: more than 33,554,432 bytes; want one JSON object a line"),
     (empty_parquet, r"data.parquet: no rows"),
