@@ -35,3 +35,10 @@ if find_spec("torchtitan"):  # a machine that only tests kernels may do without
 def byte_table_cache(tmp_path_factory):
     """Byte tables of the tests' tokenizers, also in processes that tests start."""
     os.environ["REFLUX_CACHE"] = str(tmp_path_factory.mktemp("byte_tables"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that a test leaves behind would change the last digits of all that follow it."""
+    yield
+    torch.set_num_threads(1)
