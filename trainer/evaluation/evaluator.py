@@ -232,7 +232,9 @@ class Evaluator:
         self, mode: str, sample: int, id: str, rollout: Rollout, grade: Grade
     ) -> Prediction:
         options = self.questions.options_or_none(rollout.prompt)
-        nll = -float(np.sum(rollout.logp))
+        # beyond 1e-4 nats lies float32 rounding, which depends on the batch: a resumed evaluation
+        # answers what is left in other batches
+        nll = round(-float(np.sum(rollout.logp)), 4)
         return Prediction(
             mode=mode,
             prompt=rollout.prompt.index,

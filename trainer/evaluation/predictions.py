@@ -50,7 +50,7 @@ class Generation:
     text: str
     ended: bool
     tokens: int  # stop token included
-    nll: float  # nats, of the whole text as it was sampled
+    nll: float  # nats to 1e-4, of the whole text as it was sampled
     # one of OUTCOMES; None where the grader failed or knows no correct answers
     outcome: str | None = None
     graded: bool = True  # False: a truncated text that no grader saw
