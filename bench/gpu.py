@@ -3,7 +3,7 @@
     python bench/gpu.py --commit SHA --out results            # every op, 540 s in all
     python bench/gpu.py linear_kl linear_nll --seconds 120    # these, in this order
     python bench/gpu.py --tune --seconds 240                  # workspace, columns, warps, stages
-    python bench/gpu.py --dry --out /tmp/x                    # the whole control flow on a CPU
+    python bench/gpu.py --dry --out runs/gpu                    # the whole control flow on a CPU
 
 Needs torch and triton and no network. bench/README.md has commands to paste, and what to carry.
 

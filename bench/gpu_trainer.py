@@ -1,7 +1,7 @@
 """The whole trainer on one GPU in 3 minutes: does it run, is it right, how fast.
 
     python bench/gpu_trainer.py --commit SHA --out results    # a random 0.5B model, bf16
-    python bench/gpu_trainer.py --dry --out /tmp/x            # on a CPU: a tiny one, the same steps
+    python bench/gpu_trainer.py --dry --out runs/gpu         # on a CPU: a tiny one, the same steps
 
 Runs of trainer/main.py under torchrun with one process (NCCL on a GPU): distillation from texts of
 a data set in bf16, against the same run in fp32 on the CPU; again with torch.compile and activation

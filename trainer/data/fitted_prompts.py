@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import overload
 
 import numpy as np
 
@@ -69,18 +68,7 @@ class FittedPrompts(Prompts):
     def __len__(self) -> int:
         return len(self._prompts) if self._rows_left is None else len(self._rows_left)
 
-    @overload
-    def __getitem__(self, i: int) -> Prompt: ...
-
-    @overload
-    def __getitem__(self, i: slice) -> list[Prompt]: ...
-
-    def __getitem__(self, i: int | slice) -> Prompt | list[Prompt]:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"prompt {i} of {len(self)}")
-        i = i % len(self)
+    def _at(self, i: int) -> Prompt:
         return self.of_row(i if self._rows_left is None else int(self._rows_left[i]))
 
     def of_row(self, row: int) -> Prompt:

@@ -8,16 +8,15 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import overload
 
 import numpy as np
 
 from .fitted_prompts import Fit, FittedPrompts
 from .prompt import Prompt
-from .prompts import epoch_entries, numbered
+from .prompts import PromptSequence, epoch_entries, numbered
 
 
-class Parts(Sequence[Prompt]):
+class Parts(PromptSequence):
     """The prompts of all parts, each with the name of its part."""
 
     def __init__(self, parts: Mapping[str, FittedPrompts], rows: Mapping[str, int]):
@@ -29,19 +28,9 @@ class Parts(Sequence[Prompt]):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    @overload
-    def __getitem__(self, i: int) -> Prompt: ...
-
-    @overload
-    def __getitem__(self, i: slice) -> list[Prompt]: ...
-
-    def __getitem__(self, i: int | slice) -> Prompt | list[Prompt]:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"prompt {i} of {len(self)}")
-        k = _part_of(self._starts, i % len(self))
-        return self._named(k, self._parts[self._names[k]][i % len(self) - self._starts[k]])
+    def _at(self, i: int) -> Prompt:
+        k = _part_of(self._starts, i)
+        return self._named(k, self._parts[self._names[k]][i - self._starts[k]])
 
     def of_row(self, row: int) -> Prompt:
         """The prompt of this index."""

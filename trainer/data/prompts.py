@@ -7,6 +7,7 @@ are named in a warning.
 """
 
 import logging
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -33,7 +34,28 @@ ASKING = ("instruction", "input", "context", "passage", "document", "system", "h
 ALPACA = ("instruction", "input", "output")
 
 
-class Prompts(Sequence[Prompt]):
+class PromptSequence(Sequence[Prompt]):
+    """Prompts that are made on access, by `_at`."""
+
+    @overload
+    def __getitem__(self, i: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[Prompt]: ...
+
+    def __getitem__(self, i: int | slice) -> Prompt | list[Prompt]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"prompt {i} of {len(self)}")
+        return self._at(i % len(self))
+
+    @abstractmethod
+    def _at(self, i: int) -> Prompt:
+        """The i-th prompt, from 0."""
+
+
+class Prompts(PromptSequence):
     """Rows as prompts, each read on access."""
 
     def __init__(
@@ -56,18 +78,7 @@ class Prompts(Sequence[Prompt]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, i: int) -> Prompt: ...
-
-    @overload
-    def __getitem__(self, i: slice) -> list[Prompt]: ...
-
-    def __getitem__(self, i: int | slice) -> Prompt | list[Prompt]:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"prompt {i} of {len(self)}")
-        i = i % len(self)
+    def _at(self, i: int) -> Prompt:
         prompt = _prompt(i, Row(self._rows[i], self._location(i), self._names), self.shape)
         if self._system and prompt.messages and prompt.messages[0]["role"] != "system":
             system = {"role": "system", "content": self._system}

@@ -79,7 +79,7 @@ class FolderAdapter(StateDictAdapter):
     @property
     def model(self) -> PreTrainedModel:
         """On the meta device, for conversions."""
-        raise NotImplementedError(f"{type(self).__name__} converts nothing")
+        raise TypeError(f"{type(self).__name__} converts nothing")
 
     def files(
         self, weights: Mapping[str, Tensor], stored: Mapping[str, Stored], dtype: torch.dtype
