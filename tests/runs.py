@@ -1,8 +1,5 @@
 """Whole runs of the trainer for tests: tiny data, tiny models, in this process or under torchrun,
 read back from the log.
-
-`python tests/runs.py FOLDER` makes the data of configs/debug_cpu_*.toml: random models,
-vowels.jsonl and vowel_choices.jsonl.
 """
 
 import atexit
@@ -17,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from assets import free_port, make_assets
+from assets import free_port
 from fork_server import Background, ForkServer, Request
 from small_tasks import (
     is_answer_of_prompt_0,
@@ -91,28 +88,6 @@ def talkers(assets, tmp_path_factory) -> Path:
     for name, source, steps in models:
         make_talker(assets / source, folder / name, write_data(folder), steps)
     return folder
-
-
-def make_debug(folder: Path) -> None:
-    """Random models, and a task that they solve now and then: the last vowel of the text."""
-    folder.mkdir(parents=True, exist_ok=True)
-    make_assets(folder)
-    rows = [
-        {"prompt": f"Write word {i}. Its last vowel is {vowel}.", "answer": vowel}
-        for i in range(8)
-        for vowel in "aeiou"
-    ]
-    (folder / "vowels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    chosen = [
-        {
-            "prompt": f"What is the last vowel of word {i} with {v}?",
-            "answer": v,
-            "choices": list("aeiou"),
-        }
-        for i in range(4)
-        for v in "aeiou"
-    ]
-    (folder / "vowel_choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
 
 
 def table(talkers: Path, folder: Path, phase: str, **over) -> dict:
@@ -228,7 +203,3 @@ def run_ranks(cfg: Config, ranks: int = 2) -> Run:
     run = run_forked(["--config", str(file)], file.parent, ranks)
     assert run.wait(300) == 0, run.output[-12000:]
     return load_run(cfg.folder)
-
-
-if __name__ == "__main__":
-    make_debug(Path(sys.argv[1]))

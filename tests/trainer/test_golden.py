@@ -8,9 +8,10 @@ import os
 from pathlib import Path
 
 import pytest
-from runs import make_debug, run_here
+from runs import run_here
 
 from reflux.trainer.config import loader as config_file
+from reflux.trainer.studies import debug_models
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("titan_process")
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("titan_process")
 @pytest.fixture(scope="module")
 def debug_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("golden") / "runs" / "debug"
-    make_debug(folder)
+    debug_models.main(["--out", str(folder)])
     return folder.parents[1]
 
 

@@ -38,6 +38,7 @@ LIKE_A_COMMAND = re.compile(
 WRITTEN_OUT = {  # texts that hold a command and do not come from runs/commands.py
     "trainer/main.py": "the name of the program, and its exit codes, in --help",
     "trainer/matrix.py": "the name of the program, in --help",
+    "trainer/studies/debug_models.py": "the name of the program, in --help",
     "trainer/studies/real_pair.py": "the name of the program, in --help",
     "trainer/studies/synthetic_task.py": "the name of the program, in --help",
     "trainer/engine/trainer_config.py": "how many processes to start: an option of torchrun",

@@ -1,14 +1,12 @@
 """The phase `evaluate`: acceptance rules end the process with their exit code and say why."""
 
 import json
-from pathlib import Path
 
 import pytest
-from evaluation_runs import EXACT, evaluate, results_of, verdicts_of
-from runs import config, make_debug, run_here, write_data
+from evaluation_runs import EXACT, evaluate, verdicts_of
+from runs import config, write_data
 
 from reflux.trainer.config import loader
-from reflux.trainer.evaluation import phase
 
 pytestmark = pytest.mark.usefixtures("titan_process")
 
@@ -45,14 +43,3 @@ def test_the_exit_code_of_a_process(talkers, tmp_path):
         )
         (tmp_path / "x.toml").write_text(loader.to_toml(cfg))
         assert main.main(["--config", str(tmp_path / "x.toml")]) == code
-
-
-def test_the_debug_config_shows_every_part(tmp_path, monkeypatch):
-    make_debug(tmp_path / "runs" / "debug")
-    monkeypatch.chdir(tmp_path)
-    file = Path(phase.__file__).parents[2] / "configs" / "debug_cpu_evaluate.toml"
-    run = run_here(loader.load(file, ("log.quiet=true",)), 3)
-    found, verdicts = results_of(run), verdicts_of(run)
-    assert {"eval/pass@4", "eval/likelihood_per_byte_at_1", "eval/sampled_refused"} <= found.keys()
-    assert verdicts["accept/likelihood"].startswith("succeeded")
-    assert verdicts["accept/sampled"].startswith("failed")
