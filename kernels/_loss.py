@@ -15,11 +15,13 @@ from torch import Tensor
 from ._chunks import check_rows, check_temperature, wide
 from ._divergence import check_divergence
 from ._head import Head
+from ._measures import KLMeasures
 
 
 class LinearKL(NamedTuple):
     total: Tensor  # [], differentiable
     kl: Tensor  # [T], detached
+    measures: KLMeasures | None = None  # of `linear_kl`, if asked for
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,16 @@ Options that all divergence ops share:
                   one where memory is free: fewer passes over the head's gradient
     frozen_...    no gradient of head and bias, which otherwise accumulate in fp32
 
+measures=True adds the student's entropy and both models' top-1 of every row (`_measures.py`), from
+the same logits.
+
 Under autocast operands are cast as nn.Linear would.
 
 Shapes: T tokens, M chosen rows, D hidden of the student, E hidden of the teacher, V vocabulary, C
 rows of a chunk.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +68,7 @@ from ._loss import (
     weighted_total,
 )
 from ._loss import row_weights as row_weights
+from ._measures import KLMeasures as KLMeasures
 from ._parallel import VocabShard, common_width, local_width, slice_of
 
 
@@ -85,6 +91,7 @@ def linear_kl_ref(
     teacher_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
+    measures: bool = False,
 ) -> LinearKL:
     """The definition, with both [T, V] in memory. fp32 arithmetic, or fp64 when given fp64."""
     student_options = student_bias, student_logit_scale, student_softcap, vocab_size
@@ -93,7 +100,17 @@ def linear_kl_ref(
     u_TV = logits_ref(teacher_hidden_TE, teacher_head_VE, *teacher_options)
     logp_TV, logq_TV = ((x_TV / temperature).log_softmax(-1) for x_TV in (z_TV, u_TV.detach()))
     kl_T = divergence_ref(logp_TV, logq_TV, divergence, beta)
-    return loss_ref(kl_T, weight, rows, temperature**2 if scale_t2 else 1.0)
+    loss = loss_ref(kl_T, weight, rows, temperature**2 if scale_t2 else 1.0)
+    if not measures:
+        return loss
+    logp_TV = logp_TV.detach()
+    entropy_T = -torch.where(logp_TV == -torch.inf, 0.0, logp_TV.exp() * logp_TV).sum(-1)
+    found = KLMeasures(entropy_T, logp_TV.argmax(-1), logq_TV.argmax(-1))
+    if rows is None:
+        return loss._replace(measures=found)
+    none, rows = KLMeasures.empty(student_hidden_TD, True), rows.long()
+    chosen = [x_T.to(y_T.dtype).index_copy(0, rows, y_T[rows]) for x_T, y_T in zip(none, found)]
+    return loss._replace(measures=KLMeasures(*chosen))
 
 
 @torch.library.custom_op("reflux::linear_kl", mutates_args=())
@@ -118,11 +135,12 @@ def _op(
     group: str,
     vocab_start: int,
     workspace_mb: float,
+    measures: bool,
     need_dhidden: bool,
     need_dhead: bool,
     need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """total [], kl [T], gradients of total in the student's hidden, head and bias or empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """total [], kl [T], gradients in the student's hidden, head and bias or empty, `KLMeasures`."""
     x_TD, V = student_hidden_TD, local_width(len(student_head_VD), vocab_size, vocab_start)
     side = x_TD, student_head_VD, student_bias_V, student_logit_scale, student_softcap
     student = Head(*side).cut(V)
@@ -135,16 +153,17 @@ def _op(
     t2 = loss_factor(temperature, scale_t2)
     coeff_T = weight_T * (t2 * gradient_scale)
     kl_T = x_TD.new_zeros(x_TD.shape[0], dtype=wide(x_TD.dtype))
+    measured = KLMeasures.empty(x_TD, measures)
 
     # a function, so that its blocks are free before the next chunk's are made
     def step(c: Rows) -> None:
         z_CV, u_CV = student.logits(c), teacher.logits(c)
-        if not any(grads.need):
-            kl_T[c] = kl_rows(padded(z_CV), padded(u_CV), coeff_T[c], spec, None)
-            return
-        dz_CV = gradient_block(z_CV, x_TD)
-        kl_T[c] = kl_rows(padded(z_CV), padded(u_CV), coeff_T[c], spec, padded(dz_CV))
-        grads.add(c, dz_CV, student)
+        measured.read(c, (z_CV, u_CV), student_scale, group, vocab_start)
+        dz_CV = gradient_block(z_CV, x_TD) if any(grads.need) else None
+        to_CV = None if dz_CV is None else padded(dz_CV)
+        kl_T[c] = kl_rows(padded(z_CV), padded(u_CV), coeff_T[c], spec, to_CV)
+        if dz_CV is not None:
+            grads.add(c, dz_CV, student)
 
     # both logits and, for bf16 GEMMs, half as much for the gradient
     buffers = workspace_buffers(x_TD, 2.5 if on_tensor_cores(x_TD) else 2, 8)
@@ -152,16 +171,22 @@ def _op(
         step(c)
     kl_T.mul_(t2)
     gradients = grads.finish(student_head_VD, student_bias_V, group)
-    return weighted_total(kl_T, weight_T), kl_T, *gradients
+    return weighted_total(kl_T, weight_T), kl_T, *gradients, *measured
 
 
 def _fake(student_hidden_TD, student_head_VD, student_bias_V, *rest):
     gradients = fake_gradients(student_hidden_TD, student_head_VD, student_bias_V, rest[-3:])
-    return *fake_loss(student_hidden_TD), *gradients
+    loss = fake_loss(student_hidden_TD)
+    return *loss, *gradients, *KLMeasures.empty(student_hidden_TD, rest[-4])
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    save_gradients(ctx, inputs, output[:5])
+    ctx.mark_non_differentiable(*output[1:])
 
 
 _op.register_fake(_fake)
-_op.register_autograd(scale_gradients, setup_context=save_gradients)
+_op.register_autograd(scale_gradients, setup_context=_save)
 
 
 def _check_sides(
@@ -207,8 +232,10 @@ def linear_kl(
     shard: VocabShard | None = None,
     workspace_mb: float = WORKSPACE_MB,
     frozen_student_head: bool = False,
+    measures: bool = False,
 ) -> LinearKL:
-    """(total [], kl [T]), fp32 (fp64 for fp64), in nats. The teacher gets no gradient.
+    """(total [], kl [T], measures or None), fp32 (fp64 for fp64), in nats. The teacher gets no
+    gradient.
 
     total is differentiable in the student's hidden, head and bias. hidden [T, D] or [T, E] and head
     [V, D] or [V, E]; D and E may differ, V may not unless vocab_size says that both heads are
@@ -223,13 +250,15 @@ def linear_kl(
     _check_sides(student, teacher, vocab_size, shard)
     options = LossOptions(divergence, beta, temperature, weight, rows, scale_t2)
     student, teacher = options.read(op, student), options.read(op, teacher)
-    total, kl_T, *_ = _op(
+    total, kl_T, _, _, _, *measured = _op(
         *student,
         *teacher.detach(),
         *options.checked(op, student.hidden_TD),
         V,
         *slice_of(shard),
         workspace_mb,
+        measures,
         *student.needs(frozen_student_head),
     )
-    return options.result(total, kl_T, student.hidden_TD)
+    loss = options.result(total, kl_T, student.hidden_TD)
+    return loss._replace(measures=KLMeasures(*measured)) if measures else loss

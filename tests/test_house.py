@@ -33,7 +33,7 @@ ROOMS = {  # room or file of trainer/ -> the rooms that it may import, beside th
     "verify": "engine disk_space",
     "merge": "engine adapter_folder",
     "studies": "config runs data",
-    "integrations": "",
+    "integrations": "data calibration rollouts",
     "cells": "runs main",
     "matrix": "config runs cells studies",
 }

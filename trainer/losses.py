@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reflux.kernels.linear_kl import linear_kl
+from reflux.kernels.linear_kl import KLMeasures, linear_kl
 from reflux.kernels.linear_logprob import LogProb, linear_logprob
 from reflux.kernels.linear_nll import linear_nll
 from reflux.kernels.linear_topk_kl import linear_topk_kl
@@ -137,8 +137,17 @@ def distill_kl(
         vocab_size=student.vocab_size,
         student_softcap=student.softcap,
         teacher_softcap=teacher.softcap,
+        measures=spec.measures,
     )
-    return result.total, {"kl": result.kl.sum() / _t2(spec)}
+    return result.total, {"kl": result.kl.sum() / _t2(spec)} | _measured(result.measures)
+
+
+def _measured(measures: KLMeasures | None) -> dict[str, Tensor]:
+    """The student's entropy, and at how many tokens both models' likeliest token is one."""
+    if measures is None:
+        return {}
+    same_T = measures.student_top1 == measures.teacher_top1
+    return {"entropy": measures.entropy.sum(), "top1_agreement": same_T.float().sum()}
 
 
 def _t2(spec: DistillSection) -> float:

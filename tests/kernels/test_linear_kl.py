@@ -307,7 +307,7 @@ def test_nothing_waits_for_the_gpu():
         )
         sides = x_TD, w_VD, b_V, 1.0, 4.0, y_TE, v_VE, b_V, 1.0, 0.0
         for name in DIVERGENCES:
-            options = weight_T, rows_M, name, 0.5, 2.0, True, 18, "", 0, 0.0001
+            options = weight_T, rows_M, name, 0.5, 2.0, True, 18, "", 0, 0.0001, True
             _op._init_fn(*sides, *options, True, True, True)
 
 
@@ -366,7 +366,7 @@ def test_the_op_keeps_torch_librarys_contract(path, full):
     x_TD, w_VD, b_V = (t.requires_grad_() for t in (*tensors[:2], torch.zeros(20, device=DEVICE)))
     rows_M = torch.tensor([2, 1], device=DEVICE) if full else None
     sides = x_TD, w_VD, b_V if full else None, 1.0, 0.0, *tensors[2:], None, 1.0, 0.0
-    options = weight_T, rows_M, "jsd", 0.5, 2.0, full, 20, "", 0, 1200.0
+    options = weight_T, rows_M, "jsd", 0.5, 2.0, full, 20, "", 0, 1200.0, full
     with running(path, 64):
         torch.library.opcheck(_op, (*sides, *options, True, True, full))
 

@@ -281,6 +281,19 @@ def test_full_vocabulary_distillation_is_the_definition(name, temperature, scale
     same(gradients(total, student), gradients(weight * kl, student), atol=1e-7)
 
 
+@given(seed=SEEDS)
+def test_what_a_loss_measures_changes_nothing_of_it(seed):
+    student, teacher = trainable(seed), outputs(seed + 1)
+    plain, plain_metrics = distill_kl(student, teacher, DistillSection(temperature=2.0))
+    total, metrics = distill_kl(student, teacher, DistillSection(temperature=2.0, measures=True))
+    assert total.item() == plain.item() and set(plain_metrics) == {"kl"}
+    p, q = logp_of(student, 2.0), logp_of(teacher, 2.0)
+    assert metrics["entropy"].item() == pytest.approx(-(p.exp() * p).sum().item(), rel=1e-6)
+    assert metrics["top1_agreement"].item() == (p.argmax(-1) == q.argmax(-1)).sum().item()
+    _, same_model = distill_kl(student, student, DistillSection(measures=True))
+    assert same_model["top1_agreement"].item() == T
+
+
 TAILS = (
     [("bucket", d) for d in ("forward", "reverse", "jsd")]
     + [("renorm", d) for d in ("forward", "reverse")]

@@ -28,6 +28,9 @@ class DistillSection:
     support: Literal["teacher", "student", "union"] = "teacher"
     temperature: float = 1.0  # of both softmaxes; objective = "byte": of both byte distributions
     scale_t2: bool = False  # multiply the loss by temperature squared
+    # log the student's entropy and how often its likeliest token is the teacher's, from the logits
+    # of the loss; objective = "kl" with tail = "full"
+    measures: bool = False
     source: Literal["dataset", "teacher"] = "teacher"  # which of them off-policy texts come from
     on_policy: float = 1.0  # fraction of prompts answered by the student itself (GKD's lambda)
     correct_only: bool = False  # use only off-policy texts that the grader accepts
@@ -90,6 +93,11 @@ def _check_combinations(d: DistillSection) -> None:
         raise ValueError(
             f"temperature = {d.temperature} needs objective = 'kl', 'byte' or 'class'; "
             f"{d.objective!r} has none"
+        )
+    if d.measures and (d.objective != "kl" or d.tail != "full"):
+        raise ValueError(
+            f"measures = true with objective = {d.objective!r}, tail = {d.tail!r}; want objective "
+            "= 'kl' and tail = 'full', whose loss sees both models' logits"
         )
     if d.objective == "class":
         _check_partition(d)

@@ -6,8 +6,7 @@
     trl_losses.use_in_gkd_trainer()            # experimental GKDTrainer: from logits
 
 TRL's own losses project both heads once more in the backward, or hold [tokens, vocabulary] tensors.
-beta weighs the teacher on both sides; 0 is forward KL and 1 reverse KL there, so here, too. TRL's
-log of the entropy shows 0: `linear_logprob(..., entropy=True)` has it for one more GEMM.
+beta weighs the teacher on both sides; 0 is forward KL and 1 reverse KL there, so here, too.
 """
 
 import importlib
@@ -39,7 +38,9 @@ def divergence_loss(
     temperature: float = 1.0,
     **scales: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean loss [], 0, number of tokens []) of hidden [B, T, D], as TRL's trainer calls it."""
+    """(mean loss [], sum of the student's entropies [], number of tokens []) of hidden [B, T, D],
+    as TRL's trainer calls it.
+    """
     rows = completion_mask.flatten().nonzero()[:, 0]  # waits for the GPU, as TRL does here
     heads: Any = student_head, teacher_head, student_lm_head_bias, teacher_lm_head_bias
     head, other_head, bias, other_bias = (  # FSDP2: gathered, as TRL does
@@ -48,7 +49,7 @@ def divergence_loss(
     options = {
         name.replace("final_logit_softcapping", "softcap"): value for name, value in scales.items()
     }
-    total = linear_kl(
+    out = linear_kl(
         student_hidden.flatten(0, 1),
         head.to(student_hidden.dtype),
         teacher_hidden.flatten(0, 1),
@@ -59,11 +60,13 @@ def divergence_loss(
         temperature=temperature,
         student_bias=bias,
         teacher_bias=other_bias,
+        measures=True,
         **options,
-    ).total
+    )
+    assert out.measures is not None
     count = torch.tensor(len(rows), device=student_hidden.device)
-    mean = total / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
-    return mean, total.new_zeros(()), count
+    mean = out.total / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+    return mean, out.measures.entropy.sum(), count
 
 
 def generalized_jsd_loss(

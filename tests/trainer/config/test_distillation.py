@@ -112,3 +112,11 @@ def test_a_student_that_merges_is_known_with_its_tokenizer(merge, same_ids, allo
         assert ("'unit' begins with its token 'un'" in advice.text) == (merge[0] == b"un")
     else:
         assert (advice and advice.level) == ("warning" if same_ids else None)
+
+
+@pytest.mark.parametrize(
+    "options", [{"tail": "bucket", "top_k": 4}, {"objective": "byte"}, {"objective": "span"}]
+)
+def test_measures_need_a_loss_that_sees_both_models_logits(options):
+    with pytest.raises(ValueError, match="measures = true with objective = .*; want objective"):
+        DistillSection(measures=True, allow_biased=True, **options)

@@ -52,7 +52,10 @@ def test_a_loss_of_hidden_states_counts_its_tokens():
     mask = torch.tensor([[1, 1, 0, 1, 0, 0], [0, 0, 0, 1, 1, 1]])
     mean, entropy, count = trl_losses.divergence_loss(*sides(), mask, 0.5)
     total, _, _ = trl_losses.divergence_loss(*sides(), mask, 0.5, num_items_in_batch=1)
-    assert count == 6 and entropy == 0
+    assert count == 6
+    hidden, _, head, *_ = sides()
+    logp = (hidden[mask.bool()] @ head.t()).log_softmax(-1)
+    torch.testing.assert_close(entropy, -(logp.exp() * logp).sum())
     torch.testing.assert_close(total, 6 * mean)
 
 
@@ -75,6 +78,10 @@ def test_the_distillation_trainers_loss_is_trls(beta):
     for more in ({}, options):
         want = graded(theirs, sides(), mask, beta, **more)
         got = graded(trl_losses.divergence_loss, sides(), mask, beta, **more)
+        entropies = [
+            f(*sides(), mask, beta, **more)[1] for f in (theirs, trl_losses.divergence_loss)
+        ]
+        torch.testing.assert_close(*entropies, rtol=1e-4, atol=1e-5)
         for a, b in zip(got, want, strict=False):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 

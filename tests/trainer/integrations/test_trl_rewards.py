@@ -1,0 +1,132 @@
+"""The calibration reward in TRL's GRPOTrainer: its values, and a run of the real one."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from reflux.trainer.integrations.trl_rewards import CalibrationReward
+
+needs_trl = pytest.mark.skipif(
+    "REFLUX_INTEGRATIONS" not in os.environ, reason="make test-integrations installs TRL"
+)
+PROMPT = [{"role": "user", "content": "How many remain?"}]
+TEXTS = [" 12 apples remain.", " Seven, so seven.", " 3", " None of them remain, so zero."]
+
+
+@pytest.fixture(scope="module")
+def models(assets):
+    """(policy, its folder, proxy of another tokenizer, its folder)"""
+    folders = str(assets / "qwen3"), str(assets / "gemma3")
+    return [x for f in folders for x in (AutoModelForCausalLM.from_pretrained(f), f)]
+
+
+def completions(folder: str, *, ended: bool = True) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    stop = [tokenizer.eos_token_id] if ended else []
+    return [tokenizer(t, add_special_tokens=False).input_ids + stop for t in TEXTS]
+
+
+@torch.no_grad()
+def log_likelihood(model, folder: str, text: str, *, ended: bool = True) -> float:
+    """log p(text | PROMPT) in float64, the end included, by the model's own logits."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rendered = tokenizer.apply_chat_template(PROMPT, tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer(rendered, add_special_tokens=False).input_ids
+    ids = tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] * ended
+    logits = model.eval()(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+    logp = logits[:, : len(tokenizer)].double().log_softmax(-1)
+    return float(logp.gather(1, torch.tensor(ids)[:, None]).sum())
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_the_reward_is_the_log_ratio_of_the_same_bytes(models, ended):
+    reward = CalibrationReward(*models, length_free=False, clip=0)
+    got = reward([PROMPT] * 4, completion_ids=completions(models[1], ended=ended), other="column")
+    want = [
+        log_likelihood(*models[2:], text, ended=ended)
+        - log_likelihood(*models[:2], text, ended=ended)
+        for text in TEXTS
+    ]
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+    assert reward.__name__ == "calibration"
+
+
+def test_length_is_taken_out_group_by_group(models):
+    other = [{"role": "user", "content": "And now?"}]
+    ids = completions(models[1])
+    reward = CalibrationReward(*models)
+    got = np.array(reward([PROMPT] * 4 + [other] * 4, completion_ids=ids + ids))
+    bytes_G = np.array([len(text) for text in TEXTS], dtype=float)
+    for group in (got[:4], got[4:]):
+        assert abs(group.sum()) < 1e-9 and abs(group @ bytes_G) < 1e-7 and group.std() > 0
+    np.testing.assert_allclose(got[4:], reward([other] * 4, completion_ids=ids), atol=1e-9)
+
+
+def test_a_proxy_that_is_the_policy_pays_nothing(models):
+    reward = CalibrationReward(*models[:2], *models[:2], length_free=False)
+    got = reward([PROMPT] * 4, completion_ids=completions(models[1]))
+    np.testing.assert_allclose(got, 0.0, atol=1e-5)
+
+
+def test_a_model_that_trains_goes_on_training_and_gets_no_gradient(models):
+    policy = models[0].train()
+    CalibrationReward(*models)([PROMPT], completion_ids=completions(models[1])[:1])
+    assert policy.training and all(p.grad is None for p in policy.parameters())
+    policy.eval()
+
+
+def test_mistakes_are_refused_in_words(models):
+    with pytest.raises(ValueError, match="2 prompts and 0 completion_ids; want the ids of every"):
+        CalibrationReward(*models)([PROMPT] * 2)
+
+
+@needs_trl
+@pytest.mark.parametrize("eta", [1.0, -1.0])
+def test_grpo_runs_with_it(models, assets, tmp_path, eta):
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    policy = AutoModelForCausalLM.from_pretrained(models[1])
+    # of the policy's tokenizer: the random bytes of a random policy are no text to another one
+    folder = str(assets / "llama3")
+    proxy = AutoModelForCausalLM.from_pretrained(folder)
+    seen = []
+
+    class Watched(CalibrationReward):
+        def __call__(self, *args, **more):
+            seen.append(super().__call__(*args, **more))
+            return seen[-1]
+
+    trainer = GRPOTrainer(
+        policy,
+        [starts_with_vowel, Watched(policy, models[1], proxy, folder)],
+        args=GRPOConfig(
+            str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=4,
+            num_generations=4,
+            max_completion_length=6,
+            reward_weights=[1.0, eta],
+            multi_objective_aggregation="normalize_then_sum",
+            beta=0.05,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1,
+            use_cpu=not torch.cuda.is_available(),
+            bf16=False,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": PROMPT}] * 8),
+        processing_class=AutoTokenizer.from_pretrained(models[1]),
+    )
+    trainer.train()
+    logged = [log for log in trainer.state.log_history if "rewards/calibration/mean" in log]
+    assert len(logged) == len(seen) == 2
+    assert all(any(values) for values in seen)  # texts differ, and so do their likelihoods
+    assert all(log["reward_std"] > 0 for log in logged)
+
+
+def starts_with_vowel(completions, **_) -> list[float]:
+    return [float(c[0]["content"][:1] in "aeiou") for c in completions]

@@ -1,0 +1,155 @@
+"""The calibration reward as a reward function of TRL's GRPOTrainer.
+
+    reward = CalibrationReward(policy, "teacher_folder", proxy, "proxy_folder")
+    trainer = GRPOTrainer(
+        policy,
+        [task_reward, reward],
+        args=GRPOConfig(
+            reward_weights=[1.0, eta], multi_objective_aggregation="normalize_then_sum", beta=0.05
+        ),
+        ...
+    )
+
+    r_cal = log p_proxy(y | x) - log p_policy(y | x), both over the bytes of y and its end
+            (equation (2) of docs/method.md), less what the length of y explains in its group
+
+eta > 0: distillable, eta < 0: undistillable. `normalize_then_sum` normalises each reward in its
+group by itself, as equation (4) does; beta is the KL to the reference. The two folders hold the
+tokenizers, which may differ. Alone or under DDP: the policy is called here, text by text, which
+FSDP would need on all ranks equally often.
+
+Shapes: T positions, V vocabulary, n tokens of a text, K stop ids, G texts of a group.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from reflux.kernels.token_logprob import token_logprob
+from reflux.tokenalign.scores import compare_spans, span_logprobs
+from reflux.trainer.calibration.advantages import length_free
+from reflux.trainer.data.batch import Prompt, Rollout
+from reflux.trainer.data.chat import Chat, same_vocabulary
+from reflux.trainer.rollouts.scoring import Aligned, align_texts
+
+Messages = Sequence[Mapping[str, str]]
+
+
+class CalibrationReward:
+    """Called by TRL with prompts, completions and completion_ids; r_cal of each, None where the
+    proxy's tokenizer cannot spell the text.
+
+    temperature: of both models, that of the rollouts. clip: bound on a span's log-ratio in nats.
+    length_free: False gives the sum in nats. ValueError: completions without ids, another number
+    of ids than prompts, tokenizers that cannot be compared.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        policy_folder: str,
+        proxy: nn.Module,
+        proxy_folder: str,
+        *,
+        temperature: float = 1.0,
+        clip: float = 10.0,
+        length_free: bool = True,
+    ):
+        self.policy, self.proxy = policy, proxy.eval().requires_grad_(False)
+        self.chat, self.proxy_chat = Chat(policy_folder), Chat(proxy_folder)
+        self.same = same_vocabulary(self.chat, self.proxy_chat)
+        self.temperature, self.clip, self.length_free = temperature, clip, length_free
+        self.__name__ = "calibration"  # TRL's name for it in the log
+
+    def __call__(
+        self,
+        prompts: Sequence[str | Messages],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **_: Any,
+    ) -> list[float | None]:
+        if completion_ids is None or len(completion_ids) != len(prompts):
+            raise ValueError(
+                f"{len(prompts)} prompts and {len(completion_ids or ())} completion_ids; want the "
+                "ids of every completion, as TRL's GRPOTrainer passes them"
+            )
+        rollouts = [self._rollout(*pair) for pair in zip(prompts, completion_ids)]
+        aligned = align_texts(self.chat, self.proxy_chat, rollouts, same=self.same)
+        values = [
+            None if a.spans is None else self._value(prompt, r, a)
+            for prompt, r, a in zip(prompts, rollouts, aligned)
+        ]
+        return _without_length(prompts, aligned, values) if self.length_free else values
+
+    def _rollout(self, prompt: str | Messages, ids: Sequence[int]) -> Rollout:
+        ended = len(ids) > 0 and ids[-1] in self.chat.stop_ids
+        return Rollout(Prompt(0, ()), _ids(self.chat, prompt), tuple(ids), (), 0.0, "", ended)
+
+    def _value(self, prompt: str | Messages, rollout: Rollout, aligned: Aligned) -> float:
+        """Nats: proxy minus policy, of one text."""
+        assert aligned.spans is not None
+        proxy_n, proxy_stop = self._score(
+            self.proxy, self.proxy_chat, _ids(self.proxy_chat, prompt), aligned.scorer_ids
+        )
+        policy_n, policy_stop = self._score(
+            self.policy, self.chat, rollout.prompt_ids, rollout.content_ids
+        )
+        scores = compare_spans(
+            span_logprobs(proxy_n, aligned.scorer_span, aligned.spans),
+            span_logprobs(policy_n, aligned.sampler_span, aligned.spans),
+            num_bytes=aligned.n_bytes,
+            tokens=(len(aligned.scorer_ids), len(rollout.content_ids)),
+            stop_a=proxy_stop if rollout.ended else None,
+            stop_b=policy_stop if rollout.ended else None,
+            clip=self.clip,
+        )
+        return scores.log_ratio
+
+    @torch.no_grad()
+    def _score(
+        self, model: Any, chat: Chat, prompt_ids: Sequence[int], ids: Sequence[int]
+    ) -> tuple[np.ndarray, float]:
+        """(log p of each id, log of the stop set's probability behind them), nats."""
+        whole = getattr(model, "module", model)  # DDP's own forward would wait for gradients
+        training, device = whole.training, next(whole.parameters()).device
+        input_ids = torch.tensor([[*prompt_ids, *ids]], device=device)
+        whole.eval()
+        logits_TV = whole(input_ids=input_ids, logits_to_keep=len(ids) + 1).logits[0]
+        whole.train(training)
+        logp_TK = token_logprob(
+            logits_TV,
+            self._candidates(ids, chat, device),
+            temperature=self.temperature,
+            vocab_size=min(chat.vocab_size, logits_TV.shape[1]),
+        ).logp.double()
+        return logp_TK[:-1, 0].cpu().numpy(), float(logp_TK[-1, 1:].logsumexp(0))
+
+    def _candidates(self, ids: Sequence[int], chat: Chat, device: torch.device) -> Tensor:
+        """[T, 1 + K]: the text's ids, and the stop set behind the last of them; -1: none."""
+        target_TK = torch.full((len(ids) + 1, 1 + len(chat.stop_ids)), -1, device=device)
+        target_TK[:-1, 0] = torch.tensor([*ids], dtype=torch.long, device=device)
+        target_TK[-1, 1:] = torch.tensor(chat.stop_ids, device=device)
+        return target_TK
+
+
+def _ids(chat: Chat, prompt: str | Messages) -> tuple[int, ...]:
+    return chat.encode(prompt) if isinstance(prompt, str) else chat.prompt_ids(prompt)
+
+
+def _without_length(
+    prompts: Sequence[str | Messages],
+    aligned: Sequence[Aligned],
+    values: Sequence[float | None],
+) -> list[float | None]:
+    """Equation (2') in every group: neighbours with one prompt, as TRL passes them."""
+    starts = [i for i, p in enumerate(prompts) if i == 0 or p != prompts[i - 1]] + [len(prompts)]
+    result: list[float | None] = []
+    for start, end in zip(starts, starts[1:]):
+        value_1G = np.array([[0.0 if v is None else v for v in values[start:end]]])
+        bytes_1G = np.array([[float(a.n_bytes) for a in aligned[start:end]]])
+        scored_1G = np.array([[v is not None for v in values[start:end]]])
+        free_G = length_free(value_1G, bytes_1G, scored_1G)[0]
+        result += [float(x) if scored else None for x, scored in zip(free_G, scored_1G[0])]
+    return result
