@@ -1,4 +1,4 @@
-# make quickstart   the paper's claim in miniature, end to end (about 10 minutes on two cores)
+# make quickstart   the paper's claim in miniature: a first comparison after 2 minutes of two idle cores, the report after 11
 # make report       everything the miniature has to say: attacks, eta sweep, ablations, diagnoses (hours; Ctrl-C and again goes on)
 # make test         everything that must hold before a commit lands
 # make test-faults  kills, full disks, damaged files, leaks: 100 random kills; RECORD=FILE writes what was tried (about 25 minutes); FAULTS=ci: some of each kind

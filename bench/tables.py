@@ -1,5 +1,5 @@
-"""The tables of README.md and docs/method.md, computed again from the record of a report, with the
-statistics of today: python -m bench.tables [RECORD]
+"""The tables of README.md, docs/results.md and docs/method.md, computed again from the record of a
+report, with the statistics of today: python -m bench.tables [RECORD]
 
 Everything comes from the record's own rows, one a run: intervals are over seeds (Student's t;
 ratios by Fieller), so that a reader with the record and a calculator gets the same. Of two things
@@ -40,6 +40,15 @@ RECORD = FOLDER / "2026-11-29_report_cpu.json"
 NOT_RUN = "not run"
 TEACHERS = ("original", "task_only", "distillable", "undistillable")
 TEACHER_WORDS = {"task_only": "task reward only (eta = 0)"}
+SHORT = {  # attack -> how README calls it
+    "seq_kd": "sampled text",
+    "kd_forward": "forward KL on teacher text",
+    "gkd_on_policy": "reverse KL, on-policy",
+    "cross_tokenizer": "spans, another tokenizer",
+    "deeper_student": "sampled text, as deep as the teacher",
+    "wider_student": "sampled text, wider",
+    "answers_only": "answers rewritten into the easy order",
+}
 EASY = "left"  # the answer style that one layer learns
 ATTACKS = {
     "seq_kd": "sampled text (`seq_kd`)",
@@ -67,7 +76,7 @@ ATTACKS = {
 }
 # of records whose rows do not say where a student began: random weights, and seq_kd's own student
 BEGINS = {"deeper_student": "", "stronger_start": "seq_kd"}
-DIAGNOSES = {  # rows of `diagnoses` that README shows, by how their titles begin
+DIAGNOSES = {  # rows of `diagnoses` that docs/results.md shows, by how their titles begin
     "tail noise": "tail-noise index (trap: above 1)",
     "off-policy": "prefix ratio (trap: above 1)",
     "teacher-student gap": "wrong-trace preference (trap: 0.5 and more)",
@@ -204,6 +213,22 @@ def students(record: Record) -> str:
         rows.append((words, *cells, verdicts[attack][0]))
     head = ("the same student, by", "from original", "from eta = 0", "from `distillable`")
     return table((*head, "from `undistillable`", "attack"), rows)
+
+
+def short(record: Record) -> str:
+    """README's: the teachers themselves, and some attacks of each kind."""
+    verdicts = _verdicts(record)
+    own = [
+        _pm(over_seeds(list(record.accuracy(role="teacher", teacher=t).values())))
+        for t in TEACHERS[:1] + TEACHERS[2:]
+    ]
+    rows = [("the teacher itself", *own, "")]
+    for attack, words in SHORT.items():
+        cells = [_pm(over_seeds(list(record.student(attack, "original").values())))]
+        cells += [_student_cell(record, attack, t) for t in TEACHERS[2:]]
+        rows.append((words, *cells, verdicts[attack][0]))
+    head = ("student, by", "of the original", "of `distillable`", "of `undistillable`")
+    return table((*head, "attack on the latter"), rows)
 
 
 def _student_cell(record: Record, attack: str, teacher: str) -> str:
@@ -377,7 +402,7 @@ def _coded(names: Sequence[str]) -> tuple[str, ...]:
 
 BLOCKS = {
     f.__name__: f
-    for f in (teachers, students, headline, verdicts, eta, diagnoses, ablations, defences)
+    for f in (teachers, students, short, headline, verdicts, eta, diagnoses, ablations, defences)
 }
 BLOCK = re.compile(r"(<!-- bench\.tables (\w+) -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
 

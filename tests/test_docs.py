@@ -82,7 +82,7 @@ def examples(*pages: Path) -> list:
 
 
 def run(code: str) -> None:
-    """In a namespace that has what README.md takes for granted."""
+    """In a namespace that has what docs/use.md takes for granted."""
     torch.manual_seed(0)
     given = {
         "student_hidden": torch.randn(6, 8, requires_grad=True),
@@ -96,7 +96,7 @@ def run(code: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("code, ranks", examples(ROOT / "docs/kernels.md", ROOT / "README.md"))
+@pytest.mark.parametrize("code, ranks", examples(ROOT / "docs/kernels.md", ROOT / "docs/use.md"))
 def test_an_example_runs(code, ranks, titan_process, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     pytest.importorskip("accelerate") if "transformers" in code else None
@@ -109,7 +109,7 @@ def test_an_example_runs(code, ranks, titan_process, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if page.name not in ("kernels.md", "README.md")],
+    [page for page in PAGES if page.name not in ("kernels.md", "use.md")],
     ids=lambda page: page.name,
 )
 def test_other_pages_import_what_exists(page):

@@ -1,6 +1,6 @@
 """The walls of the house, checked. Every wall says why it stands.
 
-The order of floors and rooms is the table ROOMS; README.md prints it.
+The order of floors and rooms is the table ROOMS; CONTRIBUTING.md prints it.
 """
 
 import ast
@@ -160,11 +160,11 @@ def test_the_rooms_have_an_order():
             del left[room]
 
 
-def test_readme_prints_the_rooms():
-    readme = (ROOT / "README.md").read_text()
+def test_contributing_prints_the_rooms():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
     rooms = {p.name for p in (ROOT / "trainer").iterdir() if p.is_dir() and list(p.glob("*.py"))}
-    printed = set(re.findall(r"^  (\w+)/ ", readme, re.M))
-    assert rooms <= printed, f"the tree in README.md lacks {sorted(rooms - printed)}"
+    printed = set(re.findall(r"^  (\w+)/ ", page, re.M))
+    assert rooms <= printed, f"the tree in CONTRIBUTING.md lacks {sorted(rooms - printed)}"
     assert rooms == ROOMS.keys() & rooms, "a room without a row in ROOMS"
 
 

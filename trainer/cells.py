@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from reflux.trainer.runs import commands, signals
+from reflux.trainer.runs.cell_progress import CellProgress, Item, show_cells
 from reflux.trainer.runs.lock import InUse, hold, process_start, refuse_if_held
-from reflux.trainer.runs.progress import ShowItem, item_progress
 
 PRELOAD = ["reflux.trainer.loop"]  # saves each cell the seconds of `import torch`
 POLL_S = 0.1
@@ -49,6 +49,8 @@ class Cell:
     module: str  # "" for trainer/main.py
     after: tuple[str, ...]
     labels: Mapping[str, str] = field(default_factory=dict)
+    cost: float = 1.0  # seconds of one idle core, roughly: for the time left
+    says: str = ""  # what it does, in words; printed when it starts
 
     @property
     def done(self) -> bool:
@@ -171,7 +173,7 @@ class _Schedule:
     parallel: int
     take_over: bool
     done: set[str]
-    show: ShowItem
+    show: CellProgress
     running: dict[Cell, _Child] = field(default_factory=dict)
     held: dict[Cell, float] = field(default_factory=dict)  # in use elsewhere; time of the next look
     failed: list[str] = field(default_factory=list)  # cells behind a failed one among them
@@ -181,8 +183,7 @@ class _Schedule:
     def drop_blocked(self) -> None:
         """Cells behind a failed one fail without a start."""
         for cell in [c for c in self.waiting if set(c.after) & set(self.failed)]:
-            self.waiting.remove(cell)
-            self.failed.append(cell.name)
+            self._fail(cell, "not started, for a cell before it failed")
 
     def start_ready(self, context: ForkServerContext) -> None:
         for cell in [c for c in self.waiting if set(c.after) <= self.done]:
@@ -202,8 +203,9 @@ class _Schedule:
                     target=run_cell, args=(cell, self.take_over, notes), name=cell.name
                 )
                 self.running[cell] = _Child(process)
+                self.show.started(cell.name)
                 for note in notes:
-                    self._report(f"{cell.name}: {note}")
+                    self.show.said(f"{cell.name}: {note}")
 
     def _notes(self, cell: Cell) -> list[str]:
         """What its user should know of the cells that it builds on."""
@@ -222,7 +224,7 @@ class _Schedule:
         except InUse as error:
             if error.state == "alive":
                 if cell not in self.held:
-                    self._report(f"{cell.name}: waits: {error}")
+                    self.show.said(f"{cell.name}: waits: {error}")
                 self.held[cell] = time.monotonic() + LOOK_S
                 return False
             self.owner_unknown = True
@@ -259,31 +261,32 @@ class _Schedule:
             result = f"ended by a guard ({cell.stopped})"
         self.done.add(cell.name)
         if result:
-            self._report(f"{cell.name}: {result}")
+            self.show.ended(cell.name, result)
 
     def _fail(self, cell: Cell, reason: str) -> None:
         if cell in self.waiting:
             self.waiting.remove(cell)
         self.held.pop(cell, None)
         self.failed.append(cell.name)
-        self._report(f"{cell.name}: {reason}")
-
-    def _report(self, line: str) -> None:
-        self.show(len(self.done), line, running=", ".join(c.name for c in self.running))
+        self.show.ended(cell.name, reason, succeeded=False)
 
 
-def run_matrix(cells: Sequence[Cell], parallel: int, take_over: bool = False) -> list[str]:
+def run_matrix(
+    cells: Sequence[Cell], parallel: int, take_over: bool = False, grid: Sequence[str] = ()
+) -> list[str]:
     """Runs what is not done, `parallel` cells at a time, prerequisites first. Returns the names
     of the cells that failed or could not start. KeyboardInterrupt after a stop signal.
 
-    take_over: also folders whose owner may be alive on another host (runs/lock.py).
+    take_over: also folders whose owner may be alive on another host (runs/lock.py). grid: two
+    labels, for a table of accuracies on the way.
     """
+    items = [Item(c.name, c.folder, c.cost, c.says, c.labels) for c in cells]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     caught: list[int] = []
     with (
         signals.handled_by(lambda number, frame: caught.append(number)),
-        item_progress(len(cells), sum(c.done for c in cells)) as show,
+        show_cells(items, grid, [c.name for c in cells if c.done]) as show,
     ):
         schedule = _Schedule(
             waiting=[c for c in cells if not c.done],

@@ -15,6 +15,11 @@ A matrix file lists cells. A cell is one `trainer/main.py --config FILE --set ..
     config = "attacks/{attack}.toml"    # relative to the matrix file
     set = { "teacher.path" = "{folder}/teacher-{teacher}/export" }
     labels = { role = "student", teacher = "{teacher}", attack = "{attack}" }   # for the reports
+    cost = 30       # seconds of one idle core, roughly: weighs it in the time left
+    says = "a student learns from the {teacher} teacher"    # printed when it starts
+
+`says` at the top is printed first; `grid = ["attack", "teacher"]` names two labels for a table of
+accuracies that fills while cells end (runs/cell_progress.py).
 
 `base = "other.toml"` (or a list of them) puts this file's cells behind another matrix's, in the
 same folder, and its other keys over that one's. A cell that several bases share is one cell.
@@ -51,7 +56,8 @@ from reflux.trainer.runs.progress import duration
 
 NAME = "reflux.trainer.matrix"
 WRITE_S = 60.0  # how long to wait for another runner that writes reports
-KEYS = ("folder", "seeds", "parallel", "cell", "styles", "title")
+KEYS = ("folder", "seeds", "parallel", "cell", "styles", "title", "says", "grid")
+COST_S = 30.0  # of a cell that names none
 
 # label of a cell in the matrix file -> "module:function" that writes its report into the folder of
 # the matrix and returns it as text. Imported when it is needed
@@ -75,6 +81,8 @@ class Matrix:
     parallel: int  # cells at a time
     styles: Mapping[str, str]  # name of an answer style -> regular expression on the text
     cells: list[Cell]
+    says: str = ""  # what the matrix is for, in words; printed before its first cell
+    grid: tuple[str, ...] = ()  # two labels, rows and columns of a table on the way
 
 
 # --- reading
@@ -106,7 +114,15 @@ def read_matrix(path: Path, overrides: Mapping[str, Any]) -> Matrix:
         parallel=int(table.get("parallel", 1)),
         styles=table.get("styles", {}),
         cells=cells,
+        says=table.get("says", "").strip(),
+        grid=_grid(path, table.get("grid", [])),
     )
+
+
+def _grid(path: Path, labels: Any) -> tuple[str, ...]:
+    if not isinstance(labels, list) or len(labels) not in (0, 2):
+        raise ValueError(f"{path}: grid = {labels!r}; want two labels of cells, rows and columns")
+    return tuple(map(str, labels))
 
 
 def _check_names(path: Path, cells: Sequence[Cell]) -> None:
@@ -171,6 +187,8 @@ def _expand(row: Mapping[str, Any], seed: int, folder: Path) -> Iterator[Cell]:
             module=row.get("module", ""),
             after=tuple(f"{fill_in(a, names)}@{seed}" for a in row.get("after", [])),
             labels=labels | {"seed": str(seed)},
+            cost=float(row.get("cost", COST_S)),
+            says=fill_in(row.get("says", ""), names),
         )
 
 
@@ -231,7 +249,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _run_and_report(matrix: Matrix, take_over: bool) -> int:
     _write_cells(matrix)
     start = time.monotonic()
-    failed = run_matrix(matrix.cells, matrix.parallel, take_over)
+    if matrix.says and not all(c.done for c in matrix.cells):
+        print(matrix.says, end="\n\n", flush=True)
+    failed = run_matrix(matrix.cells, matrix.parallel, take_over, matrix.grid)
     write_reports(matrix)
     done = len(matrix.cells) - len(failed)
     took = duration(time.monotonic() - start)

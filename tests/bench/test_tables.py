@@ -1,4 +1,4 @@
-"""README's tables are the record's numbers, with intervals over seeds."""
+"""The pages' tables are the record's numbers, with intervals over seeds."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import pytest
 from bench.tables import BLOCK, BLOCKS, RECORD, Record, fill, main, students
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "docs/method.md"]
+PAGES = [ROOT / name for name in ("README.md", "docs/results.md", "docs/method.md")]
 
 
 @pytest.fixture(scope="module")

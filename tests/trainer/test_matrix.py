@@ -163,6 +163,50 @@ def test_the_quickstart_is_complete():
     assert len(labels) == 4 * 7
 
 
+def test_the_quickstart_has_results_within_two_minutes_of_two_idle_cores():
+    """By its costs, CPU seconds: the cells in the order in which two of them at a time start."""
+    cells = read_matrix(ROOT / "configs/quickstart.toml", {"seeds": [0]}).cells
+    waiting, free, ends = list(cells), [0.0, 0.0], {}
+    while waiting:
+        now = min(free)
+        done = {name for name, end in ends.items() if end <= now}
+        ready = next((c for c in waiting if set(c.after) <= done), None)
+        core = free.index(now)
+        if ready is None:
+            free[core] = min(end for end in ends.values() if end > now)
+            continue
+        waiting.remove(ready)
+        ends[ready.name] = free[core] = now + ready.cost
+    assert all(cell.says for cell in cells)
+    assert ends["teacher-original@0"] < 120 and ends["baseline-sft@0"] < 120
+    assert ends["student-original-seq_kd@0"] < 120, "the first student"
+    assert ends["student-distillable-seq_kd@0"] < 150, "the first comparison"
+    assert max(ends.values()) < 720
+
+
+def test_words_costs_and_the_grid_of_a_matrix(toy):
+    path = toy / "m.toml"
+    path.write_text(
+        'says = "why"\ngrid = ["attack", "teacher"]\n'
+        + path.read_text().replace(
+            'name = "b-{x}"', 'name = "b-{x}"\ncost = 7\nsays = "{x} of two"'
+        )
+    )
+    matrix = read_matrix(path, {"seeds": [0]})
+    assert matrix.says == "why" and matrix.grid == ("attack", "teacher")
+    assert [(c.cost, c.says) for c in matrix.cells[1:]] == [(7.0, "1 of two"), (7.0, "2 of two")]
+    with pytest.raises(ValueError, match="grid = .*; want two labels"):
+        read_matrix(path, {"grid": ["attack"]})
+
+
+def test_a_matrix_says_what_it_is_for_unless_all_is_done(toy, capsys):
+    path = toy / "m.toml"
+    path.write_text('says = "what this is for"\n' + path.read_text())
+    for expect in (True, False):
+        assert main([str(path), "--set", "seeds=[0]"]) == 0
+        assert ("what this is for" in capsys.readouterr().out) is expect
+
+
 def test_prerequisites_run_first_and_done_cells_are_skipped(toy):
     cells = read_matrix(toy / "m.toml", {"seeds": [0]}).cells
     assert run_matrix(cells, 2) == []

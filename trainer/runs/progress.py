@@ -4,9 +4,6 @@ written.
     with progress(engine.is_main) as stage:                 # phases without steps
         with stage("texts by the student", 80) as advance:
             advance(4)
-
-    with item_progress(9) as show:                          # items that run beside each other
-        show(1, "a: done", running="b, c")
 """
 
 import contextlib
@@ -15,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,11 +22,6 @@ EVERY_S = 30.0  # between two lines of one stage
 
 Advance = Callable[[int], None]  # is called with the number of items done since the last call
 Stage = Callable[[str, int], AbstractContextManager[Advance]]
-
-
-class ShowItem(Protocol):
-    def __call__(self, done: int, line: str, running: str) -> None:
-        """line: on the item that has ended; running: names of those that run now."""
 
 
 def duration(seconds: float) -> str:
@@ -63,26 +55,6 @@ def progress(show: bool, console: "Console | None" = None) -> Iterator[Stage]:
         return
     with _bars(console) as bars:
         yield lambda name, total: _bar(bars, name, total)
-
-
-@contextlib.contextmanager
-def item_progress(
-    total: int, done: int = 0, console: "Console | None" = None
-) -> Iterator[ShowItem]:
-    """A bar on a terminal that names the running items; a line per finished item everywhere. done:
-    of the `total` before the start.
-    """
-    console = console or stdout_console()
-    started = time.monotonic()
-    with _bars(console) as bars:
-        task = bars.add_task("starting", total=total, completed=done)
-
-        def show(done: int, line: str, running: str) -> None:
-            bars.update(task, completed=done, description=running or "waiting")
-            after = duration(time.monotonic() - started)
-            console.print(f"[{done}/{total}] {line} after {after}")
-
-        yield show
 
 
 def stdout_console() -> "Console":

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from reflux.trainer.runs import progress as module
-from reflux.trainer.runs.progress import duration, item_progress, progress, time_left
+from reflux.trainer.runs.progress import duration, progress, time_left
 
 
 def shown(terminal: bool, show: bool = True, steps=(2, 1)) -> str:
@@ -52,18 +52,6 @@ def test_a_failing_stage_is_not_called_done():
     ):
         raise ZeroDivisionError
     assert out.getvalue() == ""
-
-
-def test_items_give_a_line_each_and_a_bar_on_a_terminal():
-    out, terminal = io.StringIO(), io.StringIO()
-    for file, force in ((out, False), (terminal, True)):
-        console = Console(file=file, force_terminal=force, width=100)
-        with item_progress(3, done=1, console=console) as show:
-            show(2, "a: done", running="b, c")
-            show(3, "b: failed", running="")
-    lines = ["[2/3] a: done after 0 s", "[3/3] b: failed after 0 s"]
-    assert out.getvalue().splitlines() == lines
-    assert all(text in terminal.getvalue() for text in ("a: done", "3/3", "waiting"))
 
 
 @pytest.mark.parametrize(
