@@ -10,6 +10,7 @@ from ._loss import LossOptions
 from ._triton import check_ids
 
 TAILS = ("bucket", "renorm", "drop", "sampled")  # their index is TAIL in the kernels
+ZERO = "zero_outside_topk"  # a bucket whose tail is empty, of a teacher renormalised over S
 
 
 def topk_inputs(
@@ -27,11 +28,24 @@ def topk_inputs(
     """
     live_TK = (ids_TK >= 0) & (ids_TK < V) & (logp_TK != -torch.inf)
     logp_TK = torch.where(live_TK, logp_TK.detach(), -torch.inf).to(dtype)
+    if tail == ZERO:
+        logp_TK = renormalised(logp_TK)
     if tail == "bucket" and tail_T is not None:
         tail_T = tail_T.detach().to(dtype).contiguous()
     else:
         tail_T = logp_TK.new_full(ids_TK.shape[:1], -torch.inf)
     return torch.where(live_TK, ids_TK, -1).contiguous(), logp_TK.contiguous(), tail_T
+
+
+def renormalised(logp_TK: Tensor) -> Tensor:
+    """log of the masses over their sum; a row of padding stays -inf."""
+    total_T1 = logp_TK.logsumexp(1, keepdim=True)
+    return torch.where(total_T1 == -torch.inf, logp_TK, logp_TK - total_T1)
+
+
+def kernel_tail(tail: str) -> str:
+    """The name that the row functions know."""
+    return "bucket" if tail == ZERO else tail
 
 
 def local_ids(ids_TK: Tensor, start: int, width: int, group: str) -> Tensor:
@@ -93,8 +107,13 @@ def check_tail(
     allow_drop: bool = False,
 ) -> None:
     """Refuse tails that teach nothing or the wrong thing, and a top-k of another temperature."""
-    if tail not in TAILS:
-        raise ValueError(f"{op}: tail is {tail!r}; want one of {', '.join(TAILS)}")
+    if tail not in (*TAILS, ZERO):
+        raise ValueError(f"{op}: tail is {tail!r}; want one of {', '.join((*TAILS, ZERO))}")
+    if tail == ZERO and options.divergence == "reverse":
+        raise ValueError(
+            f"{op}: tail={tail!r} with divergence='reverse' is infinite: the student has mass "
+            "where this teacher has none. Use tail='bucket'"
+        )
     if not (tail not in ("drop", "sampled") or options.divergence == "forward"):
         raise ValueError(
             f"{op}: tail={tail!r} with divergence={options.divergence!r}; want 'forward'. Any "

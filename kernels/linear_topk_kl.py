@@ -39,7 +39,7 @@ from ._loss import (
     weighted_total,
 )
 from ._parallel import VocabShard, common_width, local_width, slice_of
-from ._topk_inputs import check_tail, check_topk, local_ids, topk_inputs
+from ._topk_inputs import check_tail, check_topk, kernel_tail, local_ids, topk_inputs
 from ._topk_rows import TopKSpec, topk_rows_
 from .renormalised_topk_kl import gather_is_cheaper, renormalised_topk_kl
 from .topk_tail_kl import topk_tail_kl_ref
@@ -181,7 +181,7 @@ def linear_topk_kl(
         *student,
         *topk_inputs(ids_TK, teacher_logp_TK, teacher_tail_T, tail, V, wide(x_TD.dtype)),
         *options.checked(op, x_TD),
-        tail,
+        kernel_tail(tail),
         V,
         *slice_of(shard),
         workspace_mb,

@@ -10,6 +10,9 @@ outside S; P and Q are the masses that teacher and student have in S.
     sampled  - sum_S w log p, ids drawn from q with weights w = exp(teacher_logp): its gradient is
              that of the full forward KL in expectation (arXiv:2503.16870); the value is a
              cross-entropy, not a KL
+    zero_outside_topk   D of p and q' = q / Q in S, 0 outside, as interfaces that show a top-k alone
+             are often read: every mass of the student outside S is wrong there. Infinite for
+             reverse, so refused
     drop     sum_S q (log q - log p): raw masses, forward only, only with allow_drop. It can be
              negative, and at p = q its gradient P p - q is not 0
 
@@ -42,7 +45,15 @@ from ._loss import (
     weighted_total,
 )
 from ._parallel import VocabShard, common_width, local_width, slice_of
-from ._topk_inputs import check_tail, check_topk, local_ids, topk_inputs
+from ._topk_inputs import (
+    ZERO,
+    check_tail,
+    check_topk,
+    kernel_tail,
+    local_ids,
+    renormalised,
+    topk_inputs,
+)
 from ._topk_rows import TopKSpec, topk_rows_
 from ._triton import check_plain, runs_triton
 
@@ -77,6 +88,9 @@ def topk_tail_kl_ref(
         padded_TV.gather(1, safe_TK),
         teacher_logp_TK.to(dtype).masked_fill(~live_TK, -torch.inf),
     )
+    if tail == ZERO:
+        empty_T = logq_TK.new_full((len(logq_TK),), -torch.inf)
+        logq_TK, teacher_tail_T, tail = renormalised(logq_TK), empty_T, "bucket"
     if tail == "renorm":
         kl_T = divergence_ref(a_TK.log_softmax(1), logq_TK.log_softmax(1), divergence, beta)
     else:
@@ -249,7 +263,7 @@ def topk_tail_kl(
     check_topk(op, V, z_TV.shape[0], ids_TK, teacher_logp_TK, teacher_tail_T, tail)
     topk = topk_inputs(ids_TK, teacher_logp_TK, teacher_tail_T, tail, V, wide(z_TV.dtype))
     losses = options.checked(op, z_TV)
-    args = *topk, *losses, tail, V, *slice_of(shard), workspace_mb
+    args = *topk, *losses, kernel_tail(tail), V, *slice_of(shard), workspace_mb
     need_dlogits = torch.is_grad_enabled() and z_TV.requires_grad
     if inplace and need_dlogits:
         check_inplace(op, z_TV)

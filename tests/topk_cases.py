@@ -5,11 +5,11 @@ from close import DEVICE
 from torch import Tensor
 
 from reflux.kernels._divergence import DIVERGENCES
-from reflux.kernels._topk_inputs import TAILS
+from reflux.kernels._topk_inputs import TAILS, ZERO
 
 ALLOWED = [
     (d, t) for d in DIVERGENCES for t in TAILS if d == "forward" or t in ("bucket", "renorm")
-]
+] + [(d, ZERO) for d in DIVERGENCES if d != "reverse"]
 # 0 at p = q, and nowhere negative
 PROPER = [(d, t) for d, t in ALLOWED if t in ("bucket", "renorm")]
 

@@ -12,6 +12,7 @@ from tail_table import SHIFTS, TABLE
 from topk_cases import ALLOWED, PROPER, randn, run, top_k
 
 from reflux.kernels._divergence import DIVERGENCES
+from reflux.kernels._topk_inputs import ZERO
 from reflux.kernels.token_kl import token_kl
 from reflux.kernels.topk_tail_kl import topk_tail_kl
 
@@ -61,6 +62,29 @@ def test_bucket_grows_with_the_support_up_to_the_full_divergence(divergence, V, 
 
 
 @both_paths
+@pytest.mark.parametrize("divergence", ["forward", "jsd", "skew_forward", "skew_reverse"])
+def test_nothing_outside_the_top_k_is_the_divergence_from_such_a_teacher(path, divergence):
+    """Its distribution written out over the whole vocabulary; a student that is the teacher before
+    it was cut has a loss, and a gradient that takes its tail away.
+    """
+    z_TV, topk = randn(4, 50, seed=1), top_k(randn(4, 50, seed=2), 6)
+    cut_TV = torch.full_like(z_TV, -torch.inf).scatter(1, topk[0].long(), topk[1].double())
+    with running(path, 64):
+        got_T = topk_tail(z_TV, *topk, divergence=divergence, tail=ZERO, beta=0.3).kl
+        want_T = token_kl(z_TV, cut_TV, divergence=divergence, beta=0.3).kl
+        same = run(topk_tail, [topk_logits(topk)], topk, torch.float64, tail=ZERO)
+    torch.testing.assert_close(got_T, want_T, rtol=1e-10, atol=1e-12)
+    assert (same[1] > 0).all()
+
+
+def topk_logits(topk):
+    """Logits [T, 50] with that top-k, the tail's mass spread evenly."""
+    ids_TK, logp_TK, tail_T = topk
+    rest_T1 = (tail_T - math.log(50 - ids_TK.shape[1]))[:, None].double()
+    return rest_T1.expand(-1, 50).clone().scatter(1, ids_TK.long(), logp_TK.double())
+
+
+@both_paths
 @pytest.mark.parametrize("divergence", ["forward", "reverse"])
 # T2: D = P C + KL_bern, D_r = Q C_r + ...
 def test_bucket_is_renorm_times_the_mass_plus_the_kl_of_the_masses(path, divergence):
@@ -81,6 +105,8 @@ def closed_form(q_TV, p_TV, in_topk_TV, divergence: str, tail: str):
     P_T1, Q_T1 = (torch.where(in_topk_TV, x, 0.0).sum(1, keepdim=True) for x in (p_TV, q_TV))
     if (divergence, tail) in (("forward", "drop"), ("forward", "sampled")):
         return torch.where(in_topk_TV, P_T1 * q_TV - p_TV, P_T1 * q_TV)
+    if divergence == "forward" and tail == ZERO:
+        return torch.where(in_topk_TV, q_TV - p_TV / P_T1, q_TV)
     if divergence == "forward" and tail == "renorm":
         return torch.where(in_topk_TV, q_TV / Q_T1 - p_TV / P_T1, 0.0)
     if divergence == "forward":

@@ -435,6 +435,7 @@ def test_slices_of_the_vocabulary_give_what_the_whole_gives(path, cuts):
             "K = 1",
         ),
         (dict(tail="drop"), "allow_drop=True"),
+        (dict(tail="zero_outside_topk", divergence="reverse"), "is infinite: the student has"),
         (dict(teacher_tail_T=None), "teacher_topk returns it"),
         (dict(teacher_tail_T=torch.zeros(3, device=DEVICE)), r"want \[T\]"),
         (

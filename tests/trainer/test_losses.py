@@ -259,6 +259,8 @@ def with_tail(row: torch.Tensor, ids: torch.Tensor, tail: str) -> torch.Tensor:
     if tail == "drop":
         return kept
     rest = row.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    if tail == "zero_outside_topk" and not row.requires_grad:  # the teacher's
+        kept, rest = kept.log_softmax(-1), torch.full_like(rest, -1e4)  # a probability of 0.0
     return torch.cat([kept, rest], 1)
 
 
@@ -297,7 +299,7 @@ def test_what_a_loss_measures_changes_nothing_of_it(seed):
 TAILS = (
     [("bucket", d) for d in ("forward", "reverse", "jsd")]
     + [("renorm", d) for d in ("forward", "reverse")]
-    + [("drop", "forward")]
+    + [("drop", "forward"), ("zero_outside_topk", "forward"), ("zero_outside_topk", "jsd")]
 )
 
 

@@ -22,7 +22,7 @@ class DistillSection:
     # what becomes of the teacher's probability outside its top-k. sampled: top_k independent draws
     # in place of the top-k, whose expected gradient is that of the whole forward KL
     # (arXiv:2503.16870)
-    tail: Literal["full", "bucket", "renorm", "drop", "sampled"] = "full"
+    tail: Literal["full", "bucket", "renorm", "drop", "zero_outside_topk", "sampled"] = "full"
     top_k: int = 0  # teacher tokens known per position; 0 with tail = full
     # whose likeliest top_k tokens those are: with union both models', each once
     support: Literal["teacher", "student", "union"] = "teacher"
@@ -166,6 +166,11 @@ def _check_top_k(d: DistillSection) -> None:
         raise ValueError(
             f"tail = 'drop' with divergence = {d.divergence!r} can be lowered by moving mass out "
             "of the top k. Use tail = 'bucket'"
+        )
+    if d.tail == "zero_outside_topk" and d.divergence == "reverse":
+        raise ValueError(
+            "tail = 'zero_outside_topk' with divergence = 'reverse' is infinite: the student has "
+            "mass where this teacher has none. Use tail = 'bucket'"
         )
     if d.tail == "sampled" and d.divergence != "forward":
         raise ValueError(

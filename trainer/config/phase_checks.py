@@ -107,7 +107,7 @@ def check_served_teacher(cfg: Config) -> None:
             f"distill.objective = {d.objective!r} with teacher.source = 'server': it asks the "
             "teacher for more than a server answers. Use 'kl' or 'nll', or source = 'local'"
         )
-    if d.objective == "kl" and d.tail not in ("bucket", "renorm", "drop"):
+    if d.objective == "kl" and d.tail not in ("bucket", "renorm", "drop", "zero_outside_topk"):
         raise ValueError(
             f"distill.tail = {d.tail!r} with teacher.source = 'server': it answers the likeliest "
             "tokens. Use tail = 'bucket' with its top_k, which is exact, or source = 'local'"
