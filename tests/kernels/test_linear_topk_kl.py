@@ -78,7 +78,7 @@ def test_values_and_gradients_match_float64(
         x_TD, w_VD = (t.t().contiguous().t() for t in (x_TD, w_VD))
     leaves = [x_TD, w_VD, b_V]
     ids_TK, logp_TK, tail_T = top_k(randn(T, V, seed=seed + 3), K, drawn["temperature"])
-    # K = V: a padded id would have no mass anywhere, reverse be infinite and autograd's gradient NaN
+    # K = V: a padded id has no mass anywhere; reverse is infinite then, autograd's gradient NaN
     if pads and K < V:
         ids_TK, logp_TK = pad_some(ids_TK, logp_TK, V)
     topk = floats((ids_TK, logp_TK, tail_T), torch.promote_types(dtype, torch.float32))
