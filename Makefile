@@ -1,5 +1,6 @@
 # make quickstart   the paper's claim in miniature: a first comparison after 2 minutes of two idle cores, the report after 11
 # make report       everything the miniature has to say: attacks, eta sweep, ablations, diagnoses (hours; Ctrl-C and again goes on)
+# make traps        a second miniature, in which every trap that is measured can be seen (docs/traps.md; an hour a seed at most)
 # make test         everything that must hold before a commit lands
 # make test-faults  kills, full disks, damaged files, leaks: 100 random kills; RECORD=FILE writes what was tried (about 25 minutes); FAULTS=ci: some of each kind
 # make test-gpu-sim the kernels' tests on a CPU that imitates what a GPU does differently (about 10 minutes)
@@ -17,13 +18,16 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart report test test-faults test-gpu-sim test-engines test-integrations audit bench bench-gpu real lint clean
+.PHONY: quickstart report traps test test-faults test-gpu-sim test-engines test-integrations audit bench bench-gpu real lint clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m reflux.trainer.matrix configs/quickstart.toml
 
 report: $(VENV)/ready
 	$(BIN)/python -m reflux.trainer.matrix configs/report.toml
+
+traps: $(VENV)/ready
+	$(BIN)/python -m reflux.trainer.matrix configs/traps.toml
 
 test: $(VENV)/ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15 -m "not faults and not engines"

@@ -302,4 +302,6 @@ def check_evaluate(cfg: Config) -> None:
 
 def _defence(cfg: Config) -> str:
     d = cfg.defence
-    return f"defence.proxy = {d.proxy!r}, defence.temperature = {d.temperature}"
+    named = f"defence.proxy = {d.proxy!r}, defence.temperature = {d.temperature}"
+    copies = f"defence.antidistillation = {d.antidistillation!r}"
+    return f"{named}, {copies}" if d.antidistillation else named

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .parts import used_tasks
-from .sections import FrozenSection
+from .sections import DefenceSection, FrozenSection
 
 if TYPE_CHECKING:
     from .schema import Config
@@ -84,10 +85,23 @@ def own_model(cfg: Config) -> FrozenSection:
 
 
 def defence_roles(cfg: Config) -> list[Role]:
+    """The models beside the served one: the proxy of a product, or the two copies of
+    antidistillation sampling.
+    """
     d = cfg.defence
-    if not d.proxy:
-        return []
-    return [Role("defence proxy", FrozenSection(d.proxy, dtype=d.dtype), "defence.proxy")]
+    if d.proxy:
+        return [Role("defence proxy", FrozenSection(d.proxy, dtype=d.dtype), "defence.proxy")]
+    return [
+        Role(f"defence {side}", FrozenSection(path, dtype=d.dtype), "defence.antidistillation")
+        for side, path in antidistillation_copies(d).items()
+    ]
+
+
+def antidistillation_copies(d: DefenceSection) -> dict[str, str]:
+    """plus and minus -> their folders; empty without the defence."""
+    if not d.antidistillation:
+        return {}
+    return {side: str(Path(d.antidistillation) / side) for side in ("plus", "minus")}
 
 
 def calibrate_roles(cfg: Config) -> list[Role]:

@@ -390,16 +390,31 @@ class DefenceSection:
     # weight of the proxy in the product of experts, (1 - gamma) log p_model + gamma log p_proxy
     gamma: float = 0.5
     temperature: float = 1.0  # of the provider; the customer's own temperature comes on top
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the proxy
+    # antidistillation sampling (arXiv:2504.13146): what studies/antidistillation.py has written;
+    # penalty [log p_plus - log p_minus] / (2 epsilon) is added to log p_model
+    antidistillation: str = ""
+    penalty: float = 0.0  # lambda of it
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the proxies
 
     def __post_init__(self):
         fraction(self, "gamma")
         above_zero(self, "temperature")
+        not_negative(self, "penalty")
+        if bool(self.antidistillation) != bool(self.penalty):
+            raise ValueError(
+                f"antidistillation = {self.antidistillation!r} with penalty = {self.penalty}; want "
+                "a folder of studies/antidistillation.py and a penalty > 0, or neither"
+            )
+        if self.antidistillation and self.proxy:
+            raise ValueError(
+                f"antidistillation = {self.antidistillation!r} with proxy = {self.proxy!r}; want "
+                "one of the two: a product of experts or antidistillation sampling"
+            )
 
     @property
     def changes_text(self) -> bool:
         """Whether what is served differs from what the model itself would answer."""
-        return bool(self.proxy) or self.temperature != 1
+        return bool(self.proxy or self.antidistillation) or self.temperature != 1
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,31 @@
-"""What a provider serves instead of its model: product-of-experts decoding and temperature. They
-are defences to compare calibration with (docs/method.md, "Defences"):
+"""What a provider serves instead of its model: product-of-experts decoding, antidistillation
+sampling (Savani et al., arXiv:2504.13146) and temperature. They are defences to compare calibration
+with (docs/method.md, "Defences"):
 
     log p_served = [(1 - gamma) log p_model + gamma log p_proxy] / temperature - log Z
+    log p_served = [log p_model + penalty (log p_plus - log p_minus) / (2 epsilon)] / temperature
+                   - log Z
 
-Serving costs a second forward for every token, and no weight changes. It protects sampled text;
+plus and minus are a proxy's weights + and - epsilon times the gradient of its downstream loss
+(studies/antidistillation.py). Serving costs one or two more forwards for every token, and no weight
+changes. It protects sampled text;
 whoever gets logits gets the model's own.
 
 Shapes: N rows, L length so far, V vocabulary.
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from reflux.trainer.config.roles import defence_roles
 from reflux.trainer.config.schema import Config
-from reflux.trainer.config.sections import FrozenSection
 from reflux.trainer.data.chat import Chat, same_vocabulary
 from reflux.trainer.phase import Decode, DecodeStep, Engine, FrozenModel
 
@@ -56,6 +63,39 @@ def product_decoder(model: Decode, proxy: Decode, gamma: float) -> Decode:
     return decode
 
 
+def antidistillation_decoder(model: Decode, plus: Decode, minus: Decode, weight: float) -> Decode:
+    """A decoder whose logits are the model's plus weight times the difference of the two copies'.
+    weight: penalty / (2 epsilon). What log p lacks of a logit is constant in a row.
+    """
+
+    @contextlib.contextmanager
+    def decode(rows: int, max_length: int) -> Iterator[tuple[DecodeStep, torch.device]]:
+        with (
+            model(rows, max_length) as (model_step, device),
+            plus(rows, max_length) as (plus_step, _),
+            minus(rows, max_length) as (minus_step, _),
+        ):
+
+            def step(
+                ids_NL: Tensor,
+                positions_NL: Tensor,
+                real_NL: Tensor,
+                first: bool,
+                rows_N: Tensor | None = None,
+            ) -> Tensor:
+                fed = ids_NL, positions_NL, real_NL, first, rows_N
+                model_NV, plus_NV, minus_NV = (
+                    s(*fed).float() for s in (model_step, plus_step, minus_step)
+                )
+                # heads may be padded beyond the ids they share
+                V = min(model_NV.shape[1], plus_NV.shape[1])
+                return model_NV[:, :V] + weight * (plus_NV[:, :V] - minus_NV[:, :V])
+
+            yield step, device
+
+    return decode
+
+
 def tempered_decoder(model: Decode, temperature: float) -> Decode:
     """A decoder whose logits are divided by the temperature; greedy answers do not change."""
 
@@ -79,8 +119,8 @@ def tempered_decoder(model: Decode, temperature: float) -> Decode:
 
 
 class DefendedDecoding:
-    """Decoders as `[defence]` says: multiplied with its proxy, at its temperature. Without a
-    `[defence]` they are unchanged, bit for bit.
+    """Decoders as `[defence]` says: multiplied with its proxy or moved by its two copies, at its
+    temperature. Without a `[defence]` they are unchanged, bit for bit.
     """
 
     def __init__(self, cfg: Config, engine: Engine, chats: Iterable[Chat]):
@@ -88,17 +128,19 @@ class DefendedDecoding:
         one. Collective.
         """
         self._engine, self._section = engine, cfg.defence
-        self._proxy: FrozenModel | None = None
-        proxy = cfg.defence.proxy
-        if not proxy:
-            return
-        if not all(same_vocabulary(chat, Chat(proxy)) for chat in chats):
-            raise ValueError(
-                f"defence.proxy = {proxy!r} has another vocabulary than the model it is multiplied "
-                "with: their next tokens are not the same events. Want a proxy with the model's "
-                "tokenizer"
-            )
-        self._proxy = engine.frozen(FrozenSection(proxy, dtype=cfg.defence.dtype))
+        roles, served = defence_roles(cfg), list(chats)
+        for role in roles:
+            if not all(same_vocabulary(chat, Chat(role.model.path)) for chat in served):
+                raise ValueError(
+                    f"{role.section} = {role.model.path!r} has another vocabulary than the model "
+                    "it is multiplied with: their next tokens are not the same events. Want a "
+                    "proxy with the model's tokenizer"
+                )
+        self._weight = 0.0
+        if cfg.defence.antidistillation:
+            epsilon = read_epsilon(Path(cfg.defence.antidistillation))
+            self._weight = cfg.defence.penalty / (2 * epsilon)
+        self._others: list[FrozenModel] = [engine.frozen(role.model) for role in roles]
 
     def weights(self, gathered: GatherWeights) -> GatherWeights:
         """The defended decoder of `gathered`, in the form an EmbeddedSampler takes. `gathered` is
@@ -110,9 +152,28 @@ class DefendedDecoding:
     @contextlib.contextmanager
     def _defended(self, gathered: GatherWeights) -> Iterator[Decode]:
         with gathered() as decode, contextlib.ExitStack() as stack:
-            if self._proxy is not None:
-                proxy = stack.enter_context(self._engine.gathered_frozen_weights(self._proxy))
+            others = [
+                stack.enter_context(self._engine.gathered_frozen_weights(model))
+                for model in self._others
+            ]
+            if self._weight:
+                plus, minus = others
+                decode = antidistillation_decoder(decode, plus, minus, self._weight)
+            elif others:
+                (proxy,) = others
                 decode = product_decoder(decode, proxy, self._section.gamma)
             if self._section.temperature != 1:
                 decode = tempered_decoder(decode, self._section.temperature)
             yield decode
+
+
+def read_epsilon(folder: Path) -> float:
+    """Of the two copies in `folder`. ValueError where nothing says it."""
+    path = folder / "antidistillation.json"
+    try:
+        return float(json.loads(path.read_text())["epsilon"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"defence.antidistillation = {str(folder)!r}: {path.name} does not say epsilon "
+            f"({error}); want a folder that reflux.trainer.studies.antidistillation has written"
+        ) from error

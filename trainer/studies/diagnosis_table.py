@@ -1,6 +1,8 @@
 """The diagnoses of a matrix folder side by side, before and after distillation: one column a
 teacher-student pair, estimates over seeds. A pair that the matrix names and no seed has finished,
-such as the control (eta = 0), stays a column: not run.
+such as the control (eta = 0), stays a column: not run. Where a cell names its control (label
+`control`: the control's pair), a second table has the differences to it, paired by seed: only these
+are attributed to calibration.
 
     python -m reflux.trainer.studies.diagnosis_table FOLDER
 
@@ -10,13 +12,19 @@ for a matrix whose diagnoses carry a label `pair`, like configs/diagnoses.toml.
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from reflux.trainer.runs.files import to_json, write_json
-from reflux.trainer.runs.markdown_table import interval, mean_and_std, render_template
+from reflux.trainer.runs.markdown_table import (
+    interval,
+    mean_and_std,
+    render_template,
+    with_interval,
+)
 from reflux.trainer.runs.stats import Estimate, over_seeds
 
 from .run_warnings import as_markdown, run_warnings
@@ -24,6 +32,7 @@ from .run_warnings import as_markdown, run_warnings
 TEMPLATE = Path(__file__).with_name("diagnoses.md.jinja")
 NOT_RUN = "not run"
 Diagnosis = Mapping[str, Any]  # a diagnosis.json
+Number = Callable[[Diagnosis], float | None]
 # title of a row -> the keys that lead to its number in a diagnosis.json
 MEASURES = {
     "forward KL, teacher's prefixes, nats/token": "grid forward teacher per_token mean",
@@ -33,8 +42,11 @@ MEASURES = {
     "reverse KL on wrong / on correct texts": "gap degraded_prefix",
     "teacher mass in the student's top K": "gap teachable mean",
     "wrong with confidence >= 0.9": "symptoms confidence confident_wrong",
+    "wrong with >= 0.9 of the votes": "symptoms vote_confidence confident_wrong",
     "recovery after an inserted error": "symptoms correction recovery",
+    "correct after half of an own wrong text": "symptoms own_error correct_after mean",
     "repeated 4-grams": "symptoms repeated_4grams",
+    "finished texts without an answer": "symptoms format_breaks",
 }
 
 
@@ -62,17 +74,44 @@ class DiagnosisRow:
         return f"{mean_and_std(e, diagnosed)} {interval(e)}".rstrip() + count
 
 
+@dataclass(frozen=True)
+class ControlRow:
+    """One measure of all pairs that have a control: pair - control, over the seeds with both."""
+
+    measure: str
+    differences: Mapping[str, Estimate]
+
+    def cell(self, pair: str) -> str:
+        e = self.differences[pair]
+        return f"{with_interval(e, '{:+.3f}')} (n {e.n})" if e.n else "no number"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The finished diagnoses of a teacher-student pair."""
+
+    by_seed: Mapping[str, Diagnosis]
+    control: str  # the pair it is compared with; "" where the matrix names none
+
+
+def load_pairs(folder: Path) -> dict[str, Pair]:
+    """Name of a pair -> its diagnoses; without any for a pair that no seed has finished."""
+    pairs: dict[str, Pair] = {}
+    for cell in json.loads((folder / "matrix.json").read_text())["cells"]:
+        labels = cell["labels"]
+        if "pair" not in labels:
+            continue
+        pair = pairs.get(labels["pair"], Pair({}, labels.get("control", "")))
+        path = folder / cell["folder"] / "diagnosis.json"
+        done = path.exists() and (path.parent / "summary.json").exists()
+        found = {labels["seed"]: json.loads(path.read_text())} if done else {}
+        pairs[labels["pair"]] = replace(pair, by_seed={**pair.by_seed, **found})
+    return pairs
+
+
 def load_diagnoses(folder: Path) -> dict[str, list[Diagnosis]]:
     """pair -> the finished diagnoses of its seeds; empty for a pair that none has finished."""
-    pairs: dict[str, list[Diagnosis]] = {}
-    for cell in json.loads((folder / "matrix.json").read_text())["cells"]:
-        if "pair" not in cell["labels"]:
-            continue
-        found = pairs.setdefault(cell["labels"]["pair"], [])
-        path = folder / cell["folder"] / "diagnosis.json"
-        if path.exists() and (path.parent / "summary.json").exists():
-            found.append(json.loads(path.read_text()))
-    return pairs
+    return {name: list(pair.by_seed.values()) for name, pair in load_pairs(folder).items()}
 
 
 def diagnosis_rows(pairs: Mapping[str, Sequence[Diagnosis]]) -> list[DiagnosisRow]:
@@ -86,6 +125,45 @@ def diagnosis_rows(pairs: Mapping[str, Sequence[Diagnosis]]) -> list[DiagnosisRo
     return [replace(row, seeds={pair: len(ds) for pair, ds in pairs.items()}) for row in rows]
 
 
+def control_rows(pairs: Mapping[str, Pair]) -> list[ControlRow]:
+    """Differences to the control, the traps first; empty where no pair has one."""
+    compared = {
+        name: (pair, pairs[pair.control])
+        for name, pair in pairs.items()
+        if pair.control in pairs and pair.control != name
+    }
+    verdicts = [t for p in pairs.values() for d in p.by_seed.values() for t in d["verdict"]]
+    numbers: dict[str, Number] = {
+        _title(t): partial(_verdict_number, trap=t["trap"]) for t in reversed(verdicts)
+    }
+    numbers = dict(reversed(numbers.items()))
+    numbers |= {title: partial(_number, keys=keys) for title, keys in MEASURES.items()}
+    return [
+        ControlRow(title, {name: _difference(*both, number) for name, both in compared.items()})
+        for title, number in numbers.items()
+        if compared
+    ]
+
+
+def _difference(pair: Pair, control: Pair, number: Number) -> Estimate:
+    """Over the seeds in which both have a finite number."""
+    both = [
+        (number(d), number(control.by_seed[seed]))
+        for seed, d in pair.by_seed.items()
+        if seed in control.by_seed
+    ]
+    return _estimate([a - b for a, b in both if a is not None and b is not None])
+
+
+def _title(verdict: Mapping[str, Any]) -> str:
+    """Of a trap's row, by the measure that decides it."""
+    return f"{verdict['trap']}: {verdict['measure'].split(',')[0].split('(')[0].strip()}"
+
+
+def _verdict_number(diagnosis: Diagnosis, trap: str) -> float | None:
+    return next((t["mean"] for t in diagnosis["verdict"] if t["trap"] == trap), None)
+
+
 def _trap_row(trap: str, pairs: Mapping[str, Sequence[Diagnosis]]) -> DiagnosisRow:
     """Titled by the measure that decides the trap. Pairs without that verdict are left out."""
     verdicts = {
@@ -93,9 +171,8 @@ def _trap_row(trap: str, pairs: Mapping[str, Sequence[Diagnosis]]) -> DiagnosisR
         for pair, diagnoses in pairs.items()
     }
     verdicts = {pair: of_pair for pair, of_pair in verdicts.items() if of_pair}
-    measure = next(iter(verdicts.values()))[0]["measure"]
     return DiagnosisRow(
-        measure=f"{trap}: {measure.split(',')[0].split('(')[0].strip()}",
+        measure=_title(next(iter(verdicts.values()))[0]),
         pairs={pair: _estimate([t["mean"] for t in ts]) for pair, ts in verdicts.items()},
         detected={pair: sum(t["present"] is True for t in ts) for pair, ts in verdicts.items()},
     )
@@ -117,8 +194,11 @@ def _estimate(values: Sequence[float | None]) -> Estimate:
     return over_seeds([v for v in values if v is not None and math.isfinite(v)])
 
 
-def render(rows: Sequence[DiagnosisRow], pairs: Sequence[str]) -> str:
-    return render_template(TEMPLATE, rows=rows, pairs=pairs)
+def render(
+    rows: Sequence[DiagnosisRow], pairs: Sequence[str], against: Sequence[ControlRow] = ()
+) -> str:
+    compared = list(against[0].differences) if against else []
+    return render_template(TEMPLATE, rows=rows, pairs=pairs, against=against, compared=compared)
 
 
 def write_diagnoses(folder: Path) -> str:
@@ -126,15 +206,19 @@ def write_diagnoses(folder: Path) -> str:
     label pair.
     """
     folder = Path(folder)
+    loaded = load_pairs(folder)
     pairs = load_diagnoses(folder)
     if not any(pairs.values()):
         raise ValueError(
             f"{folder}: no finished diagnosis carries a label pair; want the folder of a matrix "
             "like configs/diagnoses.toml"
         )
-    rows = diagnosis_rows(pairs)
-    text = render(rows, list(pairs)) + as_markdown(run_warnings(folder))
-    write_json(folder / "diagnoses.json", {row.measure: _json(row) for row in rows})
+    rows, against = diagnosis_rows(pairs), control_rows(loaded)
+    text = render(rows, list(pairs), against) + as_markdown(run_warnings(folder))
+    found = {row.measure: _json(row) for row in rows}
+    for difference in against:
+        found[difference.measure]["minus control"] = to_json(difference.differences)
+    write_json(folder / "diagnoses.json", found)
     (folder / "diagnoses.md").write_text(text)
     return text
 

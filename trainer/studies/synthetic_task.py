@@ -232,8 +232,10 @@ def train_tokenizer(texts: list[str], merges: int) -> "Tokenizer":
     return tok
 
 
-def write_model(folder: Path, tokenizer: "Tokenizer", model: Architecture) -> None:
-    """config.json and tokenizer of an untrained decoder."""
+def write_model(
+    folder: Path, tokenizer: "Tokenizer", model: Architecture, positions: int = 128
+) -> None:
+    """config.json and tokenizer of an untrained decoder that takes that many positions."""
     from transformers import Qwen3Config
 
     folder.mkdir(parents=True)
@@ -247,7 +249,7 @@ def write_model(folder: Path, tokenizer: "Tokenizer", model: Architecture) -> No
                 "bos_token": bos,
                 "eos_token": eos,
                 "chat_template": TEMPLATE,
-                "model_max_length": 128,
+                "model_max_length": positions,
             }
         )
     )
@@ -259,7 +261,7 @@ def write_model(folder: Path, tokenizer: "Tokenizer", model: Architecture) -> No
         num_attention_heads=model.heads,
         num_key_value_heads=model.heads,
         head_dim=model.head_size,
-        max_position_embeddings=128,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         initializer_range=0.05,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,11 @@ from runs import config, numbers, run_here, write_data
 from transformers import AutoModelForCausalLM
 
 from reflux.trainer.distillation.phase import DistillPhase
-from reflux.trainer.rollouts.defences import product_decoder, tempered_decoder
+from reflux.trainer.rollouts.defences import (
+    antidistillation_decoder,
+    product_decoder,
+    tempered_decoder,
+)
 
 pytestmark = pytest.mark.usefixtures("titan_process")
 TEXT = {"objective": "nll", "source": "teacher", "on_policy": 0.0}
@@ -65,6 +70,48 @@ def test_temperature_divides_the_logits_of_what_is_served():
             step("ids", "positions", "real", False).softmax(1),
             torch.tensor([[2**0.5, 1.0]]) / (2**0.5 + 1),
         )
+
+
+def test_antidistillation_adds_the_difference_of_the_copies():
+    """Against the definition on probabilities, with a padded head."""
+    g = torch.Generator().manual_seed(3)
+    p, plus, minus = (torch.rand(2, 4, generator=g).double() + 0.1 for _ in range(3))
+    p, plus, minus = (x / x.sum(1, keepdim=True) for x in (p, plus, minus))
+    padded = torch.cat([plus.log() + 3, torch.full((2, 3), 9.0)], 1)  # logits lack a constant
+    decoders = [decoder(p.log() - 1)[0], decoder(padded)[0], decoder(minus.log())[0]]
+    with antidistillation_decoder(*decoders, 0.8)(2, 7) as (step, device):
+        got_NV = step("ids", "positions", "real", True).double().softmax(1)
+    want_NV = p * (0.8 * (plus.log() - minus.log())).exp()
+    torch.testing.assert_close(got_NV, want_NV / want_NV.sum(1, keepdim=True), rtol=1e-5, atol=1e-6)
+    assert device.type == "cpu"
+
+
+def test_antidistillation_in_a_whole_run(talkers, tmp_path, monkeypatch):
+    """Sampled tokens have the log-probabilities of the moved teacher, by transformers; without the
+    note of epsilon the run says what is missing.
+    """
+    copies = tmp_path / "copies"
+    for name, source in (("plus", "policy"), ("minus", "teacher")):
+        shutil.copytree(talkers / source, copies / name)
+    served = {"antidistillation": str(copies), "penalty": 0.2, "dtype": "float32"}
+    with pytest.raises(ValueError, match="does not say epsilon"):
+        distill(talkers, tmp_path / "none", steps=1, defence=served)
+    (copies / "antidistillation.json").write_text('{"epsilon": 0.25}')
+    texts, real = [], DistillPhase.sample
+    monkeypatch.setattr(
+        DistillPhase, "sample", lambda self, step: texts.append(real(self, step)) or texts[-1]
+    )
+    distill(talkers, tmp_path / "run", steps=1, defence=served)
+    model, plus = (
+        AutoModelForCausalLM.from_pretrained(talkers / name) for name in ("teacher", "policy")
+    )
+    rollout = texts[0][0][0].rollout
+    ids, start = torch.tensor([rollout.prompt_ids + rollout.ids]), len(rollout.prompt_ids) - 1
+    with torch.no_grad():
+        p_nV, plus_nV = (m(ids).logits[0, start:-1].double() for m in (model, plus))
+    logp_nV = (p_nV + 0.4 * (plus_nV - p_nV)).log_softmax(1)  # minus is the teacher itself
+    want = logp_nV.gather(1, torch.tensor(rollout.ids)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(rollout.logp).double(), want, rtol=0, atol=1e-4)
 
 
 def distill(talkers, folder, **over):
@@ -213,6 +260,22 @@ def test_another_vocabulary_is_an_error(talkers, tmp_path):
             "defence.temperature = 0.5 with distill.objective = 'kl'",
         ),
         ("distill", {"distill": TEXT, "defence": {"temperature": 0.0}}, "want > 0"),
+        (
+            "distill",
+            {"distill": TEXT, "defence": {"penalty": 0.5}},
+            "and a penalty > 0, or neither",
+        ),
+        ("distill", {"distill": TEXT, "defence": {"antidistillation": "a"}}, "or neither"),
+        (
+            "distill",
+            {"distill": TEXT, "defence": {"antidistillation": "a", "penalty": 1.0, "proxy": "p"}},
+            "want one of the two",
+        ),
+        (
+            "distill",
+            {"defence": {"antidistillation": "a", "penalty": 1.0}},
+            "defence.antidistillation = 'a' with distill.objective = 'kl'",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_an_error(talkers, tmp_path, phase, over, message):

@@ -5,8 +5,10 @@ import json
 import pytest
 
 from reflux.trainer.studies.diagnosis_table import (
+    control_rows,
     diagnosis_rows,
     load_diagnoses,
+    load_pairs,
     write_diagnoses,
 )
 
@@ -76,6 +78,41 @@ def test_the_files_are_written(tmp_path):
     assert saved["repeated 4-grams"]["before"]["n"] == 2
     assert "detected" not in saved["repeated 4-grams"]["before"]
     assert saved["tail noise: tail-noise index"]["before"]["detected"] == 1
+
+
+def write_control(folder):
+    """Two pairs of three seeds; the control lacks the last one."""
+    cells = []
+    for pair, noise in (("mine", (1.5, 2.0, 9.0)), ("control", (1.0, 1.0))):
+        for seed, value in enumerate(noise):
+            name = f"{pair}{seed}"
+            (folder / name).mkdir(parents=True)
+            content = diagnosis(value, True, 0.5 if seed else None)
+            (folder / name / "diagnosis.json").write_text(json.dumps(content))
+            (folder / name / "summary.json").write_text("{}")
+            labels = {"pair": pair, "seed": str(seed), "control": "control"}
+            cells.append({"folder": name, "labels": labels})
+    (folder / "matrix.json").write_text(json.dumps({"title": "", "styles": {}, "cells": cells}))
+    return folder
+
+
+def test_differences_to_the_control_are_paired_by_seed(tmp_path):
+    rows = {row.measure: row for row in control_rows(load_pairs(write_control(tmp_path)))}
+    noise = rows["tail noise: tail-noise index"]
+    assert list(noise.differences) == ["mine"] and next(iter(rows)) == noise.measure
+    # 0.5 and 1.0: mean 0.75, t over two seeds 12.706 * 0.354 / sqrt(2)
+    assert noise.cell("mine") == "+0.750 [-2.427, +3.927] (n 2)"
+    assert rows["wrong-trace preference"].cell("mine") == "+0.000 (n 1)"
+    assert rows["recovery after an inserted error"].cell("mine") == "no number"
+    text = write_diagnoses(tmp_path)
+    assert "## Against the control" in text
+    assert "| tail noise: tail-noise index | +0.750 [-2.427, +3.927] (n 2) |" in text
+    saved = json.loads((tmp_path / "diagnoses.json").read_text())
+    assert saved["tail noise: tail-noise index"]["minus control"]["mine"]["n"] == 2
+
+
+def test_without_a_control_there_is_no_second_table(tmp_path):
+    assert "Against the control" not in write_diagnoses(write(tmp_path))
 
 
 def test_a_folder_without_diagnoses_is_an_error(tmp_path):
