@@ -1,4 +1,4 @@
-# make quickstart   the paper's claim in miniature: a first comparison after 2 minutes of two idle cores, the report after 11
+# make quickstart   the paper's claim in miniature: a first comparison after 2 minutes of two idle cores, the report after 9
 # make report       everything the miniature has to say: attacks, eta sweep, ablations, diagnoses (hours; Ctrl-C and again goes on)
 # make traps        a second miniature, in which every trap that is measured can be seen (docs/traps.md; an hour a seed at most)
 # make test         everything that must hold before a commit lands

@@ -48,7 +48,7 @@ One two three four. *Optimum*, i.e. the best `a. b`: five six seven.
     (1) a formula. Not read.
 Last one? Yes it is.
 """
-    assert [len(s.split()) for s in sentences(text)] == [4, 9, 6, 3]
+    assert [len(s.split()) for s in sentences(text)] == [4, 8, 6, 3]
 
 
 def test_the_readme_is_one_page_with_one_table_and_one_picture():

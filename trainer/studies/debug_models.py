@@ -146,6 +146,7 @@ def save_model(path: str | Path, model_type: str, seed: int = 0, **config: Any) 
 
 def write_models(folder: Path) -> Path:
     """Every model of MODELS in a folder of its name, and text.jsonl. Returns `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
     texts = sentences(600)
     _write_rows(folder / "text.jsonl", [{"text": text} for text in texts])
     large, small = (train_tokenizer(texts, size) for size in (LARGE_VOCAB, SMALL_VOCAB))
