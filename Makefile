@@ -4,6 +4,7 @@
 # make test         everything that must hold before a commit lands
 # make test-faults  kills, full disks, damaged files, leaks: 100 random kills; RECORD=FILE writes what was tried (about 25 minutes); FAULTS=ci: some of each kind
 # make test-gpu-sim the kernels' tests on a CPU that imitates what a GPU does differently (about 10 minutes)
+# make test-install the wheel and the sdist in a clean environment, without a checkout (2 minutes)
 # make test-engines a real vLLM in an environment of its own, build/engines/.venv: on a CPU (minutes, half of them installation)
 # make test-integrations  our losses in TRL's place, against TRL itself at a pinned version, beside .venv (1 minute)
 # make audit        known vulnerabilities of what is installed, where pip-audit reaches its data; else only the list, docs/dependencies.txt
@@ -18,7 +19,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart report traps test test-faults test-gpu-sim test-engines test-integrations audit bench bench-gpu real lint clean
+.PHONY: quickstart report traps test test-faults test-gpu-sim test-install test-engines test-integrations audit bench bench-gpu real lint clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m reflux.trainer.matrix configs/quickstart.toml
@@ -30,7 +31,7 @@ traps: $(VENV)/ready
 	$(BIN)/python -m reflux.trainer.matrix configs/traps.toml
 
 test: $(VENV)/ready lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15 -m "not faults and not engines"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15 -m "not faults and not engines and not install"
 
 # short | ci | long
 FAULTS ?= long
@@ -39,6 +40,9 @@ RECORD ?=
 test-faults: $(VENV)/ready
 	REFLUX_FAULTS=$(FAULTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -n 2 --dist worksteal --durations 15 \
 		$(if $(RECORD),--record $(RECORD))
+
+test-install: $(VENV)/ready
+	$(BIN)/python -m pytest tests/install -m install --durations 5
 
 test-gpu-sim: $(VENV)/ready
 	REFLUX_SIMULATE_GPU=1 HYPOTHESIS_PROFILE=gpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels -n 2 --dist worksteal
@@ -64,6 +68,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check --quiet .
 	mkdir -p build/types/reflux
 	for floor in kernels tokenalign trainer; do ln -sfn ../../../$$floor build/types/reflux/$$floor; done
+	ln -sfn ../../../package/reflux/__init__.py build/types/reflux/__init__.py
 	$(BIN)/mypy -p reflux
 
 audit: $(VENV)/ready

@@ -139,7 +139,9 @@ def test_what_a_page_points_at_exists(page):
     for name in CODE.findall(text):
         name = name.split(" ")[0]
         if FILE.fullmatch(name) and not name.startswith((*MADE, *LOG_FIELDS)):
-            missing += [name] if not any(list((ROOT / base).glob(name)) for base in BASES) else []
+            # a recipe goes by its name without the suffix
+            found = (list((ROOT / b).glob(n)) for b in BASES for n in (name, f"{name}.toml"))
+            missing += [] if any(found) else [name]
     assert not missing, f"{page.name} names {missing}"
 
 

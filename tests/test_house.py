@@ -36,6 +36,10 @@ ROOMS = {  # room or file of trainer/ -> the rooms that it may import, beside th
     "integrations": "data calibration rollouts",
     "cells": "runs main",
     "matrix": "config runs cells studies",
+    "cli": "config runs",  # sub-commands are named as text: what they need is imported when called
+    "subcommands": "config runs main matrix",
+    "recipe_files": "config matrix",
+    "completion": "config cli",
 }
 OPS = sorted(p.stem for p in (ROOT / "kernels").glob("[!_]*.py"))
 TORCHTITAN_DOOR = "trainer/engine/"
@@ -48,6 +52,9 @@ TESTED_ELSEWHERE = {  # module -> the test file that exercises it
     "trainer/phase.py": "trainer/engine/test_engine.py",  # contracts; mypy holds the rooms to them
     "trainer/calibration/likelihood_ratio.py": "trainer/calibration/test_phase.py",
     "trainer/config/calibration_rewards.py": "trainer/calibration/test_rewards.py",
+    "trainer/config/files.py": "trainer/config/test_loader.py",
+    "trainer/subcommands.py": "trainer/test_cli.py",
+    "trainer/completion.py": "trainer/test_cli.py",
     "trainer/config/caching.py": "trainer/distillation/test_cache_phase.py",
     "trainer/distillation/teacher_cache.py": "trainer/distillation/test_cache_phase.py",
     "trainer/distillation/cached_teacher.py": "trainer/distillation/test_cache_phase.py",

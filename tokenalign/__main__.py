@@ -43,6 +43,7 @@ from .spans import Alignment, after_prompt, align_spans
 from .view import Marks, to_terminal
 from .view_html import to_html
 
+PROGRAM = "python -m reflux.tokenalign"
 PAGE_TOKENS = 100_000  # some 25 MB of HTML
 
 
@@ -169,12 +170,12 @@ def _stop(given: Mapping[str, Any]) -> tuple[str, str] | None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"reflux.tokenalign: {message}. See python -m reflux.tokenalign --help\n")
+        self.exit(2, f"reflux.tokenalign: {message}. See {self.prog} --help\n")
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(words: list[str] | None = None, prog: str = PROGRAM) -> argparse.Namespace:
     parser = _Parser(
-        prog="python -m reflux.tokenalign",
+        prog=prog,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -201,7 +202,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--width", type=int, default=0, help="columns; default: those of the terminal, else 100"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if arguments.corpus and arguments.html or arguments.json and not arguments.corpus:
         parser.error(
             "--html draws one text (--text, --file, --scores), --json holds the statistics of "
@@ -273,9 +274,9 @@ def _measure(a: LoadedTokenizer, b: LoadedTokenizer, arguments: argparse.Namespa
         )
 
 
-def main() -> None:
+def main(words: list[str] | None = None, prog: str = PROGRAM) -> None:
     """The command. Exit code 2 and one line for an error of the user's."""
-    arguments = _arguments()
+    arguments = _arguments(words, prog)
     try:
         a, b = (
             load_tokenizer(path, name)

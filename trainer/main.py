@@ -13,7 +13,7 @@ if os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
 import argparse
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
@@ -42,10 +42,12 @@ READER_LOST = (
 )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs what the command line says. Returns the exit code."""
-    args = _parser().parse_args(arguments)
-    commands.remember(arguments)
+def main(arguments: list[str] | None = None, typed: Sequence[str] = ()) -> int:
+    """Runs what the command line says. Returns the exit code. typed: what was typed behind
+    `reflux` (cli.py), for messages.
+    """
+    args = _parser().parse_args(arguments, argparse.Namespace(typed=tuple(typed)))
+    commands.remember(arguments, typed=typed)
     if sys.stdout is sys.__stdout__:  # nobody captures it
         quiet = args.print_config or args.dry_run or args.check
         output.survive_lost_reader("" if quiet else READER_LOST)
@@ -65,14 +67,15 @@ def main(arguments: list[str] | None = None) -> int:
             _print_once("\n".join([stopped, *_notes(signal), *hint]))
             return INTERRUPTED
         except (OSError, ValueError, FloatingPointError) as error:
-            _refuse(error)
+            _refuse(error, args)
 
 
-def _refuse(error: Exception) -> NoReturn:
+def _refuse(error: Exception, args: argparse.Namespace) -> NoReturn:
     """A mistake in words, by one of the ranks that find it, and exit code 2."""
     if os.environ.get("REFLUX_TRACEBACK"):
         raise error
-    lines = [f"{PROGRAM}: error: {error}", *_notes(error), "(REFLUX_TRACEBACK=1 shows where)"]
+    program = f"reflux {args.typed[0]}" if args.typed else PROGRAM
+    lines = [f"{program}: error: {error}", *_notes(error), "(REFLUX_TRACEBACK=1 shows where)"]
     message = "\n".join(lines)
     with contextlib.suppress(KeyboardInterrupt):  # the launcher ends all ranks when one has ended
         if first_rank.is_first_to_say(str(error)):
@@ -102,7 +105,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
     )
     add = parser.add_argument
-    add("--config", required=True, help="a .toml file, or a .py recipe with config()")
+    add(
+        "--config",
+        required=True,
+        help="a .toml or .yaml file, a recipe's name, or a .py file with config()",
+    )
     add(
         "--set",
         action="append",
@@ -144,9 +151,9 @@ def _run(cfg: Config, args: argparse.Namespace, arguments: list[str] | None) -> 
         from reflux.trainer.preflight.check import check
 
         return check(cfg)
-    with _claimed(cfg) as (settled, lock):
+    with _claimed(cfg, args) as (settled, lock):
         if settled.folder != cfg.folder:
-            commands.remember(arguments, run_folder=settled.folder)
+            commands.remember(arguments, run_folder=settled.folder, typed=args.typed)
         from reflux.trainer import loop
 
         code = loop.train(settled, lock)
@@ -156,7 +163,7 @@ def _run(cfg: Config, args: argparse.Namespace, arguments: list[str] | None) -> 
 
 
 @contextlib.contextmanager
-def _claimed(cfg: Config) -> Iterator[tuple[Config, RunLock | None]]:
+def _claimed(cfg: Config, args: argparse.Namespace) -> Iterator[tuple[Config, RunLock | None]]:
     """The first rank owns the folder inside, and the others take what it decides, or end."""
     if not first_rank.is_first():
         folder = first_rank.wait_for_decision()
@@ -169,7 +176,7 @@ def _claimed(cfg: Config) -> Iterator[tuple[Config, RunLock | None]]:
             claimed = stack.enter_context(run_folder.claim(cfg))
         except (OSError, ValueError) as error:
             try:
-                _refuse(error)
+                _refuse(error, args)
             finally:  # after the message: the launcher ends all ranks when the others end
                 first_rank.decide(None)
         first_rank.decide(claimed[0].folder)

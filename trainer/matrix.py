@@ -21,8 +21,9 @@ A matrix file lists cells. A cell is one `trainer/main.py --config FILE --set ..
 `says` at the top is printed first; `grid = ["attack", "teacher"]` names two labels for a table of
 accuracies that fills while cells end (runs/cell_progress.py).
 
-`base = "other.toml"` (or a list of them) puts this file's cells behind another matrix's, in the
-same folder, and its other keys over that one's. A cell that several bases share is one cell.
+FILE is a path, or the name of a recipe (config/recipes.py). `base = "other.toml"` (or recipe:NAME,
+or a list of them) puts this file's cells behind another matrix's, in the same folder, and its other
+keys over that one's. A cell that several bases share is one cell.
 
 A cell is done when its folder holds summary.json; done cells are skipped. A cell that fails stops
 only the cells that depend on it. A cell that a guard ended (exit code 4) has not failed: what
@@ -38,17 +39,20 @@ report is one function, Path -> str, and one line there.
 import argparse
 import importlib
 import itertools
+import json
 import os
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reflux.trainer.cells import INTERRUPTED, STOPPED_BY_GUARD, Cell, run_matrix
+from reflux.trainer.config.files import read_table
 from reflux.trainer.config.loader import deep_merge, toml_value
+from reflux.trainer.config.recipes import beside, find
 from reflux.trainer.runs import commands, output, signals
 from reflux.trainer.runs.files import write_json
 from reflux.trainer.runs.lock import hold
@@ -125,6 +129,17 @@ def _grid(path: Path, labels: Any) -> tuple[str, ...]:
     return tuple(map(str, labels))
 
 
+def is_matrix(path: Path) -> bool:
+    """Whether a file lists cells, itself or in a base; False for what cannot be read."""
+    try:
+        table = read_table(path)
+        base = table.get("base", [])
+        cells = "cell" in table or isinstance(base, list) and base != []
+        return cells or (isinstance(base, str) and is_matrix(beside(path.parent, base)))
+    except (ValueError, RecursionError):
+        return False
+
+
 def _check_names(path: Path, cells: Sequence[Cell]) -> None:
     names = [c.name for c in cells]
     for cell in cells:
@@ -142,8 +157,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The file over its bases, cells behind theirs. Each cell gets a key "from": the folder that
     its config is relative to. `above`: the files that named this one as a base.
     """
-    with open(path, "rb") as f:
-        table = tomllib.load(f)
+    table = read_table(path)
     for row in table.get("cell", []):
         row["from"] = path.parent.resolve()
     above = (*above, path.resolve())
@@ -156,7 +170,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _bases(path: Path, bases: Any, above: tuple[Path, ...]) -> list[Path]:
     names = [bases] if isinstance(bases, str) else bases
     texts = isinstance(names, list) and all(isinstance(b, str) for b in names)
-    files = [path.parent / b for b in names] if texts else []
+    files = [beside(path.parent, b) for b in names] if texts else []
     if not texts or any(f.resolve() in above for f in files):
         raise ValueError(
             f"{path}: base = {names!r}; want the name of another matrix file, or several, none "
@@ -199,7 +213,7 @@ def _module_arguments(row: Mapping[str, Any], names: Names, folder: Path) -> tup
 def _config_arguments(row: Mapping[str, Any], names: Names, folder: Path) -> tuple[str, ...]:
     sets = {"folder": str(folder), "seed": int(names["seed"]), "on_existing_run": "resume"}
     sets |= row.get("set", {})
-    config = os.path.relpath(row["from"] / fill_in(row["config"], names))
+    config = os.path.relpath(beside(row["from"], fill_in(row["config"], names)))
     values = (f"{key}={toml_value(fill_in(value, names))}" for key, value in sets.items())
     return ("--config", config, *(x for value in values for x in ("--set", value)))
 
@@ -219,15 +233,17 @@ def fill_in(value: Any, names: Names) -> Any:
 # --- the command
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser, args = _parse(arguments)
+def main(arguments: list[str] | None = None, prog: str = f"python -m {NAME}") -> int:
+    """Runs the matrix that the command line names. Returns the exit code."""
+    parser, args = _parse(arguments, prog)
     commands.remember(arguments, name=NAME)
     if sys.stdout is sys.__stdout__:  # nobody captures it
         output.survive_lost_reader()
     try:
-        matrix = read_matrix(args.matrix, tomllib.loads("\n".join(args.set)))
+        matrix = read_matrix(find(args.matrix), tomllib.loads("\n".join(args.set)))
     except (OSError, KeyError, ValueError) as error:
-        parser.error(f"{args.matrix}: {error}")
+        named = str(error).startswith(f"{args.matrix}:")
+        parser.error(str(error) if named else f"{args.matrix}: {error}")
     if args.dry_run:
         print("\n".join(c.command for c in matrix.cells))
         return 0
@@ -265,11 +281,11 @@ def _run_and_report(matrix: Matrix, take_over: bool) -> int:
     return 1 if failed else STOPPED_BY_GUARD if stopped else 0
 
 
-def _parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {NAME}", description="Run a table of runs, then report."
-    )
-    parser.add_argument("matrix", type=Path)
+def _parse(
+    arguments: list[str] | None, prog: str
+) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(prog=prog, description="Run a table of runs, then report.")
+    parser.add_argument("matrix", help="a .toml or .yaml file, or the name of a recipe: quickstart")
     parser.add_argument(
         "--set",
         action="append",
@@ -304,12 +320,24 @@ def _write_cells(matrix: Matrix) -> None:
 
 def write_reports(matrix: Matrix) -> None:
     """Writes and prints the reports on the finished cells."""
-    labels = {label for c in matrix.cells if c.done for label in c.labels}
-    with hold(matrix.folder, wait_s=WRITE_S):
+    _report(matrix.folder, {label for c in matrix.cells if c.done for label in c.labels})
+
+
+def report_again(folder: Path) -> None:
+    """The reports of a matrix folder, from its matrix.json. ValueError where no cell is done."""
+    cells = json.loads((folder / "matrix.json").read_text())["cells"]
+    done = [c for c in cells if (folder / c["folder"] / "summary.json").exists()]
+    if not done:
+        raise ValueError(f"{folder}: none of its {len(cells)} cells is done yet")
+    _report(folder, {label for c in done for label in c["labels"]})
+
+
+def _report(folder: Path, labels: Collection[str]) -> None:
+    with hold(folder, wait_s=WRITE_S):
         for label, target in REPORTS.items():
             if label in labels:
                 module, _, function = target.partition(":")
-                print(getattr(importlib.import_module(module), function)(matrix.folder))
+                print(getattr(importlib.import_module(module), function)(folder))
 
 
 if __name__ == "__main__":

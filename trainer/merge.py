@@ -45,9 +45,9 @@ def merge(folder: str, out: Path, dtype: str) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "python -m reflux.trainer.merge") -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m reflux.trainer.merge", description=__doc__)
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("adapter", help="a folder with adapter_config.json")
     parser.add_argument("out", type=Path, help="the model folder to write")

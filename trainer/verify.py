@@ -53,9 +53,9 @@ def _verdict(folder: Path) -> FolderVerdict:
     return FolderVerdict(folder, damage, found.has_manifest, found.weights_only, found.bytes)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "python -m reflux.trainer.verify") -> int:
     """Prints a line for each checkpoint. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m reflux.trainer.verify", description=__doc__)
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", type=Path, help="a run, its folder checkpoint/, or one step-N")
     try:

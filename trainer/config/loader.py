@@ -3,17 +3,20 @@ unknown key is an error that names the nearest known one; a renamed key, the new
 """
 
 import json
+import os
 import runpy
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from datetime import date, time
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from .explain import explain
+from .files import read_table
 from .fit import fit, nearest, spell
 from .phases import PHASES
+from .recipes import beside, find
 from .schema import TITAN_SECTIONS, Config, sections
 
 RENAMED = {  # the old name of a key or of a section -> the new one
@@ -27,22 +30,80 @@ RENAMED = {  # the old name of a key or of a section -> the new one
     "diagnose.top": "diagnose.overlap_k",
 }
 
+REQUIRED = ("phase", "folder")  # keys without a default
 CHOICES = {"phase": PHASES}  # keys whose values are the names of a table
 
 
 def load(path: str | Path, sets: tuple[str, ...] = ()) -> Config:
-    """The configuration of a .toml file, or of a .py recipe whose config() returns a Config; each
-    `--set a.b=value` is laid on top.
+    """The configuration of a .toml or .yaml file, of a recipe by its name (recipes.py), or of a .py
+    recipe whose config() returns a Config; each `--set a.b=value` is laid on top.
 
     `base = "other.toml"` at the head of a file lays it over another one; the name is relative to
-    the file's own folder. Raises ValueError with the file and the key.
+    the file's own folder, or `recipe:NAME`. Raises ValueError with the file and the key, or with
+    the `--set` that is to blame.
     """
-    path = Path(path)
+    overrides = [(f"--set {text}", _assignment(text)) for text in sets]
+    for _, override in overrides:
+        _check_keys(Config, override, "--set")
+    return _load(find(str(path)), overrides)
+
+
+def load_over(path: str | Path, overrides: Mapping[str, Any]) -> Config:
+    """`load` with values of a program in place of `--set`: a.b or nested tables -> value."""
+    tables = [(f"overrides[{key!r}]", _nested(key, value)) for key, value in overrides.items()]
+    for name, table in tables:
+        _check_keys(Config, table, name)
+    return _load(find(str(path)), tables)
+
+
+def _load(path: Path, overrides: Sequence[tuple[str, Mapping[str, Any]]]) -> Config:
+    """The file with (name for errors, table) laid on top, in this order."""
     if path.suffix == ".py":
-        return fill(_run_recipe(path), _merge_sets(sets), "--set")
-    table, override = _read(path), _merge_sets(sets)
-    _check_keys(Config, override, "--set")
-    return fill(Config, deep_merge(table, override), str(path))
+        cfg = _run_recipe(path)
+        for name, override in overrides:
+            cfg = fill(cfg, override, name)
+        return cfg
+    table = _read(path)
+    try:
+        return fill(Config, _merged(table, overrides), str(path))
+    except ValueError as error:
+        culprit = _culprit(table, overrides, str(path), str(error))
+        if culprit is None:
+            raise
+        raise ValueError(str(error).replace(f"{path}:", f"{culprit}:", 1)) from None
+
+
+def _culprit(
+    table: Mapping, overrides: Sequence[tuple[str, Mapping]], source: str, message: str
+) -> str | None:
+    """The first override with which `message` appears; None where the file has it by itself."""
+    wanted = {k: v for _, o in overrides for k, v in o.items() if k in REQUIRED}
+    for count in range(len(overrides) + 1):
+        try:
+            fill(Config, {**wanted, **_merged(table, overrides[:count])}, source)
+        except ValueError as error:
+            if str(error) == message:
+                return overrides[count - 1][0] if count else None
+    return None
+
+
+def _merged(table: Mapping, overrides: Sequence[tuple[str, Mapping]]) -> dict:
+    for _, override in overrides:
+        table = deep_merge(table, override)
+    return dict(table)
+
+
+def _nested(key: str, value: Any) -> dict:
+    """{"a.b": v} as {"a": {"b": v}}, in tables inside too; a path becomes text."""
+    first, dot, rest = key.partition(".")
+    if dot:
+        return {first: _nested(rest, value)}
+    if isinstance(value, Mapping):
+        inner: dict = {}
+        for k, v in value.items():
+            inner = deep_merge(inner, _nested(k, v))
+        return {key: inner}
+    return {key: os.fspath(value) if isinstance(value, os.PathLike) else value}
 
 
 def _run_recipe(path: Path) -> Config:
@@ -72,25 +133,17 @@ def _run_recipe(path: Path) -> Config:
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict:
     """The file over its bases. The keys of each are checked alone: an error names its file."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        guess = nearest(path.name, (p.name for p in path.parent.glob("*.toml")), f"{path.parent}/")
-        raise ValueError(f"{path}: no such file{guess}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid TOML: {error}") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    table = read_table(path)
     base = table.pop("base", None)
     _check_keys(Config, table, str(path))
     if base is None:
         return table
     if not isinstance(base, str):
-        raise ValueError(f"{path}: base = {base!r}; want the name of a .toml file")
-    above = (*above, path.resolve())
-    if (path.parent / base).resolve() in above:
+        raise ValueError(f"{path}: base = {base!r}; want the name of a .toml or .yaml file")
+    above, below = (*above, path.resolve()), beside(path.parent, base)
+    if below.resolve() in above:
         raise ValueError(f"{path}: base = {base!r} leads back to a file it is the base of")
-    return deep_merge(_read(path.parent / base, above), table)
+    return deep_merge(_read(below, above), table)
 
 
 def deep_merge(low: Mapping, high: Mapping) -> dict:
@@ -192,13 +245,6 @@ def _hints(target: Any) -> dict[str, Any]:
     return get_type_hints(target if isinstance(target, type) else type(target))
 
 
-def _merge_sets(sets: tuple[str, ...]) -> dict:
-    table: dict = {}
-    for text in sets:
-        table = deep_merge(table, _assignment(text))
-    return table
-
-
 def _assignment(text: str) -> dict:
     """`a.b=value` is a line of TOML already; a bare word stands for a string."""
     try:
@@ -223,20 +269,27 @@ def as_table(cfg: Config) -> dict:
 
 def to_toml(cfg: Config) -> str:
     """The resolved configuration as a TOML file. Keys that are None, the default, are left out."""
+    return "\n".join(write_tables(as_table(cfg))) + "\n"
+
+
+def write_tables(table: Mapping, reasons: Mapping[str, str] | None = None) -> list[str]:
+    """Nested plain tables as lines of TOML. reasons: a.b -> a comment behind that key."""
     lines: list[str] = []
-    table = as_table(cfg)
-    _write_table(table, "", lines)
-    return "\n".join(lines) + "\n"
+    _write_table(table, "", lines, reasons or {})
+    return lines
 
 
-def _write_table(table: Mapping, prefix: str, lines: list[str]) -> None:
+def _write_table(table: Mapping, prefix: str, lines: list[str], reasons: Mapping[str, str]) -> None:
+    dot = f"{prefix}." if prefix else ""
     plain = {k: v for k, v in table.items() if not isinstance(v, Mapping) and v is not None}
     if prefix and (plain or not table):
         lines += ["", f"[{prefix}]"]
-    lines += [f"{_key(k)} = {toml_value(v)}" for k, v in plain.items()]
+    for key, value in plain.items():
+        reason = reasons.get(dot + key)
+        lines.append(f"{_key(key)} = {toml_value(value)}" + (f"  # {reason}" if reason else ""))
     for key, value in table.items():
         if isinstance(value, Mapping):
-            _write_table(value, f"{prefix}.{_key(key)}" if prefix else _key(key), lines)
+            _write_table(value, dot + _key(key), lines, reasons)
 
 
 def _key(key: str) -> str:

@@ -235,9 +235,9 @@ def row_of(prompt: Prompt, shape: str) -> dict[str, Any]:
     return {"messages": list(map(dict, prompt.messages))} | answer | response | extra
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m reflux.trainer.data.prepare",
+        prog=prog,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -282,9 +282,11 @@ def _where(words: Sequence[str]) -> dict[str, list[str]]:
     return out
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(
+    arguments: list[str] | None = None, prog: str = "python -m reflux.trainer.data.prepare"
+) -> int:
     """Returns the exit code: 0, or 2 with a reason in words."""
-    args = _parser().parse_args(arguments)
+    args = _parser(prog).parse_args(arguments)
     try:
         choice = Choice(
             args.out,

@@ -10,20 +10,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 MAIN = Path(__file__).parents[1] / "main.py"
-LAUNCHERS = ("torchrun", "torch.distributed.run")  # the last part of a word of their command
+# the last part of a word of their command
+LAUNCHERS = ("torchrun", "torch.distributed.run", "reflux", "reflux.trainer.cli")
 
 _command: list[str] | None = None  # None: the words of this process's command line
 _folder: str | None = None
 
 
-def remember(arguments: Sequence[str] | None, *, name: str = "", run_folder: str = "") -> None:
+def remember(
+    arguments: Sequence[str] | None,
+    *,
+    name: str = "",
+    run_folder: str = "",
+    typed: Sequence[str] = (),
+) -> None:
     """What a program was called with; None: the words of the command line. name: of a module;
     default: trainer/main.py. run_folder: where the run is, if the same words would settle on
-    another one.
+    another one. typed: the words behind `reflux`, where that was the command.
     """
     global _command, _folder
     start = [_python(), "-m", name] if name else [_python(), _short(MAIN)]
     _command = None if arguments is None else [*start, *arguments]
+    if typed:
+        _command = [*_console(), *typed]
     _folder = run_folder or None
 
 
@@ -105,6 +114,13 @@ def _python() -> str:
     found = shutil.which("python")
     same = found is not None and os.path.abspath(found) == sys.executable
     return "python" if same else _short(Path(sys.executable))
+
+
+def _console() -> list[str]:
+    """The console command `reflux`, where the shell finds the one of this interpreter."""
+    found = shutil.which("reflux")
+    same = found is not None and os.path.dirname(found) == os.path.dirname(sys.executable)
+    return ["reflux"] if same else [_python(), "-m", "reflux.trainer.cli"]
 
 
 def _short(path: Path) -> str:

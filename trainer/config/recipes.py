@@ -1,0 +1,52 @@
+"""The configurations that are shipped, by name: `quickstart`, `miniature/calibrate`, ...
+
+A recipe's name is its file below configs/ without the suffix. `recipe:NAME` stands for the file
+wherever a configuration names another one (`base`, the `config` of a cell), so that a file of one's
+own can build on a shipped one from any folder.
+"""
+
+from pathlib import Path
+
+from .files import SUFFIXES
+from .fit import nearest
+
+FOLDER = Path(__file__).parents[2] / "configs"  # of a checkout, and beside trainer/ in a wheel
+PREFIX = "recipe:"
+
+
+def names() -> list[str]:
+    """Of all recipes, sorted."""
+    files = (p for s in SUFFIXES for p in FOLDER.rglob(f"*{s}"))
+    return sorted(p.relative_to(FOLDER).with_suffix("").as_posix() for p in files)
+
+
+def purpose(name: str) -> str:
+    """The first sentence of a recipe: what it is for, and mostly what it costs."""
+    lines = recipe(name).read_text(encoding="utf-8").splitlines()
+    return lines[0].removeprefix("#").strip() if lines else ""
+
+
+def recipe(name: str) -> Path:
+    """The file of a recipe. ValueError with the nearest name."""
+    for suffix in SUFFIXES:
+        file = FOLDER / f"{name}{suffix}"
+        if file.is_file():
+            return file
+    raise ValueError(f"no recipe {name!r}{nearest(name, names())} All of them: reflux init")
+
+
+def find(given: str) -> Path:
+    """The file that somebody means: a path, a recipe's name, or recipe:NAME. What is neither comes
+    back as a path, for the error of whoever opens it; ValueError for an unknown recipe:NAME.
+    """
+    if given.startswith(PREFIX):
+        return recipe(given.removeprefix(PREFIX))
+    path = Path(given)
+    if path.exists() or path.suffix in (*SUFFIXES, ".py") or path.is_absolute():
+        return path
+    return recipe(given)
+
+
+def beside(folder: Path, given: str) -> Path:
+    """The file that a configuration in `folder` names: relative to it, or recipe:NAME."""
+    return recipe(given.removeprefix(PREFIX)) if given.startswith(PREFIX) else folder / given
