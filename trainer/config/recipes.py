@@ -21,9 +21,9 @@ def names() -> list[str]:
 
 
 def purpose(name: str) -> str:
-    """The first sentence of a recipe: what it is for, and mostly what it costs."""
+    """The first line of a recipe, without its command: what it is for, and mostly its cost."""
     lines = recipe(name).read_text(encoding="utf-8").splitlines()
-    return lines[0].removeprefix("#").strip() if lines else ""
+    return lines[0].removeprefix("#").split(": `")[0].strip() if lines else ""
 
 
 def recipe(name: str) -> Path:
