@@ -9,7 +9,8 @@
 
 A record with plots goes to bench/records (or --out FOLDER) when the tests pass and the tree is
 clean. On a CPU, tiny shapes prove the harness and nothing is recorded unless --tokens says which
-to time: narrow fp32 ones, one thread, floor = the GEMMs alone, memory = what tensors hold.
+to time: narrow fp32 ones, one thread, its CPU time, floor = the GEMMs alone, memory = what tensors
+hold.
 """
 
 import argparse

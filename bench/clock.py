@@ -10,10 +10,10 @@ Step = Callable[[], object]
 
 
 def _one_ms(fn: Step, flush: torch.Tensor | None) -> float:
-    if flush is None:
-        start = time.perf_counter()
+    if flush is None:  # a CPU's cores are shared: the time of this process
+        start = time.process_time()
         fn()
-        return (time.perf_counter() - start) * 1e3
+        return (time.process_time() - start) * 1e3
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     flush.zero_()
     begin.record()
@@ -26,7 +26,7 @@ def _one_ms(fn: Step, flush: torch.Tensor | None) -> float:
 def time_ms(
     functions: dict[str, Step], on_gpu: bool, seconds: float = 4.0
 ) -> dict[str, list[float]]:
-    """{name: [p20, p50, p80]} in ms.
+    """{name: [p20, p50, p80]} in ms; on a CPU those of the process, over all its threads.
 
     Every round runs all functions, in forward and backward order by turns. 3 to 50 rounds, as many
     as fit into `seconds` after a warm-up round that is not counted.
