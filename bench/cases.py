@@ -17,6 +17,7 @@ from reflux.kernels._classes import class_map
 from reflux.kernels.align_spans import align_spans, align_spans_ref
 from reflux.kernels.bucket_kl import bucket_kl, bucket_kl_ref
 from reflux.kernels.class_logprob import class_logprob, class_logprob_ref
+from reflux.kernels.linear_dense_kl import linear_dense_kl, linear_dense_kl_ref
 from reflux.kernels.linear_kl import linear_kl, linear_kl_ref
 from reflux.kernels.linear_logprob import linear_logprob, linear_logprob_ref
 from reflux.kernels.linear_nll import linear_nll, linear_nll_ref
@@ -150,6 +151,17 @@ def _linear_kl(s: Shape, device: str, divergence: str = "forward") -> Case:
         flop=2 * s.T * s.V * (3 * s.D + s.E),
         goal_ms=43,
         goal_mib=2560,
+    )
+
+
+def _linear_dense_kl(s: Shape, device: str) -> Case:
+    return Case(
+        s,
+        (*_student(s, device), _randn(s, s.T, s.V, device=device)),
+        lambda *args: linear_dense_kl(*args).total,
+        _with_compile(lambda *args: linear_dense_kl_ref(*args).total),
+        bytes=12 * s.T * s.V,
+        flop=2 * s.T * s.V * 3 * s.D,
     )
 
 
@@ -359,6 +371,7 @@ def _align_spans(s: Shape, device: str) -> Case:
 
 OPS: dict[str, dict[str, Callable[[Shape, str], Case]]] = {  # op -> variant -> case
     "linear_kl": {"forward": _linear_kl, "jsd": lambda s, d: _linear_kl(s, d, "jsd")},
+    "linear_dense_kl": {"forward": _linear_dense_kl},
     "linear_topk_kl": {"bucket": _linear_topk_kl},
     "renormalised_topk_kl": {"": _renormalised_topk_kl},
     "topk_tail_kl": {"bucket": _topk_tail_kl},

@@ -30,7 +30,7 @@ from bench import records  # noqa: E402
 
 # what most of a distillation step is, first
 ORDER = (
-    "linear_kl linear_topk_kl linear_logprob linear_nll token_kl token_logprob "
+    "linear_kl linear_topk_kl linear_logprob linear_nll linear_dense_kl token_kl token_logprob "
     "renormalised_topk_kl topk_tail_kl bucket_kl class_logprob teacher_topk teacher_sample "
     "span_sum align_spans"
 ).split()

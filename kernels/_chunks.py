@@ -233,6 +233,16 @@ def padded(block_CV: Tensor) -> Tensor:
     )
 
 
+def padded_copy(x_CV: Tensor, block_CV: Tensor) -> Tensor:
+    """x as `padded(block)` would show it, in the block's dtype; x itself where nothing differs."""
+    width = _width(block_CV, x_CV.shape[1])
+    if width == x_CV.shape[1]:
+        return x_CV.to(block_CV.dtype)
+    copy_CV = block_CV.new_full((len(x_CV), width), -torch.inf)
+    copy_CV[:, : x_CV.shape[1]] = x_CV
+    return copy_CV
+
+
 def gradient_block(logits_CV: Tensor, hidden_CD: Tensor) -> Tensor:
     """Where a row kernel writes dlogits: over the logits, or beside them in bf16 for bf16 GEMMs."""
     if not (on_tensor_cores(hidden_CD) and hidden_CD.dtype == torch.bfloat16):

@@ -31,7 +31,7 @@ class KLMeasures(NamedTuple):
     @classmethod
     def empty(cls, x_TD: Tensor, asked: bool) -> "KLMeasures":
         """Of T rows that are not computed; of none, where nobody asked."""
-        T = len(x_TD) if asked else 0
+        T = x_TD.shape[0] if asked else 0
         ids_2T = x_TD.new_full((2, T), UNKNOWN, dtype=torch.int64)
         return cls(x_TD.new_zeros(T, dtype=wide(x_TD.dtype)), ids_2T[0].clone(), ids_2T[1].clone())
 

@@ -1,8 +1,8 @@
 """Divergence of a student, given as hidden states and head, from the top-k of a teacher.
 
     logits = softcap tanh(logit_scale (hidden @ head.T + bias) / softcap), no tanh without a softcap
-    kl, total: those of topk_tail_kl for these logits, with the same four tails (bucket, renorm,
-        sampled, drop)
+    kl, total: those of topk_tail_kl for these logits, with the same tails (bucket, renorm,
+        sampled, zero_outside_topk, drop)
 
 [T, V] logits exist chunk by chunk: 3 head GEMMs with gradients, which are made in the forward, as
 in linear_kl. renorm does not need the partition function, so for few ids it gathers K head rows a

@@ -22,6 +22,8 @@ TESTS = {  # file -> its narrow tests, the quickest to fail first
     "_topk_rows": "topk_tail_kl tail_laws linear_topk_kl",
     "_topk_inputs": "topk_tail_kl linear_topk_kl renormalised_topk_kl",
     "topk_tail_kl": "topk_tail_kl tail_laws",
+    "linear_dense_kl": "linear_dense_kl",
+    "_measures": "measures",
     "linear_topk_kl": "linear_topk_kl",
     "renormalised_topk_kl": "renormalised_topk_kl",
     "teacher_topk": "teacher_topk",

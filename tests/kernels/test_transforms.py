@@ -8,6 +8,7 @@ from reflux.kernels import _triton
 from reflux.kernels._classes import class_map
 from reflux.kernels.bucket_kl import bucket_kl
 from reflux.kernels.class_logprob import class_logprob
+from reflux.kernels.linear_dense_kl import linear_dense_kl
 from reflux.kernels.linear_kl import linear_kl
 from reflux.kernels.linear_logprob import linear_logprob
 from reflux.kernels.linear_nll import linear_nll
@@ -32,6 +33,7 @@ TARGET_T = torch.arange(T, device=DEVICE)
 CLASSES = class_map(torch.arange(V, device=DEVICE) % 5, 5)
 LOSSES = {  # of hidden states and a head
     "linear_kl": lambda x, w: linear_kl(x, w, TEACHER_TD, TEACHER_VD).total,
+    "linear_dense_kl": lambda x, w: linear_dense_kl(x, w, TEACHER_TD @ TEACHER_VD.T).total,
     "linear_topk_kl": lambda x, w: linear_topk_kl(x, w, IDS_TK, LOGP_TK, TAIL_T).total,
     "renormalised_topk_kl": lambda x, w: renormalised_topk_kl(x, w, IDS_TK, LOGP_TK).total,
     "bucket_kl": lambda x, w: bucket_kl(x, w, CLASSES, TEACHER_TD, TEACHER_VD, CLASSES).total,
@@ -87,9 +89,17 @@ EXPORTED = {
         lambda x, y: linear_kl(x, HEAD_VD, y, TEACHER_VD, divergence="jsd", scale_t2=True).total,
         TEACHER_TD,
     ),
+    "measures": (
+        lambda x, y: linear_kl(x, HEAD_VD, y, TEACHER_VD, measures=True).measures.entropy,
+        TEACHER_TD,
+    ),
     "token_kl": (lambda z, u: token_kl(z @ HEAD_VD.T, u @ TEACHER_VD.T).total, TEACHER_TD),
     "linear_nll": (lambda x, y: linear_nll(x, HEAD_VD, y).total, TARGET_T),
     "linear_logprob": (lambda x, y: linear_logprob(x, HEAD_VD, y).logp, TARGET_T),
+    "linear_dense_kl": (
+        lambda x, y: linear_dense_kl(x, HEAD_VD, y @ TEACHER_VD.T).total,
+        TEACHER_TD,
+    ),
     "linear_topk_kl": (
         lambda x, q: (
             linear_topk_kl(x, HEAD_VD, q.long() % V, -q, tail="drop", allow_drop=True).total
