@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, cast
 
 from . import disk_space
@@ -25,6 +26,7 @@ from .runs.logger import Record
 from .runs.model_card import Outcome, model_card
 from .runs.run_folder import save_config
 from .runs.signals import SAME_SIGNAL_S, handled_by
+from .runs.watch import PageWriter
 
 INTERRUPTED, STOPPED_BY_GUARD = 130, 4  # exit codes
 
@@ -120,8 +122,7 @@ def _run_steps(
         stats = engine.step(epochs, phase.loss)  # forward, loss, backward, clip, AdamW
         stats |= engine.mean(phase.metric_sums) | _timing(stats, start, sampled, scored, engine)
         _check_ownership(lock)
-        examples = _examples(texts_PG) if cfg.log.samples_every else None
-        record(step, phase.log_fields(stats), examples)
+        record(step, phase.log_fields(stats), _examples(cfg, step, phase, texts_PG))
         for alarm in alarms.check(stats):
             record.event("alarm", alarm=alarm.name, message=alarm.message)
         try:
@@ -194,17 +195,23 @@ def _timing(
     }
 
 
-def _examples(texts_PG: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
-    """The first text of the first four prompts."""
-    rollouts = [_rollout(t) for group in texts_PG[:4] for t in group[:1]]
+def _examples(
+    cfg: Config, step: int, phase: TrainingPhase, texts_PG: Sequence[Sequence[Any]]
+) -> list[dict[str, Any]]:
+    """The first text of the first four prompts, at the steps that save samples."""
+    if not cfg.log.samples_every or step % cfg.log.samples_every:
+        return []
+    places = accumulate((len(group) for group in texts_PG), initial=0)
+    firsts = [(at, group[0]) for at, group in zip(places, texts_PG) if group]
     return [
         {
-            "prompt": r.prompt.question,
-            "text": r.text,
-            "answer": r.prompt.answer,
-            "ended": r.ended,
+            "prompt": _rollout(text).prompt.question,
+            "text": _rollout(text).text,
+            "answer": _rollout(text).prompt.answer,
+            "ended": _rollout(text).ended,
+            **phase.sample_fields(text, at),
         }
-        for r in rollouts
+        for at, text in firsts[:4]
     ]
 
 
@@ -223,6 +230,7 @@ def _record(cfg: Config, engine: Engine) -> Record:
         quiet=cfg.log.quiet,
         inputs=engine.inputs,
         on_step=track if cfg.log.tensorboard or cfg.log.wandb else None,
+        write_page=PageWriter(cfg.folder) if cfg.log.report and engine.is_main else None,
     )
 
 

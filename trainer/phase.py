@@ -150,6 +150,12 @@ class TrainingPhase(Phase, Protocol):
         """The line of the log, from the numbers of the step."""
         ...
 
+    def sample_fields(self, text: Any, index: int) -> dict[str, Any]:
+        """What the last `score` found of a text of the last `sample`, the `index`-th of the flat
+        list: grade, r_cal, spans. Fields of a line of samples.jsonl.
+        """
+        ...
+
     def card(self) -> tuple[str, str]:
         """(title, one paragraph) for the model card of what was trained."""
         ...

@@ -58,6 +58,7 @@ from .advantages import (
 from .guards import Guards
 from .importance import importance_weights
 from .rewards import build_reward
+from .sample_fields import sample_fields
 from .spellings import canonical_share
 
 STD_CAL_DECAY = 0.9  # of the moving average behind the margin guard
@@ -91,6 +92,9 @@ class CalibratePhase:
         if cfg.calibration.eta:
             self.reward = build_reward(cfg, engine, self.chat)
         self.metric_sums = MetricSums()
+        # of the last `score`, for sample_fields
+        self._grades: Sequence[Grade] = ()
+        self._scores: Sequence[CalibrationScore] | None = None
 
     def sample(self, step: int) -> list[list[Rollout]]:
         """[P][G] rollouts of this rank's part of the step's prompts."""
@@ -116,6 +120,7 @@ class CalibratePhase:
         scores = None
         if self.reward is not None:
             scores = self.reward.score(flat, behaviour_logp, reference_logp, self.metric_sums)
+        self._grades, self._scores = grades, scores
         groups = self._groups(flat, grades, scores)
         part = calibration_part(groups, self.cfg.calibration)
         eta = self._eta_in_use(groups, part)
@@ -162,6 +167,11 @@ class CalibratePhase:
         """eta as a word and its strength in use."""
         strength = abs(stats.get("eta", 0.0))
         return {**stats, "eta": f"{self.cfg.calibration.mode} {strength:.3g}"}
+
+    def sample_fields(self, rollout: Rollout, index: int) -> dict[str, Any]:
+        """The grade of one of the last scored texts, and r_cal of each span."""
+        score = None if self._scores is None else self._scores[index]
+        return sample_fields(rollout, self._grades[index], score, self.chat)
 
     def card(self) -> tuple[str, str]:
         cfg, cal = self.cfg, self.cfg.calibration

@@ -446,6 +446,7 @@ class LogSection:
     samples_every: int = 10  # steps between printed rollouts; 0: never
     tensorboard: bool = False
     wandb: bool = False
+    report: bool = False  # report.html in the folder: at evaluations, at alarms and at the end
     quiet: bool = False
 
     def __post_init__(self):

@@ -28,6 +28,7 @@ from torch import Tensor
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Batch, Sample
 from reflux.trainer.data.chat import Chat
+from reflux.trainer.data.graders import Grade
 from reflux.trainer.data.task_routing import build_grader, task_names
 from reflux.trainer.engine.metrics import MetricSums
 from reflux.trainer.evaluation.evaluator import Evaluator
@@ -72,6 +73,7 @@ class DistillPhase:
         self.targets = Targets(self.spec, self.chat, self.teachers)
         self.metric_sums = MetricSums()
         self._step = 0
+        self._grades: dict[int, Grade] = {}  # of the last texts, by place, where they were graded
 
     def sample(self, step: int) -> list[list[Text]]:
         """[P][G] texts of this rank's part of the step's prompts."""
@@ -114,6 +116,13 @@ class DistillPhase:
 
     def log_fields(self, stats: Mapping[str, float]) -> dict[str, Any]:
         return dict(stats)
+
+    def sample_fields(self, text: Text, index: int) -> dict[str, Any]:
+        """Who wrote one of the last texts, and its grade where it was graded."""
+        fields: dict[str, Any] = {"sampled_by": text.sampled_by}
+        if (grade := self._grades.get(index)) is not None and not grade.failed:
+            fields |= {"reward": grade.reward, "correct": grade.correct}
+        return fields
 
     def card(self) -> tuple[str, str]:
         cfg, d = self.cfg, self.spec
@@ -199,5 +208,7 @@ class DistillPhase:
             add("staleness", [self.source.student.staleness])
         add("on_policy", [float(not t.off_policy) for t in texts])
         if self.task is not None and self.spec.on_policy > 0:
-            grades = self.task.grade([t.rollout for t in texts if not t.off_policy])
+            mine = [i for i, t in enumerate(texts) if not t.off_policy]
+            grades = self.task.grade([texts[i].rollout for i in mine])
+            self._grades = dict(zip(mine, grades))
             add("reward/task", [g.reward for g in grades])

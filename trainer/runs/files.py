@@ -34,17 +34,19 @@ def write_json(path: Path, x: Any) -> None:
     write_whole(path, json.dumps(to_json(x), indent=1, allow_nan=False) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """UTF-8. The file has the old or the new content at every moment, also after a crash."""
-    partial = path.with_name(path.name + ".partial")
+def write_whole(path: Path, text: str, partial: str = ".partial") -> None:
+    """UTF-8. The file has the old or the new content at every moment, also after a crash. partial:
+    ending of the file that is written first; one of its own where two processes may write the same.
+    """
+    unfinished = path.with_name(path.name + partial)
     try:
-        with named(path), open(partial, "wb") as file:
+        with named(path), open(unfinished, "wb") as file:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(unfinished, path)
     except BaseException:
-        partial.unlink(missing_ok=True)  # a full disk gets its space back
+        unfinished.unlink(missing_ok=True)  # a full disk gets its space back
         raise
 
 

@@ -4,6 +4,7 @@
                  then one line a step {"step", "wall_s", metrics...} and one an event {"event",
                  "step", "wall_s", ...}, appended and flushed
   samples.jsonl  rollouts of every samples_every-th step
+  report.html    a page of all that, with log.report (watch.py)
   code.diff      uncommitted changes of the code, if there were any
   summary.json   exists iff the run ended cleanly
 JSON has no NaN: the strings "NaN", "Infinity" and "-Infinity" stand for them, and load_run reads
@@ -38,7 +39,9 @@ log = logging.getLogger(__name__)
 
 SCHEMA = 1
 LOG = "run.jsonl"
+PAGE_EVENTS = ("eval", "accept", "alarm", "stopped")
 LOG_ONLY = ("head", "resume", "directory")  # fields of events that the console does not show
+SAMPLE_LOG_ONLY = ("spans", "extracted")  # the same of samples
 RESERVED = ("step", "wall_s", "event", "schema")
 PACKAGES = ("reflux-llm", "torch", "transformers", "triton", "torchtitan", "datasets", "numpy")
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -99,7 +102,7 @@ class Record:
     which no checkpoint has, are cut, so that the log has one line a step.
     samples_every: steps between saved samples; 0: never. inputs: hashes of what the run reads.
     on_step: called with (step, metrics) on the main rank, for an experiment tracker; an exception
-    of it is only logged.
+    of it is only logged. write_page: called after PAGE_EVENTS and at the end, and never raises.
     """
 
     folder: str | Path
@@ -112,6 +115,7 @@ class Record:
     quiet: bool = False
     inputs: Mapping[str, Any] = field(default_factory=dict)
     on_step: Callable[[int, Mapping[str, Any]], None] | None = None
+    write_page: Callable[[], None] | None = None
 
     # set where a run is interrupted: then there is no summary.json
     to_be_continued: bool = field(default=False, init=False)
@@ -180,6 +184,8 @@ class Record:
         self._write(self._log, {"event": name, **at, **fields})
         shown = [f"{key} {_word(v)}" for key, v in fields.items() if key not in LOG_ONLY]
         self._print(f"{name}: {', '.join(shown)}" if shown else name)
+        if self.write_page and name in PAGE_EVENTS:
+            self.write_page()
 
     def __exit__(self, kind, error, _) -> None:
         if not self.is_main:
@@ -199,6 +205,8 @@ class Record:
                 "last": self.last_metrics,
             }
             write_whole(Path(self.folder) / "summary.json", _dump(summary))
+        if self.write_page and not (kind and issubclass(kind, LockLost)):
+            self.write_page()
 
     def _close(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
         """May raise OSError on a full disk; the files are closed all the same."""
@@ -426,6 +434,8 @@ def _shorten(sample: Mapping[str, Any], width: int = 240) -> str:
     """One line a field; of a long text its beginning and its end, where the answer is."""
     rows = []
     for key, value in sample.items():
+        if key in SAMPLE_LOG_ONLY:
+            continue
         text = _word(_plain(value)).replace("\n", "\\n")
         if len(text) > width:
             text = f"{text[: width // 2]} ... {text[-width // 2 :]}"
