@@ -1,5 +1,8 @@
 """Many runs as one table: python -m reflux.trainer.matrix FILE [--set seeds=[0,1]] [--dry-run]
 
+`--only 'student-*'` runs the cells whose names match, and all that they wait for; reports say what
+of the rest has not been run.
+
 A matrix file lists cells. A cell is one `trainer/main.py --config FILE --set ...` or one
 `python -m MODULE ...`.
 
@@ -37,6 +40,7 @@ report is one function, Path -> str, and one line there.
 """
 
 import argparse
+import fnmatch
 import importlib
 import itertools
 import json
@@ -241,18 +245,19 @@ def main(arguments: list[str] | None = None, prog: str = f"python -m {NAME}") ->
         output.survive_lost_reader()
     try:
         matrix = read_matrix(find(args.matrix), tomllib.loads("\n".join(args.set)))
+        chosen = only(matrix.cells, args.only) if args.only else matrix.cells
     except (OSError, KeyError, ValueError) as error:
         named = str(error).startswith(f"{args.matrix}:")
         parser.error(str(error) if named else f"{args.matrix}: {error}")
     if args.dry_run:
-        print("\n".join(c.command for c in matrix.cells))
+        print("\n".join(c.command for c in chosen))
         return 0
     # cells share the cores
     threads = max(1, (os.cpu_count() or 1) // matrix.parallel)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     try:
         with signals.handled_by(signals.raise_interrupt):
-            return _run_and_report(matrix, args.take_over_lock)
+            return _run_and_report(matrix, chosen, args.take_over_lock)
     except KeyboardInterrupt:
         print(f"To go on, in {commands.directory()}:\n  {commands.again()}", file=sys.stderr)
         return INTERRUPTED
@@ -262,17 +267,39 @@ def main(arguments: list[str] | None = None, prog: str = f"python -m {NAME}") ->
         parser.error(f"{error}\n(REFLUX_TRACEBACK=1 shows where)")
 
 
-def _run_and_report(matrix: Matrix, take_over: bool) -> int:
+def only(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
+    """The cells whose names, without their seed, match one of the patterns (shell style), and those
+    that they wait for, in the file's order. ValueError for a pattern that matches none.
+    """
+    by_name = {cell.name: cell for cell in cells}
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matching = [n for n in by_name if fnmatch.fnmatchcase(n.rpartition("@")[0], pattern)]
+        if not matching:
+            raise ValueError(f"--only {pattern!r} matches no cell; --dry-run lists them all")
+        chosen.update(matching)
+    waiting = list(chosen)
+    while waiting:
+        more = set(by_name[waiting.pop()].after) - chosen
+        chosen |= more
+        waiting += more
+    return [cell for cell in cells if cell.name in chosen]
+
+
+def _run_and_report(matrix: Matrix, cells: list[Cell], take_over: bool) -> int:
+    """Runs the cells, all of the matrix or some, and reports on those of the matrix that are
+    done.
+    """
     _write_cells(matrix)
     start = time.monotonic()
-    if matrix.says and not all(c.done for c in matrix.cells):
+    if matrix.says and not all(c.done for c in cells):
         print(matrix.says, end="\n\n", flush=True)
-    failed = run_matrix(matrix.cells, matrix.parallel, take_over, matrix.grid)
+    failed = run_matrix(cells, matrix.parallel, take_over, matrix.grid)
     write_reports(matrix)
-    done = len(matrix.cells) - len(failed)
+    done = len(cells) - len(failed)
     took = duration(time.monotonic() - start)
-    print(f"{done} of {len(matrix.cells)} cells done in {took}; reports: {matrix.folder}")
-    stopped = [c.name for c in matrix.cells if c.stopped]
+    print(f"{done} of {len(cells)} cells done in {took}; reports: {matrix.folder}")
+    stopped = [c.name for c in cells if c.stopped]
     if stopped:
         print(
             f"a guard ended {len(stopped)} of them: {', '.join(stopped)}. Their exports hold the "
@@ -294,6 +321,13 @@ def _parse(
         help="e.g. folder='\"runs/x\"', seeds=[0,1,2]",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="e.g. 'student-*-seq_kd': these cells, for every seed, and all that they wait for",
+    )
     parser.add_argument(
         "--take-over-lock",
         action="store_true",

@@ -125,6 +125,20 @@ labels = {{ eta = "-{{eta}}", strength = "{{eta}}" }}
     assert "calibration.strength=0.1" in cells[0].arguments
 
 
+def test_only_some_cells_and_what_they_wait_for(toy, capsys):
+    file = str(toy / "m.toml")
+    assert main([file, "--only", "b-2", "--dry-run"]) == 0
+    assert capsys.readouterr().out.count(" -m toy_cell") == 4  # a and b-2 of two seeds
+    with pytest.raises(SystemExit):
+        main([file, "--only", "c*"])
+    assert "--only 'c*' matches no cell" in capsys.readouterr().err
+    assert main([file, "--only", "b-2", "--only", "a", "--set", "seeds=[1]"]) == 0
+    assert "2 of 2 cells done" in capsys.readouterr().out
+    done = {p.parent.name for p in (toy / "runs").rglob("summary.json")}
+    assert done == {"a", "b-2"}
+    assert len(json.loads((toy / "runs" / "matrix.json").read_text())["cells"]) == 3
+
+
 def test_overrides_win(toy):
     matrix = read_matrix(toy / "m.toml", {"seeds": [7]})
     assert matrix.seeds == (7,) and {c.labels["seed"] for c in matrix.cells} == {"7"}

@@ -44,6 +44,13 @@ class DistillSection:
     # filter
     rewrite: str = ""
     dedup: bool = False  # of equal teacher texts of a prompt, only the first
+    # folder of a model that writes each text of the query budget anew; texts it does not end are
+    # dropped
+    paraphraser: str = ""
+    paraphrase_template: str = "Say this in other words:\n{text}"  # it reads; {prompt}, {text}
+    # fraction of the query budget's texts that are used: those that the student, as it starts,
+    # finds likeliest per token
+    keep_likeliest: float = 1.0
     # the classes that objective = "class" compares at aligned positions (docs/tokenalign.md,
     # "Losses"); uld has no divergence
     partition: Literal["first_byte", "common", "prefix", "projection", "uld", "hybrid"] = "prefix"
@@ -72,7 +79,27 @@ class DistillSection:
         fraction(self, "on_policy", "max_missing")
         not_negative(self, "query_budget", "top_k", "nll_weight", "inner_weight")
         above_zero(self, "temperature", "span_temperature")
+        _check_attacker(self)
         _check_combinations(self)
+
+
+def _check_attacker(d: DistillSection) -> None:
+    """ValueError for what is done to a query budget that is not there."""
+    if not 0 < d.keep_likeliest <= 1:
+        raise ValueError(f"keep_likeliest = {d.keep_likeliest}; want 0 < keep_likeliest <= 1")
+    changes = d.keep_likeliest < 1 or d.paraphraser
+    if changes and not (d.query_budget and d.source == "teacher" and d.on_policy < 1):
+        raise ValueError(
+            f"keep_likeliest = {d.keep_likeliest}, paraphraser = {d.paraphraser!r} with "
+            f"query_budget = {d.query_budget}, source = {d.source!r}, on_policy = {d.on_policy}: "
+            "both are done to texts that were bought before the first step. Set query_budget > 0, "
+            "source = 'teacher' and on_policy < 1"
+        )
+    if d.paraphraser and "{text}" not in d.paraphrase_template:
+        raise ValueError(
+            f"paraphrase_template = {d.paraphrase_template!r} has no {{text}}: the paraphraser "
+            "would not see what it has to write anew"
+        )
 
 
 def _check_combinations(d: DistillSection) -> None:
@@ -101,10 +128,11 @@ def _check_combinations(d: DistillSection) -> None:
         )
     if d.objective == "class":
         _check_partition(d)
-    if d.rewrite and d.objective == "span":
+    if (d.rewrite or d.paraphraser) and d.objective == "span":
         raise ValueError(
             "objective = 'span' uses the log-probabilities that the teacher sampled its texts "
             "with; a rewritten text has none. Use objective = 'nll', 'kl' or 'byte' with rewrite"
+            " or paraphraser"
         )
     teachers = 1 + len(d.more_teachers)
     if d.teacher_weights and (len(d.teacher_weights) != teachers or min(d.teacher_weights) <= 0):

@@ -74,7 +74,7 @@ def check_cached_teacher(cfg: Config) -> None:
             f"distill.on_policy = {d.on_policy} with teacher.source = 'cache': a cache cannot "
             "score the student's own texts. Set on_policy = 0.0, or source = 'local' or 'server'"
         )
-    if d.rewrite and d.objective != "nll":
+    if (d.rewrite or d.paraphraser) and d.objective != "nll":
         raise ValueError(
             "distill.rewrite with teacher.source = 'cache': a cache has no rows for a rewritten "
             "text. Use objective = 'nll', or source = 'local'"

@@ -166,10 +166,20 @@ def distill_roles(cfg: Config) -> list[Role]:
     if cfg.teacher.source != "local":
         return [Role("teacher", cfg.teacher, "teacher", elsewhere=True)]
     samples = d.on_policy < 1 and d.source == "teacher"
+    words = [Role("paraphraser", paraphraser_of(cfg), "distill.paraphraser")]
     return [
         Role("teacher", cfg.teacher, "teacher", samples=samples, probe="token_kl"),
         *(Role(f"teacher {i}", model, "distill.more_teachers") for i, model in enumerate(more, 2)),
+        *(words if d.paraphraser else []),
     ]
+
+
+def paraphraser_of(cfg: Config) -> FrozenSection:
+    """The model of distill.paraphraser, with the teacher's settings but for template and
+    revision.
+    """
+    t = cfg.teacher
+    return FrozenSection(cfg.distill.paraphraser, t.backend, t.attention, t.dtype, t.offload)
 
 
 def distill_pair(cfg: Config) -> Pair | None:

@@ -22,6 +22,7 @@ from reflux.trainer.phase import Engine, Grader, Sampling, Teacher
 from reflux.trainer.rollouts.generate import given_rollout
 from reflux.trainer.rollouts.overlap import StepJob, StepSampler
 
+from .attacker import likeliest, paraphrase
 from .reading import teacher_of
 from .teacher_texts import load_teacher_texts, recipe_of, save_teacher_texts
 
@@ -175,6 +176,8 @@ class TextSource:
             rewrite=self.spec.rewrite,
             dedup=self.spec.dedup,
             correct_only=self.spec.correct_only,
+            paraphraser=(self.spec.paraphraser, self.spec.paraphrase_template),
+            keep_likeliest=(self.spec.keep_likeliest, cfg.model.path),
         )
 
     def _sample_query_budget(self, count: int) -> Groups:
@@ -186,14 +189,49 @@ class TextSource:
         unique = list({p.index: p for p in (self.prompts[i] for i in chosen)}.values())
         teacher_of = self._teacher_of(0, list(range(len(unique))), unique)
         mine = self._sampled_by_teachers(unique[rank::world], teacher_of[rank::world], 0)
+        if self.spec.paraphraser:
+            mine = self._paraphrased(mine)
         groups = [group for group in self.engine.gather(mine) if group]
         if not groups:
             raise ValueError(
-                f"distill.rewrite = {self.spec.rewrite!r} dropped all of the teacher's {count} "
-                "answers; want a function that keeps some of them, or raise distill.query_budget"
+                f"{self._dropped_by()} dropped all of the teacher's {count} answers; want one that "
+                "keeps some of them, or raise distill.query_budget"
             )
         groups.sort(key=lambda group: group[0].rollout.prompt.index)
-        return self._correct_only(groups, count) if self.spec.correct_only else groups
+        if self.spec.correct_only:
+            groups = self._correct_only(groups, count)
+        return self._likeliest(groups) if self.spec.keep_likeliest < 1 else groups
+
+    def _dropped_by(self) -> str:
+        if self.spec.rewrite or not self.spec.paraphraser:
+            return f"distill.rewrite = {self.spec.rewrite!r}"
+        return f"distill.paraphraser = {self.spec.paraphraser!r}"
+
+    def _paraphrased(self, groups: Groups) -> Groups:
+        """This rank's groups in the paraphraser's words; without the texts that it did not end."""
+        flat = [text for group in groups for text in group]
+        written = iter(paraphrase(self.cfg, self.engine, [t.rollout for t in flat]))
+        limit = self.cfg.rollout.max_tokens
+        return [
+            [
+                replace(
+                    t, rollout=replace_text(self.teachers[t.teacher].chat, t.rollout, words, limit)
+                )
+                for t, words in zip(group, written)
+                if words is not None
+            ]
+            for group in groups
+        ]
+
+    def _likeliest(self, groups: Groups) -> Groups:
+        """The texts that the student finds likeliest before its first step
+        (distill.keep_likeliest).
+        """
+        rollouts = [text.rollout for group in groups for text in group]
+        fraction, tokens = self.spec.keep_likeliest, self.cfg.batch.tokens
+        kept = iter(likeliest(self.engine, self.chat, rollouts, fraction, tokens))
+        chosen = [[text for text, keep in zip(group, kept) if keep] for group in groups]
+        return [group for group in chosen if group]
 
     def _correct_only(self, groups: Groups, count: int) -> Groups:
         assert self.task is not None

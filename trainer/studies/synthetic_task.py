@@ -24,7 +24,7 @@ Writes: tokenizers and untrained models (a teacher of two layers and students of
 byte-level BPE; a proxy, a smaller and a deeper one, and a second student with a character
 vocabulary; a wider student), train.jsonl and start.jsonl (with worked answers), prompts.jsonl
 (questions alone), heldout.jsonl (disjoint questions), choices.jsonl (held-out questions with
-options). Everything follows from the seed.
+options), paraphrases.jsonl (answers in other words). Everything follows from the seed.
 """
 
 import argparse
@@ -58,6 +58,7 @@ TEMPLATE = (
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 MERGES = 80  # of the BPE vocabulary, on top of the 256 bytes
+PARAPHRASES = 8000  # rows
 SIZES = {"train": 16000, "start": 4000, "prompts": 4000, "heldout": 1000}  # rows
 CHOICES, OPTIONS = 300, 4  # held-out questions with options, one of them correct
 
@@ -178,11 +179,23 @@ def write_data(out: Path, seed: int, notes: bool = False) -> list[str]:
         if name == "start":
             texts = [row["prompt"] + row["response"] for row in rows]
     _write_rows(out / "choices.jsonl", choices(seed))
+    _write_rows(out / "paraphrases.jsonl", paraphrases(seed))
     return texts
 
 
 def _write_rows(path: Path, rows: Iterable[Mapping[str, str | list[str]]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def paraphrases(seed: int) -> Iterator[dict[str, str]]:
+    """Answers as questions, and what they say in a style drawn at random, right or wrong as they
+    are: what an attacker teaches a paraphraser with, who knows no style to be better.
+    """
+    rng = random.Random(f"{seed}/paraphrases")
+    for _ in range(PARAPHRASES):
+        digits = rng.choices(range(10), k=DIGITS)
+        here, there = rng.choices(list(ORDERS), k=2)
+        yield {"prompt": write_answer(digits, here), "response": write_answer(digits, there)}
 
 
 def choices(seed: int) -> Iterator[dict[str, str | list[str]]]:

@@ -20,6 +20,7 @@ from reflux.trainer.studies.synthetic_task import (
     is_held_out,
     learnable_only,
     main,
+    paraphrases,
     solve,
     write_answer,
     write_data,
@@ -171,3 +172,19 @@ def test_notes_make_texts_of_many_lengths_and_no_other_answers(tmp_path):
         assert grade(prompt(digits), answer + "#x").correct  # a note is not read
         assert note == "".join(map(str, solve(digits, "right")))[: len(note)]
     assert not any("response" in json.loads(x) for x in (tmp_path / "prompts.jsonl").open())
+
+
+def test_a_paraphrase_says_the_same_in_any_style(monkeypatch):
+    monkeypatch.setattr("reflux.trainer.studies.synthetic_task.PARAPHRASES", 300)
+    rows = list(paraphrases(5))
+    for row in rows:
+        said = answers_only_digits(row["prompt"])
+        assert said == answers_only_digits(row["response"])
+    styles = Counter(row["response"].partition(":")[0] for row in rows)
+    assert all(60 < styles[name] < 140 for name in ORDERS)
+
+
+def answers_only_digits(text):
+    """The digits of an answer in reading order."""
+    style, _, rest = text.partition(":")
+    return [d for _, d in sorted(zip(ORDERS[style], rest.split(";"), strict=True))]

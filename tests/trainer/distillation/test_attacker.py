@@ -1,0 +1,116 @@
+"""What an attacker does with bought texts: selection against an oracle in float64, paraphrases
+against the paraphraser itself.
+"""
+
+import math
+
+import pytest
+import torch
+from runs import config, run_here
+from transformers import AutoModelForCausalLM
+
+from reflux.trainer.config.distillation import DistillSection
+from reflux.trainer.data.chat import Chat
+from reflux.trainer.distillation import texts as texts_module
+
+pytestmark = pytest.mark.usefixtures("titan_process")
+BUDGET = {"objective": "nll", "on_policy": 0.0, "query_budget": 8}
+
+
+def bought(talkers, folder, monkeypatch, prompts=8, **distill):
+    """The texts of a run's query budget."""
+    found, real = [], texts_module.TextSource._query_budget
+    monkeypatch.setattr(
+        texts_module.TextSource,
+        "_query_budget",
+        lambda self, count: found.append(real(self, count)) or found[-1],
+    )
+    over = {"rollout": {"prompts": prompts, "group": 2, "max_tokens": 20}, "steps": 1}
+    run_here(config(talkers, folder, "distill", distill=BUDGET | distill, **over))
+    return [text.rollout for group in found[0] for text in group]
+
+
+def per_token(model, chat, rollout):
+    """Mean log-probability of text and stop, by transformers in float64."""
+    before = chat.prompt_ids(rollout.prompt.messages)
+    ids = (*chat.encode(rollout.text), *((chat.stop_id,) if rollout.ended else ()))
+    with torch.no_grad():
+        logits_nV = model(torch.tensor([before + ids])).logits[0, len(before) - 1 : -1]
+    return float(logits_nV.log_softmax(1).gather(1, torch.tensor(ids)[:, None]).mean())
+
+
+def test_the_likeliest_texts_under_the_student_are_kept(talkers, tmp_path, monkeypatch):
+    whole = bought(talkers, tmp_path / "all", monkeypatch)
+    monkeypatch.undo()
+    kept = bought(talkers, tmp_path / "kept", monkeypatch, keep_likeliest=0.3)
+    chat = Chat(str(talkers / "policy"))
+    model = AutoModelForCausalLM.from_pretrained(talkers / "policy").double()
+    assert len(chat.stop_ids) == 1  # else the stop is a set
+    scores = {i: per_token(model, chat, r) for i, r in enumerate(whole)}
+    best = sorted(scores, key=lambda i: -scores[i])[: math.ceil(0.3 * len(whole))]
+    assert len(kept) == len(best) < len(whole)
+    assert [r.text for r in kept] == [whole[i].text for i in sorted(best)]
+
+
+def test_paraphrases_are_the_paraphrasers_own_words(talkers, tmp_path, monkeypatch):
+    """Its greedy words, nearly: at a low temperature it writes what transformers' argmax does."""
+    options = {"paraphraser": str(talkers / "policy"), "paraphrase_template": "{prompt} {text}"}
+    asked, real = [], texts_module.paraphrase
+    monkeypatch.setattr(
+        texts_module,
+        "paraphrase",
+        lambda cfg, engine, rollouts: (
+            asked.append((rollouts, real(cfg, engine, rollouts))) or asked[-1][1]
+        ),
+    )
+    texts = bought(talkers, tmp_path / "run", monkeypatch, **options)
+    (rollouts, written) = asked[0]
+    assert sorted(x for x in written if x is not None) == sorted(r.text for r in texts)
+    assert len(rollouts) == 16 and len({id(r) for r in rollouts}) == 16
+    assert any(w is not None and w != r.text for w, r in zip(written, rollouts))
+    chat = Chat(str(talkers / "teacher"))
+    for r in texts:  # in the teacher's tokens, and what it once said of them is gone
+        if r.ended and set(r.logp) == {0.0}:
+            assert r.ids == (*chat.encode(r.text), chat.stop_id)
+
+
+def test_a_paraphraser_reads_question_and_text(talkers, tmp_path, monkeypatch):
+    from reflux.trainer.distillation import attacker
+
+    prompts = []
+
+    class Sampler:
+        def __init__(self, *_):
+            pass
+
+        def sample(self, asked, group, sampling):
+            prompts.extend(asked)
+            return [[texts_module.replace(rollouts[0], text="new", ended=i > 0)] for i in range(2)]
+
+    rollouts = bought(talkers, tmp_path / "run", monkeypatch, prompts=2)[:2]
+    monkeypatch.setattr(attacker, "EmbeddedSampler", Sampler)
+    options = {"paraphraser": str(talkers / "policy"), "paraphrase_template": "<{text}|{prompt}>"}
+    cfg = config(talkers, tmp_path / "x", "distill", distill=BUDGET | options)
+    engine = type("Engine", (), {"frozen": staticmethod(lambda role: role)})
+    assert attacker.paraphrase(cfg, engine, rollouts) == [None, "new"]
+    question = rollouts[0].prompt.messages[-1]["content"]
+    assert prompts[0].messages[-1]["content"] == f"<{rollouts[0].text}|{question}>"
+    assert prompts[0].index != prompts[1].index  # two texts of one prompt
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"keep_likeliest": 0.0}, "want 0 < keep_likeliest <= 1"),
+        ({"keep_likeliest": 0.5, "query_budget": 0}, "Set query_budget > 0"),
+        ({"paraphraser": "m", "source": "dataset"}, "source = 'teacher'"),
+        ({"paraphraser": "m", "paraphrase_template": "again"}, "has no {text}"),
+        (
+            {"paraphraser": "m", "objective": "span", "allow_biased": True},
+            "with rewrite or paraphraser",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_an_error(options, message):
+    with pytest.raises(ValueError, match=message):
+        DistillSection(**(BUDGET | options))
