@@ -3,6 +3,7 @@ against the paraphraser itself.
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,7 +92,8 @@ def test_a_paraphraser_reads_question_and_text(talkers, tmp_path, monkeypatch):
     monkeypatch.setattr(attacker, "EmbeddedSampler", Sampler)
     options = {"paraphraser": str(talkers / "policy"), "paraphrase_template": "<{text}|{prompt}>"}
     cfg = config(talkers, tmp_path / "x", "distill", distill=BUDGET | options)
-    engine = type("Engine", (), {"frozen": staticmethod(lambda role: role)})
+    engine = SimpleNamespace(frozen=lambda role: role, gathered_frozen_weights=None)
+    monkeypatch.setattr(attacker, "partial", lambda function, model: None)
     assert attacker.paraphrase(cfg, engine, rollouts) == [None, "new"]
     question = rollouts[0].prompt.messages[-1]["content"]
     assert prompts[0].messages[-1]["content"] == f"<{rollouts[0].text}|{question}>"
