@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -296,6 +297,10 @@ def write_record(cases: dict, scaling: list[dict] | None) -> None:
     print(f"Recorded in {path}")
 
 
+def _align_on_one_thread(case: Case) -> None:
+    align_spans(*case.sides(), threads=1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.align",
@@ -313,7 +318,7 @@ def main() -> None:
     cases = {}
     for case in (text_case(arguments.tokens), random_case(arguments.tokens)):
         check(case)
-        peak = peak_bytes(lambda: align_spans(*case.sides(), threads=1))  # noqa: B023  called at once
+        peak = peak_bytes(partial(_align_on_one_thread, case))
         results = measure(case)
         cases[case.name] = {
             "tokens": case.tokens,

@@ -57,6 +57,7 @@ TESTED_ELSEWHERE = {  # module -> the test file that exercises it
     "trainer/completion.py": "trainer/test_cli.py",
     "trainer/config/caching.py": "trainer/distillation/test_cache_phase.py",
     "trainer/distillation/teacher_cache.py": "trainer/distillation/test_cache_phase.py",
+    "trainer/distillation/absent_teacher.py": "trainer/distillation/test_served_teacher.py",
     "trainer/distillation/cached_teacher.py": "trainer/distillation/test_cache_phase.py",
     "trainer/config/checks.py": "trainer/config/test_schema.py",
     "trainer/config/distillation.py": "trainer/config/test_schema.py",

@@ -97,17 +97,14 @@ def student_diagnosis_cases(tail: bool, ratio: float, prefers_wrong: bool) -> li
     return stats
 
 
-def cross_tokenizer(teacher_mass: float) -> CrossTokenizer:
-    """What two tokenizers can compare, with that much of the teacher's mass on common tokens."""
+def cross_tokenizer() -> CrossTokenizer:
+    """What two tokenizers leave to compare."""
     return CrossTokenizer(
-        spans=9,
         unaligned=3,
         unaligned_by={"student": 2, "teacher": 1},
-        compared_bytes=0.5,
-        bits_per_byte_gap={"student": Estimate(0.5, 0.1, 0.4, 0.6, 3)},
-        aligned_positions=7,
+        byte_positions=40,
         compared=0.75,
-        student_tokens_per_span=1.25,
-        teacher_tokens_per_span=1.5,
-        common_mass=BothModels(0.9, teacher_mass),
+        missing=BothModels(0.03, 0.02),
+        bits_per_byte_gap={"student": Estimate(0.5, 0.1, 0.4, 0.6, 3)},
+        bytes_per_token=BothModels(1.25, 2.5),
     )

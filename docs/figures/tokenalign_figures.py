@@ -78,6 +78,32 @@ def draw(a: tuple[Side, list[int]], b: tuple[Side, list[int]], marks: Marks) -> 
     )
 
 
+def covers(text: str, at: int, rows: list[tuple[str, list[tuple[str, str]], str]]) -> str:
+    """The covers of text[:at]. rows: name, its tokens with their classes, what it says of the next
+    byte. The line stands behind the bytes so far.
+    """
+    left, gap = 150, 8
+    body = [_text(left + (i + 0.5) * CELL, RULER / 2, c, "byte") for i, c in enumerate(text)]
+    for row, (name, tokens, says) in enumerate(rows):
+        y, x = RULER + row * (LANE + gap), left
+        body.append(_text(2, y + LANE / 2, name, "name"))
+        for piece, kind in tokens:
+            width = len(piece) * CELL
+            body.append(
+                f'<rect class="{kind}" x="{x + 1.5:g}" y="{y + 1.5:g}" width="{width - 3:g}" '
+                f'height="{LANE - 3}" rx="4"/>' + _text(x + width / 2, y + LANE / 2, piece, "")
+            )
+            x += width
+        body.append(_text(left + (len(text) + 0.5) * CELL, y + LANE / 2, says, "name"))
+    height = RULER + len(rows) * (LANE + gap)
+    body.append(_line(left + at * CELL, 0, height, "seam"))
+    width = left + len(text) * CELL + 340
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}">'
+        f"<style>{STYLE}</style>{HATCH}\n" + "\n".join(body) + "\n</svg>\n"
+    )
+
+
 def _box(box: Box, column: Column, y: int) -> str:
     x = LEFT + box.start * CELL
     if not box.size and not box.outside:
@@ -116,6 +142,16 @@ def figures() -> dict[str, str]:
             lane_of(joint, control=b"<eos>"),
             lane_of(apart, control=b"</s>"),
             Marks(("joint", "apart"), seam=5),
+        ),
+        "tokenalign_covers.svg": covers(
+            "unhappy",
+            3,
+            [
+                ("the text's tokens", [("un", "c1"), ("happy", "c0")], ""),
+                ("from the start", [("unhappy", "c0")], "p(unhappy) says: a"),
+                ("behind un", [("un", "c1"), ("happy", "c0")], "p(un) p(happy | un) says: a"),
+                ("missing", [("un", "c1"), ("h", "bad")], "p(un) p(h | un): another forward"),
+            ],
         ),
     }
 

@@ -39,11 +39,7 @@ def machine(blank, clean):
             sets=st.sampled_from(((), *((text,) for text in HARMLESS))),
         )
         def kill(self, at, delay, sets):
-            before = manifests(self.place.folder)
-            ended = self.place.run(*sets, kill_at=at, delay=delay)
-            assert ended.code in (-9, 0), self.place.story()
-            newest = max(before, default=None)
-            assert newest is None or newest in manifests(self.place.folder), "a checkpoint is lost"
+            kill_in(self.place, sets, at, delay)
 
         @rule(other=st.sampled_from(OTHER))
         def another_experiment(self, other):
@@ -78,17 +74,27 @@ def machine(blank, clean):
             self.place.directory = target
 
         def teardown(self):
-            if not hasattr(self, "place"):
-                return
-            try:
-                differences = clean.outcome.differences(self.place.ends_well())
-                # of a shorter run there may be one more: its last step was saved too
-                differences = [d for d in differences if not d.startswith("checkpoints")]
-                assert not differences, differences
-            finally:
-                self.temporary.cleanup()
+            if hasattr(self, "place"):
+                with self.temporary:
+                    end_like(clean, self.place)
 
     return RunFolder
+
+
+def kill_in(place, sets, at, delay) -> None:
+    before = manifests(place.folder)
+    ended = place.run(*sets, kill_at=at, delay=delay)
+    assert ended.code in (-9, 0), place.story()
+    newest = max(before, default=None)
+    assert newest is None or newest in manifests(place.folder), "a checkpoint is lost"
+
+
+def end_like(clean, place) -> None:
+    """The place ends with what the run `clean` ended with."""
+    differences = clean.outcome.differences(place.ends_well())
+    # of a shorter run there may be one more: its last step was saved too
+    differences = [d for d in differences if not d.startswith("checkpoints")]
+    assert not differences, differences
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

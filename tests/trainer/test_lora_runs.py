@@ -4,11 +4,14 @@ a student and a model to evaluate; a guard puts the accepted adapter back.
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_runs import cut
 from engine_cases import edited
 from runs import config, numbers, run_here
 from torch.distributed.checkpoint import FileSystemReader
@@ -16,6 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from reflux.trainer.adapter_folder import read_adapter
 from reflux.trainer.engine.weights import ADAPTERS
 from reflux.trainer.runs import run_folder
+from reflux.trainer.runs.lock import InUse
 
 pytestmark = pytest.mark.usefixtures("titan_process")
 CALIBRATED = {
@@ -51,6 +55,48 @@ def test_a_run_goes_on_to_the_last_digit_from_checkpoints_of_adapters_alone(
     assert len(moments) == 2 * len(weights)
     resumed = run_here(run_folder.settle(replace(cfg, steps=4)))
     assert [numbers(s) for s in resumed.steps] == [numbers(s) for s in whole.steps]
+
+
+def test_a_damaged_checkpoint_of_adapters_costs_its_own_steps_alone(talkers, tmp_path, calibrated):
+    """The newest is half a file: the run names it, goes on from the one before, and ends with the
+    same numbers and the same adapter.
+    """
+    whole, folder = calibrated
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "summary.json").unlink()
+    shutil.rmtree(copy / "export")
+    cut(max((copy / "checkpoint/step-4").glob("*.distcp")), 0.5)
+    over = CALIBRATED | {"steps": 4, "export": {"enable": True}}
+    again = run_here(run_folder.settle(config(talkers, copy, "calibrate", **over)))
+    assert sorted(p.name for p in (copy / "checkpoint").iterdir()) == [
+        "damaged-4",
+        "step-2",
+        "step-4",
+    ]
+    (event,) = [e for e in again.events if e["event"] == "checkpoint"]
+    assert "step-4" in str(event)
+    assert [numbers(s) for s in again.steps] == [numbers(s) for s in whole.steps]
+    files = [f / "export/adapter_model.safetensors" for f in (folder, copy)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_run_of_adapters_owns_its_folder(talkers, tmp_path, calibrated):
+    """While another process holds it, a second writer is refused and nothing changes."""
+    folder = shutil.copytree(calibrated[1], tmp_path / "held")
+    cfg = config(talkers, folder, "calibrate", **CALIBRATED | {"steps": 6})
+    code = f"import sys, reflux.trainer.runs.lock as l\nwith l.hold({str(folder)!r}):\n"
+    code += "    print('held', flush=True); sys.stdin.read()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        before = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+        with pytest.raises(InUse, match=f"in use by process {holder.pid} on "):
+            with run_folder.claim(cfg):
+                pass
+        after = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+        assert after == before
+        holder.stdin.close()
+        holder.wait()
 
 
 def test_another_rank_or_base_is_refused_on_resume(talkers, tmp_path, calibrated):

@@ -17,14 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from reflux.trainer.config.parts import used_tasks
 from reflux.trainer.config.roles import calibrate_roles
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Batch, Rollout, Sample
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.failed_grades import FailedGradesBudget, count_failed
 from reflux.trainer.data.graders import Grade
+from reflux.trainer.data.judge import JudgedGrade
 from reflux.trainer.data.prompts import shard
-from reflux.trainer.data.task_routing import build_grader, task_names
+from reflux.trainer.data.task_routing import asks_a_judge, build_grader, task_names
 from reflux.trainer.data.training_prompts import load_training_prompts
 from reflux.trainer.engine.metrics import MetricSums
 from reflux.trainer.evaluation.evaluator import Evaluator
@@ -72,10 +74,12 @@ class CalibratePhase:
     def __init__(self, cfg: Config, engine: Engine):
         self.cfg, self.engine = cfg, engine
         self.chat = Chat.of(cfg.model)
+        _ = self.chat.table  # verified now: rewards, and the log of spellings, need its bytes
         engine.vocab_size = min(engine.vocab_size, self.chat.vocab_size)
         self.prompts = load_training_prompts(cfg, self.chat, engine)
         self.data_fields = self.prompts.fit.fields
         self.task = build_grader(cfg)
+        self.judged = any(map(asks_a_judge, used_tasks(cfg, "data")))
         self.failed_grades = FailedGradesBudget(task_names(cfg), cfg.task.max_failed)
         self.evaluator = Evaluator(cfg, engine, self.chat, self.task)
         self.guards = Guards(cfg, engine)
@@ -310,6 +314,10 @@ class CalibratePhase:
         add("accuracy", [float(is_correct(g)) for g in graded])
         add("no_answer", [float(g.extracted is None and g.correct is not None) for g in graded])
         add("grader_error", [float(g.failed) for g in grades])
+        if self.judged:
+            judged = [g for g in grades if isinstance(g, JudgedGrade)]
+            add("judge/tokens", [float(g.tokens) for g in judged])
+            add("judge/cached", [float(not g.tokens) for g in judged if not g.failed])
         add("length", [len(r.ids) for r in flat])
         add("truncated", [float(not r.ended) for r in flat])
         add("canonical", canonical_share(self.chat, flat))

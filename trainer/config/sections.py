@@ -123,8 +123,8 @@ class TeacherSection(FrozenSection):
 
 @dataclass(frozen=True)
 class TaskSection:
-    # exact | math | multiple_choice | instructions | reasoning_gym | reward_model |
-    # package.module:function
+    # exact | math | multiple_choice | instructions | reasoning_gym | reward_model | judge |
+    # column | package.module:function
     name: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     max_failed: float = 0.05  # fraction of failed grades above which a run ends; they leave groups
@@ -350,6 +350,8 @@ class DiagnoseSection:
     student_texts: int = 16  # per prompt; the gap needs correct and incorrect ones of it
     teacher_texts: int = 2  # per prompt
     overlap_k: int = 20  # K of the overlap of the K likeliest tokens
+    # across tokenizers: byte positions at which more of either distribution is missing are left out
+    max_missing: float = 0.01
     kl_fraction: float = 0.95  # of the KL that the recommended top_k has to hold
     # insert an error into correct texts; does the student still reach the answer?
     correction: bool = True
@@ -363,7 +365,7 @@ class DiagnoseSection:
     def __post_init__(self):
         positive(self, "student_texts", "teacher_texts", "overlap_k")
         not_negative(self, "heatmap_texts", "gradient_batches")
-        fraction(self, "kl_fraction")
+        fraction(self, "kl_fraction", "max_missing")
         if self.gradient_batches == 1:
             raise ValueError(
                 "gradient_batches = 1: one gradient has no std; want 16 or more, or 0 to leave it "

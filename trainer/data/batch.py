@@ -372,8 +372,10 @@ def _lay_out(
             first = n * width + start + len(prompt_ids) - 1
             predictors.append(first + (np.arange(len(ids)) if positions is None else positions))
             start = end
-        # padding: a document of its own, behind all others
+        # padding: a document of its own, behind all others, of a token that the row has. The pad
+        # id's embedding may be 0, where gemma3n's norms have no gradient: NaN for every weight
         position_NL[n, start:] = np.arange(width - start)
+        input_NL[n, start:] = input_NL[n, 0]
     return _long(input_NL), _long(position_NL), _long(np.concatenate(predictors))
 
 

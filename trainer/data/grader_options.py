@@ -17,12 +17,12 @@ GRADERS: dict[str, type] = {
     "instructions": Instructions,
     "reasoning_gym": ReasoningGym,
 }
-TASKS = (*GRADERS, "reward_model")
+TASKS = (*GRADERS, "reward_model", "judge", "column")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Options of every task but reward_model. docs/trust.md has what they protect from."""
+    """Options of the tasks of GRADERS and of functions; docs/trust.md has what they are for."""
 
     timeout_s: float = 10.0  # for one response
     grade_truncated: bool = False  # False: a truncated response has reward 0 and is not correct

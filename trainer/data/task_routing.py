@@ -8,7 +8,9 @@ from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import TaskSection
 
 from .batch import Rollout
+from .grader_options import checked_options
 from .graders import Grade
+from .task_column import ColumnOptions
 from .tasks import task_grader
 
 if TYPE_CHECKING:
@@ -52,3 +54,11 @@ def build_grader(cfg: Config) -> "Grader":
 def task_names(cfg: Config) -> str:
     """For messages."""
     return ", ".join(dict.fromkeys(task.name for task in tasks(cfg).values() if task.name))
+
+
+def asks_a_judge(task: TaskSection) -> bool:
+    """Whether a language model grades some of its texts. ValueError as build_task."""
+    if task.name != "column":
+        return task.name == "judge"
+    named = ColumnOptions(**checked_options(task.name, task.options, ColumnOptions)).named()
+    return any(name == "judge" for name, _ in named.values())

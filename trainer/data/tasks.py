@@ -4,6 +4,7 @@ One bad response never stops a run: an exception, or running out of time, become
 that response with the reason in it. Where a grader runs:
 
     the trainer's process   exact and multiple_choice, which compare texts in linear time
+    a server, or here       judge and reward_model, which only read texts
     a sandboxed process     every other one (sandbox.py): killed when late, whatever it does
     isolate = false         a user's function in the trainer's process, under an alarm (attempt.py);
                             outside the main thread in a process of its own, without a sandbox
@@ -22,7 +23,9 @@ from .attempt import GraderAlarm, GradeText, attempt
 from .batch import Prompt, Rollout
 from .grader_options import Limits, checked_options, make_grader
 from .graders import Grade, read_grade
+from .judge import JudgeGrader, JudgeOptions
 from .sandbox import GraderProcess, Sandbox, find_sandbox
+from .task_column import ColumnGrader, ColumnOptions
 
 if TYPE_CHECKING:  # it imports the engine's modules
     from reflux.trainer.phase import Grader
@@ -126,13 +129,20 @@ def task_grader(task: TaskSection) -> "Grader":
 def build_task(name: str, options: Mapping[str, Any]) -> "Grader":
     """The grader of a task.
 
-    name: exact, math, multiple_choice, reasoning_gym, reward_model, or `package.module:function` of
-    a user's f(prompt, text) -> bool | float | Grade. options: fields of the grader and of Limits.
+    name: exact, math, multiple_choice, reasoning_gym, reward_model, judge, column, or
+    `package.module:function` of a user's f(prompt, text) -> bool | float | Grade. options: fields
+    of the grader and of Limits.
     ValueError for an unknown name or option, with the nearest one, and where a grader that may
     evaluate text wants a sandbox that the machine does not allow.
     """
     if name == "reward_model":
         return RewardModelGrader(options)
+    if name == "judge":
+        return JudgeGrader(JudgeOptions(**checked_options(name, options, JudgeOptions)))
+    if name == "column":
+        return ColumnGrader(
+            ColumnOptions(**checked_options(name, options, ColumnOptions)), build_task
+        )
     grader, limits = make_grader(name, options)
     sandbox = None
     if limits.isolate and not _cannot_hang(grader):

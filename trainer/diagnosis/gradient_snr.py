@@ -1,8 +1,8 @@
 """How much of the student's gradient is signal? The same weights, the same prompts, texts sampled
 by one model or another.
 
-G_b, b = 1 ... B, is the gradient of the token KL summed over micro-batch b, in the last block and
-the head, S = sum G_b.
+G_b, b = 1 ... B, is the gradient of the token KL (of two tokenizers: of the next byte's KL) summed
+over micro-batch b, in the last block and the head, S = sum G_b.
     plain     |S / B|^2 / ((1 / B) sum |G_b - S / B|^2): signal to noise of one micro-batch's
               gradient
     unbiased  (|S / B|^2 - v / B) / v,  v = (1 / (B - 1)) sum |G_b - S / B|^2: numerator and
@@ -33,7 +33,6 @@ from torch.distributed.tensor import DTensor
 
 from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.data.batch import Batch, Sample, TeacherView, pack
-from reflux.trainer.data.chat import Chat
 from reflux.trainer.losses import HeadInputs, Loss, distill_kl
 from reflux.trainer.phase import Advance, Engine, FrozenModel, LossFunction
 from reflux.trainer.runs.progress import ignore
@@ -181,9 +180,9 @@ def gradients_of(groups: Groups) -> int:
 
 def gradient_noise(
     engine: Engine,
-    teacher: FrozenModel,
     groups: Groups,
-    chats: tuple[Chat, Chat],
+    loss_of: Callable[[Divergence], LossFunction],
+    view_of: Callable[[TokenStats], TeacherView],
     *,
     tokens: int,
     joined: bool = False,
@@ -191,20 +190,19 @@ def gradient_noise(
 ) -> GradientNoise | None:
     """Both divergences' comparison; None for fewer than two groups. Collective.
 
-    groups: of `deal`, from all ranks' stats, the same on every rank. chats: student's and
-    teacher's. Weights do not move; gradients are cleared.
+    groups: of `deal`, from all ranks' stats, the same on every rank. loss_of: what is descended.
+    view_of: a text as the teacher reads it. Weights do not move; gradients are cleared.
     """
     count = min(map(len, groups.values()), default=0)
     if count < 2:
         return None
     batches = {
-        w: [_packed(engine, g, chats[1], tokens, joined) for g in rows]
-        for w, rows in groups.items()
+        w: [_packed(engine, g, view_of, tokens, joined) for g in rows] for w, rows in groups.items()
     }
     compared = {}
     with last_block_only(engine.model) as parameters:
         for d in DIVERGENCES:
-            loss = _token_kl(engine, teacher, d)
+            loss = loss_of(d)
             compared[d] = compare_gradients(
                 {w: _moments(engine, loss, parameters, b, advance) for w, b in batches.items()}
             )
@@ -217,7 +215,8 @@ def gradient_noise(
     )
 
 
-def _token_kl(engine: Engine, teacher: FrozenModel, divergence: Divergence) -> LossFunction:
+def token_divergence(engine: Engine, teacher: FrozenModel, divergence: Divergence) -> LossFunction:
+    """The token KL of one vocabulary, as a loss of the student."""
     section = DistillSection(divergence=divergence)
 
     def loss(out: HeadInputs, batch: Batch) -> Loss:
@@ -228,15 +227,15 @@ def _token_kl(engine: Engine, teacher: FrozenModel, divergence: Divergence) -> L
 
 
 def _packed(
-    engine: Engine, texts: Sequence[TokenStats], teacher_chat: Chat, tokens: int, joined: bool
+    engine: Engine,
+    texts: Sequence[TokenStats],
+    view_of: Callable[[TokenStats], TeacherView],
+    tokens: int,
+    joined: bool,
 ) -> list[Batch]:
     """This rank's part of a group."""
     samples = [
-        Sample(
-            s.rollout,
-            teacher_views=(TeacherView(teacher_chat.prompt_ids(s.rollout.prompt.messages)),),
-        )
-        for s in texts[engine.rank :: engine.world]
+        Sample(s.rollout, teacher_views=(view_of(s),)) for s in texts[engine.rank :: engine.world]
     ]
     return pack(samples, tokens=tokens, seq_len=engine.seq_len, joined=joined)
 

@@ -5,7 +5,7 @@ Both models read the same ids, each behind its own rendering of the prompt. Noth
 outlives a micro-batch.
 
 Shapes: n response tokens of one text (stop token included), K grid of top-k sizes, N token types,
-M frequency bands, P aligned positions, T tokens of a batch, V vocabulary.
+M frequency bands, T tokens of a batch, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -61,23 +61,27 @@ class KLCurves:
 
 
 @dataclass(frozen=True, eq=False)
-class SpanAlignment:
-    """One text in two tokenizers: the teacher's tokens, the span of every token, and where
-    distributions were compared.
+class ByteAlignment:
+    """One text in two tokenizers: what the teacher reads, how many byte positions there are, and
+    between which compared positions each token begins.
     """
 
-    teacher_ids: tuple[int, ...]  # without the stop token
-    student_span: np.ndarray  # [n] of the content tokens, -1 outside
-    teacher_span: np.ndarray
-    # [P] the span that begins at each aligned position; the number of spans behind the text
-    start_span: np.ndarray
-    common_P2: np.ndarray  # mass of the tokens that both have, under student and teacher
+    view: TeacherView
+    positions: int  # before every byte, and behind the last one of a text that ended
+    student_unit: np.ndarray  # [n] of the content tokens
+    teacher_unit: np.ndarray
+    missing: tuple[float, float]  # shares left out, student's and teacher's, summed over positions
+
+    @property
+    def teacher_ids(self) -> tuple[int, ...]:
+        """With the stop token of a text that ended."""
+        return self.view.ids or ()
 
 
 @dataclass(frozen=True, eq=False)
 class TokenStats:
     """One text under both models. Arrays are per token, [n], nats. Of two tokenizers (`alignment`)
-    log-probabilities are per span, and what compares distributions is per aligned position, [P].
+    they are per compared byte position.
     """
 
     rollout: Rollout
@@ -96,7 +100,7 @@ class TokenStats:
     band_n: np.ndarray | None = None  # index into BANDS; None: not measured
     outside_n: np.ndarray | None = None  # bool: outside the teacher's top-p set; None: not measured
     answer: str | None = None  # what the grader took for the answer
-    alignment: SpanAlignment | None = None  # None: one tokenizer
+    alignment: ByteAlignment | None = None  # None: one tokenizer
 
     @property
     def prompt(self) -> int:
@@ -109,19 +113,13 @@ class TokenStats:
 
     @property
     def positions(self) -> int:
-        """Number of aligned positions: every token, where both models have one vocabulary."""
+        """Number of positions at which distributions were compared."""
         return len(self.overlap_n)
-
-    @property
-    def position_start_n(self) -> np.ndarray:
-        """Byte at which each aligned position lies."""
-        a = self.alignment
-        return self.start_n if a is None else self.start_n[a.start_span]
 
 
 @dataclass(frozen=True, eq=False)
 class StatsSpec:
-    """What is measured at every position beside its KL."""
+    """What is measured at every position beside its KL. V: ids, or the 257 symbols of a byte."""
 
     overlap_k: int  # K of the overlap of top-K sets
     type_V: Tensor  # index into TYPES

@@ -2,194 +2,156 @@
 token is not possible.
 
 Each model reads the text in its own tokens behind its own template; sampled ids are never encoded
-anew. Log-probabilities are those of the smallest byte spans that both tokenizers spell, with the
-stop set as one span more. Distributions are compared at the aligned positions, between their masses
-over the longest tokens that both vocabularies have ("cat" of one side counts as "ca" where the
-other has no "cat"), and the stop set: a KL of coarser distributions, so a lower bound of what finer
-classes would show.
+anew. What is compared is what both say of the next byte, given the bytes so far: P(x | b_1 .. b_k)
+over 256 bytes and the end (reflux.tokenalign.linear_next_byte). So two models that give every text
+the same probability read 0 here, however they cut it. Positions at which more than
+`diagnose.max_missing` of either distribution could not be summed up are counted and not compared.
 
-Shapes: n tokens of one text, S spans, P aligned positions, C classes of the vocabulary partition,
-T tokens of a batch, V student ids, W teacher ids.
+Log-probabilities are those of the bytes from one compared position to the next,
+
+    log P(b_1 .. b_l) - log P(b_1 .. b_k),
+
+so that they add up to that of the text whatever lies between.
+
+Shapes: n tokens of one text, P byte positions of a batch or a text, U those that are compared,
+S the 257 symbols.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from reflux.tokenalign.class_losses import PartitionIndex, partition_index
-from reflux.tokenalign.scores import span_logprobs
-from reflux.tokenalign.vocab_map import Vocabulary, common, prefix
+from reflux.tokenalign.byte_trie import END, SYMBOLS, ByteTrie, alphabet
+from reflux.tokenalign.byte_windows import ByteWindows, NextBytes
+from reflux.tokenalign.linear_next_byte import ByteDivergence, byte_kl, next_bytes
+from reflux.tokenalign.vocab_map import Vocabulary
 from reflux.trainer.data.batch import Batch, Rollout, Sample, TeacherView, pack
+from reflux.trainer.data.byte_texts import byte_view, windows_of
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.losses import HeadInputs, at_positions
-from reflux.trainer.phase import Advance, Engine, FrozenModel
-from reflux.trainer.rollouts.scoring import Aligned, TextScore, align_texts, score_ids
+from reflux.trainer.losses import HeadInputs, Loss
+from reflux.trainer.phase import Advance, Engine, FrozenModel, LossFunction
 from reflux.trainer.runs.progress import ignore
 
-from .measure import GradedText, SpanAlignment, TokenStats, curves_of
+from .measure import ByteAlignment, GradedText, StatsSpec, TokenStats, curves_of
 from .metrics import (
     DIVERGENCES,
     Divergence,
     KLProfile,
-    chunked_logits,
-    kl_profile,
-    top_overlap,
+    TopOverlap,
+    in_chunks,
+    outside_nucleus,
+    overlap_of,
+    profile_of,
 )
-from .token_classes import TYPES, token_types
+from .token_classes import BANDS, TYPES, type_of
 
 
 @dataclass(frozen=True, eq=False)
-class VocabularyPair:
-    """Two vocabularies on one partition."""
+class BytePair:
+    """Two tokenizers as tries, on the engine's device."""
 
     student: Chat
     teacher: Chat
-    partition: PartitionIndex
-    # bool [V] and [W]: ids that both spell in one token, and the stop sets
-    shared: tuple[Tensor, Tensor]
-    class_type_C: Tensor  # int64, of TYPES
-    student_type_V: np.ndarray
+    tries: tuple[ByteTrie, ByteTrie]  # student's and teacher's
+    symbols_S: Tensor  # bool: what both can spell
+    max_missing: float
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Ids of the two heads."""
+        student, teacher = (len(t.order_V) for t in self.tries)
+        return student, teacher
 
 
 def pair_of(
-    student: Chat, teacher: Chat, rows: tuple[int, int], device: torch.device
-) -> VocabularyPair:
-    """rows: of the two heads that belong to ids of the tokenizers."""
-    sides = [Vocabulary(c.table, c.stop_ids, n) for c, n in zip((student, teacher), rows)]
-    partition, shared = prefix(*sides), common(*sides)
-    type_V = token_types(student.table, student.stop_ids)
-    shared_V, shared_W = (
-        torch.from_numpy(classes != shared.control_class).to(device)
-        for classes in (shared.student_class, shared.teacher_class)
+    student: Chat,
+    teacher: Chat,
+    rows: tuple[int, int],
+    device: torch.device,
+    max_missing: float = 0.01,
+) -> BytePair:
+    """rows: of the two heads that belong to ids of the tokenizers. ValueError for a tokenizer that
+    does not spell its texts.
+    """
+    own, other = (
+        ByteTrie.of(Vocabulary(c.table, c.stop_ids, n), device)
+        for c, n in zip((student, teacher), rows)
     )
-    ids = sorted(
-        np.flatnonzero(partition.student_class >= 0).tolist(),
-        key=lambda i: -len(sides[0].spellings[i]),
-    )
-    class_type_C = np.zeros(partition.num_classes, np.int64)
-    # of several tokens the shortest, assigned last, names the class
-    class_type_C[partition.student_class[ids]] = type_V[ids]
-    class_type_C[partition.control_class] = TYPES.index("stop")
-    return VocabularyPair(
-        student,
-        teacher,
-        partition_index(partition, device),
-        (shared_V, shared_W),
-        torch.from_numpy(class_type_C).to(device),
-        type_V,
-    )
+    return BytePair(student, teacher, (own, other), alphabet([own, other]), max_missing)
 
 
-@dataclass(frozen=True, eq=False)
-class _AlignedText:
-    """One text in both models' tokens."""
+def symbol_types() -> np.ndarray:
+    """int8 [S], an index into TYPES for every byte and the end. A letter is "content": it does not
+    say of which word it is.
+    """
+    pieces = [bytes([b]) for b in range(END)]
+    names = ["content" if p.isalpha() else type_of(p) for p in pieces]
+    return np.array([TYPES.index(name) for name in [*names, "stop"]], np.int8)
+
+
+def count_symbols(texts: Iterable[Rollout]) -> np.ndarray:
+    """int64 [S] occurrences of every byte and of the end. Counts of parts of the texts add up."""
+    count_S = np.zeros(SYMBOLS, np.int64)
+    for r in texts:
+        count_S += np.bincount(np.frombuffer(r.text.encode(), np.uint8), minlength=SYMBOLS)
+        count_S[END] += r.ended
+    return count_S
+
+
+class _ByteText(NamedTuple):
+    """One text as both models read it."""
 
     text: GradedText  # in the student's ids
-    teacher_ids: tuple[int, ...]  # without the stop token
-    student_span: np.ndarray  # [n] of the content tokens
-    teacher_span: np.ndarray
-    start_span: np.ndarray  # [P]
-    student_position: np.ndarray  # [P] predictors among the student's tokens
-    teacher_position: np.ndarray  # [P] the same among the teacher's
-    bounds: np.ndarray  # [S] where each span ends, bytes
-
-    @property
-    def rollout(self) -> Rollout:
-        return self.text.rollout
+    view: TeacherView
 
 
 def measure_texts_cross_tokenizer(
     engine: Engine,
     teacher: FrozenModel,
     texts: Sequence[GradedText],
-    pair: VocabularyPair,
+    pair: BytePair,
     *,
     tokens: int,
-    overlap_k: int,
+    spec: StatsSpec,
     joined: bool = False,
     advance: Advance = ignore,
 ) -> tuple[list[TokenStats], list[TokenStats]]:
     """Token stats of texts in the ids of the model that sampled them, in their order, and those of
     unaligned texts: without a number, but with the text and its grade, which the symptoms need.
-    Collective.
+    Unaligned is also a text of which no position can be compared. spec: of the symbols. Collective.
     """
-    aligned = _align(texts, pair)
-    comparable = [t for t in aligned if t is not None]
-    student_scores = score_ids(
-        engine,
-        engine,
-        [(t.rollout.prompt_ids, t.rollout.content_ids) for t in comparable],
-        pair.student,
-        tokens=tokens,
-    )
-    teacher_scores = score_ids(
-        teacher,
-        engine,
-        [(pair.teacher.prompt_ids(t.rollout.prompt.messages), t.teacher_ids) for t in comparable],
-        pair.teacher,
-        tokens=tokens,
-    )
-    samples = [Sample(t.rollout, teacher_views=(_view(t, pair.teacher),)) for t in comparable]
+    read = [_read(t, pair) for t in texts]
+    spelled = [r for r in read if r is not None]
+    samples = [Sample(r.text.rollout, teacher_views=(r.view,)) for r in spelled]
     batches = pack(samples, tokens=tokens, seq_len=engine.seq_len, joined=joined)
-    measured = _measure_positions(engine, teacher, batches, pair, overlap_k, advance)
-    stats = [
-        _token_stats(t, student, other, measured[i], pair)
-        for i, (t, student, other) in enumerate(zip(comparable, student_scores, teacher_scores))
-    ]
-    return stats, [unaligned_stats(text) for text, t in zip(texts, aligned) if t is None]
+    measured = _measure_positions(engine, teacher, batches, pair, spec, advance)
+    stats, others, at = [], [], 0
+    for text, found in zip(texts, read):
+        numbers = None
+        if found is not None:
+            numbers, at = measured[at], at + 1
+        if found is None or numbers is None or not len(numbers.compared):
+            others.append(unaligned_stats(text))
+        else:
+            stats.append(_token_stats(found, numbers, pair, spec))
+    return stats, others
 
 
-def _align(texts: Sequence[GradedText], pair: VocabularyPair) -> list[_AlignedText | None]:
-    aligned: list[_AlignedText | None] = [None] * len(texts)
-    for by_teacher, chats in (
-        (False, (pair.student, pair.teacher)),
-        (True, (pair.teacher, pair.student)),
-    ):
-        mine = [i for i, t in enumerate(texts) if (t.sampled_by == "teacher") == by_teacher]
-        for i, a in zip(mine, align_texts(*chats, [texts[i].rollout for i in mine], same=False)):
-            aligned[i] = _aligned_text(texts[i], a, pair, by_teacher)
-    return aligned
-
-
-def _aligned_text(
-    text: GradedText, a: Aligned, pair: VocabularyPair, by_teacher: bool
-) -> _AlignedText | None:
+def _read(text: GradedText, pair: BytePair) -> _ByteText | None:
     """None: the two tokenizers cannot both spell the text."""
-    if not a.spans or a.parts is None:
-        return None
-    bounds, starts = a.parts[0].bounds, a.starts
-    if not by_teacher:
-        return _AlignedText(
-            text,
-            a.scorer_ids,
-            student_span=a.sampler_span,
-            teacher_span=a.scorer_span,
-            start_span=starts.span,
-            student_position=starts.a,
-            teacher_position=starts.b,
-            bounds=bounds,
-        )
-    rollout = text.rollout
-    ids = a.scorer_ids + ((pair.student.stop_id,) if rollout.ended else ())
-    in_student_ids = replace(
-        rollout,
-        prompt_ids=pair.student.prompt_ids(rollout.prompt.messages),
-        ids=ids,
-        logp=(0.0,) * len(ids),
-    )
-    return _AlignedText(
-        replace(text, rollout=in_student_ids),
-        rollout.content_ids,
-        student_span=a.scorer_span,
-        teacher_span=a.sampler_span,
-        start_span=starts.span,
-        student_position=starts.b,
-        teacher_position=starts.a,
-        bounds=bounds,
-    )
+    rollout, ids = text.rollout, None
+    if text.sampled_by == "teacher":
+        ids = rollout.content_ids
+        own = pair.student.encode(rollout.text)
+        own += (pair.student.stop_id,) if rollout.ended else ()
+        prompt_ids = pair.student.prompt_ids(rollout.prompt.messages)
+        rollout = replace(rollout, prompt_ids=prompt_ids, ids=own, logp=(0.0,) * len(own))
+    view = byte_view(pair.student, pair.teacher, rollout, ids) if rollout.ids else None
+    return None if view is None else _ByteText(replace(text, rollout=rollout), view)
 
 
 def unaligned_stats(text: GradedText) -> TokenStats:
@@ -210,123 +172,161 @@ def unaligned_stats(text: GradedText) -> TokenStats:
         teachable_n=none,
         entropy_gap_n=none,
         answer=text.grade.extracted,
-        alignment=SpanAlignment((), no_index, no_index, no_index, np.zeros((0, 2))),
+        alignment=ByteAlignment(TeacherView((), ()), 0, no_index, no_index, (0.0, 0.0)),
     )
 
 
 @dataclass(frozen=True, eq=False)
-class _Positions:
-    """What was measured at aligned positions, on the host."""
+class _Numbers:
+    """What was measured of one text, on the host."""
 
+    byte_P: np.ndarray  # what follows each position
+    compared: np.ndarray  # [U] positions
+    logp_2U: np.ndarray  # of the bytes from each compared position on, student's and teacher's
+    missing_2: tuple[float, float]  # sums over all positions
     profiles: Mapping[Divergence, KLProfile]
-    overlap_P: np.ndarray
-    teachable_P: np.ndarray
-    entropy_gap_P: np.ndarray
-    common_P2: np.ndarray  # mass of the shared ids, student's and teacher's
-
-    def rows(self, rows: np.ndarray) -> "_Positions":
-        return _Positions(
-            {d: p.rows(rows) for d, p in self.profiles.items()},
-            self.overlap_P[rows],
-            self.teachable_P[rows],
-            self.entropy_gap_P[rows],
-            self.common_P2[rows],
-        )
+    overlap: TopOverlap
+    outside_U: np.ndarray
 
 
 def _measure_positions(
     engine: Engine,
     teacher: FrozenModel,
     batches: Sequence[Batch],
-    pair: VocabularyPair,
-    overlap_k: int,
+    pair: BytePair,
+    spec: StatsSpec,
     advance: Advance,
-) -> dict[int, _Positions]:
+) -> dict[int, _Numbers]:
     """By index of the sample. Collective."""
-    measured: dict[int, _Positions] = {}
-    index = pair.partition
+    measured: dict[int, _Numbers] = {}
     for batch in engine.pad_across_ranks(batches):
         batch = batch.to(engine.device)
-        aligned_P = batch.aligned_positions()
         with (
-            engine.forward_no_grad(engine, batch, index.student.num_ids) as student,
-            engine.forward_no_grad(teacher, batch.for_teacher(), index.teacher.num_ids) as other,
+            engine.forward_no_grad(engine, batch, pair.rows[0]) as student,
+            engine.forward_no_grad(teacher, batch.for_teacher(), pair.rows[1]) as other,
         ):
-            here = _compare(at_positions(student, aligned_P), other, pair, overlap_k)
-        sample_T = batch.sample_T.cpu().numpy()
-        sample_P = sample_T[:0] if aligned_P is None else sample_T[aligned_P.cpu().numpy()]
-        samples = np.unique(sample_T).tolist()
+            windows = windows_of(pair.tries[0], batch)
+            found = _next_bytes(student, other, batch, windows, pair)
+        sample_P = batch.sample_T[windows.row_P]
+        samples = batch.sample_T.unique().tolist()
         for i in samples:
-            measured[i] = here.rows(np.flatnonzero(sample_P == i))
+            rows = (sample_P == i).nonzero()[:, 0]
+            one = [NextBytes(*(x[rows] for x in side)) for side in found]
+            measured[i] = _compare(one[0], one[1], windows.byte_P[rows], spec, pair.max_missing)
         advance(len(samples))
     return measured
 
 
+def _next_bytes(
+    student: HeadInputs, teacher: HeadInputs, batch: Batch, windows: ByteWindows, pair: BytePair
+) -> tuple[NextBytes, NextBytes]:
+    trie, other = pair.tries
+    symbols = pair.symbols_S
+    other_windows = windows_of(other, batch.for_teacher())
+    return (
+        next_bytes(student, trie, windows, symbols=symbols),
+        next_bytes(teacher, other, other_windows, symbols=symbols),
+    )
+
+
 @torch.no_grad()
 def _compare(
-    student: HeadInputs, teacher: HeadInputs, pair: VocabularyPair, overlap_k: int
-) -> _Positions:
+    student: NextBytes, teacher: NextBytes, byte_P: Tensor, spec: StatsSpec, max_missing: float
+) -> _Numbers:
+    """Of one text."""
+    missing_P = student.missing_P.maximum(teacher.missing_P)
+    at_U = (missing_P <= max_missing).nonzero()[:, 0]
+    p_US, q_US = student.logp_PS[at_U], teacher.logp_PS[at_U]
+    spec = spec.to(p_US.device)
     profiles = {
-        d: kl_profile(
-            student, teacher, d, pair.class_type_C, len(TYPES), partition=pair.partition
+        d: profile_of(
+            in_chunks(p_US, q_US), SYMBOLS, d, spec.type_V, len(TYPES), spec.band_V, len(BANDS)
         ).cpu()
         for d in DIVERGENCES
     }
-    overlap = top_overlap(student, teacher, overlap_k, pair.partition).cpu()
-    common_2P = [_mass(out, ids) for out, ids in zip((student, teacher), pair.shared)]
-    return _Positions(
+    overlap = overlap_of(in_chunks(p_US, q_US), min(spec.overlap_k, SYMBOLS)).cpu()
+    outside_U = outside_nucleus(q_US.double().exp(), byte_P[at_U])
+    sides = student, teacher
+    return _Numbers(
+        byte_P.cpu().numpy(),
+        at_U.cpu().numpy(),
+        np.stack([_logp_from(side, byte_P, at_U) for side in sides]),
+        (float(student.missing_P.sum()), float(teacher.missing_P.sum())),
         profiles,
-        overlap.overlap_T.numpy(),
-        overlap.teachable_T.numpy(),
-        overlap.entropy_gap_T.numpy(),
-        torch.stack(common_2P, 1).numpy(),
+        overlap,
+        outside_U.cpu().numpy(),
     )
 
 
-def _mass(out: HeadInputs, ids_V: Tensor) -> Tensor:
-    """float64 [P], on the host: mass of the marked ids."""
-    masses = [(z_CV.softmax(1) * ids_V).sum(1) for z_CV in chunked_logits(out, len(ids_V))]
-    return torch.cat(masses or [torch.zeros(0, dtype=torch.float64)]).cpu()
+def _logp_from(side: NextBytes, byte_P: Tensor, at_U: Tensor) -> np.ndarray:
+    """[U] log-probability of the bytes from each compared position to the next, the first one from
+    the text's beginning, the last one to its end.
+    """
+    prefix_U = side.prefix_P[at_U].double().cpu().numpy()
+    own_P = side.logp_PS.gather(1, byte_P[:, None])[:, 0].double().cpu().numpy()
+    if not len(prefix_U):
+        return prefix_U
+    last = prefix_U[-1] + own_P[int(at_U[-1]) :].sum()
+    return np.diff(np.append(prefix_U, last)) + np.append(prefix_U[0], np.zeros(len(prefix_U) - 1))
 
 
-def _view(t: _AlignedText, teacher: Chat) -> TeacherView:
-    ids = t.teacher_ids + ((teacher.stop_id,) if t.rollout.ended else ())
-    prompt_ids = teacher.prompt_ids(t.rollout.prompt.messages)
-    return TeacherView(prompt_ids, ids, t.student_position, t.teacher_position)
-
-
-def _token_stats(
-    t: _AlignedText, student: TextScore, teacher: TextScore, m: _Positions, pair: VocabularyPair
-) -> TokenStats:
-    spans = len(t.bounds)
-    student_S = span_logprobs(student.logp, t.student_span, spans)
-    teacher_S = span_logprobs(teacher.logp, t.teacher_span, spans)
-    start_S = np.concatenate([[0], t.bounds[:-1]])[:spans]
-    n_bytes = int(t.bounds[-1]) if spans else 0
-    if t.rollout.ended:
-        student_S, teacher_S = (
-            np.append(student_S, student.stop),
-            np.append(teacher_S, teacher.stop),
-        )
-        start_S = np.append(start_S, n_bytes)
-    first_P = np.array(t.rollout.ids, np.int64)[t.student_position]
-    grade = t.text.grade
+def _token_stats(found: _ByteText, m: _Numbers, pair: BytePair, spec: StatsSpec) -> TokenStats:
+    rollout, view, n = found.text.rollout, found.view, len(m.byte_P) - found.text.rollout.ended
+    start_U = m.compared.copy()
+    symbol_U = m.byte_P[start_U]
+    start_U[0] = 0  # the bytes before it count with it
+    assert view.ids is not None
+    teacher_ids = view.ids[:-1] if rollout.ended else view.ids
+    alignment = ByteAlignment(
+        view,
+        len(m.byte_P),
+        _unit_of(pair.student, rollout.content_ids, start_U, space=False),
+        _unit_of(pair.teacher, teacher_ids, start_U, space=view.space),
+        m.missing_2,
+    )
+    grade = found.text.grade
     return TokenStats(
-        t.rollout,
-        t.text.sampled_by,
+        rollout,
+        found.text.sampled_by,
         grade.correct,
-        start_n=start_S,
-        n_bytes=n_bytes,
-        type_n=pair.student_type_V[first_P],
-        student_logp_n=student_S,
-        teacher_logp_n=teacher_S,
+        start_n=start_U,
+        n_bytes=n,
+        type_n=spec.type_V.cpu().numpy()[symbol_U],
+        student_logp_n=m.logp_2U[0],
+        teacher_logp_n=m.logp_2U[1],
         kl={d: p.kl_T.numpy() for d, p in m.profiles.items()},
         curves={d: curves_of(p) for d, p in m.profiles.items()},
-        overlap_n=m.overlap_P,
-        teachable_n=m.teachable_P,
-        entropy_gap_n=m.entropy_gap_P,
+        overlap_n=m.overlap.overlap_T.numpy(),
+        teachable_n=m.overlap.teachable_T.numpy(),
+        entropy_gap_n=m.overlap.entropy_gap_T.numpy(),
+        band_n=spec.band_V.cpu().numpy()[symbol_U],
+        outside_n=m.outside_U,
         answer=grade.extracted,
-        alignment=SpanAlignment(
-            t.teacher_ids, t.student_span, t.teacher_span, t.start_span, m.common_P2
-        ),
+        alignment=alignment,
     )
+
+
+def _unit_of(chat: Chat, ids: Sequence[int], start_U: np.ndarray, *, space: bool) -> np.ndarray:
+    """[n] in which unit each token begins."""
+    lens_n = chat.table.lens[list(ids)].astype(np.int64)
+    start_n = np.maximum(np.cumsum(lens_n) - lens_n - space, 0)
+    return np.searchsorted(start_U, start_n, side="right") - 1
+
+
+def byte_divergence(
+    engine: Engine, teacher: FrozenModel, pair: BytePair, divergence: Divergence
+) -> LossFunction:
+    """Sum over the compared positions of KL(teacher || student) or KL(student || teacher) of the
+    next byte, as a loss of the student.
+    """
+    how = ByteDivergence(divergence, max_missing=pair.max_missing)
+    trie, other = pair.tries
+
+    def loss(out: HeadInputs, batch: Batch) -> Loss:
+        there = batch.for_teacher()
+        with engine.forward_no_grad(teacher, there, pair.rows[1]) as theirs:
+            wanted = next_bytes(theirs, other, windows_of(other, there), symbols=pair.symbols_S)
+        windows = windows_of(trie, batch)
+        return byte_kl(out, trie, windows, wanted, how, symbols=pair.symbols_S).total, {}
+
+    return loss

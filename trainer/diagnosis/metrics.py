@@ -6,9 +6,9 @@
     off-policy instability   what importance weights, positions and prefixes do to the same loss
     teacher-student gap      does the teacher prefer the student's wrong texts to its correct ones?
 
-p is the student, q the teacher. Shapes: T tokens, C rows of a chunk, V vocabulary or classes of a
-vocabulary partition, D student hidden, E teacher hidden, K grid of top-k sizes, N token types,
-M frequency bands, n tokens of one text.
+p is the student, q the teacher. Shapes: T tokens, C rows of a chunk, V vocabulary, or the 257
+symbols of a byte position, D student hidden, E teacher hidden, K grid of top-k sizes, N token
+types, M frequency bands, n tokens of one text.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from reflux.tokenalign.class_losses import PartitionIndex
-from reflux.tokenalign.linear_class_kl import linear_class_logprob
 from reflux.trainer.losses import HeadInputs
 
 Divergence = Literal["forward", "reverse"]  # KL(teacher || student), KL(student || teacher)
 DIVERGENCES: tuple[Divergence, ...] = ("forward", "reverse")
 K_GRID = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+# log p and log q of the same positions, [C, V] at a time, float64
+LogProbs = Iterator[tuple[Tensor, Tensor]]
 CHUNK_MIB = 256.0  # of one [C, V] block in float64; a dozen of them are alive
 
 
@@ -82,25 +82,35 @@ def kl_profile(
     num_types: int,
     band_V: Tensor | None = None,
     num_bands: int = 0,
-    partition: PartitionIndex | None = None,
+) -> KLProfile:
+    """`profile_of` two heads of one vocabulary, V ids. The [T, V] logits exist chunk by chunk."""
+    V, pairs = _num_ids(student, teacher), _logprobs(student, teacher)
+    return profile_of(pairs, V, divergence, type_V, num_types, band_V, num_bands)
+
+
+def profile_of(
+    pairs: LogProbs,
+    V: int,
+    divergence: str,
+    type_V: Tensor,
+    num_types: int,
+    band_V: Tensor | None = None,
+    num_bands: int = 0,
 ) -> KLProfile:
     """Profile of KL(q || p) (`forward`) or KL(p || q) (`reverse`), in float64.
 
-    Rows of both models are the same positions. Vocabularies are equal, or `partition` takes both
-    to the classes that are compared, V of them. The [T, V] logits exist chunk by chunk. type_V,
-    band_V: int [V], of every class, below num_types and num_bands. ValueError: another divergence.
+    pairs: log p and log q, [C, V] of the same positions, chunk by chunk. type_V, band_V: int [V],
+    of every class, below num_types and num_bands. ValueError: another divergence.
     """
     if divergence not in DIVERGENCES:
         raise ValueError(f"kl_profile: divergence is {divergence!r}; want 'forward' or 'reverse'")
-    V = _num_classes(student, teacher, partition)
     k_K = k_grid(V)
     one_hots = [one_hot(type_V[:V].long(), num_types)]
     if band_V is not None:
         one_hots.append(one_hot(band_V[:V].long(), num_bands))
     group_VG = torch.cat(one_hots, 1).double()  # G = N + M
     chunks = [
-        _profile_chunk(logp_CV, logq_CV, divergence, k_K, group_VG)
-        for logp_CV, logq_CV in _logprobs(student, teacher, partition)
+        _profile_chunk(logp_CV, logq_CV, divergence, k_K, group_VG) for logp_CV, logq_CV in pairs
     ]
     if not chunks:
         shapes = ((), (len(k_K),), (len(k_K),), (len(k_K),), group_VG.shape[1:], group_VG.shape[1:])
@@ -111,36 +121,22 @@ def kl_profile(
     return KLProfile(k_K, kl_T, raw_TK, bucket_TK, tail_TK, *groups)
 
 
-def _num_classes(student: HeadInputs, teacher: HeadInputs, partition: PartitionIndex | None) -> int:
-    if partition is None:
-        return min(student.vocab_size, teacher.vocab_size)
-    return partition.student.num_classes
+def _num_ids(student: HeadInputs, teacher: HeadInputs) -> int:
+    return min(student.vocab_size, teacher.vocab_size)
 
 
-def _logprobs(
-    student: HeadInputs, teacher: HeadInputs, partition: PartitionIndex | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Log-probabilities of the classes, student's and teacher's, chunk by chunk."""
-    if partition is None:
-        V = _num_classes(student, teacher, None)
-        for z_CV, u_CV in zip(chunked_logits(student, V), chunked_logits(teacher, V)):
-            yield z_CV.log_softmax(1), u_CV.log_softmax(1)
-        return
-    ids = partition.student.num_ids, partition.teacher.num_ids
-    rows = _rows_of_chunk(max(ids))
-    for start in range(0, len(student.hidden_TD), rows):
-        c = slice(start, start + rows)
-        yield (
-            linear_class_logprob(_in_float64(student, c, ids[0]), partition.student),
-            linear_class_logprob(_in_float64(teacher, c, ids[1]), partition.teacher),
-        )
+def _logprobs(student: HeadInputs, teacher: HeadInputs) -> LogProbs:
+    """Log-probabilities of the ids, student's and teacher's, chunk by chunk."""
+    V = _num_ids(student, teacher)
+    for z_CV, u_CV in zip(chunked_logits(student, V), chunked_logits(teacher, V)):
+        yield z_CV.log_softmax(1), u_CV.log_softmax(1)
 
 
-def _in_float64(out: HeadInputs, rows: slice, V: int) -> HeadInputs:
-    """Some rows, and the first V ids of the head."""
-    return out._replace(
-        hidden_TD=out.hidden_TD[rows].double(), head_VD=out.head_VD[:V].double(), vocab_size=V
-    )
+def in_chunks(logp_TV: Tensor, logq_TV: Tensor) -> LogProbs:
+    """The same of whole tensors, in float64."""
+    rows = _rows_of_chunk(logp_TV.shape[1])
+    for start in range(0, len(logp_TV), rows):
+        yield logp_TV[start : start + rows].double(), logq_TV[start : start + rows].double()
 
 
 def _rows_of_chunk(V: int) -> int:
@@ -343,13 +339,15 @@ class TopOverlap:
         return TopOverlap(self.overlap_T.cpu(), self.teachable_T.cpu(), self.entropy_gap_T.cpu())
 
 
-def top_overlap(
-    student: HeadInputs, teacher: HeadInputs, k: int, partition: PartitionIndex | None = None
-) -> TopOverlap:
-    """In float64, over the classes that kl_profile compares; K = min(k, V)."""
-    k = min(k, _num_classes(student, teacher, partition))
+def top_overlap(student: HeadInputs, teacher: HeadInputs, k: int) -> TopOverlap:
+    """`overlap_of` two heads of one vocabulary."""
+    return overlap_of(_logprobs(student, teacher), min(k, _num_ids(student, teacher)))
+
+
+def overlap_of(pairs: LogProbs, k: int) -> TopOverlap:
+    """In float64, over the classes that profile_of compares; K = k, at most V."""
     chunks = []
-    for logp_CV, logq_CV in _logprobs(student, teacher, partition):
+    for logp_CV, logq_CV in pairs:
         student_CK, teacher_CK = logp_CV.topk(k, 1).indices, logq_CV.topk(k, 1).indices
         inside_CV = torch.zeros_like(logp_CV).scatter(1, student_CK, 1.0)
         chunks.append(
@@ -370,19 +368,23 @@ def _entropy(logp_CV: Tensor) -> Tensor:
 
 
 def off_nucleus(out: HeadInputs, target_T: Tensor, top_p: float = 0.999) -> Tensor:
-    """bool [T]: does a sampler with top-p never draw the target? True if the classes before it hold
-    top_p already.
-
-    Classes are ranked by probability, equal ones by id; the likeliest is never outside. In float64,
-    chunk by chunk.
-    """
-    id_V = torch.arange(out.vocab_size, device=target_T.device)
+    """`outside_nucleus` of a head, chunk by chunk."""
     outside = [torch.zeros(0, dtype=torch.bool, device=target_T.device)]
     done = 0
     for logits_CV in chunked_logits(out, out.vocab_size):
-        p_CV, target_C1 = logits_CV.softmax(1), target_T[done : done + len(logits_CV), None]
+        target_C = target_T[done : done + len(logits_CV)]
         done += len(logits_CV)
-        own_C1 = p_CV.gather(1, target_C1)
-        before_CV = (p_CV > own_C1) | ((p_CV == own_C1) & (id_V < target_C1))
-        outside.append((p_CV * before_CV).sum(1) >= top_p)
+        outside.append(outside_nucleus(logits_CV.softmax(1), target_C, top_p))
     return torch.cat(outside)
+
+
+def outside_nucleus(p_CV: Tensor, target_C: Tensor, top_p: float = 0.999) -> Tensor:
+    """bool [C]: does a sampler with top-p never draw the target? True if the classes before it hold
+    top_p already.
+
+    Classes are ranked by probability, equal ones by id; the likeliest is never outside.
+    """
+    id_V, target_C1 = torch.arange(p_CV.shape[1], device=p_CV.device), target_C[:, None]
+    own_C1 = p_CV.gather(1, target_C1)
+    before_CV = (p_CV > own_C1) | ((p_CV == own_C1) & (id_V < target_C1))
+    return (p_CV * before_CV).sum(1) >= top_p

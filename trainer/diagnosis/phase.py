@@ -17,21 +17,43 @@ import numpy as np
 import torch
 
 from reflux.trainer.config.schema import Config
-from reflux.trainer.data.batch import Prompt, Rollout
+from reflux.trainer.data.batch import Prompt, Rollout, TeacherView
 from reflux.trainer.data.chat import Chat, same_vocabulary
 from reflux.trainer.data.graders import Grade
 from reflux.trainer.data.task_routing import build_grader, task_names
 from reflux.trainer.data.training_prompts import load_training_prompts
-from reflux.trainer.phase import Engine, Grader, Phase, ReadableModel, Sampler, Sampling
+from reflux.trainer.phase import (
+    Advance,
+    Engine,
+    Grader,
+    LossFunction,
+    Phase,
+    ReadableModel,
+    Sampler,
+    Sampling,
+)
 from reflux.trainer.rollouts.generate import EmbeddedSampler, given_rollout
 from reflux.trainer.rollouts.samplers import build_sampler
 from reflux.trainer.rollouts.scoring import score_ids
 from reflux.trainer.runs import commands
 from reflux.trainer.runs.progress import Stage, progress
 
-from .gradient_snr import GradientNoise, deal, gradient_noise, gradients_of
+from .gradient_snr import (
+    GradientNoise,
+    deal,
+    gradient_noise,
+    gradients_of,
+    token_divergence,
+)
 from .measure import GradedText, SampledBy, StatsSpec, TokenStats, measure_texts
-from .measure_cross_tokenizer import measure_texts_cross_tokenizer, pair_of
+from .measure_cross_tokenizer import (
+    byte_divergence,
+    count_symbols,
+    measure_texts_cross_tokenizer,
+    pair_of,
+    symbol_types,
+)
+from .metrics import Divergence
 from .report import write_diagnosis
 from .results import Diagnosis
 from .summary import diagnose_token_stats
@@ -77,7 +99,9 @@ class DiagnosePhase:
         self.pair = (
             None
             if same_vocabulary(self.chat, self.teacher_chat)
-            else pair_of(self.chat, self.teacher_chat, rows, engine.device)
+            else pair_of(
+                self.chat, self.teacher_chat, rows, engine.device, self.section.max_missing
+            )
         )
         prompts = load_training_prompts(cfg, self.chat, engine)
         self.data_fields = prompts.fit.fields
@@ -152,64 +176,86 @@ class DiagnosePhase:
         )
 
     def _gradient(self, stage: Stage, stats: Sequence[TokenStats]) -> GradientNoise | None:
-        """Of the token KL, which two vocabularies do not have."""
+        """Of the token KL, or of the next byte's where there are two vocabularies."""
         batches = self.section.gradient_batches
-        groups = deal(stats, batches) if batches and self.pair is None else {}
+        groups = deal(stats, batches) if batches else {}
         with stage("gradients", gradients_of(groups)) as advance:
             return gradient_noise(
                 self.engine,
-                self.teacher,
                 groups,
-                (self.chat, self.teacher_chat),
+                self._divergence,
+                self._view,
                 tokens=self.cfg.batch.tokens,
                 joined=self.cfg.batch.pack,
                 advance=advance,
             )
 
+    def _divergence(self, divergence: Divergence) -> LossFunction:
+        if self.pair is None:
+            return token_divergence(self.engine, self.teacher, divergence)
+        return byte_divergence(self.engine, self.teacher, self.pair, divergence)
+
+    def _view(self, stats: TokenStats) -> TeacherView:
+        if stats.alignment is not None:
+            return stats.alignment.view
+        return TeacherView(self.teacher_chat.prompt_ids(stats.rollout.prompt.messages))
+
     # sampling and measuring
     def _measure(self, stage: Stage) -> tuple[list[TokenStats], list[TokenStats]]:
         """Token stats of this rank's texts, and of those that are unaligned."""
         texts = {source: self._sample(stage, source) for source in self.section.prefixes}
-        spec = self._stats_spec(chain.from_iterable(texts.values())) if self.pair is None else None
+        spec = self._stats_spec(chain.from_iterable(texts.values()))
         stats, unaligned = [], []
         for source, rollouts in texts.items():
             graded = self._graded(source, rollouts)
             with stage(f"measuring texts by the {source}", len(rollouts)) as advance:
-                if spec is not None:
-                    stats += measure_texts(
-                        self.engine,
-                        self.teacher,
-                        graded,
-                        (self.chat, self.teacher_chat),
-                        tokens=self.cfg.batch.tokens,
-                        spec=spec,
-                        joined=self.cfg.batch.pack,
-                        advance=advance,
-                    )
-                elif self.pair is not None:
-                    aligned, others = measure_texts_cross_tokenizer(
-                        self.engine,
-                        self.teacher,
-                        graded,
-                        self.pair,
-                        tokens=self.cfg.batch.tokens,
-                        overlap_k=self.section.overlap_k,
-                        joined=self.cfg.batch.pack,
-                        advance=advance,
-                    )
-                    stats += aligned
-                    unaligned += others
+                measured, others = self._measure_texts(graded, spec, advance)
+            stats += measured
+            unaligned += others
         return stats, unaligned
+
+    def _measure_texts(
+        self, texts: Sequence[GradedText], spec: StatsSpec, advance: Advance
+    ) -> tuple[list[TokenStats], list[TokenStats]]:
+        tokens, joined = self.cfg.batch.tokens, self.cfg.batch.pack
+        if self.pair is not None:
+            return measure_texts_cross_tokenizer(
+                self.engine,
+                self.teacher,
+                texts,
+                self.pair,
+                tokens=tokens,
+                spec=spec,
+                joined=joined,
+                advance=advance,
+            )
+        chats = self.chat, self.teacher_chat
+        measured = measure_texts(
+            self.engine,
+            self.teacher,
+            texts,
+            chats,
+            tokens=tokens,
+            spec=spec,
+            joined=joined,
+            advance=advance,
+        )
+        return measured, []
 
     def _stats_spec(self, rollouts: Iterable[Rollout]) -> StatsSpec:
         """Frequencies count all texts of all ranks, so every text has to exist before the first is
         measured.
         """
-        counts = self.engine.gather([count_ids((r.ids for r in rollouts), len(self.chat.table))])
+        if self.pair is None:
+            counts = count_ids((r.ids for r in rollouts), len(self.chat.table))
+            types = token_types(self.chat.table, self.chat.stop_ids)
+        else:
+            counts, types = count_symbols(rollouts), symbol_types()
+        everywhere = sum(self.engine.gather([counts]))
         return StatsSpec(
             self.section.overlap_k,
-            torch.from_numpy(token_types(self.chat.table, self.chat.stop_ids)),
-            torch.from_numpy(frequency_bands(sum(counts))),
+            torch.from_numpy(types),
+            torch.from_numpy(frequency_bands(everywhere)),
         )
 
     def _graded(self, source: SampledBy, rollouts: Sequence[Rollout]) -> list[GradedText]:

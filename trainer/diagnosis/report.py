@@ -131,14 +131,12 @@ def _texts(diagnosis: Diagnosis) -> list[str]:
 def _cross_tokenizer(c: CrossTokenizer) -> dict[str, Any]:
     by = ", ".join(f"{n} by the {source}" for source, n in c.unaligned_by.items())
     return {
-        "spans": c.spans,
-        "student_tokens": f"{c.student_tokens_per_span:.2f}",
-        "teacher_tokens": f"{c.teacher_tokens_per_span:.2f}",
-        "aligned_positions": c.aligned_positions,
-        "compared": f"{c.compared:.0%}",
-        "compared_bytes": f"{c.compared_bytes:.0%}",
-        "student_mass": f"{c.common_mass.student:.1%}",
-        "teacher_mass": f"{c.common_mass.teacher:.1%}",
+        "student_bytes": f"{c.bytes_per_token.student:.2f}",
+        "teacher_bytes": f"{c.bytes_per_token.teacher:.2f}",
+        "positions": c.byte_positions,
+        "compared": f"{c.compared:.1%}",
+        "student_missing": f"{c.missing.student:.2%}",
+        "teacher_missing": f"{c.missing.teacher:.2%}",
         "unaligned": f"{c.unaligned} texts" + (f" ({by})" if by else ""),
         "bits_per_byte_gap": [
             f"{estimate_text(e)} on texts by the {source}"

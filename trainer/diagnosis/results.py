@@ -30,18 +30,15 @@ class TextCount:
 
 @dataclass(frozen=True)
 class CrossTokenizer:
-    """How much of the texts and of the distributions two tokenizers let us compare."""
+    """How much of the texts and of the next-byte distributions two tokenizers let us compare."""
 
-    spans: int
     unaligned: int  # texts
     unaligned_by: dict[SampledBy, int]
-    compared_bytes: float  # fraction of the bytes
+    byte_positions: int  # of the other texts
+    compared: float  # fraction of them
+    missing: BothModels[float]  # mean share of a distribution that could not be summed up
     bits_per_byte_gap: dict[SampledBy, Estimate]  # student - teacher
-    aligned_positions: int
-    compared: float  # fraction of the spans
-    student_tokens_per_span: float
-    teacher_tokens_per_span: float
-    common_mass: BothModels[float]  # on tokens that both vocabularies have
+    bytes_per_token: BothModels[float]
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class MeanKL:
 @dataclass(frozen=True)
 class SequenceKL:
     """Two estimators of the KL between whole texts, nats: log-ratio of the sampled tokens, and
-    exact token KLs along the texts. Classes of two tokenizers would only bound the second.
+    exact KLs at every position along the texts. None: of two tokenizers too many were left out.
     """
 
     sampled_tokens: Estimate

@@ -4,8 +4,7 @@
 Every interval is a 95 % percentile interval of a bootstrap over prompts. The divergence (forward:
 teacher || student) and the source of the prefix are two axes; neither implies the other.
 
-Shapes: K grid of top-k sizes, N token types, M frequency bands, n tokens of one text, P aligned
-positions.
+Shapes: K grid of top-k sizes, N token types, M frequency bands, n tokens of one text.
 """
 
 import math
@@ -54,6 +53,7 @@ Value = Callable[[TokenStats], float]
 Sources = Mapping[SampledBy, Sequence[TokenStats]]
 
 NOISY = [TYPES.index("function"), TYPES.index("punctuation")]
+NEARLY_ALL = 0.99  # of the positions: the sum over them is the KL of whole texts
 PREFIXES = (16, 64, 256)  # tokens, of importance weights
 SOURCES: tuple[SampledBy, ...] = ("dataset", "teacher", "student")
 # whose texts make a divergence a sequence KL
@@ -68,13 +68,14 @@ def diagnose_token_stats(
 ) -> Diagnosis:
     """All numbers that follow from token stats alone. kl_fraction: of the KL, for Tail.top_k.
 
-    unaligned: texts that only one of two tokenizers can spell; their symptoms count. ValueError
-    where there are no other texts.
+    unaligned: texts that two tokenizers leave nothing to compare of; their symptoms count.
+    ValueError where there are no other texts.
     """
     if not stats:
         raise ValueError(
-            f"diagnose: none of {len(unaligned)} texts could be aligned between the two "
-            "tokenizers, so nothing can be compared; want texts that both can spell"
+            f"diagnose: none of {len(unaligned)} texts can be compared between the two "
+            "tokenizers; want texts that both can spell, and models that spell them much as "
+            "their tokenizers do (or raise diagnose.max_missing)"
         )
     grouped = {w: [s for s in stats if s.sampled_by == w] for w in SOURCES}
     by_source: Sources = {w: rows for w, rows in grouped.items() if rows}
@@ -158,8 +159,14 @@ def _sequence_kl(rows: Sequence[TokenStats], divergence: Divergence) -> Sequence
     sampled = _ratio(
         rows, lambda s: sign * float((s.teacher_logp_n - s.student_logp_n).sum()), _one
     )
-    same_vocabulary = rows[0].alignment is None
-    return SequenceKL(sampled, _mean_kl(rows, divergence).per_text if same_vocabulary else None)
+    everywhere = _compared(rows) >= NEARLY_ALL
+    return SequenceKL(sampled, _mean_kl(rows, divergence).per_text if everywhere else None)
+
+
+def _compared(rows: Sequence[TokenStats]) -> float:
+    """The fraction of all positions at which distributions were compared."""
+    positions = sum(s.positions if s.alignment is None else s.alignment.positions for s in rows)
+    return _safe(sum(s.positions for s in rows), positions)
 
 
 def _cross_tokenizer(
@@ -169,38 +176,29 @@ def _cross_tokenizer(
     rows = [(s, s.alignment) for s in stats if s.alignment is not None]
     if not rows:
         return None
-    spans = sum(len(s.student_logp_n) for s, _ in rows)
-    positions = sum(s.positions for s, _ in rows)
-    common = np.concatenate([a.common_P2 for _, a in rows])
-    student_mass, teacher_mass = common.mean(0) if positions else (math.nan, math.nan)
-    compared = 0
-    for s, a in rows:
-        bytes_S = np.diff(np.append(s.start_n, s.n_bytes))  # the stop has none
-        compared += int(bytes_S[a.start_span].sum())
+    positions = sum(a.positions for _, a in rows)
+    student, teacher = (_safe(sum(a.missing[side] for _, a in rows), positions) for side in (0, 1))
     spelled = {
         w: [s for s, _ in rows if s.sampled_by == w]
         for w in SOURCES
         if any(s.sampled_by == w and s.n_bytes for s, _ in rows)
     }
+    total = sum(s.n_bytes for s, _ in rows)
     return CrossTokenizer(
-        spans=spans,
         unaligned=len(unaligned),
         unaligned_by=dict(Counter(s.sampled_by for s in unaligned)),
-        compared_bytes=_safe(compared, sum(s.n_bytes for s, _ in rows)),
+        byte_positions=positions,
+        compared=_compared([s for s, _ in rows]),
+        missing=BothModels(student, teacher),
         bits_per_byte_gap={
             w: _ratio(texts, lambda s: _bits(_log_ratio_n(s), s), _bytes)
             for w, texts in spelled.items()
         },
-        aligned_positions=positions,
-        compared=_safe(positions, spans),
-        student_tokens_per_span=_tokens_per_span([a.student_span for _, a in rows]),
-        teacher_tokens_per_span=_tokens_per_span([a.teacher_span for _, a in rows]),
-        common_mass=BothModels(float(student_mass), float(teacher_mass)),
+        bytes_per_token=BothModels(
+            _safe(total, sum(len(a.student_unit) for _, a in rows)),
+            _safe(total, sum(len(a.teacher_unit) for _, a in rows)),
+        ),
     )
-
-
-def _tokens_per_span(spans: Sequence[np.ndarray]) -> float:
-    return _safe(sum(map(len, spans)), sum(len(set(span_n.tolist())) for span_n in spans))
 
 
 # tail noise
@@ -317,7 +315,7 @@ def _off_policy(by_source: Sources) -> OffPolicy:
 
 def _deciles(rows: Sequence[TokenStats], divergence: Divergence) -> list[float]:
     """Mean over texts of the KL by tenths of the text's bytes."""
-    table = np.array([by_decile(s.kl[divergence], s.position_start_n, s.n_bytes) for s in rows])
+    table = np.array([by_decile(s.kl[divergence], s.start_n, s.n_bytes) for s in rows])
     known = np.isfinite(table)
     count = np.where(known.sum(0) > 0, known.sum(0), np.nan)
     return (np.where(known, table, 0.0).sum(0) / count).tolist()

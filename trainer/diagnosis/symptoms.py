@@ -99,7 +99,7 @@ def text_symptoms(students: Sequence[TokenStats]) -> Symptoms:
     ids = [s.rollout.content_ids for s in students]
     outside = [s.outside_n for s in students if s.outside_n is not None]
     off_nucleus = None
-    if len(outside) == len(students):
+    if outside:
         tokens = sum(map(len, outside))
         off_nucleus = float(sum(int(x.sum()) for x in outside) / tokens) if tokens else math.nan
     graded = [(s, s.correct) for s in students if s.correct is not None and len(s.student_logp_n)]

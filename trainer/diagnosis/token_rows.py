@@ -8,7 +8,7 @@ import numpy as np
 
 from reflux.trainer.data.chat import Chat
 
-from .measure import SampledBy, SpanAlignment, TokenStats
+from .measure import ByteAlignment, SampledBy, TokenStats
 from .metrics import Divergence
 
 STOP = "<stop>"  # the piece that stands for the end of a text of two tokenizers
@@ -16,8 +16,8 @@ STOP = "<stop>"  # the piece that stands for the end of a text of two tokenizers
 
 @dataclass(frozen=True)
 class TextRow:
-    """One text. Numbers are per token, rounded to six digits; nats. Of two tokenizers the unit is a
-    span: `pieces` are the spans' texts, and a KL is None where the models cannot be compared.
+    """One text. Numbers are per token, rounded to six digits; nats. Of two tokenizers they are per
+    unit: the whole characters from one compared byte position to the next.
     """
 
     prompt: int
@@ -35,10 +35,10 @@ class TextRow:
     overlap: list[float] | None = None  # of the top-K sets
     # of two tokenizers only
     teacher_ids: list[int] | None = None
-    student_pieces: list[list[str]] | None = None  # the tokens of each span
+    student_pieces: list[list[str]] | None = None  # the tokens that begin in each unit
     teacher_pieces: list[list[str]] | None = None
-    student_span: list[int] | None = None
-    teacher_span: list[int] | None = None
+    student_unit: list[int] | None = None
+    teacher_unit: list[int] | None = None
 
     def kl(self, divergence: Divergence) -> list[float | None]:
         return self.kl_forward if divergence == "forward" else self.kl_reverse
@@ -46,13 +46,12 @@ class TextRow:
 
 def token_rows(stats: Sequence[TokenStats], chat: Chat, teacher_chat: Chat) -> list[TextRow]:
     return [
-        _row(s, chat) if s.alignment is None else _span_row(s, s.alignment, chat, teacher_chat)
+        _row(s, chat) if s.alignment is None else _unit_row(s, s.alignment, chat, teacher_chat)
         for s in stats
     ]
 
 
 def _common(s: TokenStats) -> dict[str, Any]:
-    outside = None if s.outside_n is None else [int(x) for x in s.outside_n]
     return {
         "prompt": s.prompt,
         "sampled_by": s.sampled_by,
@@ -60,15 +59,16 @@ def _common(s: TokenStats) -> dict[str, Any]:
         "answer": s.answer,
         "text": s.rollout.text,
         "ids": list(s.rollout.ids),
-        "student_logp": _rounded(s.student_logp_n),
-        "teacher_logp": _rounded(s.teacher_logp_n),
-        "outside_nucleus": outside,
     }
 
 
 def _row(s: TokenStats, chat: Chat) -> TextRow:
+    outside = None if s.outside_n is None else [int(x) for x in s.outside_n]
     return TextRow(
         **_common(s),
+        student_logp=_rounded(s.student_logp_n),
+        teacher_logp=_rounded(s.teacher_logp_n),
+        outside_nucleus=outside,
         pieces=_spell(chat, s.rollout.ids),
         overlap=_rounded(s.overlap_n),
         kl_forward=[*_rounded(s.kl["forward"])],
@@ -76,42 +76,49 @@ def _row(s: TokenStats, chat: Chat) -> TextRow:
     )
 
 
-def _span_row(s: TokenStats, a: SpanAlignment, chat: Chat, teacher_chat: Chat) -> TextRow:
-    spans = len(s.student_logp_n)
-    student_pieces = _pieces_of_spans(chat, s.rollout.content_ids, a.student_span, spans)
-    teacher_pieces = _pieces_of_spans(teacher_chat, a.teacher_ids, a.teacher_span, spans)
+def _unit_row(s: TokenStats, a: ByteAlignment, chat: Chat, teacher_chat: Chat) -> TextRow:
     text = s.rollout.text.encode()
-    ends = [*s.start_n[1:].tolist(), s.n_bytes]
-    pieces = [text[b:e].decode(errors="replace") for b, e in zip(s.start_n.tolist(), ends)]
-    if s.rollout.ended:
+    # a unit begins at the first byte of a character, or behind the text
+    begins = [i == 0 or b == len(text) or text[b] & 0xC0 != 0x80 for i, b in enumerate(s.start_n)]
+    first = np.flatnonzero(begins)
+    unit = np.cumsum(begins) - 1
+
+    def summed(x: np.ndarray) -> list[float]:
+        return _rounded(np.add.reduceat(x, first))
+
+    start = s.start_n[first].tolist()
+    pieces = [text[b:e].decode(errors="replace") for b, e in zip(start, [*start[1:], len(text)])]
+    stop = s.rollout.ended and start[-1] == len(text)
+    if stop:
         pieces[-1] = STOP
-        student_pieces[-1] = _spell(chat, [chat.stop_id])
-        teacher_pieces[-1] = _spell(teacher_chat, [teacher_chat.stop_id])
+    teacher_ids = a.teacher_ids[: len(a.teacher_unit)]
+    sides = (
+        (chat, s.rollout.content_ids, unit[a.student_unit]),
+        (teacher_chat, teacher_ids, unit[a.teacher_unit]),
+    )
+    begun = [_begun(*side, len(first)) for side in sides]
+    if stop:
+        for tokens, c in zip(begun, (chat, teacher_chat)):
+            tokens[-1] = _spell(c, [c.stop_id])
     return TextRow(
         **_common(s),
+        student_logp=summed(s.student_logp_n),
+        teacher_logp=summed(s.teacher_logp_n),
         pieces=pieces,
-        kl_forward=_by_span(s.kl["forward"], a.start_span, spans),
-        kl_reverse=_by_span(s.kl["reverse"], a.start_span, spans),
-        teacher_ids=list(a.teacher_ids),
-        student_pieces=student_pieces,
-        teacher_pieces=teacher_pieces,
-        student_span=a.student_span.tolist(),
-        teacher_span=a.teacher_span.tolist(),
+        kl_forward=[*summed(s.kl["forward"])],
+        kl_reverse=[*summed(s.kl["reverse"])],
+        teacher_ids=list(teacher_ids),
+        student_pieces=begun[0],
+        teacher_pieces=begun[1],
+        student_unit=sides[0][2].tolist(),
+        teacher_unit=sides[1][2].tolist(),
     )
 
 
-def _by_span(kl_P: np.ndarray, span_P: np.ndarray, spans: int) -> list[float | None]:
-    kl: list[float | None] = [None] * spans
-    for span, value in zip(span_P.tolist(), _rounded(kl_P)):
-        kl[span] = value
-    return kl
-
-
-def _pieces_of_spans(
-    chat: Chat, ids: Sequence[int], span_n: np.ndarray, spans: int
-) -> list[list[str]]:
+def _begun(chat: Chat, ids: Sequence[int], unit_n: np.ndarray, units: int) -> list[list[str]]:
+    """The tokens that begin in each unit."""
     pieces = _spell(chat, ids)
-    return [[pieces[i] for i in np.flatnonzero(span_n == span)] for span in range(spans)]
+    return [[pieces[i] for i in np.flatnonzero(unit_n == unit)] for unit in range(units)]
 
 
 def _spell(chat: Chat, ids: Iterable[int]) -> list[str]:

@@ -14,8 +14,8 @@ from .gradient_snr import GradientNoise
 from .metrics import DIVERGENCES, Divergence
 from .results import Diagnosis, TrapVerdict
 
-# of the teacher's mass on tokens that both vocabularies have, for the partition `common`
-COMMON_ENOUGH = 0.98
+# nats per token: what float32 leaves of a KL that is 0
+RESOLUTION = 1e-6
 # nats per token: above it, tokens that one model writes are more than e times less likely to the
 # other, in the geometric mean. A ratio of two such KLs does not tell where to learn: both are large
 FAR_APART = 1.0
@@ -23,8 +23,16 @@ FAR_APART = 1.0
 
 def with_verdict(diagnosis: Diagnosis) -> Diagnosis:
     """Adds the verdict on every trap that was measured."""
-    traps = _tail(diagnosis), _off_policy(diagnosis), _gap(diagnosis)
+    traps = [_tail(diagnosis), _off_policy(diagnosis), _gap(diagnosis)]
+    if _alike(diagnosis):
+        traps[:2] = [t and replace(t, mean=0.0, present=False, advice=ALIKE) for t in traps[:2]]
     return replace(diagnosis, verdict=tuple(t for t in traps if t is not None))
+
+
+def _alike(diagnosis: Diagnosis) -> bool:
+    """Are both models one distribution, as far as it was measured?"""
+    kls = [kl.per_token.mean for by in diagnosis.grid.values() for kl in by.values()]
+    return bool(kls) and all(abs(kl) < RESOLUTION for kl in kls)
 
 
 def flatten(diagnosis: Diagnosis) -> dict[str, float]:
@@ -35,24 +43,19 @@ def flatten(diagnosis: Diagnosis) -> dict[str, float]:
 def _tail(diagnosis: Diagnosis) -> TrapVerdict:
     divergence = _worse({d: tail.tail_noise_index for d, tail in diagnosis.tail.items()})
     tail = diagnosis.tail[divergence]
-    # token KL needs one vocabulary, and only `common` takes a top-k teacher, with a bias of its own
-    option, everything = "distill.tail = 'bucket'", "the full vocabulary"
-    cross = diagnosis.cross_tokenizer
-    if cross:
-        option = "distill.objective = 'class', partition = 'common', tail = 'bucket'"
-        option += ", allow_biased = true"
-        everything = "the whole distribution (distill.objective = 'byte')"
-    advice = (
-        f"{option} and top_k = {tail.top_k}: the first {tail.top_k} classes hold "
+    advice, everything = (
+        f"distill.tail = 'bucket' and top_k = {tail.top_k}: the first {tail.top_k} classes hold "
         f"{tail.kl_fraction:.0%} of the {divergence} KL, the tail bucket holds the rest; "
-        f"{tail.gradient_outside:.0%} of the gradient comes from outside them"
+        f"{tail.gradient_outside:.0%} of the gradient comes from outside them",
+        "the full vocabulary",
     )
-    if cross and cross.common_mass.teacher < COMMON_ENOUGH:
+    if diagnosis.cross_tokenizer:
         advice = (
-            f"{everything}: a top-k teacher needs partition = 'common', and only "
-            f"{cross.common_mass.teacher:.1%} of the teacher's mass lies on tokens that both have; "
-            "for the rest the student would be trained towards its own uncommon tokens"
+            "distill.objective = 'byte' with the whole teacher, not with a cache of its likeliest "
+            f"ids: {tail.top_k} of {tail.k[-1]} symbols hold {tail.kl_fraction:.0%} of the "
+            f"{divergence} KL, {tail.gradient_outside:.0%} of the gradient comes from outside them"
         )
+        everything = "the whole distribution (distill.objective = 'byte')"
     return _verdict(
         "tail noise",
         f"tail-noise index, {divergence} KL",
@@ -149,6 +152,10 @@ def _gap(diagnosis: Diagnosis) -> TrapVerdict | None:
     )
 
 
+ALIKE = (
+    "nothing: both models give the same distribution at every position, up to rounding "
+    f"(KL below {RESOLUTION:g} nats per token)"
+)
 NO_NOISE = (
     "cannot be measured here: in the first ten classes function words and punctuation carry no KL "
     "(a partial sum of 0 or below), or the texts have none, so there is no lift to compare with"

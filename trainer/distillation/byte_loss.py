@@ -4,10 +4,9 @@ tokenizers (reflux.tokenalign.linear_next_byte).
 Both models read the same bytes, each in its own tokens behind its own template. Compared are the
 256 bytes and the end of the text at every byte of a response.
 
-Shapes: P byte positions of a batch, n tokens of one response.
+Shapes: P byte positions of a batch.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from reflux.kernels.teacher_topk import TopK
 from reflux.tokenalign.byte_trie import ByteTrie, alphabet
-from reflux.tokenalign.byte_windows import ByteWindows, NextBytes, Tokens, byte_windows
+from reflux.tokenalign.byte_windows import NextBytes
 from reflux.tokenalign.linear_next_byte import (
     ByteDivergence,
     ByteKL,
@@ -23,10 +22,10 @@ from reflux.tokenalign.linear_next_byte import (
     next_bytes,
     next_bytes_of_topk,
 )
-from reflux.tokenalign.offsets import spell
 from reflux.tokenalign.vocab_map import Vocabulary
 from reflux.trainer.config.distillation import DistillSection
-from reflux.trainer.data.batch import Batch, Rollout, TeacherView
+from reflux.trainer.data.batch import Batch
+from reflux.trainer.data.byte_texts import windows_of
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.losses import HeadInputs, Loss
 from reflux.trainer.phase import Engine
@@ -84,36 +83,6 @@ def byte_loss(
         Vocabulary(teacher.table, teacher.stop_ids, rows),
         engine.device,
     )
-
-
-def windows_of(trie: ByteTrie, batch: Batch) -> ByteWindows:
-    """Of a batch's responses, in the tokens of the model that it was made for."""
-    space_T = batch.leading_space
-    if space_T is None:
-        space_T = torch.zeros_like(batch.target_T, dtype=torch.bool)
-    return byte_windows(trie, Tokens(batch.target_T, batch.sample_T, space_T))
-
-
-def byte_view(
-    student: Chat, teacher: Chat, rollout: Rollout, read: Sequence[int] | None
-) -> TeacherView | None:
-    """The response as the teacher reads it, for byte positions; None where one of the two does not
-    spell its bytes: it ends inside a character, holds control ids, or a normaliser changes it.
-
-    read: its content in the teacher's ids, where they are known; None: encoded.
-    """
-    lens, ids = student.table.lens, rollout.content_ids
-    spelled = spell(student.table, ids)
-    if spelled.text is None or spelled.cut or not lens[list(ids)].all():
-        return None
-    read = teacher.encode(spelled.text) if read is None else tuple(read)
-    raw = teacher.table.bytes_of(read)
-    space = raw == b" " + spelled.bytes  # that the teacher's tokenizer puts in front
-    if not (space or raw == spelled.bytes) or not teacher.table.lens[list(read)].all():
-        return None
-    stop = (teacher.stop_id,) if rollout.ended else ()
-    prompt_ids = teacher.prompt_ids(rollout.prompt.messages)
-    return TeacherView(prompt_ids, (*read, *stop), space=space)
 
 
 def _metrics(result: ByteKL, teacher_missing_P: Tensor) -> dict[str, Tensor]:

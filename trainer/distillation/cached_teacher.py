@@ -5,24 +5,20 @@ weight of it is loaded.
            the error of stored log-probabilities (cache.json)
 
 Texts of other models cannot be scored, so nothing is on-policy here.
-
-Shapes: T tokens of a batch, K top-k entries.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from reflux.kernels.teacher_topk import TopK
 from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Batch, Prompt, Rollout, TeacherView, TopKRows
 from reflux.trainer.data.chat import Chat, same_vocabulary
-from reflux.trainer.losses import HeadInputs, Loss, topk_kl
-from reflux.trainer.phase import Advance, Engine, Sampler, Sampling, Teacher, TextScore
+from reflux.trainer.losses import HeadInputs, Loss
+from reflux.trainer.phase import Advance, Engine, Sampler, Sampling, Teacher
 from reflux.trainer.runs.progress import ignore
 
+from .absent_teacher import AbsentTeacher
 from .byte_loss import ByteLoss, byte_loss
 from .teacher_cache import Description, TeacherCache, check_same, narrowed
 
@@ -77,16 +73,12 @@ class CachedTexts:
                 )
 
 
-@dataclass(frozen=True, eq=False)
-class CachedTeacher:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CachedTeacher(AbsentTeacher):
     """A cache as the Teacher of a run."""
 
-    spec: DistillSection
     cache: TeacherCache
-    chat: Chat
-    shares_ids: bool
     byte_loss: ByteLoss | None = None  # of objective = "byte"
-    weight: float = 1.0
 
     @property
     def sampler(self) -> Sampler:
@@ -114,22 +106,10 @@ class CachedTeacher:
 
     def divergence(self, student: HeadInputs, batch: Batch, index: int) -> Loss:
         """See phase.Teacher."""
-        stored = batch.stored_topk(index)
-        if stored is None:  # a batch without tokens, for a rank that has none left
-            nothing_TK = student.hidden_TD.new_zeros(0, 1, dtype=torch.float32)
-            stored = nothing_TK.long(), nothing_TK, nothing_TK[:, 0]
-        if self.byte_loss is not None:
-            return self.byte_loss.of_cache(student, TopK(*stored), batch, batch.for_teacher(index))
-        return topk_kl(student, TopK(*stored), self.spec)
-
-    def score_texts(
-        self,
-        jobs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
-        spaces: Sequence[bool] | None = None,
-    ) -> list[TextScore]:
-        """See phase.Teacher; only of no text at all."""
-        assert not jobs, "check_cached_teacher refuses what would ask"
-        return []
+        if self.byte_loss is None:
+            return super().divergence(student, batch, index)
+        rows = self.rows_of_batch(student, batch, index)
+        return self.byte_loss.of_cache(student, rows, batch, batch.for_teacher(index))
 
 
 def load_cached(cfg: Config, engine: Engine, chat: Chat) -> list[Teacher]:
@@ -146,8 +126,9 @@ def load_cached(cfg: Config, engine: Engine, chat: Chat) -> list[Teacher]:
     if cfg.distill.objective == "byte":
         _check_for_bytes(cache.description)
         compared = byte_loss(cfg.distill, chat, own, engine, same=shares_ids)
-    teacher = CachedTeacher(cfg.distill, cache, own, shares_ids, compared)
-    return [teacher]
+    return [
+        CachedTeacher(cfg.distill, own, shares_ids, cache=cache, byte_loss=compared),
+    ]
 
 
 def _check_for_bytes(cache: Description) -> None:

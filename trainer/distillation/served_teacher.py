@@ -14,15 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from reflux.kernels.teacher_topk import TopK
-from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.config.schema import Config
-from reflux.trainer.data.batch import Batch, Rollout, TeacherView, TopKRows
+from reflux.trainer.data.batch import Rollout, TeacherView, TopKRows
 from reflux.trainer.data.chat import Chat, same_vocabulary
-from reflux.trainer.losses import HeadInputs, Loss, topk_kl
-from reflux.trainer.phase import Advance, Engine, Sampler, Teacher, TextScore
+from reflux.trainer.phase import Advance, Engine, Sampler, Teacher
 from reflux.trainer.rollouts.client import Servers, check_servers
 from reflux.trainer.rollouts.engine_texts import (
     SampledText,
@@ -31,6 +27,8 @@ from reflux.trainer.rollouts.engine_texts import (
     TextRequest,
 )
 from reflux.trainer.rollouts.samplers import EngineSampler
+
+from .absent_teacher import AbsentTeacher
 
 LOADED = "folder"  # the version of a server to which nobody has pushed
 
@@ -52,15 +50,11 @@ class TeacherTexts:
         return lambda: texts
 
 
-@dataclass(frozen=True, eq=False)
-class ServedTeacher:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ServedTeacher(AbsentTeacher):
     """Servers as the Teacher of a run."""
 
-    spec: DistillSection
     servers: Servers
-    chat: Chat
-    shares_ids: bool
-    weight: float = 1.0
 
     @property
     def sampler(self) -> Sampler:
@@ -79,23 +73,6 @@ class ServedTeacher:
     def kept_rows(self, rollout: Rollout) -> TopKRows | None:
         """None: it is asked."""
         return None
-
-    def divergence(self, student: HeadInputs, batch: Batch, index: int) -> Loss:
-        """See phase.Teacher."""
-        stored = batch.stored_topk(index)
-        if stored is None:  # a batch without tokens, for a rank that has none left
-            nothing_TK = student.hidden_TD.new_zeros(0, 1, dtype=torch.float32)
-            stored = nothing_TK.long(), nothing_TK, nothing_TK[:, 0]
-        return topk_kl(student, TopK(*stored), self.spec)
-
-    def score_texts(
-        self,
-        jobs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
-        spaces: Sequence[bool] | None = None,
-    ) -> list[TextScore]:
-        """See phase.Teacher; only of no text at all."""
-        assert not jobs, "check_served_teacher refuses what would ask"
-        return []
 
 
 def rows_of(score: ScoredText) -> TopKRows:
@@ -137,7 +114,7 @@ def load_served(cfg: Config, engine: Engine, chat: Chat) -> list[Teacher]:
             f"teacher.servers: --max-len {facts['max_len']} of a server; want at least "
             f"training.seq_len + 2 = {engine.seq_len + 2}"
         )
-    return [ServedTeacher(cfg.distill, servers, own, same_vocabulary(chat, own))]
+    return [ServedTeacher(cfg.distill, own, same_vocabulary(chat, own), servers=servers)]
 
 
 _TEACHER: type[Teacher] = ServedTeacher  # mypy proves that it keeps the contract

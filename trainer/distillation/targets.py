@@ -18,12 +18,12 @@ import numpy as np
 from reflux.tokenalign.scores import span_logprobs
 from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.data.batch import Rollout, Sample, TeacherView
+from reflux.trainer.data.byte_texts import byte_view
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.engine.metrics import MetricSums
 from reflux.trainer.phase import Teacher
 from reflux.trainer.rollouts.scoring import Aligned, align_texts
 
-from .byte_loss import byte_view
 from .text_rewards import less_the_others, rewards_to_go, text_reward
 from .texts import Text
 

@@ -148,9 +148,36 @@ def _files_below(folder: Path) -> Iterator[tuple[str, Path]]:
 def _task(name: str, options: Mapping[str, Any]) -> _Source:
     if name == "reward_model" and isinstance(options.get("path"), str):
         return _model(options["path"])
+    if name == "judge":
+        return _judge(options)
+    if name == "column":
+        return _tasks_of_column(options)
     if name in PACKAGES:
         return _Source(name, {}, _version(PACKAGES[name]))
     return _function(name)
+
+
+def _tasks_of_column(options: Mapping[str, Any]) -> _Source:
+    """The files of all its tasks, by the value of the column. Building it says what is wrong."""
+    files: dict[str, Path] = {}
+    versions: dict[str, str] = {}
+    tasks = options.get("tasks")
+    for value, task in tasks.items() if isinstance(tasks, Mapping) else ():
+        table = task if isinstance(task, Mapping) else {"name": task}
+        if isinstance(table.get("name"), str):
+            one = _task(table["name"], table.get("options", {}))
+            files |= {f"{value}/{name}": file for name, file in one.files.items()}
+            versions |= one.versions
+    return _Source("column", files, versions)
+
+
+def _judge(options: Mapping[str, Any]) -> _Source:
+    """Its folder or the name of a served model, and its template."""
+    path, template = options.get("path"), options.get("template")
+    source = _model(path) if isinstance(path, str) and path else _Source("judge", {}, {})
+    if not (isinstance(template, str) and os.path.isfile(template)):
+        return source
+    return _Source(source.path, {**source.files, "template": Path(template)}, source.versions)
 
 
 def _function(name: str) -> _Source:

@@ -37,30 +37,12 @@ def product_decoder(model: Decode, proxy: Decode, gamma: float) -> Decode:
     its own cache.
     """
 
-    @contextlib.contextmanager
-    def decode(rows: int, max_length: int) -> Iterator[tuple[DecodeStep, torch.device]]:
-        with (
-            model(rows, max_length) as (model_step, device),
-            proxy(rows, max_length) as (proxy_step, _),
-        ):
+    def product(model_NV: Tensor, proxy_NV: Tensor) -> Tensor:
+        # heads may be padded beyond the ids they share
+        V = min(model_NV.shape[1], proxy_NV.shape[1])
+        return (1 - gamma) * model_NV[:, :V] + gamma * proxy_NV[:, :V]
 
-            def step(
-                ids_NL: Tensor,
-                positions_NL: Tensor,
-                real_NL: Tensor,
-                first: bool,
-                rows_N: Tensor | None = None,
-            ) -> Tensor:
-                fed = ids_NL, positions_NL, real_NL, first, rows_N
-                model_NV = model_step(*fed).float()
-                proxy_NV = proxy_step(*fed).float()
-                # heads may be padded beyond the ids they share
-                V = min(model_NV.shape[1], proxy_NV.shape[1])
-                return (1 - gamma) * model_NV[:, :V] + gamma * proxy_NV[:, :V]
-
-            yield step, device
-
-    return decode
+    return _combined(product, model, proxy)
 
 
 def antidistillation_decoder(model: Decode, plus: Decode, minus: Decode, weight: float) -> Decode:
@@ -68,40 +50,26 @@ def antidistillation_decoder(model: Decode, plus: Decode, minus: Decode, weight:
     weight: penalty / (2 epsilon). What log p lacks of a logit is constant in a row.
     """
 
-    @contextlib.contextmanager
-    def decode(rows: int, max_length: int) -> Iterator[tuple[DecodeStep, torch.device]]:
-        with (
-            model(rows, max_length) as (model_step, device),
-            plus(rows, max_length) as (plus_step, _),
-            minus(rows, max_length) as (minus_step, _),
-        ):
+    def moved(model_NV: Tensor, plus_NV: Tensor, minus_NV: Tensor) -> Tensor:
+        # heads may be padded beyond the ids they share
+        V = min(model_NV.shape[1], plus_NV.shape[1])
+        return model_NV[:, :V] + weight * (plus_NV[:, :V] - minus_NV[:, :V])
 
-            def step(
-                ids_NL: Tensor,
-                positions_NL: Tensor,
-                real_NL: Tensor,
-                first: bool,
-                rows_N: Tensor | None = None,
-            ) -> Tensor:
-                fed = ids_NL, positions_NL, real_NL, first, rows_N
-                model_NV, plus_NV, minus_NV = (
-                    s(*fed).float() for s in (model_step, plus_step, minus_step)
-                )
-                # heads may be padded beyond the ids they share
-                V = min(model_NV.shape[1], plus_NV.shape[1])
-                return model_NV[:, :V] + weight * (plus_NV[:, :V] - minus_NV[:, :V])
-
-            yield step, device
-
-    return decode
+    return _combined(moved, model, plus, minus)
 
 
 def tempered_decoder(model: Decode, temperature: float) -> Decode:
     """A decoder whose logits are divided by the temperature; greedy answers do not change."""
+    return _combined(lambda model_NV: model_NV / temperature, model)
+
+
+def _combined(combine: Callable[..., Tensor], *decoders: Decode) -> Decode:
+    """A decoder whose logits are `combine` of those of the decoders, in fp32."""
 
     @contextlib.contextmanager
     def decode(rows: int, max_length: int) -> Iterator[tuple[DecodeStep, torch.device]]:
-        with model(rows, max_length) as (model_step, device):
+        with contextlib.ExitStack() as stack:
+            opened = [stack.enter_context(d(rows, max_length)) for d in decoders]
 
             def step(
                 ids_NL: Tensor,
@@ -111,9 +79,9 @@ def tempered_decoder(model: Decode, temperature: float) -> Decode:
                 rows_N: Tensor | None = None,
             ) -> Tensor:
                 fed = ids_NL, positions_NL, real_NL, first, rows_N
-                return model_step(*fed).float() / temperature
+                return combine(*(one(*fed).float() for one, _ in opened))
 
-            yield step, device
+            yield step, opened[0][1]
 
     return decode
 

@@ -489,16 +489,9 @@ def test_options_that_only_move_work_about_change_no_number(talkers, tmp_path):
 
 
 def test_texts_that_the_proxy_cannot_read_are_an_error_above_the_limit(talkers, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"do not round-trip.*at most 0% \(calibration.max_unaligned\)"
-    ):
-        run_here(
-            config(
-                talkers,
-                tmp_path / "run",
-                "calibrate",
-                steps=3,
-                rollout={"temperature": 2.0, "prompts": 6},
-                calibration={"mode": "distillable", "max_unaligned": 0.0},
-            )
-        )
+    over = {"rollout": {"temperature": 2.0, "prompts": 6}}
+    over["calibration"] = {"mode": "distillable", "max_unaligned": 0.0}
+    cfg = config(talkers, tmp_path / "run", "calibrate", steps=3, **over)
+    says = r"do not round-trip.*at most 0% \(calibration.max_unaligned\)"
+    with pytest.raises(ValueError, match=says):
+        run_here(cfg)

@@ -365,6 +365,25 @@ TEACHER_SERVER = {"source": "server", "servers": ["http://h:1"]}
             ),
             "more than a server answers",
         ),
+        *(
+            (
+                lambda objective=objective: distill(
+                    teacher=TEACHER_SERVER, distill={"objective": objective, "allow_biased": True}
+                ),
+                f"distill.objective = '{objective}' with teacher.source = 'server'",
+            )
+            for objective in ("byte", "class", "policy_gradient")
+        ),
+        *(
+            (
+                lambda support=support: distill(
+                    teacher=TEACHER_SERVER,
+                    distill={"tail": "bucket", "top_k": 4, "support": support},
+                ),
+                f"distill.support = '{support}' with teacher.source = 'server'",
+            )
+            for support in ("student", "union")
+        ),
     ],
 )
 def test_what_an_engine_cannot_do_is_refused(build, says):

@@ -195,7 +195,7 @@ def test_joined_rows_by_hand():
     """Longest first; two short ones share what is left of a row, each counting from 0."""
     three = [sample((1, 2), (3,)), sample((4, 5, 6), (7, 8)), sample((9,), (10, 11))]
     (batch,) = pack(three, tokens=64, seq_len=6, joined=True)
-    assert batch.input_NL.tolist() == [[4, 5, 6, 7, 1, 2], [9, 10, 0, 0, 0, 0]]
+    assert batch.input_NL.tolist() == [[4, 5, 6, 7, 1, 2], [9, 10, 9, 9, 9, 9]]
     assert batch.position_NL.tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 0, 1, 2, 3]]
     assert batch.target_T.tolist() == [7, 8, 3, 10, 11] and batch.row_T.tolist() == [2, 3, 5, 6, 7]
     assert batch.sample_T.tolist() == [1, 1, 0, 2, 2]

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from runs import config, run_here, run_ranks
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -143,3 +144,30 @@ def test_a_folder_that_cannot_be_loaded_is_explained(folder, tmp_path, fault):
         ValueError, match="reward_model: .* cannot be loaded: .*Want a local folder"
     ):
         build_task("reward_model", {"path": str(path)})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_ranks_of_a_whole_run_get_the_rewards_of_one(talkers, folder, tmp_path, titan_process):
+    """Each rank scores its own texts, in other batches than one rank alone: the same rewards, and
+    the same steps from them.
+    """
+    options = {"path": str(folder / "scorer"), "batch_size": 3}
+    over = {
+        "steps": 2,
+        "task": {"name": "reward_model", "options": options},
+        "calibration": {"mode": "distillable", "cal_gate": "none"},
+        "rollout": {"prompts": 2, "group": 4, "max_tokens": 8},
+        "log": {"samples_every": 1},
+    }
+    runs = [
+        start(config(talkers, tmp_path / name, "calibrate", **over))
+        for name, start in (("one", run_here), ("two", run_ranks))
+    ]
+    texts = [
+        (tmp_path / name / "samples.jsonl").read_text().splitlines() for name in ("one", "two")
+    ]
+    assert sorted(texts[0]) == sorted(texts[1]) and len(texts[0]) > 4
+    for a, b in zip(*(r.steps for r in runs)):
+        assert a["grader_error"] == b["grader_error"] == 0 and abs(a["reward/task"]) > 1e-4
+        for key in ("reward/task", "reward/cal", "loss", "grad_norm", "reference_kl"):
+            assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), key

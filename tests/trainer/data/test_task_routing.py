@@ -2,8 +2,9 @@
 
 from reflux.trainer.config.loader import fill
 from reflux.trainer.config.schema import Config
+from reflux.trainer.config.sections import TaskSection
 from reflux.trainer.data.batch import Prompt, Rollout
-from reflux.trainer.data.task_routing import build_grader, task_names
+from reflux.trainer.data.task_routing import asks_a_judge, build_grader, task_names
 
 
 def answer(part: str, gold: str, text: str) -> Rollout:
@@ -46,3 +47,14 @@ def test_parts_with_one_task_share_its_grader():
     cfg = config({"a": {"source": "a", "task": task}, "b": {"source": "b", "task": task}})
     graders = build_grader(cfg)._graders
     assert graders["a"] is graders["b"] and graders["a"] is not graders[""]
+
+
+def test_a_judge_is_found_behind_a_column():
+    judge = {"name": "judge", "options": {"server": "http://h:1", "model": "m"}}
+    for task, asks in (
+        (TaskSection("judge"), True),
+        (TaskSection("math"), False),
+        (TaskSection("column", {"tasks": {"a": "math", "b": judge}}), True),
+        (TaskSection("column", {"tasks": {"a": "math"}}), False),
+    ):
+        assert asks_a_judge(task) == asks

@@ -3,10 +3,14 @@ panics.
 """
 
 import json
+import shutil
 import warnings
 
 import pytest
 from assets import save_tokenizer, sentences, train_tokenizer
+from runs import config, run_here
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from reflux.trainer.data import tokenizer_health
 from reflux.trainer.data.chat import Chat
@@ -71,3 +75,47 @@ def test_what_is_no_panic_goes_on():
 
 def test_probes_hold_what_a_regex_decides():
     assert len(tokenizer_health._probes()) == len(set(tokenizer_health._probes())) > 20
+
+
+def unknown_token_folder(model, out):
+    """A copy of the model whose tokenizer knows lower-case letters, digits and little else: what it
+    does not know becomes <unk>, as with SentencePiece without byte_fallback.
+    """
+    shutil.copytree(model, out)
+    characters = "abcdefghijklmnopqrstuvwxyz0123456789 +-*/=?.:"
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("\u2581", -2.0)]
+    pieces += [(c, -3.0) for c in characters if c != " "]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    for file in out.glob("*token*"):
+        file.unlink()
+    for file in out.glob("*template*"):
+        file.unlink()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(out)
+    return out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_unknown_token_vocabulary_trains_by_itself_and_is_refused_by_bytes(
+    talkers, tmp_path, titan_process
+):
+    """Its ids lose what they do not know, so it has no byte table: an error in words wherever bytes
+    are needed, before a step; training on its own ids needs none.
+    """
+    folder = unknown_token_folder(talkers / "policy", tmp_path / "unknown")
+    chat = Chat(str(folder))
+    assert chat.decode(chat.encode("1 + 2 = 3")) == "1 + 2 = 3" and chat.encode("\u00e9") == (0,)
+    with pytest.raises(ValueError, match=r"does not spell .*byte_fallback loses what it does not"):
+        _ = chat.table
+    own = {"model": {"path": str(folder)}, "rollout": {"max_tokens": 8}}
+    sft = {"objective": "nll", "source": "dataset", "on_policy": 0.0}
+    run = run_here(config(talkers, tmp_path / "sft", "distill", steps=1, distill=sft, **own))
+    assert run.steps[0]["loss"] > 0
+    for phase in ("calibrate", "distill"):
+        other = {"teacher": {"path": str(talkers / "proxy"), "dtype": "float32"}}
+        over = {"distill": {"objective": "byte"}, **other} if phase == "distill" else {}
+        with pytest.raises(ValueError, match="byte_fallback loses what it does not know"):
+            run_here(config(talkers, tmp_path / phase, phase, **own, **over))
+        assert not (tmp_path / phase / "checkpoint").exists()

@@ -4,6 +4,7 @@ transformers' autograd, weights untouched.
 
 import math
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from assets import free_port
 from runs import config
 
-from reflux.trainer.data.batch import Prompt, Rollout
+from reflux.trainer.data.batch import Prompt, Rollout, TeacherView
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.diagnosis.gradient_snr import (
     Moments,
@@ -21,6 +22,7 @@ from reflux.trainer.diagnosis.gradient_snr import (
     gradients_of,
     last_block_only,
     signal_to_noise,
+    token_divergence,
 )
 from reflux.trainer.diagnosis.measure import TokenStats
 from reflux.trainer.engine.engine import Engine
@@ -45,6 +47,16 @@ def text(prompt=0, sampled_by="student", ids=(5, 6), prompt_ids=(1, 4)) -> Token
         True,
     )
     return TokenStats(rollout, sampled_by, None, *[None] * 10)
+
+
+def noise_between(engine, teacher, chats, stats, **options):
+    return gradient_noise(
+        engine,
+        deal(stats, 4),
+        partial(token_divergence, engine, teacher),
+        lambda s: TeacherView(chats[1].prompt_ids(s.rollout.prompt.messages)),
+        **options,
+    )
 
 
 def test_two_gradients_by_hand():
@@ -179,7 +191,7 @@ def test_gradients_are_those_of_transformers_and_leave_nothing_behind(talkers, p
     advanced = []
 
     def noise_of(stats, **options):
-        return gradient_noise(engine, teacher, deal(stats, 4), chats, **options)
+        return noise_between(engine, teacher, chats, stats, **options)
 
     noise = noise_of(stats, tokens=999, advance=advanced.append)
     for d in ("forward", "reverse"):

@@ -112,18 +112,19 @@ def test_without_student_texts_there_is_only_the_first_verdict():
 
 
 def test_the_advice_for_two_tokenizers_is_a_config_that_exists():
-    """Token KL between vocabularies is an error, and so is a top-k teacher for `prefix`."""
     diagnosis = diagnose_token_stats(student_diagnosis_cases(True, 4.0, True))
-    common = replace(diagnosis, cross_tokenizer=cross_tokenizer(teacher_mass=0.99))
-    advice = with_verdict(common).verdict[0].advice
+    advice = with_verdict(replace(diagnosis, cross_tokenizer=cross_tokenizer())).verdict[0].advice
+    assert advice.startswith("distill.objective = 'byte' with the whole teacher")
     options = dict(re.findall(r"(\w+) = '(\w+)'", advice))
-    assert options == {"objective": "class", "partition": "common", "tail": "bucket"}
-    top_k = int(re.search(r"top_k = (\d+)", advice)[1])
-    assert "allow_biased = true" in advice
-    assert DistillSection(**options, top_k=top_k, allow_biased=True).objective == "class"
-    rare = replace(diagnosis, cross_tokenizer=cross_tokenizer(teacher_mass=0.6))
-    advice = with_verdict(rare).verdict[0].advice
-    assert advice.startswith("the whole distribution (distill.objective = 'byte')")
-    options = dict(re.findall(r"(\w+) = '(\w+)'", advice.partition(")")[0]))
     assert DistillSection(**options).objective == "byte"
-    assert "only 60.0% of the teacher's mass" in advice
+
+
+def test_two_equal_models_have_no_trap_whatever_rounding_leaves():
+    """Ratios of two roundings are noise: 4e-9 / 1e-9 is no instability."""
+    tiny = [
+        replace(s, kl={d: 1e-9 * x for d, x in s.kl.items()})
+        for s in student_diagnosis_cases(True, 4.0, True)
+    ]
+    verdict = with_verdict(diagnose_token_stats(tiny)).verdict
+    assert [t.present for t in verdict] == [False, False, True]
+    assert all(t.mean == 0 and "same distribution" in t.advice for t in verdict[:2])

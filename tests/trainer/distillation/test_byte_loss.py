@@ -16,10 +16,8 @@ from reflux.tokenalign.byte_trie import ByteTrie, alphabet
 from reflux.tokenalign.byte_windows import byte_windows, next_byte_logprob
 from reflux.tokenalign.vocab_map import Vocabulary
 from reflux.trainer.config.distillation import DistillSection
-from reflux.trainer.data.batch import Rollout
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.data.prompt import Prompt
-from reflux.trainer.distillation.byte_loss import byte_loss, byte_view
+from reflux.trainer.distillation.byte_loss import byte_loss
 
 pytestmark = pytest.mark.usefixtures("titan_process")
 
@@ -110,24 +108,6 @@ def test_micro_batches_and_packing_change_no_number(talkers, tmp_path):
 def test_positions_with_mass_left_out_are_counted_and_not_compared(talkers, tmp_path):
     step = run_here(byte_run(talkers, tmp_path / "run", max_missing=0.0)).steps[0]
     assert step["byte_left_out"] == step["byte_positions"] and step["loss"] == 0
-
-
-def rollout_of(chat, ids, ended=True):
-    prompt = Prompt(0, ({"role": "user", "content": "hi"},))
-    return Rollout(prompt, (1,), tuple(ids), (0.0,) * len(ids), 0.0, chat.decode(ids), ended)
-
-
-def test_a_text_whose_bytes_are_not_spelled_is_left_out(talkers):
-    student, teacher = Chat(str(talkers / "policy")), Chat(str(talkers / "proxy"))
-    ids = student.encode("12 + 3")
-    whole = rollout_of(student, (*ids, student.stop_id))
-    view = byte_view(student, teacher, whole, None)
-    assert teacher.table.bytes_of(view.ids[:-1]) == b"12 + 3" and view.ids[-1] == teacher.stop_id
-    half = student.encode("é")[:1]
-    assert student.table.bytes_of(half) != "é".encode()
-    assert byte_view(student, teacher, rollout_of(student, half, False), None) is None
-    control = rollout_of(student, (*ids, student.stop_id, *ids), ended=False)
-    assert byte_view(student, teacher, control, None) is None
 
 
 def test_a_lossy_tokenizer_is_refused_in_words():
