@@ -264,9 +264,10 @@ def _add_tokenizer(folder: Path, model: Path) -> None:
 def _prepare(folder: Path) -> None:
     import logging
 
-    from assets import make_assets
     from transformers.models.auto import tokenization_auto
     from transformers.utils import logging as transformers_logging
+
+    from reflux.trainer.studies.debug_models import write_models
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -278,7 +279,7 @@ def _prepare(folder: Path) -> None:
         kinds[name] = "TokenizersBackend"
     if not (folder / "assets" / "gemma3").exists():
         (folder / "assets").mkdir(parents=True, exist_ok=True)
-        make_assets(folder / "assets")
+        write_models(folder / "assets")
     logging.disable(logging.WARNING)
 
 

@@ -157,16 +157,11 @@ def test_two_ranks_of_a_whole_run_get_the_rewards_of_one(talkers, folder, tmp_pa
         "task": {"name": "reward_model", "options": options},
         "calibration": {"mode": "distillable", "cal_gate": "none"},
         "rollout": {"prompts": 2, "group": 4, "max_tokens": 8},
-        "log": {"samples_every": 1},
     }
     runs = [
         start(config(talkers, tmp_path / name, "calibrate", **over))
         for name, start in (("one", run_here), ("two", run_ranks))
     ]
-    texts = [
-        (tmp_path / name / "samples.jsonl").read_text().splitlines() for name in ("one", "two")
-    ]
-    assert sorted(texts[0]) == sorted(texts[1]) and len(texts[0]) > 4
     for a, b in zip(*(r.steps for r in runs)):
         assert a["grader_error"] == b["grader_error"] == 0 and abs(a["reward/task"]) > 1e-4
         for key in ("reward/task", "reward/cal", "loss", "grad_norm", "reference_kl"):
