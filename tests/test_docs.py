@@ -51,6 +51,7 @@ LOG_FIELDS = (
     "gap/",
     "groups/",
     "is/",
+    "judge/",
     "off_policy/",
     "reward/",
     "tail/",

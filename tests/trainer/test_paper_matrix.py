@@ -4,14 +4,11 @@ and what each of their configurations plans and checks is sound; only weights ar
 
 import json
 import os
-import shutil
 from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 from assets import free_port
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from reflux.trainer.config.loader import load
 from reflux.trainer.config.schema import Config
@@ -21,14 +18,14 @@ from reflux.trainer.preflight.dry_run import dry_run
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.usefixtures("titan_process"), pytest.mark.filterwarnings("ignore")]
-# published folder -> the stand-in of its family: qwen3 by a BPE, gemma3 by another one
+# published folder -> the talker of its family; gemma3 has another tokenizer
 STAND_INS = {
     "Qwen3-8B": "policy",
-    "Qwen3-0.6B": "reader",
-    "Qwen3-1.7B": "student",
-    "gemma-3-12b-it-text": "gemma3",
-    "gemma-3-4b-it-text": "gemma3",
-    "gemma-3-1b-it": "gemma3",
+    "Qwen3-0.6B": "policy",
+    "Qwen3-1.7B": "teacher",
+    "gemma-3-12b-it-text": "proxy",
+    "gemma-3-4b-it-text": "proxy",
+    "gemma-3-1b-it": "proxy",
 }
 CHOICES = {"question": "2 + 2?", "options": ["3", "4"], "answer": "B"}
 MATH = {"prompt": "2 + 2?", "answer": "4", "response": "\\boxed{4}"}
@@ -75,27 +72,9 @@ def test_every_cell_loads_and_waits_for_what_it_reads():
 def stand_ins(talkers, tmp_path_factory) -> Path:
     """The current directory of a run: models/ and data/ as the configurations name them."""
     place = tmp_path_factory.mktemp("paper")
-    for name in ("policy", "reader", "student"):
-        shutil.copytree(talkers / ("teacher" if name == "student" else "policy"), place / name)
-    shutil.copytree(talkers / "proxy", place / "gemma3")
-    for file in (place / "gemma3").glob("*.safetensors"):
-        file.unlink()
-    old = json.loads((place / "gemma3" / "config.json").read_text())
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=old["vocab_size"],
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=4096,
-    )
-    Gemma3ForCausalLM(config).save_pretrained(place / "gemma3")
     (place / "models").mkdir()
     for published, name in STAND_INS.items():
-        os.symlink(place / name, place / "models" / published)
+        os.symlink(talkers / name, place / "models" / published)
     return place
 
 
@@ -110,6 +89,8 @@ def on_stand_ins(place: Path, cell) -> Config:
         "rollout.prompts": 2,
         "folder": str(place / "runs" / cell.name),
     }
+    if cfg.phase == "calibrate":  # barely trained models also sample bytes that are no text
+        small["calibration.max_unaligned"] = 1.0
     for role in ("model", "teacher", "proxy"):
         if path := getattr(cfg, role).path:
             small[f"{role}.path"] = str(_model(place, path))
@@ -129,8 +110,8 @@ def _model(place: Path, path: str) -> Path:
     family = Path(path).parent.name
     student = "student" in family or "sft" in family
     if family.startswith("gemma3") or (family.startswith("cross") and student):
-        return place / "gemma3"
-    return place / ("student" if student else "policy")
+        return place / "models" / "gemma-3-4b-it-text"
+    return place / "models" / ("Qwen3-1.7B" if student else "Qwen3-8B")
 
 
 def _rows(place: Path, name: str) -> Path:
@@ -152,9 +133,9 @@ def test_every_configuration_plans_a_run(stand_ins, cell, capsys):
     assert code == 0, said
 
 
-@pytest.mark.parametrize("name", ["cross-distillable@0", "cross-student-original@0"])
-def test_the_pair_across_families_passes_every_check(stand_ins, name, capsys):
-    """Models are loaded and run, texts are sampled, aligned, graded."""
+@pytest.mark.parametrize("name", ["cross-distillable@0", "qwen3-student-original@0"])
+def test_models_are_loaded_and_pass_every_check(stand_ins, name, capsys):
+    """One pair across families; texts are sampled, aligned, graded."""
     cell = next(c for c in cells() if c.name == name)
     os.environ["MASTER_PORT"] = str(free_port())
     code = check(on_stand_ins(stand_ins, cell))
