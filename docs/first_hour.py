@@ -143,11 +143,7 @@ def accuracies(folder: Path) -> list[float]:
 
 teacher, student = accuracies(HOUR / "teacher"), accuracies(HOUR / "distil")
 print(f"correct sums: teacher {teacher[-1]:.0%}, student {student[0]:.0%} -> {student[-1]:.0%}")
-for name in (
-    "diagnosis_before/heatmap.html",
-    "diagnosis_after/heatmap.html",
-    "distil/samples.jsonl",
-):
+for name in ("distil/report.html", "diagnosis_before/heatmap.html", "diagnosis_after/heatmap.html"):
     print(HOUR / name)
 
 # %% [markdown]

@@ -39,6 +39,7 @@ WRITTEN_OUT = {  # texts that hold a command and do not come from runs/commands.
     "trainer/main.py": "the name of the program, and its exit codes, in --help",
     "trainer/matrix.py": "the name of the program, in --help",
     "trainer/studies/debug_models.py": "the name of the program, in --help",
+    "trainer/studies/first_hour.py": "the name of the program, in --help",
     "trainer/studies/real_pair.py": "the name of the program, in --help",
     "trainer/studies/synthetic_task.py": "the name of the program, in --help",
     "trainer/studies/trap_task.py": "the name of the program, in --help",

@@ -10,7 +10,9 @@ from reflux.trainer.studies import first_hour, real_pair
 
 def test_the_student_is_the_first_layer_of_the_tiny_teacher(tmp_path):
     assert first_hour.main(["--out", str(tmp_path), "--tiny"]) == 0
-    teacher, student = (load_file(tmp_path / n / "model.safetensors") for n in ("teacher", "student"))
+    teacher, student = (
+        load_file(tmp_path / n / "model.safetensors") for n in ("teacher", "student")
+    )
     kept = {name for name in teacher if ".layers.1." not in name}
     assert student.keys() == kept and len(kept) < len(teacher)
     assert all(student[name].equal(teacher[name]) for name in kept)
