@@ -5,6 +5,7 @@ against the paraphraser itself.
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from runs import config, run_here
@@ -116,3 +117,36 @@ def test_a_paraphraser_reads_question_and_text(talkers, tmp_path, monkeypatch):
 def test_what_cannot_be_done_is_an_error(options, message):
     with pytest.raises(ValueError, match=message):
         DistillSection(**(BUDGET | options))
+
+
+def test_two_ranks_keep_the_same_texts_as_one(talkers, monkeypatch):
+    """Scores are per token, the stop counts where the text ended, equal ones go by their order."""
+    from reflux.trainer.data.batch import Prompt, Rollout
+    from reflux.trainer.distillation import attacker
+    from reflux.trainer.phase import TextScore
+
+    chat = Chat(str(talkers / "policy"))
+    logp = {"1": (-1.0, -3.0, 0.0), "2": (-2.0,), "3": (-4.0, -1.0), "4": (-2.0,), "5": (-9.0,)}
+    rows = [
+        Rollout(Prompt(i, ({"role": "user", "content": "x"},)), (1,), (2,), (0.0,), 0.0, t, t < "4")
+        for i, t in enumerate(logp)
+    ]
+
+    def score_ids(scorer, engine, jobs, chat, tokens):
+        texts = [chat.decode(ids) for _, ids in jobs]
+        return [TextScore(np.array(logp[t]), -1.0) for t in texts]
+
+    monkeypatch.setattr(attacker, "score_ids", score_ids)
+    # per token: -5/4, -3/2, -6/3, -2 (no stop), -9
+    sent = {}
+
+    def keep(rank, world, fraction, gather):
+        engine = SimpleNamespace(rank=rank, world=world, gather=gather)
+        return attacker.likeliest(engine, chat, rows, fraction, 100)
+
+    for rank in (0, 1):
+        keep(rank, 2, 0.5, lambda x, rank=rank: sent.setdefault(rank, x))
+    both = [keep(r, 2, 0.5, lambda x: sent[0] + sent[1]) for r in (0, 1)]
+    assert both[0] == both[1] == keep(0, 1, 0.5, lambda x: x) == [True, True, True, False, False]
+    assert keep(0, 1, 0.7, lambda x: x) == [True, True, True, True, False]
+    assert keep(0, 1, 0.01, lambda x: x) == [True, False, False, False, False]
