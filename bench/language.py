@@ -1,0 +1,124 @@
+"""Runs of bench/PROTOCOL.md as they are, ended or not, as one record.
+
+    python -m bench.language NAME RUN ... [--against RUN] [--texts 12]
+
+A row a run: its folder's name; steps done of steps asked; the curve; every evaluation, and of the
+last one the fraction of each style and item-level intervals over questions; the first sampled
+texts. --against: a run whose answers to the same questions are subtracted, pair by pair
+(item-level, too: one run says nothing about another seed). Runs of a tree with uncommitted changes
+are not recorded.
+"""
+
+import argparse
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from reflux.trainer.runs.files import to_json
+from reflux.trainer.runs.logger import load_run
+from reflux.trainer.runs.stats import mean_over_prompts, paired_difference
+
+from .records import FOLDER, ROOT, device, write
+
+CURVE = ("step", "loss", "grad_norm", "reward/task", "reward/cal", "eta", "std_cal")
+CURVE += ("cal/length_r2", "reference_kl", "length", "entropy", "truncated")
+MODES = ("sampled", "greedy")
+
+
+def styles() -> Mapping[str, str]:
+    """Name -> regular expression, as the matrix has them."""
+    return tomllib.loads((ROOT / "configs" / "language_a.toml").read_text())["styles"]
+
+
+def row_of(folder: Path, against: Path | None, texts: int) -> dict[str, Any]:
+    """One run. ValueError where its tree had changes."""
+    run = load_run(folder)
+    if run.head["code"]["dirty"] is not False:
+        raise ValueError(f"{folder}: of a tree with changes that were not committed")
+    row: dict[str, Any] = {"run": folder.name, "commit": run.head["code"]["commit"]}
+    row |= {"steps_done": run.steps[-1]["step"] if run.steps else 0}
+    row |= {"steps_asked": run.head["config"]["steps"], "ended": run.summary is not None}
+    row["stopped"] = (run.summary or {}).get("stopped")
+    row["curve"] = [{k: s[k] for k in CURVE if k in s} for s in run.steps]
+    row["evals"] = [
+        {k: v for k, v in e.items() if k == "step" or k.startswith("eval/")}
+        for e in run.events
+        if e["event"] == "eval"
+    ]
+    return row | _answers(folder, against, texts)
+
+
+def _answers(folder: Path, against: Path | None, texts: int) -> dict[str, Any]:
+    mine = _predictions(folder)
+    if not mine:
+        return {}
+    out: dict[str, Any] = {"answers": {}}
+    other = {(p["mode"], p["prompt"], p["sample"]): p for p in _predictions(against)}
+    for mode in MODES:
+        rows = [p for p in mine if p["mode"] == mode]
+        if rows:
+            out["answers"][mode] = _measured(rows, other)
+    sampled = [p for p in mine if p["mode"] == "sampled" and p["sample"] == 0]
+    out["texts"] = [{k: p[k] for k in ("prompt", "text", "correct")} for p in sampled[:texts]]
+    return out
+
+
+def _measured(rows: Sequence[dict], other: Mapping[tuple, dict]) -> dict[str, Any]:
+    by_prompt: dict[int, list[float]] = {}
+    for p in rows:
+        by_prompt.setdefault(p["prompt"], []).append(float(p["correct"]))
+    measured: dict[str, Any] = {
+        "questions": len(by_prompt),
+        "answers": len(rows),
+        "correct, item-level": mean_over_prompts(
+            {k: sum(v) / len(v) for k, v in by_prompt.items()}
+        ),
+        "bytes": sum(len(p["text"].encode()) for p in rows) / len(rows),
+        "styles": {},
+    }
+    for name, form in styles().items():
+        found = [bool(p["correct"]) for p in rows if re.search(form, p["text"])]
+        correct = sum(found) / len(found) if found else None
+        measured["styles"][name] = {"fraction": len(found) / len(rows), "correct": correct}
+    pairs = [(p, other.get((p["mode"], p["prompt"], p["sample"]))) for p in rows]
+    both = [(float(p["correct"]), float(o["correct"])) for p, o in pairs if o]
+    if both:
+        change = paired_difference([a for a, _ in both], [b for _, b in both])
+        measured["change against the other run, item-level"] = change
+    return measured
+
+
+def _predictions(folder: Path | None) -> list[dict]:
+    files = sorted(folder.glob("predictions/step-*.jsonl"), key=_step) if folder else []
+    return [json.loads(x) for x in files[-1].read_text().splitlines()] if files else []
+
+
+def _step(file: Path) -> int:
+    return int(file.stem.rpartition("-")[2])
+
+
+def main(arguments: list[str] | None = None, records: Path = FOLDER) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name")
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--against", type=Path)
+    parser.add_argument("--texts", type=int, default=12)
+    args = parser.parse_args(arguments)
+    try:
+        rows = [row_of(run, args.against, args.texts) for run in args.runs]
+    except (OSError, ValueError) as error:
+        print(f"No record: {error}", file=sys.stderr)
+        return 2
+    content = {"intervals": "item-level; one seed yields no verdict", "runs": to_json(rows)}
+    print("Recorded in", write(args.name, device() | content, records, "python -m bench.language"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

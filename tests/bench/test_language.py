@@ -1,0 +1,60 @@
+"""Records of runs that have or have not ended: styles, pairs, and what is refused."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from bench import language  # noqa: E402
+
+WORKED = "seven plus six is thirteen, minus four is nine"
+DIRECT = "in one go seven plus six minus four is nine"
+
+
+def write_run(folder, texts, *, dirty=False, ended=True):
+    head = {"schema": 1, "code": {"commit": "c0ffee", "dirty": dirty}, "config": {"steps": 30}}
+    steps = [{"step": s, "loss": 1.0 / s, "reference_kl": 0.01, "other": 1} for s in (1, 2)]
+    lines = [head, *steps, {"event": "eval", "step": 2, "eval/sampled": 0.5, "wall_s": 1.0}]
+    (folder / "predictions").mkdir(parents=True)
+    (folder / "run.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    rows = [
+        {"mode": "sampled", "prompt": p, "sample": k, "text": text, "correct": "nine" in text}
+        for p, answers in enumerate(texts)
+        for k, text in enumerate(answers)
+    ]
+    (folder / "predictions" / "step-2.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in rows)
+    )
+    if ended:
+        (folder / "summary.json").write_text(json.dumps({"stopped": "KL above 0.1"}))
+    return folder
+
+
+def test_styles_and_pairs_are_counted(tmp_path):
+    wrong = DIRECT.replace("nine", "ten")
+    before = write_run(tmp_path / "original", [[WORKED, wrong], [wrong, WORKED]])
+    after = write_run(tmp_path / "calibrated", [[WORKED, WORKED], [wrong, WORKED]], ended=False)
+    row = language.row_of(after, before, texts=1)
+    assert (row["steps_done"], row["steps_asked"], row["ended"]) == (2, 30, False)
+    sampled = row["answers"]["sampled"]
+    assert sampled["styles"]["worked"] == {"fraction": 0.75, "correct": 1.0}
+    assert sampled["styles"]["direct"] == {"fraction": 0.25, "correct": 0.0}
+    assert sampled["correct, item-level"].mean == 0.75 and sampled["questions"] == 2
+    assert sampled["change against the other run, item-level"].mean == pytest.approx(0.25)
+    assert row["texts"] == [{"prompt": 0, "text": WORKED, "correct": True}]
+    assert row["curve"][1] == {"step": 2, "loss": 0.5, "reference_kl": 0.01}
+    assert language.row_of(before, None, 0)["stopped"] == "KL above 0.1"
+
+
+def test_a_record_is_written_unless_a_run_had_changes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(language, "device", lambda: {"device": "none"})
+    run = write_run(tmp_path / "a", [[WORKED]])
+    assert language.main(["trial", str(run)], tmp_path) == 0
+    (file,) = tmp_path.glob("*trial.json")
+    record = json.loads(file.read_text())
+    assert record["runs"][0]["run"] == "a" and "one seed yields no verdict" in record["intervals"]
+    dirty = write_run(tmp_path / "b", [[WORKED]], dirty=True)
+    assert language.main(["trial", str(dirty)], tmp_path) == 2
+    assert "not committed" in capsys.readouterr().err
