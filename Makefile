@@ -6,7 +6,7 @@
 # make test-gpu-sim the kernels' tests on a CPU that imitates what a GPU does differently (about 10 minutes)
 # make test-install the wheel and the sdist in a clean environment, without a checkout (2 minutes)
 # make test-engines a real vLLM in an environment of its own, build/engines/.venv: on a CPU (minutes, half of them installation)
-# make test-matrices  the matrices of bench/PROTOCOL.md from end to end, with tiny models in place of the real ones (2 minutes)
+# make test-matrices  the matrices of bench/PROTOCOL.md from end to end, with tiny models in place of the real ones (about 10 minutes)
 # make test-integrations  our losses in TRL's place, against TRL itself at a pinned version, beside .venv (1 minute)
 # make audit        known vulnerabilities of what is installed, where pip-audit reaches its data; else only the list, docs/dependencies.txt
 # make bench        kernels against floors and peers (needs a GPU for numbers; on a CPU it proves the harness)
@@ -66,7 +66,7 @@ test-engines: $(ENGINES)/ready
 	OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest tests/engines -m engines --durations 15 -p no:logging
 
 test-matrices: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trainer -m matrices --durations 5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trainer tests/bench -m matrices --durations 5
 
 test-integrations: $(VENV)/ready
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/integrations trl==1.16.0
