@@ -59,8 +59,14 @@ COMMANDS: dict[str, SubCommand] = {
     ),
     "report": SubCommand(
         "reflux.trainer.subcommands:report",
-        "what a run has done, or the reports of a matrix once more",
+        "what a run has done, with a page; or the reports of a matrix once more",
         "folder",
+    ),
+    "watch": SubCommand(
+        "reflux.trainer.runs.watch:main",
+        "a page on a run or a matrix, report.html; written anew while it goes on",
+        "folder",
+        ("--follow", "--every"),
     ),
     "align": SubCommand(
         "reflux.trainer.subcommands:align",

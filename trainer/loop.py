@@ -18,12 +18,14 @@ from .data.minibatches import deal, key_of, split
 from .disk_space import DiskError
 from .engine.agreement import agreed
 from .engine.engine import Engine
-from .phase import Phase, Stop, TrainingPhase
+from .losses import HeadInputs, Loss
+from .phase import Advance, LossFunction, Phase, Stop, TrainingPhase
 from .runs import commands
 from .runs.alarms import Alarms
 from .runs.lock import LockLost, RunLock
 from .runs.logger import Record
 from .runs.model_card import Outcome, model_card
+from .runs.progress import inside_step, shown_stages
 from .runs.run_folder import save_config
 from .runs.signals import SAME_SIGNAL_S, handled_by
 from .runs.watch import PageWriter
@@ -75,7 +77,12 @@ def _run(cfg: Config, engine: Engine, lock: RunLock | None) -> int:
     if engine.is_main:
         save_config(cfg)
     # inside the record, so that the log has the words of the rank that failed
-    with _record(cfg, engine) as record, engine.keeps_last_step(unless=LockLost):
+    recorded = _record(cfg, engine)
+    with (
+        recorded as record,
+        engine.keeps_last_step(unless=LockLost),
+        shown_stages(record.console),
+    ):
         for message in engine.resume_messages:
             record.event("checkpoint", message=message)
         if cfg.trains:
@@ -119,7 +126,9 @@ def _run_steps(
         samples_N = phase.score(texts_PG)  # -> reward parts, advantages, teacher targets
         scored = time.perf_counter()
         epochs = _epochs(cfg, engine, step, texts_PG, samples_N)
-        stats = engine.step(epochs, phase.loss)  # forward, loss, backward, clip, AdamW
+        with inside_step("updating", _count(epochs), "micro-batches") as advance:
+            # forward, loss, backward, clip, AdamW
+            stats = engine.step(epochs, _counted(phase.loss, advance))
         stats |= engine.mean(phase.metric_sums) | _timing(stats, start, sampled, scored, engine)
         _check_ownership(lock)
         record(step, phase.log_fields(stats), _examples(cfg, step, phase, texts_PG))
@@ -155,6 +164,20 @@ def _epochs(
     keys_P = engine.gather([key_of(_rollout(g[0]).prompt) if g else None for g in texts_PG])
     deals = (deal(keys_P, count, seed=cfg.seed, step=step, epoch=e) for e in range(epochs))
     return [[batched(part) for part in split(samples_N, d, count)] for d in deals]
+
+
+def _count(epochs: Sequence[Sequence[Sequence[Batch]]]) -> int:
+    return sum(len(batches) for minibatches in epochs for batches in minibatches)
+
+
+def _counted(loss: LossFunction, advance: Advance) -> LossFunction:
+    """The loss, which is called once for each micro-batch, and its count."""
+
+    def counted(out: HeadInputs, batch: Batch) -> Loss:
+        advance(1)
+        return loss(out, batch)
+
+    return counted
 
 
 def _rollout(text: Any) -> Rollout:

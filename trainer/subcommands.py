@@ -61,15 +61,21 @@ def plan(words: list[str], prog: str) -> int:
 
 
 def report(words: list[str], prog: str) -> int:
-    """reflux report FOLDER: a run in a few lines, or a matrix's reports, written anew."""
+    """reflux report FOLDER: a run in a few lines and as a page, or a matrix's reports and page,
+    written anew.
+    """
+    from .runs.watch import write_page
+
     parser = argparse.ArgumentParser(prog=prog, description=report.__doc__)
     parser.add_argument("folder", type=Path, help="of a run or of a matrix")
     folder = parser.parse_args(words).folder
     try:
         if (folder / "matrix.json").exists():
             run_table.report_again(folder)
+            print(f"see {write_page(folder)}")
         else:
             print(_told(folder))
+            print(f"see {write_page(folder)}")
     except (OSError, ValueError) as error:
         parser.error(str(error))
     return 0
@@ -192,7 +198,7 @@ def _told(folder: Path) -> str:
     for key, value in evaluated[-1].items() if evaluated else ():
         if isinstance(value, int | float) and "/" in key:
             lines.append(f"  {key} {_number(value)}")
-    pages = [folder / name for name in ("report.html", "report.md", "heatmap.html", "export")]
+    pages = [folder / name for name in ("report.md", "heatmap.html", "export")]
     return "\n".join([*lines, *(f"see {page}" for page in pages if page.exists())])
 
 

@@ -92,7 +92,8 @@ def test_run_and_report(file, titan_process, capsys):
     assert cli.main(["report", "run"]) == 0
     told = capsys.readouterr().out
     assert "run: distill, step 1 of 1; has ended" in told
-    assert f"  loss {run.steps[-1]['loss']:.5g}" in told
+    assert f"  loss {run.steps[-1]['loss']:.5g}" in told and told.endswith("see run/report.html\n")
+    assert "Distillation: run" in file.with_name("run").joinpath("report.html").read_text()
 
 
 def test_a_mistake_names_the_command_and_the_way_on_is_the_command(file, titan_process, capsys):
@@ -165,7 +166,9 @@ def test_a_matrix_reports_once_more(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(matrix.REPORTS, "mine", f"{__name__}:told")
     monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
     assert cli.main(["report", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"told of {tmp_path.name}\n"
+    page = tmp_path / "report.html"
+    assert capsys.readouterr().out == f"told of {tmp_path.name}\nsee {page}\n"
+    assert "a@0" in page.read_text()
 
 
 def told(folder: Path) -> str:

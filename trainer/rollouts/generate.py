@@ -20,7 +20,7 @@ from torch import Tensor
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.phase import Advance, Decode, Sampling
-from reflux.trainer.runs.progress import ignore
+from reflux.trainer.runs.progress import ignore, inside_step
 
 LOOK_EVERY = 8  # tokens between two looks at which rows have ended, on a GPU
 LEAVING = 0.125  # fraction of the rows that has to have ended before they are left out
@@ -67,11 +67,13 @@ def generate(
     # prompts of one length share a block
     order = sorted(range(len(jobs)), key=lambda i: len(jobs[i].prompt_ids))
     rollouts: dict[int, Rollout] = {}
-    for start in range(0, len(order), sampling.rows):
-        block = order[start : start + sampling.rows]
-        decoded = _decode_block(decode, chat, [jobs[i] for i in block], sampling)
-        rollouts |= zip(block, decoded)
-        advance(len(block))
+    most = len(order) * sampling.max_tokens
+    with inside_step("sampling", most, "tokens", at_most=True) as count:
+        for start in range(0, len(order), sampling.rows):
+            block = order[start : start + sampling.rows]
+            decoded = _decode_block(decode, chat, [jobs[i] for i in block], sampling, count)
+            rollouts |= zip(block, decoded)
+            advance(len(block))
     return [[rollouts[p * group + g] for g in range(group)] for p in range(len(prompts))]
 
 
@@ -106,9 +108,11 @@ class _Job(NamedTuple):
 
 
 @torch.no_grad()
-def _decode_block(decode: Decode, chat: Chat, jobs: Sequence[_Job], s: Sampling) -> list[Rollout]:
+def _decode_block(
+    decode: Decode, chat: Chat, jobs: Sequence[_Job], s: Sampling, count: Advance
+) -> list[Rollout]:
     """One block, until every row has ended or is full. Equal prompts are fed once; rows that have
-    ended are left out.
+    ended are left out. `count` is called with the new tokens of each step.
     """
     prompts, rows = _distinct(jobs)
     ids_PL, real_PL = _left_padded(prompts)
@@ -127,6 +131,7 @@ def _decode_block(decode: Decode, chat: Chat, jobs: Sequence[_Job], s: Sampling)
         for t in range(s.max_tokens):
             logits_BV = logits_BV[:, : chat.vocab_size].float()
             token_B, left = texts.add(t, *_draw(logits_BV, noise_BT[:, t], stop_ids, s))
+            count(len(token_B))
             if texts.done or t + 1 == s.max_tokens:
                 break
             if left is not None:  # rows that go on

@@ -25,6 +25,7 @@ from reflux.trainer.data.batch import Batch, Prompt, Rollout, Sample, pack
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.losses import HeadInputs, at_positions, token_logprob_of
 from reflux.trainer.phase import Engine, ReadableModel, TextScore
+from reflux.trainer.runs.progress import counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +104,8 @@ def score_ids(
     logp = [np.zeros(len(s.rollout.ids)) for s in samples]
     stop_logp = np.zeros(len(samples))
     longest = max((len(prompt) + len(ids) for prompt, ids in jobs), default=1)
-    for batch in engine.pad_across_ranks(pack(samples, tokens=tokens, seq_len=longest)):
+    batches = engine.pad_across_ranks(pack(samples, tokens=tokens, seq_len=longest))
+    for batch in counted("scoring", batches, "micro-batches"):
         batch = batch.to(engine.device)
         last_T = _last_of_each_text(batch)
         stop_ids_K = torch.tensor(chat.stop_ids, device=engine.device)

@@ -42,6 +42,7 @@ LOG = "run.jsonl"
 PAGE_EVENTS = ("eval", "accept", "alarm", "stopped")
 LOG_ONLY = ("head", "resume", "directory")  # fields of events that the console does not show
 SAMPLE_LOG_ONLY = ("spans", "extracted")  # the same of samples
+FEW_NUMBERS = 8  # of an evaluation, beside its estimates; more are only counted
 RESERVED = ("step", "wall_s", "event", "schema")
 PACKAGES = ("reflux-llm", "torch", "transformers", "triton", "torchtitan", "datasets", "numpy")
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -182,10 +183,14 @@ class Record:
             self.alarms.append(fields["message"])
         at = {"step": self._step, "wall_s": self._wall_s()}
         self._write(self._log, {"event": name, **at, **fields})
-        shown = [f"{key} {_word(v)}" for key, v in fields.items() if key not in LOG_ONLY]
-        self._print(f"{name}: {', '.join(shown)}" if shown else name)
+        self._print("\n".join(_event_lines(name, at["step"], fields)))
         if self.write_page and name in PAGE_EVENTS:
             self.write_page()
+
+    @property
+    def console(self) -> "Console | None":
+        """Where lines are printed; None on other ranks and in quiet runs."""
+        return self._console
 
     def __exit__(self, kind, error, _) -> None:
         if not self.is_main:
@@ -428,6 +433,36 @@ def _now() -> str:
 def _word(value: Any, form: str = "{:.4g}") -> str:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return form.format(value) if number else str(value)
+
+
+def _event_lines(name: str, step: Any, fields: Mapping[str, Any]) -> list[str]:
+    """One line; of an evaluation one for each estimate with an interval, of verdicts one each."""
+    shown = {key: v for key, v in fields.items() if key not in LOG_ONLY}
+    if name == "eval":
+        return [f"evaluation after step {step}:", *_evaluation_lines(shown)]
+    if name == "accept":
+        return ["acceptance:", *(f"    {k.removeprefix('accept/')} {v}" for k, v in shown.items())]
+    words = ", ".join(f"{key} {_word(v)}" for key, v in shown.items())
+    return [f"{name}: {words}" if words else name]
+
+
+def _evaluation_lines(fields: Mapping[str, Any]) -> list[str]:
+    """A table of the estimates with intervals; all other numbers are few, or counted."""
+    estimates = [key for key in fields if f"{key}_low" in fields]
+    ends = {f"{key}_{end}" for key in estimates for end in ("low", "high")}
+    others = [key for key in fields if key not in ends and key not in estimates]
+    names = {key: key.removeprefix("eval/") for key in fields}
+    few = others if len(others) <= FEW_NUMBERS else []
+    width = max((len(names[key]) for key in (*estimates, *few)), default=0)
+    lines = [f"    {names[key]:<{width}}  {_estimate(fields, key)}" for key in estimates]
+    lines += [f"    {names[key]:<{width}}  {_word(fields[key])}" for key in few]
+    left = len(others) - len(few)
+    return [*lines, f"    and {left} more numbers in {LOG}"] if left else lines
+
+
+def _estimate(fields: Mapping[str, Any], key: str) -> str:
+    mean, low, high = (_word(fields[key + end], "{:.3f}") for end in ("", "_low", "_high"))
+    return f"{mean} [{low}, {high}]"
 
 
 def _shorten(sample: Mapping[str, Any], width: int = 240) -> str:

@@ -19,6 +19,7 @@ from .run_page import status, write_run_page
 
 log = logging.getLogger(__name__)
 
+PROGRAM = "python -m reflux.trainer.runs.watch"
 EVERY_S = 5.0  # between two looks at the log
 
 
@@ -84,10 +85,10 @@ def _matrix(folder: Path) -> MatrixLog:
     return MatrixLog(folder)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = PROGRAM) -> int:
     """Runs what the command line says. Returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m reflux.trainer.runs.watch",
+        prog=prog,
         description="Write report.html, one page on a run or on a matrix of runs.",
     )
     parser.add_argument("folder", type=Path, help="of a run, or of a matrix")

@@ -386,3 +386,26 @@ def test_a_folder_without_a_run_is_an_error(tmp_path):
     (tmp_path / "run.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(ValueError, match="no head"):
         load_run(tmp_path)
+
+
+def test_an_evaluation_is_a_table_not_a_line(tmp_path, capsys):
+    fields = {}
+    for name in ("greedy", "sampled"):
+        fields |= {f"eval/{name}": 0.5, f"eval/{name}_low": 0.4, f"eval/{name}_high": 0.6}
+    many = {f"eval/greedy_at_{i}": 0.0 for i in range(9)}
+    with opened(tmp_path, quiet=False) as record:
+        record.event("eval", **fields, **{"eval/greedy_length": 12.25})
+        record.event("eval", **fields, **many)
+        record.event("accept", **{"accept/good": "succeeded: sampled 0.500"})
+    assert capsys.readouterr().out.splitlines() == [
+        "evaluation after step 0:",
+        "    greedy         0.500 [0.400, 0.600]",
+        "    sampled        0.500 [0.400, 0.600]",
+        "    greedy_length  12.25",
+        "evaluation after step 0:",
+        "    greedy   0.500 [0.400, 0.600]",
+        "    sampled  0.500 [0.400, 0.600]",
+        "    and 9 more numbers in run.jsonl",
+        "acceptance:",
+        "    good succeeded: sampled 0.500",
+    ]
