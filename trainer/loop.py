@@ -18,7 +18,6 @@ from .data.minibatches import deal, key_of, split
 from .disk_space import DiskError
 from .engine.agreement import agreed
 from .engine.engine import Engine
-from .losses import HeadInputs, Loss
 from .phase import Advance, LossFunction, Phase, Stop, TrainingPhase
 from .runs import commands
 from .runs.alarms import Alarms
@@ -173,9 +172,9 @@ def _count(epochs: Sequence[Sequence[Sequence[Batch]]]) -> int:
 def _counted(loss: LossFunction, advance: Advance) -> LossFunction:
     """The loss, which is called once for each micro-batch, and its count."""
 
-    def counted(out: HeadInputs, batch: Batch) -> Loss:
+    def counted(*inputs: Any) -> Any:
         advance(1)
-        return loss(out, batch)
+        return loss(*inputs)
 
     return counted
 

@@ -41,6 +41,7 @@ class HeatmapText:
     """One text."""
 
     title: str
+    question: str  # empty behind another text of the same prompt
     spans: bool  # of two tokenizers
     cells: dict[Divergence, list[HeatmapCell]]
 
@@ -57,7 +58,10 @@ def heatmap_page(rows: Sequence[TextRow], title: str) -> str:
         colours=COLOURS,
         arguments=ARGUMENTS,
         full_colour={d: f"{x:.2f}" for d, x in top.items()},
-        articles=[_article(row, top) for row in rows],
+        articles=[
+            _article(row, top, new=i == 0 or rows[i - 1].prompt != row.prompt)
+            for i, row in enumerate(rows)
+        ],
     )
 
 
@@ -66,9 +70,11 @@ def _percentile(values: Sequence[float]) -> float:
     return max(ranked[math.ceil(0.99 * (len(ranked) - 1))], 1e-9) if ranked else 1.0
 
 
-def _article(row: TextRow, top: Mapping[Divergence, float]) -> HeatmapText:
+def _article(row: TextRow, top: Mapping[Divergence, float], new: bool) -> HeatmapText:
+    """new: the row before it is of another prompt."""
     return HeatmapText(
         f"prompt {row.prompt}, sampled by the {row.sampled_by}{GRADES[row.correct]}",
+        row.question if new else "",
         row.teacher_pieces is not None,
         {d: _cells(row, d, top[d]) for d in DIVERGENCES},
     )

@@ -4,21 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reflux.trainer.runs.plotting import panels, save_figure
+from reflux.trainer.runs.plotting import DIRECTIONS, WRITERS, legend, panels, save_figure
 
 from .metrics import DIVERGENCES
 from .results import Diagnosis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-COLOURS = {
-    "student": "#dc2626",
-    "teacher": "#2563eb",
-    "dataset": "#6b7280",
-    "forward": "#2563eb",
-    "reverse": "#dc2626",
-}
 
 
 def plot_diagnosis(folder: Path, diagnosis: Diagnosis) -> dict[str, str]:
@@ -37,17 +29,17 @@ def _tail(diagnosis: Diagnosis) -> "Figure":
     figure, axes = panels(2)
     curves, gradients = axes[0]
     for d in DIVERGENCES:
-        t, line = diagnosis.tail[d], {"marker": "o", "ms": 3, "color": COLOURS[d]}
+        t, line = diagnosis.tail[d], {"marker": "o", "ms": 3, "color": DIRECTIONS[d]}
         whole = t.bucket[-1] or 1.0
         bucket, raw = ([x / whole for x in values] for values in (t.bucket, t.raw))
         curves.plot(t.k, bucket, label=f"{d}, with the tail bucket", **line)
-        curves.plot(t.k, raw, ls=":", color=COLOURS[d], label=f"{d}, first terms only")
-        curves.axvline(t.top_k, color=COLOURS[d], lw=0.8, alpha=0.5)
+        curves.plot(t.k, raw, ls=":", color=DIRECTIONS[d], label=f"{d}, first terms only")
+        curves.axvline(t.top_k, color=DIRECTIONS[d], lw=0.8, alpha=0.5)
         gradients.plot(t.k, t.gradient_tail, label=d, **line)
     curves.set(xscale="log", xlabel="top k", ylabel="fraction of the full KL")
     gradients.set(xscale="log", xlabel="top k", ylabel="gradient outside it", ylim=(0, None))
     for ax in axes[0]:
-        ax.legend(frameon=False, fontsize=7)
+        legend(ax)
     return figure
 
 
@@ -64,9 +56,9 @@ def _types(diagnosis: Diagnosis) -> "Figure":
         ):
             ax.bar([x + 0.27 * i for x in range(len(types))], heights, 0.25, label=label)
         middles = [x + 0.27 for x in range(len(types))]
-        ax.set_xticks(middles, list(types), rotation=45, ha="right", fontsize=7)
-        ax.set_title(f"{d} KL", fontsize=9)
-    axes[0, 0].legend(frameon=False, fontsize=7)
+        ax.set_xticks(middles, list(types), rotation=45, ha="right", fontsize=8)
+        ax.set_title(f"{d} KL")
+    legend(axes[0, 0])
     return figure
 
 
@@ -75,7 +67,7 @@ def _positions(diagnosis: Diagnosis) -> "Figure":
     for ax, d in zip(axes[0], DIVERGENCES):
         for source, values in diagnosis.off_policy.decile[d].items():
             label = f"on {source} prefixes"
-            ax.plot(range(5, 100, 10), values, marker="o", ms=3, color=COLOURS[source], label=label)
+            ax.plot(range(5, 100, 10), values, marker="o", ms=3, color=WRITERS[source], label=label)
         ax.set(xlabel="% of the text's bytes", ylabel=f"{d} KL, nats/token", ylim=(0, None))
-    axes[0, 0].legend(frameon=False, fontsize=7)
+    legend(axes[0, 0])
     return figure

@@ -4,6 +4,7 @@ file computes the rows of report.md; report.md.jinja lays them out.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from .plots import plot_diagnosis
 from .results import CrossTokenizer, Diagnosis, OffPolicy, measured
 from .summary import SEQUENCE_SOURCE
 from .symptoms import Confidence, Correction, Symptoms
-from .token_rows import token_rows
+from .token_rows import TextRow, token_rows
 from .training_stability import TrainingStability
 
 Rows = list[tuple[Any, ...]]
@@ -59,11 +60,25 @@ def write_diagnosis(
     write_whole(folder / "tokens.jsonl", "".join(lines))
     write_json(folder / "diagnosis.json", measured(diagnosis))
     plots = plot_diagnosis(folder, diagnosis)
-    shown = sorted(rows, key=lambda row: SHOWN.index(row.sampled_by))[: cfg.diagnose.heatmap_texts]
+    shown = every_writer(rows, cfg.diagnose.heatmap_texts)
     if shown:
         title = f"{cfg.model.path} (student) and {cfg.teacher.path} (teacher)"
         write_whole(folder / "heatmap.html", heatmap_page(shown, title))
     write_whole(folder / "report.md", render(cfg, diagnosis, plots, bool(shown)))
+
+
+def every_writer(rows: Sequence[TextRow], count: int) -> list[TextRow]:
+    """The first `count` texts, one of each writer for a prompt before a second of any, in the order
+    of their prompts.
+    """
+    seen: Counter[tuple[int, SampledBy]] = Counter()
+    ranked = []
+    for row in rows:
+        ranked.append((seen[row.prompt, row.sampled_by], row))
+        seen[row.prompt, row.sampled_by] += 1
+    ranked.sort(key=lambda x: (x[0], x[1].prompt, SHOWN.index(x[1].sampled_by)))
+    chosen = [row for _, row in ranked[:count]]
+    return sorted(chosen, key=lambda row: (row.prompt, SHOWN.index(row.sampled_by)))
 
 
 def render(cfg: Config, diagnosis: Diagnosis, plots: Mapping[str, str], heatmap: bool) -> str:
@@ -110,8 +125,8 @@ def _verdict(diagnosis: Diagnosis) -> Rows:
     return [
         (
             t.trap,
-            PRESENT[t.present],
-            f"{t.measure}: {estimate_text(t)}",
+            PRESENT[t.present] if t.missing is None else "not measured",
+            f"{t.measure}: {estimate_text(t)}" if t.missing is None else t.measure,
             f"{t.reference:g}",
             t.advice,
         )

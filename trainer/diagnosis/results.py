@@ -171,6 +171,7 @@ class TrapVerdict:
     reference: float
     present: bool | None  # None: inconclusive, there is no interval
     advice: str
+    missing: str | None = None  # why it was not measured; the numbers are NaN then
 
 
 @dataclass(frozen=True)

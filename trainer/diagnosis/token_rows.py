@@ -39,6 +39,7 @@ class TextRow:
     teacher_pieces: list[list[str]] | None = None
     student_unit: list[int] | None = None
     teacher_unit: list[int] | None = None
+    question: str = ""  # of the prompt
 
     def kl(self, divergence: Divergence) -> list[float | None]:
         return self.kl_forward if divergence == "forward" else self.kl_reverse
@@ -57,6 +58,7 @@ def _common(s: TokenStats) -> dict[str, Any]:
         "sampled_by": s.sampled_by,
         "correct": s.correct,
         "answer": s.answer,
+        "question": s.rollout.prompt.question if s.rollout.prompt.messages else "",
         "text": s.rollout.text,
         "ids": list(s.rollout.ids),
     }

@@ -12,21 +12,24 @@ from reflux.trainer.runs.stats import Estimate
 
 from .gradient_snr import GradientNoise
 from .metrics import DIVERGENCES, Divergence
-from .results import Diagnosis, TrapVerdict
+from .results import Diagnosis, OffPolicy, TrapVerdict
 
 # nats per token: what float32 leaves of a KL that is 0
 RESOLUTION = 1e-6
 # nats per token: above it, tokens that one model writes are more than e times less likely to the
 # other, in the geometric mean. A ratio of two such KLs does not tell where to learn: both are large
 FAR_APART = 1.0
+# effective fraction of the teacher's texts under the student, below which they are not its own
+EFFECTIVE_ENOUGH = 0.5
 
 
 def with_verdict(diagnosis: Diagnosis) -> Diagnosis:
-    """Adds the verdict on every trap that was measured."""
+    """Adds the verdict on each of the three traps, also where one was not measured."""
     traps = [_tail(diagnosis), _off_policy(diagnosis), _gap(diagnosis)]
     if _alike(diagnosis):
-        traps[:2] = [t and replace(t, mean=0.0, present=False, advice=ALIKE) for t in traps[:2]]
-    return replace(diagnosis, verdict=tuple(t for t in traps if t is not None))
+        nothing = {"mean": 0.0, "present": False, "advice": ALIKE}
+        traps[:2] = [replace(t, **nothing) if t.missing is None else t for t in traps[:2]]
+    return replace(diagnosis, verdict=tuple(traps))
 
 
 def _alike(diagnosis: Diagnosis) -> bool:
@@ -36,8 +39,9 @@ def _alike(diagnosis: Diagnosis) -> bool:
 
 
 def flatten(diagnosis: Diagnosis) -> dict[str, float]:
-    """The few numbers of a log line: "diagnose/<trap>" -> mean."""
-    return {f"diagnose/{t.trap.replace(' ', '_')}": t.mean for t in diagnosis.verdict}
+    """The few numbers of a log line: "diagnose/<trap>" -> mean, of what was measured."""
+    measured = [t for t in diagnosis.verdict if t.missing is None]
+    return {f"diagnose/{t.trap.replace(' ', '_')}": t.mean for t in measured}
 
 
 def _tail(diagnosis: Diagnosis) -> TrapVerdict:
@@ -67,25 +71,40 @@ def _tail(diagnosis: Diagnosis) -> TrapVerdict:
     )
 
 
-def _off_policy(diagnosis: Diagnosis) -> TrapVerdict | None:
-    off = diagnosis.off_policy
+def _off_policy(diagnosis: Diagnosis) -> TrapVerdict:
+    off, measure = diagnosis.off_policy, "KL on student prefixes / on teacher prefixes"
     if off.prefix_ratio is None or off.effective_samples is None:
-        return None
+        return _not_measured("off-policy instability", measure, 1.0, _no_texts(diagnosis))
     divergence = _worse(off.prefix_ratio)
     gradient = _gradient_words(off.gradient, divergence)
+    effective = off.effective_samples["whole"].mean
     bytes_ = " with distill.objective = 'byte'" if diagnosis.cross_tokenizer else ""
     return _verdict(
         "off-policy instability",
-        f"{divergence} KL on student prefixes / on teacher prefixes",
+        f"{divergence} {measure}",
         off.prefix_ratio[divergence],
         1.0,
         f"distill.on_policy > 0{bytes_}: the pair differs more on the student's own prefixes than "
-        "on the teacher's, and off-policy texts never reach those (effective fraction of the "
-        f"teacher's texts under the student: {off.effective_samples['whole'].mean:.0%}){gradient}"
+        "on the teacher's, and off-policy texts reach those only as far as the student would "
+        f"write them (effective fraction of the teacher's texts under it: {effective:.0%})"
+        + gradient
         + _far_apart(diagnosis, ". But"),
         _far_apart(diagnosis, "the pair differs no more on the student's prefixes, but")
-        or "off-policy texts are as good to learn from as the student's own, and cheaper"
-        + gradient,
+        or _off_policy_is_fine(off, divergence, effective) + gradient,
+    )
+
+
+def _off_policy_is_fine(off: OffPolicy, divergence: Divergence, effective: float) -> str:
+    """The advice where the trap is not there, with what speaks against it all the same."""
+    difference = off.gradient and off.gradient.of(divergence).on_minus_off
+    cleaner = bool(difference and difference.low > 0)
+    if not cleaner and not effective < EFFECTIVE_ENOUGH:
+        return "off-policy texts are as good to learn from as the student's own, and cheaper"
+    few = f", though few of them count as the student's own ({effective:.0%})"
+    few = few if effective < EFFECTIVE_ENOUGH else ""
+    return (
+        "the pair differs no more on the student's prefixes, so off-policy texts, which are "
+        f"cheaper, show where it differs{few}; try distill.on_policy > 0 beside them"
     )
 
 
@@ -134,18 +153,26 @@ def _gradient_words(gradient: GradientNoise | None, divergence: Divergence) -> s
     )
 
 
-def _gap(diagnosis: Diagnosis) -> TrapVerdict | None:
-    wrong = diagnosis.gap.wrong_trace
+def _gap(diagnosis: Diagnosis) -> TrapVerdict:
+    wrong, trap = diagnosis.gap.wrong_trace, "teacher-student gap"
+    measure = "wrong-trace preference (0 = always prefers correct texts)"
     if wrong is None:
-        return None
+        return _not_measured(trap, measure, 0.5, _no_grades(diagnosis))
+    likes = (
+        "it likes wrong student texts better than correct ones, so its signal on the student's "
+        "own texts teaches the wrong thing"
+        if wrong.pair.low > 0.5
+        else "it cannot be told from a teacher that likes wrong student texts as well as correct "
+        f"ones (the interval reaches {wrong.pair.high:.2f}), so its signal on the student's own "
+        "texts may teach little"
+    )
     return _verdict(
-        "teacher-student gap",
-        "wrong-trace preference (0 = always prefers correct texts)",
+        trap,
+        measure,
         wrong.pair,
         0.5,
         "distill.correct_only = true, or calibrate the teacher (calibration.mode = "
-        "'distillable'): it likes wrong student texts at least as well as correct ones, so its "
-        "signal on the student's own texts teaches little or the wrong thing",
+        f"'distillable'): {likes}",
         "the teacher tells correct student texts from wrong ones: on-policy distillation has a "
         "signal",
         present=lambda e: not e.high < 0.5,
@@ -156,6 +183,34 @@ ALIKE = (
     "nothing: both models give the same distribution at every position, up to rounding "
     f"(KL below {RESOLUTION:g} nats per token)"
 )
+
+
+def _not_measured(trap: str, measure: str, reference: float, why: str) -> TrapVerdict:
+    nan, text = math.nan, f"not measured, because {why}"
+    return TrapVerdict(trap, measure, nan, nan, nan, nan, 0, reference, None, text, missing=why)
+
+
+def _no_texts(diagnosis: Diagnosis) -> str:
+    """Why there is no comparison of prefixes."""
+    absent = [s for s in ("student", "teacher") if s not in diagnosis.texts]
+    if not absent:
+        return "no text was left to compare"
+    return (
+        f"there are no texts by the {' and none by the '.join(absent)}: want both in "
+        "diagnose.prefixes"
+    )
+
+
+def _no_grades(diagnosis: Diagnosis) -> str:
+    """Why the teacher's preference among the student's texts is not known."""
+    if "student" not in diagnosis.texts:
+        return "there are no texts by the student: want it in diagnose.prefixes"
+    return (
+        "no finished text of the student has a grade: name a task (task.name), and raise "
+        "rollout.max_tokens where texts are truncated"
+    )
+
+
 NO_NOISE = (
     "cannot be measured here: in the first ten classes function words and punctuation carry no KL "
     "(a partial sum of 0 or below), or the texts have none, so there is no lift to compare with"

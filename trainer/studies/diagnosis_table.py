@@ -116,7 +116,7 @@ def load_diagnoses(folder: Path) -> dict[str, list[Diagnosis]]:
 
 def diagnosis_rows(pairs: Mapping[str, Sequence[Diagnosis]]) -> list[DiagnosisRow]:
     """The traps first, then MEASURES."""
-    verdicts = [t for seeds in pairs.values() for d in seeds for t in d["verdict"]]
+    verdicts = [t for seeds in pairs.values() for d in seeds for t in _measured(d)]
     traps = dict.fromkeys(t["trap"] for t in verdicts)
     rows = [_trap_row(trap, pairs) for trap in traps]
     for title, keys in MEASURES.items():
@@ -132,7 +132,7 @@ def control_rows(pairs: Mapping[str, Pair]) -> list[ControlRow]:
         for name, pair in pairs.items()
         if pair.control in pairs and pair.control != name
     }
-    verdicts = [t for p in pairs.values() for d in p.by_seed.values() for t in d["verdict"]]
+    verdicts = [t for p in pairs.values() for d in p.by_seed.values() for t in _measured(d)]
     numbers: dict[str, Number] = {
         _title(t): partial(_verdict_number, trap=t["trap"]) for t in reversed(verdicts)
     }
@@ -161,13 +161,18 @@ def _title(verdict: Mapping[str, Any]) -> str:
 
 
 def _verdict_number(diagnosis: Diagnosis, trap: str) -> float | None:
-    return next((t["mean"] for t in diagnosis["verdict"] if t["trap"] == trap), None)
+    return next((t["mean"] for t in _measured(diagnosis) if t["trap"] == trap), None)
+
+
+def _measured(diagnosis: Diagnosis) -> list[Mapping[str, Any]]:
+    """The verdicts that have a number."""
+    return [t for t in diagnosis["verdict"] if "missing" not in t]
 
 
 def _trap_row(trap: str, pairs: Mapping[str, Sequence[Diagnosis]]) -> DiagnosisRow:
     """Titled by the measure that decides the trap. Pairs without that verdict are left out."""
     verdicts = {
-        pair: [t for d in diagnoses for t in d["verdict"] if t["trap"] == trap]
+        pair: [t for d in diagnoses for t in _measured(d) if t["trap"] == trap]
         for pair, diagnoses in pairs.items()
     }
     verdicts = {pair: of_pair for pair, of_pair in verdicts.items() if of_pair}

@@ -8,10 +8,12 @@ recommended range is where the teacher satisfies A1 and the student differs from
 both by the whole interval of the differences over seeds (docs/method.md, "Acceptance").
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from reflux.trainer.runs.files import write_json
 from reflux.trainer.runs.markdown_table import (
@@ -19,9 +21,18 @@ from reflux.trainer.runs.markdown_table import (
     points_with_interval,
     render_template,
 )
-from reflux.trainer.runs.plotting import panels, save_figure
+from reflux.trainer.runs.plotting import (
+    BLUE,
+    draw_missing,
+    draw_rule,
+    draw_seeds,
+    legend,
+    panels,
+    save_figure,
+)
 from reflux.trainer.runs.stats import Estimate, over_seeds
 
+from .figures import chance, started_at
 from .finished_runs import (
     FinishedRun,
     gap_by_seed,
@@ -35,8 +46,16 @@ from .results import Rule
 from .run_warnings import as_markdown, run_warnings
 from .verdict import A1_WORDS, within_a1
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 TEMPLATE = Path(__file__).with_name("eta_sweep.md.jinja")
-COLOUR = "#2563eb"
+SHOWN = {  # column of the figure -> role and number of a run
+    "teacher accuracy": ("teacher", "accuracy"),
+    "KL to original, nats/token": ("teacher", "reference_kl"),
+    "calibration reward, nats": ("teacher", "reward/cal"),
+    "student accuracy": ("student", "accuracy"),
+}
 
 
 @dataclass(frozen=True)
@@ -117,32 +136,57 @@ def render(sweep: EtaSweep) -> str:
     )
 
 
-def plot(points: Sequence[EtaPoint], path: Path) -> None:
+def plot(points: Sequence[EtaPoint], path: Path, runs: Sequence[FinishedRun] = ()) -> None:
+    """runs: where the seeds of each point come from."""
     columns = {
         "teacher accuracy": [p.teacher for p in points],
         "KL to original, nats/token": [p.reference_kl for p in points],
         "calibration reward, nats": [p.reward for p in points],
         "student accuracy": [p.student for p in points],
     }
-    figure, axes = panels(len(columns), width=3.4)
+    figure, axes = panels(len(columns), width=3.6)
     for ax, (title, estimates) in zip(axes[0], columns.items()):
-        rows = [(p.eta, e) for p, e in zip(points, estimates) if e.n]
-        ax.errorbar(
-            [eta for eta, _ in rows],
-            [e.mean for _, e in rows],
-            yerr=[e.std if e.n > 1 else 0.0 for _, e in rows],
-            marker="o",
-            ms=3,
-            lw=1.2,
-            capsize=2,
-            color=COLOUR,
-        )
-        ax.set(xscale="symlog", xlabel="eta")
-        ax.set_title(title, fontsize=9)
-        ax.axvline(0, color="black", lw=0.6)
-    for ax in (axes[0, 0], axes[0, -1]):
-        ax.set_ylim(0, 1.02)
+        role, number = SHOWN[title]
+        if number == "accuracy":
+            ax.set_ylim(0, 1.02)
+        _line(ax, points, estimates)
+        for x, p in enumerate(points):
+            draw_seeds(ax, x, _of_seeds(with_role(_at(runs, p.eta), role), number))
+        for x in (i for i, e in enumerate(estimates) if not e.n):
+            draw_missing(ax, x, 0.5, "not measured")
+        names = [f"{p.eta:+g}" if p.eta else "0" for p in points]
+        ax.set_xticks(range(len(points)), names, fontsize=8, rotation=45 * (len(points) > 5))
+        ax.set(xlabel="eta (below 0: undistillable)", title=title)
+    _rules(axes[0, -1], runs)
     save_figure(figure, path)
+
+
+def _line(ax: "Axes", points: Sequence[EtaPoint], estimates: Sequence[Estimate]) -> None:
+    """Etas stand side by side at equal distances, so that each has room for its label."""
+    means = [e.mean if e.n else math.nan for e in estimates]  # NaN leaves a gap
+    std = [e.std if e.n > 1 else 0.0 for e in estimates]
+    style: dict[str, Any] = {"marker": "o", "ms": 3, "lw": 1.2, "capsize": 2, "color": BLUE}
+    ax.errorbar(range(len(points)), means, yerr=std, **style)
+    if zero := [x for x, p in enumerate(points) if p.eta == 0]:
+        ax.axvline(zero[0], color="black", lw=0.6)
+
+
+def _rules(ax: "Axes", runs: Sequence[FinishedRun]) -> None:
+    students = with_role(runs, "student")
+    if begun := started_at(students):
+        draw_rule(ax, sum(begun) / len(begun), "at the start", ":")
+    if (guessed := chance(students)) is not None:
+        draw_rule(ax, guessed, "chance", "-.")
+    if ax.get_legend_handles_labels()[0]:
+        legend(ax, loc="upper left")
+
+
+def _of_seeds(runs: Sequence[FinishedRun], number: str) -> list[float]:
+    """accuracy, or a field of the last step that has it."""
+    if number == "accuracy":
+        return [r.accuracy("sampled") for r in runs]
+    found = ([s[number] for s in r.run.steps if number in s] for r in runs)
+    return [values[-1] for values in found if values]
 
 
 def write_eta_sweep(folder: Path) -> str:
@@ -150,7 +194,8 @@ def write_eta_sweep(folder: Path) -> str:
     ValueError without a label eta.
     """
     folder = Path(folder)
-    sweep = eta_sweep(load_finished_runs(folder))
+    runs = load_finished_runs(folder)
+    sweep = eta_sweep(runs)
     if not sweep.points:
         raise ValueError(
             f"{folder}: no finished run carries a label eta; want the folder of a matrix like "
@@ -158,7 +203,7 @@ def write_eta_sweep(folder: Path) -> str:
         )
     text = render(sweep) + as_markdown(run_warnings(folder))
     write_json(folder / "eta_sweep.json", sweep)
-    plot(sweep.points, folder / "eta_sweep.png")
+    plot(sweep.points, folder / "eta_sweep.png", runs)
     (folder / "eta_sweep.md").write_text(text)
     return text
 

@@ -4,11 +4,21 @@ or None, and one entry in FIGURES.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from reflux.trainer.runs.plotting import panels, save_figure
+from reflux.trainer.runs.plotting import (
+    TEACHERS,
+    draw_missing,
+    draw_rule,
+    draw_seeds,
+    legend,
+    panels,
+    readable,
+    save_figure,
+)
 
 from .finished_runs import FinishedRun
 from .results import Results, StudentResult
@@ -19,12 +29,7 @@ if TYPE_CHECKING:
 
 MAX_BARS = 9  # attacks side by side
 MAX_CURVES = 6  # panels side by side
-COLOURS = {
-    "original": "#6b7280",
-    "distillable": "#2563eb",
-    "undistillable": "#dc2626",
-    "task_only": "#d97706",
-}
+OPTION = re.compile(r"eval/\w+_at_(\d+)")  # accuracy where the correct option is the n-th
 CALIBRATION = {  # field of the log -> title
     "reward/task": "task reward",
     "reward/cal": "calibration reward, nats",
@@ -54,10 +59,38 @@ def student_bars(runs: Sequence[FinishedRun], results: Results) -> Figure | None
     width = -(-len(attacks) // rows)  # as evenly as it goes
     figure, axes = panels(1, rows, width=max(6.0, 1.6 * width))
     for ax, start in zip(axes[:, 0], range(0, len(attacks), width)):
-        _bars(ax, attacks[start : start + width], teachers, results.students)
+        ax.set_ylim(0, 1)
+        _rules(ax, runs, results)
+        _bars(ax, attacks[start : start + width], teachers, results.students, runs)
         ax.set_xlim(-0.3, width - 0.1)
-    axes[0, 0].legend(frameon=False, fontsize=8, bbox_to_anchor=(1.0, 1.0))
+    legend(axes[0, 0], bbox_to_anchor=(1.0, 1.0))
     return figure
+
+
+def _rules(ax: Axes, runs: Sequence[FinishedRun], results: Results) -> None:
+    """What a student starts from, what guessing gives, and the original teacher itself."""
+    students = [r for r in runs if r.labels["role"] == "student"]
+    if "original" in results.teachers:
+        draw_rule(ax, results.teachers["original"].sampled.mean, "original teacher")
+    if begun := started_at(students):
+        draw_rule(ax, sum(begun) / len(begun), "students at the start", ":")
+    if (guessed := chance(students)) is not None:
+        draw_rule(ax, guessed, "chance", "-.")
+
+
+def started_at(runs: Iterable[FinishedRun]) -> list[float]:
+    """Sampled accuracies of step 0, of the runs that were evaluated there."""
+    firsts = [r.evals()[0] for r in runs if r.evals()]
+    return [e["eval/sampled"] for e in firsts if e["step"] == 0 and "eval/sampled" in e]
+
+
+def chance(runs: Iterable[FinishedRun]) -> float | None:
+    """1 / options of a multiple-choice task, by the positions that the log names; None where
+    answers are free.
+    """
+    named = (OPTION.fullmatch(key) for r in runs for e in r.evals()[:1] for key in e)
+    positions = [int(m[1]) for m in named if m]
+    return 1 / max(positions) if positions else None
 
 
 def _bars(
@@ -65,23 +98,34 @@ def _bars(
     attacks: Sequence[str],
     teachers: Sequence[str],
     students: Mapping[str, Mapping[str, StudentResult]],
+    runs: Sequence[FinishedRun],
 ) -> None:
+    """A bar for each teacher with its standard deviation, seeds as points; hatched where there is
+    no student.
+    """
     width = 0.8 / max(len(teachers), 1)
     for i, teacher in enumerate(teachers):
-        cells = [students[a].get(teacher) for a in attacks]
-        std = [c.sampled.std if c and c.sampled.n > 1 else 0.0 for c in cells]
-        ax.bar(
-            [x + i * width for x in range(len(attacks))],
-            [c.sampled.mean if c else 0.0 for c in cells],
-            width * 0.9,
-            yerr=std if any(c and c.sampled.n > 1 for c in cells) else None,
-            label=f"from {teacher}",
-            color=COLOURS.get(teacher),
-            capsize=2,
-        )
-    ax.set_xticks([x + 0.4 - width / 2 for x in range(len(attacks))], attacks, fontsize=8)
+        style: dict[str, Any] = {
+            "label": f"from {readable(teacher)}",
+            "color": TEACHERS.get(teacher),
+        }
+        for x, attack in enumerate(attacks):
+            place, cell = x + i * width, students[attack].get(teacher)
+            if cell is None or not cell.sampled.n:
+                draw_missing(ax, place, 0.9 * width)
+                continue
+            std = cell.sampled.std if cell.sampled.n > 1 else None
+            ax.bar(place, cell.sampled.mean, 0.9 * width, yerr=std, capsize=2, **style)
+            style.pop("label", None)  # once in the legend
+            draw_seeds(ax, place, _of_seeds(runs, attack, teacher), 0.4 * width)
+    names = [readable(a) for a in attacks]
+    ax.set_xticks([x + 0.4 - width / 2 for x in range(len(attacks))], names, fontsize=8)
     ax.set_ylabel("accuracy, sampled")
-    ax.set_ylim(0, 1)
+
+
+def _of_seeds(runs: Sequence[FinishedRun], attack: str, teacher: str) -> list[float]:
+    wanted = {"role": "student", "attack": attack, "teacher": teacher}
+    return [r.accuracy("sampled") for r in runs if wanted.items() <= r.labels.items()]
 
 
 def calibration_curves(runs: Sequence[FinishedRun], results: Results) -> Figure | None:
@@ -100,16 +144,16 @@ def calibration_curves(runs: Sequence[FinishedRun], results: Results) -> Figure 
             ax.plot(
                 [s["step"] for s in steps],
                 [s[key] for s in steps],
-                color=COLOURS.get(r.labels["teacher"]),
+                color=TEACHERS.get(r.labels["teacher"]),
                 alpha=0.8,
                 lw=1.2,
-                label=r.labels["teacher"] if first_seed else None,
+                label=readable(r.labels["teacher"]) if first_seed else None,
             )
-        ax.set_title(title, fontsize=9)
+        ax.set_title(title)
         ax.set_xlabel("step")
         ax.ticklabel_format(useOffset=False)
     axes[0, 0].set_ylim(0, 1.05)
-    axes[0, 0].legend(frameon=False, fontsize=8, loc="lower left")
+    legend(axes[0, 0], loc="lower left")
     return figure
 
 
@@ -122,10 +166,11 @@ def teacher_styles(runs: Sequence[FinishedRun], results: Results) -> Figure | No
     ax, bottom = axes[0, 0], [0.0] * len(teachers)
     for style in styles:
         fractions = [t.styles[style].fraction for t in teachers.values()]
-        ax.bar(list(teachers), fractions, 0.6, bottom=bottom, label=style)
+        names = [readable(t) for t in teachers]
+        ax.bar(names, fractions, 0.6, bottom=bottom, label=readable(style))
         bottom = [b + f for b, f in zip(bottom, fractions)]
     ax.set_ylabel("fraction of sampled answers")
-    ax.legend(frameon=False, fontsize=8, bbox_to_anchor=(1.0, 1.0))
+    legend(ax, bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
@@ -139,15 +184,16 @@ def student_curves(runs: Sequence[FinishedRun], results: Results) -> Figure | No
     for ax in axes.flat[len(attacks) :]:
         ax.set_axis_off()
     for ax, attack in zip(axes.flat, attacks):
-        _curves(ax, (r for r in students if r.labels["attack"] == attack))
-        ax.set_title(attack, fontsize=9)
+        mine = [r for r in students if r.labels["attack"] == attack]
+        _curves(ax, mine)
+        ax.set_title(readable(attack).replace("\n", " "))
         ax.set_ylim(0, 1)
     for column in axes.T:  # the lowest panel that is in use
         column[max(i for i, ax in enumerate(column) if ax.axison)].set_xlabel("step")
     for ax in axes[:, 0]:
         ax.set_ylabel("accuracy, sampled")
     handles = {h.get_label(): h for h in axes[0, 0].get_lines()}
-    axes[0, 0].legend(handles.values(), handles.keys(), frameon=False, fontsize=8)
+    axes[0, 0].legend(handles.values(), handles.keys())
     return figure
 
 
@@ -159,8 +205,8 @@ def _curves(ax: Axes, runs: Iterable[FinishedRun]) -> None:
             marker="o",
             ms=3,
             lw=1.2,
-            color=COLOURS.get(r.labels["teacher"]),
-            label=r.labels["teacher"],
+            color=TEACHERS.get(r.labels["teacher"]),
+            label=readable(r.labels["teacher"]),
         )
 
 

@@ -4,12 +4,10 @@ in a real browser where one is.
 
 import html
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 
-import pytest
+from browser import Browser, needs_browser
 
 from reflux.trainer.diagnosis.heatmap import heatmap_page
 from reflux.trainer.diagnosis.token_rows import TextRow
@@ -43,9 +41,6 @@ SPANS = TextRow(
     student_pieces=[["the"], [" c", "at"], ["</s>"]],
     teacher_pieces=[["the"], [" cat"], ["<end>"]],
 )
-BROWSER = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
 
 
 class Tokens(HTMLParser):
@@ -57,7 +52,7 @@ class Tokens(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         named = dict(attributes)
-        self.open += [tag] if tag not in ("meta", "input") else []
+        self.open += [tag] if tag not in ("meta", "input", "link") else []
         if tag == "p":
             self.divergence = named["class"].split()[1]
         if tag == "span":
@@ -117,36 +112,16 @@ def test_a_page_of_spans_shows_both_sides_tokens():
     assert "KL forward 0.5000, reverse 0.2000" in page
 
 
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on this machine")
-
-
-def shown_by_a_browser(page, folder, script):
-    """What the browser puts into the title: the value of a script run on the page."""
+def shown_by_a_browser(page, folder, script, **options):
+    """The value of a script on the page in a real browser; no error, no request, no scrolling."""
     folder.mkdir()
     file = folder / "page.html"
-    file.write_text(page.replace("</body>", f"<script>document.title = {script}</script></body>"))
-    done = subprocess.run(
-        [
-            BROWSER,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-sync",
-            "--disable-background-networking",
-            "--disable-component-update",
-            f"--user-data-dir={folder / 'profile'}",
-            "--dump-dom",
-            file.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    title = re.search("<title>(.*?)</title>", done.stdout)
-    assert title, done.stderr[-500:]
-    return html.unescape(title[1])
+    file.write_text(page)
+    with Browser(folder / "profile") as browser:
+        shown = browser.show(file, script=script, **options)
+    assert shown.errors == [] and shown.requests == []
+    assert shown.page_width <= options.get("width", 1280)
+    return shown.value
 
 
 @needs_browser
@@ -176,3 +151,28 @@ def test_a_real_browser_draws_a_rule_under_every_span(tmp_path):
     assert shown == "solid 2px true true,dotted 2px true true,solid 2px true true"
     plain = shown_by_a_browser(heatmap_page([ROW], "t"), tmp_path / "tokens", script)
     assert plain.split(",")[0].startswith("none 0px"), "tokens of one vocabulary have no rules"
+
+
+def test_a_prompt_stands_once_above_the_texts_of_its_writers():
+    rows = [
+        replace(ROW, question="Is 4 < 5?"),
+        replace(ROW, question="Is 4 < 5?", sampled_by="teacher"),
+        replace(ROW, question="And 6?", prompt=4),
+    ]
+    page = heatmap_page(rows, "t")
+    questions = re.findall('<div class="question">(.*?)</div>', page)
+    assert questions == ["Is 4 &lt; 5?", "And 6?"]
+    assert page.count('<h3 class="forward">KL(teacher || student)</h3>') == 3
+
+
+@needs_browser
+def test_on_a_phone_both_directions_are_shown_and_a_tapped_token_tells_its_numbers(tmp_path):
+    script = """(() => { const e = document.querySelector('p.forward span'); e.focus();
+        const bar = getComputedStyle(e, '::after');
+        return [bar.position, bar.content.includes('KL forward'), ...['forward', 'reverse'].map(
+            d => getComputedStyle(document.querySelector('p.' + d)).display)].join() })()"""
+    row = replace(ROW, question="a" * 500, pieces=["x" * 90, *ROW.pieces[1:]])
+    shown = shown_by_a_browser(
+        heatmap_page([row], "models/" + "long_name" * 20), tmp_path / "a", script, width=390
+    )
+    assert shown == "fixed,true,block,block"

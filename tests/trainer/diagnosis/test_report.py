@@ -52,6 +52,7 @@ def test_a_section_is_there_only_with_rows(cfg):
     report = render(cfg, with_verdict(diagnose_token_stats(teacher_only)), {}, heatmap=False)
     assert "Symptoms of the student" not in sections(report) and "heatmap" not in report
     assert "classes by frequency" not in report
+    assert report.count("| not measured |") == 2 and "no texts by the student" in report
 
 
 def test_blocks_are_one_blank_line_apart(cfg):

@@ -98,17 +98,43 @@ def test_a_tail_without_function_words_is_no_verdict():
     diagnosis = diagnose_token_stats([token_stats(i, "teacher") for i in range(3)])
     nothing = Estimate(math.nan, math.nan, math.nan, math.nan, 3)
     tail = {d: replace(t, tail_noise_index=nothing) for d, t in diagnosis.tail.items()}
-    (trap,) = with_verdict(replace(diagnosis, tail=tail)).verdict
+    trap, *_ = with_verdict(replace(diagnosis, tail=tail)).verdict
     assert trap.present is None and trap.advice.startswith("cannot be measured here")
     assert estimate_text(nothing) == "no number"
     assert estimate_text(Estimate(0.5, math.nan, math.nan, math.nan, 1)) == "0.500 (no interval)"
 
 
-def test_without_student_texts_there_is_only_the_first_verdict():
+def test_a_trap_that_was_not_measured_stands_there_and_says_why():
     stats = [token_stats(i, "teacher") for i in range(3)]
     diagnosis = with_verdict(diagnose_token_stats(stats))
-    assert [t.trap for t in diagnosis.verdict] == ["tail noise"]
+    tail, off_policy, gap = diagnosis.verdict
+    assert tail.missing is None and off_policy.trap == "off-policy instability"
+    assert off_policy.advice.startswith("not measured, because there are no texts by the student")
+    assert gap.advice.startswith("not measured, because there are no texts by the student")
+    assert math.isnan(gap.mean) and gap.present is None
     assert flatten(diagnosis) == {"diagnose/tail_noise": pytest.approx(3.0)}
+    ungraded = [token_stats(i, w) for i in range(3) for w in ("teacher", "student")]
+    gap = with_verdict(diagnose_token_stats(ungraded)).verdict[2]
+    assert "no finished text of the student has a grade: name a task" in gap.advice
+
+
+def test_advice_does_not_contradict_the_numbers_beside_it():
+    """Off-policy texts are not called as good where few of them count, or a gradient is cleaner on
+    the student's; a preference below 0.5 is not called liking.
+    """
+    diagnosis = diagnose_token_stats(student_diagnosis_cases(False, 0.5, False))
+    off = diagnosis.off_policy
+    few = {k: e._replace(mean=0.03) for k, e in off.effective_samples.items()}
+    trap = with_verdict(replace(diagnosis, off_policy=replace(off, effective_samples=few))).verdict[
+        1
+    ]
+    assert "as good to learn from" not in trap.advice and "(3%)" in trap.advice
+    sick = diagnose_token_stats(student_diagnosis_cases(True, 4.0, True))
+    wide = Estimate(0.35, 0.1, 0.2, 0.52, 12)
+    gap = replace(sick.gap, wrong_trace=replace(sick.gap.wrong_trace, pair=wide))
+    advice = with_verdict(replace(sick, gap=gap)).verdict[2].advice
+    assert "cannot be told from" in advice and "0.52" in advice
+    assert "likes wrong student texts better" in with_verdict(sick).verdict[2].advice
 
 
 def test_the_advice_for_two_tokenizers_is_a_config_that_exists():
