@@ -27,9 +27,15 @@ def with_verdict(diagnosis: Diagnosis) -> Diagnosis:
     """Adds the verdict on each of the three traps, also where one was not measured."""
     traps = [_tail(diagnosis), _off_policy(diagnosis), _gap(diagnosis)]
     if _alike(diagnosis):
-        nothing = {"mean": 0.0, "present": False, "advice": ALIKE}
-        traps[:2] = [replace(t, **nothing) if t.missing is None else t for t in traps[:2]]
+        traps[:2] = [_nothing(t) for t in traps[:2]]
     return replace(diagnosis, verdict=tuple(traps))
+
+
+def _nothing(trap: TrapVerdict) -> TrapVerdict:
+    """A trap between two models that are one distribution."""
+    if trap.missing is not None:
+        return trap
+    return replace(trap, mean=0.0, present=False, advice=ALIKE)
 
 
 def _alike(diagnosis: Diagnosis) -> bool:
