@@ -1,6 +1,7 @@
 """The run over many texts, on few; the peak of the byte head over T."""
 
 from bench import byte_texts
+from reflux.tokenalign import linear_next_byte
 
 
 def test_few_texts_of_two_real_tokenizers():
@@ -15,9 +16,13 @@ def test_few_texts_of_two_real_tokenizers():
     )
 
 
-def test_the_byte_heads_memory_grows_slower_than_a_softmax():
-    small, large = byte_texts.memory((256, 1024))
+def test_the_byte_heads_memory_grows_by_positions_not_by_the_vocabulary(monkeypatch):
+    """Beyond one chunk of positions: less than logits of both sides and their gradient, at a
+    vocabulary of 8,000; a larger one costs nothing more.
+    """
+    monkeypatch.setattr(linear_next_byte, "POSITIONS", 256)
+    small, large = byte_texts.memory((256, 768), size=200)
     tokens = large["student_tokens"] - small["student_tokens"]
-    grown = (large["peak_mib"] - small["peak_mib"]) / tokens * 2**20
-    softmax = large["softmax_mib"] / large["student_tokens"] * 2**20
-    assert 0 < grown < softmax
+    grown = (large["peak_mib"] - small["peak_mib"]) / tokens
+    per_token = large["logits_of_both_and_gradient_mib"] / large["student_tokens"]
+    assert 0 < grown < per_token

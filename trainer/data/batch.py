@@ -60,6 +60,7 @@ class TeacherView:
     student_positions: np.ndarray | None = None
     teacher_positions: np.ndarray | None = None
     space: bool = False  # the first byte of its ids is a space that its tokenizer put there
+    student_space: bool = False  # the same of the student's ids
     # what a teacher that is not asked again has said of the response; None: its model reads it
     rows: TopKRows | None = None
     # [n, K] fp64 in [0, 1): where the teacher's tokens are drawn (distill.tail = "sampled")
@@ -265,7 +266,7 @@ def _join(samples: Sequence[Sample], seq_len: int) -> list[list[Sample]]:
 
 def _batch(rows: list[list[Sample]], packed: bool, order: dict[int, int]) -> Batch:
     columns: dict[str, list[np.ndarray]] = {
-        k: [] for k in ("target", "advantage", "old_logp", "off_policy", "span", "sample")
+        k: [] for k in ("target", "advantage", "old_logp", "off_policy", "span", "sample", "space")
     }
     spans: list[np.ndarray] = [np.zeros(0, np.float32)]
     offset = 0
@@ -276,6 +277,8 @@ def _batch(rows: list[list[Sample]], packed: bool, order: dict[int, int]) -> Bat
         columns["old_logp"].append(_or_zeros(sample.old_logp, n))
         columns["off_policy"].append(np.full(n, sample.off_policy, np.float32))
         columns["sample"].append(np.full(n, order[id(sample)]))
+        space = any(v is not None and v.student_space for v in sample.teacher_views)
+        columns["space"].append(np.full(n, space))
         span = np.full(n, -1) if sample.span is None else np.asarray(sample.span)
         columns["span"].append(np.where(span >= 0, span + offset, -1))
         if sample.teacher_span_logp is not None:
@@ -296,6 +299,7 @@ def _batch(rows: list[list[Sample]], packed: bool, order: dict[int, int]) -> Bat
         _real(np.concatenate(spans)),
         _long(whole["sample"]),
         packed,
+        torch.from_numpy(whole["space"]) if whole["space"].any() else None,
         teacher_views=tuple(_view(rows, i, order) for i in range(teachers)),
     )
 

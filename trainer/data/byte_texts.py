@@ -34,11 +34,14 @@ def byte_view(
     spelled = spell(student.table, ids)
     if spelled.text is None or spelled.cut or not lens[list(ids)].all():
         return None
+    given, own = read is not None, spelled.bytes
     read = teacher.encode(spelled.text) if read is None else tuple(read)
     raw = teacher.table.bytes_of(read)
-    space = raw == b" " + spelled.bytes  # that the teacher's tokenizer puts in front
-    if not (space or raw == spelled.bytes) or not teacher.table.lens[list(read)].all():
+    # a space that one of the two tokenizers put in front; the text itself is known where it is the
+    # teacher's
+    space, student_space = raw == b" " + own, given and own == b" " + raw
+    if not (space or student_space or raw == own) or not teacher.table.lens[list(read)].all():
         return None
     stop = (teacher.stop_id,) if rollout.ended else ()
     prompt_ids = teacher.prompt_ids(rollout.prompt.messages)
-    return TeacherView(prompt_ids, (*read, *stop), space=space)
+    return TeacherView(prompt_ids, (*read, *stop), space=space, student_space=student_space)

@@ -199,6 +199,7 @@ def _measure_positions(
 ) -> dict[int, _Numbers]:
     """By index of the sample. Collective."""
     measured: dict[int, _Numbers] = {}
+    spec = spec.to(engine.device)
     for batch in engine.pad_across_ranks(batches):
         batch = batch.to(engine.device)
         with (
@@ -207,13 +208,8 @@ def _measure_positions(
         ):
             windows = windows_of(pair.tries[0], batch)
             found = _next_bytes(student, other, batch, windows, pair)
-        sample_P = batch.sample_T[windows.row_P]
-        samples = batch.sample_T.unique().tolist()
-        for i in samples:
-            rows = (sample_P == i).nonzero()[:, 0]
-            one = [NextBytes(*(x[rows] for x in side)) for side in found]
-            measured[i] = _compare(one[0], one[1], windows.byte_P[rows], spec, pair.max_missing)
-        advance(len(samples))
+        measured |= _compare(*found, batch, windows, spec, pair.max_missing)
+        advance(len(batch.sample_T.unique()))
     return measured
 
 
@@ -231,13 +227,17 @@ def _next_bytes(
 
 @torch.no_grad()
 def _compare(
-    student: NextBytes, teacher: NextBytes, byte_P: Tensor, spec: StatsSpec, max_missing: float
-) -> _Numbers:
-    """Of one text."""
-    missing_P = student.missing_P.maximum(teacher.missing_P)
-    at_U = (missing_P <= max_missing).nonzero()[:, 0]
+    student: NextBytes,
+    teacher: NextBytes,
+    batch: Batch,
+    windows: ByteWindows,
+    spec: StatsSpec,
+    max_missing: float,
+) -> dict[int, _Numbers]:
+    """Of every text of the batch, by index of the sample."""
+    sides, byte_P = (student, teacher), windows.byte_P
+    at_U = (student.missing_P.maximum(teacher.missing_P) <= max_missing).nonzero()[:, 0]
     p_US, q_US = student.logp_PS[at_U], teacher.logp_PS[at_U]
-    spec = spec.to(p_US.device)
     profiles = {
         d: profile_of(
             in_chunks(p_US, q_US), SYMBOLS, d, spec.type_V, len(TYPES), spec.band_V, len(BANDS)
@@ -245,29 +245,44 @@ def _compare(
         for d in DIVERGENCES
     }
     overlap = overlap_of(in_chunks(p_US, q_US), min(spec.overlap_k, SYMBOLS)).cpu()
-    outside_U = outside_nucleus(q_US.double().exp(), byte_P[at_U])
-    sides = student, teacher
-    return _Numbers(
-        byte_P.cpu().numpy(),
-        at_U.cpu().numpy(),
-        np.stack([_logp_from(side, byte_P, at_U) for side in sides]),
-        (float(student.missing_P.sum()), float(teacher.missing_P.sum())),
-        profiles,
-        overlap,
-        outside_U.cpu().numpy(),
-    )
+    outside_U = outside_nucleus(q_US.double().exp(), byte_P[at_U]).cpu().numpy()
+    own = [_host(x.logp_PS.gather(1, byte_P[:, None])[:, 0]) for x in sides]
+    prefix, missing = [_host(x.prefix_P) for x in sides], [_host(x.missing_P) for x in sides]
+    at_U, byte_P = at_U.cpu().numpy(), byte_P.cpu().numpy()
+    sample_P = batch.sample_T[windows.row_P].cpu().numpy()
+    found = {}
+    for i in batch.sample_T.unique().tolist():
+        P = np.flatnonzero(sample_P == i)  # the text's positions, neighbours
+        U = np.flatnonzero(sample_P[at_U] == i)
+        here = at_U[U] - P[0] if len(P) else U
+        found[i] = _Numbers(
+            byte_P[P],
+            here,
+            np.stack([_logp_from(prefix[k][P], own[k][P], here) for k in (0, 1)]),
+            (float(missing[0][P].sum()), float(missing[1][P].sum())),
+            {d: p.rows(U) for d, p in profiles.items()},
+            overlap.rows(U),
+            outside_U[U],
+        )
+    return found
 
 
-def _logp_from(side: NextBytes, byte_P: Tensor, at_U: Tensor) -> np.ndarray:
+def _host(x_P: Tensor) -> np.ndarray:
+    return x_P.double().cpu().numpy()
+
+
+def _logp_from(prefix_P: np.ndarray, own_P: np.ndarray, at_U: np.ndarray) -> np.ndarray:
     """[U] log-probability of the bytes from each compared position to the next, the first one from
     the text's beginning, the last one to its end.
+
+    prefix_P: log P(bytes so far); own_P: log P(what follows | bytes so far).
     """
-    prefix_U = side.prefix_P[at_U].double().cpu().numpy()
-    own_P = side.logp_PS.gather(1, byte_P[:, None])[:, 0].double().cpu().numpy()
-    if not len(prefix_U):
-        return prefix_U
-    last = prefix_U[-1] + own_P[int(at_U[-1]) :].sum()
-    return np.diff(np.append(prefix_U, last)) + np.append(prefix_U[0], np.zeros(len(prefix_U) - 1))
+    if not len(at_U):
+        return np.zeros(0)
+    # behind a space that its tokenizer has put in front: what that costs is no part of the text
+    value_U = (prefix_P - prefix_P[0])[at_U]
+    end = value_U[-1] + own_P[at_U[-1] :].sum()
+    return np.diff(np.concatenate([[0.0], value_U[1:], [end]]))
 
 
 def _token_stats(found: _ByteText, m: _Numbers, pair: BytePair, spec: StatsSpec) -> TokenStats:
@@ -280,7 +295,7 @@ def _token_stats(found: _ByteText, m: _Numbers, pair: BytePair, spec: StatsSpec)
     alignment = ByteAlignment(
         view,
         len(m.byte_P),
-        _unit_of(pair.student, rollout.content_ids, start_U, space=False),
+        _unit_of(pair.student, rollout.content_ids, start_U, space=view.student_space),
         _unit_of(pair.teacher, teacher_ids, start_U, space=view.space),
         m.missing_2,
     )

@@ -335,6 +335,10 @@ class TopOverlap:
     teachable_T: Tensor  # teacher mass inside the student's top K
     entropy_gap_T: Tensor  # H(teacher) - H(student), nats
 
+    def rows(self, rows: np.ndarray) -> "TopOverlap":
+        """At some of the positions."""
+        return TopOverlap(self.overlap_T[rows], self.teachable_T[rows], self.entropy_gap_T[rows])
+
     def cpu(self) -> "TopOverlap":
         return TopOverlap(self.overlap_T.cpu(), self.teachable_T.cpu(), self.entropy_gap_T.cpu())
 

@@ -78,7 +78,9 @@ class Targets:
             rollout = self.for_student(text)
             views = [self._byte_view(text, rollout, i) for i in range(len(self.teachers))]
             found = tuple(v for v in views if v is not None)
-            if len(found) == len(views):
+            # teachers that did not write the text have read the space that the student put in front
+            alike = len({v.student_space for v in found}) == 1
+            if len(found) == len(views) and alike:
                 samples.append(Sample(rollout, off_policy=text.off_policy, teacher_views=found))
         lost = len(texts) - len(samples)
         metric_sums.add("unaligned", [0.0] * len(samples) + [1.0] * lost)

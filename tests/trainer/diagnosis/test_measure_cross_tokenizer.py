@@ -25,6 +25,7 @@ from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.graders import Grade
 from reflux.trainer.diagnosis.measure import GradedText, StatsSpec
 from reflux.trainer.diagnosis.measure_cross_tokenizer import (
+    _logp_from,
     byte_divergence,
     count_symbols,
     measure_texts_cross_tokenizer,
@@ -64,7 +65,7 @@ class ListedWorld:
     rank, world, seq_len, device = 0, 1, 99, torch.device("cpu")
 
     def __init__(self, name: str, noise: float = 0.0):
-        self.truth = w = FixedPoint(*PAIRS[name])
+        self.truth = w = FixedPoint(*PAIRS[name], longest=3)
         random = torch.Generator().manual_seed(0)
         z = w.student.logits(1e-12)
         self.z = z + noise * torch.randn(z.shape, generator=random, dtype=z.dtype)
@@ -332,3 +333,12 @@ def test_two_ranks_find_what_one_finds(talkers, cross, tmp_path):
         for source, kl in one["grid"][d].items():
             got = two["grid"][d][source]["per_byte"]["mean"]
             assert got == pytest.approx(kl["per_byte"]["mean"], rel=1e-4)
+
+
+def test_a_space_that_was_put_in_front_is_no_part_of_the_text():
+    """Prefixes that begin at log p(" ...") = -0.7: units are what follows it."""
+    prefix_P, own_P = np.array([-0.7, -1.7, -3.0]), np.array([-1.0, -1.3, -2.0])
+    assert _logp_from(prefix_P, own_P, np.arange(3)) == pytest.approx([-1.0, -1.3, -2.0])
+    assert _logp_from(prefix_P, own_P, np.array([1])) == pytest.approx([-1.0 - 3.3])
+    assert _logp_from(prefix_P, own_P, np.array([0, 2])) == pytest.approx([-2.3, -2.0])
+    assert len(_logp_from(prefix_P, own_P, np.zeros(0, int))) == 0
