@@ -248,15 +248,15 @@ def _compare(
     outside_U = outside_nucleus(q_US.double().exp(), byte_P[at_U]).cpu().numpy()
     own = [_host(x.logp_PS.gather(1, byte_P[:, None])[:, 0]) for x in sides]
     prefix, missing = [_host(x.prefix_P) for x in sides], [_host(x.missing_P) for x in sides]
-    at_U, byte_P = at_U.cpu().numpy(), byte_P.cpu().numpy()
+    at, follows_P = at_U.cpu().numpy(), byte_P.cpu().numpy()
     sample_P = batch.sample_T[windows.row_P].cpu().numpy()
     found = {}
     for i in batch.sample_T.unique().tolist():
         P = np.flatnonzero(sample_P == i)  # the text's positions, neighbours
-        U = np.flatnonzero(sample_P[at_U] == i)
-        here = at_U[U] - P[0] if len(P) else U
+        U = np.flatnonzero(sample_P[at] == i)
+        here = at[U] - P[0] if len(P) else U
         found[i] = _Numbers(
-            byte_P[P],
+            follows_P[P],
             here,
             np.stack([_logp_from(prefix[k][P], own[k][P], here) for k in (0, 1)]),
             (float(missing[0][P].sum()), float(missing[1][P].sum())),
