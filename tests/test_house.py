@@ -27,7 +27,8 @@ ROOMS = {  # room or file of trainer/ -> the rooms that it may import, beside th
     "calibration": "config runs data losses engine.metrics phase rollouts evaluation",
     "distillation": "config runs data losses engine.metrics phase rollouts evaluation",
     "diagnosis": "config runs data losses phase rollouts",
-    "loop": "config runs data engine phase disk_space",
+    "callbacks": "config data engine",
+    "loop": "config runs data engine phase disk_space callbacks",
     "preflight": "config runs data losses engine phase rollouts evaluation adapter_folder",
     "main": "config runs loop preflight",
     "verify": "engine disk_space",
@@ -38,7 +39,9 @@ ROOMS = {  # room or file of trainer/ -> the rooms that it may import, beside th
     "matrix": "config runs cells studies",
     "cli": "config runs",  # sub-commands are named as text: what they need is imported when called
     "subcommands": "config runs main matrix",
+    "api": "config runs loop preflight callbacks",
     "recipe_files": "config matrix",
+    "reference": "config engine",
     "completion": "config cli",
 }
 OPS = sorted(p.stem for p in (ROOT / "kernels").glob("[!_]*.py"))
@@ -52,6 +55,7 @@ TESTED_ELSEWHERE = {  # module -> the test file that exercises it
     "trainer/phase.py": "trainer/engine/test_engine.py",  # contracts; mypy holds the rooms to them
     "trainer/calibration/likelihood_ratio.py": "trainer/calibration/test_phase.py",
     "trainer/config/calibration_rewards.py": "trainer/calibration/test_rewards.py",
+    "trainer/callbacks.py": "trainer/test_api.py",
     "trainer/config/files.py": "trainer/config/test_loader.py",
     "trainer/subcommands.py": "trainer/test_cli.py",
     "trainer/completion.py": "trainer/test_cli.py",

@@ -9,7 +9,10 @@ from functools import partial
 from itertools import accumulate
 from typing import Any, cast
 
+import torch.distributed as dist
+
 from . import disk_space
+from .callbacks import Callback, Callbacks
 from .config.loader import as_table
 from .config.phases import spec_of
 from .config.schema import Config
@@ -23,7 +26,7 @@ from .runs import commands
 from .runs.alarms import Alarms
 from .runs.lock import LockLost, RunLock
 from .runs.logger import Record
-from .runs.model_card import Outcome, model_card
+from .runs.model_card import Measured, Outcome, model_card
 from .runs.progress import inside_step, shown_stages
 from .runs.run_folder import save_config
 from .runs.signals import SAME_SIGNAL_S, handled_by
@@ -32,16 +35,19 @@ from .runs.watch import PageWriter
 INTERRUPTED, STOPPED_BY_GUARD = 130, 4  # exit codes
 
 
-def train(cfg: Config, lock: RunLock | None = None) -> int:
+def train(cfg: Config, lock: RunLock | None = None, callbacks: Sequence[Callback] = ()) -> int:
     """Runs a whole configuration. Returns the exit code: 0; the phase's own (3 where an [accept]
     rule does not hold); 4 when a guard ended the run; 130 when a signal did, after a saved step.
 
     lock: the main rank's, on the folder. Raises LockLost when another process has taken it over.
+    callbacks: hear of steps, evaluations and rollouts on every rank (callbacks.py).
     """
     engine = Engine(cfg)
     try:
         with _told_in_words(cfg, engine), engine.keeps_last_step(unless=LockLost):
-            return _run(cfg, engine, lock)
+            code = _run(cfg, engine, lock, Callbacks(callbacks, dist.get_rank(), cfg.steps))
+            agreed(_nothing)  # the folder is complete before any rank looks into it
+            return code
     finally:
         engine.close()
 
@@ -71,7 +77,7 @@ def _told_in_words(cfg: Config, engine: Engine) -> Iterator[None]:
         raise told from error
 
 
-def _run(cfg: Config, engine: Engine, lock: RunLock | None) -> int:
+def _run(cfg: Config, engine: Engine, lock: RunLock | None, callbacks: Callbacks) -> int:
     phase: Phase = spec_of(cfg.phase).load()(cfg, engine)
     if engine.is_main:
         save_config(cfg)
@@ -88,39 +94,51 @@ def _run(cfg: Config, engine: Engine, lock: RunLock | None) -> int:
             training = cast(TrainingPhase, phase)
             if training.data_fields:
                 record.event("data", **training.data_fields)
-            record.exit_code = _train(cfg, engine, training, record, lock)
+            record.exit_code = _train(cfg, engine, training, record, lock, callbacks)
         else:
-            _record_results(record, phase.close_step(0, {}))
+            _record_results(record, callbacks, 0, phase.close_step(0, {}))
             record.exit_code = phase.exit_code
     return record.exit_code
 
 
 def _train(
-    cfg: Config, engine: Engine, phase: TrainingPhase, record: Record, lock: RunLock | None
+    cfg: Config,
+    engine: Engine,
+    phase: TrainingPhase,
+    record: Record,
+    lock: RunLock | None,
+    callbacks: Callbacks,
 ) -> int:
     with _finish_step_on_signal(engine):
         if cfg.steps == 0 or engine.resumed_step == 0:
             # what the guards compare with later
-            _record_results(record, phase.close_step(0, {}))
-        outcome = _run_steps(cfg, engine, phase, record, lock)
+            _record_results(record, callbacks, 0, phase.close_step(0, {}))
+        outcome = _run_steps(cfg, engine, phase, record, lock, callbacks)
         if engine.wants_to_stop:
             record.event("interrupted", resume=commands.resume(), directory=commands.directory())
             record.to_be_continued = True
             return INTERRUPTED
         if cfg.export.enable:
-            folder = engine.export(model_card(cfg, record.last_metrics, *phase.card(), outcome))
+            measured = Measured(record.last_metrics, record.last_evaluation)
+            folder = engine.export(model_card(cfg, measured, *phase.card(), outcome))
             record.event("export", folder=folder, steps=outcome.steps)
     return phase.exit_code if outcome.stopped is None else STOPPED_BY_GUARD
 
 
 def _run_steps(
-    cfg: Config, engine: Engine, phase: TrainingPhase, record: Record, lock: RunLock | None
+    cfg: Config,
+    engine: Engine,
+    phase: TrainingPhase,
+    record: Record,
+    lock: RunLock | None,
+    callbacks: Callbacks,
 ) -> Outcome:
     """How the steps ended."""
     step, alarms = engine.resumed_step, Alarms(cfg, lambda: engine.notes)
     for step in engine.steps():  # resumes where the checkpoint left off
         start = time.perf_counter()
         texts_PG = phase.sample(step)  # P prompts -> G texts each
+        callbacks.rollouts(step, texts_PG)
         sampled = time.perf_counter()
         samples_N = phase.score(texts_PG)  # -> reward parts, advantages, teacher targets
         scored = time.perf_counter()
@@ -130,11 +148,14 @@ def _run_steps(
             stats = engine.step(epochs, _counted(phase.loss, advance))
         stats |= engine.mean(phase.metric_sums) | _timing(stats, start, sampled, scored, engine)
         _check_ownership(lock)
-        record(step, phase.log_fields(stats), _examples(cfg, step, phase, texts_PG))
+        fields = phase.log_fields(stats)
+        record(step, fields, _examples(cfg, step, phase, texts_PG))
+        callbacks.step(step, fields)
         for alarm in alarms.check(stats):
             record.event("alarm", alarm=alarm.name, message=alarm.message)
         try:
-            _record_results(record, phase.close_step(step, stats))  # evaluation and guards
+            # evaluation and guards
+            _record_results(record, callbacks, step, phase.close_step(step, stats))
         except Stop as stop:
             restored = None if stop.restore is None else engine.restore(stop.restore)
             if restored is None:
@@ -195,13 +216,16 @@ def _nothing() -> None:
     pass
 
 
-def _record_results(record: Record, results: Mapping[str, Any]) -> None:
+def _record_results(
+    record: Record, callbacks: Callbacks, step: int, results: Mapping[str, Any]
+) -> None:
     """What was measured, and the verdicts on it, as two events of the log."""
     accept = {k: v for k, v in results.items() if k.startswith("accept/")}
     measured = {k: v for k, v in results.items() if k not in accept}
     for event, fields in (("eval", measured), ("accept", accept)):
         if fields:
             record.event(event, **fields)
+    callbacks.evaluation(step, results)
 
 
 def _timing(

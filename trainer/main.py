@@ -13,15 +13,14 @@ if os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
 import argparse
 import contextlib
 import socket
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from functools import partial
 from typing import NoReturn
 
 # absolute imports: a script has no package to be relative to
 from reflux.trainer.config import loader
 from reflux.trainer.config.schema import Config
 from reflux.trainer.runs import commands, first_rank, hub, limits, output, run_folder, signals
-from reflux.trainer.runs.lock import RunLock
 
 PROGRAM = "torchrun trainer/main.py"
 EXIT_CODES = """exit codes
@@ -58,7 +57,7 @@ def main(arguments: list[str] | None = None, typed: Sequence[str] = ()) -> int:
             limits.raise_descriptor_limit()
             cfg = loader.load(args.config, tuple(args.set))
             if args.print_config:
-                print(loader.to_toml(cfg), end="")
+                print(_every_option(cfg), end="")
                 return 0
             return _run(cfg, args, arguments)
         except KeyboardInterrupt as signal:
@@ -66,6 +65,8 @@ def main(arguments: list[str] | None = None, typed: Sequence[str] = ()) -> int:
             hint = [] if args.check or args.dry_run else [_hint()]
             _print_once("\n".join([stopped, *_notes(signal), *hint]))
             return INTERRUPTED
+        except run_folder.Refused:
+            raise SystemExit(2) from None
         except (OSError, ValueError, FloatingPointError) as error:
             _refuse(error, args)
 
@@ -138,6 +139,13 @@ def _set_single_rank() -> None:
         os.environ.setdefault(name, value)
 
 
+def _every_option(cfg: Config) -> str:
+    """TOML, torchtitan's sections with the values of this run included."""
+    from reflux.trainer.preflight.shapes import every_option
+
+    return "\n".join(loader.write_tables(every_option(cfg))) + "\n"
+
+
 def _run(cfg: Config, args: argparse.Namespace, arguments: list[str] | None) -> int:
     """Imports only what the action needs: torch and transformers take seconds."""
     if "MASTER_PORT" not in os.environ:
@@ -151,36 +159,17 @@ def _run(cfg: Config, args: argparse.Namespace, arguments: list[str] | None) -> 
         from reflux.trainer.preflight.check import check
 
         return check(cfg)
-    with _claimed(cfg, args) as (settled, lock):
+    with run_folder.claimed(cfg, partial(_refuse, args=args)) as (settled, lock):
         if settled.folder != cfg.folder:
             commands.remember(arguments, run_folder=settled.folder, typed=args.typed)
         from reflux.trainer import loop
 
         code = loop.train(settled, lock)
+        if code != INTERRUPTED and (address := hub.push_export(settled)):
+            print(f"uploaded: {address}", flush=True)
     if code == INTERRUPTED:
         _print_once(_hint())
     return code
-
-
-@contextlib.contextmanager
-def _claimed(cfg: Config, args: argparse.Namespace) -> Iterator[tuple[Config, RunLock | None]]:
-    """The first rank owns the folder inside, and the others take what it decides, or end."""
-    if not first_rank.is_first():
-        folder = first_rank.wait_for_decision()
-        if folder is None:
-            raise SystemExit(2)
-        yield replace(cfg, folder=folder), None
-        return
-    with contextlib.ExitStack() as stack:
-        try:
-            claimed = stack.enter_context(run_folder.claim(cfg))
-        except (OSError, ValueError) as error:
-            try:
-                _refuse(error, args)
-            finally:  # after the message: the launcher ends all ranks when the others end
-                first_rank.decide(None)
-        first_rank.decide(claimed[0].folder)
-        yield claimed
 
 
 def _free_port() -> int:

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .config import recipes
+from .config import options, recipes
 from .config.files import read_table
 from .config.loader import deep_merge, toml_value, write_tables
 from .matrix import is_matrix
 
+SHORT = 80  # letters of a reason behind a key that has none in the recipe
 KEY = re.compile(r"""^\s*([\w."'-]+)\s*=""")
 SECTION = re.compile(r"^\s*\[([^\[\]]+)\]")
 
@@ -57,11 +58,12 @@ def _listed() -> list[str]:
 
 def own_file(file: Path) -> str:
     """The text of a configuration: head of the recipe, every key that it or one of its bases sets,
-    and behind each key the comment that stands behind it there.
+    and behind each key the comment that stands behind it there, or what the key is for.
     """
     chain = list(_chain(file))
     table: dict[str, Any] = {}
     reasons: dict[str, str] = {}
+    known = {k: v for k, v in options.reasons().items() if len(v) <= SHORT}
     for path in reversed(chain):
         own = read_table(path)
         own.pop("base", None)
@@ -69,7 +71,7 @@ def own_file(file: Path) -> str:
         # another value needs another reason
         reasons = {k: v for k, v in reasons.items() if k not in set(_keys(own))}
         reasons |= _reasons(path.read_text(encoding="utf-8"))
-    return "\n".join([*_head(file), *write_tables(table, reasons)]) + "\n"
+    return "\n".join([*_head(file), *write_tables(table, {**known, **reasons})]) + "\n"
 
 
 def _keys(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -9,7 +9,14 @@ import importlib.metadata
 from typing import Any
 
 _HOME = {  # public name -> the module that has it
-    "load_config": "reflux.trainer.config.loader",
+    "run": "reflux.trainer.api",
+    "check": "reflux.trainer.api",
+    "load_config": "reflux.trainer.api",
+    "Run": "reflux.trainer.api",
+    "Callback": "reflux.trainer.callbacks",
+    "StepEvent": "reflux.trainer.callbacks",
+    "EvaluationEvent": "reflux.trainer.callbacks",
+    "RolloutsEvent": "reflux.trainer.callbacks",
     # losses of a trainer of one's own
     "linear_kl": "reflux.kernels.linear_kl",
     "linear_nll": "reflux.kernels.linear_nll",
@@ -29,7 +36,6 @@ _HOME = {  # public name -> the module that has it
     "align_spans": "reflux.tokenalign.spans",
     "sequence_scores": "reflux.tokenalign.scores",
 }
-_RENAMED_HERE = {"load_config": "load_over"}  # names that are plain only inside their module
 
 __all__ = ["__version__", *_HOME]
 
@@ -39,7 +45,7 @@ def __getattr__(name: str) -> Any:
         return importlib.metadata.version("reflux-llm")
     if name not in _HOME:
         raise AttributeError(f"module 'reflux' has no attribute {name!r}; it has {__all__}")
-    value = getattr(importlib.import_module(_HOME[name]), _RENAMED_HERE.get(name, name))
+    value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value  # asked for once
     return value
 

@@ -71,7 +71,10 @@ def test_as_a_module_it_prints_every_option_and_reads_them_back(file, tmp_path):
     assert done.returncode == 0, done.stderr
     (tmp_path / "printed.toml").write_text(done.stdout)
     printed = config_file.load(tmp_path / "printed.toml")
-    assert printed == config_file.load(file, ("optim.lr=0.5",)) and printed.optim.lr == 0.5
+    given = config_file.load(file, ("optim.lr=0.5",))
+    assert replace(printed, titan=given.titan) == given and printed.optim.lr == 0.5
+    assert printed.titan["lr_scheduler"]["decay_type"] == "linear", "torchtitan's default too"
+    assert printed.titan["training"]["seq_len"] == given.titan["training"]["seq_len"]
     assert not (tmp_path / "run").exists()
 
 

@@ -50,7 +50,7 @@ def load(path: str | Path, sets: tuple[str, ...] = ()) -> Config:
 
 def load_over(path: str | Path, overrides: Mapping[str, Any]) -> Config:
     """`load` with values of a program in place of `--set`: a.b or nested tables -> value."""
-    tables = [(f"overrides[{key!r}]", _nested(key, value)) for key, value in overrides.items()]
+    tables = [(f"overrides[{key!r}]", nested(key, value)) for key, value in overrides.items()]
     for name, table in tables:
         _check_keys(Config, table, name)
     return _load(find(str(path)), tables)
@@ -93,15 +93,15 @@ def _merged(table: Mapping, overrides: Sequence[tuple[str, Mapping]]) -> dict:
     return dict(table)
 
 
-def _nested(key: str, value: Any) -> dict:
+def nested(key: str, value: Any) -> dict:
     """{"a.b": v} as {"a": {"b": v}}, in tables inside too; a path becomes text."""
     first, dot, rest = key.partition(".")
     if dot:
-        return {first: _nested(rest, value)}
+        return {first: nested(rest, value)}
     if isinstance(value, Mapping):
         inner: dict = {}
         for k, v in value.items():
-            inner = deep_merge(inner, _nested(k, v))
+            inner = deep_merge(inner, nested(k, v))
         return {key: inner}
     return {key: os.fspath(value) if isinstance(value, os.PathLike) else value}
 

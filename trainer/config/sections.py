@@ -2,6 +2,7 @@
 and its default. Where a default comes from: docs/method.md, "Hyper-parameters".
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 from .calibration_rewards import REWARDS
 from .checks import above_zero, check_addresses, fraction, not_negative, positive
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 Backend = Literal["auto", "native", "hf"]
 Attention = Literal["auto", "sdpa", "flash_attention_2", "flex"]
 Liger = Literal["off", "auto", "on"]
@@ -462,3 +464,16 @@ class ExportSection:
     # with [lora]: a whole model, base plus adapter, in place of the adapter's folder; on one
     # machine's disk, tensor by tensor
     merge: bool = False
+    # id of a repository of the hub, "user/model", that gets the export after the run; empty:
+    # nothing leaves this machine. Its card holds the configuration, paths included
+    push_to_hub: str = ""
+    hub_private: bool = True  # a new repository is private; a public one of that name is refused
+    hub_revision: str = "main"  # the branch that gets it
+
+    def __post_init__(self):
+        if self.push_to_hub and not HUB_ID.fullmatch(self.push_to_hub):
+            raise ValueError(
+                f"push_to_hub = {self.push_to_hub!r}; want the id of a repository, 'user/model'"
+            )
+        if self.push_to_hub and not self.enable:
+            raise ValueError("push_to_hub with enable = false: there is no export to push")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from reflux.trainer.adapter_folder import base_of
+from reflux.trainer.config.loader import as_table
 from reflux.trainer.config.phases import roles
 from reflux.trainer.config.roles import Role
 from reflux.trainer.config.schema import Config
@@ -20,6 +21,7 @@ from reflux.trainer.engine.hf_models import buildable, positions_of, text_config
 from reflux.trainer.engine.lora import choose_targets, linear_layers, with_adapters
 from reflux.trainer.engine.model_builder import build_spec
 from reflux.trainer.engine.native_models import native_obstacle
+from reflux.trainer.engine.titan_options import titan_table
 from reflux.trainer.engine.trainer_config import titan_config
 
 from .report import Finding
@@ -168,3 +170,10 @@ def planned_titan(cfg: Config, shape: Shape) -> Any:
             f"with the backend 'hf' ({shape.why}); want 1"
         )
     return config
+
+
+def every_option(cfg: Config) -> dict[str, Any]:
+    """The configuration as nested plain tables, torchtitan's sections with every value of this run.
+    ValueError for what torchtitan does not know.
+    """
+    return as_table(cfg) | {name: dict(v) for name, v in titan_table(cfg).items()}

@@ -36,6 +36,18 @@ def remember(
     _folder = run_folder or None
 
 
+def remember_run(folder: str | os.PathLike, ranks: int) -> None:
+    """A run that no command line has started: it goes on from what its folder holds."""
+    global _command, _folder
+    _command, _folder = _saved_run(folder, ranks), None
+
+
+def forget() -> None:
+    """What was remembered."""
+    global _command, _folder
+    _command = _folder = None
+
+
 def directory() -> str:
     """Where the commands work: relative names in them are relative to it."""
     return os.getcwd()
@@ -58,10 +70,14 @@ def finish(folder: str | os.PathLike, ranks: int) -> str:
     """Goes on with a run that another process has begun, with as many ranks, from its saved
     configuration.
     """
-    start = [_python(), "-m", LAUNCHERS[1], "--nproc-per-node", str(ranks)] if ranks > 1 else []
     sets = {"on_existing_run": "resume", "folder": os.fspath(folder)}
-    words = [*(start or [_python()]), _short(MAIN), "--config", os.path.join(folder, "config.toml")]
-    return shlex.join(_with_sets(words, sets))
+    return shlex.join(_with_sets(_saved_run(folder, ranks), sets))
+
+
+def _saved_run(folder: str | os.PathLike, ranks: int) -> list[str]:
+    start = [_python(), "-m", LAUNCHERS[1], "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    saved = os.path.join(folder, "config.toml")
+    return [*(start or [_python()]), _short(MAIN), "--config", saved]
 
 
 def module(name: str, *arguments: str) -> str:

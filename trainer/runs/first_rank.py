@@ -5,8 +5,10 @@ The ranks meet in the key-value store that torch.distributed starts from anyway.
 
 import functools
 import hashlib
+import itertools
 import json
 import os
+import socket
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -17,8 +19,11 @@ if TYPE_CHECKING:
 POLL_S = 0.1
 WAIT_S = 0.5
 TIMEOUT = timedelta(minutes=5)  # between the starts of two ranks
-DECIDED = "reflux/folder"
+DECIDED = "reflux/folder"  # and the number of the run in this process
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+
+
+_runs, _ports = itertools.count(), itertools.count()
 
 
 def is_first() -> bool:
@@ -28,17 +33,35 @@ def is_first() -> bool:
 def decide(folder: str | None) -> None:
     """Called once by the first rank; None: the run is refused, in words that are printed."""
     if _several():
-        _store().set(DECIDED, json.dumps(folder))
+        _store().set(f"{DECIDED}/{next(_runs)}", json.dumps(folder))
 
 
 def wait_for_decision() -> str | None:
     """What the first rank has decided. ValueError when it ended without a decision."""
+    key = f"{DECIDED}/{next(_runs)}"
     try:
-        while not _store().check([DECIDED]):  # a blocking get would not see Ctrl-C
+        while not _store().check([key]):  # a blocking get would not see Ctrl-C
             time.sleep(POLL_S)
-        return json.loads(_store().get(DECIDED))
+        return json.loads(_store().get(key))
     except RuntimeError as error:
         raise ValueError(f"the first rank has ended before the start ({error})") from None
+
+
+def agree_on_port() -> int:
+    """A free port of the first rank's machine, the same on every rank, for a store of its own."""
+    port = str(_free_port()) if is_first() else ""
+    if _several():
+        key = f"reflux/port/{next(_ports)}"
+        if is_first():
+            _store().set(key, port)
+        port = _store().get(key).decode()
+    return int(port)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return s.getsockname()[1]
 
 
 def is_first_to_say(message: str) -> bool:

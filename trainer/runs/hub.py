@@ -5,13 +5,15 @@ the cache is enough.
 """
 
 import os
-import re
+import shlex
 from dataclasses import replace
 from typing import Any
 
 from reflux.trainer.config.schema import Config
+from reflux.trainer.config.sections import HUB_ID
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+from . import first_rank
+
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model")
 WEIGHTS = ("model.safetensors", "model-*.safetensors")
 
@@ -43,6 +45,47 @@ def with_local_models(cfg: Config, *, weights: bool = True) -> Config:
     if more != tuple(cfg.distill.more_teachers):
         cfg = replace(cfg, distill=replace(cfg.distill, more_teachers=more))
     return cfg
+
+
+def push_export(cfg: Config) -> str | None:
+    """Uploads <folder>/export to export.push_to_hub, by the first rank, and returns the address;
+    None where nothing is to be pushed or nothing was exported. The export on disk stays as it is.
+
+    ValueError where the hub does not take it, with the command that tries it again.
+    """
+    to, folder = cfg.export, os.path.join(cfg.folder, "export")
+    if not to.push_to_hub or not first_rank.is_first() or not os.path.isdir(folder):
+        return None
+    try:
+        return _upload(to.push_to_hub, folder, private=to.hub_private, revision=to.hub_revision)
+    except Exception as error:  # of the hub, the network, or of what lies below them
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        words = [to.push_to_hub, folder, "--revision", to.hub_revision]
+        words += ["--private"] if to.hub_private else []
+        raise ValueError(
+            f"export.push_to_hub = {to.push_to_hub!r}: not uploaded ({why}). The export is whole "
+            f"in {folder}; to try again: hf upload {shlex.join(words)}"
+        ) from error
+
+
+def _upload(repository: str, folder: str, *, private: bool, revision: str) -> str:
+    import huggingface_hub
+
+    hub = huggingface_hub.HfApi()
+    hub.create_repo(repository, private=private, exist_ok=True)
+    if private and not hub.repo_info(repository).private:
+        raise ValueError(
+            "the repository is public already; set export.hub_private = false if that is meant"
+        )
+    if revision != "main":
+        hub.create_branch(repository, branch=revision, exist_ok=True)
+    done = hub.upload_folder(
+        repo_id=repository,
+        folder_path=folder,
+        revision=revision,
+        commit_message="Export of a run of reflux-llm",
+    )
+    return str(done.commit_url)
 
 
 def is_hub_id(path: str) -> bool:

@@ -125,6 +125,7 @@ class Record:
     # of the last step, and every alarm's message: also those of an earlier process of this run
     last_metrics: dict[str, Any] = field(default_factory=dict, init=False)
     alarms: list[str] = field(default_factory=list, init=False)
+    last_evaluation: dict[str, Any] = field(default_factory=dict, init=False)  # and its step
 
     _step: int = field(default=0, init=False)
     _events: Counter[str] = field(default_factory=Counter, init=False)
@@ -182,6 +183,8 @@ class Record:
         if name == "alarm":
             self.alarms.append(fields["message"])
         at = {"step": self._step, "wall_s": self._wall_s()}
+        if name == "eval":
+            self.last_evaluation = at | fields
         self._write(self._log, {"event": name, **at, **fields})
         self._print("\n".join(_event_lines(name, at["step"], fields)))
         if self.write_page and name in PAGE_EVENTS:
@@ -244,6 +247,8 @@ class Record:
         for line in before:
             if line.get("event") == "alarm":
                 self.alarms.append(line["message"])
+            elif line.get("event") == "eval":
+                self.last_evaluation = dict(line)
             elif not {"event", "schema"} & line.keys():
                 self.last_metrics = {k: v for k, v in line.items() if k not in RESERVED}
 

@@ -1,11 +1,15 @@
 """The README.md of an exported model: what it is, how it was made, limits, configuration."""
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 from reflux.trainer.config.loader import to_toml
+from reflux.trainer.config.phases import spec_of
 from reflux.trainer.config.schema import Config
 
 PAPER = "[arXiv:2604.18963](https://arxiv.org/abs/2604.18963)"
@@ -28,26 +32,39 @@ class Outcome:
     alarms: tuple[str, ...] = ()
 
 
-def model_card(
-    cfg: Config, stats: Mapping[str, float], title: str, story: str, outcome: Outcome
-) -> str:
+@dataclass(frozen=True)
+class Measured:
+    """The numbers of the last step, and the last `eval` event of the log with its step."""
+
+    last_step: Mapping[str, Any]
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+
+
+def model_card(cfg: Config, measured: Measured, title: str, story: str, outcome: Outcome) -> str:
     """Markdown with a YAML head, as the Hugging Face hub reads it. title, story: what the phase
-    says of the model (its `card`); stats: the numbers of the last step.
+    says of the model (its `card`).
     """
     is_adapter = cfg.lora.rank > 0 and not cfg.export.merge
     library, tags = ("peft", ", lora") if is_adapter else ("transformers", "")
+    stats, licence = measured.last_step, licence_of(cfg.model.path)
     numbers = "\n".join(f"| {k} | {stats[k]:.5g} |" for k in LAST_STEP if k in stats)
     return f"""---
 library_name: {library}
 base_model: {json.dumps(cfg.model.path)}
-tags: [reflux, {cfg.phase}{tags}]
+{f"license: {json.dumps(licence)}{chr(10)}" if licence else ""}tags: [reflux, {cfg.phase}{tags}]
 ---
 # {title}
 
 {story}{_adapters(cfg)}
 
 Made with reflux-llm {_version()} in {_steps(cfg, outcome)}, seed {cfg.seed}. Method: {PAPER}.
-{_warnings(outcome)}
+{_warnings(outcome)}{_guards(cfg, stats, outcome)}{_evaluation(measured.evaluation)}
+## Use
+```python
+{_usage(cfg, is_adapter)}
+```
+{_licence(licence)}
+
 | last step | |
 |---|--:|
 {numbers}
@@ -59,6 +76,79 @@ Made with reflux-llm {_version()} in {_steps(cfg, outcome)}, seed {cfg.seed}. Me
 ```toml
 {to_toml(cfg)}```
 """
+
+
+def licence_of(model: str) -> str | None:
+    """What the head of the README.md in a model's folder names as its licence."""
+    file = Path(model).expanduser() / "README.md"
+    try:
+        head = file.read_text(encoding="utf-8", errors="replace").split("---")
+    except OSError:
+        return None
+    found = re.search(r"^license: *[\"']?([\w.-]+)", head[1], re.M) if len(head) > 2 else None
+    return found[1] if found else None
+
+
+def _licence(licence: str | None) -> str:
+    if licence:
+        return f"Licence: `{licence}`, that of the base model; its terms hold here too."
+    return "Licence: that of the base model, whose folder names none."
+
+
+def _usage(cfg: Config, is_adapter: bool) -> str:
+    """Python that loads the model and answers one question."""
+    here = json.dumps(cfg.export.push_to_hub or "path/to/this/folder")
+    base, more = (json.dumps(cfg.model.path), "") if is_adapter else (here, "")
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    if is_adapter:
+        lines.insert(0, "from peft import PeftModel")
+        more = f"model = PeftModel.from_pretrained(model, {here})"
+    lines += [
+        f"tokenizer = AutoTokenizer.from_pretrained({here})",
+        f"model = AutoModelForCausalLM.from_pretrained({base})",
+        more,
+        'chat = [{"role": "user", "content": "What is 3 + 4?"}]',
+        "ids = tokenizer.apply_chat_template(",
+        '    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+        ")",
+        "print(tokenizer.decode(model.generate(**ids, max_new_tokens=256)[0]))",
+    ]
+    return "\n".join(line for i, line in enumerate(lines) if line or i <= 2)
+
+
+def _evaluation(fields: Mapping[str, Any]) -> str:
+    """Every metric that has an interval."""
+    names = [k for k in fields if f"{k}_low" in fields and f"{k}_high" in fields]
+    if not names:
+        return ""
+    rows = "".join(
+        f"| {k.removeprefix('eval/')} | {fields[k]:.4g} "
+        f"| [{fields[f'{k}_low']:.4g}, {fields[f'{k}_high']:.4g}] |\n"
+        for k in names
+    )
+    return (
+        f"\n## Evaluation\nHeld-out prompts, the weights of step {fields['step']}; intervals are "
+        "95 % over prompts and say nothing of another seed.\n\n"
+        f"| metric | value | interval |\n|---|--:|---|\n{rows}"
+    )
+
+
+def _guards(cfg: Config, stats: Mapping[str, Any], outcome: Outcome) -> str:
+    """What watched over a calibration, and whether it stepped in."""
+    if not spec_of(cfg.phase).has_reference:
+        return ""
+    guard = cfg.guard
+    kl = f" (the last step had {stats['reference_kl']:.4g})" if "reference_kl" in stats else ""
+    rules = [
+        (guard.kl_budget, f"KL to the original above {guard.kl_budget:g} nats per token{kl}"),
+        (guard.utility_drop, f"accuracy more than {guard.utility_drop:g} below the start, twice"),
+        (guard.length_drift, f"text length drifting by more than {guard.length_drift:g}"),
+        (guard.entropy_drift, f"entropy drifting by more than {guard.entropy_drift:g}"),
+        (guard.truncation_drift, f"truncation rising by more than {guard.truncation_drift:g}"),
+    ]
+    on = "".join(f"- {text}\n" for limit, text in rules if limit)
+    did = "One of them did" if outcome.stopped is not None else "None of them did"
+    return f"\n## Guards\nThe run would have ended on:\n{on}\n{did}.\n" if on else ""
 
 
 def _adapters(cfg: Config) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from reflux.trainer.config.loader import as_table, load, to_toml
 from reflux.trainer.config.schema import Config
 
-from . import commands
+from . import commands, first_rank
 from .files import write_whole
 from .lock import InUse, RunLock, hold, refuse_if_held
 
@@ -44,6 +44,40 @@ MAY_CHANGE = (
     "teacher.servers",
 )
 SEQ_LEN = 2048  # torchtitan's default
+
+
+class Refused(ValueError):
+    """The first rank has refused the start, in words of its own."""
+
+
+def _say_nothing(error: Exception) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def claimed(
+    cfg: Config, tell: Callable[[Exception], None] = _say_nothing
+) -> Iterator[tuple[Config, RunLock | None]]:
+    """`claim` by the first rank; the others take what it decides. tell: says on the first rank why
+    it refuses, before the others hear of it and end. Errors as of `claim`; Refused on the others.
+    """
+    if not first_rank.is_first():
+        folder = first_rank.wait_for_decision()
+        if folder is None:
+            raise Refused("the first rank has refused the start")
+        yield replace(cfg, folder=folder), None
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            settled = stack.enter_context(claim(cfg))
+        except (OSError, ValueError) as error:
+            try:
+                tell(error)
+            finally:  # after the message: the launcher ends all ranks when the others end
+                first_rank.decide(None)
+            raise
+        first_rank.decide(settled[0].folder)
+        yield settled
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from reflux.trainer.preflight.check import examine
 from reflux.trainer.preflight.dry_run import plan
 from reflux.trainer.preflight.report import has_errors
 from reflux.trainer.runs.logger import load_run
-from reflux.trainer.runs.model_card import Outcome, model_card
+from reflux.trainer.runs.model_card import Measured, Outcome, model_card
 
 EVERYTHING = {  # enough for every phase
     "folder": "r",
@@ -54,7 +54,7 @@ def test_a_new_phase_is_one_line(toy):
     (own,) = roles(toy)
     assert (own.name, own.section, own.own, own.trained) == ("model", "model", True, False)
     assert "tags: [reflux, toy]" in model_card(
-        toy, {}, "A toy", "Made for a test.", Outcome(toy.steps)
+        toy, Measured({}), "A toy", "Made for a test.", Outcome(toy.steps)
     )
     report = plan(toy)
     assert not report.failed and [t.title for t in report.tables][0] == "models"

@@ -1,6 +1,7 @@
 """The card names model, parents and recipe, and its two machine-readable parts parse."""
 
 import tomllib
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -12,12 +13,14 @@ from reflux.trainer.config.phases import spec_of
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import (
     CalibrationSection,
+    ExportSection,
     FrozenSection,
+    LoraSection,
     ModelSection,
     TaskSection,
     TeacherSection,
 )
-from reflux.trainer.runs.model_card import Outcome, model_card
+from reflux.trainer.runs.model_card import Measured, Outcome, licence_of, model_card
 
 
 def config(phase="calibrate", **parts) -> Config:
@@ -76,7 +79,7 @@ def card_of(cfg: Config) -> tuple[str, str]:
 )
 def test_what_a_card_says(cfg, says):
     stats = {"loss": 0.123456789, "reference_kl": 0.01, "eta": "words", "step_s": 3.0}
-    card = model_card(cfg, stats, *card_of(cfg), Outcome(cfg.steps))
+    card = model_card(cfg, Measured(stats), *card_of(cfg), Outcome(cfg.steps))
     assert all(text in card for text in says)
     assert "no\nclaim that the model cannot be copied" in card
     assert "| loss | 0.12346 |" in card and "| reference_kl | 0.01 |" in card
@@ -93,5 +96,48 @@ def test_what_a_card_says(cfg, says):
 
 def test_mode_off_does_not_name_a_proxy_it_never_read():
     cfg = config(calibration=CalibrationSection("off"))
-    story = model_card(cfg, {}, *card_of(cfg), Outcome(cfg.steps)).partition("## Configuration")[0]
+    story = model_card(cfg, Measured({}), *card_of(cfg), Outcome(cfg.steps)).partition(
+        "## Configuration"
+    )[0]
     assert "the-proxy" not in story and "the-teacher" not in story
+
+
+def test_the_evaluation_stands_with_its_intervals_and_its_step():
+    cfg = config("distill")
+    fields = {"step": 7, "eval/greedy": 0.5, "eval/greedy_low": 0.25, "eval/greedy_high": 0.75}
+    card = model_card(cfg, Measured({}, fields | {"eval/n": 3}), *card_of(cfg), Outcome(cfg.steps))
+    assert "the weights of step 7" in card and "| greedy | 0.5 | [0.25, 0.75] |" in card
+    assert "eval/n" not in card
+    none = model_card(cfg, Measured({}), *card_of(cfg), Outcome(cfg.steps))
+    assert "## Evaluation" not in none and "## Guards" not in none
+
+
+@pytest.mark.parametrize("stopped", [None, "KL above 0.1"])
+def test_what_the_guards_did(stopped):
+    cfg = config(calibration=CalibrationSection("distillable"))
+    measured = Measured({"reference_kl": 0.05})
+    card = model_card(cfg, measured, *card_of(cfg), Outcome(cfg.steps, stopped))
+    assert "above 0.1 nats per token (the last step had 0.05)" in card
+    assert ("One of them did." if stopped else "None of them did.") in card
+
+
+@pytest.mark.parametrize("line, says", [("license: mit", "mit"), ("language: en", None)])
+def test_the_licence_is_the_base_models(tmp_path, line, says):
+    (tmp_path / "README.md").write_text(f"---\n{line}\n---\nlicense: wrong\n")
+    assert licence_of(str(tmp_path)) == says
+    cfg = replace(config("distill"), model=ModelSection(str(tmp_path)))
+    card = model_card(cfg, Measured({}), *card_of(cfg), Outcome(cfg.steps))
+    head = yaml.safe_load(card.split("---\n", 2)[1])
+    assert head.get("license") == says
+    assert ("`mit`, that of the base model" if says else "names none") in card
+
+
+def test_the_snippet_is_python_that_names_where_the_model_is():
+    cfg = config("distill", export=ExportSection(push_to_hub="me/mine"))
+    card = model_card(cfg, Measured({}), *card_of(cfg), Outcome(cfg.steps))
+    code = card.partition("```python\n")[2].partition("```")[0]
+    compile(code, "card", "exec")
+    assert 'AutoModelForCausalLM.from_pretrained("me/mine")' in code
+    adapter = replace(cfg, lora=LoraSection(rank=4))
+    code = model_card(adapter, Measured({}), *card_of(adapter), Outcome(1))
+    assert 'PeftModel.from_pretrained(model, "me/mine")' in code
