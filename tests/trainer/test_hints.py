@@ -59,6 +59,7 @@ WRITTEN_OUT = {  # texts that hold a command and do not come from runs/commands.
     "trainer/runs/model_card.py": "names a program for the readers of a card",
     "trainer/runs/watch.py": "the name of the program, in --help",
     "trainer/verify.py": "the name of the program, in --help",
+    "trainer/reference.py": "the name of the program, in --help and at the head of its page",
     "trainer/data/prepare.py": "the name of the program, in --help",
     "trainer/runs/torchrun_report.py": "names an option of torchrun",
 }
