@@ -37,6 +37,8 @@ Number = Callable[[Diagnosis], float | None]
 MEASURES = {
     "forward KL, teacher's prefixes, nats/token": "grid forward teacher per_token mean",
     "reverse KL, student's prefixes, nats/token": "grid reverse student per_token mean",
+    "KL on student / on teacher prefixes, forward": "off_policy prefix_ratio forward mean",
+    "KL on student / on teacher prefixes, reverse": "off_policy prefix_ratio reverse mean",
     "wrong-trace preference": "gap wrong_trace pair mean",
     "pull towards wrong texts, nats/byte": "gap wrong_trace pull mean",
     "reverse KL on wrong / on correct texts": "gap degraded_prefix",
@@ -134,7 +136,7 @@ def control_rows(pairs: Mapping[str, Pair]) -> list[ControlRow]:
     }
     verdicts = [t for p in pairs.values() for d in p.by_seed.values() for t in _measured(d)]
     numbers: dict[str, Number] = {
-        _title(t): partial(_verdict_number, trap=t["trap"]) for t in reversed(verdicts)
+        _title(t): partial(_verdict_number, title=_title(t)) for t in reversed(verdicts)
     }
     numbers = dict(reversed(numbers.items()))
     numbers |= {title: partial(_number, keys=keys) for title, keys in MEASURES.items()}
@@ -160,8 +162,11 @@ def _title(verdict: Mapping[str, Any]) -> str:
     return f"{verdict['trap']}: {verdict['measure'].split(',')[0].split('(')[0].strip()}"
 
 
-def _verdict_number(diagnosis: Diagnosis, trap: str) -> float | None:
-    return next((t["mean"] for t in _measured(diagnosis) if t["trap"] == trap), None)
+def _verdict_number(diagnosis: Diagnosis, title: str) -> float | None:
+    """None where the trap was decided by another measure there: no difference to it means
+    anything.
+    """
+    return next((t["mean"] for t in _measured(diagnosis) if _title(t) == title), None)
 
 
 def _measured(diagnosis: Diagnosis) -> list[Mapping[str, Any]]:
@@ -222,7 +227,8 @@ def write_diagnoses(folder: Path) -> str:
     text = render(rows, list(pairs), against) + as_markdown(run_warnings(folder))
     found = {row.measure: _json(row) for row in rows}
     for difference in against:
-        found[difference.measure]["minus control"] = to_json(difference.differences)
+        row = found.setdefault(difference.measure, {})
+        row["minus control"] = to_json(difference.differences)
     write_json(folder / "diagnoses.json", found)
     (folder / "diagnoses.md").write_text(text)
     return text

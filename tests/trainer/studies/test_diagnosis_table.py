@@ -111,6 +111,17 @@ def test_differences_to_the_control_are_paired_by_seed(tmp_path):
     assert saved["tail noise: tail-noise index"]["minus control"]["mine"]["n"] == 2
 
 
+def test_a_trap_that_was_decided_by_another_measure_is_not_compared(tmp_path):
+    write_control(tmp_path)
+    path = tmp_path / "mine0" / "diagnosis.json"
+    other = json.loads(path.read_text())
+    other["verdict"][0]["measure"] = "another index, reverse KL"
+    path.write_text(json.dumps(other))
+    text = write_diagnoses(tmp_path)
+    assert "| tail noise: tail-noise index | +1.000 (n 1) |" in text
+    assert "| tail noise: another index | no number |" in text
+
+
 def test_without_a_control_there_is_no_second_table(tmp_path):
     assert "Against the control" not in write_diagnoses(write(tmp_path))
 
