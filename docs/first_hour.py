@@ -1,7 +1,7 @@
 # %% [markdown]
 # # The first hour
 # A real small language model through the four things that `reflux` does: **check**, **diagnose**,
-# **distil**, **report**. About 6 minutes of one CPU core; the rest of the hour is reading. `make
+# **distil**, **report**. About 12 minutes of one CPU core; the rest of the hour is reading. `make
 # first-hour` sets up everything and runs this page; as a notebook it is `docs/first_hour.ipynb`,
 # as a script `docs/first_hour.py`. Both hold the same cells.
 #
@@ -100,7 +100,7 @@ show(HOUR / "diagnosis_before/positions.png")
 # %% [markdown]
 # ## Distil
 # The teacher answers 12 sums a step, and the student learns its texts by likelihood
-# (sequence-level KD). Every fifth step the student is asked 12 sums. Ctrl-C in a terminal saves
+# (sequence-level KD). Every tenth step the student is asked 12 sums. Ctrl-C in a terminal saves
 # the step; the command that is printed then goes on.
 
 # %%

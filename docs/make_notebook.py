@@ -44,6 +44,11 @@ def outputs_of(book: dict[str, Any]) -> dict[str, Any]:
     return {"".join(c["source"]): c["outputs"] for c in book["cells"] if c["cell_type"] == "code"}
 
 
+def plain(text: str) -> str:
+    """Without colours, and without paths of this machine."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text).replace(str(HERE.parent), ".")
+
+
 def execute(book: dict[str, Any]) -> dict[str, Any]:
     import nbformat
     from nbclient import NotebookClient
@@ -55,7 +60,7 @@ def execute(book: dict[str, Any]) -> dict[str, Any]:
         for output in cell.get("outputs", ()):
             output.pop("execution_count", None)
             if "text" in output:
-                output["text"] = output["text"].replace(str(HERE.parent), ".")
+                output["text"] = plain(output["text"])
     return json.loads(nbformat.writes(node))
 
 

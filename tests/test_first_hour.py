@@ -64,6 +64,10 @@ def test_the_notebook_shows_a_run_with_the_real_model():
     assert str(ROOT) not in NOTEBOOK.read_text(), "a path of one machine"
 
 
+def test_what_is_shown_has_no_colours_and_no_path_of_this_machine():
+    assert MAKER.plain(f"\x1b[1;36m0.5\x1b[0m {ROOT}/runs") == "0.5 ./runs"
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_script_runs_with_tiny_models(tmp_path, monkeypatch, capsys):
     """As it stands, but for the processes: those are forked, and take a second instead of six."""

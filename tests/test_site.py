@@ -219,6 +219,19 @@ def test_the_citation_is_this_version():
     assert {"message", "title", "authors"} <= cited.keys()
 
 
+def test_a_package_index_gets_absolute_links_of_the_repository():
+    """As the build does it (hatch-fancy-pypi-readme): in order, on the whole text."""
+    assert PROJECT["project"]["dynamic"] == ["readme"]
+    rules = PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]
+    text = (ROOT / "README.md").read_text()
+    for rule in rules:
+        text = re.sub(rule["pattern"], rule["replacement"], text)
+    assert f"({REPOSITORY}/raw/main/docs/figures/students.png)" in text
+    links = [match["file"] for match in LINK.finditer(FENCE.sub("", text)) if match["file"]]
+    assert len(links) > 20 and all(link.startswith("https://") for link in links), links
+    assert text.count(f"]({REPOSITORY}/blob/main/docs/") > 10
+
+
 @pytest.mark.parametrize("name", ["bug", "feature"])
 def test_an_issue_form_asks_something(name):
     form = yaml.safe_load((ROOT / f".github/ISSUE_TEMPLATE/{name}.yml").read_text())
@@ -240,7 +253,7 @@ def test_the_image_copies_what_a_build_needs_and_nothing_that_is_not_there():
         f.split("/")[0] for f in PROJECT["tool"]["scikit-build"]["wheel"]["packages"].values()
     }
     project = PROJECT["project"]
-    files = {"pyproject.toml", "CMakeLists.txt", project["readme"], *project["license-files"]}
+    files = {"pyproject.toml", "CMakeLists.txt", "README.md", *project["license-files"]}
     assert folders | files <= set(copied)
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line[0] == "!"}
     assert set(copied) == allowed, ".dockerignore"

@@ -16,7 +16,12 @@ import pytest
 
 pytestmark = pytest.mark.install
 ROOT = Path(__file__).parents[2]
-BUILD = ("build>=1.2", "scikit-build-core>=1.1", "nanobind>=2.4")  # as [build-system] of pyproject
+BUILD = (
+    "build>=1.2",
+    "scikit-build-core>=1.1",
+    "nanobind>=2.4",
+    "hatch-fancy-pypi-readme>=25.1",
+)  # as [build-system] of pyproject
 Reflux = Callable[..., subprocess.CompletedProcess]
 
 
