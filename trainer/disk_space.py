@@ -1,5 +1,6 @@
 """What a full disk looks like to a program, and how to say so."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -39,6 +40,12 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def has_none(folder: str | os.PathLike) -> bool:
     """Whether next to nothing fits on the file system of the folder."""
     return free_bytes(folder) < NEARLY_NONE
+
+
+def remove_empty(folder: str | os.PathLike, name: str) -> None:
+    """Removes folder/name if it is an empty folder; nothing else happens to anything else."""
+    with contextlib.suppress(OSError):
+        (Path(folder) / name).rmdir()
 
 
 def free_bytes(folder: str | os.PathLike) -> int:

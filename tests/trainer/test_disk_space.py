@@ -87,3 +87,13 @@ def test_the_words_name_folder_need_and_what_is_kept(tmp_path):
 )
 def test_sizes_in_words(n, words):
     assert disk_space.size(n) == words
+
+
+def test_only_an_empty_folder_is_removed(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").write_text("a")
+    (tmp_path / "empty").mkdir()
+    for name in ("full", "empty", "missing", "full/a"):
+        disk_space.remove_empty(tmp_path, name)
+    assert [p.name for p in tmp_path.iterdir()] == ["full"]
+    assert (tmp_path / "full" / "a").read_text() == "a"

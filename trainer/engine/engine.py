@@ -491,6 +491,7 @@ class Engine:
             close()
         if dist.is_initialized():
             dist.destroy_process_group()
+        disk_space.remove_empty(self._config.dump_folder, self._config.comm.save_traces_folder)
 
 
 # mypy proves that these keep the contracts of trainer/phase.py

@@ -470,13 +470,18 @@ def _estimate(fields: Mapping[str, Any], key: str) -> str:
     return f"{mean} [{low}, {high}]"
 
 
+def _visible(character: str) -> str:
+    """Line breaks, escapes and other control characters as Python writes them."""
+    return character if character.isprintable() else repr(character)[1:-1]
+
+
 def _shorten(sample: Mapping[str, Any], width: int = 240) -> str:
     """One line a field; of a long text its beginning and its end, where the answer is."""
     rows = []
     for key, value in sample.items():
         if key in SAMPLE_LOG_ONLY:
             continue
-        text = _word(_plain(value)).replace("\n", "\\n")
+        text = "".join(map(_visible, _word(_plain(value))))
         if len(text) > width:
             text = f"{text[: width // 2]} ... {text[-width // 2 :]}"
         rows.append(f"    {key}: {text}")

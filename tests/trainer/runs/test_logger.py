@@ -409,3 +409,10 @@ def test_an_evaluation_is_a_table_not_a_line(tmp_path, capsys):
         "acceptance:",
         "    good succeeded: sampled 0.500",
     ]
+
+
+def test_a_sampled_text_cannot_steer_the_terminal(tmp_path, capsys):
+    with opened(tmp_path, quiet=False) as record:
+        record(2, {}, [{"text": "a\nb\x1b[31m\r c\x85 \u2028 é"}])
+    shown = capsys.readouterr().out.split("\n")[1]
+    assert shown == "    text: a\\nb\\x1b[31m\\r c\\x85 \\u2028 é"

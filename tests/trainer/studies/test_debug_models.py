@@ -19,6 +19,10 @@ from reflux.trainer.studies import debug_models
 CONFIGS = Path(__file__).parents[3] / "configs"
 EXPECT = {"evaluate": 3}  # exit codes; the others end with 0
 TRAINER = "python trainer/main.py "
+OURS = re.compile(  # lines that a run prints
+    r"step \d|    |alarm: |evaluation after step |acceptance:|export: |data: |cache: |"
+    r"(greedy )?texts by the |texts of the |measuring texts by the |gradients: |continued texts"
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,18 @@ def test_every_debug_config_is_run(started):
 def test_a_debug_config_runs_as_its_first_line_says(phase, started, fresh):
     run = finish(started[phase], fresh / f"runs/debug_{phase}", EXPECT.get(phase, 0))
     assert run.summary is not None and run.summary["exit_code"] == EXPECT.get(phase, 0)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_clean_run_prints_its_own_lines_and_leaves_no_empty_folder(phase, started, fresh):
+    """Both streams: no warning of a library. A short run leaves megabytes."""
+    folder = fresh / f"runs/debug_{phase}"
+    finish(started[phase], folder, EXPECT.get(phase, 0))
+    foreign = [x for x in started[phase].output.splitlines() if not OURS.match(x)]
+    assert foreign == [], foreign
+    everything = list(folder.rglob("*"))
+    assert [p for p in everything if p.is_dir() and not any(p.iterdir())] == []
+    assert sum(p.stat().st_size for p in everything if p.is_file()) < 10_000_000
 
 
 def test_the_diagnosis_shows_what_it_can(started, fresh):
