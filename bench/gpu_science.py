@@ -182,8 +182,11 @@ def _without_missing_models(cells: "Iterable[Cell]") -> "list[Cell]":
 
 def _scaled(cell: "Cell", dry: bool) -> "Cell":
     if cell.module:
-        return cell
+        untrained = dry and "proxy_gate" in cell.module
+        return replace(cell, arguments=(*cell.arguments, "--least", "-99")) if untrained else cell
     phase = _phase(cell)
+    if phase == "calibrate":  # no arm by a proxy that would turn the sign of the reward
+        cell = replace(cell, after=(*cell.after, "proxy-gate@0"))
     sets = [*EVERYWHERE, *SCALED[phase], *((*TINY, *TINY_BY_PHASE[phase]) if dry else ())]
     if dry and "/attacks/" in " ".join(cell.arguments) and "gkd" not in cell.name:
         sets.append("distill.query_budget=4")
