@@ -12,9 +12,9 @@ configs/language_models.toml and configs/language_a.toml for one seed, cell by c
 of SCALED: calibration by 64 x 8 rollouts for 60 steps, in bf16.
 
 Every cell that has ended is a line of OUT/science.jsonl at once, with its curve and its accuracies.
-At --seconds the runner is told to stop and saves its step; the same command goes on, on the same
-machine, with what is in --work. On a fresh machine it begins again. At the end the lines are a
-record, with the attack report if it could be written.
+At --seconds the runner is told to stop and saves its step (exit code 130); the same command goes
+on, on the same machine, with what is in --work. On a fresh machine it begins again. At the end the
+lines are a record.
 """
 
 import argparse
@@ -74,6 +74,7 @@ TINY_BY_PHASE = {
     "distill": ("steps=2",),
     "evaluate": (),
 }
+INTERRUPTED = 130  # exit code where the time was up before the last cell
 STOP_S = 40.0  # for a runner that was told to stop
 LOOK_S = 2.0  # between two looks at what has ended
 
@@ -213,8 +214,12 @@ def work(args: argparse.Namespace) -> int:
     models.mkdir(parents=True, exist_ok=True)
     (make_tiny_models if args.dry else convert_models)(models)
     cells = cells_of(args.seed, args.dry)
-    with signals.handled_by(signals.raise_interrupt):
-        failed = run_matrix(cells, args.parallel)
+    try:
+        with signals.handled_by(signals.raise_interrupt):
+            failed = run_matrix(cells, args.parallel)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", flush=True)
+        return INTERRUPTED
     for name in failed:
         print(f"{name}: failed", flush=True)
     return 1 if failed else 0

@@ -146,6 +146,7 @@ def test_one_seed_runs_on_a_cpu_and_goes_on_where_it_was_stopped(tmp_path):
     words = [sys.executable, str(ROOT / "bench/gpu_science.py"), "run", "--dry"]
     words += ["--work", str(tmp_path / "w"), "--out", str(tmp_path / "o"), "--parallel", "2"]
     first = subprocess.run([*words, "--seconds", "25"], capture_output=True, text=True)
+    assert first.returncode == science.INTERRUPTED, first.stdout + first.stderr
     before = (tmp_path / "o" / "science.jsonl").read_text().splitlines()
     done = subprocess.run([*words, "--seconds", "600"], capture_output=True, text=True)
     log = (tmp_path / "o" / "console.log").read_text()
