@@ -56,7 +56,7 @@ def _answers(folder: Path, against: Path | None, texts: int) -> dict[str, Any]:
     mine = _predictions(folder)
     if not mine:
         return {}
-    out: dict[str, Any] = {"answers": {}}
+    out: dict[str, Any] = {"answers_at_step": _step(_files(folder)[-1]), "answers": {}}
     other = {(p["mode"], p["prompt"], p["sample"]): p for p in _predictions(against)}
     for mode in MODES:
         rows = [p for p in mine if p["mode"] == mode]
@@ -93,8 +93,12 @@ def _measured(rows: Sequence[dict], other: Mapping[tuple, dict]) -> dict[str, An
 
 
 def _predictions(folder: Path | None) -> list[dict]:
-    files = sorted(folder.glob("predictions/step-*.jsonl"), key=_step) if folder else []
+    files = _files(folder)
     return [json.loads(x) for x in files[-1].read_text().splitlines()] if files else []
+
+
+def _files(folder: Path | None) -> list[Path]:
+    return sorted(folder.glob("predictions/step-*.jsonl"), key=_step) if folder else []
 
 
 def _step(file: Path) -> int:

@@ -38,6 +38,7 @@ def test_styles_and_pairs_are_counted(tmp_path):
     after = write_run(tmp_path / "calibrated", [[WORKED, WORKED], [wrong, WORKED]], ended=False)
     row = language.row_of(after, before, texts=1)
     assert (row["steps_done"], row["steps_asked"], row["ended"]) == (2, 30, False)
+    assert row["answers_at_step"] == 2
     sampled = row["answers"]["sampled"]
     assert sampled["styles"]["worked"] == {"fraction": 0.75, "correct": 1.0}
     assert sampled["styles"]["direct"] == {"fraction": 0.25, "correct": 0.0}
