@@ -172,6 +172,7 @@ def _rows_of_base(arguments: list[str], ref: str) -> list[dict]:
         git("worktree", "add", "--detach", str(tree), ref)
         try:
             Path(folder, "reflux").mkdir()
+            Path(folder, "reflux/__init__.py").touch()  # else an installed reflux comes first
             Path(folder, "reflux/kernels").symlink_to(tree / "kernels")
             command = [sys.executable, "-m", "bench", *arguments, "--kernels-of", folder]
             return json.loads(

@@ -78,6 +78,7 @@ def environment_for(shim: Path, peers: Path, args: argparse.Namespace) -> dict[s
         target = shim / "reflux" / floor
         target.parent.mkdir(exist_ok=True)
         target.symlink_to(ROOT / floor)
+    (shim / "reflux/__init__.py").touch()  # else an installed reflux comes first
     extra = {
         "PYTHONPATH": os.pathsep.join([str(shim), str(ROOT), str(peers)]),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4"),

@@ -253,6 +253,8 @@ def test_every_option_survives_the_round_trip(excluded):
         ("distill", "nll_weight"): 0.0,
         ("distill", "correct_only"): False,
         ("distill", "top_k"): 0,
+        ("distill", "keep_likeliest"): 1.0,
+        ("distill", "paraphraser"): "",
         ("policy", "minibatches"): 1,
         ("policy", "max_is"): 0.0,
         ("rollout", "tensor_parallel"): 1,

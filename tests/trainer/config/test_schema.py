@@ -104,7 +104,7 @@ def test_paper_configs_load_and_say_that_they_were_not_run(path, mode):
 
 
 def test_there_are_paper_configs():
-    assert len(PAPER) == 6
+    assert len(PAPER) == 7
 
 
 @pytest.mark.parametrize(

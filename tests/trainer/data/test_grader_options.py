@@ -10,7 +10,7 @@ from reflux.trainer.data.prompt import Prompt
 def test_options_go_to_the_grader_and_to_its_limits():
     grader, limits = make_grader("exact", {"marker": "####", "timeout_s": 3, "isolate": True})
     assert grader == Exact(marker="####") and limits == Limits(timeout_s=3.0)
-    assert set(TASKS) == {*GRADERS, "reward_model"}
+    assert set(TASKS) == {*GRADERS, "column", "judge", "reward_model"}
 
 
 def test_a_function_is_loaded_by_its_name():
