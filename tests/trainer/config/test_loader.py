@@ -255,6 +255,7 @@ def test_every_option_survives_the_round_trip(excluded):
         ("distill", "top_k"): 0,
         ("distill", "keep_likeliest"): 1.0,
         ("distill", "paraphraser"): "",
+        ("export", "push_to_hub"): "",  # wants an export, which is off here
         ("policy", "minibatches"): 1,
         ("policy", "max_is"): 0.0,
         ("rollout", "tensor_parallel"): 1,
