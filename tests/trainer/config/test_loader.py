@@ -249,6 +249,8 @@ def test_every_option_survives_the_round_trip(excluded):
         ("calibration", "reward"): "likelihood_ratio",
         ("defence", "proxy"): "",
         ("defence", "temperature"): 1.0,
+        ("defence", "antidistillation"): "",
+        ("defence", "penalty"): 0.0,
         ("distill", "query_budget"): 0,
         ("distill", "nll_weight"): 0.0,
         ("distill", "correct_only"): False,
