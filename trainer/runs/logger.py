@@ -447,6 +447,9 @@ def _event_lines(name: str, step: Any, fields: Mapping[str, Any]) -> list[str]:
         return [f"evaluation after step {step}:", *_evaluation_lines(shown)]
     if name == "accept":
         return ["acceptance:", *(f"    {k.removeprefix('accept/')} {v}" for k, v in shown.items())]
+    if name == "alarm":  # "alarm of truncation: ..."
+        kind = f" of {shown['alarm']}" if "alarm" in shown else ""
+        return [f"alarm{kind}: {shown['message']}"]
     words = ", ".join(f"{key} {_word(v)}" for key, v in shown.items())
     return [f"{name}: {words}" if words else name]
 

@@ -416,3 +416,8 @@ def test_a_sampled_text_cannot_steer_the_terminal(tmp_path, capsys):
         record(2, {}, [{"text": "a\nb\x1b[31m\r c\x85 \u2028 é"}])
     shown = capsys.readouterr().out.split("\n")[1]
     assert shown == "    text: a\\nb\\x1b[31m\\r c\\x85 \\u2028 é"
+
+
+def test_an_alarm_is_a_sentence_on_the_console():
+    said = module._event_lines("alarm", 3, {"alarm": "truncation", "message": "all texts are cut"})
+    assert said == ["alarm of truncation: all texts are cut"]
