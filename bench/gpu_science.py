@@ -1,7 +1,7 @@
 """Task a of bench/PROTOCOL.md on one GPU, where nothing of this is installed and no network is.
 
     python bench/gpu_science.py pack --out packs                  with a network: what has to travel
-    python bench/gpu_science.py run --packs packs --work /tmp/science --out results --commit SHA
+    python bench/gpu_science.py run --packs packs --work build/science --out results --commit SHA
     python bench/gpu_science.py run --dry --work W --out runs/gpu      on a CPU, with tiny models
 
 A pack is a file of at most 56 MiB: a slice of one archive of wheels for Python 3.12, of what the
