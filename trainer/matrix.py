@@ -28,7 +28,9 @@ FILE is a path, or the name of a recipe (config/recipes.py). `base = "other.toml
 or a list of them) puts this file's cells behind another matrix's, in the same folder, and its other
 keys over that one's. A cell that several bases share is one cell.
 
-A cell is done when its folder holds summary.json; done cells are skipped. A cell that fails stops
+A cell is done when its folder holds summary.json; done cells are skipped. A matrix whose done cells
+were made with other settings, or from files that earlier cells have replaced since, is refused
+(runs/done_cells.py). A cell that fails stops
 only the cells that depend on it. A cell that a guard ended (exit code 4) has not failed: what
 depends on it uses the accepted weights that it exported, and the runner, the logs of these cells
 and the reports say so. A cell whose folder another process is using waits (cells.py).
@@ -58,6 +60,7 @@ from reflux.trainer.config.files import read_table
 from reflux.trainer.config.loader import deep_merge, toml_value
 from reflux.trainer.config.recipes import beside, find
 from reflux.trainer.runs import commands, output, signals
+from reflux.trainer.runs.done_cells import changes
 from reflux.trainer.runs.files import write_json
 from reflux.trainer.runs.lock import hold
 from reflux.trainer.runs.progress import duration
@@ -66,6 +69,7 @@ NAME = "reflux.trainer.matrix"
 WRITE_S = 60.0  # how long to wait for another runner that writes reports
 KEYS = ("folder", "seeds", "parallel", "cell", "styles", "title", "says", "grid")
 COST_S = 30.0  # of a cell that names none
+NAMED = 5  # cells that a message names
 
 # label of a cell in the matrix file -> "module:function" that writes its report into the folder of
 # the matrix and returns it as text. Imported when it is needed
@@ -288,8 +292,9 @@ def only(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
 
 def _run_and_report(matrix: Matrix, cells: list[Cell], take_over: bool) -> int:
     """Runs the cells, all of the matrix or some, and reports on those of the matrix that are
-    done.
+    done. ValueError, before anything is run or written, where a done cell is another one now.
     """
+    refuse_changed(matrix.cells)
     _write_cells(matrix)
     start = time.monotonic()
     if matrix.says and not all(c.done for c in cells):
@@ -306,6 +311,22 @@ def _run_and_report(matrix: Matrix, cells: list[Cell], take_over: bool) -> int:
             "weights that were accepted, and the cells behind them used these"
         )
     return 1 if failed else STOPPED_BY_GUARD if stopped else 0
+
+
+def refuse_changed(cells: Sequence[Cell]) -> None:
+    """ValueError where cells were done with other settings, or from other files, than they would be
+    now: reports would give the old numbers under the new names.
+    """
+    found = {c: changes(c.folder, c.module, c.arguments) for c in cells if c.done}
+    changed = [f"  {c.folder}: {', '.join(what)}" for c, what in found.items() if what]
+    if changed:
+        more = f"\n  and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
+        raise ValueError(
+            "done cells were made from something else than the matrix says now:\n"
+            + "\n".join(changed[:NAMED])
+            + f"{more}\nPut it back, give the matrix another folder (--set folder=...), or move "
+            "the folders of these cells away to run them anew"
+        )
 
 
 def _parse(

@@ -323,3 +323,17 @@ def test_ctrl_c_is_passed_on_and_the_next_call_goes_on(toy):
         "b-1@0",
         "b-2@0",
     }
+
+
+def test_done_cells_with_other_arguments_are_refused_and_named(toy, capsys):
+    path, one_seed = toy / "m.toml", ["--set", "seeds=[0]"]
+    assert main([str(path), *one_seed]) == 0 and main([str(path), *one_seed]) == 0
+    written = (toy / "runs/matrix.json").read_text()
+    path.write_text(path.read_text().replace('arguments = ["b{x}"]', 'arguments = ["c{x}"]'))
+    with pytest.raises(SystemExit) as ended:
+        main([str(path), *one_seed])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "runs/seed-0/b-1: arguments" in said, said
+    assert "seed-0/a:" not in said and "--set folder=" in said
+    assert (toy / "runs/matrix.json").read_text() == written
+    assert main([str(path), *one_seed, "--set", f'folder="{toy / "other"}"']) == 0

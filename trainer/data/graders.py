@@ -6,7 +6,7 @@ run what it says, themselves or by a library.
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -159,16 +159,20 @@ class MultipleChoice:
     def __call__(self, prompt: Prompt, text: str) -> Grade:
         letters, texts = self._options(prompt)
         answer = _answer(prompt).strip()
-        if self.answer_is == "index":
-            answer = letters[int(answer)]
-        elif self.answer_is == "text":
-            answer = letters[texts.index(answer)]
-        if answer.upper() not in letters:
+        names: Sequence[str] = letters
+        if self.answer_is != "letter":
+            names = texts if self.answer_is == "text" else [str(i) for i in range(len(texts))]
+        else:
+            answer = answer.upper()
+        # a list: "BC" is a part of "ABCD", and -1, as of hidden labels, is no last option
+        if answer not in list(names):
             raise ValueError(
-                f"answer {answer!r} is none of {letters}; set answer_is to index or text"
+                f"answer {answer!r} is none of {', '.join(names)}; set answer_is to letter, index "
+                "or text"
             )
         letter = _letter(text, letters)
-        return Grade(float(letter == answer.upper()), letter == answer.upper(), letter)
+        correct = letter == letters[list(names).index(answer)]
+        return Grade(float(correct), correct, letter)
 
     def _options(self, prompt: Prompt) -> tuple[str, list[str]]:
         given = prompt.extra.get(self.choices)
@@ -267,7 +271,7 @@ class Function:
 
 
 def _answer(prompt: Prompt) -> str:
-    if prompt.answer is None:
+    if prompt.answer is None or not prompt.answer.strip():
         raise ValueError('the prompt has no answer; name its column: columns = {answer = "..."}')
     return prompt.answer
 

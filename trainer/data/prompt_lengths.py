@@ -32,7 +32,7 @@ from .sources import Location
 
 log = logging.getLogger(__name__)
 
-FORMAT = "reflux prompt lengths 2"  # raise the number whenever this file changes what it gives
+FORMAT = "reflux prompt lengths 3"  # raise the number whenever this file changes what it gives
 CHUNK = 1024  # rows tokenized together
 PATIENCE_S = 20.0  # between two lines that say how far it is
 
@@ -180,7 +180,7 @@ def _measure_chunk(chunk: Sequence[Prompt], chat: Chat, start: int, responses: b
         len(chat.encode(p.response)) + 1 if responses and p.response is not None else 0
         for p in chunk
     ]
-    answered = [p.answer is not None for p in chunk]
+    answered = [bool((p.answer or "").strip()) for p in chunk]
     return start, np.array(lengths, np.int32), np.array(own, np.int32), np.array(answered, np.bool_)
 
 

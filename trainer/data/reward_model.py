@@ -58,7 +58,6 @@ class RewardModel:
                 f"reward_model: the tokenizer in {options.path} has no chat template; add the "
                 "model's own"
             )
-        self._tokenizer.pad_token = self._tokenizer.pad_token or self._tokenizer.eos_token
         if info["missing_keys"] or model.config.num_labels != 1:
             # a causal language model loads too, with a head of random numbers
             raise ValueError(
@@ -66,8 +65,9 @@ class RewardModel:
                 f"weights {sorted(info['missing_keys'])}; want a trained reward model with one "
                 "logit"
             )
-        # the model reads its logit at the last token that is no pad
-        model.config.pad_token_id = self._tokenizer.pad_token_id
+        self._pad = self._tokenizer.pad_token_id
+        if self._pad is None:
+            self._pad = model.config.get_text_config().pad_token_id
         self._model = model.eval().requires_grad_(False).to(options.device)
 
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float | Exception]:
@@ -107,9 +107,30 @@ class RewardModel:
 
     @torch.no_grad()
     def _forward(self, ids: list[list[int]]) -> list[float]:
-        padded = self._tokenizer.pad({"input_ids": ids}, return_tensors="pt")
-        padded = padded.to(self.options.device)
+        pad = self._pad_of(ids)
+        # the model reads its logit at the last token that is no pad
+        self._model.config.get_text_config().pad_token_id = pad
+        width = max(map(len, ids))
+        ids_BL = torch.tensor([[*row, *[pad] * (width - len(row))] for row in ids])
+        real_BL = torch.arange(width) < torch.tensor([[len(row)] for row in ids])
+        device = self.options.device
         logits_B1 = self._model(
-            input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]
+            input_ids=ids_BL.to(device), attention_mask=real_BL.long().to(device)
         ).logits
         return logits_B1[:, 0].float().tolist()
+
+    def _pad_of(self, ids: Sequence[Sequence[int]]) -> int:
+        """The model's own pad; without one, an id that no text of the batch holds. The EOS would
+        not do: a text ends with it, and its logit would be read in front of it.
+        """
+        if self._pad is not None:
+            return self._pad
+        used = set().union(*ids)
+        rows = self._model.get_input_embeddings().num_embeddings
+        unused = next((i for i in range(rows) if i not in used), None)
+        if unused is None:
+            raise ValueError(
+                "the tokenizer has no pad token, and a batch holds every id that there is; give "
+                "it a pad_token, or set batch_size = 1"
+            )
+        return unused

@@ -2,6 +2,7 @@
 the value, and what is wanted.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from reflux.trainer.config.fit import nearest
 from .sources import LONGEST, show
 
 Message = Mapping[str, str]
+EXACT = 2.0**53  # below it every whole number is a float
 SPEAKERS = {  # names that ShareGPT files use -> the roles of chat templates
     "human": "user",
     "user": "user",
@@ -54,8 +56,12 @@ class Row:
         return read_text(self.value(column), self.where(column))
 
     def answer(self, column: str) -> str | None:
-        """As `text`; numbers are texts."""
+        """As `text`; numbers are texts. A column of whole numbers comes as floats where one of
+        them is missing: 42.0 is 42, and NaN is none.
+        """
         value = self.value(column)
+        if isinstance(value, float) and (math.isnan(value) or abs(value) < EXACT):
+            value = None if math.isnan(value) else int(value) if value.is_integer() else value
         if isinstance(value, int | float):
             value = str(value)
         return read_text(value, self.where(column))

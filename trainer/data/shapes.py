@@ -155,7 +155,7 @@ CORRECT = ("answerKey", "answer_letter", "answer_index", "answer", "label")
 def _read_choices(row: Row) -> Parts:
     column = next(c for c in OPTIONS if row.value(c) is not None)
     labels, texts = _options(row, column)
-    named = next((c for c in CORRECT if row.value(c) not in (None, "", -1)), None)
+    named = next((c for c in CORRECT if row.value(c) not in (None, "", -1, "-1")), None)
     answer = None if named is None else _correct(row, named, labels, texts)
     used = ("question", *OPTIONS, *CORRECT)
     options = {"label": labels, "text": texts}
@@ -179,7 +179,9 @@ def _correct(row: Row, column: str, labels: list[str], texts: list[str]) -> str:
     """The letter of the correct option: named by letter, by number, or by its text."""
     value = row.value(column)
     if isinstance(value, str) and value.upper() in labels:
-        return value.upper()
+        # options can be letters themselves: "a" is the option "a" before it is the label A
+        is_text = value not in labels and value in texts
+        return labels[texts.index(value)] if is_text else value.upper()
     given = next((row.value(c) for c in OPTIONS if row.value(c) is not None), None)
     named = given.get("label") if isinstance(given, Mapping) else None
     if named and value in named:  # "1" to "4", which are shown as letters

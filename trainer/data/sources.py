@@ -63,7 +63,7 @@ def open_source(section: SourceSection, limit: int | None) -> OpenSource:
     source = section.source
     files = source_files(source)
     if files:
-        return _open_files(files, limit)
+        return _open_files(files, limit, tuple(section.columns.values()))
     if not isinstance(source, str):
         raise ValueError(f"source = {list(source)}: no files; want {FORMS}")
     path = Path(source)
@@ -102,7 +102,7 @@ def source_files(source: str | Sequence[str]) -> list[Path]:
     return []
 
 
-def _open_files(files: Sequence[Path], limit: int | None) -> OpenSource:
+def _open_files(files: Sequence[Path], limit: int | None, texts: Sequence[str]) -> OpenSource:
     name = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files"
     if all(map(_has_plain_lines, files)):
         rows = _Joined([Lines(file, limit) for file in files], limit)
@@ -112,7 +112,7 @@ def _open_files(files: Sequence[Path], limit: int | None) -> OpenSource:
         raise ValueError(f"{name}: files of several kinds; want one kind in a source: {FORMS}")
     for file in files:
         check_parquet(file) if builders == {"parquet"} else None
-    table = read_files(next(iter(builders)), files)
+    table = read_files(next(iter(builders)), files, texts)
     return _of_table(name, table, limit)
 
 

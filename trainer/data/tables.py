@@ -33,13 +33,31 @@ def builder_of(file: Path) -> str | None:
     return BUILDERS.get(suffixes[-1]) if suffixes else None
 
 
-def read_files(builder: str | None, files: Sequence[Path]) -> Any:
+# columns of CSV files that are texts, whatever their cells look like: as numbers, 007 would lose
+# its zeros, 42 would be 42.0 where another cell is empty, and NA or null would be no answer
+TEXTS = (
+    *("prompt", "question", "problem", "instruction", "input", "context", "system", "text"),
+    *("answer", "answerKey", "answer_letter", "answer_index", "label"),
+    *("response", "output", "completion", "solution", "chosen"),
+)
+
+
+def text_of_cell(cell: str) -> str | None:
+    """Of a CSV file, as it stands there; None where it is empty."""
+    return cell or None
+
+
+def read_files(builder: str | None, files: Sequence[Path], texts: Sequence[str] = ()) -> Any:
+    """texts: columns that hold texts, beside those of TEXTS; of CSV files."""
     import datasets  # here: it takes 1.5 s to import
 
     names = [str(file) for file in files]
     if any(name.endswith(".zst") for name in names):
         _require_zstandard(names)
-    more = {"sep": "\t"} if ".tsv" in files[0].suffixes else {}
+    more: dict[str, Any] = {"sep": "\t"} if ".tsv" in files[0].suffixes else {}
+    if builder == "csv":
+        more["converters"] = dict.fromkeys([*TEXTS, *texts], text_of_cell)
+        more |= {"keep_default_na": False, "na_values": [""]}  # NA is sodium, too
     try:
         with _quiet(datasets):
             return datasets.load_dataset(builder, data_files=names, split="train", **more)

@@ -76,9 +76,14 @@ def tokenizer_fingerprint(chat: Chat) -> str:
 
 
 def template_fingerprint(chat: Chat) -> str:
-    """sha256 of the chat template, or of "" for a base model, with the stop set."""
-    template = chat.tokenizer.chat_template or ""
-    return hashlib.sha256(json.dumps([template, list(chat.stop_ids)]).encode()).hexdigest()
+    """sha256 of the chat template, or of "" for a base model, with the stop set, and with the
+    template's arguments where it is given any.
+    """
+    spec: list[Any] = [chat.tokenizer.chat_template or "", list(chat.stop_ids)]
+    spec += [sorted((name, repr(value)) for name, value in chat.arguments.items())] * bool(
+        chat.arguments
+    )
+    return hashlib.sha256(json.dumps(spec).encode()).hexdigest()
 
 
 def key_of(prompt: Prompt) -> str:
@@ -252,7 +257,7 @@ def check_same(cache: Description, chat: Chat, files: Mapping[str, str], path: s
     if tokenizer_fingerprint(chat) != cache.tokenizer:
         what = "its tokenizer"
     elif template_fingerprint(chat) != cache.template:
-        what = "its chat template or stop set"
+        what = "its chat template, template_arguments or stop set"
     else:
         before = cache.teacher["files"]
         changed = [name for name in files if name in before and files[name] != before[name]]

@@ -15,8 +15,9 @@
 
 eta > 0: distillable, eta < 0: undistillable. `normalize_then_sum` normalises each reward in its
 group by itself, as equation (4) does; beta is the KL to the reference. The two folders hold the
-tokenizers, which may differ. Alone or under DDP: the policy is called here, text by text, which
-FSDP would need on all ranks equally often.
+tokenizers, which may differ. Alone or under DDP, where a group may have members on several
+processes: the policy is called here, text by text, which FSDP would need on all ranks equally
+often.
 
 Shapes: T positions, V vocabulary, n tokens of a text, K stop ids, G texts of a group.
 """
@@ -26,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from reflux.kernels.token_logprob import token_logprob
@@ -36,6 +38,8 @@ from reflux.trainer.data.chat import Chat, same_vocabulary
 from reflux.trainer.rollouts.scoring import Aligned, align_texts
 
 Messages = Sequence[Mapping[str, str]]
+# a completion: its prompt, its bytes, its reward in nats
+Text = tuple[str | Messages, int, float | None]
 
 
 class CalibrationReward:
@@ -81,7 +85,11 @@ class CalibrationReward:
             None if a.spans is None else self._value(prompt, r, a)
             for prompt, r, a in zip(prompts, rollouts, aligned)
         ]
-        return _without_length(prompts, aligned, values) if self.length_free else values
+        if not self.length_free:
+            return values
+        mine = [(p, a.n_bytes, value) for p, a, value in zip(prompts, aligned, values)]
+        everyone, first = _of_all_processes(mine)
+        return _without_length(everyone)[first : first + len(mine)]
 
     def _rollout(self, prompt: str | Messages, ids: Sequence[int]) -> Rollout:
         ended = len(ids) > 0 and ids[-1] in self.chat.stop_ids
@@ -138,18 +146,28 @@ def _ids(chat: Chat, prompt: str | Messages) -> tuple[int, ...]:
     return chat.encode(prompt) if isinstance(prompt, str) else chat.prompt_ids(prompt)
 
 
-def _without_length(
-    prompts: Sequence[str | Messages],
-    aligned: Sequence[Aligned],
-    values: Sequence[float | None],
-) -> list[float | None]:
+def _of_all_processes(mine: list[Text]) -> tuple[list[Text], int]:
+    """The texts of all processes in the order in which TRL cuts them into groups, and where this
+    one's begin: a group may have members on several.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return mine, 0
+    parts: list[list[Text]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, mine)
+    before = sum(map(len, parts[: dist.get_rank()]))
+    return [text for part in parts for text in part], before
+
+
+def _without_length(texts: Sequence[Text]) -> list[float | None]:
     """Equation (2') in every group: neighbours with one prompt, as TRL passes them."""
+    prompts = [prompt for prompt, _, _ in texts]
     starts = [i for i, p in enumerate(prompts) if i == 0 or p != prompts[i - 1]] + [len(prompts)]
     result: list[float | None] = []
     for start, end in zip(starts, starts[1:]):
-        value_1G = np.array([[0.0 if v is None else v for v in values[start:end]]])
-        bytes_1G = np.array([[float(a.n_bytes) for a in aligned[start:end]]])
-        scored_1G = np.array([[v is not None for v in values[start:end]]])
+        values = [value for _, _, value in texts[start:end]]
+        value_1G = np.array([[0.0 if v is None else v for v in values]])
+        bytes_1G = np.array([[float(n) for _, n, _ in texts[start:end]]])
+        scored_1G = np.array([[v is not None for v in values]])
         free_G = length_free(value_1G, bytes_1G, scored_1G)[0]
         result += [float(x) if scored else None for x, scored in zip(free_G, scored_1G[0])]
     return result

@@ -181,9 +181,9 @@ def _refuse_another_experiment(cfg: Config, folder: Path) -> None:
     before, now = as_table(load(saved)), as_table(cfg)
     changed = [
         name
-        for name in _differences(before, now)
+        for name in differences(before, now)
         if not {name, name.split(".")[0]} & set(MAY_CHANGE)
-        and not (name == "training.seq_len" and _seq_len(now) > _seq_len(before))
+        and not (name == "training.seq_len" and seq_len(now) > seq_len(before))
     ]
     if changed:
         raise ValueError(
@@ -192,16 +192,18 @@ def _refuse_another_experiment(cfg: Config, folder: Path) -> None:
         )
 
 
-def _seq_len(table: Mapping[str, Any]) -> int:
+def seq_len(table: Mapping[str, Any]) -> int:
+    """training.seq_len of a configuration as a table."""
     return table.get("training", {}).get("seq_len", SEQ_LEN)
 
 
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Names of the keys whose values differ, tables key by key; a missing one is None."""
     out = []
     for key in sorted(set(a) | set(b)):
         x, y = ({} if table.get(key) is None else table[key] for table in (a, b))
         if isinstance(x, Mapping) and isinstance(y, Mapping):
-            out += _differences(x, y, f"{prefix}{key}.")
+            out += differences(x, y, f"{prefix}{key}.")
         elif x != y:
             out.append(prefix + key)
     return out

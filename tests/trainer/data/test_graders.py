@@ -127,6 +127,17 @@ def test_multiple_choice_answers_may_be_an_index_or_a_text():
         MultipleChoice(answer_is="index")(prompt("0", options=["u"]), "(A)")
 
 
+@pytest.mark.parametrize(
+    "answer_is, answer",
+    [("index", "-1"), ("index", "3"), ("index", "1.0"), ("letter", "BC")],
+)
+def test_a_reference_that_names_no_option_is_no_grade(answer_is, answer):
+    """-1 stands for a hidden label in public test splits; it is not the last option."""
+    grader = MultipleChoice(answer_is=answer_is)
+    with pytest.raises(ValueError, match="is none of .*set answer_is"):
+        grader(prompt(answer, choices=["u", "v", "w"]), "(C)")
+
+
 def test_multiple_choice_is_linear_in_hostile_text():
     grader = MultipleChoice()
     for text in (
@@ -194,5 +205,7 @@ def test_a_result_that_is_no_finite_reward_is_an_error(result):
 
 
 def test_a_prompt_without_an_answer_is_an_error():
-    with pytest.raises(ValueError, match="no answer; name its column"):
-        Exact()(prompt(None), "42")
+    for missing in (None, "", " "):
+        for grader in (Exact(), MultipleChoice()):
+            with pytest.raises(ValueError, match="no answer; name its column"):
+                grader(prompt(missing), "42")

@@ -92,6 +92,23 @@ def test_the_reward_is_the_models_own_logit_at_the_last_token(folder):
     ].reward == pytest.approx(expected, abs=1e-5)
 
 
+def test_without_a_pad_token_the_logit_is_read_at_the_last_token_too(folder, tmp_path):
+    """The template ends with the EOS: as padding, it would be taken off the text."""
+    shutil.copytree(folder / "scorer", tmp_path / "unpadded")
+    fast = PreTrainedTokenizerFast.from_pretrained(tmp_path / "unpadded")
+    fast.pad_token = None
+    fast.save_pretrained(tmp_path / "unpadded")
+    config = Qwen2Config.from_pretrained(tmp_path / "unpadded")
+    config.pad_token_id = None
+    config.save_pretrained(tmp_path / "unpadded")
+    rollouts = [rollout(text) for text in ("a", "a much longer answer", "ok")]
+    want, got = (
+        build_task("reward_model", {"path": str(path)}).grade(rollouts)
+        for path in (folder / "scorer", tmp_path / "unpadded")
+    )
+    assert [g.reward for g in got] == pytest.approx([w.reward for w in want], abs=1e-5)
+
+
 def test_a_text_that_cannot_be_scored_fails_alone(folder):
     task = build_task("reward_model", {"path": str(folder / "scorer"), "max_tokens": 60})
     good, template, long, also_good = task.grade(

@@ -276,3 +276,18 @@ def test_the_gold_of_a_worked_solution(answer, gold):
 
 def test_a_section_without_a_source_has_the_defaults_of_a_row():
     assert SourceSection().shape == "auto" and SourceSection().list_options is None
+
+
+@pytest.mark.parametrize(
+    "choices, answer, label",
+    [
+        (["b", "a"], "a", "B"),  # the option's text, before it is the label in capitals
+        (["b", "a"], "A", "A"),
+        (["B", "A"], "A", "A"),  # a label as it is written
+        (["yes", "no"], "b", "B"),
+        (["yes", "no"], "-1", None),  # hidden
+    ],
+)
+def test_options_that_are_letters_themselves(tmp_path, choices, answer, label):
+    row = {"question": "Which?", "choices": choices, "answer": answer}
+    assert load(tmp_path, row)[0].answer == label

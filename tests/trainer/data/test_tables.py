@@ -54,6 +54,32 @@ def test_every_kind_of_file_holds_the_same_rows(tmp_path):
         assert read(str(file)) == WANTED, file.name
 
 
+@pytest.mark.parametrize(
+    "answers",
+    [
+        ["42", "", "7"],  # pandas makes floats of them
+        ["007", "012"],
+        ["100000000000000000000001", "2"],
+        ["1e3", "2.50"],
+        ["NA", "None", "null", "nan"],
+        ["True", "-0"],
+    ],
+    ids=str,
+)
+def test_answers_of_a_csv_file_are_its_cells(tmp_path, answers):
+    for name in ("answer", "target"):
+        lines = [f"prompt,{name},points", *(f"{i},{x},{i}" for i, x in enumerate(answers))]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n")
+        prompts = load_prompts(
+            SourceSection(
+                str(tmp_path / f"{name}.csv"), columns={"answer": name, "prompt": "prompt"}
+            )
+        )
+        assert [p.answer for p in prompts] == [x or None for x in answers]
+        assert [p.messages[0]["content"] for p in prompts] == [str(i) for i in range(len(answers))]
+        assert [p.extra["points"] for p in prompts] == list(range(len(answers)))
+
+
 def test_zst(tmp_path):
     zstandard = pytest.importorskip("zstandard")
     file = tmp_path / "lines.jsonl.zst"

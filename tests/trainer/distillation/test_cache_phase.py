@@ -1,5 +1,6 @@
 """A teacher's rows on disk, and a student that learns from them: the same as from the teacher."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,14 @@ from transformers import AutoModelForCausalLM
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.prompts import load_prompts
 from reflux.trainer.distillation import cache_phase
-from reflux.trainer.distillation.teacher_cache import TeacherCache, read_description
+from reflux.trainer.distillation.teacher_cache import (
+    Description,
+    TeacherCache,
+    check_same,
+    read_description,
+    template_fingerprint,
+    tokenizer_fingerprint,
+)
 from reflux.trainer.rollouts.generate import given_rollout
 
 pytestmark = pytest.mark.usefixtures("titan_process")
@@ -245,3 +253,26 @@ def test_what_does_not_fit_is_said(talkers, tmp_path):
     torn = given / "cache.json"
     torn.write_text(torn.read_text()[:40])
     refused("k", "no description of a cache")
+
+
+def test_a_teacher_that_thinks_is_not_the_one_that_wrote_the_cache(talkers):
+    """Arguments change the prompts that the rows stand behind. Without, old caches stay good."""
+    path = str(talkers / "teacher")
+    plain, thinks = Chat(path), Chat(path, arguments={"enable_thinking": True})
+    old = json.dumps([plain.tokenizer.chat_template or "", list(plain.stop_ids)])
+    assert template_fingerprint(plain) == hashlib.sha256(old.encode()).hexdigest()
+    assert template_fingerprint(thinks) != template_fingerprint(plain)
+    written = Description(
+        teacher={"path": path, "files": {}},
+        tokenizer=tokenizer_fingerprint(plain),
+        template=template_fingerprint(plain),
+        vocab_size=plain.vocab_size,
+        tail="bucket",
+        top_k=4,
+        temperature=1.0,
+        logp="float16",
+        texts={"made_by": "dataset"},
+    )
+    check_same(written, plain, {}, path)
+    with pytest.raises(ValueError, match="template_arguments or stop set differs"):
+        check_same(written, thinks, {}, path)

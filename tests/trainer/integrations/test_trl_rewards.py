@@ -1,10 +1,13 @@
 """The calibration reward in TRL's GRPOTrainer: its values, and a run of the real one."""
 
 import os
+import threading
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from thread_ranks import ThreadRank, on_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reflux.trainer.integrations.trl_rewards import CalibrationReward
@@ -63,6 +66,29 @@ def test_length_is_taken_out_group_by_group(models):
     for group in (got[:4], got[4:]):
         assert abs(group.sum()) < 1e-9 and abs(group @ bytes_G) < 1e-7 and group.std() > 0
     np.testing.assert_allclose(got[4:], reward([other] * 4, completion_ids=ids), atol=1e-9)
+
+
+def test_a_group_whose_members_are_on_several_processes_is_one_group(models, monkeypatch):
+    """Cut by processes, each member would be a group of its own, whose reward is 0."""
+    ids, reward = completions(models[1]), CalibrationReward(*models)
+    want = reward([PROMPT] * 4, completion_ids=ids)
+    mine = [ids[:1], ids[1:]]  # by process
+    here = threading.local()
+
+    def work(rank: ThreadRank) -> list:
+        def gather(parts: list, own: list) -> None:
+            parts[:] = rank.gather([own])
+
+        here.rank, here.gather = rank.rank, gather
+        return reward([PROMPT] * len(mine[rank.rank]), completion_ids=mine[rank.rank])
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: here.rank)
+    monkeypatch.setattr(dist, "all_gather_object", lambda *x: here.gather(*x))
+    got = [x for part in on_ranks(2, work) for x in part]
+    assert any(abs(x) > 1e-3 for x in want)
+    np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_a_proxy_that_is_the_policy_pays_nothing(models):
