@@ -103,5 +103,5 @@ def _prove(side: str, out: Any, head: Any, options: dict[str, Any]) -> None:
         raise ValueError(
             f"the {side}'s logits are not those of its last hidden states and head: {gap:.3g} "
             f"apart, of {size:.3g} at most. Give {side}_logit_scale or {side}_softcap in `loss`, "
-            "or distil it by `python trainer/main.py` (docs/models.md)"
+            "or distil it in a run of its own (docs/models.md)"
         )
