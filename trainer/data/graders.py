@@ -6,7 +6,7 @@ run what it says, themselves or by a library.
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -90,20 +90,31 @@ class Answer:
 
 @dataclass(frozen=True)
 class Exact(Answer):
-    """Correct if the extracted text is the prompt's answer, both stripped. A marker is applied to
-    both.
+    """Correct if the extracted text is the prompt's answer, or one of its other accepted ones, all
+    stripped. A marker is applied to the text and to the answer.
     """
 
     ignore_case: bool = False
+    aliases: str | None = None  # the column with a list of other accepted answers of the row
 
     def __call__(self, prompt: Prompt, text: str) -> Grade:
-        extracted, answer = self.extract(text), self.gold(prompt)
+        extracted, accepted = self.extract(text), (self.gold(prompt), *self._others(prompt))
         if extracted is None:
             return Grade(0.0, False)
-        correct = extracted == answer
-        if self.ignore_case:
-            correct = extracted.casefold() == answer.casefold()
+        fold = str.casefold if self.ignore_case else str
+        correct = fold(extracted) in map(fold, accepted)
         return Grade(float(correct), correct, extracted)
+
+    def _others(self, prompt: Prompt) -> list[str]:
+        if self.aliases is None:
+            return []
+        given = prompt.extra.get(self.aliases)
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise ValueError(
+                f"column {self.aliases!r} has {given!r:.80}; want a list of accepted answers. The "
+                f"row has: {', '.join(prompt.extra) or 'no other columns'}"
+            )
+        return [str(other).strip() for other in given]
 
 
 @dataclass(frozen=True)

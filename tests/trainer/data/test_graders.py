@@ -58,6 +58,24 @@ def test_exact_folds_case_only_when_asked():
     assert Exact(ignore_case=True)(prompt("Straße"), "STRASSE").correct
 
 
+@pytest.mark.parametrize("aliases", [["New York City", " NYC "], np.array(["NYC"], dtype=object)])
+def test_exact_accepts_the_other_answers_of_the_row(aliases):
+    """TriviaQA and Natural Questions have lists of them."""
+    exact, row = Exact(aliases="also"), prompt("New York", also=aliases)
+    assert exact(row, "NYC").correct and exact(row, " New York").correct
+    assert not exact(row, "nyc").correct and not exact(row, "NY").correct
+    assert Exact(aliases="also", ignore_case=True)(row, "nyc").correct
+    assert Exact(aliases="also", marker="is ")(row, "it is NYC") == Grade(1.0, True, "NYC")
+    assert not Exact()(row, "NYC").correct
+    assert Exact(aliases="also")(prompt("a", also=[]), "a").correct
+
+
+@pytest.mark.parametrize("given", [{}, {"also": "NYC"}, {"also": None}, {"other": ["NYC"]}])
+def test_aliases_that_are_no_list_are_a_failed_grade(given):
+    with pytest.raises(ValueError, match="column 'also' has .*want a list of accepted answers"):
+        Exact(aliases="also")(prompt("New York", **given), "NYC")
+
+
 @pytest.mark.parametrize(
     "answer, text, correct",
     [

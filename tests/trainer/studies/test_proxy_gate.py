@@ -32,16 +32,25 @@ def test_pairs_are_both_answers_to_one_question(rows):
         assert direct == f"in one go {question[:-1]} is {worked.split()[-1]}"
 
 
+def test_hard_answers_are_told_by_how_they_begin():
+    rows = [
+        {"prompt": "q", "response": "yesterday they did sing"},
+        {"prompt": "q", "response": "and yesterday they sang"},
+    ]
+    assert pairs_of(rows, 9, "and ") == [("q", *(row["response"] for row in rows))]
+    assert not pairs_of(rows, 9)
+
+
 def test_the_gap_is_paired_and_the_whole_interval_has_to_be_above(rows):
     pairs = pairs_of(rows, 99)
     skilled = measure("p", pairs, reader(1.0, 3.0), 0.0)
     mean = sum(3.0 + 0.1 * len(q) - 1.0 for q, *_ in pairs) / len(pairs)
     assert skilled.gap.mean == pytest.approx(mean) and skilled.passed
-    assert skilled.direct - skilled.worked == pytest.approx(mean)
+    assert skilled.hard - skilled.easy == pytest.approx(mean)
     assert not measure("p", pairs, reader(1.0, 3.0), mean).passed, "the interval holds the mean"
     unskilled = measure("p", pairs, reader(9.0, 3.0), 0.0)
     assert unskilled.gap.high < 0 and not unskilled.passed
-    with pytest.raises(ValueError, match="1 questions with a worked and a direct answer"):
+    with pytest.raises(ValueError, match="1 questions with an easy and a hard answer"):
         measure("p", pairs[:1], reader(1.0, 3.0), 0.0)
 
 
