@@ -46,6 +46,7 @@ WRITTEN_OUT = {  # texts that hold a command and do not come from runs/commands.
     "trainer/studies/doge.py": "the name of the program, in --help",
     "trainer/studies/antidistillation.py": "the name of the program, in --help",
     "trainer/studies/chained_sums.py": "the name of the program, in --help",
+    "trainer/studies/past_tense.py": "the name of the program, in --help",
     "trainer/studies/cut_layers.py": "the name of the program, in --help",
     "trainer/studies/word_sentences.py": "the name of the program, in --help",
     "trainer/studies/proxy_gate.py": "the name of the program, in --help",
