@@ -94,7 +94,7 @@ def _measured(rows: Sequence[dict], other: Mapping[tuple, dict]) -> dict[str, An
 
 def _predictions(folder: Path | None) -> list[dict]:
     files = _files(folder)
-    return [json.loads(x) for x in files[-1].read_text().splitlines()] if files else []
+    return [json.loads(x) for x in files[-1].read_text().split("\n") if x] if files else []
 
 
 def _files(folder: Path | None) -> list[Path]:

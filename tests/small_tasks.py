@@ -24,3 +24,8 @@ def is_answer_of_prompt_0(prompt, text: str) -> bool:
 def raise_sometimes(prompt, text: str) -> float:
     """A grader that fails on short texts."""
     return 1.0 / (len(text) // 20)
+
+
+def fail_always(prompt, text: str) -> float:
+    """A grader that is broken."""
+    raise RuntimeError("no such column")

@@ -300,6 +300,7 @@ def _run_and_report(matrix: Matrix, cells: list[Cell], take_over: bool) -> int:
     if matrix.says and not all(c.done for c in cells):
         print(matrix.says, end="\n\n", flush=True)
     failed = run_matrix(cells, matrix.parallel, take_over, matrix.grid)
+    refuse_changed(matrix.cells)  # what was done anew just now, others may have been made from
     write_reports(matrix)
     done = len(cells) - len(failed)
     took = duration(time.monotonic() - start)

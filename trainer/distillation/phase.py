@@ -28,6 +28,7 @@ from torch import Tensor
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Batch, Sample
 from reflux.trainer.data.chat import Chat
+from reflux.trainer.data.failed_grades import FailedGradesBudget, count_failed
 from reflux.trainer.data.graders import Grade
 from reflux.trainer.data.task_routing import build_grader, task_names
 from reflux.trainer.engine.metrics import MetricSums
@@ -72,6 +73,7 @@ class DistillPhase:
         self.data_fields = self.source.prompts.fit.fields
         self.targets = Targets(self.spec, self.chat, self.teachers)
         self.metric_sums = MetricSums()
+        self.failed_grades = FailedGradesBudget(task_names(cfg), cfg.task.max_failed)
         self._step = 0
         self._grades: dict[int, Grade] = {}  # of the last texts, by place, where they were graded
 
@@ -193,9 +195,13 @@ class DistillPhase:
 
     # the line of the log
     def _correct_only(self, texts: Sequence[Text]) -> list[Text]:
-        """The student's own texts, and of the others those that the grader accepts."""
+        """The student's own texts, and of the others those that the grader accepts. Collective;
+        ValueError where more grades failed than task.max_failed allows.
+        """
         assert self.task is not None
         grades = self.task.grade([t.rollout for t in texts])
+        mine = count_failed(g.error for g in grades if g.graded)
+        self.failed_grades.add(self.engine.gather([mine]))
         passed = [not t.off_policy or bool(g.correct) for t, g in zip(texts, grades)]
         self.metric_sums.add("passed_filter", map(float, passed))
         return [t for t, ok in zip(texts, passed) if ok]
@@ -211,4 +217,5 @@ class DistillPhase:
             mine = [i for i, t in enumerate(texts) if not t.off_policy]
             grades = self.task.grade([texts[i].rollout for i in mine])
             self._grades = dict(zip(mine, grades))
-            add("reward/task", [g.reward for g in grades])
+            add("reward/task", [g.reward for g in grades if not g.failed])
+            add("grader_error", [float(g.failed) for g in grades])

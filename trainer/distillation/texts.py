@@ -15,8 +15,10 @@ import numpy as np
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
+from reflux.trainer.data.failed_grades import FEW, FailedGrades, count_failed
 from reflux.trainer.data.prompts import epoch_indices, shard
 from reflux.trainer.data.sources import load_function
+from reflux.trainer.data.task_routing import task_names
 from reflux.trainer.data.training_prompts import load_training_prompts
 from reflux.trainer.phase import Engine, Grader, Sampling, Teacher
 from reflux.trainer.rollouts.generate import given_rollout
@@ -191,15 +193,15 @@ class TextSource:
         mine = self._sampled_by_teachers(unique[rank::world], teacher_of[rank::world], 0)
         if self.spec.paraphraser:
             mine = self._paraphrased(mine)
-        groups = [group for group in self.engine.gather(mine) if group]
-        if not groups:
+        if not self.engine.sum(float(any(mine))):
             raise ValueError(
                 f"{self._dropped_by()} dropped all of the teacher's {count} answers; want one that "
                 "keeps some of them, or raise distill.query_budget"
             )
-        groups.sort(key=lambda group: group[0].rollout.prompt.index)
         if self.spec.correct_only:
-            groups = self._correct_only(groups, count)
+            mine = self._correct_only(mine, count)
+        groups = [group for group in self.engine.gather(mine) if group]
+        groups.sort(key=lambda group: group[0].rollout.prompt.index)
         return self._likeliest(groups) if self.spec.keep_likeliest < 1 else groups
 
     def _dropped_by(self) -> str:
@@ -234,18 +236,24 @@ class TextSource:
         return [group for group in chosen if group]
 
     def _correct_only(self, groups: Groups, count: int) -> Groups:
+        """This rank's groups without wrong answers: each text is graded once, by one rank, so that
+        all ranks hold the same. Collective; ValueError where nothing is left, or too many grades
+        failed.
+        """
         assert self.task is not None
-        correct = []
-        for group in groups:
-            grades = self.task.grade([text.rollout for text in group])
-            correct.append([text for text, grade in zip(group, grades) if grade.correct])
-        if not any(correct):
+        grades = iter(self.task.grade([text.rollout for group in groups for text in group]))
+        pairs = [[(text, next(grades)) for text in group] for group in groups]
+        counts = count_failed(g.error for group in pairs for _, g in group if g.graded)
+        failed = sum(self.engine.gather([counts]), FailedGrades())
+        failed.check(task_names(self.cfg), self.cfg.task.max_failed, few=FEW)
+        correct = [[text for text, grade in group if grade.correct] for group in pairs]
+        if not self.engine.sum(float(any(correct))):
             raise ValueError(
                 f"distill.correct_only: none of the teacher's {count} answers is correct; check "
                 f"task.name = {self.cfg.task.name!r} and task.options against the texts, or raise "
                 "distill.query_budget"
             )
-        return [group for group in correct if group]
+        return correct
 
     # random choices
     def _sampling(self, step: int) -> Sampling:

@@ -53,12 +53,15 @@ class FinishedRun:
         return max(after_start, default=self.accuracy("sampled"))
 
     def predictions(self, step: int | None = None) -> list[dict[str, Any]]:
-        """Of the last evaluation, or of the one at `step`; empty if there was none at that step."""
+        """Of the last evaluation, or of the one at `step`, those that have a grade: a failed one
+        says nothing of its text. Empty if there was none at that step.
+        """
         last = self.evals()[-1]["step"]
         file = self.folder / "predictions" / f"step-{last if step is None else step}.jsonl"
         if step is not None and not file.exists():
             return []
-        return [json.loads(line) for line in file.read_text().split("\n") if line]
+        rows = [json.loads(line) for line in file.read_text().split("\n") if line]
+        return [row for row in rows if row.get("error") is None]
 
 
 # --- finding runs

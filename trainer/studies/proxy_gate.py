@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
     try:
-        rows = [json.loads(line) for line in args.data.read_text().splitlines()]
+        rows = [json.loads(line) for line in args.data.read_text().split("\n") if line]
         pairs = pairs_of(rows, QUESTIONS, args.hard)
         gate = measure(args.proxy, pairs, make_reader(args.proxy), args.least)
     except (OSError, ValueError) as error:

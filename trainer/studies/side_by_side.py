@@ -61,8 +61,8 @@ def load_answers(run: Path, questions: Sequence[str], count: int) -> list[Answer
     sample of each prompt, then the second. ValueError where there is none.
     """
     files = sorted(run.glob("predictions/step-*.jsonl"), key=_step_of)
-    lines = files[-1].read_text().splitlines() if files else []
-    rows = [row for row in map(json.loads, lines) if row["mode"] == "sampled"]
+    lines = files[-1].read_text().split("\n") if files else []
+    rows = [row for row in map(json.loads, filter(None, lines)) if row["mode"] == "sampled"]
     if not rows:
         raise ValueError(f"{run}: no sampled answers; want a run with eval.samples > 0 that ended")
     rows.sort(key=lambda row: (row["sample"], row["prompt"]))
@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
     try:
-        rows = map(json.loads, args.questions.read_text().splitlines())
+        rows = map(json.loads, filter(None, args.questions.read_text().split("\n")))
         questions = [row["prompt"] for row in rows]
         answers = [load_answers(run, questions, args.texts) for run in args.runs]
     except (OSError, ValueError) as error:

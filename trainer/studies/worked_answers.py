@@ -49,7 +49,9 @@ def load_answers(path: Path, chat: Chat, limit: int = 0) -> list[WorkedAnswer]:
     ValueError for a file without them.
     """
     answers = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    # only "\n" ends a line: a text may hold other line breaks of Unicode
+    lines = path.read_text().removesuffix("\n").split("\n")
+    for number, line in enumerate(lines if lines != [""] else [], 1):
         row = json.loads(line)
         if not {"prompt", "response"} <= row.keys():
             raise ValueError(

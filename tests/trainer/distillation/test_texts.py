@@ -69,6 +69,27 @@ def test_no_correct_answer_at_all_says_what_to_do(talkers, tmp_path):
         )
 
 
+@pytest.mark.parametrize("budget", [0, 4], ids=["step by step", "query budget"])
+def test_a_grader_that_fails_is_no_filter(talkers, tmp_path, budget):
+    """Every text would be left out, and the run would end well, having learned nothing."""
+    options = {"isolate": False, "grade_truncated": True}
+    with pytest.raises(ValueError, match="task.max_failed.*no such column"):
+        run_here(
+            config(
+                talkers,
+                tmp_path / "run",
+                "distill",
+                task={"name": "small_tasks:fail_always", "options": options},
+                distill={
+                    "objective": "nll",
+                    "on_policy": 0.0,
+                    "query_budget": budget,
+                    "correct_only": True,
+                },
+            )
+        )
+
+
 def test_wrong_texts_are_left_out_of_a_step_and_the_step_still_runs(talkers, tmp_path, seen):
     """All of them wrong: no token, no update, no NaN."""
     run = run_here(

@@ -86,6 +86,14 @@ def test_a_text_with_other_line_breaks_is_one_line(tmp_path):
     assert run.predictions() == rows
 
 
+def test_a_failed_grade_is_no_wrong_answer(tmp_path):
+    write_cells(tmp_path, [write_run(tmp_path / "t", {"role": "teacher"}, 0.9, 0.9)])
+    rows = [prediction(0, True, True), prediction(1, True, False) | {"error": "timeout"}]
+    write_lines(tmp_path / "t" / "predictions" / "step-3.jsonl", rows)
+    (run,) = load_finished_runs(tmp_path)
+    assert run.predictions() == rows[:1]
+
+
 def test_distillability_needs_a_gain_to_compare_with(tmp_path):
     write_matrix(tmp_path, {"original": 0.21, "distillable": 0.8, "undistillable": 0.1}, start=0.2)
     assert list(scores(tmp_path).values()) == [None, None]

@@ -59,3 +59,10 @@ def test_rows_without_answers_are_an_error(talkers, tmp_path):
     path.write_text("")
     with pytest.raises(ValueError, match="no rows"):
         load_answers(path, chat)
+
+
+def test_a_text_with_other_line_breaks_is_one_row(talkers, tmp_path):
+    chat, row = Chat(str(talkers / "policy")), {"prompt": "a\u2028b", "response": "c\x85d"}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    (answer,) = load_answers(tmp_path / "d.jsonl", chat)
+    assert answer.response_ids == (*chat.encode(row["response"]), chat.stop_id)
