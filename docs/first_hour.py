@@ -29,12 +29,15 @@ def python(*words: str, name: str) -> None:
     """
     log = HOUR / "logs" / f"{name}.txt"
     if not log.exists():
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+        plain = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "CLICOLOR_FORCE")}
+        command = [sys.executable, *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=plain)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(done.stdout)
     print("$ python", *words)
-    print("\n".join(log.read_text().splitlines()[-25:]))
+    lines = [x for x in log.read_text().splitlines() if "left at most" not in x]  # no progress
+    print("\n".join(lines[-25:]))
 
 
 def run(name: str, config: str, *sets: str, flags: tuple[str, ...] = ()) -> None:
@@ -100,7 +103,7 @@ show(HOUR / "diagnosis_before/positions.png")
 # %% [markdown]
 # ## Distil
 # The teacher answers 12 sums a step, and the student learns its texts by likelihood
-# (sequence-level KD). Every tenth step the student is asked 12 sums. Ctrl-C in a terminal saves
+# (sequence-level KD). Every fifth step the student is asked 12 sums. Ctrl-C in a terminal saves
 # the step; the command that is printed then goes on.
 
 # %%

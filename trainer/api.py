@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .callbacks import Callback, check_callbacks
-from .config.loader import fill, load_over, nested
+from .config.loader import lay_over, layers_of, load_over
+from .config.origins import with_origins
 from .config.schema import Config
 from .runs import commands, first_rank, hub, limits, run_folder, signals
 from .runs.logger import RESERVED, load_run
@@ -54,10 +55,7 @@ def load_config(config: str | Path | Config, overrides: Mapping[str, Any] | None
     {"optim.lr": 1e-5} or {"optim": {"lr": 1e-5}}. ValueError with the key that is wrong.
     """
     if isinstance(config, Config):
-        cfg = config
-        for key, value in (overrides or {}).items():
-            cfg = fill(cfg, nested(key, value), f"overrides[{key!r}]")
-        return cfg
+        return lay_over(config, layers_of(overrides or {}))
     return load_over(config, overrides or {})
 
 
@@ -73,7 +71,7 @@ def run(
     """
     check_callbacks(callbacks)
     cfg = load_config(config, overrides)
-    with _own_process():
+    with _own_process(), with_origins(cfg):
         cfg = hub.with_local_models(cfg)
         _remember(cfg.folder)
         with run_folder.claimed(cfg) as (settled, lock):
@@ -93,7 +91,7 @@ def check(
     The findings are in `.findings`, those with level "error" stop a run.
     """
     cfg = load_config(config, overrides)
-    with _own_process():
+    with _own_process(), with_origins(cfg):
         from .preflight.check import examine
 
         return examine(hub.with_local_models(cfg))

@@ -91,9 +91,9 @@ COMMANDS: dict[str, SubCommand] = {
     ),
     "init": SubCommand(
         "reflux.trainer.recipe_files:init",
-        "list the recipes, or write one as a file of your own",
+        "list recipes to start from, or write one as a file of your own",
         "recipe",
-        ("--out", "--names", "--force"),
+        ("--out", "--all", "--names", "--force"),
     ),
     "completion": SubCommand(
         "reflux.trainer.completion:main", "completion for bash, zsh or fish", "shell"

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 # absolute imports: a script has no package to be relative to
 from reflux.trainer.config import loader
+from reflux.trainer.config.origins import with_origins
 from reflux.trainer.config.schema import Config
 from reflux.trainer.runs import commands, first_rank, hub, limits, output, run_folder, signals
 
@@ -56,10 +57,11 @@ def main(arguments: list[str] | None = None, typed: Sequence[str] = ()) -> int:
             signals.end_with_launcher()
             limits.raise_descriptor_limit()
             cfg = loader.load(args.config, tuple(args.set))
-            if args.print_config:
-                print(_every_option(cfg), end="")
-                return 0
-            return _run(cfg, args, arguments)
+            with with_origins(cfg):
+                if args.print_config:
+                    print(_every_option(cfg), end="")
+                    return 0
+                return _run(cfg, args, arguments)
         except KeyboardInterrupt as signal:
             stopped = f"stopped at once ({signal or 'Ctrl-C'}); what is saved stays."
             hint = [] if args.check or args.dry_run else [_hint()]

@@ -22,17 +22,19 @@ SECTION = re.compile(r"^\s*\[([^\[\]]+)\]")
 
 
 def init(words: list[str], prog: str) -> int:
-    """reflux init [NAME]: lists the recipes, or writes one."""
+    """reflux init [NAME]: lists a few recipes, or all, or writes one."""
     parser = argparse.ArgumentParser(
         prog=prog, description="List the recipes, or write one as a file of your own."
     )
     parser.add_argument("name", nargs="?", help="of a recipe")
     parser.add_argument("--out", type=Path, help="the file to write; default: its name, here")
     parser.add_argument("--force", action="store_true", help="also over a file that exists")
+    parser.add_argument("--all", action="store_true", help="list every recipe, not a choice")
     parser.add_argument("--names", action="store_true", help="only the names of the recipes")
     args = parser.parse_args(words)
     if args.names or args.name is None:
-        print("\n".join(recipes.names() if args.names else _listed()))
+        listed = recipes.names() if args.names else _listed() if args.all else _suggested()
+        print("\n".join(listed))
         return 0
     try:
         file = recipes.recipe(args.name.removeprefix(recipes.PREFIX))
@@ -49,6 +51,20 @@ def init(words: list[str], prog: str) -> int:
 
 def _next(file: Path, out: Path) -> str:
     return f"reflux matrix {out}" if is_matrix(file) else f"reflux check {out}, reflux run {out}"
+
+
+def _suggested() -> list[str]:
+    """The short list, and what to do with it."""
+    first = recipes.SUGGESTED[0].name
+    lines = [f"Take {first} first: reflux run {first}", ""]
+    for s in recipes.SUGGESTED:
+        lines += [s.name, f"    {s.purpose}", f"    {s.takes}; needs {s.needs}"]
+    return [
+        *lines,
+        "",
+        "A file of your own, with every key and its reason: reflux init NAME",
+        f"All {len(recipes.names())} recipes: reflux init --all",
+    ]
 
 
 def _listed() -> list[str]:

@@ -36,6 +36,7 @@ LIKE_A_COMMAND = re.compile(
     r"[Ss]ame command|command again"
 )
 WRITTEN_OUT = {  # texts that hold a command and do not come from runs/commands.py
+    "trainer/config/recipes.py": "what a recipe needs first, as its own first line says it",
     "trainer/main.py": "the name of the program, and its exit codes, in --help",
     "trainer/matrix.py": "the name of the program, in --help",
     "trainer/studies/debug_models.py": "the name of the program, in --help",

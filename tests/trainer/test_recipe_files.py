@@ -59,8 +59,18 @@ def test_nothing_is_overwritten_without_a_word(tmp_path, capsys):
     assert cli.main(["init", "debug_cpu_distill", "--force"]) == 0
 
 
-def test_the_list_names_every_recipe_and_its_purpose(capsys):
+def test_without_a_name_there_are_a_few_recipes_and_which_to_take_first(capsys):
     assert cli.main(["init"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Take quickstart first: reflux run quickstart\n")
+    assert 3 <= len(recipes.SUGGESTED) <= 6 and len(out.splitlines()) <= 24
+    for s in recipes.SUGGESTED:
+        assert f"\n{s.name}\n    {s.purpose}\n    {s.takes}; needs {s.needs}\n" in out
+    assert f"All {len(recipes.names())} recipes: reflux init --all" in out
+
+
+def test_the_list_names_every_recipe_and_its_purpose(capsys):
+    assert cli.main(["init", "--all"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == recipes.names()
     assert all(len(line.split()) > 3 for line in lines)

@@ -13,7 +13,7 @@ class CacheSection:
     # bucket: the top_k likeliest ids and the exact log-mass of all others. sampled: top_k
     # independent draws with their counts, an unbiased sample of the whole distribution
     tail: Literal["bucket", "sampled"] = "bucket"
-    top_k: int = 64
+    top_k: int = 64  # likeliest tokens that are kept of each position
     temperature: float = 1.0  # of the log-probabilities; a student has to train at the same one
     # how log-probabilities are stored; float32 is exact, float16 is off by 2**-11 of their size,
     # uint8 by a 508th of the distance between a position's first and last one. Counts are exact

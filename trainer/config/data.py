@@ -19,7 +19,7 @@ class SourceSection:
     # of them, a `datasets` folder, an id of the hub, reasoning_gym:NAME?size=..&seed=.., or
     # package.module:function
     source: str | tuple[str, ...] = ""
-    split: str = "train"
+    split: str = "train"  # of a Hugging Face data set
     subset: str = ""  # of a data set of the hub that has several
     revision: str = ""  # of a data set of the hub: a commit or tag
     # what its columns mean (data/shapes.py); auto: told by their names
@@ -72,7 +72,7 @@ class PartSection(SourceSection):
 class EvalPartSection(SourceSection):
     """One part of an evaluation, [eval.parts.NAME]."""
 
-    split: str = "test"
+    split: str = "test"  # of a Hugging Face data set
     # without a name that of the part of [data] that is called alike, else that of [task]
     task: TaskSection = TaskSection()
 

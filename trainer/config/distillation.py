@@ -17,6 +17,7 @@ class DistillSection:
     # byte: teacher and student with different tokenizers, exact; span, class: baselines for these
     # policy_gradient: the teacher's log-probability of the student's own texts as a reward
     objective: Literal["nll", "kl", "byte", "policy_gradient", "span", "class"] = "kl"
+    # KL of which side, or a mixture; forward covers the teacher, reverse is sharp (docs/method.md)
     divergence: Literal["forward", "reverse", "jsd", "skew_forward", "skew_reverse"] = "reverse"
     beta: float = 0.5  # jsd, skew: weight of the teacher in the mixture
     # what becomes of the teacher's probability outside its top-k. sampled: top_k independent draws

@@ -23,12 +23,12 @@ REFUSAL = (
 class EvalSection(SourceSection):
     """Held-out prompts and what is measured on them; no source: no evaluation."""
 
-    split: str = "test"
+    split: str = "test"  # of a Hugging Face data set
     # several sources, each with its own numbers: [eval.parts.NAME] with source and task
     parts: Mapping[str, EvalPartSection] = field(default_factory=dict)
     every: int = 0  # steps; 0: only before the first step and after the last
     samples: int = 1  # sampled answers per prompt, beside the greedy one
-    at_start: bool = True
+    at_start: bool = True  # also before the first step: what the run is compared with
     # k of pass@k: the probability that one of k sampled answers is correct; at most `samples`
     pass_at: tuple[int, ...] = ()
     # likelihood: the option a multiple-choice prompt makes likeliest
@@ -94,8 +94,8 @@ class AcceptSection:
     part: str = ""  # of [eval.parts]; empty: all questions
     against: str = ""  # folder of the run to compare with; for max_drop, min_change, max_change
     run: str = ""  # folder of the run to judge; empty: this one
-    min: float | None = None  # the metric itself
-    max: float | None = None
+    min: float | None = None  # the metric itself, at least
+    max: float | None = None  # the metric itself, at most
     # metric >= that of `against` - max_drop; 0.02 is two points of accuracy
     max_drop: float | None = None
     min_change: float | None = None  # 0.15: at least 15 % more than `against`

@@ -15,9 +15,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 from .explain import explain
 from .files import read_table
 from .fit import fit, nearest, spell
+from .origins import Layer, guilty, origins_of
 from .phases import PHASES
 from .recipes import beside, find
-from .schema import TITAN_SECTIONS, Config, sections
+from .schema import NO_SECTIONS, TITAN_SECTIONS, Config, sections
 
 RENAMED = {  # the old name of a key or of a section -> the new one
     "anchor": "reference",
@@ -42,55 +43,63 @@ def load(path: str | Path, sets: tuple[str, ...] = ()) -> Config:
     the file's own folder, or `recipe:NAME`. Raises ValueError with the file and the key, or with
     the `--set` that is to blame.
     """
-    overrides = [(f"--set {text}", _assignment(text)) for text in sets]
-    for _, override in overrides:
-        _check_keys(Config, override, "--set")
-    return _load(find(str(path)), overrides)
+    return _load(find(str(path)), [Layer(f"--set {text}", _assignment(text)) for text in sets])
 
 
 def load_over(path: str | Path, overrides: Mapping[str, Any]) -> Config:
     """`load` with values of a program in place of `--set`: a.b or nested tables -> value."""
-    tables = [(f"overrides[{key!r}]", nested(key, value)) for key, value in overrides.items()]
-    for name, table in tables:
-        _check_keys(Config, table, name)
-    return _load(find(str(path)), tables)
+    return _load(find(str(path)), layers_of(overrides))
 
 
-def _load(path: Path, overrides: Sequence[tuple[str, Mapping[str, Any]]]) -> Config:
-    """The file with (name for errors, table) laid on top, in this order."""
+def layers_of(overrides: Mapping[str, Any]) -> list[Layer]:
+    return [Layer(f"overrides[{key!r}]", nested(key, value)) for key, value in overrides.items()]
+
+
+def _load(path: Path, overrides: Sequence[Layer]) -> Config:
+    """The file with the overrides laid on top, in this order."""
+    for layer in overrides:
+        _check_keys(Config, layer.table, layer.name)
     if path.suffix == ".py":
-        cfg = _run_recipe(path)
-        for name, override in overrides:
-            cfg = fill(cfg, override, name)
-        return cfg
-    table = _read(path)
+        return lay_over(_run_recipe(path), overrides)
+    layers = [*_read(path), *overrides]
     try:
-        return fill(Config, _merged(table, overrides), str(path))
+        cfg = fill(Config, _merged(layers), str(path))
     except ValueError as error:
-        culprit = _culprit(table, overrides, str(path), str(error))
-        if culprit is None:
+        culprit = guilty(layers, _refusals(layers, str(path)), str(error))
+        if culprit in (None, str(path)):
             raise
         raise ValueError(str(error).replace(f"{path}:", f"{culprit}:", 1)) from None
+    return replace(cfg, origins=origins_of(layers))
 
 
-def _culprit(
-    table: Mapping, overrides: Sequence[tuple[str, Mapping]], source: str, message: str
-) -> str | None:
-    """The first override with which `message` appears; None where the file has it by itself."""
-    wanted = {k: v for _, o in overrides for k, v in o.items() if k in REQUIRED}
-    for count in range(len(overrides) + 1):
+def lay_over(cfg: Config, overrides: Sequence[Layer]) -> Config:
+    """A Config that a program made, with the overrides on top."""
+    for layer in overrides:
+        cfg = fill(cfg, layer.table, layer.name)
+    return replace(cfg, origins={**cfg.origins, **origins_of(overrides)})
+
+
+def _refusals(layers: Sequence[Layer], source: str) -> list[str | None]:
+    """What is wrong with the first layer, with the first two, and so on; what has no default is
+    taken from wherever it stands.
+    """
+    wanted = {k: v for layer in layers for k, v in layer.table.items() if k in REQUIRED}
+    said: list[str | None] = []
+    for count in range(1, len(layers) + 1):
         try:
-            fill(Config, {**wanted, **_merged(table, overrides[:count])}, source)
+            fill(Config, {**wanted, **_merged(layers[:count])}, source)
         except ValueError as error:
-            if str(error) == message:
-                return overrides[count - 1][0] if count else None
-    return None
+            said.append(str(error))
+        else:
+            said.append(None)
+    return said
 
 
-def _merged(table: Mapping, overrides: Sequence[tuple[str, Mapping]]) -> dict:
-    for _, override in overrides:
-        table = deep_merge(table, override)
-    return dict(table)
+def _merged(layers: Sequence[Layer]) -> dict:
+    table: dict = {}
+    for layer in layers:
+        table = deep_merge(table, layer.table)
+    return table
 
 
 def nested(key: str, value: Any) -> dict:
@@ -119,8 +128,8 @@ def _run_recipe(path: Path) -> Config:
         raise ValueError(f"{path}: no function config(); want `def config() -> Config: ...`")
     try:
         cfg = recipe()
-    except ValueError:  # of our own tables: it says which key
-        raise
+    except ValueError as error:  # of our own tables: it says which key
+        raise ValueError(f"{path}: {error}") from None
     except Exception as error:
         raise ValueError(f"{path}: config() failed with {explain(error)}") from error
     if not isinstance(cfg, Config):
@@ -131,19 +140,20 @@ def _run_recipe(path: Path) -> Config:
     return cfg
 
 
-def _read(path: Path, above: tuple[Path, ...] = ()) -> dict:
-    """The file over its bases. The keys of each are checked alone: an error names its file."""
+def _read(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
+    """The file behind its bases. The keys of each are checked alone: an error names its file."""
     table = read_table(path)
     base = table.pop("base", None)
     _check_keys(Config, table, str(path))
+    own = Layer(str(path), table, is_file=True)
     if base is None:
-        return table
+        return [own]
     if not isinstance(base, str):
         raise ValueError(f"{path}: base = {base!r}; want the name of a .toml or .yaml file")
     above, below = (*above, path.resolve()), beside(path.parent, base)
     if below.resolve() in above:
         raise ValueError(f"{path}: base = {base!r} leads back to a file it is the base of")
-    return deep_merge(_read(below, above), table)
+    return [*_read(below, above), own]
 
 
 def deep_merge(low: Mapping, high: Mapping) -> dict:
@@ -262,7 +272,7 @@ def _assignment(text: str) -> dict:
 def as_table(cfg: Config) -> dict:
     """The configuration as nested plain tables; `fill(Config, as_table(cfg), ...)` inverts it."""
     table = asdict(cfg)
-    return {k: v for k, v in table.items() if k != "titan"} | {
+    return {k: v for k, v in table.items() if k not in NO_SECTIONS} | {
         k: dict(v) for k, v in cfg.titan.items()
     }
 

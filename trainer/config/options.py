@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 from .fit import spell
 from .phases import PHASES
-from .schema import Config
+from .schema import NO_SECTIONS, Config
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _sections(table: type, name: str) -> Iterator[Section]:
             inner.append((hints[f.name], f.name))
         elif named is not None:
             inner.append((named, f"{f.name}.NAME"))
-        elif f.name != "titan":
+        elif f.name not in NO_SECTIONS:
             kind = " | ".join(PHASES) if (name, f.name) == ("", "phase") else spell(hints[f.name])
             options.append(Option(f.name, kind, _default(f), comments.get(f.name, "")))
     purpose = " ".join((inspect.cleandoc(table.__doc__ or "")).split())

@@ -5,6 +5,7 @@ wherever a configuration names another one (`base`, the `config` of a cell), so 
 own can build on a shipped one from any folder.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from .files import SUFFIXES
@@ -12,6 +13,51 @@ from .fit import nearest
 
 FOLDER = Path(__file__).parents[2] / "configs"  # of a checkout, and beside trainer/ in a wheel
 PREFIX = "recipe:"
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A recipe worth starting from, in a user's words."""
+
+    name: str
+    purpose: str
+    needs: str
+    takes: str
+
+
+# The first one is the one to take first. Times are those of the recipes' own first lines.
+SUGGESTED = (
+    Suggestion(
+        "quickstart",
+        "the method on small models from random weights: teachers, students, a report",
+        "two CPU cores",
+        "9 minutes",
+    ),
+    Suggestion(
+        "debug_cpu_distill",
+        "one distillation with random models: a short file to change into your own",
+        "one CPU core; first `python -m reflux.trainer.studies.debug_models`",
+        "10 s",
+    ),
+    Suggestion(
+        "debug_cpu_calibrate",
+        "one calibration with random models, every part of it",
+        "one CPU core; first `python -m reflux.trainer.studies.debug_models`",
+        "10 s",
+    ),
+    Suggestion(
+        "lora/calibrate_qwen3-8b_1gpu",
+        "calibrate an 8 B teacher by LoRA, the smallest start with a real one; not run yet",
+        "one GPU of 80 GB, models/Qwen3-8B, models/Qwen3-0.6B",
+        "cost unknown",
+    ),
+    Suggestion(
+        "paper/distill_qwen3-1.7b_8gpu",
+        "distil a 1.7 B student from a calibrated 8 B teacher; not run yet",
+        "8 x 80 GB and an export of the calibration",
+        "196.8 H100-h reported",
+    ),
+)
 
 
 def names() -> list[str]:
@@ -32,7 +78,7 @@ def recipe(name: str) -> Path:
         file = FOLDER / f"{name}{suffix}"
         if file.is_file():
             return file
-    raise ValueError(f"no recipe {name!r}{nearest(name, names())} All of them: reflux init")
+    raise ValueError(f"no recipe {name!r}{nearest(name, names())} All of them: reflux init --all")
 
 
 def find(given: str) -> Path:

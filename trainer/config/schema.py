@@ -46,6 +46,7 @@ TITAN_SECTIONS = (
     "profiler",
     "lr_scheduler",
 )
+NO_SECTIONS = ("titan", "origins")  # fields of Config that no file has
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,14 @@ class Config:
     folder: str  # of the run: log, checkpoints, export
     # each of policy.epochs x policy.minibatches optimizer updates on new rollouts
     steps: int = 100
-    seed: int = 0
+    seed: int = 0  # of weights, data order, samples and bootstraps; 0 to 2**32 - 1
+    # a folder that holds a run: go on, refuse, or take <folder>-2; ask: refuse without a terminal
     on_existing_run: Literal["ask", "resume", "fail", "new"] = "ask"
     # a resumed run whose models, data or grader are other files than before
     on_changed_input: Literal["fail", "accept"] = "fail"
     # with "resume": also from an owner on another host, which is known to have ended
     take_over_lock: bool = False
+    # what backward computes again to save memory: nothing, all but products, whole blocks
     activation_checkpoint: Literal["none", "selective", "full"] = "none"
     model: ModelSection = ModelSection()
     teacher: TeacherSection = TeacherSection()  # distill, diagnose
@@ -87,6 +90,8 @@ class Config:
     export: ExportSection = ExportSection()
     # torchtitan's own sections
     titan: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    # a.b -> the file or the `--set` that it comes from (origins.py); for messages only
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
         not_negative(self, "steps")
@@ -117,4 +122,4 @@ class Config:
 
 def sections() -> tuple[str, ...]:
     """The tables a config file may hold: ours, then torchtitan's."""
-    return (*(f.name for f in fields(Config) if f.name != "titan"), *TITAN_SECTIONS)
+    return (*(f.name for f in fields(Config) if f.name not in NO_SECTIONS), *TITAN_SECTIONS)

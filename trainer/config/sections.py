@@ -20,10 +20,10 @@ Liger = Literal["off", "auto", "on"]
 class ModelSection:
     """The trained model: a Hugging Face folder, or an id of the hub, as Qwen/Qwen3-8B."""
 
-    path: str = ""
+    path: str = ""  # the folder or the id
     # native: torchtitan's qwen3/llama3 (tensor parallel); hf: transformers'
     backend: Backend = "auto"
-    attention: Attention = "auto"
+    attention: Attention = "auto"  # flash_attention_2 (hf) and flex (native) need CUDA
     # random weights on purpose: only config.json and the tokenizer are read from `path`
     from_scratch: bool = False
     # a file with a chat template instead of the tokenizer's own
@@ -72,10 +72,10 @@ class LoraSection:
 class FrozenSection:
     """A model that is never trained: teacher, proxy. In no optimizer and no checkpoint."""
 
-    path: str = ""
-    backend: Backend = "auto"
-    attention: Attention = "auto"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    path: str = ""  # a Hugging Face folder, or an id of the hub
+    backend: Backend = "auto"  # as model.backend
+    attention: Attention = "auto"  # as model.attention
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of its weights and its forward
     offload: bool = False  # CUDA: weights wait in host memory between uses
     # CUDA: the linear layers but the head in 8 or 4 bits (bitsandbytes, extra `quantized`), whole
     # on every rank; computed in `dtype`. Its log-probabilities are those of the rounded model
@@ -128,7 +128,7 @@ class TaskSection:
     # exact | math | multiple_choice | instructions | reasoning_gym | reward_model | judge |
     # column | package.module:function
     name: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)  # of that grader (docs/data.md)
     max_failed: float = 0.05  # fraction of failed grades above which a run ends; they leave groups
     # only what follows the last one of these is graded, "</think>" say; a text without it is whole
     thinking_end: str = ""
@@ -143,8 +143,8 @@ class RolloutSection:
     group: int = 8  # G, rollouts per prompt; fewest that give a usable group std
     max_tokens: int = 1024  # response length; truncation should stay below 5 %
     temperature: float = 1.0  # the trainer divides its logits by the same number
-    top_p: float = 1.0
-    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # mass of the likeliest tokens that are sampled from; 1: all
+    top_k: int = 0  # likeliest tokens that are sampled from; 0: all
     rows: int = 256  # sequences decoded together on one rank
     # trainer: one more forward; bf16 samplers are off by 0.05 nats
     old_logp: Literal["sampler", "trainer"] = "sampler"
@@ -215,7 +215,7 @@ class CalibrationSection:
     # mean | min | max of them, or row: that of the one proxy which column proxy_route of [data]
     # names, by its number or the last part of its folder's path
     proxy_aggregate: Literal["mean", "min", "max", "row"] = "mean"
-    proxy_route: str = ""
+    proxy_route: str = ""  # of proxy_aggregate = "row": the column
     strength: float = 0.5  # |eta|: weight of the calibration reward, both at unit std
     # what becomes of a score's length (docs/method.md, "Length"). length_free: nats per byte,
     # without what a line through the group explains by length; where answers have one length that
@@ -240,6 +240,8 @@ class CalibrationSection:
     winsor: float = 3.0  # scaled MADs inside the group; 0: off
     # nats per byte; a group whose rewards hardly differ is not scaled up to unit std
     std_floor: float = 0.01
+    # which groups have no calibration term: those without a correct text, those whose texts are
+    # all correct or all wrong; or the term times the std of the task reward
     cal_gate: Literal["none", "skip_all_wrong", "skip_degenerate", "scale_by_task_std"] = (
         "skip_all_wrong"
     )
@@ -294,9 +296,10 @@ class CalibrationSection:
 class ReferenceSection:
     # raise to >= 0.2 for responses under 64 tokens: eta per nat grows as 1 / std_cal
     beta: float = 0.04
+    # of the KL to the reference; exact: over the vocabulary. docs/method.md has all of them
     estimator: Literal["exact", "k1_reward", "k2_loss", "k3_is", "k3_loss", "k1_loss"] = "exact"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    offload: bool = False
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of its weights and its forward
+    offload: bool = False  # CUDA: its weights wait in host memory between uses
 
     def __post_init__(self):
         not_negative(self, "beta")
@@ -424,9 +427,9 @@ class DefenceSection:
 @dataclass(frozen=True)
 class OptimSection:
     lr: float = 1e-6  # 1e-5 for students and for adapters
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    weight_decay: float = 0.0  # of AdamW, per unit of lr
+    betas: tuple[float, float] = (0.9, 0.95)  # decay of the two moments of AdamW
+    eps: float = 1e-8  # added to the root of the second moment
 
     def __post_init__(self):
         above_zero(self, "lr", "eps")
@@ -448,10 +451,10 @@ class BatchSection:
 @dataclass(frozen=True)
 class LogSection:
     samples_every: int = 10  # steps between printed rollouts; 0: never
-    tensorboard: bool = False
-    wandb: bool = False
+    tensorboard: bool = False  # numbers of steps and evaluations, beside run.jsonl
+    wandb: bool = False  # the same to Weights & Biases
     report: bool = False  # report.html in the folder: at evaluations, at alarms and at the end
-    quiet: bool = False
+    quiet: bool = False  # no progress and no tables on the terminal
 
     def __post_init__(self):
         not_negative(self, "samples_every")
@@ -460,7 +463,7 @@ class LogSection:
 @dataclass(frozen=True)
 class ExportSection:
     enable: bool = True  # a Hugging Face folder of the result, in <folder>/export
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the exported weights
     # with [lora]: a whole model, base plus adapter, in place of the adapter's folder; on one
     # machine's disk, tensor by tensor
     merge: bool = False

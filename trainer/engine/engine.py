@@ -94,7 +94,7 @@ class Engine:
         if cfg.lora.rank:
             spec = with_adapters(spec, cfg.lora, path)
         self._config = titan_config(cfg, spec)
-        check_world(self._config.parallelism, int(os.environ.get("WORLD_SIZE", "1")))
+        check_world(self._config.parallelism, int(os.environ.get("WORLD_SIZE", "1")), cfg)
         self._trainer = RefluxTrainer(self._config)
         if cfg.lora.rank:
             self._prepare_adapters(spec, path)

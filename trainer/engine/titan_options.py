@@ -9,7 +9,8 @@ from reflux.trainer.config.fit import spell
 from reflux.trainer.config.options import Option
 from reflux.trainer.config.schema import TITAN_SECTIONS, Config
 
-from .trainer_config import REPLACED, titan_config
+from .titan_sections import REPLACED
+from .trainer_config import titan_config
 
 # Our words for what an option does here; an option that torchtitan gains has to get some.
 NOTES = {

@@ -37,7 +37,7 @@ from .predictions import (
     save_predictions,
     with_outcomes,
 )
-from .questions import load_questions
+from .questions import chance, load_questions
 from .results import Evaluation, log_fields
 
 SAMPLE_STREAM = 1 << 31  # evaluation draws its own random numbers, whatever step it happens at
@@ -152,7 +152,8 @@ class Evaluator:
                 for m in metrics
             }
         parts = {part: measure(of_part(predictions, part), metrics) for part in self.cfg.eval.parts}
-        return Evaluation(measure(predictions, metrics), differences, parts=parts)
+        estimates = measure(predictions, metrics)
+        return Evaluation(estimates, differences, parts=parts, chance=chance(self.questions))
 
     @property
     def _generated(self) -> int:

@@ -116,6 +116,16 @@ class QuestionParts:
         return self._parts[prompt.part].options_or_none(prompt)
 
 
+def chance(questions: Questions | QuestionParts) -> float | None:
+    """Expected accuracy of a guess among the options, the mean of 1 / options over prompts; None
+    where a prompt has no options.
+    """
+    found = [questions.options_or_none(prompt) for prompt in questions.prompts]
+    if not found or None in found:
+        return None
+    return float(np.mean([1 / len(options.texts) for options in found if options]))
+
+
 def _starts(parts: Mapping[str, Questions]) -> list[int]:
     return [0, *accumulate(len(part.prompts) for part in parts.values())]
 

@@ -20,6 +20,7 @@ class Evaluation:
     harness: Mapping[str, float] = field(default_factory=dict)  # "harness/TASK/METRIC" -> value
     # part of [eval.parts] -> its own numbers by metric
     parts: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
+    chance: float | None = None  # accuracy of a guess among the options; None: not all have some
 
     @property
     def accepted(self) -> bool:
@@ -27,14 +28,16 @@ class Evaluation:
 
 
 def log_fields(evaluation: Evaluation, metrics: Sequence[str]) -> dict[str, Any]:
-    """The event of the log: every mean, the interval of each of `metrics`, differences to
-    eval.against, the harness, verdicts in words.
+    """The event of the log: every mean, the interval of each of `metrics`, chance, differences
+    to eval.against, the harness, verdicts in words.
     """
     fields: dict[str, Any] = {}
     for name, e in evaluation.estimates.items():
         fields[f"eval/{name}"] = e.mean
         if name in metrics:
             fields |= {f"eval/{name}_low": e.low, f"eval/{name}_high": e.high}
+    if evaluation.chance is not None:
+        fields["eval/chance"] = evaluation.chance
     for name, d in evaluation.differences.items():
         for part, value in (("difference", d.difference), ("change", d.change)):
             fields[f"eval/{name}_{part}"] = value.mean

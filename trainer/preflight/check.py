@@ -23,7 +23,7 @@ from .engine_checks import engine_findings
 from .length_checks import length_findings
 from .model_checks import PROBES, Trial, load_frozen, no_reference, sample_texts, sampler_gap
 from .pair_checks import alignment_findings, pair_findings
-from .report import Example, Finding, PreflightReport, has_errors, print_report
+from .report import Example, Finding, PreflightReport, has_errors, print_report, with_sources
 from .shapes import Shape, planned_shapes, planned_titan
 from .tokenizer_checks import open_chats, tokenizer_findings, tokenizer_table
 
@@ -59,7 +59,7 @@ def examine(cfg: Config) -> PreflightReport:
         for name, chat in chats.items()
         if texts and name not in copies
     ]
-    return PreflightReport(findings, tables, examples)
+    return PreflightReport(with_sources(cfg, findings), tables, examples)
 
 
 def _lengths(cfg: Config, shapes: Sequence[Shape], chats: Mapping[str, Chat]) -> list[Finding]:

@@ -19,7 +19,7 @@ from .data_checks import first_prompts
 from .gpus import gpu_table
 from .length_checks import length_findings
 from .memory import Part, RankPlan, activation_bytes, memory_parts, peak, plan_ranks, totals
-from .report import Finding, PreflightReport, has_errors, print_report, size
+from .report import Finding, PreflightReport, has_errors, print_report, size, with_sources
 from .shapes import Shape, planned_shapes, planned_titan
 from .tokenizer_checks import open_chats, tokenizer_findings
 
@@ -54,7 +54,7 @@ def plan(cfg: Config) -> PreflightReport:
             if prompts:
                 findings += length_findings(cfg, shapes, chats, config.training.seq_len)
     findings += tokenizer_findings(shapes, chats)
-    return PreflightReport(findings, tables)
+    return PreflightReport(with_sources(cfg, findings), tables)
 
 
 def as_warnings(findings: Sequence[Finding]) -> list[Finding]:

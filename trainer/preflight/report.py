@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from rich import box
@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from reflux.trainer.config.origins import origin_notes
+from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt
 from reflux.trainer.data.chat import Chat
 
@@ -49,6 +51,15 @@ class PreflightReport:
     @property
     def failed(self) -> bool:
         return has_errors(self.findings)
+
+
+def with_sources(cfg: Config, findings: Sequence[Finding]) -> list[Finding]:
+    """The findings; those that something is wrong with say where the options they name are set."""
+    out = []
+    for f in findings:
+        notes = [] if f.level == "ok" else origin_notes(cfg, f.what)
+        out.append(replace(f, what=f"{f.what} ({'; '.join(notes)})") if notes else f)
+    return out
 
 
 def has_errors(findings: Sequence[Finding]) -> bool:

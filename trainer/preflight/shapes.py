@@ -12,6 +12,7 @@ import torch
 
 from reflux.trainer.adapter_folder import base_of
 from reflux.trainer.config.loader import as_table
+from reflux.trainer.config.origins import blamed
 from reflux.trainer.config.phases import roles
 from reflux.trainer.config.roles import Role
 from reflux.trainer.config.schema import Config
@@ -22,7 +23,7 @@ from reflux.trainer.engine.lora import choose_targets, linear_layers, with_adapt
 from reflux.trainer.engine.model_builder import build_spec
 from reflux.trainer.engine.native_models import native_obstacle
 from reflux.trainer.engine.titan_options import titan_table
-from reflux.trainer.engine.trainer_config import titan_config
+from reflux.trainer.engine.trainer_config import check_degrees, titan_config
 
 from .report import Finding
 
@@ -163,12 +164,17 @@ def planned_titan(cfg: Config, shape: Shape) -> Any:
     unknown keys, and for rows longer than the model's positions.
     """
     config = titan_config(cfg, shape.spec)
-    shape.spec.model.update_from_config(config=config)
+    check_degrees(config.parallelism, cfg)
+    try:
+        shape.spec.model.update_from_config(config=config)
+    except ValueError as error:  # rows longer than the model's positions
+        raise blamed(cfg, ["training.seq_len"], str(error)) from None
     if shape.spec.name == "hf" and config.parallelism.tensor_parallel_degree > 1:
-        raise ValueError(
+        text = (
             f"parallelism.tensor_parallel_degree = {config.parallelism.tensor_parallel_degree} "
             f"with the backend 'hf' ({shape.why}); want 1"
         )
+        raise blamed(cfg, ["parallelism.tensor_parallel_degree"], text)
     return config
 
 

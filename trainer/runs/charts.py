@@ -3,8 +3,9 @@ script, no font; colours come from the page, so that they follow its light or da
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 26  # margins around the plot, in the units of the view box
@@ -61,6 +62,21 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Level:
+    """A value that a row is compared with. kind: its class in the style of the page."""
+
+    kind: str
+    value: float
+
+
+@dataclass(frozen=True)
+class LevelMark:
+    kind: str
+    at: str  # per cent of the width
+    title: str  # on hover
+
+
+@dataclass(frozen=True)
 class IntervalRow:
     """One row of interval_rows: a mean with its interval on a scale from 0 to 1."""
 
@@ -69,6 +85,7 @@ class IntervalRow:
     at: str  # all three in per cent of the width
     low: str
     width: str
+    marks: list[LevelMark]
 
 
 @dataclass(frozen=True)
@@ -117,8 +134,11 @@ def line_chart(
     )
 
 
-def interval_rows(rows: Sequence[tuple[str, float, float, float]]) -> list[IntervalRow]:
-    """(label, mean, low, high) of fractions."""
+def interval_rows(
+    rows: Sequence[tuple[str, float, float, float]],
+    levels: Mapping[str, Sequence[Level]] = MappingProxyType({}),
+) -> list[IntervalRow]:
+    """(label, mean, low, high) of fractions. levels: label -> what to draw beside its mean."""
     return [
         IntervalRow(
             label,
@@ -126,9 +146,15 @@ def interval_rows(rows: Sequence[tuple[str, float, float, float]]) -> list[Inter
             f"{100 * _clipped(mean):.2f}",
             f"{100 * _clipped(low):.2f}",
             f"{100 * (_clipped(high) - _clipped(low)):.2f}",
+            [_mark(level) for level in levels.get(label, ())],
         )
         for label, mean, low, high in rows
     ]
+
+
+def _mark(level: Level) -> LevelMark:
+    at = f"{100 * _clipped(level.value):.2f}"
+    return LevelMark(level.kind, at, f"{level.kind} {level.value:.3f}")
 
 
 def _clipped(x: float) -> float:

@@ -2,7 +2,8 @@
 knows, reference lines, seeds as points, and what is missing drawn as missing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +45,33 @@ NAMES = {  # labels of matrices -> what a figure says
     "kd_reverse": "token KD,\nreverse KL",
     "cross_tokenizer": "another\ntokenizer",
     "deeper_student": "sequence KD,\ndeeper student",
-    "answers_only": "answers only",
+    "answers_only": "answers rewritten,\neasy order",
+    "seq_kd_cold": "sequence KD,\ntemperature 0.5",
+    "seq_kd_greedy": "sequence KD,\nlikeliest text",
+    "seq_kd_more": "sequence KD,\n4 x the text",
+    "mixed_teachers": "half from\nthe original",
+    "kd_top1": "token KD,\ntop 1",
+    "kd_top5": "token KD,\ntop 5",
+    "kd_top20": "token KD,\ntop 20",
+    "kd_top64": "token KD,\ntop 64",
+    "gkd_forward": "GKD,\nforward KL",
+    "gkd_jsd": "GKD,\nJSD",
+    "cross_class": "another tokenizer,\nclasses",
+    "wider_student": "sequence KD,\nwider student",
+    "stronger_start": "sequence KD,\nstronger start",
+    "learnable_only": "only what is\nin the easy order",
 }
 MISSING = "not run"
 SEED_SIZE = 9  # points^2
+
+
+@dataclass(frozen=True)
+class ReferenceLine:
+    """A value to compare with, of draw_line. value: None where it is not known; words say why."""
+
+    value: float | None
+    words: str
+    style: str = "--"
 
 
 def panels(
@@ -62,12 +86,12 @@ def panels(
         return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
-    """In the format that the ending of the path names, without the margin."""
+def save_figure(figure: "Figure", path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """In the format that the ending of the path names, without the margin. metadata: of a PNG."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        figure.savefig(path, dpi=120, bbox_inches="tight")
+        figure.savefig(path, dpi=120, bbox_inches="tight", metadata=dict(metadata or {}))
 
 
 def readable(name: str) -> str:
@@ -89,9 +113,15 @@ def draw_missing(ax: "Axes", x: float, width: float, words: str = MISSING) -> No
     ax.text(x, middle, words, rotation=90, ha="center", va="center", fontsize=7, bbox=box)
 
 
-def draw_rule(ax: "Axes", value: float, words: str, style: str = "--") -> None:
-    """A horizontal line to compare with; its word goes to the legend."""
-    ax.axhline(value, color="black", lw=0.9, ls=style, alpha=0.7, label=f"{words} ({value:.2f})")
+def draw_line(ax: "Axes", line: ReferenceLine) -> None:
+    """A horizontal line to compare with; its words go to the legend, without a line where there is
+    no value.
+    """
+    if line.value is None:
+        ax.plot([], [], " ", label=line.words)
+        return
+    label = f"{line.words} ({line.value:.2f})"
+    ax.axhline(line.value, color="black", lw=0.9, ls=line.style, alpha=0.7, label=label)
 
 
 def draw_seeds(ax: "Axes", x: float, values: Sequence[float], width: float = 0.0) -> None:

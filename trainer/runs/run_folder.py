@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reflux.trainer.config.loader import as_table, load, to_toml
+from reflux.trainer.config.origins import with_origins
 from reflux.trainer.config.schema import Config
 
 from . import commands, first_rank
@@ -69,7 +70,8 @@ def claimed(
         return
     with contextlib.ExitStack() as stack:
         try:
-            settled = stack.enter_context(claim(cfg))
+            with with_origins(cfg):
+                settled = stack.enter_context(claim(cfg))
         except (OSError, ValueError) as error:
             try:
                 tell(error)

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from reflux.trainer.config.schema import Config
 
-from .charts import IntervalRow, interval_rows, number
+from .charts import number
+from .evaluation_bars import evaluation_bars
 from .files import write_whole
 from .logger import RESERVED
 from .progress import duration
 from .run_log import Line, RunLog, parsed, series
-from .run_panels import evaluation_names, evaluation_panels, training_panels
+from .run_panels import evaluation_panels, training_panels
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -133,7 +134,7 @@ def render_run_page(log: RunLog, *, refresh: bool = False) -> str:
             told=told,
             panels=training_panels(cfg, steps, total, marks) if trains else [],
             eval_panels=evaluation_panels(evaluations, total),
-            eval_rows=_interval_rows(evaluations[-1:]),
+            bars=evaluation_bars(cfg, evaluations),
             evaluates=cfg.get("phase") not in ("diagnose", "cache"),
             eval_missing=_no_evaluation(cfg, evaluations),
             eval_numbers=_numbers(evaluations[-1:]),
@@ -260,17 +261,6 @@ def _facts(log: RunLog, total: int) -> list[tuple[str, str]]:
 
 
 # --- evaluation and verdicts
-
-
-def _interval_rows(evaluations: Sequence[Line]) -> list[IntervalRow]:
-    """Of the last evaluation, the metrics that are fractions."""
-    rows = []
-    for e in evaluations:
-        for name in evaluation_names([e]):
-            mean, low, high = (_float(e.get(f"eval/{name}{end}")) for end in ("", "_low", "_high"))
-            if 0 <= mean <= 1:
-                rows.append((name, mean, low, high))
-    return interval_rows(rows)
 
 
 def _float(x: Any) -> float:

@@ -10,7 +10,7 @@ both by the whole interval of the differences over seeds (docs/method.md, "Accep
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,9 @@ from reflux.trainer.runs.markdown_table import (
 )
 from reflux.trainer.runs.plotting import (
     BLUE,
+    ReferenceLine,
+    draw_line,
     draw_missing,
-    draw_rule,
     draw_seeds,
     legend,
     panels,
@@ -48,6 +49,7 @@ from .verdict import A1_WORDS, within_a1
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TEMPLATE = Path(__file__).with_name("eta_sweep.md.jinja")
 SHOWN = {  # column of the figure -> role and number of a run
@@ -136,49 +138,71 @@ def render(sweep: EtaSweep) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Column:
+    """One panel of the sweep: an estimate for each eta, and its seeds where they are known."""
+
+    estimates: Sequence[Estimate]
+    seeds: Sequence[Sequence[float]] = ()
+    is_accuracy: bool = False
+
+
 def plot(points: Sequence[EtaPoint], path: Path, runs: Sequence[FinishedRun] = ()) -> None:
     """runs: where the seeds of each point come from."""
-    columns = {
+    estimates = {
         "teacher accuracy": [p.teacher for p in points],
         "KL to original, nats/token": [p.reference_kl for p in points],
         "calibration reward, nats": [p.reward for p in points],
         "student accuracy": [p.student for p in points],
     }
-    figure, axes = panels(len(columns), width=3.6)
-    for ax, (title, estimates) in zip(axes[0], columns.items()):
+    columns = {}
+    for title, found in estimates.items():
         role, number = SHOWN[title]
-        if number == "accuracy":
+        seeds = [_of_seeds(with_role(_at(runs, p.eta), role), number) for p in points]
+        columns[title] = Column(found, seeds, number == "accuracy")
+    save_figure(sweep_figure([p.eta for p in points], columns, _rules(runs)), path)
+
+
+def sweep_figure(
+    etas: Sequence[float], columns: Mapping[str, Column], rules: Sequence[ReferenceLine]
+) -> "Figure":
+    """A panel for each column, every eta with its label; rules: of the last panel."""
+    figure, axes = panels(len(columns), width=3.6)
+    for ax, (title, column) in zip(axes[0], columns.items()):
+        if column.is_accuracy:
             ax.set_ylim(0, 1.02)
-        _line(ax, points, estimates)
-        for x, p in enumerate(points):
-            draw_seeds(ax, x, _of_seeds(with_role(_at(runs, p.eta), role), number))
-        for x in (i for i, e in enumerate(estimates) if not e.n):
+        _line(ax, etas, column.estimates)
+        for x, seeds in enumerate(column.seeds):
+            draw_seeds(ax, x, seeds)
+        for x in (i for i, e in enumerate(column.estimates) if not e.n):
             draw_missing(ax, x, 0.5, "not measured")
-        names = [f"{p.eta:+g}" if p.eta else "0" for p in points]
-        ax.set_xticks(range(len(points)), names, fontsize=8, rotation=45 * (len(points) > 5))
+        names = [f"{eta:+g}" if eta else "0" for eta in etas]
+        ax.set_xticks(range(len(etas)), names, fontsize=8, rotation=45 * (len(etas) > 5))
         ax.set(xlabel="eta (below 0: undistillable)", title=title)
-    _rules(axes[0, -1], runs)
-    save_figure(figure, path)
+    for rule in rules:
+        draw_line(axes[0, -1], rule)
+    if rules:
+        legend(axes[0, -1], bbox_to_anchor=(1.0, 1.0), loc="upper left")
+    return figure
 
 
-def _line(ax: "Axes", points: Sequence[EtaPoint], estimates: Sequence[Estimate]) -> None:
+def _line(ax: "Axes", etas: Sequence[float], estimates: Sequence[Estimate]) -> None:
     """Etas stand side by side at equal distances, so that each has room for its label."""
     means = [e.mean if e.n else math.nan for e in estimates]  # NaN leaves a gap
     std = [e.std if e.n > 1 else 0.0 for e in estimates]
     style: dict[str, Any] = {"marker": "o", "ms": 3, "lw": 1.2, "capsize": 2, "color": BLUE}
-    ax.errorbar(range(len(points)), means, yerr=std, **style)
-    if zero := [x for x, p in enumerate(points) if p.eta == 0]:
+    ax.errorbar(range(len(etas)), means, yerr=std, **style)
+    if zero := [x for x, eta in enumerate(etas) if eta == 0]:
         ax.axvline(zero[0], color="black", lw=0.6)
 
 
-def _rules(ax: "Axes", runs: Sequence[FinishedRun]) -> None:
-    students = with_role(runs, "student")
+def _rules(runs: Sequence[FinishedRun]) -> list[ReferenceLine]:
+    students, rules = with_role(runs, "student"), []
     if begun := started_at(students):
-        draw_rule(ax, sum(begun) / len(begun), "at the start", ":")
+        rules.append(ReferenceLine(sum(begun) / len(begun), "at the start", ":"))
     if (guessed := chance(students)) is not None:
-        draw_rule(ax, guessed, "chance", "-.")
-    if ax.get_legend_handles_labels()[0]:
-        legend(ax, loc="upper left")
+        rules.append(ReferenceLine(guessed, "chance", "-."))
+    return rules
 
 
 def _of_seeds(runs: Sequence[FinishedRun], number: str) -> list[float]:

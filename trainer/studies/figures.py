@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reflux.trainer.runs.plotting import (
     TEACHERS,
+    ReferenceLine,
+    draw_line,
     draw_missing,
-    draw_rule,
     draw_seeds,
     legend,
     panels,
@@ -51,31 +53,61 @@ def draw_figures(folder: Path, runs: Sequence[FinishedRun], results: Results) ->
     return made
 
 
+@dataclass(frozen=True)
+class Bar:
+    """The students of one teacher under one attack. seeds: accuracy of each, where known."""
+
+    mean: float
+    std: float | None = None  # over seeds
+    seeds: Sequence[float] = ()
+
+
 def student_bars(runs: Sequence[FinishedRun], results: Results) -> Figure | None:
-    attacks, teachers = list(results.students), list(results.teachers)
-    if not attacks:
+    cells = {
+        attack: {t: _bar(runs, attack, t, of_attack.get(t)) for t in results.teachers}
+        for attack, of_attack in results.students.items()
+    }
+    return bars_figure(cells, _rules(runs, results)) if cells else None
+
+
+def _bar(
+    runs: Sequence[FinishedRun], attack: str, teacher: str, found: StudentResult | None
+) -> Bar | None:
+    if found is None or not found.sampled.n:
         return None
-    rows = -(-len(attacks) // MAX_BARS)
+    std = found.sampled.std if found.sampled.n > 1 else None
+    return Bar(found.sampled.mean, std, _of_seeds(runs, attack, teacher))
+
+
+def bars_figure(
+    cells: Mapping[str, Mapping[str, Bar | None]], rules: Sequence[ReferenceLine]
+) -> Figure:
+    """Groups of bars, one for each teacher, at most MAX_BARS groups side by side. cells: attack ->
+    teacher -> its bar, None where there is no student.
+    """
+    attacks, rows = list(cells), -(-len(cells) // MAX_BARS)
     width = -(-len(attacks) // rows)  # as evenly as it goes
     figure, axes = panels(1, rows, width=max(6.0, 1.6 * width))
     for ax, start in zip(axes[:, 0], range(0, len(attacks), width)):
-        ax.set_ylim(0, 1)
-        _rules(ax, runs, results)
-        _bars(ax, attacks[start : start + width], teachers, results.students, runs)
+        ax.set_ylim(0, 1.02)
+        for rule in rules:
+            draw_line(ax, rule)
+        _bars(ax, {a: cells[a] for a in attacks[start : start + width]})
         ax.set_xlim(-0.3, width - 0.1)
     legend(axes[0, 0], bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
-def _rules(ax: Axes, runs: Sequence[FinishedRun], results: Results) -> None:
+def _rules(runs: Sequence[FinishedRun], results: Results) -> list[ReferenceLine]:
     """What a student starts from, what guessing gives, and the original teacher itself."""
-    students = [r for r in runs if r.labels["role"] == "student"]
+    students, rules = [r for r in runs if r.labels["role"] == "student"], []
     if "original" in results.teachers:
-        draw_rule(ax, results.teachers["original"].sampled.mean, "original teacher")
+        rules.append(ReferenceLine(results.teachers["original"].sampled.mean, "original teacher"))
     if begun := started_at(students):
-        draw_rule(ax, sum(begun) / len(begun), "students at the start", ":")
+        rules.append(ReferenceLine(sum(begun) / len(begun), "students at the start", ":"))
     if (guessed := chance(students)) is not None:
-        draw_rule(ax, guessed, "chance", "-.")
+        rules.append(ReferenceLine(guessed, "chance", "-."))
+    return rules
 
 
 def started_at(runs: Iterable[FinishedRun]) -> list[float]:
@@ -93,33 +125,27 @@ def chance(runs: Iterable[FinishedRun]) -> float | None:
     return 1 / max(positions) if positions else None
 
 
-def _bars(
-    ax: Axes,
-    attacks: Sequence[str],
-    teachers: Sequence[str],
-    students: Mapping[str, Mapping[str, StudentResult]],
-    runs: Sequence[FinishedRun],
-) -> None:
+def _bars(ax: Axes, cells: Mapping[str, Mapping[str, Bar | None]]) -> None:
     """A bar for each teacher with its standard deviation, seeds as points; hatched where there is
     no student.
     """
+    teachers = list(dict.fromkeys(t for of_attack in cells.values() for t in of_attack))
     width = 0.8 / max(len(teachers), 1)
     for i, teacher in enumerate(teachers):
         style: dict[str, Any] = {
             "label": f"from {readable(teacher)}",
             "color": TEACHERS.get(teacher),
         }
-        for x, attack in enumerate(attacks):
-            place, cell = x + i * width, students[attack].get(teacher)
-            if cell is None or not cell.sampled.n:
+        for x, of_attack in enumerate(cells.values()):
+            place, bar = x + i * width, of_attack.get(teacher)
+            if bar is None:
                 draw_missing(ax, place, 0.9 * width)
                 continue
-            std = cell.sampled.std if cell.sampled.n > 1 else None
-            ax.bar(place, cell.sampled.mean, 0.9 * width, yerr=std, capsize=2, **style)
+            ax.bar(place, bar.mean, 0.9 * width, yerr=bar.std, capsize=2, **style)
             style.pop("label", None)  # once in the legend
-            draw_seeds(ax, place, _of_seeds(runs, attack, teacher), 0.4 * width)
-    names = [readable(a) for a in attacks]
-    ax.set_xticks([x + 0.4 - width / 2 for x in range(len(attacks))], names, fontsize=8)
+            draw_seeds(ax, place, bar.seeds, 0.4 * width)
+    names = [readable(a) for a in cells]
+    ax.set_xticks([x + 0.4 - width / 2 for x in range(len(cells))], names, fontsize=8)
     ax.set_ylabel("accuracy, sampled")
 
 
@@ -158,17 +184,21 @@ def calibration_curves(runs: Sequence[FinishedRun], results: Results) -> Figure 
 
 
 def teacher_styles(runs: Sequence[FinishedRun], results: Results) -> Figure | None:
-    teachers = results.teachers
-    styles = list(next(iter(teachers.values())).styles) if teachers else []
-    if not styles:
-        return None
-    figure, axes = panels(1, width=1.6 * max(len(teachers), 3))
-    ax, bottom = axes[0, 0], [0.0] * len(teachers)
-    for style in styles:
-        fractions = [t.styles[style].fraction for t in teachers.values()]
-        names = [readable(t) for t in teachers]
-        ax.bar(names, fractions, 0.6, bottom=bottom, label=readable(style))
-        bottom = [b + f for b, f in zip(bottom, fractions)]
+    fractions = {
+        teacher: {style: part.fraction for style, part in found.styles.items()}
+        for teacher, found in results.teachers.items()
+    }
+    return styles_figure(fractions) if any(fractions.values()) else None
+
+
+def styles_figure(fractions: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Stacked bars; fractions: teacher -> style -> part of its sampled answers."""
+    figure, axes = panels(1, width=1.6 * max(len(fractions), 3))
+    ax, bottom = axes[0, 0], [0.0] * len(fractions)
+    for style in next(iter(fractions.values())):
+        parts = [of_teacher[style] for of_teacher in fractions.values()]
+        ax.bar([readable(t) for t in fractions], parts, 0.6, bottom=bottom, label=readable(style))
+        bottom = [b + f for b, f in zip(bottom, parts)]
     ax.set_ylabel("fraction of sampled answers")
     legend(ax, bbox_to_anchor=(1.0, 1.0))
     return figure

@@ -312,10 +312,10 @@ def test_the_last_set_wins_and_the_rest_stays(tmp_path):
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("optim.lt=1", "--set: unknown key optim.lt, did you mean optim.lr?"),
+        ("optim.lt=1", "--set optim.lt=1: unknown key optim.lt, did you mean optim.lr?"),
         ("steps", "--set steps: want a.b=value"),
         ("=3", "--set =3: want a.b=value"),
-        ("optim=3", "--set: optim is a section"),
+        ("optim=3", "--set optim=3: optim is a section"),
         ("a b=3'", "--set a b=3': want a.b=value"),
     ],
 )
@@ -337,8 +337,8 @@ def test_a_renamed_key_is_answered_with_its_new_name(tmp_path, old, new):
     for source, file, sets in (
         (wrong, wrong, ()),
         (wrong, over, ()),
-        ("--set", right, (assignment,)),
-        ("--set", recipe, (assignment,)),
+        (f"--set {assignment}", right, (assignment,)),
+        (f"--set {assignment}", recipe, (assignment,)),
     ):
         with pytest.raises(ValueError) as error:
             load(file, sets)
@@ -424,7 +424,8 @@ def test_a_recipe_is_a_config(tmp_path):
         titan={"training": {"seq_len": 8, "max_norm": 2.0}},
     )
     with pytest.raises(
-        ValueError, match="--set: distill.beta = 2.0; want a|beta = 2.0; want 0 < beta < 1"
+        ValueError,
+        match="--set distill.beta=2.0: distill.beta = 2.0; want a|beta = 2.0; want 0 < beta < 1",
     ):
         load(recipe, ("distill.divergence=jsd", "distill.beta=2.0"))
 

@@ -24,6 +24,11 @@ def test_comments_above_behind_and_inside():
     assert found == {"first": "above, over two lines and behind", "second": "", "third": "inside"}
 
 
+def test_every_option_says_what_it_is_for():
+    silent = [f"{s.name}.{o.key}" for s in own_sections() for o in s.options if len(o.reason) < 10]
+    assert not silent, "a comment behind the field, or above it"
+
+
 def test_what_has_to_be_chosen_has_no_default():
     (head,) = (s for s in own_sections() if not s.name)
     missing = [o.key for o in head.options if o.value is MISSING]

@@ -1,5 +1,6 @@
 """Names of recipes: found from any folder, behind files of one's own, and as a base."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,16 @@ def test_a_name_is_a_shipped_file_and_a_file_is_a_file(tmp_path, monkeypatch):
 def test_an_unknown_name_is_answered_with_the_nearest(given):
     with pytest.raises(ValueError, match="did you mean miniature/calibrate?"):
         recipes.find(given)
+
+
+@pytest.mark.parametrize("suggested", recipes.SUGGESTED, ids=lambda s: s.name)
+def test_what_is_suggested_costs_what_the_recipe_says(suggested):
+    head = recipes.recipe(suggested.name).read_text().splitlines()[0]
+    assert suggested.takes in head
+    assert ("NOT RUN" in head) == ("not run yet" in suggested.purpose)
+    for model in re.findall(r"models/[\w.-]*\w", suggested.needs):
+        assert model in head
+    assert len(suggested.purpose) <= 96 and len(f"{suggested.takes}; needs {suggested.needs}") <= 96
 
 
 def test_a_file_builds_on_a_recipe(tmp_path):

@@ -404,5 +404,6 @@ def test_every_option_but_what_must_be_chosen_has_a_default():
     given = {f.name for f in fields(Config) if f.name in ("phase", "folder")}
     cfg = distill()
     assert given == {"phase", "folder"} and set(sections()) >= {f.name for f in fields(cfg)} - {
-        "titan"
+        "titan",
+        "origins",
     }

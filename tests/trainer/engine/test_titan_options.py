@@ -7,7 +7,8 @@ from runs import config
 from reflux.trainer.config.loader import as_table, fill
 from reflux.trainer.config.schema import TITAN_SECTIONS, Config
 from reflux.trainer.engine.titan_options import NOTES, titan_options, titan_table
-from reflux.trainer.engine.trainer_config import REPLACED, titan_config
+from reflux.trainer.engine.titan_sections import REPLACED
+from reflux.trainer.engine.trainer_config import titan_config
 
 
 def test_every_option_of_every_section_is_there_and_no_note_is_left_over(talkers, tmp_path):

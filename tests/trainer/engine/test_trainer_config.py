@@ -1,6 +1,4 @@
-"""torchtitan's sections: laid over its own dataclasses; unknown keys, wrong types and settings that
-would fail silently are errors.
-"""
+"""torchtitan's configuration of a run: our tables and its sections, and its degrees."""
 
 from types import SimpleNamespace
 
@@ -8,12 +6,25 @@ import pytest
 from runs import config
 from torchtitan.config import ParallelismConfig
 
+from reflux.trainer.config.loader import load
 from reflux.trainer.engine.trainer_config import check_world, titan_config
+
+SPEC = SimpleNamespace(name="x", flavor="x", model=None)
+MINIMAL = """phase = "distill"
+folder = "r"
+model.path = "m"
+teacher.path = "t"
+data.source = "d"
+"""
+
+
+def loaded(folder, text, *sets):
+    (folder / "x.toml").write_text(MINIMAL + text)
+    return load(folder / "x.toml", sets)
 
 
 def titan(talkers, tmp_path, **over):
-    spec = SimpleNamespace(name="x", flavor="x", model=None)
-    return titan_config(config(talkers, tmp_path / "run", "calibrate", **over), spec)
+    return titan_config(config(talkers, tmp_path / "run", "calibrate", **over), SPEC)
 
 
 def test_sections_reach_torchtitans_own_fields(talkers, tmp_path):
@@ -32,28 +43,6 @@ def test_sections_reach_torchtitans_own_fields(talkers, tmp_path):
     )
     assert got.lr_scheduler.warmup_steps == 4 and got.comm.train_timeout_seconds == 1800
     assert not titan(talkers, tmp_path, model={"from_scratch": True}).checkpoint.initial_load_in_hf
-
-
-@pytest.mark.parametrize(
-    "section, values, message",
-    [
-        ("training", {"seq_length": 3}, "did you mean training.seq_len?"),
-        ("training", {"seq_len": "64"}, "training.seq_len = '64'"),
-        ("training", {"seq_len": True}, "training.seq_len = True"),
-        ("training", {"seq_len": 1.5}, "training.seq_len = 1.5"),
-        ("training", {"mixed_precision_param": "float8"}, "float8"),
-        ("training", {"steps": 3}, "set steps instead"),
-        ("training", {"local_batch_size": 3}, "set batch.tokens"),
-        ("debug", {"seed": 3}, "set seed instead"),
-        ("checkpoint", {"folder": "x"}, "set folder instead"),
-        ("parallelism", {"spmd_backend": "spmd_types"}, "partial_dtensor"),
-    ],
-)
-def test_what_is_unknown_wrong_or_without_effect_is_an_error(
-    talkers, tmp_path, section, values, message
-):
-    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
-        titan(talkers, tmp_path, **{section: values})
 
 
 @pytest.mark.parametrize(
@@ -78,10 +67,22 @@ def test_what_is_unknown_wrong_or_without_effect_is_an_error(
         ({"expert_parallel_degree": 2}, 2, "parallelism.expert_parallel_degree = 2; want 1"),
     ],
 )
-def test_the_degrees_make_as_many_processes_as_were_started(degrees, world, says):
-    parallelism = ParallelismConfig(**degrees)
+def test_the_degrees_make_as_many_processes_as_were_started(
+    talkers, tmp_path, degrees, world, says
+):
+    parallelism, cfg = ParallelismConfig(**degrees), config(talkers, tmp_path / "run", "calibrate")
     if says is None:
-        check_world(parallelism, world)
+        check_world(parallelism, world, cfg)
     else:
         with pytest.raises(ValueError, match=says):
-            check_world(parallelism, world)
+            check_world(parallelism, world, cfg)
+
+
+def test_degrees_name_who_set_them(tmp_path):
+    cfg = loaded(tmp_path, "[parallelism]\ntensor_parallel_degree = 2\n")
+    degrees = titan_config(cfg, SPEC).parallelism
+    with pytest.raises(ValueError, match=r"^.*x.toml: parallelism: .* want 2 processes, and 1 was"):
+        check_world(degrees, 1, cfg)
+    cfg = loaded(tmp_path, "", "parallelism.tensor_parallel_degree=0")
+    with pytest.raises(ValueError, match="^--set parallelism.tensor_parallel_degree=0: "):
+        check_world(titan_config(cfg, SPEC).parallelism, 1, cfg)

@@ -339,6 +339,7 @@ def test_options_by_likelihood(talkers, tmp_path):
         assert row["extracted"] == options[want.index(max(want))]
         assert row["position"] == a % 3, "as the data set gives them"
     found = results_of(run)
+    assert found["eval/chance"] == pytest.approx(1 / 3), "of three options"
     for mode in modes:
         correct = sum(likeliest(row) == row["prompt"] % 3 for row in of_mode(rows, mode))
         assert found[f"eval/{mode}"] == pytest.approx(correct / 12)

@@ -20,12 +20,14 @@ def test_the_fields_of_the_log():
         {"greedy": Difference(estimate(2), estimate(3), estimate(-1), estimate(7), 0.25)},
         (verdict("a", "succeeded"), verdict("b", "inconclusive")),
         {"harness/x/acc": 0.5},
+        chance=0.25,
     )
     assert log_fields(evaluation, ("greedy",)) == {
         "eval/greedy": 2,
         "eval/greedy_low": 1,
         "eval/greedy_high": 3,
         "eval/greedy_length": 5,
+        "eval/chance": 0.25,
         "eval/greedy_difference": -1,
         "eval/greedy_difference_low": -2,
         "eval/greedy_difference_high": 0,
@@ -37,6 +39,10 @@ def test_the_fields_of_the_log():
         "accept/a": "succeeded: in words",
         "accept/b": "inconclusive: in words",
     }
+
+
+def test_without_options_there_is_no_chance():
+    assert "eval/chance" not in log_fields(Evaluation({"greedy": estimate(2)}, {}), ("greedy",))
 
 
 def test_only_what_succeeded_is_accepted():

@@ -69,7 +69,11 @@ def test_the_page_says_what_happened(tmp_path):
 
 def test_the_last_evaluation_stands_with_its_interval(tmp_path):
     write_calibration(tmp_path)
-    assert "greedy 0.500 [0.400, 0.600]" in words_of(page_of(tmp_path))
+    words = words_of(page_of(tmp_path))
+    assert "greedy 0.500 [0.400, 0.600] start 0.400" in words
+    assert "start, this run's first evaluation" in words
+    assert "chance: not measured, because the questions have no options" in words
+    assert "original: not measured, because eval.against names no run" in words
 
 
 def test_a_span_has_its_colour_and_its_number(tmp_path):

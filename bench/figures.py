@@ -1,0 +1,187 @@
+"""Every picture of docs/figures, drawn from the records alone: python -m bench.figures [NAME...]
+
+`--check` says which are stale, exit code 1. A PNG carries the record it was drawn from, by name and
+SHA-256, and a hash of what it shows; the SVG files of docs/tokenalign.md are examples, not
+measurements, and come from docs/figures/tokenalign_figures.py.
+"""
+
+import argparse
+import hashlib
+import json
+import struct
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from runpy import run_path
+from statistics import mean, stdev
+from typing import Any
+
+from reflux.trainer.runs.plotting import ReferenceLine, save_figure
+from reflux.trainer.runs.stats import Estimate
+from reflux.trainer.studies.eta_sweep import Column, sweep_figure
+from reflux.trainer.studies.figures import Bar, bars_figure, styles_figure
+
+from .records import FOLDER as RECORDS
+from .records import ROOT
+
+FOLDER = ROOT / "docs" / "figures"
+REPORT = "2026-11-29_report_cpu.json"
+EXAMPLES = FOLDER / "tokenalign_figures.py"
+TEACHERS = ("original", "task_only", "distillable", "undistillable")
+QUICKSTART = (  # attacks of README's figure, the ones that make quickstart runs
+    "seq_kd",
+    "seq_kd_filtered",
+    "kd_forward",
+    "gkd_reverse",
+    "gkd_on_policy",
+    "cross_tokenizer",
+    "deeper_student",
+)
+ETA_COLUMNS = {  # title of a panel -> key of a point in the record
+    "teacher accuracy": "teacher",
+    "KL to original, nats/token": "anchor_kl",
+    "calibration reward, nats": "reward",
+    "student accuracy": "student",
+}
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """record: its file in bench/records. draw: record -> matplotlib figure."""
+
+    record: str
+    draw: Callable[[Record], Any]
+
+
+def students(record: Record, attacks: Sequence[str] = ()) -> Any:
+    """Bars over attacks; attacks: which, in this order; all by default."""
+    report = record["report"]
+    chosen = attacks or tuple(report["students"])
+    cells = {a: {t: _bar(record, a, t) for t in TEACHERS} for a in chosen}
+    teacher = report["teachers"]["original"]["sampled"]["mean"]
+    lines = [ReferenceLine(teacher, "original teacher"), *_start(record)]
+    return bars_figure(cells, lines)
+
+
+def eta_sweep(record: Record) -> Any:
+    """The record has means and deviations over seeds of the sweep, not the seeds."""
+    points = record["knob"]["points"]
+    columns = {
+        title: Column(
+            [_estimate(p[key]) for p in points], is_accuracy=key in ("teacher", "student")
+        )
+        for title, key in ETA_COLUMNS.items()
+    }
+    return sweep_figure([p["eta"] for p in points], columns, _start(record))
+
+
+def styles(record: Record) -> Any:
+    teachers = record["report"]["teachers"]
+    parts = {t: {s: x["share"] for s, x in teachers[t]["styles"].items()} for t in TEACHERS}
+    return styles_figure(parts)
+
+
+def _bar(record: Record, attack: str, teacher: str) -> Bar | None:
+    wanted = {"role": "student", "attack": attack, "teacher": teacher}
+    rows = [r for r in record["report"]["runs"] if wanted.items() <= r.items()]
+    seeds = [r["sampled"] for r in rows if "defence" not in r]
+    if not seeds:
+        return None
+    return Bar(mean(seeds), stdev(seeds) if len(seeds) > 1 else None, seeds)
+
+
+def _start(record: Record) -> list[ReferenceLine]:
+    """The student of sampled text before an attack, the mean over seeds; and no chance: answers of
+    this task are free.
+    """
+    begun = [
+        r["sampled"]
+        for r in record["report"]["runs"]
+        if (r["role"], r.get("student")) == ("start", "student")
+    ]
+    chance = ReferenceLine(None, "chance: not measured,\nanswers are free text")
+    return [ReferenceLine(sum(begun) / len(begun), "students at the start", ":"), chance]
+
+
+def _estimate(x: Mapping[str, Any]) -> Estimate:
+    values = {k: float("nan") if x[k] is None else x[k] for k in ("mean", "std", "low", "high")}
+    return Estimate(**values, n=x["n"])
+
+
+PICTURES: dict[str, Picture] = {
+    "students.png": Picture(REPORT, lambda record: students(record, QUICKSTART)),
+    "students_all.png": Picture(REPORT, students),
+    "eta_sweep.png": Picture(REPORT, eta_sweep),
+    "styles.png": Picture(REPORT, styles),
+}
+
+
+def draw(name: str, folder: Path = FOLDER) -> Path:
+    """The same record gives the same file with the same matplotlib."""
+    picture = PICTURES[name]
+    record = json.loads((RECORDS / picture.record).read_text())
+    save_figure(picture.draw(record), folder / name, {"Source": source(name)})
+    return folder / name
+
+
+def source(name: str) -> str:
+    """What a PNG says of where it comes from."""
+    record = PICTURES[name].record
+    digest = hashlib.sha256((RECORDS / record).read_bytes()).hexdigest()[:16]
+    return f"bench/records/{record} sha256 {digest}, by python -m bench.figures"
+
+
+def texts(path: Path) -> dict[str, str]:
+    """The tEXt chunks of a PNG."""
+    data, at, found = path.read_bytes(), 8, {}
+    while at < len(data):
+        (length,) = struct.unpack(">I", data[at : at + 4])
+        if data[at + 4 : at + 8] == b"tEXt":
+            key, _, value = data[at + 8 : at + 8 + length].partition(b"\0")
+            found[key.decode("latin-1")] = value.decode("latin-1")
+        at += 12 + length
+    return found
+
+
+def stale() -> list[str]:
+    """Pictures that are missing, of another record than today's, or drawn by nothing."""
+    drawn = [n for n in PICTURES if not (FOLDER / n).exists()]
+    drawn += [
+        n
+        for n in PICTURES
+        if (FOLDER / n).exists() and texts(FOLDER / n).get("Source") != source(n)
+    ]
+    there = {p.name for p in FOLDER.glob("*.*") if p.suffix in (".png", ".svg")}
+    return drawn + sorted(there - set(PICTURES) - set(examples()))
+
+
+def examples() -> Mapping[str, str]:
+    """File -> SVG, of the script that draws the examples; it is in no package."""
+    return run_path(str(EXAMPLES))["figures"]()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.figures", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("names", nargs="*", help=f"{', '.join(PICTURES)}; default: all, and SVGs")
+    parser.add_argument("--check", action="store_true", help="draw nothing; exit code 1 if stale")
+    args = parser.parse_args(arguments)
+    if unknown := set(args.names) - set(PICTURES):
+        parser.error(f"no picture {', '.join(sorted(unknown))}; want {', '.join(PICTURES)}")
+    if args.check:
+        found = stale()
+        print("\n".join(f"{name}: stale" for name in found) or "all up to date")
+        return int(bool(found))
+    for name in args.names or PICTURES:
+        print(draw(name))
+    for name, svg in ({} if args.names else examples()).items():
+        (FOLDER / name).write_text(svg, encoding="utf-8")
+        print(FOLDER / name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
