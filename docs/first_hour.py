@@ -1,7 +1,7 @@
 # %% [markdown]
 # # The first hour
 # A real small language model through the four things that `reflux` does: **check**, **diagnose**,
-# **distil**, **report**. About 12 minutes of one CPU core; the rest of the hour is reading. `make
+# **distil**, **report**. About 8 minutes of one CPU core; the rest of the hour is reading. `make
 # first-hour` sets up everything and runs this page; as a notebook it is `docs/first_hour.ipynb`,
 # as a script `docs/first_hour.py`. Both hold the same cells.
 #
@@ -9,7 +9,7 @@
 # float32). The student is a copy of it that keeps nine of 30 layers: small, with the same
 # tokenizer, and unable to write a sentence at first. The task is sums of two digits. Nothing here
 # is a result about the method: it is one seed, 12 sums, and a task that the teacher itself half
-# knows.
+# knows. The outputs are those of one run with the real model on a CPU.
 
 # %%
 import os
@@ -104,7 +104,8 @@ show(HOUR / "diagnosis_before/positions.png")
 # ## Distil
 # The teacher answers 12 sums a step, and the student learns its texts by likelihood
 # (sequence-level KD). Every fifth step the student is asked 12 sums. Ctrl-C in a terminal saves
-# the step; the command that is printed then goes on.
+# the step; the command that is printed then goes on. 240 texts are few: what to look for is the
+# falling loss. The student writes words now; it does not add yet.
 
 # %%
 run("distil", "distil")
@@ -116,8 +117,9 @@ show(draw_distillation(HOUR / "distil", HOUR / "distil.png"))
 
 # %% [markdown]
 # ## Diagnose again
-# The student of the export, a folder like any other model's. What has changed is the distance;
-# what has not is the number of layers.
+# The student of the export, a folder like any other model's. What has changed is the distance:
+# compare the KL per token of the two reports. What has not is the number of layers, and the advice
+# is still to go on with likelihood on the teacher's texts.
 
 # %%
 run(

@@ -58,8 +58,8 @@ def test_the_notebook_shows_a_run_with_the_real_model():
     assert not [o for o in outputs if o["output_type"] == "error"]
     pictures = [o for o in outputs if "image/png" in o.get("data", {})]
     text = "".join("".join(o.get("text", "")) for o in outputs)
-    if not outputs:
-        pytest.skip("not run yet: python docs/make_notebook.py --run")
+    assert outputs, "python docs/make_notebook.py --run"
+    assert "left at most" not in text and "\x1b" not in text, "progress of a terminal"
     assert len(pictures) == 3 and "correct sums: teacher" in text and "--tiny" not in text
     assert str(ROOT) not in NOTEBOOK.read_text(), "a path of one machine"
 
