@@ -58,7 +58,6 @@ TESTED_ELSEWHERE = {  # module -> the test file that exercises it
     "trainer/callbacks.py": "trainer/test_api.py",
     "trainer/config/files.py": "trainer/config/test_loader.py",
     "trainer/subcommands.py": "trainer/test_cli.py",
-    "trainer/completion.py": "trainer/test_cli.py",
     "trainer/config/caching.py": "trainer/distillation/test_cache_phase.py",
     "trainer/distillation/teacher_cache.py": "trainer/distillation/test_cache_phase.py",
     "trainer/distillation/absent_teacher.py": "trainer/distillation/test_served_teacher.py",

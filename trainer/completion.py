@@ -55,9 +55,10 @@ def _offered(c: SubCommand) -> list[str]:
 
 
 def _fish() -> str:
-    lines = []
+    lines = ["complete -c reflux -n __fish_use_subcommand -f"]  # no files in place of a command
     for name, c in COMMANDS.items():
-        lines.append(f"complete -c reflux -n __fish_use_subcommand -a {name} -d '{c.purpose}'")
+        purpose = c.purpose.replace("\\", "\\\\").replace("'", "\\'")
+        lines.append(f"complete -c reflux -n __fish_use_subcommand -a {name} -d '{purpose}'")
         here = f"complete -c reflux -n '__fish_seen_subcommand_from {name}'"
         lines += [f"{here} -a '{' '.join(words)}'" for words in [_offered(c)] if words]
         lines += [f"{here} -l {option.removeprefix('--')}" for option in c.options]
