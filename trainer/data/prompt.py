@@ -1,5 +1,6 @@
 """One question of a data set. Imports no torch: the process that grades starts with it."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -41,6 +42,14 @@ class Prompt:
     def question(self) -> str:
         """The last message."""
         return self.messages[-1]["content"] if self.messages else ""
+
+
+def fill_template(template: str, **texts: str) -> str:
+    """`template` with {name} replaced by the text of that name, in one pass: a {name} inside a text
+    stays as it is, and so do other braces.
+    """
+    names = "|".join(map(re.escape, texts))
+    return re.sub(rf"\{{({names})\}}", lambda found: texts[found[1]], template)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from reflux.trainer.config.roles import paraphraser_of
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Rollout
 from reflux.trainer.data.chat import Chat
+from reflux.trainer.data.prompt import fill_template
 from reflux.trainer.phase import Engine, Sampling
 from reflux.trainer.rollouts.generate import EmbeddedSampler
 from reflux.trainer.rollouts.scoring import score_ids
@@ -47,7 +48,7 @@ def _members(rollouts: Sequence[Rollout]) -> list[int]:
 def _asked(cfg: Config, rollout: Rollout) -> dict[str, str]:
     question = str(rollout.prompt.messages[-1]["content"])
     template = cfg.distill.paraphrase_template
-    content = template.replace("{prompt}", question).replace("{text}", rollout.text)
+    content = fill_template(template, prompt=question, text=rollout.text)
     return {"role": "user", "content": content}
 
 

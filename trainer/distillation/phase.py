@@ -89,7 +89,7 @@ class DistillPhase:
         self._report(texts)
         if self.spec.correct_only:
             texts = self._correct_only(texts)
-        return self.targets.samples(texts, self.metric_sums, self._step)
+        return self._that_fit(self.targets.samples(texts, self.metric_sums, self._step))
 
     def loss(self, out: HeadInputs, batch: Batch) -> Loss:
         """The objective plus nll_weight times the likelihood of off-policy texts, summed over the
@@ -192,6 +192,17 @@ class DistillPhase:
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + teacher.weight * value
         return total, sums
+
+    def _that_fit(self, samples: list[Sample]) -> list[Sample]:
+        """Without those that are longer than a row of the student. A teacher's text of
+        rollout.max_tokens tokens can have more in other tokens: that ends no run, and is logged.
+        """
+        if all(t.shares_ids for t in self.teachers):
+            return samples
+        room = self.engine.seq_len + 1
+        fits = [len(s.rollout.prompt_ids) + len(s.rollout.ids) <= room for s in samples]
+        self.metric_sums.add("too_long", [float(not fit) for fit in fits])
+        return [s for s, fit in zip(samples, fits) if fit]
 
     # the line of the log
     def _correct_only(self, texts: Sequence[Text]) -> list[Text]:

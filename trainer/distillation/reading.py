@@ -12,6 +12,7 @@ import numpy as np
 
 from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.data.batch import Prompt, Rollout, TeacherView
+from reflux.trainer.data.prompt import fill_template
 from reflux.trainer.data.row_choice import chosen_model
 
 
@@ -41,7 +42,7 @@ class Reading:
             )
         *before, last = prompt.messages
         form = self.spec.privileged_template
-        content = form.replace("{prompt}", last["content"]).replace("{privileged}", text)
+        content = fill_template(form, prompt=last["content"], privileged=text)
         return (*before, {**last, "content": content})
 
 

@@ -95,7 +95,7 @@ def load_served(cfg: Config, engine: Engine, chat: Chat) -> list[Teacher]:
     """The servers of teacher.servers. ValueError where one does not answer, serves another model
     than teacher.path, or cannot answer what the configuration asks for.
     """
-    t, r, own = cfg.teacher, cfg.rollout, Chat(cfg.teacher.path)
+    t, r, own = cfg.teacher, cfg.rollout, Chat.of(cfg.teacher)
     servers = Servers(t.servers, r.server_timeout_s, r.server_retries)
     facts = check_servers(servers, t.path, weights=True, option="teacher.servers")
     if facts["version"] != LOADED:

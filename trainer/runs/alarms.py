@@ -54,6 +54,7 @@ class Alarms:
         yield "no_learning", self._no_learning(stats)
         yield "groups_alike", self._groups_alike(stats)
         yield "truncation", self._truncation(stats)
+        yield "too_long", self._too_long(stats)
         if "canonical" in stats:
             first = notes.setdefault("alarm/first/canonical", stats["canonical"])
             yield "spelling", _spelling(first, stats["canonical"])
@@ -80,6 +81,8 @@ class Alarms:
                 f"All texts are truncated at rollout.max_tokens = {limit}, and a truncated text "
                 "has no reward: raise it, or set task.options.grade_truncated = true"
             )
+        if stats.get("too_long", 0.0) == 1:
+            return "No text fits training.seq_len in the student's tokens: raise it"
         if stats.get("passed_filter", 1.0) == 0:
             return "No text passed distill.correct_only: see task.name and its options"
         if _alike(stats) > ALIKE:
@@ -103,6 +106,16 @@ class Alarms:
             f"{truncated:.0%} of the texts are truncated at rollout.max_tokens = "
             f"{self.cfg.rollout.max_tokens}; want at most {TRUNCATED:.0%}, or length decides what "
             "is learned. Raise rollout.max_tokens"
+        )
+
+    def _too_long(self, stats: Mapping[str, float]) -> str | None:
+        too_long = stats.get("too_long", 0.0)
+        if too_long <= TRUNCATED:
+            return None
+        return (
+            f"{too_long:.0%} of the texts are longer than training.seq_len + 1 in the student's "
+            "tokens and are left out: short texts decide what is learned. Raise training.seq_len, "
+            "or lower rollout.max_tokens"
         )
 
     def _truncation_drift(self, first: float, now: float) -> str | None:

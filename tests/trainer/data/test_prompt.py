@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from reflux.trainer.data.graders import ReasoningGym
-from reflux.trainer.data.prompt import Prompt
+from reflux.trainer.data.prompt import Prompt, fill_template
 from reflux.trainer.data.prompts import load_prompts
 
 
@@ -48,3 +48,11 @@ def test_a_row_cannot_pose_as_a_generated_entry(tmp_path):
     (prompt,) = load_prompts(str(tmp_path / "rows.jsonl"))
     with pytest.raises(ValueError, match="no reasoning_gym entry"):
         ReasoningGym()(prompt, "<answer>[1]</answer>")
+
+
+def test_a_text_that_names_a_placeholder_is_a_text():
+    """One after the other, a question with {text} in it would get the answer written into it."""
+    filled = fill_template(
+        "{prompt}\n{text} {other} {{x}}", prompt="What is {text}?", text="{prompt}"
+    )
+    assert filled == "What is {text}?\n{prompt} {other} {{x}}"

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 from distillation_cases import GIVEN, KL_KEYS, kl, mean_over_tokens
-from runs import config, run_here
+from runs import config, run_here, write_data
+
+from reflux.trainer.data.chat import Chat
+from reflux.trainer.data.prompts import load_prompts
 
 pytestmark = pytest.mark.usefixtures("titan_process")
 
@@ -303,3 +306,31 @@ def test_micro_batches_and_packing_change_no_number(talkers, tmp_path, options):
         for a, b in zip(runs[0].steps, other.steps):
             for key in ("loss", "grad_norm"):
                 assert a[key] == pytest.approx(b[key], rel=1e-5), key
+
+
+def test_a_teachers_text_that_is_too_long_in_the_students_tokens_ends_no_run(
+    talkers, tmp_path, seen
+):
+    """A row holds the prompt and eleven tokens of text; the teacher, of another tokenizer, writes
+    texts of up to eleven of its own, which can be more here.
+    """
+    chat = Chat(str(talkers / "policy"))
+    prompts = load_prompts(str(write_data(tmp_path)))
+    longest = max(len(chat.prompt_ids(p.messages)) for p in prompts)
+    run = run_here(
+        config(
+            talkers,
+            tmp_path / "run",
+            "distill",
+            steps=4,
+            teacher={"path": str(talkers / "proxy"), "dtype": "float32"},
+            training={"seq_len": longest + 10, "mixed_precision_param": "float32"},
+            rollout={"prompts": 6, "group": 4, "max_tokens": 11, "temperature": 3.0},
+            distill={"objective": "nll", "on_policy": 0.0},
+        )
+    )
+    left_out = [s["too_long"] for s in run.steps]
+    assert any(0 < x < 1 for x in left_out), left_out
+    for samples, share in zip(seen["score"], left_out):
+        rows = [len(s.rollout.prompt_ids) + len(s.rollout.ids) for s in samples]
+        assert max(rows) <= longest + 11 and len(rows) == round((1 - share) * 24)

@@ -3,12 +3,17 @@
 Shapes: V vocabulary.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import config
 
-from reflux.trainer.distillation.served_teacher import rows_of
+from reflux.trainer.data.chat import Chat
+from reflux.trainer.distillation import served_teacher
+from reflux.trainer.distillation.served_teacher import load_served, rows_of
 from reflux.trainer.rollouts.engine_texts import ScoredText
 
 
@@ -43,3 +48,18 @@ def test_a_tail_of_nothing_has_no_mass():
 def test_what_is_no_distribution_is_refused(logp):
     with pytest.raises(ValueError, match="not finite, not in order, or sum to"):
         rows_of(scored(logp))
+
+
+def test_it_renders_prompts_as_the_configuration_says(talkers, tmp_path, monkeypatch):
+    """teacher.template and its arguments are read for a served teacher, too."""
+    facts = {"version": "folder", "max_logprobs": 64, "max_len": 4096}
+    monkeypatch.setattr(served_teacher, "check_servers", lambda *_, **__: facts)
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ messages[0].content }}{{ mark }}")
+    own = {"template": str(template), "template_arguments": {"mark": "!"}}
+    served = {"source": "server", "servers": ["http://localhost:1"], **own}
+    distill = {"tail": "bucket", "top_k": 4, "divergence": "forward"}
+    cfg = config(talkers, tmp_path / "run", "distill", teacher=served, distill=distill)
+    (teacher,) = load_served(cfg, SimpleNamespace(seq_len=96), Chat.of(cfg.model))
+    rendered = teacher.chat.prompt_ids([{"role": "user", "content": "Why?"}])
+    assert teacher.chat.decode(rendered) == "Why?!"

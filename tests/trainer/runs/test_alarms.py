@@ -18,6 +18,7 @@ WELL |= {"groups/all_correct": 0.2, "groups/all_wrong": 0.2}
 ILL = {
     "no_learning": ({"grad_norm": 0.0}, "gradient has been 0"),
     "groups_alike": ({"groups/all_correct": 0.8}, "100% of the groups"),
+    "too_long": ({"too_long": 0.055}, "6% of the texts are longer than training.seq_len + 1"),
     "truncation": ({"truncated": 0.055}, "6% of the texts are truncated at rollout.max_tokens = 7"),
 }
 
