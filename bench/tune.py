@@ -1,4 +1,5 @@
-"""Sweeps of what may be chosen: workspace of fused ops; columns, warps, stages of row kernels.
+"""Sweeps of what may be chosen: workspace, chunks and groups of fused ops; columns, warps, stages
+of row kernels.
 
     python bench/gpu.py --tune --seconds 240
 
@@ -8,14 +9,16 @@ fused ops give them: fp32 logits of one chunk, a bf16 gradient beside them.
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 
-from reflux.kernels import _triton
+from reflux.kernels import _chunks, _triton
 from reflux.kernels._kl_rows import KLSpec, kl_rows
 from reflux.kernels._logprob_rows import logprob_gradient_, logprob_rows
+from reflux.kernels._plan import WORKSPACE_MB, Plan
 from reflux.kernels.linear_kl import linear_kl
 from reflux.kernels.linear_nll import linear_nll
 
@@ -23,25 +26,58 @@ from .cases import BANDWIDTH, OPS, QWEN, TINY, Shape
 from .clock import time_ms
 
 WORKSPACES = (600, 1200, 2400, 4800)  # MiB
+# rows of (chunk, group): alone as in the first version, as `plan_for` has it, and its neighbours
+PLANS = {
+    "linear_kl": ((768, 768), (640, 1280), (512, 2048), (384, 2304), (256, 2560), (1024, 4096)),
+    "linear_nll": ((1280, 1280), (1024, 2048), (768, 2304), (512, 3072), (2048, 4096)),
+}
 COLUMNS, WARPS, STAGES = (1024, 2048, 4096, 8192), (4, 8, 16), (1, 2, 3)
 CHUNK = 768  # rows
 Unit = tuple[str, int, Callable[[], object]]  # what, bytes that it must move or 0, one call
 
 
+LOSSES: dict[str, tuple[str, Callable]] = {
+    "linear_kl": ("forward", lambda *a, **o: linear_kl(*a, **o).total),
+    "linear_nll": ("", lambda *a, **o: linear_nll(*a, **o).total),
+}
+
+
 def workspaces(shape: Shape, where: str) -> Iterator[Unit]:
-    losses = {
-        "linear_kl": ("forward", lambda *a, **o: linear_kl(*a, **o).total),
-        "linear_nll": ("", lambda *a, **o: linear_nll(*a, **o).total),
-    }
-    for op, (variant, loss) in losses.items():
-        case = OPS[op][variant](shape, where)
-        leaves = [x for x in case.args if torch.is_tensor(x) and x.requires_grad]
+    for op in LOSSES:
+        call = fused(op, shape, where)
         for mb in WORKSPACES:
+            yield f"{op} workspace {mb} MiB", 0, lambda call=call, mb=mb: call(mb)
 
-            def step(loss=loss, case=case, mb=mb, leaves=leaves):
-                return torch.autograd.grad(loss(*case.args, workspace_mb=mb), leaves)
 
-            yield f"{op} workspace {mb} MiB", 0, step
+def plans(shape: Shape, where: str) -> Iterator[Unit]:
+    """Chunks and groups that `plan_for` did not choose; fp16, whose gradients are lifted."""
+    half = replace(shape, dtype="float16")
+    for op, tried in PLANS.items():
+        call = fused(op, shape, where)
+        for plan in tried:
+            what = f"{op} chunk {plan[0]} group {plan[1]}"
+            yield what, 0, with_plan(call, Plan(*plan))
+        yield f"{op}_fp16", 0, fused(op, half, where)
+
+
+def with_plan(call: Callable[[], object], plan: Plan) -> Callable[[], object]:
+    def step():
+        with patch.object(_chunks, "plan_for", lambda work, budget: plan):
+            return call()
+
+    return step
+
+
+def fused(op: str, shape: Shape, where: str) -> Callable[..., object]:
+    """Loss and gradients of a fused op, with a workspace in MiB."""
+    variant, loss = LOSSES[op]
+    case = OPS[op][variant](shape, where)
+    leaves = [x for x in case.args if torch.is_tensor(x) and x.requires_grad]
+
+    def step(mb: float = WORKSPACE_MB):
+        return torch.autograd.grad(loss(*case.args, workspace_mb=mb), leaves)
+
+    return step
 
 
 def row_kernels(shape: Shape, where: str) -> Iterator[Unit]:
@@ -106,7 +142,7 @@ def run(rows_file: Path, until: float, dry: bool) -> None:
 
     on_gpu, shape = torch.cuda.is_available(), TINY if dry else QWEN
     where = "cuda" if on_gpu else "cpu"
-    units = [*workspaces(shape, where), *row_kernels(shape, where)]
+    units = [*workspaces(shape, where), *plans(shape, where), *row_kernels(shape, where)]
     units = units[:: len(units) // 8] if dry else units
     best: dict[str, tuple[float, str]] = {}
     for i, unit in enumerate(units):

@@ -8,19 +8,30 @@ given fp64): bf16 logits get a KL of 1e-2 wrong by 13 %.
 Shapes: T tokens, C rows of a chunk, D hidden, V vocabulary (padded columns already cut off).
 """
 
+import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._parallel import VocabShard
+from ._plan import MIB, WORKSPACE_MB, Plan, Work, plan_for, workspace_for
 from ._triton import check_row_numbers, on_gpu, runs_triton
 
 # one [rows, V] buffer on a CPU; larger ones leave the caches and page-fault anew each call
 CPU_CHUNK_BYTES = 4 * 2**20
-WORKSPACE_MB = 1200  # MiB of logits alive at once: 1024 fp32 rows of two models at V = 151,936
 PAD = 64  # columns a row of logits is padded to: without it no 16-byte load exists at V = 151,669
+FP16_MAX = 65504.0
 Rows = slice | Tensor  # of a chunk: a range, or an int64 index when the caller chose rows
+
+
+class Part(NamedTuple):
+    """A chunk in its group; see `_plan.py`."""
+
+    rows: Rows
+    begin: int  # its first row within the group
+    group: Rows | None  # all rows of the group, at its last chunk
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -112,20 +123,25 @@ def check_bias(op: str, bias_V: Tensor | None, head_VD: Tensor) -> Tensor | None
     return bias_V
 
 
-def workspace_that_fits(device: torch.device | str, share: float = 0.25) -> int:
-    """MiB for `workspace_mb`: a share of the memory that is free now, between WORKSPACE_MB and four
-    times as much; WORKSPACE_MB on a CPU, whose chunks are bound by its caches.
+def workspace_that_fits(
+    device: torch.device | str,
+    share: float = 0.25,
+    tokens: int = 2**16,
+    vocab: int = 2**18,
+    dtype: torch.dtype = torch.bfloat16,
+) -> int:
+    """MiB for `workspace_mb` from the memory that is free now: `workspace_for` of _plan.py, 300 to
+    4800; WORKSPACE_MB on a CPU, whose chunks are bound by its caches.
 
-    Ask once, when everything else is allocated, and keep the answer: the size of chunks decides in
-    which order the head's gradient is summed, so that two runs are equal only with equal sizes.
+    tokens and vocab of the largest call: more than they can use is not taken. Ask once, when
+    everything else is allocated, and keep the answer: it decides in which order the head's gradient
+    is summed, so that two runs are equal only with equal sizes.
     """
     device = torch.device(device)
-    if not (0 < share <= 1):
-        raise ValueError(f"workspace_that_fits: share is {share}; want 0 < share <= 1")
-    if device.type != "cuda":
-        return WORKSPACE_MB
-    free_mib = torch.cuda.mem_get_info(device)[0] / 2**20
-    return int(max(WORKSPACE_MB, min(4 * WORKSPACE_MB, share * free_mib)))
+    cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if cuda else 0
+    fits = workspace_for(free, tokens, vocab, dtype.itemsize, share)
+    return fits if cuda else WORKSPACE_MB
 
 
 def check_rows(op: str, rows_M: Tensor | None, hidden_TD: Tensor) -> Tensor | None:
@@ -154,15 +170,56 @@ def chunks(
     Always at least one row; multiples of 128 rows where the budget allows, the tile height of a
     GEMM.
     """
+    size = _chunk_rows(x, V, buffers, workspace_mb)
+    for part in parts(Plan(size, size), x, rows_M):
+        yield part.rows
+
+
+def _chunk_rows(x: Tensor, V: int, buffers: float, workspace_mb: float) -> int:
     row_bytes = V * wide(x.dtype).itemsize
-    size = int(workspace_mb * 2**20 / (buffers * row_bytes))
+    size = int(workspace_mb * MIB / (buffers * row_bytes))
     if not on_gpu(x):
         size = min(size, max(CPU_CHUNK_BYTES // row_bytes, 128))
-    size = max(1, size - size % 128 if size >= 128 else size)
+    return max(1, size - size % 128 if size >= 128 else size)
+
+
+def parts(plan: Plan, x: Tensor, rows_M: Tensor | None = None) -> Iterator[Part]:
+    """The rows of x, or rows_M, chunk by chunk and group by group."""
     total = x.shape[0] if rows_M is None else rows_M.shape[0]
-    for start in range(0, total, size):
-        c = slice(start, start + size)
-        yield c if rows_M is None else rows_M[c]
+    for start in range(0, total, plan.chunk):
+        stop = start + plan.chunk
+        first = start - start % plan.group
+        c, g = slice(start, stop), slice(first, stop)
+        ends = stop >= total or stop % plan.group == 0
+        if rows_M is None:
+            yield Part(c, start - first, g if ends else None)
+        else:
+            yield Part(rows_M[c], start - first, rows_M[g] if ends else None)
+
+
+def head_plan(
+    x_TD: Tensor,
+    V: int,
+    blocks: tuple[int, int],
+    teacher: int,
+    need: tuple[bool, bool, bool],
+    workspace_mb: float,
+    rows_M: Tensor | None = None,
+) -> Plan:
+    """How a linear_* op cuts its rows. `plan_for` on tensor cores, whose 16-bit gradients have a
+    block of their own; else they overwrite the logits, and a group is a chunk.
+
+    blocks: [rows, V] blocks in the wide dtype alive at once beside the gradient, with kernels and
+    with PyTorch alone. teacher: hidden size of the teacher whose logits are made, too; 0: none.
+    need: of hidden, head and bias. V, the same on all ranks of a sharded vocabulary.
+    """
+    if not (on_tensor_cores(x_TD) and any(need)):
+        size = _chunk_rows(x_TD, V, workspace_buffers(x_TD, *blocks), workspace_mb)
+        return Plan(size, size)
+    total, item = x_TD.shape[0] if rows_M is None else rows_M.shape[0], x_TD.dtype.itemsize
+    logits = 4 * int(workspace_buffers(x_TD, *blocks))
+    work = Work(total, max(V, 1), x_TD.shape[1], teacher, item, logits, item, *need[:2])
+    return plan_for(work, int(workspace_mb * MIB))
 
 
 def logits_ref(
@@ -243,12 +300,43 @@ def padded_copy(x_CV: Tensor, block_CV: Tensor) -> Tensor:
     return copy_CV
 
 
+def lift_for(x: Tensor, largest: float) -> float:
+    """What dlogits carry as a factor until their GEMMs: a power of two in fp16, else 1.
+
+    largest: a bound of |dlogits| at the largest weight. Unlifted, all below 6e-8 would be lost;
+    lifted, 4e-12 for a bound of 4. Beyond the bound `narrow` cuts.
+    """
+    if not (on_tensor_cores(x) and x.dtype == torch.float16):
+        return 1.0
+    return 2.0 ** math.floor(math.log2(FP16_MAX / max(largest, 1e-3)))
+
+
+def unit_above(largest: Tensor) -> Tensor:
+    """The power of two [] at or above it; 1 for 0, inf and NaN."""
+    unit = torch.exp2(largest.log2().ceil())
+    return torch.where((largest > 0) & largest.isfinite(), unit, 1.0)
+
+
+def narrow(d_CV: Tensor, like: Tensor) -> Tensor:
+    """d, in place, as it may be stored in the dtype of `like`: fp16 ends at 65504."""
+    if like.dtype != torch.float16 or d_CV.dtype == torch.float16:
+        return d_CV
+    return torch.where(d_CV.isfinite(), d_CV.clamp(-FP16_MAX, FP16_MAX), d_CV)
+
+
 def gradient_block(logits_CV: Tensor, hidden_CD: Tensor) -> Tensor:
     """Where a row kernel writes dlogits: over the logits, or beside them in bf16 for bf16 GEMMs."""
     if not (on_tensor_cores(hidden_CD) and hidden_CD.dtype == torch.bfloat16):
         return logits_CV
     C, V = logits_CV.shape
     return hidden_CD.new_empty(C, _width(hidden_CD, V))[:, :V]
+
+
+def gradient_room(hidden_TD: Tensor, rows: int, V: int) -> Tensor:
+    """[rows, V] for 16-bit dlogits on tensor cores, rows as `project` lays them; else empty."""
+    if not (rows and on_tensor_cores(hidden_TD)):
+        return hidden_TD.new_empty(0)
+    return hidden_TD.new_empty(rows, _width(hidden_TD, V))
 
 
 def backproject(
@@ -258,27 +346,37 @@ def backproject(
     need_dhidden: bool,
     dhead_VD: Tensor | None,
     dbias_V: Tensor | None = None,
+    lift: float = 1.0,
 ) -> Tensor | None:
-    """dhidden [C, D] = dlogits @ head, or None; adds dlogits.T @ hidden to dhead, sum to dbias.
+    """dhidden [C, D] = d @ head, or None; adds d.T @ hidden to dhead, sum to dbias; d = dlogits /
+    lift, a power of two. dhidden is fp32 if lifted, else like hidden.
 
-    dhead and dbias are fp32 or fp64. bf16 gradients go through the GEMMs in bf16, as everywhere in
-    training. fp16 ones would lose all below 6e-8 to it (a loss scale comes only in the backward),
-    so those are multiplied in fp32.
+    dhead and dbias are fp32 or fp64. 16-bit dlogits go through the GEMMs as they are, with fp32
+    sums: bf16 ones as everywhere in training, fp16 ones lifted (`lift_for`), as a loss scale comes
+    only in the backward. Others are multiplied in their own dtype.
     """
-    d_CV = (
-        gradient_block(dlogits_CV, hidden_CD) if dlogits_CV.dtype != torch.bfloat16 else dlogits_CV
-    )
-    if d_CV is not dlogits_CV:
-        d_CV.copy_(dlogits_CV)
+    d_CV, factor = dlogits_CV, 1 / lift
+    if d_CV.dtype == torch.float32 and hidden_CD.dtype == torch.bfloat16:
+        d_CV = gradient_block(dlogits_CV, hidden_CD)
+        d_CV = d_CV if d_CV is dlogits_CV else d_CV.copy_(dlogits_CV)
     if dbias_V is not None:
-        dbias_V += dlogits_CV.sum(0, dtype=dbias_V.dtype)
+        dbias_V.add_(dlogits_CV.sum(0, dtype=dbias_V.dtype), alpha=factor)
     # it reaches into a custom op and would round d to 16 bits
     with torch.autocast(hidden_CD.device.type, enabled=False):
-        if dhead_VD is not None and d_CV.dtype == torch.bfloat16:
-            torch.addmm(dhead_VD, d_CV.t(), hidden_CD, out_dtype=torch.float32, out=dhead_VD)
-        elif dhead_VD is not None:
-            dhead_VD.addmm_(d_CV.t(), hidden_CD.to(d_CV.dtype))
-        return (d_CV @ head_VD.to(d_CV.dtype)).to(hidden_CD.dtype) if need_dhidden else None
+        if d_CV.dtype.itemsize != 2:
+            if dhead_VD is not None:
+                dhead_VD.addmm_(d_CV.t(), hidden_CD.to(d_CV.dtype), alpha=factor)
+            return (d_CV @ head_VD.to(d_CV.dtype)).to(hidden_CD.dtype) if need_dhidden else None
+        if dhead_VD is not None:
+            to = dhead_VD
+            torch.addmm(to, d_CV.t(), hidden_CD, alpha=factor, out_dtype=torch.float32, out=to)
+        if not need_dhidden:
+            return None
+        if lift == 1:
+            return d_CV @ head_VD
+        wide_CD = hidden_CD.new_empty(len(d_CV), head_VD.shape[1], dtype=torch.float32)
+        torch.mm(d_CV, head_VD, out_dtype=torch.float32, out=wide_CD)
+        return wide_CD.mul_(factor)
 
 
 def gradient_buffers(

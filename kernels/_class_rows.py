@@ -19,7 +19,7 @@ from . import _triton
 from ._chunks import padded, wide
 from ._divergence import exp_diff
 from ._parallel import merge_sums
-from ._triton import LAUNCH, launch, runs_triton, scalar, tl, triton
+from ._triton import LAUNCH, launch, narrowed, runs_triton, scalar, tl, triton
 
 LONG = 128  # ids of a class that gets a program of its own
 CLASSES = 128  # classes of one program
@@ -126,7 +126,7 @@ def class_backward(
             d *= 1.0 - (raw * inv_cap) * (raw * inv_cap)
         # where a whole class is banned dz is 0, and the fraction would be 0 / 0
         d = tl.where(dz == 0, 0.0, d)
-        tl.store(out + v, d.to(dlogits.dtype.element_ty), mask=v < V)
+        tl.store(out + v, narrowed(d, dlogits.dtype.element_ty), mask=v < V)
 
 
 def _wide_tl(dtype: torch.dtype):

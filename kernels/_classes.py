@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _class_rows
-from ._chunks import Rows, gradient_block
+from ._chunks import Part, Rows, gradient_block
 from ._class_rows import class_rows, class_rows_backward
 from ._head import Head, HeadGradients, checked_head
 from ._parallel import VocabShard, slice_of
@@ -181,7 +181,7 @@ class ClassSide(NamedTuple):
             self.head.softcap,
             gradient_block(logits_CL, self.head.hidden_TD),
         )
-        grads.add(c, d_CL, self.head)
+        grads.add(Part(c, 0, c), d_CL, self.head)
 
     def gradients(self, need: tuple[bool, bool, bool]) -> HeadGradients:
         """Zeros in class order."""

@@ -25,6 +25,13 @@ from ._triton import tl, triton
 DIVERGENCES = ("forward", "reverse", "jsd", "skew_forward", "skew_reverse")
 
 
+def largest_gradient(divergence: str) -> float:
+    """A bound of |dD/dlogits| at temperature 1. Reverse KL has none: its own is half the range of
+    log p - log q where p has mass, and 1000 is far beyond the logits of any model.
+    """
+    return {"reverse": 1000.0, "skew_reverse": 16.0}.get(divergence, 2.0)
+
+
 def check_divergence(op: str, divergence: str, beta: float) -> None:
     if divergence not in DIVERGENCES:
         raise ValueError(

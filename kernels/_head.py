@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ._chunks import (
+    Part,
     Rows,
     as_autocast,
     backproject,
@@ -17,11 +18,13 @@ from ._chunks import (
     check_softcap,
     fold_scale,
     gradient_buffers,
+    gradient_room,
     needs_gradient,
     project,
     wide,
 )
 from ._parallel import VocabShard, all_sum, local_head
+from ._plan import Plan
 from ._triton import check_plain
 
 
@@ -93,27 +96,52 @@ class HeadGradients(NamedTuple):
     dhead_VD: Tensor
     dbias_V: Tensor
     need: tuple[bool, bool, bool]  # hidden, head, bias
+    room: Tensor  # the dlogits of a group [G, V] until its GEMMs; empty: they overwrite the logits
+    lift: float  # factor of the dlogits, taken out by the GEMMs
+    unit: Tensor | None  # what the caller divided their coefficients by
 
     @classmethod
     def zeros(
-        cls, hidden_TD: Tensor, head_VD: Tensor, need: tuple[bool, bool, bool]
+        cls,
+        hidden_TD: Tensor,
+        head_VD: Tensor,
+        need: tuple[bool, bool, bool],
+        V: int = 0,
+        plan: Plan | None = None,
+        lift: float = 1.0,
+        unit: Tensor | None = None,
     ) -> "HeadGradients":
+        """V and plan: of `head_plan`, for ops that ask for `block`."""
         dbias_V = hidden_TD.new_zeros(len(head_VD) if need[2] else 0, dtype=wide(hidden_TD.dtype))
-        return cls(*gradient_buffers(hidden_TD, head_VD, *need[:2]), dbias_V, need)
+        rows = min(plan.group, len(hidden_TD)) if plan is not None and any(need) else 0
+        room_GV = gradient_room(hidden_TD, rows, V)
+        buffers = gradient_buffers(hidden_TD, head_VD, *need[:2])
+        return cls(*buffers, dbias_V, need, room_GV, lift, unit)
 
-    def add(self, c: Rows, dlogits_CV: Tensor, head: Head) -> None:
-        """Add what the logits' gradients of a chunk come to."""
+    def block(self, part: Part, logits_CV: Tensor) -> Tensor:
+        """Where a row kernel writes lift * dlogits of a chunk."""
+        C, V = logits_CV.shape
+        return self.room[part.begin : part.begin + C, :V] if self.room.numel() else logits_CV
+
+    def add(self, part: Part, dlogits_CV: Tensor, head: Head) -> None:
+        """Add what the logits' gradients of a group come to, once its last chunk is there."""
+        if part.group is None:
+            return
         V = len(head.head_VD)
+        if self.room.numel():
+            dlogits_CV = self.room[: part.begin + len(dlogits_CV), :V]
         dhidden_CD = backproject(
             dlogits_CV,
-            head.hidden_TD[c],
+            head.hidden_TD[part.group],
             head.head_VD,
             self.need[0],
             self.dhead_VD[:V] if self.need[1] else None,
             self.dbias_V[:V] if self.need[2] else None,
+            self.lift,
         )
         if dhidden_CD is not None:
-            self.dhidden_TD[c] = dhidden_CD
+            dhidden_CD = dhidden_CD if self.unit is None else dhidden_CD.mul_(self.unit)
+            self.dhidden_TD[part.group] = dhidden_CD.to(self.dhidden_TD.dtype)
 
     def summed_dhidden(self, group: str) -> Tensor:
         """A slice's dhidden is a partial sum: one all-reduce of [T, D]."""
@@ -123,6 +151,8 @@ class HeadGradients(NamedTuple):
         self, head_VD: Tensor, bias_V: Tensor | None, group: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dhidden, dhead and dbias in the dtypes of the inputs."""
+        if self.unit is not None:
+            self.dhead_VD.mul_(self.unit), self.dbias_V.mul_(self.unit)
         return (
             self.summed_dhidden(group),
             self.dhead_VD.to(head_VD.dtype),

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from . import _triton
-from ._chunks import wide
+from ._chunks import narrow, wide
 from ._divergence import DIVERGENCES, divergence_terms, exp_diff, terms
 from ._parallel import all_sum, merge_sums
-from ._triton import LAUNCH, launch, runs_triton, scalar, tl, triton
+from ._triton import LAUNCH, launch, narrowed, runs_triton, scalar, tl, triton
 
 
 @triton.jit
@@ -199,7 +199,7 @@ def kl_gradient(
         d = c * (g - p * sum_g)
         if CAPPED:
             d = tl.where(p == 0, 0.0, d * (1.0 - (raw * inv_cap) * (raw * inv_cap)))
-        tl.store(d_row + v, d.to(dz.dtype.element_ty), mask=v < V)
+        tl.store(d_row + v, narrowed(d, dz.dtype.element_ty), mask=v < V)
 
 
 class KLSpec(NamedTuple):
@@ -312,7 +312,7 @@ def _kl_rows_torch(
     d_CV = torch.addcmul(g_CV, p_CV, G_C[:, None], value=-1).mul_(coeff_C[:, None])
     if spec.softcap:
         d_CV.mul_(1 - (z_CV / spec.softcap).square_())
-    dz_CV.copy_(d_CV.masked_fill_(~kl_C.isfinite()[:, None], 0.0))
+    dz_CV.copy_(narrow(d_CV.masked_fill_(~kl_C.isfinite()[:, None], 0.0), dz_CV))
     return kl_C
 
 

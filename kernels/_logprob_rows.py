@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from . import _triton
-from ._chunks import wide
+from ._chunks import narrow, wide
 from ._divergence import exp_diff
 from ._parallel import all_max, all_sum
-from ._triton import LAUNCH, check_ids, launch, runs_triton, scalar, tl, triton
+from ._triton import LAUNCH, check_ids, launch, narrowed, runs_triton, scalar, tl, triton
 
 PADDING, ELSEWHERE = -1, -2
 LOWEST = -1000.0  # e to it is 0 in fp64, too; stands for -inf where 0 * -inf would be NaN
@@ -172,12 +172,12 @@ def logprob_gradient(
             d -= tl.where(p > 0, g_H * p * (logp + H), 0.0)
         if CAPPED:
             d *= 1.0 - (raw * inv_cap) * (raw * inv_cap)
-        tl.store(out + v, (d * inv_temp).to(dlogits.dtype.element_ty), mask=v < V)
+        tl.store(out + v, narrowed(d * inv_temp, dlogits.dtype.element_ty), mask=v < V)
     tl.debug_barrier()
     for first in range(0, K, KB):
         y = tl.load(target + t * K + first + k, mask=first + k < K, other=-1)
         d = tl.load(scratch + t * K + first + k, mask=first + k < K, other=0.0)
-        tl.store(out + tl.where(y >= 0, y, 0), d.to(dlogits.dtype.element_ty), mask=y >= 0)
+        tl.store(out + tl.where(y >= 0, y, 0), narrowed(d, dlogits.dtype.element_ty), mask=y >= 0)
 
 
 def _kernel_options(logits_CV: Tensor, K: int) -> dict:
@@ -393,4 +393,4 @@ def _gradient_torch_(
     if softcap:
         d_CV.mul_(1 - (logits_CV / softcap).square_())
     dead_C1 = ~(top_C + log_s_C).isfinite()[:, None]  # ignored, or no distribution at all
-    return out_CV.copy_(d_CV.mul_(inv_temp).masked_fill_(dead_C1, 0.0))
+    return out_CV.copy_(narrow(d_CV.mul_(inv_temp).masked_fill_(dead_C1, 0.0), out_CV))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._chunks import check_rows, check_temperature, wide
+from ._chunks import check_rows, check_temperature, unit_above, wide
 from ._divergence import check_divergence
 from ._head import Head
 from ._measures import KLMeasures
@@ -75,9 +75,7 @@ def unit_of(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """
     if weight is None or dtype != torch.float16 or not weight.numel():
         return None
-    largest = weight.detach().float().abs().amax()
-    unit = torch.exp2(largest.log2().ceil())
-    return torch.where((largest > 0) & largest.isfinite(), unit, 1.0)
+    return unit_above(weight.detach().float().abs().amax())
 
 
 def loss_factor(temperature: float, scale_t2: bool) -> float:

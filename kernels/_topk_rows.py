@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from . import _triton
-from ._chunks import wide
+from ._chunks import narrow, wide
 from ._divergence import DIVERGENCES, divergence_terms, exp_diff, terms
 from ._parallel import all_sum, merge_sums
 from ._topk_inputs import TAILS
-from ._triton import LAUNCH, launch, runs_triton, scalar, tl, triton
+from ._triton import LAUNCH, launch, narrowed, runs_triton, scalar, tl, triton
 
 
 class TopKSpec(NamedTuple):
@@ -194,12 +194,12 @@ def topk_gradient(
             d = c * e
             if CAPPED:
                 d = tl.where(e > 0, d * (1.0 - (raw * inv_cap) * (raw * inv_cap)), 0.0)
-            tl.store(d_row + v, d.to(dz.dtype.element_ty), mask=v < V)
+            tl.store(d_row + v, narrowed(d, dz.dtype.element_ty), mask=v < V)
     tl.debug_barrier()  # the sweep has written the support's zeros before their gradients land
     k = tl.arange(0, KB)
     y = tl.load(ids + t * K + k, mask=k < K, other=-1)
     d = tl.load(d_k + t * K + k, mask=k < K, other=0.0)
-    tl.store(d_row + tl.where(y >= 0, y, 0), d.to(dz.dtype.element_ty), mask=y >= 0)
+    tl.store(d_row + tl.where(y >= 0, y, 0), narrowed(d, dz.dtype.element_ty), mask=y >= 0)
 
 
 def topk_rows_(
@@ -450,8 +450,10 @@ def _gradient_torch(
         if spec.softcap
         else None
     )
-    torch.sub(z_CV, _finite(tail_max_C)[:, None], out=dz_CV).exp_().mul_(factor_C[:, None])
+    d_CV = z_CV.sub_(_finite(tail_max_C)[:, None]).exp_().mul_(factor_C[:, None])
     if cap_CV is not None:
-        dz_CV.mul_(cap_CV)
-    dz_CV.masked_fill_((factor_C == 0)[:, None], 0.0)
-    _add_support_torch_(dz_CV, ids_CK, d_CK)
+        d_CV.mul_(cap_CV)
+    d_CV.masked_fill_((factor_C == 0)[:, None], 0.0)
+    _add_support_torch_(d_CV, ids_CK, d_CK)
+    if dz_CV is not z_CV:
+        dz_CV.copy_(narrow(d_CV, dz_CV))

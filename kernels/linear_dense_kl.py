@@ -19,17 +19,16 @@ from torch import Tensor
 
 from ._chunks import (
     WORKSPACE_MB,
-    Rows,
-    chunks,
-    gradient_block,
+    Part,
+    head_plan,
+    lift_for,
     logits_ref,
-    on_tensor_cores,
     padded,
     padded_copy,
+    parts,
     wide,
-    workspace_buffers,
 )
-from ._divergence import divergence_ref
+from ._divergence import divergence_ref, largest_gradient
 from ._head import Head, HeadGradients, checked_head, fake_gradients
 from ._kl_rows import KLSpec, kl_rows
 from ._loss import (
@@ -94,27 +93,30 @@ def _op(
     """total [], kl [T], gradients of total in the student's hidden, head and bias or empty."""
     x_TD, V = student_hidden_TD, local_width(len(student_head_VD), vocab_size, vocab_start)
     student = Head(x_TD, student_head_VD, bias_V, logit_scale, softcap).cut(V)
-    grads = HeadGradients.zeros(x_TD, student_head_VD, (need_dhidden, need_dhead, need_dbias))
     scale, gradient_scale = student.scales(temperature)
     spec = KLSpec(divergence, beta, (scale, 1 / temperature), softcap, group)
     t2 = loss_factor(temperature, scale_t2)
-    coeff_T = weight_T * (t2 * gradient_scale)
+    factor, need = t2 * gradient_scale, (need_dhidden, need_dhead, need_dbias)
+    width = common_width(vocab_size, group)
+    plan = head_plan(x_TD, width, (2, 8), 0, need, workspace_mb, rows_M)
+    lift = lift_for(x_TD, largest_gradient(divergence) * factor * scale)
+    grads = HeadGradients.zeros(x_TD, student_head_VD, need, V, plan, lift)
+    coeff_T = weight_T * (factor * lift)
     kl_T = x_TD.new_zeros(x_TD.shape[0], dtype=wide(x_TD.dtype))
 
     # a function, so that its blocks are free before the next chunk's are made
-    def step(c: Rows) -> None:
+    def step(part: Part) -> None:
+        c = part.rows
         z_CV = student.logits(c)
         u_CV = padded_copy(teacher_TV[c, :V], z_CV)
-        dz_CV = gradient_block(z_CV, x_TD) if any(grads.need) else None
+        dz_CV = grads.block(part, z_CV) if any(need) else None
         to_CV = None if dz_CV is None else padded(dz_CV)
         kl_T[c] = kl_rows(padded(z_CV), u_CV, coeff_T[c], spec, to_CV)
         if dz_CV is not None:
-            grads.add(c, dz_CV, student)
+            grads.add(part, dz_CV, student)
 
-    # both logits and, for bf16 GEMMs, half as much for the gradient
-    buffers = workspace_buffers(x_TD, 2.5 if on_tensor_cores(x_TD) else 2, 8)
-    for c in chunks(x_TD, common_width(vocab_size, group), buffers, workspace_mb, rows_M):
-        step(c)
+    for part in parts(plan, x_TD, rows_M):
+        step(part)
     kl_T.mul_(t2)
     return weighted_total(kl_T, weight_T), kl_T, *grads.finish(student_head_VD, bias_V, group)
 

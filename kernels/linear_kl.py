@@ -44,17 +44,16 @@ from torch import Tensor
 
 from ._chunks import (
     WORKSPACE_MB,
-    Rows,
-    chunks,
-    gradient_block,
+    Part,
+    head_plan,
+    lift_for,
     logits_ref,
-    on_tensor_cores,
     padded,
+    parts,
     wide,
-    workspace_buffers,
 )
 from ._chunks import workspace_that_fits as workspace_that_fits
-from ._divergence import divergence_ref
+from ._divergence import divergence_ref, largest_gradient
 from ._head import Head, HeadGradients, checked_head, fake_gradients
 from ._kl_rows import KLSpec, kl_rows
 from ._loss import (
@@ -146,29 +145,32 @@ def _op(
     student = Head(*side).cut(V)
     side = teacher_hidden_TE, teacher_head_VE, teacher_bias_V, teacher_logit_scale, teacher_softcap
     teacher = Head(*side).cut(V)
-    grads = HeadGradients.zeros(x_TD, student_head_VD, (need_dhidden, need_dhead, need_dbias))
     student_scale, gradient_scale = student.scales(temperature)
     scales = student_scale, teacher.scales(temperature)[0]
     spec = KLSpec(divergence, beta, scales, student_softcap, group)
     t2 = loss_factor(temperature, scale_t2)
-    coeff_T = weight_T * (t2 * gradient_scale)
+    factor, need = t2 * gradient_scale, (need_dhidden, need_dhead, need_dbias)
+    width = common_width(vocab_size, group)
+    plan = head_plan(x_TD, width, (2, 8), teacher_hidden_TE.shape[1], need, workspace_mb, rows_M)
+    lift = lift_for(x_TD, largest_gradient(divergence) * factor * student_scale)
+    grads = HeadGradients.zeros(x_TD, student_head_VD, need, V, plan, lift)
+    coeff_T = weight_T * (factor * lift)
     kl_T = x_TD.new_zeros(x_TD.shape[0], dtype=wide(x_TD.dtype))
     measured = KLMeasures.empty(x_TD, measures)
 
     # a function, so that its blocks are free before the next chunk's are made
-    def step(c: Rows) -> None:
+    def step(part: Part) -> None:
+        c = part.rows
         z_CV, u_CV = student.logits(c), teacher.logits(c)
         measured.read(c, (z_CV, u_CV), student_scale, group, vocab_start)
-        dz_CV = gradient_block(z_CV, x_TD) if any(grads.need) else None
+        dz_CV = grads.block(part, z_CV) if any(need) else None
         to_CV = None if dz_CV is None else padded(dz_CV)
         kl_T[c] = kl_rows(padded(z_CV), padded(u_CV), coeff_T[c], spec, to_CV)
         if dz_CV is not None:
-            grads.add(c, dz_CV, student)
+            grads.add(part, dz_CV, student)
 
-    # both logits and, for bf16 GEMMs, half as much for the gradient
-    buffers = workspace_buffers(x_TD, 2.5 if on_tensor_cores(x_TD) else 2, 8)
-    for c in chunks(x_TD, common_width(vocab_size, group), buffers, workspace_mb, rows_M):
-        step(c)
+    for part in parts(plan, x_TD, rows_M):
+        step(part)
     kl_T.mul_(t2)
     gradients = grads.finish(student_head_VD, student_bias_V, group)
     return weighted_total(kl_T, weight_T), kl_T, *gradients, *measured

@@ -27,15 +27,17 @@ from torch import Tensor
 
 from ._chunks import (
     WORKSPACE_MB,
-    Rows,
+    Part,
     check_rows,
     check_temperature,
-    chunks,
-    gradient_block,
+    head_plan,
+    lift_for,
     logits_ref,
+    on_tensor_cores,
     padded,
+    parts,
+    unit_above,
     wide,
-    workspace_buffers,
 )
 from ._head import Head, HeadGradients, checked_head, fake_gradients
 from ._logprob_rows import (
@@ -50,7 +52,7 @@ from ._loss import refuse_second_derivative, without_ignored
 from ._parallel import VocabShard, common_width, local_width, slice_of
 from .token_logprob import token_logprob_ref
 
-GRADIENT_BUFFERS = 1.5  # the logits and, for bf16 GEMMs, half as much for their gradient
+LOGIT_BLOCKS = 1, 4  # alive at once beside the gradient: with kernels, with PyTorch alone
 
 
 def linear_logprob_ref(
@@ -101,26 +103,30 @@ def _op(
     out = [x_TD.new_zeros(n, dtype=dtype) for n in (target_TK.shape, T, T if entropy else 0, T)]
     # rows that nobody chose are ignored ones
     out.append(x_TD.new_full((T,), torch.inf, dtype=dtype))
-    dlogp = HeadGradients.zeros(x_TD, head_VD, (need_dlogp, False, False))
+    need, width = (need_dlogp, False, False), common_width(vocab_size, group)
+    plan = head_plan(x_TD, width, LOGIT_BLOCKS, 0, need, workspace_mb, rows_M)
+    lift = lift_for(x_TD, 2 * scale * d_scale)
+    dlogp = HeadGradients.zeros(x_TD, head_VD, need, V, plan, lift)
 
     # a function, so that its blocks are free before the next chunk's are made
-    def step(c: Rows) -> None:
+    def step(part: Part) -> None:
+        c = part.rows
         logits_CV = head.logits(c)
-        part = logprob_rows(padded(logits_CV), target_TK[c], scale, entropy, group)
-        for whole_T, part_C in zip(out, part, strict=True):
+        found = logprob_rows(padded(logits_CV), target_TK[c], scale, entropy, group)
+        for whole_T, found_C in zip(out, found, strict=True):
             if whole_T.numel():
-                whole_T[c] = part_C
+                whole_T[c] = found_C
         if need_dlogp:
-            logp_CK, _, empty, *saved = part
-            grads = *upstream(target_TK[c], logp_CK, torch.full_like(logp_CK, d_scale)), empty
-            d_CV = gradient_block(logits_CV, x_TD)
+            logp_CK, _, empty, *saved = found
+            g_CK = torch.full_like(logp_CK, d_scale * lift)
+            grads = *upstream(target_TK[c], logp_CK, g_CK), empty
+            d_CV = dlogp.block(part, logits_CV)
             rows = padded(logits_CV), target_TK[c], (*saved, empty), grads, scale, softcap
             logprob_gradient_(*rows, padded(d_CV))
-            dlogp.add(c, d_CV, head)
+            dlogp.add(part, d_CV, head)
 
-    buffers = workspace_buffers(x_TD, GRADIENT_BUFFERS if need_dlogp else 1, 4)
-    for c in chunks(x_TD, common_width(vocab_size, group), buffers, workspace_mb, rows_M):
-        step(c)
+    for part in parts(plan, x_TD, rows_M):
+        step(part)
     logp_TK, lse_T, entropy_T, top_T, log_s_T = out
     return logp_TK, lse_T, entropy_T, top_T, log_s_T, dlogp.summed_dhidden(group)
 
@@ -148,27 +154,43 @@ def _op_backward(
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden [T, D], dhead [V, D], dbias [V]; empty where not needed."""
-    need_dhidden, need_dhead, need_dbias = needed
+    need = needed[0], needed[1], needed[2]
     x_TD, V = hidden_TD, local_width(len(head_VD), vocab_size, vocab_start)
     head = Head(x_TD, head_VD, bias_V, logit_scale, softcap).cut(V)
-    grads = HeadGradients.zeros(x_TD, head_VD, (need_dhidden, need_dhead, need_dbias))
     scale, d_scale = head.scales(temperature)
+    plan = head_plan(x_TD, max(V, 1), LOGIT_BLOCKS, 0, need, workspace_mb, rows_M)
+    lift = lift_for(x_TD, scale)
+    unit = _unit(x_TD, d_scale, g_logp_TK, g_all_T, g_entropy_T)
+    grads = HeadGradients.zeros(x_TD, head_VD, need, V, plan, lift, unit)
     target_TK = local_target(target_TK, vocab_start, V, rows_M)
-    upstream_T = [g * d_scale for g in (g_logp_TK, g_all_T, g_entropy_T)]
+    upstream_T = [g * (d_scale * lift) for g in (g_logp_TK, g_all_T, g_entropy_T)]
+    upstream_T = upstream_T if unit is None else [g / unit for g in upstream_T]
 
-    def step(c: Rows) -> None:
+    def step(part: Part) -> None:
+        c = part.rows
         logits_CV = head.logits(c)
-        d_CV = gradient_block(logits_CV, x_TD)
+        d_CV = grads.block(part, logits_CV)
         saved = top_T[c], log_s_T[c], entropy_T[c] if entropy_T.numel() else entropy_T
         g_C = tuple(g[c] for g in upstream_T)
         rows = padded(logits_CV), target_TK[c], saved, g_C, scale, softcap
         logprob_gradient_(*rows, padded(d_CV))
-        grads.add(c, d_CV, head)
+        grads.add(part, d_CV, head)
 
-    buffers = workspace_buffers(x_TD, GRADIENT_BUFFERS, 4)
-    for c in chunks(x_TD, max(V, 1), buffers, workspace_mb, rows_M):
-        step(c)
+    for part in parts(plan, x_TD, rows_M):
+        step(part)
     return grads.finish(head_VD, bias_V, group)
+
+
+def _unit(
+    x_TD: Tensor, d_scale: float, g_logp_TK: Tensor, g_all_T: Tensor, g_entropy_T: Tensor
+) -> Tensor | None:
+    """What fp16 dlogits are divided by, so that none exceeds 1 / temperature: the gradients of a
+    caller have any size. p (log p + entropy) stays below 16.
+    """
+    if not (on_tensor_cores(x_TD) and x_TD.dtype == torch.float16 and len(x_TD)):
+        return None
+    sums_T = g_logp_TK.abs().sum(1) + g_all_T.abs() + 16 * g_entropy_T.abs()
+    return unit_above(sums_T.amax() * d_scale)
 
 
 def _fake(hidden_TD, head_VD, bias_V, logit_scale, softcap, target_TK, *options):

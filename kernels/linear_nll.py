@@ -29,15 +29,16 @@ from torch import Tensor
 
 from ._chunks import (
     WORKSPACE_MB,
+    Part,
     Rows,
     check_rows,
     check_temperature,
-    chunks,
-    gradient_block,
+    head_plan,
+    lift_for,
     logits_ref,
     padded,
+    parts,
     wide,
-    workspace_buffers,
 )
 from ._head import Head, HeadGradients, checked_head, fake_gradients
 from ._logprob_rows import (
@@ -50,7 +51,7 @@ from ._logprob_rows import (
 )
 from ._loss import save_gradients, scale_gradients, unit_of, without_ignored
 from ._parallel import VocabShard, all_sum, common_width, local_width, slice_of
-from .linear_logprob import GRADIENT_BUFFERS, linear_logprob_ref
+from .linear_logprob import LOGIT_BLOCKS, linear_logprob_ref
 
 
 class LinearNLL(NamedTuple):
@@ -161,8 +162,13 @@ def _op(
     """total [], logp [T, K], gradients of total in hidden, head and bias or empty."""
     x_TD, V = hidden_TD, local_width(len(head_VD), vocab_size, vocab_start)
     head = Head(x_TD, head_VD, bias_V, logit_scale, softcap).cut(V)
-    grads = HeadGradients.zeros(x_TD, head_VD, (need_dhidden, need_dhead, need_dbias))
+    need, width = (need_dhidden, need_dhead, need_dbias), common_width(vocab_size, group)
     scale, d_scale = head.scales(temperature)
+    plan = head_plan(x_TD, width, LOGIT_BLOCKS, 0, need, workspace_mb, rows_M)
+    # every candidate of a row may be the same token; lse is rarely above 500
+    lift = lift_for(x_TD, scale * d_scale * (2 * weight_TK.shape[1] + 1000 * z_loss))
+    grads = HeadGradients.zeros(x_TD, head_VD, need, V, plan, lift)
+    d_scale *= lift
     target_TK = local_target(target_TK, vocab_start, V, rows_M)
     logp_TK = torch.zeros_like(weight_TK)
     used_TK = torch.where(target_TK == PADDING, 0.0, weight_TK)
@@ -171,26 +177,26 @@ def _op(
     more_T = torch.zeros_like(weight_TK[:, 0])
 
     # a function, so that its blocks are free before the next chunk's are made
-    def step(c: Rows) -> None:
+    def step(part: Part) -> None:
+        c = part.rows
         logits_CV = head.logits(c)
         logp_CK, lse_C, empty, *saved = logprob_rows(
             padded(logits_CV), target_TK[c], scale, False, group
         )
         logp_TK[c] = logp_CK
         more_T[c], g_lse_C = _of_normaliser(c, lse_C, used_TK[c, 0], z_loss, even)
-        if any(grads.need):
+        if any(need):
             g_CK = weight_TK[c] * (label_smoothing - 1) * d_scale
             grads_C = *upstream(target_TK[c], logp_CK, g_CK, g_lse_C * d_scale), empty
-            d_CV = gradient_block(logits_CV, x_TD)
+            d_CV = grads.block(part, logits_CV)
             rows = padded(logits_CV), target_TK[c], (*saved, empty), grads_C, scale, softcap
             logprob_gradient_(*rows, padded(d_CV))
-            grads.add(c, d_CV, head)
-            if even is not None:
-                even.add_gradients(c, grads)
+            grads.add(part, d_CV, head)
+            if even is not None and part.group is not None:
+                even.add_gradients(part.group, grads)
 
-    buffers = workspace_buffers(x_TD, GRADIENT_BUFFERS, 4)
-    for c in chunks(x_TD, common_width(vocab_size, group), buffers, workspace_mb, rows_M):
-        step(c)
+    for part in parts(plan, x_TD, rows_M):
+        step(part)
     if even is not None:
         even.add_head_gradient(grads)
     total = (1 - label_smoothing) * _total(logp_TK, weight_TK) + more_T.sum()

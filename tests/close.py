@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from reflux.kernels import _triton
+from reflux.kernels import _chunks, _triton
 
 GUARD = 64  # elements
 _EMPTY = torch.empty
@@ -133,3 +133,44 @@ class NoLargeTensor(TorchDispatchMode):
                 f"{func} made {list(x.shape)}"
             )
         return out
+
+
+def wide_gemms() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """torch.mm and torch.addmm with the `out_dtype` that only CUDA builds have: a product of 16-bit
+    matrices in fp32.
+    """
+    mm, addmm = torch.mm, torch.addmm
+
+    def wide_mm(a: Tensor, b: Tensor, *, out_dtype=None, out=None):
+        if out_dtype is None:
+            return mm(a, b) if out is None else mm(a, b, out=out)
+        product = mm(a.to(out_dtype), b.to(out_dtype))
+        return product if out is None else out.copy_(product)
+
+    def wide_addmm(c: Tensor, a: Tensor, b: Tensor, *, out_dtype=None, out=None, **factors):
+        if out_dtype is None:
+            options = factors if out is None else factors | {"out": out}
+            return addmm(c, a, b, **options)
+        total = addmm(c, a.to(out_dtype), b.to(out_dtype), **factors)
+        return total if out is None else out.copy_(total)
+
+    return wide_mm, wide_addmm
+
+
+@contextmanager
+def tensor_cores():
+    """What ops do with 16-bit inputs on a GPU, on a CPU: GEMMs with fp32 output, chunks in groups,
+    lifted fp16 gradients. Nothing to do where there is a GPU.
+    """
+    if DEVICE != "cpu":
+        yield
+        return
+    mm, addmm = wide_gemms()
+    asked, code = _chunks.on_tensor_cores, _chunks.on_tensor_cores.__code__
+    # the code object, so that modules that imported the function by name see it, too
+    asked.__code__ = (lambda x: x.dtype.itemsize == 2).__code__
+    try:
+        with patch.object(torch, "mm", mm), patch.object(torch, "addmm", addmm):
+            yield
+    finally:
+        asked.__code__ = code

@@ -71,6 +71,7 @@ CASES = [
     (logprob_stats, "K 64", "*fp32", dict(ENTROPY=True, KB=64, **TILE), 0),
     (logprob_gradient, "entropy", "*bf16", dict(ENTROPY=True, CAPPED=False, KB=1, **TILE), 2),
     (logprob_gradient, "", "*fp32", dict(ENTROPY=False, CAPPED=False, KB=1, **TILE), 2),
+    (logprob_gradient, "", "*fp32/*fp16", dict(ENTROPY=False, CAPPED=False, KB=1, **TILE), 2),
     (
         logprob_gradient,
         "K 64 entropy capped",
@@ -101,6 +102,7 @@ CASES = [
     ),
     (kl_gradient, "forward rows", "*bf16", dict(DIVERGENCE=0, CAPPED=False, **TILE), 0),
     (kl_gradient, "jsd", "*fp32/*bf16", dict(DIVERGENCE=2, chosen=None, CAPPED=False, **TILE), 0),
+    (kl_gradient, "fwd", "*fp32/*fp16", dict(DIVERGENCE=0, chosen=None, CAPPED=False, **TILE), 0),
     (topk_lift, "K 64", "*fp32", dict(KB=64, **TILE), 2),
     (topk_lift, "K 1024", "*bf16", dict(KB=1024, **TILE), 2),
     *(
@@ -128,6 +130,7 @@ CASES = [
         0,
     ),
     (topk_gradient, "K 64", "*fp32/*bf16", dict(CAPPED=False, KB=64, **TILE), 1),
+    (topk_gradient, "K 64", "*fp32/*fp16", dict(CAPPED=False, KB=64, **TILE), 1),
     (topk_gradient, "K 1024 capped", "*fp32", dict(CAPPED=True, KB=1024, **TILE), 1),
     *(
         (kernel, "", "*bf16", dict(stride_w=1, KB=ROWS, **GATHER), 0)

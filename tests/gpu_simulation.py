@@ -13,7 +13,7 @@ behind on the CPU (tests/kernels/test_fake_cuda.py shows those).
 
 import numpy as np
 import torch
-from torch import Tensor
+from close import wide_gemms
 
 
 def simulate() -> None:
@@ -44,19 +44,4 @@ def _floats_as_fp32() -> None:
 
 def _gemms_with_out_dtype() -> None:
     """CPU builds of torch have no mm with out_dtype: the product is made in fp32."""
-    mm, addmm = torch.mm, torch.addmm
-
-    def wide_mm(a: Tensor, b: Tensor, *, out_dtype=None, out=None):
-        if out_dtype is None:
-            return mm(a, b) if out is None else mm(a, b, out=out)
-        product = mm(a.to(out_dtype), b.to(out_dtype))
-        return product if out is None else out.copy_(product)
-
-    def wide_addmm(c: Tensor, a: Tensor, b: Tensor, *, out_dtype=None, out=None, **factors):
-        if out_dtype is None:
-            options = factors if out is None else factors | {"out": out}
-            return addmm(c, a, b, **options)
-        total = addmm(c, a.to(out_dtype), b.to(out_dtype), **factors)
-        return total if out is None else out.copy_(total)
-
-    torch.mm, torch.addmm = wide_mm, wide_addmm
+    torch.mm, torch.addmm = wide_gemms()

@@ -5,13 +5,12 @@ and the list of ops.
 import importlib
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from shards import run_on_ranks
 
-from reflux.kernels._chunks import chunks
+from reflux.kernels._plan import Work, plan_for
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -209,11 +208,12 @@ def test_the_table_of_chunks_is_the_formula():
         for line in KERNELS.split("| `workspace_mb` |")[1].split("\n\n")[0].splitlines()[2:]
     ]
     T, V, D, E = 8192, 151_936, 2048, 4096
-    for mb, size, count, heads_ms, dhead_ms in rows:
-        hidden_TD = SimpleNamespace(shape=(T, D), dtype=torch.bfloat16, is_cuda=True)
-        found = list(chunks(hidden_TD, V, 2.5, mb))
-        assert size == found[0].stop == int(
-            mb * 2**20 / (4 * V * 2.5)
-        ) // 128 * 128 and count == len(found)
-        assert heads_ms == pytest.approx(count * (4 * V * D + 2 * V * E) / 4.3e9, rel=0.03)
-        assert dhead_ms == pytest.approx(count * 8 * V * D / 4.3e9, rel=0.03)
+    for mb, size, group, heads_ms, dhead_ms, alone_ms in rows:
+        plan = plan_for(Work(T, V, D, E, 2, 8, 2), int(mb * 2**20))
+        assert (size, group) == plan
+        chunks, groups = -(-T // plan.chunk), -(-T // plan.group)
+        heads = chunks * 2 * V * (D + E) + groups * 2 * V * D
+        assert heads_ms == pytest.approx(heads / 4.3e9, rel=0.03)
+        assert dhead_ms == pytest.approx(groups * 8 * V * D / 4.3e9, rel=0.03)
+        rows_alone = int(mb * 2**20 / (10 * V)) // 128 * 128
+        assert alone_ms == pytest.approx(-(-T // rows_alone) * 8 * V * D / 4.3e9, rel=0.03)

@@ -100,9 +100,10 @@ def test_ids_are_checked_only_while_debugging(monkeypatch):
 
 def test_a_workspace_takes_its_share_of_free_memory_once_asked(monkeypatch):
     assert workspace_that_fits("cpu") == WORKSPACE_MB
-    for free_gib, want in ((1, 1200), (12, 3072), (100, 4800)):
+    for free_gib, want in ((1, 300), (5, 1200), (12, 2400), (100, 4800)):
         free = free_gib * 2**30
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
         assert workspace_that_fits("cuda:0") == want
+    assert workspace_that_fits("cuda:0", tokens=2048, vocab=32_000) == 1200
     with pytest.raises(ValueError, match="0 < share <= 1"):
         workspace_that_fits("cuda", 0.0)
