@@ -19,6 +19,7 @@ from ._chunks import (
     fold_scale,
     gradient_buffers,
     gradient_room,
+    lift_for,
     needs_gradient,
     project,
     wide,
@@ -108,24 +109,25 @@ class HeadGradients(NamedTuple):
         need: tuple[bool, bool, bool],
         V: int = 0,
         plan: Plan | None = None,
-        lift: float = 1.0,
+        largest: float = 1.0,
         unit: Tensor | None = None,
     ) -> "HeadGradients":
-        """V and plan: of `head_plan`, for ops that ask for `block`."""
+        """V, plan of `head_plan` and largest of `lift_for`: for ops that ask for `block`."""
         dbias_V = hidden_TD.new_zeros(len(head_VD) if need[2] else 0, dtype=wide(hidden_TD.dtype))
         rows = min(plan.group, len(hidden_TD)) if plan is not None and any(need) else 0
         room_GV = gradient_room(hidden_TD, rows, V)
         buffers = gradient_buffers(hidden_TD, head_VD, *need[:2])
+        lift = 1.0 if plan is None else lift_for(hidden_TD, largest)
         return cls(*buffers, dbias_V, need, room_GV, lift, unit)
 
     def block(self, part: Part, logits_CV: Tensor) -> Tensor:
-        """Where a row kernel writes lift * dlogits of a chunk."""
+        """Where a row kernel writes lift * dlogits of a chunk: over the logits without a room."""
         C, V = logits_CV.shape
         return self.room[part.begin : part.begin + C, :V] if self.room.numel() else logits_CV
 
     def add(self, part: Part, dlogits_CV: Tensor, head: Head) -> None:
         """Add what the logits' gradients of a group come to, once its last chunk is there."""
-        if part.group is None:
+        if part.group is None or not any(self.need):
             return
         V = len(head.head_VD)
         if self.room.numel():

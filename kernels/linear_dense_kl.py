@@ -21,7 +21,6 @@ from ._chunks import (
     WORKSPACE_MB,
     Part,
     head_plan,
-    lift_for,
     logits_ref,
     padded,
     padded_copy,
@@ -42,6 +41,8 @@ from ._loss import (
     weighted_total,
 )
 from ._parallel import VocabShard, common_width, local_width, slice_of
+
+BLOCKS = 2, 8  # of logits alive at once beside the gradient: with kernels, with PyTorch alone
 
 
 def linear_dense_kl_ref(
@@ -98,10 +99,10 @@ def _op(
     t2 = loss_factor(temperature, scale_t2)
     factor, need = t2 * gradient_scale, (need_dhidden, need_dhead, need_dbias)
     width = common_width(vocab_size, group)
-    plan = head_plan(x_TD, width, (2, 8), 0, need, workspace_mb, rows_M)
-    lift = lift_for(x_TD, largest_gradient(divergence) * factor * scale)
-    grads = HeadGradients.zeros(x_TD, student_head_VD, need, V, plan, lift)
-    coeff_T = weight_T * (factor * lift)
+    plan = head_plan(x_TD, width, BLOCKS, 0, need, workspace_mb, rows_M)
+    largest = largest_gradient(divergence) * factor * scale
+    grads = HeadGradients.zeros(x_TD, student_head_VD, need, V, plan, largest)
+    coeff_T = weight_T * (factor * grads.lift)
     kl_T = x_TD.new_zeros(x_TD.shape[0], dtype=wide(x_TD.dtype))
 
     # a function, so that its blocks are free before the next chunk's are made
@@ -109,11 +110,10 @@ def _op(
         c = part.rows
         z_CV = student.logits(c)
         u_CV = padded_copy(teacher_TV[c, :V], z_CV)
-        dz_CV = grads.block(part, z_CV) if any(need) else None
-        to_CV = None if dz_CV is None else padded(dz_CV)
+        dz_CV = grads.block(part, z_CV)
+        to_CV = padded(dz_CV) if any(need) else None
         kl_T[c] = kl_rows(padded(z_CV), u_CV, coeff_T[c], spec, to_CV)
-        if dz_CV is not None:
-            grads.add(part, dz_CV, student)
+        grads.add(part, dz_CV, student)
 
     for part in parts(plan, x_TD, rows_M):
         step(part)

@@ -46,7 +46,6 @@ from ._chunks import (
     WORKSPACE_MB,
     Part,
     head_plan,
-    lift_for,
     logits_ref,
     padded,
     parts,
@@ -69,6 +68,8 @@ from ._loss import (
 from ._loss import row_weights as row_weights
 from ._measures import KLMeasures as KLMeasures
 from ._parallel import VocabShard, common_width, local_width, slice_of
+
+BLOCKS = 2, 8  # of logits alive at once beside the gradient: with kernels, with PyTorch alone
 
 
 def linear_kl_ref(
@@ -150,11 +151,11 @@ def _op(
     spec = KLSpec(divergence, beta, scales, student_softcap, group)
     t2 = loss_factor(temperature, scale_t2)
     factor, need = t2 * gradient_scale, (need_dhidden, need_dhead, need_dbias)
-    width = common_width(vocab_size, group)
-    plan = head_plan(x_TD, width, (2, 8), teacher_hidden_TE.shape[1], need, workspace_mb, rows_M)
-    lift = lift_for(x_TD, largest_gradient(divergence) * factor * student_scale)
-    grads = HeadGradients.zeros(x_TD, student_head_VD, need, V, plan, lift)
-    coeff_T = weight_T * (factor * lift)
+    width, E = common_width(vocab_size, group), teacher_hidden_TE.shape[1]
+    plan = head_plan(x_TD, width, BLOCKS, E, need, workspace_mb, rows_M)
+    largest = largest_gradient(divergence) * factor * student_scale
+    grads = HeadGradients.zeros(x_TD, student_head_VD, need, V, plan, largest)
+    coeff_T = weight_T * (factor * grads.lift)
     kl_T = x_TD.new_zeros(x_TD.shape[0], dtype=wide(x_TD.dtype))
     measured = KLMeasures.empty(x_TD, measures)
 
@@ -163,11 +164,10 @@ def _op(
         c = part.rows
         z_CV, u_CV = student.logits(c), teacher.logits(c)
         measured.read(c, (z_CV, u_CV), student_scale, group, vocab_start)
-        dz_CV = grads.block(part, z_CV) if any(need) else None
-        to_CV = None if dz_CV is None else padded(dz_CV)
+        dz_CV = grads.block(part, z_CV)
+        to_CV = padded(dz_CV) if any(need) else None
         kl_T[c] = kl_rows(padded(z_CV), padded(u_CV), coeff_T[c], spec, to_CV)
-        if dz_CV is not None:
-            grads.add(part, dz_CV, student)
+        grads.add(part, dz_CV, student)
 
     for part in parts(plan, x_TD, rows_M):
         step(part)

@@ -31,7 +31,6 @@ from ._chunks import (
     check_rows,
     check_temperature,
     head_plan,
-    lift_for,
     logits_ref,
     on_tensor_cores,
     padded,
@@ -105,8 +104,7 @@ def _op(
     out.append(x_TD.new_full((T,), torch.inf, dtype=dtype))
     need, width = (need_dlogp, False, False), common_width(vocab_size, group)
     plan = head_plan(x_TD, width, LOGIT_BLOCKS, 0, need, workspace_mb, rows_M)
-    lift = lift_for(x_TD, 2 * scale * d_scale)
-    dlogp = HeadGradients.zeros(x_TD, head_VD, need, V, plan, lift)
+    dlogp = HeadGradients.zeros(x_TD, head_VD, need, V, plan, 2 * scale * d_scale)
 
     # a function, so that its blocks are free before the next chunk's are made
     def step(part: Part) -> None:
@@ -118,7 +116,7 @@ def _op(
                 whole_T[c] = found_C
         if need_dlogp:
             logp_CK, _, empty, *saved = found
-            g_CK = torch.full_like(logp_CK, d_scale * lift)
+            g_CK = torch.full_like(logp_CK, d_scale * dlogp.lift)
             grads = *upstream(target_TK[c], logp_CK, g_CK), empty
             d_CV = dlogp.block(part, logits_CV)
             rows = padded(logits_CV), target_TK[c], (*saved, empty), grads, scale, softcap
@@ -159,11 +157,10 @@ def _op_backward(
     head = Head(x_TD, head_VD, bias_V, logit_scale, softcap).cut(V)
     scale, d_scale = head.scales(temperature)
     plan = head_plan(x_TD, max(V, 1), LOGIT_BLOCKS, 0, need, workspace_mb, rows_M)
-    lift = lift_for(x_TD, scale)
     unit = _unit(x_TD, d_scale, g_logp_TK, g_all_T, g_entropy_T)
-    grads = HeadGradients.zeros(x_TD, head_VD, need, V, plan, lift, unit)
+    grads = HeadGradients.zeros(x_TD, head_VD, need, V, plan, scale, unit)
     target_TK = local_target(target_TK, vocab_start, V, rows_M)
-    upstream_T = [g * (d_scale * lift) for g in (g_logp_TK, g_all_T, g_entropy_T)]
+    upstream_T = [g * (d_scale * grads.lift) for g in (g_logp_TK, g_all_T, g_entropy_T)]
     upstream_T = upstream_T if unit is None else [g / unit for g in upstream_T]
 
     def step(part: Part) -> None:

@@ -34,7 +34,6 @@ from ._chunks import (
     check_rows,
     check_temperature,
     head_plan,
-    lift_for,
     logits_ref,
     padded,
     parts,
@@ -138,6 +137,13 @@ def _of_normaliser(
     return torch.where(w_C != 0, more_C, 0.0), g_C
 
 
+def _largest(K: int, z_loss: float) -> float:
+    """A bound of |dlogits| at weight 1: all candidates of a row may be one token, and its
+    normaliser is rarely above 500.
+    """
+    return 2.0 * K + 1000 * z_loss
+
+
 @torch.library.custom_op("reflux::linear_nll", mutates_args=())
 def _op(
     hidden_TD: Tensor,
@@ -165,10 +171,9 @@ def _op(
     need, width = (need_dhidden, need_dhead, need_dbias), common_width(vocab_size, group)
     scale, d_scale = head.scales(temperature)
     plan = head_plan(x_TD, width, LOGIT_BLOCKS, 0, need, workspace_mb, rows_M)
-    # every candidate of a row may be the same token; lse is rarely above 500
-    lift = lift_for(x_TD, scale * d_scale * (2 * weight_TK.shape[1] + 1000 * z_loss))
-    grads = HeadGradients.zeros(x_TD, head_VD, need, V, plan, lift)
-    d_scale *= lift
+    largest = scale * d_scale * _largest(weight_TK.shape[1], z_loss)
+    grads = HeadGradients.zeros(x_TD, head_VD, need, V, plan, largest)
+    d_scale *= grads.lift
     target_TK = local_target(target_TK, vocab_start, V, rows_M)
     logp_TK = torch.zeros_like(weight_TK)
     used_TK = torch.where(target_TK == PADDING, 0.0, weight_TK)
@@ -180,9 +185,8 @@ def _op(
     def step(part: Part) -> None:
         c = part.rows
         logits_CV = head.logits(c)
-        logp_CK, lse_C, empty, *saved = logprob_rows(
-            padded(logits_CV), target_TK[c], scale, False, group
-        )
+        rows_C = padded(logits_CV), target_TK[c], scale
+        logp_CK, lse_C, empty, *saved = logprob_rows(*rows_C, False, group)
         logp_TK[c] = logp_CK
         more_T[c], g_lse_C = _of_normaliser(c, lse_C, used_TK[c, 0], z_loss, even)
         if any(need):

@@ -21,7 +21,6 @@ from ._chunks import (
     WORKSPACE_MB,
     Part,
     head_plan,
-    lift_for,
     logits_ref,
     padded,
     parts,
@@ -43,6 +42,8 @@ from ._topk_inputs import check_tail, check_topk, kernel_tail, local_ids, topk_i
 from ._topk_rows import TopKSpec, topk_rows_
 from .renormalised_topk_kl import gather_is_cheaper, renormalised_topk_kl
 from .topk_tail_kl import topk_tail_kl_ref
+
+BLOCKS = 1, 3  # of logits alive at once beside the gradient: with kernels, with PyTorch alone
 
 
 def linear_topk_kl_ref(
@@ -98,10 +99,10 @@ def _op(
     t2 = loss_factor(temperature, scale_t2)
     factor, need = t2 * gradient_scale, (need_dhidden, need_dhead, need_dbias)
     width = common_width(vocab_size, group)
-    plan = head_plan(x_TD, width, (1, 3), 0, need, workspace_mb, rows_M)
-    lift = lift_for(x_TD, largest_gradient(divergence) * factor * scale)
-    grads = HeadGradients.zeros(x_TD, student_head_VD, need, V, plan, lift)
-    ids_TK, coeff_T = local_ids(ids_TK, vocab_start, V, group), weight_T * (factor * lift)
+    plan = head_plan(x_TD, width, BLOCKS, 0, need, workspace_mb, rows_M)
+    largest = largest_gradient(divergence) * factor * scale
+    grads = HeadGradients.zeros(x_TD, student_head_VD, need, V, plan, largest)
+    ids_TK, coeff_T = local_ids(ids_TK, vocab_start, V, group), weight_T * (factor * grads.lift)
     kl_T = x_TD.new_zeros(x_TD.shape[0], dtype=wide(x_TD.dtype))
 
     # a function, so that its blocks are free before the next chunk's are made

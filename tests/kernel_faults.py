@@ -116,12 +116,7 @@ BY_HAND = [  # file, old text (once in it), new text, tests or None for the file
     ("_chunks", "ends = stop >= total or stop % plan.group == 0", "ends = stop >= total", "head"),
     ("_chunks", "ends = stop >= total or", "ends =", "head"),
     ("_chunks", "first = start - start % plan.group", "first = start", "head"),
-    (
-        "_head",
-        "if part.group is None:\n            return",
-        "if False:\n            return",
-        "head",
-    ),
+    ("_head", "if part.group is None or not", "if not", "head"),
     ("_head", "self.room[part.begin : part.begin + C, :V]", "self.room[:C, :V]", "head"),
     ("_head", "self.room[: part.begin + len(dlogits_CV), :V]", "self.room[:, :V]", "head"),
     ("_head", "self.need[1] else None,", "self.need[1] and False else None,", "head"),
