@@ -13,6 +13,7 @@ import gc
 import logging
 import os
 import random
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .preflight.report import PreflightReport
 
 INTERRUPTED = 130
+_INSIDE = threading.Lock()
 SINGLE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
 
@@ -122,7 +124,23 @@ def _ended(folder: Path, code: int) -> Run:
 
 @contextlib.contextmanager
 def _own_process() -> Iterator[None]:
-    """What a run changes in its process, put back afterwards."""
+    """What a run changes in its process, put back afterwards. ValueError while another one is
+    inside: two would share process group, environment and random states.
+    """
+    if not _INSIDE.acquire(blocking=False):
+        raise ValueError(
+            "reflux: another run or check goes on in this process; want one at a time. Wait for "
+            "it, or start this one in a process of its own"
+        )
+    try:
+        with _changed_process():
+            yield
+    finally:
+        _INSIDE.release()
+
+
+@contextlib.contextmanager
+def _changed_process() -> Iterator[None]:
     import torch
     import torch.distributed as dist
 

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,28 @@ def test_a_process_group_of_the_callers_is_left_alone(talkers, tmp_path, titan_p
         reflux.run(config(talkers, tmp_path / "run", "distill"))
     assert dist.is_initialized()
     dist.destroy_process_group()
+
+
+def test_a_second_run_of_the_process_is_refused_and_the_first_goes_on(talkers, tmp_path):
+    """As from two threads of a notebook, or from a callback."""
+    found: list[Exception] = []
+
+    def second() -> None:
+        try:
+            reflux.run(config(talkers, tmp_path / "second", "distill"))
+        except ValueError as error:
+            found.append(error)
+
+    class Nested(Callback):
+        def on_step(self, event: StepEvent) -> None:
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join()
+
+    run = reflux.run(config(talkers, tmp_path / "first", "distill"), callbacks=[Nested()])
+    assert run.exit_code == 0 and len(run.steps) == len(found) == 2
+    assert all("another run or check goes on in this process" in str(e) for e in found)
+    assert not (tmp_path / "second").exists() and not dist.is_initialized()
 
 
 def test_an_evaluation_and_a_check(talkers, tmp_path):

@@ -18,7 +18,13 @@ from reflux.trainer.data.chat import Chat
 from reflux.trainer.engine.engine import Engine
 from reflux.trainer.runs import commands
 
-from .data_checks import first_prompts, given_responses, sampled_findings, task_findings
+from .data_checks import (
+    control_findings,
+    first_prompts,
+    given_responses,
+    sampled_findings,
+    task_findings,
+)
 from .engine_checks import engine_findings
 from .length_checks import length_findings
 from .model_checks import PROBES, Trial, load_frozen, no_reference, sample_texts, sampler_gap
@@ -39,7 +45,7 @@ def examine(cfg: Config) -> PreflightReport:
     chats, failed = open_chats([s.role for s in shapes])
     findings += failed + tokenizer_findings(shapes, chats) + pair_findings(cfg, chats)
     prompts, failed = first_prompts(cfg)
-    findings += failed
+    findings += failed + control_findings(chats, prompts)
     texts: list[Rollout] = []
     if chats and prompts and len(shapes) == len(roles(cfg)):
         findings += _lengths(cfg, shapes, chats)

@@ -1,6 +1,6 @@
 """The first prompts, the data's own responses, and what the grader says of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from reflux.trainer.config.parts import input_name, part_configs, tasks
@@ -50,6 +50,32 @@ def _shape_finding(section: str, prompts: Prompts) -> Finding:
     rest = f"; not used: {', '.join(first.extra)}" if first.extra else ""
     what = f"{section}: rows of shape {prompts.shape}, with {' and '.join(has) or 'prompts only'}"
     return Finding("ok", f"{what}{rest}. The first: {short(first.question)}")
+
+
+def control_findings(chats: Mapping[str, Chat], prompts: Sequence[Prompt]) -> list[Finding]:
+    """Prompts that write out a control token of a model. The model reads it as the token, which can
+    end the user's turn and open another one; a model without it reads letters.
+    """
+    findings = []
+    for chat in {c.path: c for c in chats.values()}.values():
+        tokens = chat.tokenizer.added_tokens_decoder.values()
+        names = [token.content for token in tokens if token.special]
+        found = [
+            (prompt, name)
+            for prompt in prompts
+            for name in names
+            if any(name in m["content"] for m in prompt.messages)
+        ]
+        if found:
+            count = len({(p.part, p.index) for p, _ in found})
+            prompt, name = found[0]
+            what = (
+                f"{count} of the first {len(prompts)} prompts write out a control token of "
+                f"{chat.path}, prompt {prompt.index} {name!r}: it is read as the token"
+            )
+            advice = "leave these rows out, unless the data mean it so"
+            findings.append(Finding("warning", what, advice))
+    return findings
 
 
 def given_responses(

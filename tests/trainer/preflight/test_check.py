@@ -14,12 +14,14 @@ from preflight_cases import changed_tokenizer, files, only_descriptions, problem
 from runs import config
 
 from reflux.trainer.config.schema import Config
+from reflux.trainer.data.batch import Prompt
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.prompts import load_prompts
 from reflux.trainer.preflight import check as check_module
 from reflux.trainer.preflight import model_checks
 from reflux.trainer.preflight.check import check
 from reflux.trainer.preflight.check import examine as examine_report
+from reflux.trainer.preflight.data_checks import control_findings
 from reflux.trainer.preflight.dry_run import plan
 from reflux.trainer.preflight.report import Finding
 
@@ -170,6 +172,19 @@ def test_a_grader_at_odds_with_the_data_is_an_error(calibrate, task, words):
 
 
 @pytest.mark.usefixtures("titan_process")
+def test_a_prompt_that_writes_out_a_control_token_is_a_warning(talkers):
+    """The policy reads <|eos|> as the end of the turn; the proxy has no such token."""
+    chats = {name: Chat(str(talkers / name)) for name in ("policy", "proxy")}
+    own = chats["policy"].tokenizer.eos_token
+    texts = ["plain", f"Say {own} twice", "a < b, [INST"]
+    prompts = [Prompt(i, ({"role": "user", "content": text},)) for i, text in enumerate(texts)]
+    assert chats["policy"].stop_id in chats["policy"].prompt_ids(prompts[1].messages)[3:-3]
+    found = problems(control_findings({"policy": chats["policy"]}, prompts), "warning")
+    assert f"1 of the first 3 prompts write out a control token of {talkers}" in found
+    assert f"prompt 1 {own!r}: it is read as the token" in found
+    assert not control_findings(chats, [prompts[0], prompts[2]])
+
+
 def test_a_proxy_that_knows_nothing_is_a_warning(calibrate, assets):
     findings = examine(calibrate(proxy={"path": str(assets / "gemma3")}))
     assert "sign of the effect" in problems(findings, "warning")
