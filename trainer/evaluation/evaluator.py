@@ -35,6 +35,7 @@ from .predictions import (
     failed_grades,
     prompt_id,
     save_predictions,
+    save_questions,
     with_outcomes,
 )
 from .questions import chance, load_questions
@@ -139,6 +140,7 @@ class Evaluator:
         predictions.sort(key=lambda p: (p.mode, p.prompt, p.sample))
         if engine.is_main:
             save_predictions(Path(self.cfg.folder), step, predictions)
+            save_questions(Path(self.cfg.folder), self.prompts)
             if unfinished:
                 unfinished.close()
         return predictions

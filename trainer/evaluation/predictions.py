@@ -1,5 +1,5 @@
 """The answers of an evaluation on disk: predictions/step-N.jsonl, one line each, and those of an
-evaluation that has not finished.
+evaluation that has not finished; predictions/questions.jsonl, the text of the first questions.
 
 Every line: mode (greedy, sampled, likelihood_sum, likelihood_per_byte), prompt (its index), part
 (where there are several), id (of the question itself), sample, answer, correct, reward, extracted,
@@ -26,6 +26,8 @@ from reflux.trainer.runs.files import named, write_whole
 
 # way of answering -> modes: predictions of each prompt and sample
 MODES = {"greedy": ("greedy",), "sampled": ("sampled",), "likelihood": LIKELIHOOD}
+QUESTIONS_KEPT = 400
+QUESTION_LETTERS = 6000  # at most, of a question
 OUTCOMES = ("correct", "wrong", "no_answer", "refused", "truncated")
 
 
@@ -127,6 +129,16 @@ def _outcome(p: Prediction, g: Generation, refusal: re.Pattern | None, names_ans
 def save_predictions(folder: Path, step: int, predictions: Sequence[Prediction]) -> None:
     """All of them, in order, or none."""
     _write_lines(folder / "predictions" / f"step-{step}.jsonl", map(_to_row, predictions))
+
+
+def save_questions(folder: Path, prompts: Sequence[Prompt]) -> None:
+    """predictions/questions.jsonl: the text of the first QUESTIONS_KEPT prompts by their index, for
+    those who read the answers.
+    """
+    rows = [
+        {"prompt": p.index, "text": p.question[:QUESTION_LETTERS]} for p in prompts[:QUESTIONS_KEPT]
+    ]
+    _write_lines(folder / "predictions" / "questions.jsonl", rows)
 
 
 def load_predictions(folder: str | Path, option: str) -> list[Prediction]:

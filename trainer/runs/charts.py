@@ -165,8 +165,8 @@ def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
     """Round values, 1, 2 or 5 times a power of ten apart, from at or below `low` to at or above
     `high`.
     """
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value: room on both sides
-        low, high = (low - 1, high + 1) if low == 0 else (low - abs(low) / 2, high + abs(high) / 2)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value: room around it
+        low, high = (0, 1) if low == 0 else (low - abs(low) / 2, high + abs(high) / 2)
     rough = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(rough))
     distance = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -30,6 +31,14 @@ CLEAR = "\r\x1b[2K"  # back to the start of the terminal's line, and empties it
 T = TypeVar("T")
 Advance = Callable[[int], None]  # is called with the number of items done since the last call
 Stage = Callable[[str, int], AbstractContextManager[Advance]]
+
+
+def moment(written: object) -> str:
+    """A time in ISO 8601 as people write it, in UTC; "unknown" for anything else."""
+    try:
+        return datetime.fromisoformat(str(written)).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except ValueError:
+        return "unknown"
 
 
 def duration(seconds: float) -> str:

@@ -21,7 +21,7 @@ from .charts import number
 from .evaluation_bars import evaluation_bars
 from .files import write_whole
 from .logger import RESERVED
-from .progress import duration
+from .progress import duration, moment
 from .run_log import Line, RunLog, parsed, series
 from .run_panels import evaluation_panels, training_panels
 
@@ -252,7 +252,7 @@ def _facts(log: RunLog, total: int) -> list[tuple[str, str]]:
     last = (log.summary or (steps or log.events or [{}])[-1]).get("wall_s", 0.0)
     done = f"{steps[-1]['step']} of {total}" if steps else "none"
     rows = [
-        ("started", str(head.get("started", "unknown"))),
+        ("started", moment(head.get("started"))),
         ("running time", duration(last) if isinstance(last, int | float) else "unknown"),
         *((("steps", done),) if total else ()),
         ("device", f"{head.get('device', 'unknown')}, {head.get('ranks', '?')} rank(s)"),
@@ -332,7 +332,7 @@ def _samples(lines: Sequence[Line]) -> list[SampleView]:
 
 
 def _answers(folder: Path) -> list[Line]:
-    """Some generated answers of the last evaluation; the file names prompts by number."""
+    """Some generated answers of the last evaluation, with their questions where those are kept."""
     files = sorted((folder / "predictions").glob("step-*.jsonl"), key=lambda p: p.stat().st_mtime)
     if not files:
         return []
@@ -342,10 +342,21 @@ def _answers(folder: Path) -> list[Line]:
         correct: [x for x in found if x.get("correct") is correct] for correct in (True, False)
     }
     chosen = by_grade[True][:SHOWN_ANSWERS] + by_grade[False][:SHOWN_ANSWERS]
+    asked = _questions(folder / "predictions" / "questions.jsonl")
+
+    def question(number: Any) -> str:
+        return asked.get(number, f"number {number} of eval.source")
+
     return [
-        {**x, "prompt": f"number {x.get('prompt')} of eval.source", "step": x.get("mode")}
+        {**x, "prompt": question(x.get("prompt")), "step": x.get("mode")}
         for x in chosen or found[:SHOWN_ANSWERS]
     ]
+
+
+def _questions(file: Path) -> dict[Any, str]:
+    """Number of a prompt -> its text; empty in folders of older versions."""
+    lines = file.read_bytes().splitlines() if file.is_file() else []
+    return {x.get("prompt"): str(x.get("text")) for x in map(parsed, lines) if x}
 
 
 def _spans(line: Line) -> Iterator[tuple[str, float | None]]:
@@ -459,7 +470,9 @@ def _provenance(head: Line) -> list[tuple[str, str]]:
     if code.get("dirty"):
         commit += " with uncommitted changes (code.diff)"
     rows = [("command", " ".join(map(str, head.get("command", [])))), ("commit", commit)]
-    rows += [("seeds", _word(head.get("seeds", {})))]
+    seeds = head.get("seeds") or {}
+    named = [f"{k} {v}" for k, v in seeds.items()] if isinstance(seeds, Mapping) else [_word(seeds)]
+    rows += [("seeds", ", ".join(named))]
     versions = head.get("versions") or {}
     return rows + [(name, str(v or "not installed")) for name, v in versions.items()]
 

@@ -10,11 +10,13 @@ from reflux.trainer.config.evaluation import REFUSAL
 from reflux.trainer.data.batch import Prompt
 from reflux.trainer.data.failed_grades import FailedGrades
 from reflux.trainer.evaluation.predictions import (
+    QUESTIONS_KEPT,
     Unfinished,
     failed_grades,
     load_predictions,
     prompt_id,
     save_predictions,
+    save_questions,
     with_outcomes,
 )
 
@@ -132,6 +134,17 @@ def test_failed_grades_are_counted_among_the_texts_that_a_grader_saw():
 
 def ask(text, answer, index=0):
     return prompt_id(Prompt(index, ({"role": "user", "content": text},), answer))
+
+
+def test_the_first_questions_are_kept_for_readers(tmp_path):
+    asked = [
+        Prompt(i, ({"role": "system", "content": "s"}, {"role": "user", "content": f"é {i}"}))
+        for i in range(QUESTIONS_KEPT + 1)
+    ]
+    save_questions(tmp_path, asked)
+    lines = (tmp_path / "predictions" / "questions.jsonl").read_text().splitlines()
+    assert len(lines) == QUESTIONS_KEPT
+    assert json.loads(lines[3]) == {"prompt": 3, "text": "é 3"}
 
 
 def test_an_id_is_the_question_and_its_answer():

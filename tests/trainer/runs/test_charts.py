@@ -44,6 +44,10 @@ def test_ticks_enclose_the_range_at_equal_distances(a, b):
     assert max(steps) == pytest.approx(min(steps), rel=1e-3)
 
 
+def test_what_stays_at_0_stands_on_the_axis():
+    assert ticks(0, 0)[0] == 0 and ticks(0, 0)[-1] == 1
+
+
 def test_a_value_that_is_not_finite_leaves_a_gap_and_is_told():
     points = [(1, 1.0), (2, math.nan), (3, 2.0), (4, math.inf)]
     chart = line_chart([Series("norm", points)])

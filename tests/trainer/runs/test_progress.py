@@ -10,6 +10,7 @@ from reflux.trainer.runs.progress import (
     counted,
     duration,
     inside_step,
+    moment,
     progress,
     shown_stages,
     time_left,
@@ -147,3 +148,8 @@ def test_a_line_is_cleared_when_its_stage_fails(monkeypatch):
         for item in counted("scoring", [1, 2, 0], "micro-batches"):
             1 / item
     assert out.getvalue().endswith(module.CLEAR) and "scoring: 2 of 3 micro-" in out.getvalue()
+
+
+def test_a_moment_is_written_as_people_do():
+    assert moment("2026-11-29T18:05:30+01:00") == "2026-11-29 17:05 UTC"
+    assert moment(None) == moment("yesterday") == "unknown"

@@ -162,6 +162,11 @@ def test_an_evaluation_shows_answers_and_rules(tmp_path):
     text = "".join(json.dumps(r) + "\n" for r in rows)
     (tmp_path / "predictions" / "step-0.jsonl").write_text(text)
     words = words_of(page_of(tmp_path))
+    assert "prompt number 2 of eval.source" in words, "a folder without its questions"
+    question = json.dumps({"prompt": 2, "text": "What is 2 + 2?"})
+    (tmp_path / "predictions" / "questions.jsonl").write_text(f"{question}\nhalf a li")
+    words = words_of(page_of(tmp_path))
+    assert "prompt What is 2 + 2?" in words and "number 2 of" not in words
     assert "good failed: sampled 0.250" in words and "an acceptance rule does not hold" in words
     assert words.index("text 2") < words.index("text 0"), "correct ones first"
 
