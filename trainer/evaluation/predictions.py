@@ -1,5 +1,5 @@
 """The answers of an evaluation on disk: predictions/step-N.jsonl, one line each, and those of an
-evaluation that has not finished; predictions/questions.jsonl, the text of the first questions.
+evaluation that has not finished; questions.jsonl beside them, the text of the first.
 
 Every line: mode (greedy, sampled, likelihood_sum, likelihood_per_byte), prompt (its index), part
 (where there are several), id (of the question itself), sample, answer, correct, reward, extracted,
@@ -132,13 +132,13 @@ def save_predictions(folder: Path, step: int, predictions: Sequence[Prediction])
 
 
 def save_questions(folder: Path, prompts: Sequence[Prompt]) -> None:
-    """predictions/questions.jsonl: the text of the first QUESTIONS_KEPT prompts by their index, for
+    """questions.jsonl: the text of the first QUESTIONS_KEPT prompts by their index, for
     those who read the answers.
     """
     rows = [
         {"prompt": p.index, "text": p.question[:QUESTION_LETTERS]} for p in prompts[:QUESTIONS_KEPT]
     ]
-    _write_lines(folder / "predictions" / "questions.jsonl", rows)
+    _write_lines(folder / "questions.jsonl", rows)
 
 
 def load_predictions(folder: str | Path, option: str) -> list[Prediction]:

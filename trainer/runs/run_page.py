@@ -49,6 +49,7 @@ FILES = {  # beside the page -> what it is
     "diagnosis.json": "every number of the diagnosis",
     "run.jsonl": "the log",
     "samples.jsonl": "sampled texts",
+    "questions.jsonl": "questions of the evaluation, the first 400",
     "config.toml": "the resolved configuration",
     "code.diff": "uncommitted changes of the code",
     "console.log": "what the process printed",
@@ -342,7 +343,7 @@ def _answers(folder: Path) -> list[Line]:
         correct: [x for x in found if x.get("correct") is correct] for correct in (True, False)
     }
     chosen = by_grade[True][:SHOWN_ANSWERS] + by_grade[False][:SHOWN_ANSWERS]
-    asked = _questions(folder / "predictions" / "questions.jsonl")
+    asked = _questions(folder / "questions.jsonl")
 
     def question(number: Any) -> str:
         return asked.get(number, f"number {number} of eval.source")

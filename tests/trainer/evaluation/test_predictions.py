@@ -142,7 +142,7 @@ def test_the_first_questions_are_kept_for_readers(tmp_path):
         for i in range(QUESTIONS_KEPT + 1)
     ]
     save_questions(tmp_path, asked)
-    lines = (tmp_path / "predictions" / "questions.jsonl").read_text().splitlines()
+    lines = (tmp_path / "questions.jsonl").read_text().splitlines()
     assert len(lines) == QUESTIONS_KEPT
     assert json.loads(lines[3]) == {"prompt": 3, "text": "é 3"}
 

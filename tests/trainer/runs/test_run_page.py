@@ -164,7 +164,7 @@ def test_an_evaluation_shows_answers_and_rules(tmp_path):
     words = words_of(page_of(tmp_path))
     assert "prompt number 2 of eval.source" in words, "a folder without its questions"
     question = json.dumps({"prompt": 2, "text": "What is 2 + 2?"})
-    (tmp_path / "predictions" / "questions.jsonl").write_text(f"{question}\nhalf a li")
+    (tmp_path / "questions.jsonl").write_text(f"{question}\nhalf a li")
     words = words_of(page_of(tmp_path))
     assert "prompt What is 2 + 2?" in words and "number 2 of" not in words
     assert "good failed: sampled 0.250" in words and "an acceptance rule does not hold" in words
