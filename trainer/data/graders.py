@@ -6,6 +6,7 @@ run what it says, themselves or by a library.
 import logging
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -101,9 +102,13 @@ class Exact(Answer):
         extracted, accepted = self.extract(text), (self.gold(prompt), *self._others(prompt))
         if extracted is None:
             return Grade(0.0, False)
-        fold = str.casefold if self.ignore_case else str
-        correct = fold(extracted) in map(fold, accepted)
+        correct = self._folded(extracted) in map(self._folded, accepted)
         return Grade(float(correct), correct, extracted)
+
+    def _folded(self, text: str) -> str:
+        """One letter may be written as one character, or with a combining mark behind it."""
+        text = unicodedata.normalize("NFC", text)
+        return text.casefold() if self.ignore_case else text
 
     def _others(self, prompt: Prompt) -> list[str]:
         if self.aliases is None:
@@ -305,10 +310,11 @@ def _letter(text: str, letters: str) -> str | None:
 def _letter_patterns(letters: str) -> tuple[str, ...]:
     both = letters + letters.lower()
     announced = r"(?i:answer|choice|option)(?i: is)? ?[:=]? ?(?i:(?:option|choice) )?"
-    # a small letter needs brackets: "the answer is a matter of taste"
+    # a small letter needs brackets: "the answer is a matter of taste"; "I think" is no option I
+    pronoun = r"(?!I (?:think|believe|guess|suppose|would|will|am|do|can|have|know|need|was)\b)"
     return (
         rf"\\boxed ?\{{[ ({{]{{0,3}}([{both}])[ )}}.]{{0,3}}\}}",
-        rf"{announced}(?:\((?=[{both}]\))|(?=[{letters}](?![\w'])))([{both}])",
+        rf"{announced}(?:\((?=[{both}]\))|{pronoun}(?=[{letters}](?![\w'])))([{both}])",
         rf"\(([{letters}])\)",
     )
 

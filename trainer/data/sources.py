@@ -69,7 +69,8 @@ def open_source(section: SourceSection, limit: int | None) -> OpenSource:
     path = Path(source)
     if path.is_dir():
         check_parquet(path)
-        return _of_table(source, read_folder(path, section.split), limit)
+        table = read_folder(path, section.split, tuple(section.columns.values()))
+        return _of_table(source, table, limit)
     name, _, query = source.partition("?")
     if name.startswith("reasoning_gym:"):
         entries = _Generated(name.partition(":")[2], _options(source, query), limit)

@@ -56,13 +56,18 @@ def read_files(builder: str | None, files: Sequence[Path], texts: Sequence[str] 
         _require_zstandard(names)
     more: dict[str, Any] = {"sep": "\t"} if ".tsv" in files[0].suffixes else {}
     if builder == "csv":
-        more["converters"] = dict.fromkeys([*TEXTS, *texts], text_of_cell)
-        more |= {"keep_default_na": False, "na_values": [""]}  # NA is sodium, too
+        more |= _csv_options(texts)
     try:
         with _quiet(datasets):
             return datasets.load_dataset(builder, data_files=names, split="train", **more)
     except Exception as error:  # of datasets, pyarrow, and what they are built on
         raise _unreadable(names[0] if len(names) == 1 else str(names), error) from error
+
+
+def _csv_options(texts: Sequence[str]) -> dict[str, Any]:
+    """NA is sodium, too: only an empty cell is none."""
+    converters = dict.fromkeys([*TEXTS, *texts], text_of_cell)
+    return {"converters": converters, "keep_default_na": False, "na_values": [""]}
 
 
 def _require_zstandard(names: Sequence[str]) -> None:
@@ -95,15 +100,21 @@ def from_hub(source: str, section: SourceSection) -> Any:
     return _part(source, table, section.split)
 
 
-def read_folder(path: Path, split: str) -> Any:
-    """Memory-mapped Arrow rows; other files are converted once into the cache of `datasets`."""
+def read_folder(path: Path, split: str, texts: Sequence[str] = ()) -> Any:
+    """Memory-mapped Arrow rows; other files are converted once into the cache of `datasets`. texts:
+    as in read_files.
+    """
     import datasets
 
     saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
     try:
         with _quiet(datasets):
-            load = datasets.load_from_disk if saved else datasets.load_dataset
-            table = load(str(path))
+            if saved:
+                table = datasets.load_from_disk(str(path))
+            else:
+                lies_in = datasets.load_dataset_builder(str(path)).name
+                more = _csv_options(texts) if lies_in == "csv" else {}
+                table = datasets.load_dataset(str(path), **more)
     except Exception as error:
         raise _unreadable(str(path), error) from error
     return _part(str(path), table, split)

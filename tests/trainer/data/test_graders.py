@@ -131,6 +131,29 @@ def test_multiple_choice_extracts_the_letter_that_the_text_decides_for(text, let
     assert grade == Grade(float(letter == "B"), letter == "B", letter)
 
 
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("The answer is I think (C).", "C"),
+        ("Answer: I would say (B)", "B"),
+        ("The answer is I.", "I"),
+        ("The answer is I because of gravity", "I"),
+        ("Answer: I", "I"),
+    ],
+)
+def test_of_ten_options_the_ninth_is_no_pronoun(text, letter):
+    assert MultipleChoice()(prompt("J"), text).extracted == letter
+
+
+@pytest.mark.parametrize("ignore_case", [False, True])
+def test_a_letter_with_a_combining_mark_is_the_letter(ignore_case):
+    grader = Exact(ignore_case=ignore_case)
+    assert grader(prompt("caf\u00e9"), "cafe\u0301").correct
+    assert grader(prompt("cafe\u0301"), "caf\u00e9").correct
+    assert not grader(prompt("caf\u00e9"), "cafe").correct
+    assert grader(prompt("\u00c9"), "e\u0301").correct is ignore_case
+
+
 def test_multiple_choice_answers_may_be_an_index_or_a_text():
     assert MultipleChoice(answer_is="index")(prompt("2", choices=["u", "v", "w"]), "(C)").correct
     assert MultipleChoice(answer_is="text", choices="options")(

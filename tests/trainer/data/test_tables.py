@@ -69,15 +69,16 @@ def test_every_kind_of_file_holds_the_same_rows(tmp_path):
 def test_answers_of_a_csv_file_are_its_cells(tmp_path, answers):
     for name in ("answer", "target"):
         lines = [f"prompt,{name},points", *(f"{i},{x},{i}" for i, x in enumerate(answers))]
-        (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n")
-        prompts = load_prompts(
-            SourceSection(
-                str(tmp_path / f"{name}.csv"), columns={"answer": name, "prompt": "prompt"}
-            )
-        )
-        assert [p.answer for p in prompts] == [x or None for x in answers]
-        assert [p.messages[0]["content"] for p in prompts] == [str(i) for i in range(len(answers))]
-        assert [p.extra["points"] for p in prompts] == list(range(len(answers)))
+        file = tmp_path / name / "train.csv"
+        file.parent.mkdir()
+        file.write_text("\n".join(lines) + "\n")
+        for source in (file, file.parent):  # a folder is read by another door
+            columns = {"answer": name, "prompt": "prompt"}
+            prompts = load_prompts(SourceSection(str(source), columns=columns))
+            assert [p.answer for p in prompts] == [x or None for x in answers]
+            asked = [p.messages[0]["content"] for p in prompts]
+            assert asked == [str(i) for i in range(len(answers))]
+            assert [p.extra["points"] for p in prompts] == list(range(len(answers)))
 
 
 def test_zst(tmp_path):
