@@ -89,7 +89,9 @@ def logit_scale(model) -> float:
 
 def head_logits(model, hidden_NLD: Tensor) -> Tensor:
     """Logits [N, L, V] in the compute dtype, by the model's own head module, scale and cap."""
-    logits_NLV = plain(model.lm_head(hidden_NLD))
+    # a slice, such as the last position of each row, is no single product for torch: it expands the
+    # head to [N, D, V], which in bfloat16 on a CPU is a copy for every row
+    logits_NLV = plain(model.lm_head(hidden_NLD.contiguous()))
     scale, cap = logit_scale(model), logit_softcap(model)
     if scale != 1.0:
         logits_NLV = logits_NLV * scale
