@@ -30,7 +30,7 @@ SUGGESTED = (
     Suggestion(
         "quickstart",
         "the method on small models from random weights: teachers, students, a report",
-        "two CPU cores",
+        "two idle CPU cores",
         "9 minutes",
     ),
     Suggestion(

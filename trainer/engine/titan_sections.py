@@ -103,10 +103,11 @@ def _check_choices(config: Any, cfg: Config) -> None:
 
         known, name = list_backends(exclude_tags=()), config.compile.backend
         if name not in known:
+            usual = " | ".join(sorted(list_backends()))  # without those for debugging
             text = (
-                f"compile.backend = {name!r}{nearest(name, known)} Want "
-                f"{' | '.join(sorted(known))}; inductor is torch's default"
+                f"compile.backend = {name!r}{nearest(name, known)} Want {usual}, or one of torch's"
             )
+            text += " for debugging; inductor is the default"
             raise blamed(cfg, ["compile.backend"], text)
     if cfg.lora.rank and config.checkpoint.last_save_in_hf:
         text = (
