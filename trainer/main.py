@@ -42,11 +42,12 @@ READER_LOST = (
 )
 
 
-def main(arguments: list[str] | None = None, typed: Sequence[str] = ()) -> int:
+def main(arguments: list[str] | None = None, typed: Sequence[str] = (), prog: str = "") -> int:
     """Runs what the command line says. Returns the exit code. typed: what was typed behind
-    `reflux` (cli.py), for messages.
+    `reflux` (cli.py), for messages. prog: what calls itself so in front of an error.
     """
-    args = _parser().parse_args(arguments, argparse.Namespace(typed=tuple(typed)))
+    prog = prog or (f"reflux {typed[0]}" if typed else PROGRAM)
+    args = _parser().parse_args(arguments, argparse.Namespace(typed=tuple(typed), prog=prog))
     commands.remember(arguments, typed=typed)
     if sys.stdout is sys.__stdout__:  # nobody captures it
         quiet = args.print_config or args.dry_run or args.check
@@ -77,8 +78,7 @@ def _refuse(error: Exception, args: argparse.Namespace) -> NoReturn:
     """A mistake in words, by one of the ranks that find it, and exit code 2."""
     if os.environ.get("REFLUX_TRACEBACK"):
         raise error
-    program = f"reflux {args.typed[0]}" if args.typed else PROGRAM
-    lines = [f"{program}: error: {error}", *_notes(error), "(REFLUX_TRACEBACK=1 shows where)"]
+    lines = [f"{args.prog}: error: {error}", *_notes(error), "(REFLUX_TRACEBACK=1 shows where)"]
     message = "\n".join(lines)
     with contextlib.suppress(KeyboardInterrupt):  # the launcher ends all ranks when one has ended
         if first_rank.is_first_to_say(str(error)):

@@ -45,7 +45,8 @@ def check(words: list[str], prog: str) -> int:
     parser = _parser(prog, "Try everything that a run needs; write nothing.")
     args = parser.parse_args(words)
     file = _no_matrix(parser, args.config)
-    return _start(["--config", str(file), *_sets(args), "--check"], args.ranks, parser)
+    started = ["--config", str(file), *_sets(args), "--check"]
+    return _start(started, args.ranks, parser, prog=prog)
 
 
 def plan(words: list[str], prog: str) -> int:
@@ -57,7 +58,7 @@ def plan(words: list[str], prog: str) -> int:
         return run_table.main([str(file), *_sets(args), "--dry-run"], "reflux matrix")
     if args.ranks > 1:
         os.environ["WORLD_SIZE"] = str(args.ranks)  # what the plan is made for; nothing is started
-    return run_main.main(["--config", str(file), *_sets(args), "--dry-run"])
+    return run_main.main(["--config", str(file), *_sets(args), "--dry-run"], prog=prog)
 
 
 def report(words: list[str], prog: str) -> int:
@@ -133,11 +134,15 @@ def _no_matrix(parser: argparse.ArgumentParser, given: str) -> Path:
 
 
 def _start(
-    words: list[str], ranks: int, parser: argparse.ArgumentParser, typed: Sequence[str] = ()
+    words: list[str],
+    ranks: int,
+    parser: argparse.ArgumentParser,
+    typed: Sequence[str] = (),
+    prog: str = "",
 ) -> int:
     """trainer/main.py with these words: here, or on several ranks."""
     if ranks == 1:
-        return run_main.main(words, typed)
+        return run_main.main(words, typed, prog)
     if ranks < 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         parser.error(f"--ranks {ranks}: want 1 or more, and not inside of torchrun")
     return launch(words, ranks)

@@ -140,6 +140,17 @@ def test_plan_is_made_for_the_ranks_it_is_asked_for(file, monkeypatch, capsys):
     assert not file.with_name("run").exists()
 
 
+def test_a_mistake_is_told_by_the_command_that_was_typed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a.toml").write_text('phase = "calibrate"\nfolder = "run"\n')
+    for command in ("run", "check", "plan"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([command, "a.toml"])
+        told = capsys.readouterr().err
+        assert ended.value.code == 2
+        assert told.startswith(f"reflux {command}: error: a.toml: model.path is missing")
+
+
 def test_a_table_of_runs_is_known_by_its_cells(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["plan", "quickstart", "--set", 'folder="x"']) == 0

@@ -52,6 +52,7 @@ WRITTEN_OUT = {  # texts that hold a command and do not come from runs/commands.
     "trainer/studies/word_sentences.py": "the name of the program, in --help",
     "trainer/studies/proxy_gate.py": "the name of the program, in --help",
     "trainer/studies/side_by_side.py": "the name of the program, in --help",
+    "trainer/engine/model_folder.py": "what writes the models of the debug recipes",
     "trainer/engine/trainer_config.py": "how many processes to start: an option of torchrun",
     "trainer/rollouts/serve.py": "the name of the program, in --help",
     "trainer/rollouts/vllm_engine.py": "names an extra to install",

@@ -91,6 +91,9 @@ def with_origins(cfg: Config) -> Iterator[None]:
         raise
 
 
+MISSES = " is missing; "  # in messages about a key that nobody gives
+
+
 def guilty(layers: Sequence[Layer], refusals: Sequence[str | None], message: str) -> str | None:
     """The name of the layer that brings an error about, or None for the files as a whole.
 
@@ -99,7 +102,11 @@ def guilty(layers: Sequence[Layer], refusals: Sequence[str | None], message: str
     """
     if message not in refusals:
         return None
-    layer = layers[refusals.index(message)]
+    at = refusals.index(message)
+    before = refusals[at - 1] if at else None
+    if MISSES in message and before and MISSES in before:
+        return None  # this layer brings one key; the next one is missing as before
+    layer = layers[at]
     if layer.is_file and not any(mentions(message, key) for key in leaves(layer.table)):
         return None
     return layer.name

@@ -8,6 +8,9 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+WAIT = 30  # times the limit, in seconds of the clock: ends code that waits instead of computing
+LEAST_S = 0.01  # between two looks at the clock
+
 
 class TooSlow(Exception):
     """The time is up."""
@@ -15,8 +18,10 @@ class TooSlow(Exception):
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TooSlow inside after that time. Interrupts Python code, and C code that looks for
-    signals. Without effect outside the main thread, which alone receives signals.
+    """Raises TooSlow inside after that many CPU seconds of this thread, or WAIT times as many of
+    the clock. On a machine with much else to do, seconds of the clock say nothing about the code.
+    Interrupts Python code, and C code that looks for signals. Without effect outside the main
+    thread, which alone receives signals.
 
     A timer that was running before goes on afterwards, shorter by the time spent inside.
     """
@@ -24,11 +29,17 @@ def time_limit(seconds: float) -> Iterator[None]:
         yield
         return
 
+    cpu_start, start = time.thread_time(), time.monotonic()
+
     def ring(number: int, frame: FrameType | None) -> None:
+        unused = seconds - (time.thread_time() - cpu_start)
+        if unused > 0 and time.monotonic() - start < WAIT * seconds:
+            signal.setitimer(signal.ITIMER_REAL, max(unused, LEAST_S))
+            return
         raise TooSlow(f"no end within {seconds:g} s")
 
     handler = signal.signal(signal.SIGALRM, ring)
-    start, (left, interval) = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, seconds)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:

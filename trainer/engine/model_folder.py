@@ -42,6 +42,8 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
+# what the recipes debug_cpu_* read
+DEBUG_MODELS = "; python -m reflux.trainer.studies.debug_models writes it"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -73,6 +75,9 @@ def model_folder(path: str, option: str) -> str:
     hint = "want a Hugging Face model folder, or a LoRA adapter's with adapter_config.json"
     if HUB_ID.fullmatch(path) and not os.path.exists(full):
         hint += f". Ids of the hub are not downloaded: hf download {path} --local-dir {path}"
+    elif not os.path.exists(full):
+        hint += f". There is no {full}"
+        hint += DEBUG_MODELS if Path(path).parts[-2:-1] == ("debug",) else ""
     raise ValueError(f"{option} = {path!r}: no config.json there; {hint}")
 
 

@@ -30,6 +30,7 @@ TAIL_BYTES = 1 << 16  # of a log: more than its last line
 PER_SECOND = 1.0  # how often a terminal is drawn
 LINES = 24  # of a terminal that does not say how high it is
 MISSING = "·"
+KNOWN = 0.05  # of all work: before, the start of a process weighs more than what it does
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,15 @@ class Cells:
         (self.done if succeeded else self.failed).add(name)
 
     def seconds_left(self) -> float | None:
-        """At the pace so far; None before anything is known."""
+        """At the pace so far; None while less than KNOWN of all costs is done."""
         finished = sum(self.by_name[name].cost for name in self.took)
         part = sum(self.by_name[name].cost * self.fraction(name) for name in self.running)
         ended = self.done | self.failed
         all_left = sum(item.cost for item in self.items if item.name not in ended) - part
         elapsed = self.clock() - self.started_at
-        return all_left * elapsed / (finished + part) if finished + part > 0 else None
+        done = finished + part
+        # costs of cells that an earlier process has done are in neither
+        return all_left * elapsed / done if done > 0 and done >= KNOWN * (all_left + done) else None
 
     def fraction(self, name: str) -> float:
         """Of its steps that a running cell has done."""

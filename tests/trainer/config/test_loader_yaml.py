@@ -93,6 +93,17 @@ def test_a_mistake_of_the_file_names_the_file(tmp_path, sets):
     assert str(error.value).startswith(f"{file}: optim.lr = -1.0")
 
 
+def test_what_a_file_lacks_is_not_blamed_on_the_set_that_brings_another_key(tmp_path):
+    file = write(tmp_path, 'phase = "calibrate"\nfolder = "r"\n')
+    for sets, missing in (((), "model.path"), (("model.path=m",), "data.source")):
+        with pytest.raises(ValueError) as error:
+            load(file, sets)
+        assert str(error.value).startswith(f"{file}: {missing} is missing")
+    whole = write(tmp_path, MINIMAL, "whole.toml")
+    with pytest.raises(ValueError, match=r"^--set model.path='': model.path is missing"):
+        load(whole, ("model.path=''",))
+
+
 def test_a_mistake_of_a_program_names_its_key(tmp_path):
     file = write(tmp_path, MINIMAL)
     cfg = load_over(file, {"optim.lr": 1e-3, "optim": {"eps": 1e-9}, "model.path": tmp_path})

@@ -58,6 +58,21 @@ def test_the_time_left_follows_the_pace_of_this_machine(tmp_path):
     assert cells.failed == {"slow"} and cells.seconds_left() == pytest.approx(100 * 20 / 100)
 
 
+def test_a_first_short_cell_says_nothing_about_the_time_left(tmp_path):
+    """Its seconds are those of starting Python, hardly those of its work."""
+    clock = Clock()
+    items = [Item("world", tmp_path / "w", 3.0), Item("all", tmp_path / "a", 700.0)]
+    cells = Cells(items, set(), clock)
+    cells.start("world")
+    clock.now += 14
+    cells.end("world", True)
+    assert cells.seconds_left() is None and cells.left() == ""
+    cells.start("all")
+    clock.now += 100
+    write_log(tmp_path / "a", steps=1)
+    assert cells.seconds_left() == pytest.approx(630 * 114 / 73)
+
+
 def test_cells_of_an_earlier_start_do_not_count_as_pace(tmp_path):
     clock = Clock()
     cells = Cells(world(tmp_path, clock).items, {"slow"}, clock)
