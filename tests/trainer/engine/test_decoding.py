@@ -1,8 +1,7 @@
 """Decoding with a cache is the full forward, and leaves the sharding as it was."""
 
-from dataclasses import replace
-
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,10 +100,14 @@ def test_a_cache_is_gone_with_its_block_where_the_collector_is_off(host, assets,
     model, ids_NL = load_frozen(host, assets / name, backend).model, random_ids(2, 12)
     real, positions_NL = torch.ones(2, 12, dtype=torch.bool), torch.arange(12).expand(2, 12)
 
+    longer = torch.ones(2, 13, dtype=torch.bool)
+
     def decode_a_block():
         with gathered(model), kv_decoder(model, max_length=16) as step:
             step(ids_NL, positions_NL, real, True)
-            step(ids_NL[:, :1], positions_NL[:, -1:] + 1, torch.ones(2, 13, dtype=torch.bool), False)
+            step(
+                ids_NL[:, :1], positions_NL[:, -1:] + 1, torch.ones(2, 13, dtype=torch.bool), False
+            )
 
     decode_a_block()
     gc.collect()
