@@ -105,9 +105,7 @@ def test_a_cache_is_gone_with_its_block_where_the_collector_is_off(host, assets,
     def decode_a_block():
         with gathered(model), kv_decoder(model, max_length=16) as step:
             step(ids_NL, positions_NL, real, True)
-            step(
-                ids_NL[:, :1], positions_NL[:, -1:] + 1, torch.ones(2, 13, dtype=torch.bool), False
-            )
+            step(ids_NL[:, :1], positions_NL[:, -1:] + 1, longer, False)
 
     decode_a_block()
     gc.collect()
