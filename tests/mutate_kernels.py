@@ -218,7 +218,8 @@ def build_copy(folder: Path) -> None:
         shutil.copytree(
             ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "conftest.py")
         )
-    (folder / "reflux").mkdir()
+    # with its __init__: a package without one gives way to the installed one
+    shutil.copytree(ROOT / "package/reflux", folder / "reflux")
     (folder / "reflux/kernels").symlink_to(folder / "kernels")
     # an editable install would lead reflux back to this checkout
     (folder / "sitecustomize.py").write_text(
