@@ -68,6 +68,14 @@ def test_a_group_is_worth_its_memory_at_the_size_of_a_real_model():
     assert bytes_moved(QWEN, plan) < 0.8 * bytes_moved(QWEN, alone)
 
 
+def test_of_two_plans_of_equal_bytes_the_smaller_is_taken():
+    work = Work(1825, 100, 16, 32, 4, 4, 2)
+    larger = Plan(512, 1024)  # found first
+    plan = plan_for(work, 454_234)
+    assert plan == Plan(640, 640) and bytes_moved(work, plan) == bytes_moved(work, larger)
+    assert bytes_held(work, plan) < bytes_held(work, larger) <= 454_234
+
+
 def test_nothing_is_held_that_a_short_call_cannot_use():
     for tokens, most in ((1, TILE), (300, 384), (2048, 2048)):
         plan = plan_for(Work(tokens, 1000, 64, 64, 2, 8, 2), 1200 * MIB)
