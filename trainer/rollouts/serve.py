@@ -58,10 +58,13 @@ class EngineThread:
         self._queue: queue.Queue[_Job] = queue.Queue()
         self._waiting: list[_Job] = []  # in order; behind work, which waits for running texts
         self._running: dict[str, _Job] = {}
+        self._door = threading.Lock()  # a job is queued, or it reads that the engine has died
         self.broken: str | None = None
 
     def ask(self, requests: Sequence[TextRequest | ScoreRequest]) -> list[Any]:
-        """The answers, in order. Blocks; ValueError for what the engine refuses."""
+        """The answers, in order. Blocks; ValueError for what the engine refuses, RuntimeError once
+        the engine has died.
+        """
         return self._put(_Job(requests)) if requests else []
 
     def between_texts(self, work: Callable[[], None]) -> None:
@@ -69,9 +72,10 @@ class EngineThread:
         self._put(_Job(work=work))
 
     def _put(self, job: _Job) -> Any:
-        if self.broken:
-            raise RuntimeError(self.broken)
-        self._queue.put(job)
+        with self._door:
+            if self.broken:
+                raise RuntimeError(self.broken)
+            self._queue.put(job)
         return job.future.result()
 
     def run(self) -> None:
@@ -82,18 +86,25 @@ class EngineThread:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            self.broken = f"the engine has died: {error}"
             log.exception("the engine has died")
+            self._refuse_all(f"the engine has died: {error}")
+            raise
+
+    def _refuse_all(self, why: str) -> None:
+        """Every job that has no answer yet, and every later one, ends with RuntimeError(why)."""
+        with self._door:
+            self.broken = why
             while not self._queue.empty():
                 self._waiting.append(self._queue.get())
-            for job in [*self._waiting, *self._running.values()]:
-                job.future.cancel()
-            raise
+        for job in [*self._waiting, *self._running.values()]:
+            if not job.future.done():  # a job of several requests is there once for each
+                job.future.set_exception(RuntimeError(why))
 
     def _turn(self) -> None:
         self._take_new()
         while self._waiting and (self._waiting[0].work is None or not self._running):
-            self._start(self._waiting.pop(0))
+            self._start(self._waiting[0])  # where that ends the engine, the job still waits
+            self._waiting.pop(0)
         if not self._running:
             return
         for key, answer in self.engine.step().items():

@@ -2,6 +2,7 @@
 engine behind it is made up (a real one: tests/engines).
 """
 
+import queue
 import threading
 import time
 from contextlib import contextmanager
@@ -139,6 +140,62 @@ def test_a_faulty_server_is_named_and_its_texts_are_asked_elsewhere(path, fault,
             "short": "another number of texts",
         }
         assert why[fault] in asked.failed[address(servers[0])]
+
+
+def outcomes_of(asks):
+    """What each of these calls raised, from threads of their own; None: it still waits."""
+    raised = [None] * len(asks)
+
+    def call(i, ask):
+        try:
+            ask()
+        except Exception as error:
+            raised[i] = error
+
+    threads = [threading.Thread(target=call, args=x, daemon=True) for x in enumerate(asks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5)
+    return [x and f"{type(x).__name__}: {x}" for x in raised]
+
+
+DEAD = "RuntimeError: the engine has died: no room"
+
+
+def test_a_request_that_is_queued_while_the_engine_dies_is_answered(path):
+    """It has read that the engine lives, and is queued only after the others have been refused."""
+    queueing = threading.Event()
+
+    class SlowQueue(queue.Queue):
+        def put(self, job, *more):
+            if len(job.requests) == 1:
+                queueing.set()
+                time.sleep(0.5)
+            super().put(job, *more)
+
+    class Engine(FakeEngine):
+        def step(self):
+            queueing.wait(5)
+            raise MemoryError("no room")
+
+    thread = serve.EngineThread(Engine(path, 0))
+    thread._queue = SlowQueue()
+    threading.Thread(target=run_engine, args=(thread,), daemon=True).start()
+    asks = [lambda: thread.ask(requests(3)), lambda: thread.ask(requests(1))]
+    assert outcomes_of(asks) == [DEAD, DEAD]
+    with pytest.raises(RuntimeError, match="the engine has died: no room"):
+        thread.ask(requests(1))
+
+
+def test_work_that_ends_the_engine_is_answered(path):
+    thread = serve.EngineThread(FakeEngine(path, 0))
+    threading.Thread(target=run_engine, args=(thread,), daemon=True).start()
+
+    def work():
+        raise MemoryError("no room")
+
+    assert outcomes_of([lambda: thread.between_texts(work)]) == [DEAD]
 
 
 def test_a_server_that_is_alone_is_asked_again(path):
