@@ -1,11 +1,16 @@
 """The calibration reward as a reward function of TRL's GRPOTrainer.
 
-    reward = CalibrationReward(policy, "teacher_folder", proxy, "proxy_folder")
+    reward = CalibrationReward(
+        policy, "teacher_folder", proxy, "proxy_folder", num_generations=8
+    )
     trainer = GRPOTrainer(
         policy,
         [task_reward, reward],
         args=GRPOConfig(
-            reward_weights=[1.0, eta], multi_objective_aggregation="normalize_then_sum", beta=0.05
+            num_generations=8,
+            reward_weights=[1.0, eta],
+            multi_objective_aggregation="normalize_then_sum",
+            beta=0.05,
         ),
         ...
     )
@@ -47,8 +52,11 @@ class CalibrationReward:
     proxy's tokenizer cannot spell the text.
 
     temperature: of both models, that of the rollouts. clip: bound on a span's log-ratio in nats.
-    length_free: False gives the sum in nats. ValueError: completions without ids, another number
-    of ids than prompts, tokenizers that cannot be compared.
+    length_free: False gives the sum in nats. num_generations: texts of a group, as in GRPOConfig
+    (TRL does not tell it to reward functions); None: neighbours with one prompt are one group, two
+    groups of a prompt that follow each other too. ValueError: completions without ids, another
+    number of ids than prompts, tokenizers that cannot be compared, groups of another size than
+    num_generations.
     """
 
     def __init__(
@@ -61,11 +69,17 @@ class CalibrationReward:
         temperature: float = 1.0,
         clip: float = 10.0,
         length_free: bool = True,
+        num_generations: int | None = None,
     ):
+        if num_generations is not None and num_generations < 1:
+            raise ValueError(
+                f"num_generations = {num_generations}; want that of GRPOConfig, or None"
+            )
         self.policy, self.proxy = policy, proxy.eval().requires_grad_(False)
         self.chat, self.proxy_chat = Chat(policy_folder), Chat(proxy_folder)
         self.same = same_vocabulary(self.chat, self.proxy_chat)
         self.temperature, self.clip, self.length_free = temperature, clip, length_free
+        self.num_generations = num_generations
         self.__name__ = "calibration"  # TRL's name for it in the log
 
     def __call__(
@@ -89,7 +103,7 @@ class CalibrationReward:
             return values
         mine = [(p, a.n_bytes, value) for p, a, value in zip(prompts, aligned, values)]
         everyone, first = _of_all_processes(mine)
-        return _without_length(everyone)[first : first + len(mine)]
+        return _without_length(everyone, self.num_generations)[first : first + len(mine)]
 
     def _rollout(self, prompt: str | Messages, ids: Sequence[int]) -> Rollout:
         ended = len(ids) > 0 and ids[-1] in self.chat.stop_ids
@@ -158,16 +172,33 @@ def _of_all_processes(mine: list[Text]) -> tuple[list[Text], int]:
     return [text for part in parts for text in part], before
 
 
-def _without_length(texts: Sequence[Text]) -> list[float | None]:
-    """Equation (2') in every group: neighbours with one prompt, as TRL passes them."""
-    prompts = [prompt for prompt, _, _ in texts]
-    starts = [i for i, p in enumerate(prompts) if i == 0 or p != prompts[i - 1]] + [len(prompts)]
+def _without_length(texts: Sequence[Text], size: int | None) -> list[float | None]:
+    """Equation (2') in every group."""
     result: list[float | None] = []
-    for start, end in zip(starts, starts[1:]):
-        values = [value for _, _, value in texts[start:end]]
+    for group in _groups(texts, size):
+        values = [value for _, _, value in group]
         value_1G = np.array([[0.0 if v is None else v for v in values]])
-        bytes_1G = np.array([[float(n) for _, n, _ in texts[start:end]]])
+        bytes_1G = np.array([[float(n) for _, n, _ in group]])
         scored_1G = np.array([[v is not None for v in values]])
         free_G = length_free(value_1G, bytes_1G, scored_1G)[0]
         result += [float(x) if scored else None for x, scored in zip(free_G, scored_1G[0])]
     return result
+
+
+def _groups(texts: Sequence[Text], size: int | None) -> list[Sequence[Text]]:
+    """Neighbours with one prompt, as TRL passes them, `size` of them each. ValueError where their
+    number is not a multiple of it.
+    """
+    prompts = [prompt for prompt, _, _ in texts]
+    starts = [i for i, p in enumerate(prompts) if i == 0 or p != prompts[i - 1]] + [len(prompts)]
+    groups = []
+    for start, end in zip(starts, starts[1:]):
+        each = size or end - start
+        if (end - start) % each:
+            raise ValueError(
+                f"{end - start} neighbouring completions of one prompt; want a multiple of "
+                f"num_generations = {size}. Give CalibrationReward the num_generations of "
+                "GRPOConfig, and leave num_generations_eval there unset or equal to it"
+            )
+        groups += [texts[i : i + each] for i in range(start, end, each)]
+    return groups

@@ -68,6 +68,20 @@ def test_length_is_taken_out_group_by_group(models):
     np.testing.assert_allclose(got[4:], reward([other] * 4, completion_ids=ids), atol=1e-9)
 
 
+def test_two_groups_of_one_prompt_that_follow_each_other_are_two(models):
+    """As in a data set that holds a prompt twice: each group has a length fit of its own."""
+    ids = completions(models[1])
+    halves = [ids[:2] + ids[1:3], ids[2:] + ids[:2]]
+    alone = CalibrationReward(*models)
+    want = [x for half in halves for x in alone([PROMPT] * 4, completion_ids=half)]
+    reward = CalibrationReward(*models, num_generations=4)
+    np.testing.assert_allclose(
+        reward([PROMPT] * 8, completion_ids=halves[0] + halves[1]), want, atol=1e-6
+    )
+    joined = alone([PROMPT] * 8, completion_ids=halves[0] + halves[1])
+    assert np.abs(np.subtract(joined, want)).max() > 1e-2
+
+
 def test_a_group_whose_members_are_on_several_processes_is_one_group(models, monkeypatch):
     """Cut by processes, each member would be a group of its own, whose reward is 0."""
     ids, reward = completions(models[1]), CalibrationReward(*models)
@@ -107,6 +121,11 @@ def test_a_model_that_trains_goes_on_training_and_gets_no_gradient(models):
 def test_mistakes_are_refused_in_words(models):
     with pytest.raises(ValueError, match="2 prompts and 0 completion_ids; want the ids of every"):
         CalibrationReward(*models)([PROMPT] * 2)
+    with pytest.raises(ValueError, match="num_generations = 0; want that of GRPOConfig"):
+        CalibrationReward(*models, num_generations=0)
+    reward = CalibrationReward(*models, num_generations=3)
+    with pytest.raises(ValueError, match="4 neighbouring completions.*multiple of num_generations"):
+        reward([PROMPT] * 4, completion_ids=completions(models[1]))
 
 
 @needs_trl
@@ -128,7 +147,7 @@ def test_grpo_runs_with_it(models, assets, tmp_path, eta):
 
     trainer = GRPOTrainer(
         policy,
-        [starts_with_vowel, Watched(policy, models[1], proxy, folder)],
+        [starts_with_vowel, Watched(policy, models[1], proxy, folder, num_generations=4)],
         args=GRPOConfig(
             str(tmp_path),
             max_steps=2,
