@@ -206,11 +206,15 @@ class TeacherCache:
             ) from error
 
     def texts(self, prompt: Prompt) -> list[Rollout]:
-        """The texts of a prompt by member of its group; none where it was not cached. They have no
+        """The texts of a prompt by member of its group; none where it was not cached. Of several
+        rows of the source with its messages: those of its own row, else of the first. They have no
         prompt ids: each model renders the prompt itself.
         """
         rows = [self._row(place) for place in self._places.get(key_of(prompt), [])]
-        return [_rollout(prompt, row) for row in sorted(rows, key=lambda row: row["member"])]
+        indices = {row["prompt"] for row in rows}
+        of = prompt.index if prompt.index in indices else min(indices, default=0)
+        own = sorted((row for row in rows if row["prompt"] == of), key=lambda row: row["member"])
+        return [_rollout(prompt, row) for row in own]
 
     def rows_of(self, rollout: Rollout) -> TopKRows | None:
         """What the teacher says at every token of a text, or of the beginning of a longer one;
@@ -230,7 +234,7 @@ class TeacherCache:
 
     def _row(self, place: tuple[int, int]) -> dict[str, Any]:
         i, row = place
-        wanted = ("ids", "logp", "stop_logp", "text", "ended", "member")
+        wanted = ("ids", "logp", "stop_logp", "text", "ended", "member", "prompt")
         return {name: self._tables[i][name][row].as_py() for name in wanted}
 
 

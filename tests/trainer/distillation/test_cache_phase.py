@@ -12,16 +12,21 @@ from distillation_cases import GIVEN
 from runs import config, run_here, run_ranks
 from transformers import AutoModelForCausalLM
 
+from reflux.trainer.data.batch import Prompt, Rollout, TopKRows
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.prompts import load_prompts
 from reflux.trainer.distillation import cache_phase
 from reflux.trainer.distillation.teacher_cache import (
+    CachedText,
     Description,
+    Shard,
     TeacherCache,
     check_same,
     read_description,
     template_fingerprint,
     tokenizer_fingerprint,
+    write_description,
+    write_rows,
 )
 from reflux.trainer.rollouts.generate import given_rollout
 
@@ -276,3 +281,27 @@ def test_a_teacher_that_thinks_is_not_the_one_that_wrote_the_cache(talkers):
     check_same(written, plain, {}, path)
     with pytest.raises(ValueError, match="template_arguments or stop set differs"):
         check_same(written, thinks, {}, path)
+
+
+def test_two_rows_of_the_same_messages_keep_their_own_texts(tmp_path):
+    """Row 5 asks what row 2 asks; each has a group of two texts."""
+
+    def asked(index):
+        return Prompt(index, ({"role": "user", "content": "Why?"},))
+
+    rows = TopKRows(np.array([[1]]), np.array([[-0.1]], np.float32), np.array([-2.4], np.float32))
+    texts = [
+        CachedText(Rollout(asked(i), (), (i,), (-0.5,), 0.0, f"{i}.{g}", False), rows, g)
+        for g in (1, 0)
+        for i in (5, 2)
+    ]
+    made = {"made_by": "teacher"}
+    description = Description({}, "", "", 9, "bucket", 1, 1.0, "float32", made, complete=True)
+    digest = write_rows(tmp_path / "rows-00000-000.arrow", texts, description.layout)
+    shard = Shard(0, 6, {"rows-00000-000.arrow": digest}, 4, 4, 0.0)
+    write_description(tmp_path, description.with_shard(shard))
+    cache = TeacherCache(str(tmp_path))
+    for row, own in {2: 2, 5: 5, 8: 2}.items():  # row 8 of another source of these messages
+        assert [x.text for x in cache.texts(asked(row))] == [f"{own}.0", f"{own}.1"]
+        assert {x.prompt.index for x in cache.texts(asked(row))} == {row}
+    assert cache.texts(Prompt(2, ({"role": "user", "content": "How?"},))) == []
