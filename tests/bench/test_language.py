@@ -49,6 +49,17 @@ def test_styles_and_pairs_are_counted(tmp_path):
     assert language.row_of(before, None, 0)["stopped"] == "KL above 0.1"
 
 
+def test_a_text_with_other_line_breaks_is_one_line(tmp_path):
+    text = WORKED + "\u2028\x85"
+    run = write_run(tmp_path / "run", [[text]])
+    file = run / "predictions" / "step-2.jsonl"
+    file.write_text(json.dumps(json.loads(file.read_text()), ensure_ascii=False) + "\n")
+    assert "\u2028" in file.read_text()
+    assert language.row_of(run, None, texts=1)["texts"] == [
+        {"prompt": 0, "text": text, "correct": True}
+    ]
+
+
 def test_a_record_is_written_unless_a_run_had_changes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(language, "device", lambda: {"device": "none"})
     run = write_run(tmp_path / "a", [[WORKED]])

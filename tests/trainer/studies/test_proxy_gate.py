@@ -65,6 +65,22 @@ def test_the_command_shuts_the_gate(rows, tmp_path, monkeypatch, capsys, per_com
         main([*words[:3], str(tmp_path / "none"), *words[4:]])
 
 
+def test_a_text_with_other_line_breaks_is_one_row(rows, tmp_path, monkeypatch):
+    seen = []
+
+    def read(pairs):
+        seen.extend(pairs)
+        return reader(1.0, 3.0)(pairs)
+
+    monkeypatch.setattr(proxy_gate, "make_reader", lambda folder: read)
+    broken = [row | {"response": row["response"] + "\u2028\x85"} for row in rows]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in broken]
+    (tmp_path / "b.jsonl").write_text("".join(lines))
+    words = ["--proxy", "p", "--data", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "o")]
+    assert main(words) == 0
+    assert seen and all(text.endswith("\u2028\x85") for _, text in seen)
+
+
 def test_a_real_folder_is_read(assets, tmp_path, rows):
     words = ["--proxy", str(assets / "llama3"), "--data", str(tmp_path / "train.jsonl")]
     assert main([*words, "--out", str(tmp_path / "o"), "--least", "-99"]) == 0

@@ -39,6 +39,16 @@ def test_texts_come_one_prompt_after_the_other_from_the_last_evaluation(tmp_path
         load_answers(tmp_path / "none", QUESTIONS, 3)
 
 
+def test_a_text_with_other_line_breaks_is_one_line(tmp_path):
+    text, folder = "a\u2028b\x85c", tmp_path / "predictions"
+    folder.mkdir()
+    row = {"mode": "sampled", "prompt": 0, "sample": 0, "text": text, "correct": True}
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    (folder / "step-1.jsonl").write_text(line + line)
+    answers = load_answers(tmp_path, ["one?"], 3)
+    assert answers == [Answer(0, "one?", text, True)] * 2
+
+
 def test_numbers_are_those_of_the_definition():
     answers = [Answer(0, "q", "aaaa", True), Answer(0, "q", "bb", False), Answer(1, "r", "", False)]
     m = measure("run", answers, lambda pairs: [(4.0, 2), (1.0, 1)][: len(pairs)])
