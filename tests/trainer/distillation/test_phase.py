@@ -334,3 +334,29 @@ def test_a_teachers_text_that_is_too_long_in_the_students_tokens_ends_no_run(
     for samples, share in zip(seen["score"], left_out):
         rows = [len(s.rollout.prompt_ids) + len(s.rollout.ids) for s in samples]
         assert max(rows) <= longest + 11 and len(rows) == round((1 - share) * 24)
+
+
+def test_a_failed_grade_is_no_reward_of_the_students_texts(talkers, tmp_path, monkeypatch):
+    """Texts of an even number of bytes have 1.0, those of an odd number fail."""
+
+    def grade(prompt, text):
+        return 1.0 / (1 - len(text.encode()) % 2)
+
+    monkeypatch.setattr("small_tasks.fail_always", grade)
+    run = run_here(
+        config(
+            talkers,
+            tmp_path / "run",
+            "distill",
+            steps=1,
+            task={
+                "name": "small_tasks:fail_always",
+                "options": {"isolate": False, "grade_truncated": True},
+                "max_failed": 1.0,
+            },
+            rollout={"prompts": 6, "group": 4, "max_tokens": 11, "temperature": 3.0},
+            distill={"on_policy": 1.0},
+        )
+    )
+    (step,) = run.steps
+    assert 0 < step["grader_error"] < 1 and step["reward/task"] == 1.0
