@@ -337,3 +337,22 @@ def test_done_cells_with_other_arguments_are_refused_and_named(toy, capsys):
     assert "seed-0/a:" not in said and "--set folder=" in said
     assert (toy / "runs/matrix.json").read_text() == written
     assert main([str(path), *one_seed, "--set", f'folder="{toy / "other"}"']) == 0
+
+
+def test_done_cells_are_compared_again_before_the_reports(toy, monkeypatch, capsys):
+    """What this start did anew, a cell that was done before may have been made from."""
+    summary = toy / "runs/seed-0/b-1/summary.json"
+
+    def run(*given):
+        failed = run_matrix(*given)
+        summary.write_text(summary.read_text().replace("b1", "b9"))
+        return failed
+
+    reported = []
+    monkeypatch.setattr("reflux.trainer.matrix.run_matrix", run)
+    monkeypatch.setattr("reflux.trainer.matrix.write_reports", reported.append)
+    with pytest.raises(SystemExit) as ended:
+        main([str(toy / "m.toml"), "--set", "seeds=[0]"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "runs/seed-0/b-1: arguments (toy_cell b9" in said, said
+    assert not reported
