@@ -2,7 +2,7 @@
 
     python -m bench.language NAME RUN ... [--against RUN] [--texts 12]
 
-A row a run: its folder's name; steps done of steps asked; the curve; every evaluation, and of the
+A row a run: its folder's name, behind its seed's; steps done of steps asked; the curve; every evaluation, and of the
 last one the fraction of each style and item-level intervals over questions; the first sampled
 texts. --against: a run whose answers to the same questions are subtracted, pair by pair
 (item-level, too: one run says nothing about another seed). Runs of a tree with uncommitted changes
@@ -27,11 +27,13 @@ from .records import FOLDER, ROOT, device, write
 CURVE = ("step", "loss", "grad_norm", "reward/task", "reward/cal", "eta", "std_cal")
 CURVE += ("cal/length_r2", "reference_kl", "length", "entropy", "truncated")
 MODES = ("sampled", "greedy")
+TASKS = ("a", "c")
 
 
 def styles() -> Mapping[str, str]:
-    """Name -> regular expression, as the matrix has them."""
-    return tomllib.loads((ROOT / "configs" / "language_a.toml").read_text())["styles"]
+    """Name -> regular expression, as the matrices of all tasks have them; no text fits two."""
+    files = [ROOT / "configs" / f"language_{task}.toml" for task in TASKS]
+    return {k: v for file in files for k, v in tomllib.loads(file.read_text())["styles"].items()}
 
 
 def row_of(folder: Path, against: Path | None, texts: int) -> dict[str, Any]:
@@ -39,7 +41,8 @@ def row_of(folder: Path, against: Path | None, texts: int) -> dict[str, Any]:
     run = load_run(folder)
     if run.head["code"]["dirty"] is not False:
         raise ValueError(f"{folder}: of a tree with changes that were not committed")
-    row: dict[str, Any] = {"run": folder.name, "commit": run.head["code"]["commit"]}
+    seed = f"{folder.parent.name}/" if folder.parent.name.startswith("seed-") else ""
+    row: dict[str, Any] = {"run": f"{seed}{folder.name}", "commit": run.head["code"]["commit"]}
     row |= {"steps_done": run.steps[-1]["step"] if run.steps else 0}
     row |= {"steps_asked": run.head["config"]["steps"], "ended": run.summary is not None}
     row["stopped"] = (run.summary or {}).get("stopped")

@@ -47,6 +47,15 @@ def test_styles_and_pairs_are_counted(tmp_path):
     assert row["texts"] == [{"prompt": 0, "text": WORKED, "correct": True}]
     assert row["curve"][1] == {"step": 2, "loss": 0.5, "reference_kl": 0.01}
     assert language.row_of(before, None, 0)["stopped"] == "KL above 0.1"
+    assert (row["run"], sampled["styles"]["inflected"]["fraction"]) == ("calibrated", 0.0)
+
+
+def test_a_run_of_a_matrix_has_its_seed_and_the_styles_of_task_c(tmp_path):
+    text = "and yesterday they sang at home"
+    run = write_run(tmp_path / "seed-321" / "teacher-original", [[text]])
+    row = language.row_of(run, None, texts=1)
+    assert row["run"] == "seed-321/teacher-original"
+    assert row["answers"]["sampled"]["styles"]["inflected"]["fraction"] == 1.0
 
 
 def test_a_text_with_other_line_breaks_is_one_line(tmp_path):
