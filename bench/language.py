@@ -2,11 +2,11 @@
 
     python -m bench.language NAME RUN ... [--against RUN] [--texts 12]
 
-A row a run: its folder's name, behind its seed's; steps done of steps asked; the curve; every evaluation, and of the
-last one the fraction of each style and item-level intervals over questions; the first sampled
-texts. --against: a run whose answers to the same questions are subtracted, pair by pair
-(item-level, too: one run says nothing about another seed). Runs of a tree with uncommitted changes
-are not recorded.
+A row a run: its folder's name, behind its seed's; steps done of steps asked; the curve; every
+evaluation, and of the last one the fraction of each style and item-level intervals over questions;
+the first sampled texts. --against: a run whose answers to the same questions are subtracted, pair
+by pair (item-level, too: one run says nothing about another seed). Runs of a tree with uncommitted
+changes are not recorded.
 """
 
 import argparse
