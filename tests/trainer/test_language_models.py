@@ -1,4 +1,4 @@
-"""The matrices of bench/PROTOCOL.md, task a: their cells as they are, and run with tiny models."""
+"""The matrices of bench/PROTOCOL.md: their cells as they are, and run with tiny models."""
 
 import json
 import shutil
@@ -13,7 +13,8 @@ from reflux.trainer.config.loader import load
 from reflux.trainer.matrix import read_matrix, write_reports
 
 ROOT = Path(__file__).parents[2]
-MATRICES = ("language_models", "language_report")
+MATRICES = ("language_models", "language_report")  # task a
+TASK_C = ("language_c_models", "language_c")
 # smaller, in float32, and nothing that an untrained model would fail on
 TINY = (
     "rollout.prompts=2",
@@ -41,10 +42,10 @@ def config_of(cell: Cell):
     return load(words[words.index("--config") + 1], sets)
 
 
-@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize("name", (*MATRICES, *TASK_C))
 def test_every_cell_is_a_configuration_and_reads_only_what_a_cell_before_it_wrote(name):
     cells = cells_of(name)
-    made = [f"{c.folder}/" for n in MATRICES for c in cells_of(n)]
+    made = [f"{c.folder}/" for n in (*MATRICES, *TASK_C) for c in cells_of(n)]
     for cell in (c for c in cells if not c.module):
         cfg = config_of(cell)
         paths = [cfg.model.path, cfg.teacher.path, cfg.proxy.path, cfg.data.source, cfg.eval.source]
@@ -61,8 +62,9 @@ def _reaches(cells: list[Cell], cell: Cell, wanted: Cell) -> bool:
     return any(n == wanted.name or _reaches(cells, names[n], wanted) for n in cell.after)
 
 
-def test_every_attack_has_the_original_teacher_and_the_control():
-    labels = [c.labels for c in cells_of("language_report") if c.labels.get("role") == "student"]
+@pytest.mark.parametrize("name", ("language_report", "language_c"))
+def test_every_attack_has_the_original_teacher_and_the_control(name):
+    labels = [c.labels for c in cells_of(name) if c.labels.get("role") == "student"]
     teachers = {"original", "task_only", "distillable", "undistillable"}
     for attack in {x["attack"] for x in labels}:
         assert {x["teacher"] for x in labels if x["attack"] == attack} == teachers

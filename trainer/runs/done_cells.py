@@ -15,27 +15,8 @@ from typing import Any
 from reflux.trainer.config.loader import as_table, load
 
 from .hub import is_hub_id
-from .run_folder import differences, seq_len
+from .run_folder import NO_RESULT, differences, seq_len
 
-# tables and keys that change no number of a run that has ended
-NO_RESULT = (
-    "on_existing_run",
-    "on_changed_input",
-    "take_over_lock",
-    "log",
-    "checkpoint",
-    "profiler",
-    "comm",
-    "metrics",
-    "compile",
-    "folder",
-    "rollout.servers",
-    "rollout.server_timeout_s",
-    "rollout.server_retries",
-    "rollout.gpu_memory_fraction",
-    "rollout.max_running",
-    "teacher.servers",
-)
 HUB_KEYS = ("model.path", "teacher.path", "proxy.path", "distill.more_teachers")
 
 

@@ -19,23 +19,18 @@ from . import commands, first_rank
 from .files import write_whole
 from .lock import InUse, RunLock, hold, refuse_if_held
 
-# tables and keys in which a resumed run may differ; training.seq_len may also grow
-MAY_CHANGE = (
-    "steps",
+# tables and keys that change no number of a run that has ended
+NO_RESULT = (
     "on_existing_run",
     "on_changed_input",
     "take_over_lock",
     "log",
-    "eval",
-    "guard",
-    "export",
     "checkpoint",
     "profiler",
     "comm",
     "metrics",
     "compile",
     "folder",
-    "data.too_long",
     # where texts come from, not what they are
     "rollout.servers",
     "rollout.server_timeout_s",
@@ -44,6 +39,8 @@ MAY_CHANGE = (
     "rollout.max_running",
     "teacher.servers",
 )
+# those in which a resumed run may differ; training.seq_len may also grow
+MAY_CHANGE = (*NO_RESULT, "steps", "eval", "guard", "export", "data.too_long")
 SEQ_LEN = 2048  # torchtitan's default
 
 
