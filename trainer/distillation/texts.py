@@ -5,6 +5,7 @@ Which prompts of a step are on-policy, and which teacher answers the others, are
 keyed by (seed, step): the same on every rank, and after a resume.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,8 @@ from reflux.trainer.rollouts.overlap import StepJob, StepSampler
 from .attacker import likeliest, paraphrase
 from .reading import teacher_of
 from .teacher_texts import load_teacher_texts, recipe_of, save_teacher_texts
+
+log = logging.getLogger(__name__)
 
 # Streams of random numbers beside those of the rollouts, which are keyed by (prompt, group member)
 ON_POLICY_STREAM = 1 << 63
@@ -210,20 +213,27 @@ class TextSource:
         return f"distill.paraphraser = {self.spec.paraphraser!r}"
 
     def _paraphrased(self, groups: Groups) -> Groups:
-        """This rank's groups in the paraphraser's words; without the texts that it did not end."""
+        """This rank's groups in the paraphraser's words; without the texts that it did not end, or
+        that are longer than rollout.max_tokens in the teacher's tokens. Collective.
+        """
         flat = [text for group in groups for text in group]
         written = iter(paraphrase(self.cfg, self.engine, [t.rollout for t in flat]))
-        limit = self.cfg.rollout.max_tokens
-        return [
-            [
-                replace(
-                    t, rollout=replace_text(self.teachers[t.teacher].chat, t.rollout, words, limit)
-                )
-                for t, words in zip(group, written)
-                if words is not None
-            ]
-            for group in groups
-        ]
+        found = [[self._restated(t, words) for t, words in zip(group, written)] for group in groups]
+        kept = [[text for text in group if text is not None] for group in found]
+        lost, count = self.engine.sum(len(flat) - sum(map(len, kept))), self.engine.sum(len(flat))
+        if lost and self.engine.is_main:
+            log.warning(
+                "distill.paraphraser: %d of %d texts are left out: without an end, or longer than "
+                "rollout.max_tokens = %d in the teacher's tokens",
+                *(lost, count, self.cfg.rollout.max_tokens),
+            )
+        return kept
+
+    def _restated(self, text: Text, words: str | None) -> Text | None:
+        chat, limit = self.teachers[text.teacher].chat, self.cfg.rollout.max_tokens
+        if words is None or len(ids_of(chat, text.rollout, words)) > limit:
+            return None
+        return replace(text, rollout=replace_text(chat, text.rollout, words, limit))
 
     def _likeliest(self, groups: Groups) -> Groups:
         """The texts that the student finds likeliest before its first step
@@ -286,13 +296,20 @@ class TextSource:
         return np.random.Generator(np.random.Philox(key=key)).random(count)
 
 
+def ids_of(chat: Chat, rollout: Rollout, text: str) -> tuple[int, ...]:
+    """Another text of the rollout in its sampler's tokens, with the stop where it had one."""
+    if text == rollout.text:
+        return rollout.ids
+    return (*chat.encode(text), *((chat.stop_id,) if rollout.ended else ()))
+
+
 def replace_text(chat: Chat, rollout: Rollout, text: str, max_tokens: int) -> Rollout:
     """The same rollout with another text, in its sampler's tokens; it has no log-probabilities of
     its own. ValueError where the text is longer than `max_tokens`.
     """
     if text == rollout.text:
         return rollout
-    ids = (*chat.encode(text), *((chat.stop_id,) if rollout.ended else ()))
+    ids = ids_of(chat, rollout, text)
     if len(ids) > max_tokens:
         raise ValueError(
             f"distill.rewrite made {len(ids)} tokens of prompt {rollout.prompt.index}'s text; want "

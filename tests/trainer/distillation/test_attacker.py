@@ -76,6 +76,21 @@ def test_paraphrases_are_the_paraphrasers_own_words(talkers, tmp_path, monkeypat
             assert r.ids == (*chat.encode(r.text), chat.stop_id)
 
 
+def test_a_paraphrase_that_is_too_long_is_left_out(talkers, tmp_path, monkeypatch, caplog):
+    """By the teacher's tokens, not the paraphraser's; what it did not end is left out, too."""
+    options = {"paraphraser": str(talkers / "policy"), "paraphrase_template": "{prompt} {text}"}
+    written = ["ok", "1 + 2 " * 40, None]
+    monkeypatch.setattr(
+        texts_module,
+        "paraphrase",
+        lambda cfg, engine, rollouts: [written[i % 3] for i in range(len(rollouts))],
+    )
+    texts = bought(talkers, tmp_path / "run", monkeypatch, **options)
+    assert [r.text for r in texts] == ["ok"] * 6  # of 16
+    assert "10 of 16 texts are left out" in caplog.text
+    assert "longer than rollout.max_tokens = 20 in the teacher's tokens" in caplog.text
+
+
 def test_a_paraphraser_reads_question_and_text(talkers, tmp_path, monkeypatch):
     from reflux.trainer.distillation import attacker
 
