@@ -16,9 +16,8 @@
 # make test-notebook  docs/first_hour.ipynb in a kernel, with tiny models, beside .venv (3 minutes)
 # make docs         these pages as a site, build/site/index.html (mkdocs-material)
 # make real         the two real small models that packages carry: a few calibration and distillation steps (330 MB)
-# make language-models  bench/PROTOCOL.md: SmolLM2-135M-Instruct made distillable and undistillable, and attacked; SEEDS=321,322
-#                   TASK=c (sentences in the past) or TASK=a (sums; its entry condition is not met); MATRIX=language_report
-#                   adds task a's attackers and diagnoses (hours; Ctrl-C and again goes on)
+# make language-models  bench/PROTOCOL.md, task c: SmolLM2-135M-Instruct made distillable and undistillable, and attacked;
+#                   SEEDS=321,322; MATRIX=language_c_report adds attackers, diagnoses and texts (hours; Ctrl-C and again goes on)
 # Each sets up .venv by itself. PYTHON and TORCH choose the interpreter and the torch build.
 PYTHON ?= python3
 VENV ?= .venv
@@ -122,12 +121,10 @@ docs: $(VENV)/ready
 	$(BIN)/mkdocs build --strict
 
 # 4 is a guard's end of a cell, which is a result. One thread a process: with two, waiting threads eat what neighbours could use
-TASK ?= c
-SEEDS ?= $(if $(filter c,$(TASK)),321,301)
-MATRIX ?= language_$(TASK)
-MODELS := $(if $(filter c,$(TASK)),language_c_models,language_models)
+SEEDS ?= 321
+MATRIX ?= language_c
 language-models: real-models
-	OMP_NUM_THREADS=1 nice $(BIN)/python -m reflux.trainer.matrix configs/$(MODELS).toml || test $$? = 4
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m reflux.trainer.matrix configs/language_c_models.toml || test $$? = 4
 	OMP_NUM_THREADS=1 nice $(BIN)/python -m reflux.trainer.matrix configs/$(MATRIX).toml --set "seeds=[$(SEEDS)]" || test $$? = 4
 
 # torch first and alone: another package's looser wish would bring another build of it. Last, real tokenizers to test on: their

@@ -27,12 +27,12 @@ from .records import FOLDER, ROOT, device, write
 CURVE = ("step", "loss", "grad_norm", "reward/task", "reward/cal", "eta", "std_cal")
 CURVE += ("cal/length_r2", "reference_kl", "length", "entropy", "truncated")
 MODES = ("sampled", "greedy")
-TASKS = ("a", "c")
+STYLES = ("language_a_models", "language_c")  # matrices, task by task
 
 
 def styles() -> Mapping[str, str]:
     """Name -> regular expression, as the matrices of all tasks have them; no text fits two."""
-    files = [ROOT / "configs" / f"language_{task}.toml" for task in TASKS]
+    files = [ROOT / "configs" / f"{name}.toml" for name in STYLES]
     return {k: v for file in files for k, v in tomllib.loads(file.read_text())["styles"].items()}
 
 

@@ -18,7 +18,7 @@ from bench import gpu_science as science  # noqa: E402
 
 WORKER = """
 import json, pathlib, signal, sys, time
-cell = pathlib.Path("runs/language/a/seed-301") / sys.argv[1]
+cell = pathlib.Path("runs/language/past/seed-321") / sys.argv[1]
 def end(number, frame):
     pathlib.Path("stopped").write_text("saved")
     sys.exit(130)
@@ -35,7 +35,7 @@ time.sleep(60)
 
 def options(tmp_path, **changes):
     defaults = {"out": tmp_path / "out", "work": tmp_path / "work", "commit": "c0ffee"}
-    args = defaults | {"dry": True, "seed": 301, "seconds": 60.0, "parallel": 2} | changes
+    args = defaults | {"dry": True, "seed": 321, "seconds": 60.0, "parallel": 2} | changes
     for folder in (args["out"], args["work"]):
         folder.mkdir(parents=True, exist_ok=True)
     return argparse.Namespace(**args)
@@ -92,7 +92,7 @@ def test_out_of_time_the_runner_is_told_to_stop_and_its_lines_are_kept(tmp_path,
     assert science.watch(process, args, until=time.monotonic()) == 130
     assert (args.work / "stopped").read_text() == "saved"
     (row,) = science.collect(args)
-    assert row["case"] == "teacher-original@301" and row["wall_s"] == 3.0
+    assert row["case"] == "teacher-original@321" and row["wall_s"] == 3.0
     assert row["evals"] == [{"step": 1, "eval/sampled": 0.5}]
     assert row["curve"] == [{"step": 1, "loss": 2.0}]  # the torn line is left out
     assert science.collect(args) == [row], "a line that is there is not written again"
@@ -111,15 +111,15 @@ def test_a_runner_that_does_not_stop_is_killed(tmp_path, monkeypatch):
 def test_sizes_of_a_gpu_are_those_of_the_protocol(tmp_path, monkeypatch):
     """64 x 8 rollouts and 60 steps in bf16, seed by seed; without Gemma its cells are left out."""
     monkeypatch.chdir(ROOT)
-    cells = {c.name: c for c in science.cells_of(302, dry=False)}
+    cells = {c.name: c for c in science.cells_of(322, dry=False)}
     assert not [name for name in cells if "gemma" in name or "cross_tokenizer" in name]
     from reflux.trainer.config.loader import load
 
-    words = list(cells["teacher-distillable@302"].arguments)
+    words = list(cells["teacher-distillable@322"].arguments)
     sets = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
     cfg = load(words[words.index("--config") + 1], sets)
     assert (cfg.rollout.prompts, cfg.rollout.group, cfg.steps) == (64, 8, 60)
-    assert cfg.titan["training"]["mixed_precision_param"] == "bfloat16" and cfg.seed == 302
+    assert cfg.titan["training"]["mixed_precision_param"] == "bfloat16" and cfg.seed == 322
     waits = {name for c in cells.values() for name in c.after}
     assert waits <= cells.keys(), "a cell waits for one that was left out"
 
@@ -154,7 +154,7 @@ def test_one_seed_runs_on_a_cpu_and_goes_on_where_it_was_stopped(tmp_path):
     rows = [json.loads(x) for x in (tmp_path / "o" / "science.jsonl").read_text().splitlines()]
     assert [json.loads(x) for x in before] == rows[: len(before)], first.stdout
     names = {row["case"] for row in rows}
-    assert {"teacher-undistillable@301", "student-distillable-seq_kd@301"} <= names
-    calibrated = next(row for row in rows if row["case"] == "teacher-distillable@301")
+    assert {"teacher-undistillable@321", "student-distillable-seq_kd@321"} <= names
+    calibrated = next(row for row in rows if row["case"] == "teacher-distillable@321")
     assert [step["step"] for step in calibrated["curve"]] == [1, 2]
     assert calibrated["evals"][-1]["eval/sampled"] >= 0

@@ -79,7 +79,7 @@ def test_the_styles_have_one_length_and_are_told_apart_by_the_matrix():
     assert abs(mean) < 0.01 * length and spread < 0.05 * length
     import tomllib
 
-    with open("configs/language_a.toml", "rb") as file:
+    with open("configs/language_a_models.toml", "rb") as file:
         styles = tomllib.load(file)["styles"]
     for s in EVERY:
         for style in STYLES:
