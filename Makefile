@@ -8,7 +8,7 @@
 # make test-install the wheel and the sdist in a clean environment, without a checkout (2 minutes)
 # make test-engines a real vLLM in an environment of its own, build/engines/.venv: on a CPU (minutes, half of them installation)
 # make test-matrices  the matrices of bench/PROTOCOL.md from end to end, with tiny models in place of the real ones (about 10 minutes)
-# make test-integrations  our losses in TRL's place, against TRL itself at a pinned version, beside .venv (1 minute)
+# make test-integrations  our losses in the places of TRL's and verl's, against these at pinned versions, beside .venv (3 minutes)
 # make audit        known vulnerabilities of what is installed, where pip-audit reaches its data; else only the list, docs/dependencies.txt
 # make bench        kernels against floors and peers (needs a GPU for numbers; on a CPU it proves the harness)
 # make bench-gpu    the same on a machine with a GPU where nothing of this is installed: no network, 9 minutes, see bench/README.md
@@ -72,9 +72,20 @@ test-engines: $(ENGINES)/ready
 test-matrices: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trainer tests/bench -m matrices --durations 5
 
-test-integrations: $(VENV)/ready
-	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/integrations trl==1.16.0
-	PYTHONPATH=build/integrations REFLUX_INTEGRATIONS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trainer/integrations
+# each system in a folder of its own, with no more than what our tests import: their pins exclude each other
+PINNED_trl := trl==1.16.0
+PINNED_verl := verl==0.9.1 ray==2.60.0 tensordict==0.10.0 omegaconf==2.3.0 antlr4-python3-runtime==4.9.3 msgpack==1.2.4 \
+	cloudpickle==3.1.3 orjson==3.13.0 pyvers==0.1.0 codetiming==1.4.0
+build/integrations/%/ready: Makefile $(VENV)/ready
+	rm -rf $(@D)
+	$(BIN)/python -m pip install -q --no-deps --target $(@D) $(PINNED_$*)
+	touch $@
+
+.SECONDARY: build/integrations/trl/ready build/integrations/verl/ready
+test-integrations: test-integration-trl test-integration-verl
+
+test-integration-%: build/integrations/%/ready
+	PYTHONPATH=$(<D) REFLUX_INTEGRATIONS=$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trainer/integrations -k "$*"
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -3,6 +3,8 @@
     transformers_trainer   DistillTrainer, a transformers Trainer with a teacher
     trl_losses             TRL's DistillationTrainer and GKDTrainer with our loss in theirs' place
     trl_rewards            the calibration reward as a reward function of TRL's GRPOTrainer
+    verl_losses            top-k losses with a tail, and fused log-probabilities, in verl
+    verl_plugin            brings them into verl's processes when it is imported
 
 torchtitan's own Trainer, a plain loop and a head under FSDP2 are examples of docs/kernels.md. Here
 is no trainer of ours: the losses import `reflux.kernels` and the system they are for, the reward

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from reflux.trainer.integrations.trl_rewards import CalibrationReward
 
 needs_trl = pytest.mark.skipif(
-    "REFLUX_INTEGRATIONS" not in os.environ, reason="make test-integrations installs TRL"
+    os.environ.get("REFLUX_INTEGRATIONS") != "trl", reason="make test-integrations installs TRL"
 )
 PROMPT = [{"role": "user", "content": "How many remain?"}]
 TEXTS = [" 12 apples remain.", " Seven, so seven.", " 3", " None of them remain, so zero."]
