@@ -170,17 +170,18 @@ def chunks(
     Always at least one row; multiples of 128 rows where the budget allows, the tile height of a
     GEMM.
     """
-    size = _chunk_rows(x, V, buffers, workspace_mb)
-    for part in parts(Plan(size, size), x, rows_M):
+    for part in parts(chunk_plan(x, V, buffers, workspace_mb), x, rows_M):
         yield part.rows
 
 
-def _chunk_rows(x: Tensor, V: int, buffers: float, workspace_mb: float) -> int:
+def chunk_plan(x: Tensor, V: int, buffers: float, workspace_mb: float) -> Plan:
+    """The plan of `chunks`: every chunk is its own group."""
     row_bytes = V * wide(x.dtype).itemsize
     size = int(workspace_mb * MIB / (buffers * row_bytes))
     if not on_gpu(x):
         size = min(size, max(CPU_CHUNK_BYTES // row_bytes, 128))
-    return max(1, size - size % 128 if size >= 128 else size)
+    size = max(1, size - size % 128 if size >= 128 else size)
+    return Plan(size, size)
 
 
 def parts(plan: Plan, x: Tensor, rows_M: Tensor | None = None) -> Iterator[Part]:
@@ -200,7 +201,7 @@ def parts(plan: Plan, x: Tensor, rows_M: Tensor | None = None) -> Iterator[Part]
 def head_plan(
     x_TD: Tensor,
     V: int,
-    blocks: tuple[int, int],
+    blocks: tuple[float, float],
     teacher: int,
     need: tuple[bool, bool, bool],
     workspace_mb: float,
@@ -214,10 +215,9 @@ def head_plan(
     need: of hidden, head and bias. V, the same on all ranks of a sharded vocabulary.
     """
     if not (on_tensor_cores(x_TD) and any(need)):
-        size = _chunk_rows(x_TD, V, workspace_buffers(x_TD, *blocks), workspace_mb)
-        return Plan(size, size)
+        return chunk_plan(x_TD, V, workspace_buffers(x_TD, *blocks), workspace_mb)
     total, item = x_TD.shape[0] if rows_M is None else rows_M.shape[0], x_TD.dtype.itemsize
-    logits = 4 * int(workspace_buffers(x_TD, *blocks))
+    logits = math.ceil(4 * workspace_buffers(x_TD, *blocks))
     work = Work(total, max(V, 1), x_TD.shape[1], teacher, item, logits, item, *need[:2])
     return plan_for(work, int(workspace_mb * MIB))
 

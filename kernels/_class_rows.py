@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _triton
-from ._chunks import padded, wide
+from ._chunks import narrow, padded, wide
 from ._divergence import exp_diff
 from ._parallel import merge_sums
 from ._triton import LAUNCH, launch, narrowed, runs_triton, scalar, tl, triton
@@ -212,8 +212,8 @@ def class_rows_backward(
 ) -> Tensor:
     """dlogits [C, L] into out, from top and z of class_rows.
 
-    out may be logits; both are blocks of `_chunks`. scales: what logits are multiplied by, and
-    gradients besides.
+    out may be logits, or a 16-bit block beside them, with rows as `project` lays them. scales: what
+    logits are multiplied by, and gradients besides.
     """
     (inv_temp, grad_scale), N = scales, z_CN.shape[1]
     if not runs_triton(logits_CL):
@@ -270,4 +270,4 @@ def _class_rows_backward_torch(
     )
     if softcap:
         d_CL.mul_(1 - (logits_CL / softcap).square_())
-    return out_CL.copy_(d_CL.masked_fill_(dz_CL == 0, 0.0))
+    return out_CL.copy_(narrow(d_CL.masked_fill_(dz_CL == 0, 0.0), out_CL))

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from . import _class_rows
-from ._chunks import Part, Rows, gradient_block
+from ._chunks import Part, chunk_plan, head_plan, on_tensor_cores
 from ._class_rows import class_rows, class_rows_backward
 from ._head import Head, HeadGradients, checked_head
 from ._parallel import VocabShard, slice_of
+from ._plan import Plan
 from ._triton import runs_triton
 
 
@@ -136,9 +137,27 @@ def from_class_order(d_L: Tensor, columns: list[Tensor], like: Tensor) -> Tensor
     return d
 
 
-def row_floats(x: Tensor, columns: int, num_classes: int) -> int:
-    """Numbers of a chunk's row alive at once: kernels work in place, PyTorch needs copies."""
-    return (2 if runs_triton(x) else 6) * columns + 4 * num_classes
+def class_plan(
+    x_TD: Tensor,
+    columns: int,
+    blocks_N: int,
+    teacher: int,
+    need: tuple[bool, bool, bool],
+    workspace_mb: float,
+    rows_M: Tensor | None = None,
+) -> Plan:
+    """How an op on classes cuts its rows; arguments as in `head_plan`.
+
+    columns, the same on all ranks. blocks_N: numbers a row in blocks of [rows, N] alive at once.
+    A row of logits is alive in the wide dtype (with PyTorch alone in 5 copies), its gradient
+    beside it.
+    """
+    if not (on_tensor_cores(x_TD) and any(need)):
+        row = (2 if runs_triton(x_TD) else 6) * columns + blocks_N
+        return chunk_plan(x_TD, row, 1, workspace_mb)
+    extra = blocks_N / max(columns, 1)
+    blocks = 1 + extra, 5 + extra
+    return head_plan(x_TD, columns, blocks, teacher, need, workspace_mb, rows_M)
 
 
 class ClassSide(NamedTuple):
@@ -162,14 +181,17 @@ class ClassSide(NamedTuple):
 
     def backward(
         self,
-        c: Rows,
+        part: Part,
         logits_CL: Tensor,
         classes: tuple[Tensor, Tensor],
         dz_CN: Tensor,
         temperature: float,
         grads: HeadGradients,
     ) -> None:
-        """Add the gradient in z to those of the head. classes: what `classes` returned."""
+        """Add the gradient in z, times `grads.lift`, to those of the head.
+
+        classes: what `classes` returned.
+        """
         z_CN, top_C = classes
         d_CL = class_rows_backward(
             logits_CL,
@@ -179,13 +201,20 @@ class ClassSide(NamedTuple):
             dz_CN,
             self.head.scales(temperature),
             self.head.softcap,
-            gradient_block(logits_CL, self.head.hidden_TD),
+            grads.block(part, logits_CL),
         )
-        grads.add(Part(c, 0, c), d_CL, self.head)
+        grads.add(part, d_CL, self.head)
 
-    def gradients(self, need: tuple[bool, bool, bool]) -> HeadGradients:
-        """Zeros in class order."""
-        return HeadGradients.zeros(self.head.hidden_TD, self.head.head_VD, need)
+    def gradients(
+        self,
+        need: tuple[bool, bool, bool],
+        plan: Plan,
+        largest: float,
+        unit: Tensor | None = None,
+    ) -> HeadGradients:
+        """Zeros in class order. largest: a bound of |dlogits|, for fp16."""
+        x_TD, head_LD = self.head.hidden_TD, self.head.head_VD
+        return HeadGradients.zeros(x_TD, head_LD, need, len(head_LD), plan, largest, unit)
 
 
 def gradients_by_id(
@@ -193,6 +222,8 @@ def gradients_by_id(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of hidden, head and bias, in dtype and order of the inputs; empty where not needed."""
     dhead_VD, dbias_V = head_VD.new_empty(0), head_VD.new_empty(0)
+    if grads.unit is not None:
+        grads.dhead_VD.mul_(grads.unit), grads.dbias_V.mul_(grads.unit)
     if grads.need[1]:
         dhead_VD = from_class_order(grads.dhead_VD, columns, head_VD)
     if grads.need[2] and bias_V is not None:

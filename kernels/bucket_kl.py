@@ -27,10 +27,10 @@ classes, C rows of a chunk.
 import torch
 from torch import Tensor
 
-from ._chunks import WORKSPACE_MB, Rows, chunks, wide
-from ._classes import ClassMap, ClassSide, checked_side, fake_gradients, gradients_by_id, row_floats
+from ._chunks import WORKSPACE_MB, Part, parts, wide
+from ._classes import ClassMap, ClassSide, checked_side, class_plan, fake_gradients, gradients_by_id
 from ._classes import class_map as class_map
-from ._divergence import divergence_ref
+from ._divergence import divergence_ref, largest_gradient
 from ._head import Head
 from ._kl_rows import KLSpec, kl_rows
 from ._loss import (
@@ -126,12 +126,19 @@ def _op(
     student = ClassSide.of(Head(*head), student_columns)
     head = teacher_hidden_TE, teacher_head_WE, teacher_bias_W, teacher_logit_scale, teacher_softcap
     teacher = ClassSide.of(Head(*head), teacher_columns)
-    grads = student.gradients((need_dhidden, need_dhead, need_dbias))
+    need, E = (need_dhidden, need_dhead, need_dbias), teacher_hidden_TE.shape[1]
+    width = common_width(student_vocab_size, student_group)
+    width = max(width, common_width(teacher_vocab_size, teacher_group))
+    plan = class_plan(x_TD, width, 8 * N, E, need, workspace_mb, rows_M)
     t2, spec = loss_factor(temperature, scale_t2), KLSpec(divergence, beta, (1.0, 1.0), 0.0, "")
-    coeff_T, kl_T = weight_T * t2, x_TD.new_zeros(x_TD.shape[0], dtype=wide(x_TD.dtype))
+    scale, d_scale = student.head.scales(temperature)
+    grads = student.gradients(need, plan, largest_gradient(divergence) * t2 * scale * d_scale)
+    coeff_T = weight_T * (t2 * grads.lift)
+    kl_T = x_TD.new_zeros(x_TD.shape[0], dtype=wide(x_TD.dtype))
 
     # a function, so that its blocks are free before the next chunk's are made
-    def step(c: Rows) -> None:
+    def step(part: Part) -> None:
+        c = part.rows
         # the teacher's logits are free before the student's are made
         u_CN, _ = teacher.classes(teacher.head.logits(c), temperature, teacher_group)
         logits_CL = student.head.logits(c)
@@ -139,12 +146,10 @@ def _op(
         dz_CN = torch.empty_like(z_CN) if any(grads.need) else None
         kl_T[c] = kl_rows(z_CN, u_CN, coeff_T[c], spec, dz_CN)
         if dz_CN is not None:
-            student.backward(c, logits_CL, (z_CN, top_C), dz_CN, temperature, grads)
+            student.backward(part, logits_CL, (z_CN, top_C), dz_CN, temperature, grads)
 
-    width = common_width(student_vocab_size, student_group)
-    width = max(width, common_width(teacher_vocab_size, teacher_group))
-    for c in chunks(x_TD, row_floats(x_TD, width, 2 * N), 1, workspace_mb, rows_M):
-        step(c)
+    for part in parts(plan, x_TD, rows_M):
+        step(part)
     kl_T.mul_(t2)
     inputs = student_head_VD, student_bias_V, student_columns, student_group
     return weighted_total(kl_T, weight_T), kl_T, *gradients_by_id(grads, *inputs)

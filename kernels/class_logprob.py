@@ -16,8 +16,18 @@ Shapes: T tokens, V ids, N classes, D hidden, C rows of a chunk, M chosen rows.
 import torch
 from torch import Tensor
 
-from ._chunks import WORKSPACE_MB, check_rows, check_temperature, chunks, logits_ref, wide
-from ._classes import ClassMap, ClassSide, checked_side, fake_gradients, gradients_by_id, row_floats
+from ._chunks import (
+    WORKSPACE_MB,
+    Part,
+    check_rows,
+    check_temperature,
+    logits_ref,
+    on_tensor_cores,
+    parts,
+    unit_above,
+    wide,
+)
+from ._classes import ClassMap, ClassSide, checked_side, class_plan, fake_gradients, gradients_by_id
 from ._classes import class_map as class_map
 from ._head import Head
 from ._loss import refuse_second_derivative
@@ -73,8 +83,9 @@ def _op(
     logp_TN, top_T, log_s_T = (
         hidden_TD.new_zeros(shape, dtype=dtype) for shape in ((T, N), (T,), (T,))
     )
-    width = row_floats(hidden_TD, common_width(vocab_size, group), N)
-    for c in chunks(hidden_TD, width, 1, workspace_mb, rows_M):
+    none, columns_V = (False, False, False), common_width(vocab_size, group)
+    plan = class_plan(hidden_TD, columns_V, 4 * N, 0, none, workspace_mb, rows_M)
+    for c, *_ in parts(plan, hidden_TD, rows_M):
         z_CN, top_T[c] = side.classes(side.head.logits(c), temperature, group)
         log_s_C = z_CN.logsumexp(1)
         logp_TN[c], log_s_T[c] = z_CN.sub_(log_s_C[:, None]), log_s_C
@@ -103,17 +114,34 @@ def _op_backward(
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     side = ClassSide.of(Head(hidden_TD, head_VD, bias_V, logit_scale, softcap), columns)
-    grads = side.gradients((need_dhidden, need_dhead, need_dbias))
-    width = row_floats(hidden_TD, common_width(vocab_size, group), logp_TN.shape[1])
-    for c in chunks(hidden_TD, width, 1, workspace_mb, rows_M):
+    need, width = (need_dhidden, need_dhead, need_dbias), common_width(vocab_size, group)
+    blocks_N = 4 * logp_TN.shape[1]
+    plan = class_plan(hidden_TD, width, blocks_N, 0, need, workspace_mb, rows_M)
+    scale, d_scale = side.head.scales(temperature)
+    unit = _unit(hidden_TD, g_TN)
+    grads = side.gradients(need, plan, scale * d_scale, unit)
+
+    def step(part: Part) -> None:
+        c = part.rows
         logp_CN = logp_TN[c]
         # an empty class: a constant
         g_CN = torch.where(logp_CN == -torch.inf, 0.0, g_TN[c].to(top_T.dtype))
         dz_CN = torch.addcmul(g_CN, logp_CN.exp(), g_CN.sum(1, keepdim=True), value=-1)
         dz_CN.masked_fill_(~log_s_T[c].isfinite()[:, None], 0.0)  # no distribution at all
+        dz_CN.mul_(grads.lift) if unit is None else dz_CN.div_(unit).mul_(grads.lift)
         classes = logp_CN + log_s_T[c][:, None], top_T[c]
-        side.backward(c, side.head.logits(c), classes, dz_CN, temperature, grads)
+        side.backward(part, side.head.logits(c), classes, dz_CN, temperature, grads)
+
+    for part in parts(plan, hidden_TD, rows_M):
+        step(part)
     return gradients_by_id(grads, head_VD, bias_V, columns, group)
+
+
+def _unit(hidden_TD: Tensor, g_TN: Tensor) -> Tensor | None:
+    """What fp16 dlogits are divided by: |g_c - P_c sum g| is at most sum |g|, of any size."""
+    if not (on_tensor_cores(hidden_TD) and hidden_TD.dtype == torch.float16 and g_TN.numel()):
+        return None
+    return unit_above(g_TN.float().abs().sum(1).amax())
 
 
 def _fake(hidden_TD, head_VD, bias_V, logit_scale, softcap, columns, *_):

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from reflux.kernels import _head
 from reflux.kernels._divergence import DIVERGENCES
+from reflux.kernels.bucket_kl import bucket_kl, bucket_kl_ref
+from reflux.kernels.class_logprob import class_logprob, class_logprob_ref, class_map
 from reflux.kernels.linear_dense_kl import linear_dense_kl, linear_dense_kl_ref
 from reflux.kernels.linear_kl import linear_kl, linear_kl_ref
 from reflux.kernels.linear_logprob import linear_logprob, linear_logprob_ref
@@ -22,7 +24,7 @@ from reflux.kernels.teacher_topk import teacher_topk
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, masked lanes
 # relative, in the norm. bf16: 8 bits, and the interpreter truncates. fp16: 11 bits
 GRAD = {torch.bfloat16: 1e-2, torch.float16: 1e-3}
-OPS = "kl nll logprob topk dense".split()
+OPS = "kl nll logprob topk dense class bucket".split()
 SEEDS = st.integers(0, 2**31 - 1)
 
 
@@ -61,6 +63,8 @@ def case(op: str, T: int, V: int, dtype, seed: int, options: dict) -> tuple[Call
             lambda x, w, **o: linear_kl(x, w, y_TE, u_VE, **options, **o).total,
             lambda x, w: linear_kl_ref(x, w, y_TE.double(), u_VE.double(), **options).total,
         )
+    if op in ("class", "bucket"):
+        return _class_case(op, y_TE, u_VE, options)
     if op == "dense":
         z_TV = y_TE.float() @ u_VE.float().t()
         return (
@@ -92,6 +96,29 @@ def case(op: str, T: int, V: int, dtype, seed: int, options: dict) -> tuple[Call
     return (
         lambda x, w, **o: of(linear_logprob(x, w, target_T, entropy=True, rows=rows_M, **o)),
         lambda x, w: of(_with_entropy(x, w, target_T)),
+    )
+
+
+def _class_case(op: str, y_TE, u_VE, options: dict) -> tuple[Callable, Callable]:
+    """5 classes, none empty where V allows; one id in nine without a class."""
+    T, V = len(y_TE), len(u_VE)
+    class_V = torch.arange(V, device=DEVICE) * 7 % min(5, V)
+    class_V[8::9] = -1
+    classes = class_map(class_V, min(5, V))
+    if op == "bucket":
+        teacher = y_TE, u_VE, classes
+        exact = y_TE.double(), u_VE.double(), classes
+        return (
+            lambda x, w, **o: bucket_kl(x, w, classes, *teacher, **options, **o).total,
+            lambda x, w: bucket_kl_ref(x, w, classes, *exact, **options).total,
+        )
+    g = torch.Generator().manual_seed(T)
+    weight_T = options.get("weight", torch.ones(T, device=DEVICE))
+    g_TN = torch.randn(T, min(5, V), generator=g).to(DEVICE) * weight_T[:, None]
+    rows = options.get("rows")
+    return (
+        lambda x, w, **o: (class_logprob(x, w, classes, rows=rows, **o) * g_TN).sum(),
+        lambda x, w: (class_logprob_ref(x, w, classes, rows=rows) * g_TN).sum(),
     )
 
 
