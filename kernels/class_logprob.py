@@ -128,7 +128,8 @@ def _op_backward(
         g_CN = torch.where(logp_CN == -torch.inf, 0.0, g_TN[c].to(top_T.dtype))
         dz_CN = torch.addcmul(g_CN, logp_CN.exp(), g_CN.sum(1, keepdim=True), value=-1)
         dz_CN.masked_fill_(~log_s_T[c].isfinite()[:, None], 0.0)  # no distribution at all
-        dz_CN.mul_(grads.lift) if unit is None else dz_CN.div_(unit).mul_(grads.lift)
+        # lift is 1 without a unit
+        dz_CN = dz_CN if unit is None else dz_CN.div_(unit).mul_(grads.lift)
         classes = logp_CN + log_s_T[c][:, None], top_T[c]
         side.backward(part, side.head.logits(c), classes, dz_CN, temperature, grads)
 

@@ -140,7 +140,6 @@ BY_HAND = [  # file, old text (once in it), new text, tests or None for the file
     ("_triton", 'd = tl.where(tl.abs(d) < float("inf"), cut, d)', "pass", "head"),
     ("_head", "dhidden_CD.mul_(self.unit)", "dhidden_CD", "head"),
     ("_head", "self.dhead_VD.mul_(self.unit)", "self.dhead_VD", "head"),
-    ("class_logprob", "dz_CN.mul_(grads.lift) if unit", "dz_CN if unit", "head"),
     ("class_logprob", "dz_CN.div_(unit).mul_(grads.lift)", "dz_CN.mul_(grads.lift)", "head"),
     ("class_logprob", ".abs().sum(1).amax()", ".abs().mean()", "head"),
     ("_classes", "if grads.unit is not None:", "if False:", "head"),

@@ -190,24 +190,24 @@ def test_several_chunks_go_through_one_product(op):
 
 @on_a_cpu
 @pytest.mark.parametrize("path", PATHS)
-def test_a_gradient_beyond_fp16_is_cut_and_leaves_the_others_alone(path):
+@pytest.mark.parametrize("op", ["kl", "bucket"])
+def test_a_gradient_beyond_fp16_is_cut_and_leaves_the_others_alone(path, op):
     """Reverse KL of logits that are 20,000 apart: a finite kl whose gradient fp16 cannot lift."""
     x_TD = torch.tensor([[1.0], [1e-3]]).half()
     y_TE = torch.tensor([[200.0], [1e-3]]).half()
     w_VD = torch.tensor([[0.0], [1e-3]]).half()
     u_VE = torch.tensor([[0.0], [100.0]]).half()
+    ids = class_map(torch.arange(2), 2)  # a class for every id
+
+    def loss(x, w, y=y_TE):
+        if op == "bucket":
+            return bucket_kl(x, w, ids, y, u_VE, ids, divergence="reverse").total
+        return linear_kl(x, w, y, u_VE, divergence="reverse").total
+
     with running(path, 64), tensor_cores():
-
-        def loss(x, w, **o):
-            return linear_kl(x, w, y_TE, u_VE, divergence="reverse", **o).total
-
         total, dx_TD, dw_VD = gradients(loss, x_TD, w_VD, torch.float16, by=1e-3)
         _, alone_TD, _ = gradients(
-            lambda x, w: linear_kl(x, w, y_TE[1:], u_VE, divergence="reverse").total,
-            x_TD[1:],
-            w_VD,
-            torch.float16,
-            by=1e-3,
+            lambda x, w: loss(x, w, y_TE[1:]), x_TD[1:], w_VD, torch.float16, by=1e-3
         )
     assert total.isfinite() and dx_TD.isfinite().all() and dw_VD.isfinite().all()
     assert (dw_VD.abs() > 0.9).all()  # 1023 of 5,000, times 1e-3: cut, in the right direction
