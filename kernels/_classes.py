@@ -209,11 +209,14 @@ class ClassSide(NamedTuple):
         self,
         need: tuple[bool, bool, bool],
         plan: Plan,
+        temperature: float,
         largest: float,
         unit: Tensor | None = None,
     ) -> HeadGradients:
-        """Zeros in class order. largest: a bound of |dlogits|, for fp16."""
+        """Zeros in class order. largest: a bound of the gradient in z, for fp16."""
         x_TD, head_LD = self.head.hidden_TD, self.head.head_VD
+        scale, d_scale = self.head.scales(temperature)
+        largest *= scale * d_scale
         return HeadGradients.zeros(x_TD, head_LD, need, len(head_LD), plan, largest, unit)
 
 

@@ -131,8 +131,7 @@ def _op(
     width = max(width, common_width(teacher_vocab_size, teacher_group))
     plan = class_plan(x_TD, width, 8 * N, E, need, workspace_mb, rows_M)
     t2, spec = loss_factor(temperature, scale_t2), KLSpec(divergence, beta, (1.0, 1.0), 0.0, "")
-    scale, d_scale = student.head.scales(temperature)
-    grads = student.gradients(need, plan, largest_gradient(divergence) * t2 * scale * d_scale)
+    grads = student.gradients(need, plan, temperature, largest_gradient(divergence) * t2)
     coeff_T = weight_T * (t2 * grads.lift)
     kl_T = x_TD.new_zeros(x_TD.shape[0], dtype=wide(x_TD.dtype))
 

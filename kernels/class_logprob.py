@@ -117,9 +117,8 @@ def _op_backward(
     need, width = (need_dhidden, need_dhead, need_dbias), common_width(vocab_size, group)
     blocks_N = 4 * logp_TN.shape[1]
     plan = class_plan(hidden_TD, width, blocks_N, 0, need, workspace_mb, rows_M)
-    scale, d_scale = side.head.scales(temperature)
     unit = _unit(hidden_TD, g_TN)
-    grads = side.gradients(need, plan, scale * d_scale, unit)
+    grads = side.gradients(need, plan, temperature, 1.0, unit)
 
     def step(part: Part) -> None:
         c = part.rows

@@ -94,7 +94,7 @@ BY_HAND = [  # file, old text (once in it), new text, tests or None for the file
         None,
     ),
     ("bucket_kl", "weight_T * (t2 * grads.lift)", "weight_T * t2", "head"),
-    ("bucket_kl", "largest_gradient(divergence) * t2 *", "1e-4 *", "head"),
+    ("bucket_kl", "largest_gradient(divergence) * t2", "1e-4", "head"),
     ("bucket_kl", "kl_T.mul_(t2)", "pass", None),
     (
         "bucket_kl",
