@@ -9,10 +9,12 @@ Shapes: T tokens, V vocabulary, D student hidden, E teacher hidden, K topk ids.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from reflux.kernels import _triton
 from reflux.kernels._classes import class_map
 from reflux.kernels.align_spans import align_spans, align_spans_ref
 from reflux.kernels.bucket_kl import bucket_kl, bucket_kl_ref
@@ -259,6 +261,21 @@ def _linear_logprob(s: Shape, device: str, backward: bool = True) -> Case:
     )
 
 
+def _fused_logprob(s: Shape, device: str) -> Case:
+    """Forward by tiles whose logits stay on the chip, against forward through chunks of logits."""
+
+    def through(fused: bool) -> Loss:
+        def loss(*args):
+            with patch.object(_triton, "FUSED", fused):
+                return linear_logprob(*args).logp.sum()
+
+        return loss
+
+    case = _linear_logprob(s, device, backward=False)
+    peer_losses = {"torch": case.peers["torch"], "through logits": through(False)}
+    return replace(case, ours=through(True), peers=peer_losses, bytes=0)
+
+
 def _linear_nll(s: Shape, device: str) -> Case:
     peer_losses = (
         _with_compile(lambda *args: linear_nll_ref(*args).total)
@@ -379,6 +396,7 @@ OPS: dict[str, dict[str, Callable[[Shape, str], Case]]] = {  # op -> variant -> 
     "linear_logprob": {
         "": _linear_logprob,
         "forward only": lambda s, d: _linear_logprob(s, d, backward=False),
+        "forward only fused": _fused_logprob,
     },
     "linear_nll": {"": _linear_nll},
     "token_logprob": {

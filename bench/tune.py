@@ -15,11 +15,13 @@ from unittest.mock import patch
 
 import torch
 
-from reflux.kernels import _chunks, _triton
+from reflux.kernels import _chunks, _logprob_tiles, _triton
 from reflux.kernels._kl_rows import KLSpec, kl_rows
 from reflux.kernels._logprob_rows import logprob_gradient_, logprob_rows
+from reflux.kernels._logprob_tiles import HOPPER, Tiles
 from reflux.kernels._plan import WORKSPACE_MB, Plan
 from reflux.kernels.linear_kl import linear_kl
+from reflux.kernels.linear_logprob import linear_logprob
 from reflux.kernels.linear_nll import linear_nll
 
 from .cases import BANDWIDTH, OPS, QWEN, TINY, Shape
@@ -31,6 +33,18 @@ PLANS = {
     "linear_kl": ((768, 768), (640, 1280), (512, 2048), (384, 2304), (256, 2560), (1024, 4096)),
     "linear_nll": ((1280, 1280), (1024, 2048), (768, 2304), (512, 3072), (2048, 4096)),
 }
+# of head_tiles: its default and neighbours, in the shared memory and registers of sm_90
+TILES = (
+    HOPPER,
+    HOPPER._replace(stages=3),
+    HOPPER._replace(group=8),
+    HOPPER._replace(group=32),
+    HOPPER._replace(depth=32, stages=6),
+    HOPPER._replace(columns=128),
+    HOPPER._replace(columns=128, warps=4),
+    HOPPER._replace(rows=64, warps=4),
+    HOPPER._replace(rows=256, columns=128),
+)
 COLUMNS, WARPS, STAGES = (1024, 2048, 4096, 8192), (4, 8, 16), (1, 2, 3)
 CHUNK = 768  # rows
 Unit = tuple[str, int, Callable[[], object]]  # what, bytes that it must move or 0, one call
@@ -78,6 +92,25 @@ def fused(op: str, shape: Shape, where: str) -> Callable[..., object]:
         return torch.autograd.grad(loss(*case.args, workspace_mb=mb), leaves)
 
     return step
+
+
+def head_tiles(shape: Shape, where: str) -> Iterator[Unit]:
+    """linear_logprob's forward through logits and by every setting of tiles, at both widths."""
+    for D in (shape.D, shape.E):
+        case = OPS["linear_logprob"]["forward only"](replace(shape, E=D), where)
+
+        def step(fused: bool, tiles: Tiles | None = None, args=case.args):
+            with (
+                patch.object(_triton, "FUSED", fused),
+                patch.object(_logprob_tiles, "TILES", tiles),
+            ):
+                return linear_logprob(*args).lse
+
+        yield f"linear_logprob D={D} through logits", 0, lambda step=step: step(False)
+        for tiles in TILES:
+            setting = " ".join(f"{name} {value}" for name, value in tiles._asdict().items())
+            what = f"linear_logprob D={D} fused {setting}"
+            yield what, 0, lambda step=step, tiles=tiles: step(True, tiles)
 
 
 def row_kernels(shape: Shape, where: str) -> Iterator[Unit]:
@@ -142,7 +175,12 @@ def run(rows_file: Path, until: float, dry: bool) -> None:
 
     on_gpu, shape = torch.cuda.is_available(), TINY if dry else QWEN
     where = "cuda" if on_gpu else "cpu"
-    units = [*workspaces(shape, where), *plans(shape, where), *row_kernels(shape, where)]
+    units = [
+        *workspaces(shape, where),
+        *plans(shape, where),
+        *head_tiles(shape, where),
+        *row_kernels(shape, where),
+    ]
     units = units[:: len(units) // 8] if dry else units
     best: dict[str, tuple[float, str]] = {}
     for i, unit in enumerate(units):
@@ -159,7 +197,7 @@ def run(rows_file: Path, until: float, dry: bool) -> None:
             continue
         ms, what = row["ms_p20_p50_p80"]["ours"][1], unit[0]
         print(f"{what:<52} {ms:8.3f} ms  {100 * row['of_floor']:.0f} % of floor", flush=True)
-        group = " ".join(what.split()[:3]) if "rows" in what else what.split()[0]
+        group = " ".join(what.split()[:3]) if "rows" in what or "D=" in what else what.split()[0]
         best[group] = min(best.get(group, (ms, what)), (ms, what))
     for group, (ms, what) in best.items():
         print(f"best of {group}: {what}, {ms:.3f} ms", flush=True)

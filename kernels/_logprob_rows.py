@@ -231,7 +231,9 @@ def logprob_rows(
     """
     (C, V), K = logits_CV.shape, target_CK.shape[1]
     if not runs_triton(logits_CV):
-        return _merge(*_stats_torch(logits_CV, target_CK, inv_temp, entropy), target_CK, group)
+        return merge_slices(
+            *_stats_torch(logits_CV, target_CK, inv_temp, entropy), target_CK, group
+        )
     chosen_CK, top_C, total_C, weighted_C = (
         logits_CV.new_empty(n, dtype=wide(logits_CV.dtype))
         for n in ((C, K), C, C, C if entropy else 0)
@@ -252,10 +254,10 @@ def logprob_rows(
         ENTROPY=entropy,
         **_kernel_options(logits_CV, K),
     )
-    return _merge(chosen_CK, top_C, total_C, weighted_C, target_CK, group)
+    return merge_slices(chosen_CK, top_C, total_C, weighted_C, target_CK, group)
 
 
-def _merge(
+def merge_slices(
     chosen_CK: Tensor,
     top_C: Tensor,
     total_C: Tensor,

@@ -39,6 +39,15 @@ from reflux.kernels._class_rows import CLASSES, LONG, class_backward, class_sums
 from reflux.kernels._class_rows import STEP as CLASS_STEP
 from reflux.kernels._kl_rows import kl_gradient, kl_losses, kl_stats
 from reflux.kernels._logprob_rows import logprob_gradient, logprob_stats
+from reflux.kernels._logprob_tiles import (
+    AMPERE,
+    HOPPER,
+    MERGE_ROWS,
+    MERGE_TILES,
+    Tiles,
+    head_tiles,
+    merge_tiles,
+)
 from reflux.kernels._topk_rows import topk_gradient, topk_lift, topk_terms
 from reflux.kernels._triton import BLOCK_V, LAUNCH
 from reflux.kernels.renormalised_topk_kl import ROWS, gather_dot, gather_rows, sum_pairs
@@ -59,8 +68,27 @@ SCALARS = dict(
     D="i32",
     inv_temp="fp32",
     inv_cap="fp32",
+    into_cap="fp32",
+    cap="fp32",
+    T="i32",
     beta="fp32",
 )
+
+
+def product(tiles: Tiles, **constants) -> dict:
+    """Constants of `head_tiles`, and its launch options: by descriptors but on AMPERE."""
+    blocks = {"BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns, "BLOCK_D": tiles.depth}
+    launched = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    tma = tiles is HOPPER
+    strides = {} if tma else {"stride_d": 1, "stride_w": 1}
+    return (
+        blocks
+        | launched
+        | strides
+        | {"GROUP": tiles.group, "TMA": tma, "UPCAST": False, **constants}
+    )
+
+
 LOGITS = {"logits", "dlogits", "z", "u", "dz", "x", "w", "dx", "dhead"}
 # kernel, what the name adds, dtype of the logits (or of them / of their gradient), constants,
 # barriers
@@ -151,6 +179,16 @@ CASES = [
     (long_class_sums, "", "*fp32", TILE, 0),
     (class_backward, "", "*fp32", dict(CAPPED=False, **TILE), 0),
     (class_backward, "capped", "*fp32/*bf16", dict(CAPPED=True, **TILE), 0),
+    (
+        head_tiles,
+        "descriptors",
+        "*bf16",
+        product(HOPPER, ENTROPY=False, CAPPED=False, K=1, bias=None),
+        0,
+    ),
+    (head_tiles, "K entropy capped", "*fp16", product(HOPPER, ENTROPY=True, CAPPED=True), 0),
+    (head_tiles, "pointers", "*bf16", product(AMPERE, ENTROPY=True, CAPPED=False, bias=None), 0),
+    (merge_tiles, "", "*fp32", dict(ENTROPY=True, ROWS=MERGE_ROWS, STEP=MERGE_TILES), 0),
 ]
 
 
@@ -162,6 +200,11 @@ def signature_of(kernel, logits: str, constants: dict) -> dict[str, str]:
             return "constexpr"
         if name in LOGITS:
             return logits.split("/")[-1 if name.startswith("d") else 0]
+        if name in ("hidden", "head") and constants["TMA"]:
+            side = constants["BLOCK_M" if name == "hidden" else "BLOCK_N"]
+            return f"tensordesc<{logits[1:]}[{side}, {constants['BLOCK_D']}]>"
+        if name in ("hidden", "head", "bias"):
+            return logits
         if name in ("target", "order", "offset", "first", "long"):
             return "*i64"
         if name in ("ids", "column_class"):
@@ -174,17 +217,28 @@ def signature_of(kernel, logits: str, constants: dict) -> dict[str, str]:
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "bench/records"
 ARCHITECTURES = (90, 80, 100)  # the first one is compiled in full even with --quick
-MAX_REGISTERS = 128  # of a thread: 65,536 on a multiprocessor still hold two programs of 8 warps
+FIRST_WITH_TMA = 90
+# of a thread of a row kernel: 65,536 on a multiprocessor still hold two programs of 8 warps
+MAX_REGISTERS = 128
+GEMM_REGISTERS = 255  # of 8 warps that have a multiprocessor to themselves
 SLACK = 8  # registers are handed out in eights
 MAX_SHARED = 227 * 1024  # bytes one program may own on sm_90; a row kernel uses a few hundred
 # in SASS, in PTX
 WIDE = r"\bLDG(?:STS)?\.E[.\w]*\.(?:128|256)\b|\bld\.global[.:\w]*\.(?:v[48]\.b32|v[24]\.b64)\b"
 DOUBLE = r"\b(?:D(?:ADD|FMA|MUL|SETP|MNMX)|\w+(?:\.\w+)*\.F64)\b|\.f64\b"
+TENSOR_CORES = {  # a GEMM without them, or with those of an older GPU, is slow
+    80: r"\bHMMA\b|\bmma\.sync\b",
+    90: r"\bHGMMA\b|\bwgmma\.mma_async\b",
+    100: r"\bUTC\w*MMA\b|\btcgen05\.mma\b",
+}
+BULK_COPY = r"\bUTMALDG\b|\bcp\.async\.bulk\.tensor\b"  # by a tensor descriptor
 SPILL = r"\b(?:STL|LDL)\b"
 
 
 def compile_for(kernel, logits: str, constants: dict, capability: int):
     """What the launcher would build: pointers, strides and sizes divisible by 16, as if padded."""
+    options = LAUNCH | {k: v for k, v in constants.items() if k.startswith("num_")}
+    constants = {k: v for k, v in constants.items() if k not in options}
     signature = signature_of(kernel, logits, constants)
     aligned = {
         (i,): [["tt.divisibility", 16]]
@@ -192,7 +246,7 @@ def compile_for(kernel, logits: str, constants: dict, capability: int):
         if type_.startswith(("*", "i"))
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=LAUNCH)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def read_cubin(cubin: bytes, *what: str) -> tuple[dict[str, int], str]:
@@ -226,11 +280,18 @@ def measure(
         "spills": len(re.findall(SPILL, code)),
         "double": len(re.findall(DOUBLE, code)),
         "barriers": built.asm["ttir"].count("barrier"),
+        "tensor_cores": len(re.findall(TENSOR_CORES[capability], code)),
+        "bulk_copies": len(re.findall(BULK_COPY, code)),
     }
 
 
-def broken_rules(row: dict, streams_rows: bool, barriers: int, bound: int) -> list[str]:
-    """What is wrong with it, in words. barriers: those of the source, before the compiler's own."""
+def broken_rules(
+    row: dict, streams_rows: bool, barriers: int, bound: int, tma: bool | None = None
+) -> list[str]:
+    """What is wrong with it, in words. barriers: those of the source, before the compiler's own.
+
+    tma: of a GEMM, whether its operands come by tensor descriptors; None for what is none.
+    """
     rules = []
     if row["stack"] or row["spills"]:
         rules.append("spills to memory: use a smaller block or more warps")
@@ -242,6 +303,12 @@ def broken_rules(row: dict, streams_rows: bool, barriers: int, bound: int) -> li
         rules.append(f"wants more shared memory than {MAX_SHARED} bytes")
     if row["registers"] > bound:
         rules.append(f"uses more than {bound} registers: if that is intended, run with --record")
+    if tma is not None and not row["tensor_cores"]:
+        rules.append(
+            "multiplies without this GPU's tensor cores: a layout or dtype they do not take?"
+        )
+    if tma and not row["bulk_copies"]:
+        rules.append("does not copy by its tensor descriptors")
     if row["barriers"] < barriers:
         rules.append(
             f"has {row['barriers']} barriers, want {barriers}: other threads' stores would be read "
@@ -296,14 +363,19 @@ def main() -> None:
     for kernel, what, logits, constants, barriers in CASES:
         if options.only not in kernel.__name__:
             continue
+        tma = constants.get("TMA")
         for capability in ARCHITECTURES:
+            if tma and capability < FIRST_WITH_TMA:
+                continue
             if options.quick and capability != ARCHITECTURES[0] and (kernel, capability) in seen:
                 continue
             seen.add((kernel, capability))
             row = measure(kernel, what, logits, constants, capability, options.quick)
-            bound = bounds.get((row["kernel"], row["configuration"], row["arch"]), MAX_REGISTERS)
-            broken += broken_rules(row, bool(LOGITS & set(kernel.arg_names)), barriers, bound)
+            most = MAX_REGISTERS if tma is None else GEMM_REGISTERS
+            bound = bounds.get((row["kernel"], row["configuration"], row["arch"]), most)
+            broken += broken_rules(row, bool(LOGITS & set(kernel.arg_names)), barriers, bound, tma)
             rows.append(row)
+            gemm = () if tma is None else ("tensor_cores", "bulk_copies")
             print(
                 " ".join(
                     f"{row[k]:<{n}}"
@@ -311,7 +383,7 @@ def main() -> None:
                 ),
                 " ".join(
                     f"{k} {row[k]:<4}"
-                    for k in ("registers", "stack", "shared", "wide_loads", "barriers")
+                    for k in ("registers", "stack", "shared", "wide_loads", "barriers", *gemm)
                 ),
                 flush=True,
             )
