@@ -1,13 +1,15 @@
-"""The reports of a matrix folder as one record: python -m bench.matrix FOLDER NAME
+"""The reports of a matrix folder as one record: python -m bench.matrix FOLDER NAME [REPORT ...]
 
 The record holds every report of the folder that is there (attacks, eta sweep, ablations,
-diagnoses), the commits and versions that the runs wrote into their own logs, and the cells that had
+diagnoses, texts of each seed side by side), or those that are named (report, texts, ...), the
+commits and versions that the runs wrote into their own logs, and the cells that had
 not ended. Runs of a tree with uncommitted changes are not recorded.
 """
 
 import json
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,13 @@ from .records import FOLDER, device, write
 
 # <name>.json of the folder; "knob" is what the eta sweep was called before
 REPORTS = ("report", "eta_sweep", "knob", "ablations", "diagnoses")
+TEXTS = "texts"  # seed -> texts.json of trainer/studies/side_by_side.py
 
 
-def collect(folder: Path) -> dict[str, Any]:
-    """The content of the record. ValueError where a run is of a dirty tree, or none has ended."""
+def collect(folder: Path, names: Sequence[str] = ()) -> dict[str, Any]:
+    """The content of the record; names: the reports in it, all of them where none is named.
+    ValueError where a run is of a dirty tree, or none has ended, or a named report is not there.
+    """
     matrix = json.loads((folder / "matrix.json").read_text())
     heads, not_ended = _read_heads(folder, matrix["cells"])
     if dirty := [name for name, head in heads.items() if head["code"]["dirty"] is not False]:
@@ -36,7 +41,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "commits_of_runs": dict(Counter(head["code"]["commit"] for head in heads.values())),
         "versions_of_runs": next(iter(heads.values()))["versions"],
         **device(),
-        **_read_reports(folder),
+        **_read_reports(folder, names),
     }
 
 
@@ -55,16 +60,24 @@ def _read_heads(
     return heads, not_ended
 
 
-def _read_reports(folder: Path) -> dict[str, Any]:
+def _read_reports(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     paths = {name: folder / f"{name}.json" for name in REPORTS}
-    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    texts = {
+        file.parts[-3].removeprefix("seed-"): json.loads(file.read_text())
+        for file in sorted(folder.glob("seed-*/*/texts.json"))
+    }
+    found |= {TEXTS: texts} if texts else {}
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(f"{folder}: no {missing[0]}; there are {', '.join(found) or 'none'}")
+    return {name: found[name] for name in names or found}
 
 
 def main(arguments: list[str], records: Path = FOLDER) -> int:
-    if len(arguments) != 2:
+    if len(arguments) < 2:
         sys.exit(__doc__)
     try:
-        content = collect(Path(arguments[0]))
+        content = collect(Path(arguments[0]), arguments[2:])
     except (OSError, ValueError) as error:
         sys.exit(f"No record: {error}")
     path = write(arguments[1], content, records, command="python -m bench.matrix")

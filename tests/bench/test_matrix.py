@@ -36,6 +36,20 @@ def test_a_record_holds_the_reports_and_where_their_numbers_come_from(folder, tm
     assert record["knob"] == {"points": []} and "eta_sweep" not in record
 
 
+def test_texts_are_recorded_seed_by_seed_and_alone_where_they_are_named(folder):
+    assert "texts" not in collect(folder)
+    with pytest.raises(ValueError, match="no texts; there are report"):
+        collect(folder, ["texts"])
+    for seed in (1, 2):
+        cell = folder / f"seed-{seed}" / "side-by-side"
+        cell.mkdir(parents=True)
+        (cell / "texts.json").write_text(json.dumps({"reader": f"r{seed}"}))
+    both = {"1": {"reader": "r1"}, "2": {"reader": "r2"}}
+    assert collect(folder)["texts"] == both and "report" in collect(folder)
+    alone = collect(folder, ["texts"])
+    assert alone["texts"] == both and "report" not in alone
+
+
 def test_a_run_from_a_dirty_tree_is_not_recorded(folder, tmp_path):
     set_dirty(folder, "t-original-1", True)
     with pytest.raises(

@@ -9,15 +9,16 @@ nor proxy, which reads the question as plain text and then the answer:
     nats per byte   - sum_i log p_reader(token_i | question, token_<i) / bytes of the answer
     perplexity      exp of the same sum / tokens of the answer
 
-texts.md has both, lengths, the fraction of distinct texts and the first answers; texts.json the
-numbers. Intervals are over texts of one run (item-level): they say nothing about another seed.
+texts.md has both, their change against the first run (paired by question), lengths, the fraction of
+distinct texts and the first answers; texts.json the same as numbers. Intervals are over questions
+of one run (item-level): they say nothing about another seed.
 """
 
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,16 @@ class TextsOfRun:
     nats_per_byte: Estimate  # under the reader
     perplexity: float  # per token of the reader, over all texts together
     distinct: float  # fraction of the texts that differ from all before them
+    # nats per byte - the first run's, question by question; None for the first run
+    change: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run's texts cost, and the nats per byte of each question."""
+
+    texts: TextsOfRun
+    cost: Mapping[int, float]  # question -> mean of its texts
 
 
 def load_answers(run: Path, questions: Sequence[str], count: int) -> list[Answer]:
@@ -76,30 +87,46 @@ def _step_of(file: Path) -> int:
     return int(file.stem.rpartition("-")[2])
 
 
-def measure(run: str, answers: Sequence[Answer], read: Read) -> TextsOfRun:
+def measure(run: str, answers: Sequence[Answer], read: Read) -> Measured:
     """`read`: (question, text) pairs -> (nats, tokens) of each text. Empty texts are not read."""
     written = [a for a in answers if a.text]
     scores = read([(a.question, a.text) for a in written])
     sizes = [len(a.text.encode()) for a in written]
     per_byte = [nats / size for (nats, _), size in zip(scores, sizes)]
     tokens = sum(n for _, n in scores)
-    return TextsOfRun(
+    texts = TextsOfRun(
         run=run,
         texts=len(answers),
         correct=sum(a.correct for a in answers) / len(answers),
-        bytes=_over_prompts(written, sizes),
-        words=_over_prompts(written, [len(a.text.split()) for a in written]),
-        nats_per_byte=_over_prompts(written, per_byte),
+        bytes=mean_over_prompts(_by_prompt(written, sizes)),
+        words=mean_over_prompts(_by_prompt(written, [len(a.text.split()) for a in written])),
+        nats_per_byte=mean_over_prompts(_by_prompt(written, per_byte)),
         perplexity=math.exp(sum(nats for nats, _ in scores) / max(tokens, 1)),
         distinct=len({a.text for a in answers}) / len(answers),
     )
+    return Measured(texts, _by_prompt(written, per_byte))
 
 
-def _over_prompts(answers: Sequence[Answer], values: Sequence[float]) -> Estimate:
+def _by_prompt(answers: Sequence[Answer], values: Sequence[float]) -> Mapping[int, float]:
+    """Prompt -> mean of its texts."""
     grouped: dict[int, list[float]] = {}
     for answer, value in zip(answers, values):
         grouped.setdefault(answer.prompt, []).append(value)
-    return mean_over_prompts({p: sum(v) / len(v) for p, v in grouped.items()})
+    return {p: sum(v) / len(v) for p, v in grouped.items()}
+
+
+def against_first(measured: Sequence[Measured]) -> list[TextsOfRun]:
+    """All runs, each but the first with its change of nats per byte against the first one, over
+    the questions that both answered.
+    """
+    first = measured[0].cost
+    return [measured[0].texts] + [
+        replace(
+            m.texts,
+            change=mean_over_prompts({p: m.cost[p] - first[p] for p in m.cost if p in first}),
+        )
+        for m in measured[1:]
+    ]
 
 
 def make_reader(folder: str) -> Read:
@@ -143,7 +170,8 @@ def _read_some(
 
 def page(measured: Sequence[TextsOfRun], answers: Sequence[Sequence[Answer]], reader: str) -> str:
     """texts.md"""
-    head = ("run", "texts", "correct", "bytes", "words", "nats per byte", "perplexity", "distinct")
+    head = ("run", "texts", "correct", "bytes", "words", "nats per byte", "against the first")
+    head += ("perplexity", "distinct")
     rows = [
         (
             m.run,
@@ -152,15 +180,14 @@ def page(measured: Sequence[TextsOfRun], answers: Sequence[Sequence[Answer]], re
             with_interval(m.bytes, "{:.1f}"),
             with_interval(m.words, "{:.1f}"),
             with_interval(m.nats_per_byte),
+            with_interval(m.change, "{:+.3f}") if m.change else "",
             f"{m.perplexity:.2f}",
             f"{m.distinct:.2f}",
         )
         for m in measured
     ]
     names = [m.run for m in measured]
-    shown = [
-        (first[0].question, *(_mark(a) for a in first)) for first in list(zip(*answers))[:SHOWN]
-    ]
+    shown = [(row[0].question, *(_mark(a) for a in row)) for row in side_by_side(answers)]
     return "\n\n".join(
         [
             "# Texts side by side",
@@ -171,6 +198,11 @@ def page(measured: Sequence[TextsOfRun], answers: Sequence[Sequence[Answer]], re
             "",
         ]
     )
+
+
+def side_by_side(answers: Sequence[Sequence[Answer]]) -> list[tuple[Answer, ...]]:
+    """The first questions, each with every run's answer."""
+    return list(zip(*answers))[:SHOWN]
 
 
 def _mark(answer: Answer) -> str:
@@ -196,10 +228,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     read = make_reader(args.reader)
-    measured = [measure(run.name, found, read) for run, found in zip(args.runs, answers)]
+    measured = against_first([measure(r.name, a, read) for r, a in zip(args.runs, answers)])
     args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "texts.json", {"reader": Path(args.reader).name, "runs": measured})
-    write_whole(args.out / "texts.md", page(measured, answers, Path(args.reader).name))
+    reader = Path(args.reader).name
+    shown = [{m.run: a for m, a in zip(measured, row)} for row in side_by_side(answers)]
+    write_json(args.out / "texts.json", {"reader": reader, "runs": measured, "shown": shown})
+    write_whole(args.out / "texts.md", page(measured, answers, reader))
     print(f"wrote texts.md and texts.json to {args.out}")
     return 0
 

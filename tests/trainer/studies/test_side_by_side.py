@@ -7,7 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reflux.trainer.studies.side_by_side import Answer, load_answers, main, make_reader, measure
+from reflux.trainer.studies.side_by_side import (
+    Answer,
+    against_first,
+    load_answers,
+    main,
+    make_reader,
+    measure,
+)
 
 QUESTIONS = ["one plus one?", "two plus two?"]
 TEXTS = {0: ["it is two", "two | more"], 1: ["four", ""]}
@@ -51,11 +58,24 @@ def test_a_text_with_other_line_breaks_is_one_line(tmp_path):
 
 def test_numbers_are_those_of_the_definition():
     answers = [Answer(0, "q", "aaaa", True), Answer(0, "q", "bb", False), Answer(1, "r", "", False)]
-    m = measure("run", answers, lambda pairs: [(4.0, 2), (1.0, 1)][: len(pairs)])
+    m = measure("run", answers, lambda pairs: [(4.0, 2), (1.0, 1)][: len(pairs)]).texts
     assert m.nats_per_byte.mean == pytest.approx((4 / 4 + 1 / 2) / 2)
     assert m.perplexity == pytest.approx(math.exp(5 / 3))
     assert (m.texts, m.correct, m.distinct) == (3, pytest.approx(1 / 3), 1.0)
     assert m.bytes.mean == 3.0 and m.bytes.n == 1
+
+
+def test_runs_are_compared_with_the_first_question_by_question():
+    """Question 2 is only of the second run, and no part of its change."""
+    first = [Answer(0, "q", "aaaa", True), Answer(1, "r", "bb", True)]
+    second = [*(Answer(a.prompt, a.question, "cccc", True) for a in first), Answer(2, "s", "d", 1)]
+    runs = [
+        measure("first", first, lambda pairs: [(4.0, 1), (1.0, 1)]),
+        measure("second", second, lambda pairs: [(4.0, 1), (8.0, 1), (99.0, 1)]),
+    ]
+    one, two = against_first(runs)
+    assert one.change is None
+    assert two.change.mean == pytest.approx(((1.0 - 1.0) + (2.0 - 0.5)) / 2) and two.change.n == 2
 
 
 def test_the_reader_scores_the_answer_alone_whatever_stands_beside_it(assets):
@@ -87,6 +107,8 @@ def test_the_page_shows_every_run(assets, tmp_path, capsys):
     )
     found = json.loads((tmp_path / "out" / "texts.json").read_text())
     assert [r["run"] for r in found["runs"]] == ["original", "distillable"]
+    assert found["runs"][1]["change"]["mean"] == 0.0
+    assert found["shown"][0]["distillable"]["text"] == "it is two"
     assert found["runs"][0]["texts"] == 4 and found["runs"][0]["correct"] == 0.25
     with pytest.raises(SystemExit):
         main([*words[:4], "--runs", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
