@@ -110,7 +110,7 @@ def test_a_runner_that_does_not_stop_is_killed(tmp_path, monkeypatch):
 
 def test_sizes_of_a_gpu_are_those_of_the_protocol(tmp_path, monkeypatch):
     """64 x 8 rollouts and 60 steps in bf16, seed by seed; without Gemma its cells are left out."""
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)  # where no models are, whatever the checkout has
     cells = {c.name: c for c in science.cells_of(322, dry=False)}
     assert not [name for name in cells if "gemma" in name or "cross_tokenizer" in name]
     from reflux.trainer.config.loader import load
@@ -122,6 +122,16 @@ def test_sizes_of_a_gpu_are_those_of_the_protocol(tmp_path, monkeypatch):
     assert cfg.titan["training"]["mixed_precision_param"] == "bfloat16" and cfg.seed == 322
     waits = {name for c in cells.values() for name in c.after}
     assert waits <= cells.keys(), "a cell waits for one that was left out"
+
+
+def test_with_gemma_there_are_four_attacks_on_four_teachers(tmp_path, monkeypatch):
+    (tmp_path / "runs/real/models/gemma-3-270m").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    labels = [c.labels for c in science.cells_of(321, dry=False)]
+    students = {(x["teacher"], x["attack"]) for x in labels if x.get("role") == "student"}
+    teachers = ("original", "task_only", "distillable", "undistillable")
+    attacks = ("seq_kd", "kd_forward", "gkd_on_policy", "cross_tokenizer")
+    assert students == {(t, a) for t in teachers for a in attacks}
 
 
 def test_a_record_needs_a_clean_tree_or_a_commit(tmp_path, monkeypatch):

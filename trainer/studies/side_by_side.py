@@ -137,11 +137,14 @@ def make_reader(folder: str) -> Read:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
+    known: dict[tuple[str, str], tuple[float, int]] = {}  # teachers often say the same
+
     def read(pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
-        out: list[tuple[float, int]] = []
-        for at in range(0, len(pairs), ROWS):
-            out += _read_some(model, tokenizer, pairs[at : at + ROWS])
-        return out
+        new = list(dict.fromkeys(pair for pair in pairs if pair not in known))
+        for at in range(0, len(new), ROWS):
+            some = new[at : at + ROWS]
+            known.update(zip(some, _read_some(model, tokenizer, some)))
+        return [known[pair] for pair in pairs]
 
     return read
 
@@ -159,11 +162,14 @@ def _read_some(
     ids_NL = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     for i, row in enumerate(rows):
         ids_NL[i, : len(row)] = torch.tensor(row)
+    # K positions: those that predict a text's token, in at least one row; a head has many rows
+    first = min(map(len, prompts)) - 1
     with torch.no_grad():
-        logp_NLV = model(ids_NL).logits.log_softmax(-1)
-    logp_NL = logp_NLV[:, :-1].gather(-1, ids_NL[:, 1:, None])[..., 0]
+        logits_NKV = model(ids_NL, logits_to_keep=ids_NL.shape[1] - first).logits[:, :-1]
+        logp_NKV = logits_NKV.log_softmax(-1)
+    logp_NK = logp_NKV.gather(-1, ids_NL[:, first + 1 :, None])[..., 0]
     return [
-        (-float(logp_NL[i, len(p) - 1 : len(p) + len(t) - 1].sum()), len(t))
+        (-float(logp_NK[i, len(p) - 1 - first :][: len(t)].sum()), len(t))
         for i, (p, t) in enumerate(zip(prompts, texts))
     ]
 
