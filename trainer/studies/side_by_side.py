@@ -176,8 +176,8 @@ def _read_some(
 
 def page(measured: Sequence[TextsOfRun], answers: Sequence[Sequence[Answer]], reader: str) -> str:
     """texts.md"""
-    head = ("run", "texts", "correct", "bytes", "words", "nats per byte", "against the first")
-    head += ("perplexity", "distinct")
+    sizes = ("texts", "correct", "bytes", "words")
+    head = ("run", *sizes, "nats per byte", "against the first", "perplexity", "distinct")
     rows = [
         (
             m.run,
