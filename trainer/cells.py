@@ -15,6 +15,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -51,6 +52,7 @@ class Cell:
     labels: Mapping[str, str] = field(default_factory=dict)
     cost: float = 1.0  # seconds of one idle core, roughly: for the time left
     says: str = ""  # what it does, in words; printed when it starts
+    keep_checkpoints: bool = True  # once it is done; its export stays in any case
 
     @property
     def done(self) -> bool:
@@ -105,7 +107,10 @@ def _run_logged(cell: Cell, notes: Sequence[str]) -> int:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     print("\n".join([f"$ {cell.command}", *notes]), flush=True)
-    return (_run_module(cell) if cell.module else _run_main(cell)) or 0
+    code = (_run_module(cell) if cell.module else _run_main(cell)) or 0
+    if code == 0 and not cell.keep_checkpoints:
+        shutil.rmtree(cell.folder / "checkpoint", ignore_errors=True)
+    return code
 
 
 def _run_module(cell: Cell) -> int:

@@ -9,6 +9,7 @@ A matrix file lists cells. A cell is one `trainer/main.py --config FILE --set ..
     folder = "runs/quickstart"      # of the whole matrix; {folder} below is <folder>/seed-<seed>
     seeds = [0]
     parallel = 2                    # cells at a time
+    keep_checkpoints = false        # of done cells: their exports stay. Default true
 
     [[cell]]
     name = "student-{teacher}-{attack}"
@@ -51,7 +52,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,17 @@ from reflux.trainer.runs.progress import duration
 
 NAME = "reflux.trainer.matrix"
 WRITE_S = 60.0  # how long to wait for another runner that writes reports
-KEYS = ("folder", "seeds", "parallel", "cell", "styles", "title", "says", "grid")
+KEYS = (
+    "folder",
+    "seeds",
+    "parallel",
+    "keep_checkpoints",
+    "cell",
+    "styles",
+    "title",
+    "says",
+    "grid",
+)
 COST_S = 30.0  # of a cell that names none
 NAMED = 5  # cells that a message names
 
@@ -112,8 +123,11 @@ def read_matrix(path: Path, overrides: Mapping[str, Any]) -> Matrix:
     if missing := {"folder", "seeds", "cell"} - set(table):
         raise ValueError(f"{path}: no key {sorted(missing)[0]}; want folder, seeds and [[cell]]")
     seeds = tuple(map(int, table["seeds"]))
+    keep = table.get("keep_checkpoints", True)
+    if not isinstance(keep, bool):
+        raise ValueError(f"{path}: keep_checkpoints = {keep!r}; want true or false")
     cells = [
-        cell
+        replace(cell, keep_checkpoints=keep)
         for seed in seeds
         for row in table["cell"]
         for cell in _expand(row, seed, Path(os.path.relpath(table["folder"])) / f"seed-{seed}")

@@ -22,6 +22,7 @@ def main(arguments):
     if word == "stopped":  # as a run that a guard ends
         summary = {"exit_code": 4, "stopped": "KL above 0.1"}
         (out / "summary.json").write_text(json.dumps(summary))
+    (out / "checkpoint/step-1").mkdir(parents=True, exist_ok=True)
     return {"bad": 3, "stopped": 4}.get(word, 0)
 """
 TABLE = """
@@ -230,6 +231,21 @@ def test_prerequisites_run_first_and_done_cells_are_skipped(toy):
     assert run_matrix(cells, 2) == []
     # only what was missing ran again
     assert (toy / "runs/seed-0/order.txt").read_text().split()[3:] == ["b1"]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_checkpoints_of_done_cells_are_kept_or_not(toy, keep):
+    """A failed cell and one that a guard ended keep theirs."""
+    path = toy / "m.toml"
+    text = path.read_text().replace('arguments = ["a"]', 'arguments = ["stopped"]')
+    path.write_text(text + '[[cell]]\nname = "c"\nmodule = "toy_cell"\narguments = ["bad"]\n')
+    overrides = {"seeds": [0]} | ({} if keep else {"keep_checkpoints": False})
+    cells = read_matrix(path, overrides).cells
+    assert run_matrix(cells, 2) == ["c@0"]
+    left = [c.name for c in cells if (c.folder / "checkpoint").exists()]
+    assert left == (["a@0", "b-1@0", "b-2@0", "c@0"] if keep else ["a@0", "c@0"])
+    with pytest.raises(ValueError, match="keep_checkpoints = 'no'; want true or false"):
+        read_matrix(path, {"keep_checkpoints": "no"})
 
 
 def test_a_failure_stops_only_the_cells_behind_it(toy):
