@@ -20,6 +20,7 @@ from typing import NoReturn
 # absolute imports: a script has no package to be relative to
 from reflux.trainer.config import loader
 from reflux.trainer.config.origins import with_origins
+from reflux.trainer.config.phases import spec_of
 from reflux.trainer.config.schema import Config
 from reflux.trainer.runs import commands, first_rank, hub, limits, output, run_folder, signals
 
@@ -164,6 +165,7 @@ def _run(cfg: Config, args: argparse.Namespace, arguments: list[str] | None) -> 
     with run_folder.claimed(cfg, partial(_refuse, args=args)) as (settled, lock):
         if settled.folder != cfg.folder:
             commands.remember(arguments, run_folder=settled.folder, typed=args.typed)
+        _say_start(settled)
         from reflux.trainer import loop
 
         code = loop.train(settled, lock)
@@ -172,6 +174,16 @@ def _run(cfg: Config, args: argparse.Namespace, arguments: list[str] | None) -> 
     if code == INTERRUPTED:
         _print_once(_hint())
     return code
+
+
+def _say_start(cfg: Config) -> None:
+    """Imports, weights and the first rollout take a while, in which nothing else is printed."""
+    if cfg.log.quiet or not first_rank.is_first():
+        return
+    steps = f", {cfg.steps} steps" if cfg.trains else ""
+    roles = [getattr(cfg, role.section) for role in spec_of(cfg.phase).frozen_roles(cfg)]
+    models = " and ".join(dict.fromkeys(part.path for part in (cfg.model, *roles) if part.path))
+    print(f"{cfg.phase}{steps}, in {cfg.folder}: loads {models}", flush=True)
 
 
 def _free_port() -> int:

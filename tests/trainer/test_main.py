@@ -48,6 +48,8 @@ def test_a_script_imports_no_module_of_the_working_directory(file, tmp_path):
         (tmp_path / name).write_text("raise SystemExit('the wrong module')\n")
     done = start(str(MAIN), "--config", "run.toml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
+    first = done.stdout.splitlines()[0]
+    assert first.startswith("calibrate, 1 steps, in ") and ": loads " in first
     assert "step 1/1" in done.stdout and load_run(tmp_path / "run").summary["step"] == 1
     again = start(str(MAIN), "--config", "run.toml", cwd=tmp_path)
     assert again.returncode == 2
