@@ -36,12 +36,14 @@ PLANS = {
 # of head_tiles: its default and neighbours, in the shared memory and registers of sm_90
 TILES = (
     HOPPER,
+    HOPPER._replace(flatten=False),
     HOPPER._replace(stages=3),
     HOPPER._replace(group=8),
     HOPPER._replace(group=32),
     HOPPER._replace(depth=32, stages=6),
     HOPPER._replace(columns=128),
     HOPPER._replace(columns=128, warps=4),
+    HOPPER._replace(columns=128, warps=4, stages=3, programs=2),
     HOPPER._replace(rows=64, warps=4),
     HOPPER._replace(rows=256, columns=128),
 )

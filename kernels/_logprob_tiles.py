@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from . import _triton
-from ._chunks import Rows
+from ._chunks import Rows, head_plan, padded
 from ._divergence import exp_diff
 from ._head import Head
-from ._logprob_rows import merge_slices
+from ._logprob_rows import logprob_rows, merge_slices
 from ._plan import MIB, TILE, Plan
 from ._triton import INTERPRET, LAUNCH, Described, launch, runs_triton, tl, triton
 
@@ -47,10 +47,12 @@ class Tiles(NamedTuple):
     group: int  # blocks of rows whose hidden states the cache holds
     warps: int
     stages: int
+    flatten: bool = False  # one loop over tiles and depth: loads of the next tile in the epilogue
+    programs: int = 1  # a multiprocessor: the products of one hide the epilogue of another
 
 
 # none of them timed yet: no spills, in the shared memory of sm_90 and sm_100, of sm_80
-HOPPER, AMPERE = Tiles(128, 256, 64, 16, 8, 4), Tiles(128, 128, 64, 16, 8, 3)
+HOPPER, AMPERE = Tiles(128, 256, 64, 16, 8, 4, True), Tiles(128, 128, 64, 16, 8, 3)
 TILES: Tiles | None = None  # instead of both, for tests and sweeps
 DESCRIPTORS = True  # where they are possible
 
@@ -220,9 +222,10 @@ def head_tiles(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     tiles = tl.cdiv(T, BLOCK_M) * tl.cdiv(V, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         block_m, block_n = _row_major(tile, T, V, BLOCK_M, BLOCK_N, GROUP)
         t, first_v = block_m * BLOCK_M + tl.arange(0, BLOCK_M), block_n * BLOCK_N
         x = _product(
@@ -304,11 +307,40 @@ def merge_tiles(
         tl.store(row_weighted + t, tl.sum(w, 0), mask=t < T)
 
 
-def uses_tiles(hidden_TD: Tensor) -> bool:
-    """Whether `linear_logprob` takes its statistics from here: if REFLUX_KERNELS_FUSED=1 says so,
-    where kernels run, for 16-bit operands.
+def statistics_plan(
+    hidden_TD: Tensor,
+    V: int,
+    blocks: tuple[int, int],
+    need: tuple[bool, bool, bool],
+    workspace_mb: float,
+    rows_M: Tensor | None,
+) -> tuple[bool, Plan]:
+    """(whether `chunk_statistics` uses tiles, how to cut the rows). The arguments of `head_plan`.
+
+    Tiles if REFLUX_KERNELS_FUSED=1 says so, where kernels run, for 16-bit operands, and if nobody
+    needs a gradient that is made from the logits.
     """
-    return _triton.FUSED and runs_triton(hidden_TD) and hidden_TD.dtype.itemsize == 2
+    half = hidden_TD.dtype.itemsize == 2
+    if _triton.FUSED and runs_triton(hidden_TD) and half and not any(need):
+        return True, tile_plan(hidden_TD, V, workspace_mb)
+    return False, head_plan(hidden_TD, V, blocks, 0, need, workspace_mb, rows_M)
+
+
+def chunk_statistics(
+    fused: bool,
+    head: Head,
+    c: Rows,
+    target_CK: Tensor,
+    temperature: float,
+    entropy: bool,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The logits of a chunk, empty if fused, and what `logprob_rows` gives for them."""
+    if fused:
+        found = logprob_tiles(head, c, target_CK, temperature, entropy, group)
+        return head.hidden_TD.new_empty(0), *found
+    logits_CV, (scale, _) = head.logits(c), head.scales(temperature)
+    return logits_CV, *logprob_rows(padded(logits_CV), target_CK, scale, entropy, group)
 
 
 def tiles_for(x: Tensor) -> Tiles:
@@ -376,7 +408,7 @@ def _launch_tiles(
     scale, _ = head.scales(temperature)
     launch(
         head_tiles,
-        (min(blocks, _programs(x_CD)),),
+        (min(blocks, tiles.programs * _multiprocessors(x_CD)),),
         *(operands if tma else (x_CD, w_VD)),
         None if bias_V is None else bias_V.contiguous(),
         target_CK,
@@ -398,6 +430,7 @@ def _launch_tiles(
         BLOCK_N=tiles.columns,
         BLOCK_D=tiles.depth,
         GROUP=tiles.group,
+        FLATTEN=tiles.flatten,
         **LAUNCH | {"num_warps": tiles.warps, "num_stages": tiles.stages},
     )
 
@@ -410,6 +443,6 @@ def _capability(x: Tensor) -> int:
     return torch.cuda.get_device_capability(x.device)[0]
 
 
-def _programs(x: Tensor) -> int:
-    """How many stay on the device: one a multiprocessor; a few where the interpreter runs them."""
+def _multiprocessors(x: Tensor) -> int:
+    """Of its device; a few where the interpreter runs the programs."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3

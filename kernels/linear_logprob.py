@@ -44,10 +44,9 @@ from ._logprob_rows import (
     check_target,
     local_target,
     logprob_gradient_,
-    logprob_rows,
     upstream,
 )
-from ._logprob_tiles import logprob_tiles, tile_plan, uses_tiles
+from ._logprob_tiles import chunk_statistics, statistics_plan
 from ._loss import refuse_second_derivative, without_ignored
 from ._parallel import VocabShard, common_width, local_width, slice_of
 from .token_logprob import token_logprob_ref
@@ -104,19 +103,14 @@ def _op(
     # rows that nobody chose are ignored ones
     out.append(x_TD.new_full((T,), torch.inf, dtype=dtype))
     need, width = (need_dlogp, False, False), common_width(vocab_size, group)
-    fused = uses_tiles(x_TD) and not need_dlogp
-    plan = head_plan(x_TD, width, LOGIT_BLOCKS, 0, need, workspace_mb, rows_M)
-    plan = tile_plan(x_TD, width, workspace_mb) if fused else plan
+    fused, plan = statistics_plan(x_TD, width, LOGIT_BLOCKS, need, workspace_mb, rows_M)
     dlogp = HeadGradients.zeros(x_TD, head_VD, need, V, plan, 2 * scale * d_scale)
 
     # a function, so that its blocks are free before the next chunk's are made
     def step(part: Part) -> None:
         c = part.rows
-        if fused:
-            found = logprob_tiles(head, c, target_TK[c], temperature, entropy, group)
-        else:
-            logits_CV = head.logits(c)
-            found = logprob_rows(padded(logits_CV), target_TK[c], scale, entropy, group)
+        of_chunk = target_TK[c], temperature, entropy, group
+        logits_CV, *found = chunk_statistics(fused, head, c, *of_chunk)
         for whole_T, found_C in zip(out, found, strict=True):
             if whole_T.numel():
                 whole_T[c] = found_C

@@ -33,7 +33,6 @@ from ._chunks import (
     Rows,
     check_rows,
     check_temperature,
-    head_plan,
     logits_ref,
     padded,
     parts,
@@ -45,9 +44,9 @@ from ._logprob_rows import (
     check_target,
     local_target,
     logprob_gradient_,
-    logprob_rows,
     upstream,
 )
+from ._logprob_tiles import chunk_statistics, statistics_plan
 from ._loss import save_gradients, scale_gradients, unit_of, without_ignored
 from ._parallel import VocabShard, all_sum, common_width, local_width, slice_of
 from .linear_logprob import LOGIT_BLOCKS, linear_logprob_ref
@@ -170,7 +169,7 @@ def _op(
     head = Head(x_TD, head_VD, bias_V, logit_scale, softcap).cut(V)
     need, width = (need_dhidden, need_dhead, need_dbias), common_width(vocab_size, group)
     scale, d_scale = head.scales(temperature)
-    plan = head_plan(x_TD, width, LOGIT_BLOCKS, 0, need, workspace_mb, rows_M)
+    fused, plan = statistics_plan(x_TD, width, LOGIT_BLOCKS, need, workspace_mb, rows_M)
     largest = scale * d_scale * _largest(weight_TK.shape[1], z_loss)
     grads = HeadGradients.zeros(x_TD, head_VD, need, V, plan, largest)
     d_scale *= grads.lift
@@ -184,9 +183,8 @@ def _op(
     # a function, so that its blocks are free before the next chunk's are made
     def step(part: Part) -> None:
         c = part.rows
-        logits_CV = head.logits(c)
-        rows_C = padded(logits_CV), target_TK[c], scale
-        logp_CK, lse_C, empty, *saved = logprob_rows(*rows_C, False, group)
+        of_chunk = target_TK[c], temperature, False, group
+        logits_CV, logp_CK, lse_C, empty, *saved = chunk_statistics(fused, head, c, *of_chunk)
         logp_TK[c] = logp_CK
         more_T[c], g_lse_C = _of_normaliser(c, lse_C, used_TK[c, 0], z_loss, even)
         if any(need):

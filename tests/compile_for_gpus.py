@@ -85,7 +85,7 @@ def product(tiles: Tiles, **constants) -> dict:
         blocks
         | launched
         | strides
-        | {"GROUP": tiles.group, "TMA": tma, "UPCAST": False, **constants}
+        | {"GROUP": tiles.group, "FLATTEN": tiles.flatten, "TMA": tma, "UPCAST": False, **constants}
     )
 
 
