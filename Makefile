@@ -8,7 +8,7 @@
 # make test-install the wheel and the sdist in a clean environment, without a checkout (2 minutes)
 # make test-engines a real vLLM in an environment of its own, build/engines/.venv: on a CPU (minutes, half of them installation)
 # make test-matrices  the matrices of bench/PROTOCOL.md from end to end, with tiny models in place of the real ones (about 10 minutes)
-# make test-integrations  our losses in the places of TRL's and verl's, against these at pinned versions, beside .venv (3 minutes)
+# make test-integrations  our losses in TRL, verl and axolotl, against these at pinned versions, beside .venv (4 minutes)
 # make audit        known vulnerabilities of what is installed, where pip-audit reaches its data; else only the list, docs/dependencies.txt
 # make bench        kernels against floors and peers (needs a GPU for numbers; on a CPU it proves the harness)
 # make bench-gpu    the same on a machine with a GPU where nothing of this is installed: no network, 9 minutes, see bench/README.md
@@ -76,16 +76,20 @@ test-matrices: $(VENV)/ready
 PINNED_trl := trl==1.16.0
 PINNED_verl := verl==0.9.1 ray==2.60.0 tensordict==0.10.0 omegaconf==2.3.0 antlr4-python3-runtime==4.9.3 msgpack==1.2.4 \
 	cloudpickle==3.1.3 orjson==3.13.0 pyvers==0.1.0 codetiming==1.4.0
+PINNED_axolotl := axolotl==0.19.0 axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6 trl==1.9.0 liger-kernel==0.8.1 \
+	numba==0.68.1 llvmlite==0.50.0 addict==2.4.0 posthog==6.7.11 backoff==2.2.1 evaluate==0.4.1 termcolor==3.3.0 fire==0.7.1 \
+	fastcore==2.2.41 python-dotenv==1.0.1 pydantic-extra-types==2.11.1 pycountry==26.2.16
+SYSTEMS := trl verl axolotl
 build/integrations/%/ready: Makefile $(VENV)/ready
 	rm -rf $(@D)
 	$(BIN)/python -m pip install -q --no-deps --target $(@D) $(PINNED_$*)
 	touch $@
 
-.SECONDARY: build/integrations/trl/ready build/integrations/verl/ready
-test-integrations: test-integration-trl test-integration-verl
+.SECONDARY: $(SYSTEMS:%=build/integrations/%/ready)
+test-integrations: $(SYSTEMS:%=test-integration-%)
 
 test-integration-%: build/integrations/%/ready
-	PYTHONPATH=$(<D) REFLUX_INTEGRATIONS=$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trainer/integrations -k "$*"
+	HF_HUB_OFFLINE=1 PYTHONPATH=$(<D) REFLUX_INTEGRATIONS=$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trainer/integrations -k "$*"
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -53,6 +53,7 @@ OVERSIZE = {  # "floor/file.py" or "floor/file.py:function": why it stays whole
     "kernels/_topk_rows.py:topk_terms": "one Triton kernel: a call would leave registers",
 }
 TESTED_ELSEWHERE = {  # module -> the test file that exercises it
+    "trainer/integrations/axolotl_trainer.py": "trainer/integrations/test_axolotl_plugin.py",
     "trainer/phase.py": "trainer/engine/test_engine.py",  # contracts; mypy holds the rooms to them
     "trainer/calibration/likelihood_ratio.py": "trainer/calibration/test_phase.py",
     "trainer/config/calibration_rewards.py": "trainer/calibration/test_rewards.py",

@@ -5,6 +5,8 @@
     trl_rewards            the calibration reward as a reward function of TRL's GRPOTrainer
     verl_losses            top-k losses with a tail, and fused log-probabilities, in verl
     verl_plugin            brings them into verl's processes when it is imported
+    axolotl_plugin         axolotl's SFT trainer with a teacher, by its YAML file
+    axolotl_trainer        the trainer that the plugin names
 
 torchtitan's own Trainer, a plain loop and a head under FSDP2 are examples of docs/kernels.md. Here
 is no trainer of ours: the losses import `reflux.kernels` and the system they are for, the reward

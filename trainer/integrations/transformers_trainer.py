@@ -19,20 +19,25 @@ from reflux.kernels.linear_kl import linear_kl
 LOGIT_ERROR = 0.03  # relative to the largest logit; bfloat16 keeps 8 bits of each summand
 
 
-class DistillTrainer(Trainer):
-    """loss = sum over labelled tokens of D(student, teacher) / their number, as Trainer counts it.
+class Distils:
+    """What a Trainer needs in front of it to distil: `set_teacher`, and the loss.
 
-    teacher: a frozen causal model with the student's tokenizer, moved to the trainer's device.
-    divergence, beta, temperature, scale_t2 and the rest of `loss`: options of `linear_kl`. Soft
-    caps and scales of logits are read from the models' configurations. ValueError, at the first
-    batch, for a model whose logits are made in another way.
+    loss = sum over labelled tokens of D(student, teacher) / their number, as Trainer counts it.
     """
 
-    def __init__(self, *args: Any, teacher: nn.Module, loss: dict[str, Any] | None = None, **more):
-        super().__init__(*args, **more)
+    args: Any
+    accelerator: Any
+    model_accepts_loss_kwargs: bool
+
+    def set_teacher(self, teacher: nn.Module, loss: dict[str, Any] | None = None) -> None:
+        """teacher: a frozen causal model with the student's tokenizer, moved to the trainer's
+        device. loss: options of `linear_kl`; divergence "reverse" where it names none.
+        """
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
         self.loss_options = {"divergence": "reverse"} | (loss or {})
         self._proven = False  # that both models' logits are those of the loss
+        # else tokens are counted per micro batch, and one with few of them weighs as one with many
+        self.model_accepts_loss_kwargs = True
 
     def compute_loss(
         self,
@@ -42,8 +47,8 @@ class DistillTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         labels = inputs.pop("labels")
-        # the last row only is projected by transformers
-        inputs |= dict(output_hidden_states=True, logits_to_keep=1)
+        # one row is projected by transformers; with a cache, packed texts would see each other
+        inputs |= dict(output_hidden_states=True, logits_to_keep=1, use_cache=False)
         out = model(**inputs)  # through the wrapper: DDP must see a forward
         with torch.no_grad():
             teacher_out = self.teacher(**inputs)
@@ -78,6 +83,20 @@ class DistillTrainer(Trainer):
             return scored_T.sum()
         across = self.args.average_tokens_across_devices
         return num_items_in_batch / (self.accelerator.num_processes if across else 1)
+
+
+class DistillTrainer(Distils, Trainer):
+    """A Trainer with a teacher.
+
+    teacher: a frozen causal model with the student's tokenizer, moved to the trainer's device.
+    divergence, beta, temperature, scale_t2 and the rest of `loss`: options of `linear_kl`. Soft
+    caps and scales of logits are read from the models' configurations. ValueError, at the first
+    batch, for a model whose logits are made in another way.
+    """
+
+    def __init__(self, *args: Any, teacher: nn.Module, loss: dict[str, Any] | None = None, **more):
+        super().__init__(*args, **more)
+        self.set_teacher(teacher, loss)
 
 
 def _logit_options(side: str, model: Any) -> dict[str, Any]:

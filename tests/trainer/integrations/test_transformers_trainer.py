@@ -75,6 +75,20 @@ def test_caps_and_scales_of_logits_are_those_of_the_models(tmp_path):
     torch.testing.assert_close(got, kl_BT[batch["labels"][:, 1:] != -100].sum())
 
 
+def test_packed_texts_do_not_see_each_other(tmp_path):
+    """transformers finds them by their positions, and only where nobody asks for a cache."""
+    trainer, data = make(tmp_path)
+    trainer.model.eval()
+    apart = torch.stack([row["input_ids"] for row in data[:2]])
+    labels = torch.stack([row["labels"] for row in data[:2]])
+    together = {"input_ids": apart.view(1, -1), "labels": labels.view(1, -1)}
+    together["position_ids"] = torch.arange(8).repeat(2)[None]
+    with torch.no_grad():
+        want = trainer.compute_loss(trainer.model, {"input_ids": apart, "labels": labels})
+        got = trainer.compute_loss(trainer.model, together)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+
+
 def test_logits_that_are_made_in_another_way_are_refused(tmp_path):
     trainer, data = make(tmp_path)
     trainer.teacher.lm_head.register_forward_hook(lambda module, inputs, out: 2 * out)
