@@ -206,15 +206,17 @@ def calls_of_tiles(hidden, head, op=linear_logprob, **options):
 
 def test_it_is_used_where_it_was_asked_for_and_can_be(monkeypatch):
     (x_TD, w_VD, _), _ = inputs(3, 20, 8, 1, torch.bfloat16, seed=6)
+    leaf_TD = x_TD.clone().requires_grad_()
     with fused():
         assert calls_of_tiles(x_TD, w_VD) == 1
-        assert calls_of_tiles(x_TD.requires_grad_(), w_VD, entropy=True) == 1
-        assert calls_of_tiles(x_TD, w_VD, frozen_head=True) == 0  # makes dlogp/dhidden from logits
+        assert calls_of_tiles(leaf_TD, w_VD, entropy=True) == 1
+        # makes dlogp/dhidden from logits
+        assert calls_of_tiles(leaf_TD, w_VD, frozen_head=True) == 0
         assert calls_of_tiles(x_TD.float(), w_VD.float()) == 0
     with fused(on=False):
-        assert calls_of_tiles(x_TD.detach(), w_VD) == 0
+        assert calls_of_tiles(x_TD, w_VD) == 0
     with running("torch"), patch.object(_triton, "FUSED", True):
-        assert calls_of_tiles(x_TD.detach(), w_VD) == _triton.runs_triton(x_TD)
+        assert calls_of_tiles(x_TD, w_VD) == _triton.runs_triton(x_TD)
     for value in ("1", "0", ""):
         monkeypatch.setenv("REFLUX_KERNELS_FUSED", value)
         assert runpy.run_path(_triton.__file__)["FUSED"] == (value == "1")
