@@ -155,8 +155,11 @@ def test_what_cannot_be_read_ends_in_words(tmp_path, capsys):
 def test_one_seed_runs_on_a_cpu_and_goes_on_where_it_was_stopped(tmp_path):
     words = [sys.executable, str(ROOT / "bench/gpu_science.py"), "run", "--dry"]
     words += ["--work", str(tmp_path / "w"), "--out", str(tmp_path / "o"), "--parallel", "2"]
-    first = subprocess.run([*words, "--seconds", "25"], capture_output=True, text=True)
-    assert first.returncode == science.INTERRUPTED, first.stdout + first.stderr
+    for _ in range(5):  # on a busy machine no cell ends in the first 25 seconds
+        first = subprocess.run([*words, "--seconds", "25"], capture_output=True, text=True)
+        assert first.returncode == science.INTERRUPTED, first.stdout + first.stderr
+        if (tmp_path / "o" / "science.jsonl").exists():
+            break
     before = (tmp_path / "o" / "science.jsonl").read_text().splitlines()
     done = subprocess.run([*words, "--seconds", "600"], capture_output=True, text=True)
     log = (tmp_path / "o" / "console.log").read_text()
