@@ -7,8 +7,9 @@
     verl_plugin            brings them into verl's processes when it is imported
     axolotl_plugin         axolotl's SFT trainer with a teacher, by its YAML file
     axolotl_trainer        the trainer that the plugin names
+    torchtitan_loss        a head and a loss for torchtitan's own Trainer
 
-torchtitan's own Trainer, a plain loop and a head under FSDP2 are examples of docs/kernels.md. Here
-is no trainer of ours: the losses import `reflux.kernels` and the system they are for, the reward
-also what scores a text under two tokenizers.
+A plain loop is an example of docs/kernels.md. Here is no trainer of ours: the losses import
+`reflux.kernels` and the system they are for, the reward also what scores a text under two
+tokenizers.
 """
