@@ -155,6 +155,20 @@ def test_the_kernel_computes_only_chosen_rows_and_a_nan_stays_in_its_row():
         assert (a[left_out_T] == 0).all()
 
 
+@pytest.mark.parametrize("descriptors", [True, False])
+def test_the_kernel_uses_nothing_beyond_its_operands(descriptors):
+    (x_TD, w_VD, _), target_T = inputs(5, 70, 9, 1, torch.float16, seed=11)
+
+    def within_nan(x):
+        pad = torch.nn.functional.pad(x, (0, 7, 0, 3), value=torch.nan)
+        return pad[: len(x), : x.shape[1]]
+
+    with fused(DESCRIPTORS=descriptors):
+        want = linear_logprob(x_TD, w_VD, target_T)
+        got = linear_logprob(within_nan(x_TD), within_nan(w_VD), target_T)
+    assert torch.equal(got.lse, want.lse) and torch.equal(got.logp, want.logp)
+
+
 @pytest.mark.parametrize("options", [dict(entropy=True), dict(OPTIONS)])
 def test_gradients_are_those_of_float64(options):
     """The backward recomputes from the statistics that the tiles left."""
