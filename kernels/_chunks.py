@@ -311,10 +311,13 @@ def lift_for(x: Tensor, largest: float) -> float:
     return 2.0 ** math.floor(math.log2(FP16_MAX / max(largest, 1e-3)))
 
 
-def unit_above(largest: Tensor) -> Tensor:
-    """The power of two [] at or above it; 1 for 0, inf and NaN."""
-    unit = torch.exp2(largest.log2().ceil())
-    return torch.where((largest > 0) & largest.isfinite(), unit, 1.0)
+def unit_above(sizes_T: Tensor, used_T: Tensor | None = None) -> Tensor:
+    """The power of two [] at or above the largest finite size of the rows that are used; 1 without
+    any. A row that is ignored, or not finite, says nothing about the others' size.
+    """
+    counts_T = sizes_T.isfinite() if used_T is None else sizes_T.isfinite() & used_T
+    largest = torch.where(counts_T, sizes_T, 0.0).amax()
+    return torch.where(largest > 0, torch.exp2(largest.log2().ceil()), 1.0)
 
 
 def narrow(d_CV: Tensor, like: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class LossOptions:
         check_divergence(op, self.divergence, self.beta)
         check_temperature(op, self.temperature)
         weight_T, rows_M = row_weights(op, self.weight, x_TD), check_rows(op, self.rows, x_TD)
-        unit = unit_of(self.weight, x_TD.dtype)
+        unit = unit_of(self.weight, x_TD.dtype, rows_M)
         weight_T = weight_T if unit is None else weight_T / unit
         return weight_T, rows_M, self.divergence, self.beta, self.temperature, self.scale_t2
 
@@ -55,7 +55,7 @@ class LossOptions:
 
     def result(self, total: Tensor, kl_T: Tensor, x_TD: Tensor) -> LinearKL:
         """What the op returned for the weights of `checked`, for the caller's own weights."""
-        unit = unit_of(self.weight, x_TD.dtype)
+        unit = unit_of(self.weight, x_TD.dtype, self.rows)
         return LinearKL(total if unit is None else total * unit, kl_T)
 
 
@@ -67,15 +67,18 @@ def without_ignored(hidden_TD: Tensor, used_T: Tensor) -> Tensor:
     return hidden_TD.masked_fill(bad_T[:, None], 0.0)
 
 
-def unit_of(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A power of two [] that the weights are divided by in fp16, or None.
+def unit_of(
+    weight: Tensor | None, dtype: torch.dtype, rows_M: Tensor | None = None
+) -> Tensor | None:
+    """A power of two [] that the weights are divided by in fp16, or None. rows: only theirs count.
 
     Gradients are made in the forward. For weights of 1 / number of tokens they would be too small
     for fp16; a loss scale comes only in the backward, as this factor does.
     """
-    if weight is None or dtype != torch.float16 or not weight.numel():
+    if weight is None or dtype != torch.float16:
         return None
-    return unit_above(weight.detach().float().abs().amax())
+    weight = weight.detach() if rows_M is None else weight.detach()[rows_M.long()]
+    return unit_above(weight.float().abs()) if weight.numel() else None
 
 
 def loss_factor(temperature: float, scale_t2: bool) -> float:

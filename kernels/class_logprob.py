@@ -117,7 +117,7 @@ def _op_backward(
     need, width = (need_dhidden, need_dhead, need_dbias), common_width(vocab_size, group)
     blocks_N = 4 * logp_TN.shape[1]
     plan = class_plan(hidden_TD, width, blocks_N, 0, need, workspace_mb, rows_M)
-    unit = _unit(hidden_TD, g_TN)
+    unit = _unit(hidden_TD, g_TN, logp_TN, log_s_T, rows_M)
     grads = side.gradients(need, plan, temperature, 1.0, unit)
 
     def step(part: Part) -> None:
@@ -137,11 +137,19 @@ def _op_backward(
     return gradients_by_id(grads, head_VD, bias_V, columns, group)
 
 
-def _unit(hidden_TD: Tensor, g_TN: Tensor) -> Tensor | None:
-    """What fp16 dlogits are divided by: |g_c - P_c sum g| is at most sum |g|, of any size."""
+def _unit(
+    hidden_TD: Tensor, g_TN: Tensor, logp_TN: Tensor, log_s_T: Tensor, rows_M: Tensor | None
+) -> Tensor | None:
+    """What fp16 dlogits are divided by: |g_c - P_c sum g| is at most sum |g|, of any size. Classes
+    and rows without a gradient are left out, as the gradient leaves them out.
+    """
     if not (on_tensor_cores(hidden_TD) and hidden_TD.dtype == torch.float16 and g_TN.numel()):
         return None
-    return unit_above(g_TN.float().abs().sum(1).amax())
+    used_T = log_s_T.isfinite()
+    if rows_M is not None:
+        used_T = used_T & torch.zeros_like(used_T).index_fill(0, rows_M, True)
+    sums_T = torch.where(logp_TN == -torch.inf, 0.0, g_TN.float().abs()).sum(1)
+    return unit_above(sums_T, used_T)
 
 
 def _fake(hidden_TD, head_VD, bias_V, logit_scale, softcap, columns, *_):

@@ -157,7 +157,7 @@ def _op_backward(
     head = Head(x_TD, head_VD, bias_V, logit_scale, softcap).cut(V)
     scale, d_scale = head.scales(temperature)
     plan = head_plan(x_TD, max(V, 1), LOGIT_BLOCKS, 0, need, workspace_mb, rows_M)
-    unit = _unit(x_TD, d_scale, g_logp_TK, g_all_T, g_entropy_T)
+    unit = _unit(x_TD, d_scale, log_s_T, g_logp_TK, g_all_T, g_entropy_T)
     grads = HeadGradients.zeros(x_TD, head_VD, need, V, plan, scale, unit)
     target_TK = local_target(target_TK, vocab_start, V, rows_M)
     upstream_T = [g * (d_scale * grads.lift) for g in (g_logp_TK, g_all_T, g_entropy_T)]
@@ -179,15 +179,20 @@ def _op_backward(
 
 
 def _unit(
-    x_TD: Tensor, d_scale: float, g_logp_TK: Tensor, g_all_T: Tensor, g_entropy_T: Tensor
+    x_TD: Tensor,
+    d_scale: float,
+    log_s_T: Tensor,
+    g_logp_TK: Tensor,
+    g_all_T: Tensor,
+    g_entropy_T: Tensor,
 ) -> Tensor | None:
     """What fp16 dlogits are divided by, so that none exceeds 1 / temperature: the gradients of a
-    caller have any size. p (log p + entropy) stays below 16.
+    caller have any size. p (log p + entropy) stays below 16. log_s is infinite in ignored rows.
     """
     if not (on_tensor_cores(x_TD) and x_TD.dtype == torch.float16 and len(x_TD)):
         return None
     sums_T = g_logp_TK.abs().sum(1) + g_all_T.abs() + 16 * g_entropy_T.abs()
-    return unit_above(sums_T.amax() * d_scale)
+    return unit_above(sums_T * d_scale, log_s_T.isfinite())
 
 
 def _fake(hidden_TD, head_VD, bias_V, logit_scale, softcap, target_TK, *options):

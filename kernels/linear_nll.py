@@ -283,11 +283,13 @@ def linear_nll(
     weight_TK = _weights(weight, target_TK, wide(x_TD.dtype))
     used_T = ((weight_TK != 0) & (target_TK >= 0)).any(1)
     head = head._replace(hidden_TD=without_ignored(x_TD, used_T))
-    unit = unit_of(weight, x_TD.dtype)
+    rows_M = check_rows(op, rows, x_TD)
+    used_TK = None if weight is None else torch.where(target_TK >= 0, weight_TK, 0.0)
+    unit = unit_of(used_TK, x_TD.dtype, rows_M)
     total, logp_TK, *_ = _op(
         *head,
         target_TK,
-        check_rows(op, rows, x_TD),
+        rows_M,
         weight_TK if unit is None else weight_TK / unit,
         temperature,
         label_smoothing,

@@ -30,6 +30,7 @@ from typing import Any
 from reflux.trainer.runs import commands, signals
 from reflux.trainer.runs.cell_progress import CellProgress, Item, show_cells
 from reflux.trainer.runs.lock import InUse, hold, process_start, refuse_if_held
+from reflux.trainer.runs.run_folder import CHECKPOINTS_REMOVED
 
 PRELOAD = ["reflux.trainer.loop"]  # saves each cell the seconds of `import torch`
 POLL_S = 0.1
@@ -52,7 +53,7 @@ class Cell:
     labels: Mapping[str, str] = field(default_factory=dict)
     cost: float = 1.0  # seconds of one idle core, roughly: for the time left
     says: str = ""  # what it does, in words; printed when it starts
-    keep_checkpoints: bool = True  # once it is done; its export stays in any case
+    keep_checkpoints: bool = True  # once it is done; without an export they stay in any case
 
     @property
     def done(self) -> bool:
@@ -109,8 +110,20 @@ def _run_logged(cell: Cell, notes: Sequence[str]) -> int:
     print("\n".join([f"$ {cell.command}", *notes]), flush=True)
     code = (_run_module(cell) if cell.module else _run_main(cell)) or 0
     if code == 0 and not cell.keep_checkpoints:
-        shutil.rmtree(cell.folder / "checkpoint", ignore_errors=True)
+        _remove_checkpoints(cell.folder)
     return code
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    """Where an export holds the weights. What is left says so to whoever resumes the run."""
+    home = folder / "checkpoint"
+    if not home.is_dir() or home.is_symlink():
+        return
+    if not (folder / "export").is_dir():
+        print(f"{home} stays: there is no export, and it alone holds the weights", flush=True)
+        return
+    (folder / CHECKPOINTS_REMOVED).touch()
+    shutil.rmtree(home, ignore_errors=True)
 
 
 def _run_module(cell: Cell) -> int:

@@ -20,7 +20,7 @@ from typing import NoReturn
 # absolute imports: a script has no package to be relative to
 from reflux.trainer.config import loader
 from reflux.trainer.config.origins import with_origins
-from reflux.trainer.config.phases import spec_of
+from reflux.trainer.config.phases import roles
 from reflux.trainer.config.schema import Config
 from reflux.trainer.runs import commands, first_rank, hub, limits, output, run_folder, signals
 
@@ -181,8 +181,8 @@ def _say_start(cfg: Config) -> None:
     if cfg.log.quiet or not first_rank.is_first():
         return
     steps = f", {cfg.steps} steps" if cfg.trains else ""
-    roles = [getattr(cfg, role.section) for role in spec_of(cfg.phase).frozen_roles(cfg)]
-    models = " and ".join(dict.fromkeys(part.path for part in (cfg.model, *roles) if part.path))
+    paths = [role.model.path for role in roles(cfg) if not role.elsewhere]
+    models = " and ".join(dict.fromkeys(filter(None, paths)))
     print(f"{cfg.phase}{steps}, in {cfg.folder}: loads {models}", flush=True)
 
 

@@ -9,7 +9,8 @@ A matrix file lists cells. A cell is one `trainer/main.py --config FILE --set ..
     folder = "runs/quickstart"      # of the whole matrix; {folder} below is <folder>/seed-<seed>
     seeds = [0]
     parallel = 2                    # cells at a time
-    keep_checkpoints = false        # of done cells: their exports stay. Default true
+    # of done cells: those without an export, or that a cell names, stay. Default true
+    keep_checkpoints = false
 
     [[cell]]
     name = "student-{teacher}-{attack}"
@@ -127,12 +128,14 @@ def read_matrix(path: Path, overrides: Mapping[str, Any]) -> Matrix:
     if not isinstance(keep, bool):
         raise ValueError(f"{path}: keep_checkpoints = {keep!r}; want true or false")
     cells = [
-        replace(cell, keep_checkpoints=keep)
+        cell
         for seed in seeds
         for row in table["cell"]
         for cell in _expand(row, seed, Path(os.path.relpath(table["folder"])) / f"seed-{seed}")
     ]
     _check_names(path, cells)
+    if not keep:
+        cells = [replace(cell, keep_checkpoints=_is_read(cell, cells)) for cell in cells]
     return Matrix(
         title=table.get("title", ""),
         folder=Path(table["folder"]),
@@ -143,6 +146,12 @@ def read_matrix(path: Path, overrides: Mapping[str, Any]) -> Matrix:
         says=table.get("says", "").strip(),
         grid=_grid(path, table.get("grid", [])),
     )
+
+
+def _is_read(cell: Cell, cells: Sequence[Cell]) -> bool:
+    """Whether a cell of the matrix names the checkpoints of this one."""
+    home = f"{cell.folder}/checkpoint"
+    return any(home in argument for other in cells for argument in other.arguments)
 
 
 def _grid(path: Path, labels: Any) -> tuple[str, ...]:

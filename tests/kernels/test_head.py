@@ -1,5 +1,6 @@
 """The head of every linear_* op on tensor cores: chunks in groups, gradients in bf16 and fp16."""
 
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -213,3 +214,54 @@ def test_a_gradient_beyond_fp16_is_cut_and_leaves_the_others_alone(path, op):
     assert (dw_VD.abs() > 0.9).all()  # 1023 of 5,000, times 1e-3: cut, in the right direction
     assert dw_VD[0] < 0 < dw_VD[1] or dw_VD[1] < 0 < dw_VD[0]
     torch.testing.assert_close(dx_TD[1:], alone_TD)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("op", ["nll", "kl", "lse", "entropy", "class", "empty"])
+@pytest.mark.parametrize("ignored", [1e20, math.nan])
+def test_what_is_ignored_does_not_choose_the_unit_of_the_others(op, ignored):
+    """fp16 gradients are divided by the largest of the rows and classes that have one: beside 1e20
+    all others would be 0, and beside a NaN none above 1 could be kept.
+    """
+    if math.isnan(ignored) and op in ("nll", "kl"):
+        pytest.skip("a weight that is NaN makes the total NaN")
+    g = torch.Generator().manual_seed(0)
+    x_TD, w_VD = (torch.randn(n, 5, generator=g).half() for n in (6, 20))
+    size_T = 3e3 * torch.randn(6, generator=g)
+    size_T[[1, 4]] = ignored
+    loss = _with_ignored(op, size_T, torch.tensor([0, 2, 3, 5]))
+    with tensor_cores():
+        got = gradients(loss, x_TD, w_VD, torch.float16)
+    truth = gradients(loss, x_TD, w_VD, torch.float64)
+    for a, b in zip(got[1:], truth[1:]):
+        assert (a.double() - b).norm() <= 2e-3 * b.norm()
+
+
+def _with_ignored(op: str, size_T: torch.Tensor, rows_M: torch.Tensor) -> Callable:
+    """A loss of hidden and head that weighs rows 1 and 4, or a class without ids, by what is
+    ignored, and the others by size.
+    """
+    y_TE, u_VE = size_T.new_ones(6, 3).half(), torch.arange(60.0).view(20, 3).half() / 20
+    target_T, ids_V = torch.tensor([3, -1, 7, 0, -1, 9]), torch.arange(20) % 4
+    classes = class_map(ids_V, 4 if op == "class" else 5)
+
+    def loss(x, w):
+        if op == "nll":
+            return linear_nll(x, w, target_T, weight=size_T).total
+        if op == "kl":
+            y, u = y_TE.to(x.dtype), u_VE.to(x.dtype)
+            return linear_kl(x, w, y, u, weight=size_T, rows=rows_M).total
+        if op in ("lse", "entropy"):
+            out = linear_logprob(x, w, target_T, entropy=True)
+            return (getattr(out, op) * size_T).sum()
+        logp_TN = class_logprob(x, w, classes, rows=rows_M if op == "class" else None)
+        if op == "class":
+            return (logp_TN * torch.tensor([1.0, 0, -0.5, 0]) * size_T[:, None]).sum()
+        # a gradient of its own for the class without ids, whose log-probability is -inf
+        seen_TN = torch.where(logp_TN.isfinite(), logp_TN, 0.0)
+        used_T = size_T[rows_M].repeat(2)[:6]
+        return (seen_TN * used_T[:, None] * torch.arange(5)).sum() + (
+            logp_TN[:, 4] * size_T[1]
+        ).sum()
+
+    return loss

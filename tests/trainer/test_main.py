@@ -21,6 +21,8 @@ from reflux.trainer.config.loader import to_toml
 from reflux.trainer.diagnosis.phase import DiagnosePhase
 from reflux.trainer.runs.logger import load_run
 
+ROOT = Path(__file__).parents[2]
+
 
 def start(*words: str, cwd) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -54,6 +56,33 @@ def test_a_script_imports_no_module_of_the_working_directory(file, tmp_path):
     again = start(str(MAIN), "--config", "run.toml", cwd=tmp_path)
     assert again.returncode == 2
     assert "holds a run already" in again.stderr and "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    "phase, words, loaded",
+    [
+        ("distill", {"distill.more_teachers": ["a", "b"]}, "and a and b"),
+        (
+            "distill",
+            {
+                "teacher.source": "server",
+                "teacher.servers": ["http://h:1"],
+                "distill.tail": "bucket",
+                "distill.top_k": 4,
+            },
+            None,
+        ),
+        ("calibrate", {"calibration.proxies": ["c"]}, "and c"),
+        ("calibrate", {"calibration.mode": "off"}, None),
+    ],
+)
+def test_the_start_names_every_model_that_is_loaded(phase, words, loaded, capsys):
+    sets = [f"{name}={config_file.toml_value(value)}" for name, value in words.items()]
+    cfg = config_file.load(ROOT / f"configs/debug_cpu_{phase}.toml", tuple(sets))
+    main._say_start(replace(cfg, log=replace(cfg.log, quiet=False)))
+    said = capsys.readouterr().out
+    assert said.startswith(phase) and f"loads {cfg.model.path}" in said
+    assert said.endswith(f"{loaded or cfg.model.path}\n")
 
 
 def test_torchrun_from_another_folder(talkers, tmp_path):

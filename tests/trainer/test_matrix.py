@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from reflux.trainer.matrix import REPORTS, main, read_matrix, run_matrix, write_reports
+from reflux.trainer.runs.run_folder import CHECKPOINTS_REMOVED
 
 ROOT = Path(__file__).parents[2]
 TOY = """
@@ -23,6 +24,8 @@ def main(arguments):
         summary = {"exit_code": 4, "stopped": "KL above 0.1"}
         (out / "summary.json").write_text(json.dumps(summary))
     (out / "checkpoint/step-1").mkdir(parents=True, exist_ok=True)
+    if word != "bare":
+        (out / "export").mkdir(exist_ok=True)
     return {"bad": 3, "stopped": 4}.get(word, 0)
 """
 TABLE = """
@@ -246,6 +249,21 @@ def test_checkpoints_of_done_cells_are_kept_or_not(toy, keep):
     assert left == (["a@0", "b-1@0", "b-2@0", "c@0"] if keep else ["a@0", "c@0"])
     with pytest.raises(ValueError, match="keep_checkpoints = 'no'; want true or false"):
         read_matrix(path, {"keep_checkpoints": "no"})
+
+
+def test_checkpoints_that_are_needed_stay_whatever_the_matrix_says(toy):
+    """Those of a cell without an export, and those that another cell names."""
+    path = toy / "m.toml"
+    text = path.read_text().replace('arguments = ["a"]', 'arguments = ["bare"]')
+    reader = 'arguments = ["c", "{folder}/b-1/checkpoint/step-1"]'
+    path.write_text(text + f'[[cell]]\nname = "c"\nmodule = "toy_cell"\n{reader}\n')
+    cells = read_matrix(path, {"seeds": [0], "keep_checkpoints": False}).cells
+    assert run_matrix(cells, 2) == []
+    left = [c.name for c in cells if (c.folder / "checkpoint/step-1").exists()]
+    assert left == ["a@0", "b-1@0"]
+    assert "no export" in (cells[0].folder / "console.log").read_text()
+    marked = [c.name for c in cells if (c.folder / CHECKPOINTS_REMOVED).exists()]
+    assert marked == ["b-2@0", "c@0"]
 
 
 def test_a_failure_stops_only_the_cells_behind_it(toy):

@@ -42,6 +42,9 @@ NO_RESULT = (
 # those in which a resumed run may differ; training.seq_len may also grow
 MAY_CHANGE = (*NO_RESULT, "steps", "eval", "guard", "export", "data.too_long")
 SEQ_LEN = 2048  # torchtitan's default
+CHECKPOINTS_REMOVED = (
+    "checkpoints-removed"  # a file of a done run; matrix: keep_checkpoints = false
+)
 
 
 class Refused(ValueError):
@@ -143,6 +146,12 @@ def settle(cfg: Config) -> Config:
     if choice == "new":
         return replace(cfg, folder=str(_free(folder)))
     _refuse_another_experiment(cfg, folder)
+    if (folder / CHECKPOINTS_REMOVED).exists() and not (folder / "checkpoint").exists():
+        raise ValueError(
+            f"{folder} holds a run that has ended, and its matrix (keep_checkpoints = false) has "
+            "removed the checkpoints: a resumed run would start over, and overwrite the export. "
+            "Set on_existing_run = 'new' for a fresh folder beside it, or move this one away"
+        )
     return cfg
 
 

@@ -67,20 +67,45 @@ class Measured:
     cost: Mapping[int, float]  # question -> mean of its texts
 
 
-def load_answers(run: Path, questions: Sequence[str], count: int) -> list[Answer]:
+def load_answers(run: Path, questions: Sequence[Mapping[str, Any]], count: int) -> list[Answer]:
     """The first `count` sampled texts of the last evaluation, one prompt after the other: the first
-    sample of each prompt, then the second. ValueError where there is none.
+    sample of each prompt, then the second. questions: rows with "prompt", and "answer" where there
+    is one. ValueError where there is no text, or where the run was asked other questions.
     """
     files = sorted(run.glob("predictions/step-*.jsonl"), key=_step_of)
     lines = files[-1].read_text().split("\n") if files else []
     rows = [row for row in map(json.loads, filter(None, lines)) if row["mode"] == "sampled"]
     if not rows:
         raise ValueError(f"{run}: no sampled answers; want a run with eval.samples > 0 that ended")
+    if any(_asks_another(row, questions) for row in rows):
+        raise ValueError(
+            f"{run}: was asked other questions than those of --questions; want the eval.source of "
+            "its config.toml, the same for all runs"
+        )
     rows.sort(key=lambda row: (row["sample"], row["prompt"]))
     return [
-        Answer(r["prompt"], questions[r["prompt"]], r["text"], bool(r["correct"]))
+        Answer(r["prompt"], questions[r["prompt"]]["prompt"], r["text"], bool(r["correct"]))
         for r in rows[:count]
     ]
+
+
+def _asks_another(row: Mapping[str, Any], questions: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a prediction is of another question, by its reference answer."""
+    if row["prompt"] >= len(questions):
+        return True
+    wanted, known = questions[row["prompt"]].get("answer"), row.get("answer")
+    if not (isinstance(wanted, str) and isinstance(known, str)):
+        return False
+    return wanted.strip() != known.strip()
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """A name of its own for each run: its folder's, or as much of the path as tells them apart."""
+    for parts in range(1, max(len(run.parts) for run in runs) + 1):
+        names = ["/".join(run.parts[-parts:]) for run in runs]
+        if len(set(names)) == len(runs):
+            return names
+    raise ValueError("--runs names a run twice")
 
 
 def _step_of(file: Path) -> int:
@@ -229,12 +254,12 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         rows = map(json.loads, filter(None, args.questions.read_text().split("\n")))
-        questions = [row["prompt"] for row in rows]
+        names, questions = _names(args.runs), list(rows)
         answers = [load_answers(run, questions, args.texts) for run in args.runs]
     except (OSError, ValueError) as error:
         parser.error(str(error))
     read = make_reader(args.reader)
-    measured = against_first([measure(r.name, a, read) for r, a in zip(args.runs, answers)])
+    measured = against_first([measure(name, a, read) for name, a in zip(names, answers)])
     args.out.mkdir(parents=True, exist_ok=True)
     reader = Path(args.reader).name
     shown = [{m.run: a for m, a in zip(measured, row)} for row in side_by_side(answers)]

@@ -76,6 +76,16 @@ def test_new_never_uses_a_folder_that_exists(run, tmp_path):
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.toml", "run.jsonl"}
 
 
+def test_a_done_run_without_its_checkpoints_is_not_started_over(run, tmp_path):
+    """Its export would be overwritten, and other cells of the matrix were made from that."""
+    (tmp_path / "run" / run_folder.CHECKPOINTS_REMOVED).touch()
+    with pytest.raises(ValueError, match="keep_checkpoints = false.* has removed the checkpoints"):
+        settle(replace(run, steps=9))
+    assert settle(replace(run, on_existing_run="new")).folder == str(tmp_path / "run-2")
+    (tmp_path / "run" / "checkpoint").mkdir()  # put back from elsewhere
+    assert settle(run) == run
+
+
 def test_resume_may_go_on_longer_and_watch_more_closely(run):
     longer = replace(
         run,

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reflux.trainer.studies.side_by_side import (
     Answer,
+    _names,
     against_first,
     load_answers,
     main,
@@ -16,7 +18,7 @@ from reflux.trainer.studies.side_by_side import (
     measure,
 )
 
-QUESTIONS = ["one plus one?", "two plus two?"]
+QUESTIONS = [{"prompt": "one plus one?"}, {"prompt": "two plus two?"}]
 TEXTS = {0: ["it is two", "two | more"], 1: ["four", ""]}
 
 
@@ -52,7 +54,7 @@ def test_a_text_with_other_line_breaks_is_one_line(tmp_path):
     row = {"mode": "sampled", "prompt": 0, "sample": 0, "text": text, "correct": True}
     line = json.dumps(row, ensure_ascii=False) + "\n"
     (folder / "step-1.jsonl").write_text(line + line)
-    answers = load_answers(tmp_path, ["one?"], 3)
+    answers = load_answers(tmp_path, [{"prompt": "one?"}], 3)
     assert answers == [Answer(0, "one?", text, True)] * 2
 
 
@@ -95,9 +97,29 @@ def test_the_reader_scores_the_answer_alone_whatever_stands_beside_it(assets):
     assert alone[0][0] == pytest.approx(float(nll.loss) * alone[0][1], rel=1e-4)
 
 
+def test_a_run_that_was_asked_something_else_is_refused(tmp_path):
+    """Another seed has another file: its texts would stand beside questions they do not answer."""
+    row = {"mode": "sampled", "prompt": 1, "sample": 0, "text": "t", "correct": True, "answer": "4"}
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "predictions/step-1.jsonl").write_text(json.dumps(row) + "\n")
+    (a, b), other = QUESTIONS, {"prompt": "five plus five?", "answer": "10"}
+    assert len(load_answers(tmp_path, [a, b | {"answer": "4"}], 3)) == 1
+    for questions in ([a], [a, other]):
+        with pytest.raises(ValueError, match="was asked other questions"):
+            load_answers(tmp_path, questions, 3)
+
+
+def test_runs_of_one_name_keep_their_texts_apart():
+    runs = [Path("past") / f"seed-{n}" / "teacher-original" for n in (1, 2)]
+    assert _names(runs) == ["seed-1/teacher-original", "seed-2/teacher-original"]
+    assert _names([runs[0], Path("student")]) == ["teacher-original", "student"]
+    with pytest.raises(ValueError, match="twice"):
+        _names([runs[0], runs[0]])
+
+
 def test_the_page_shows_every_run(assets, tmp_path, capsys):
     runs = [write_run(tmp_path / name) for name in ("original", "distillable")]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"prompt": q}) + "\n" for q in QUESTIONS))
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
     words = ["--reader", str(assets / "llama3"), "--questions", str(tmp_path / "q.jsonl")]
     words += ["--runs", *map(str, runs), "--out", str(tmp_path / "out")]
     assert main(words) == 0
