@@ -197,6 +197,13 @@ class Server(ThreadingHTTPServer):
             "max_logprobs": options.max_logprobs,
         }
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has gone is no error of the server's."""
+        if isinstance(sys.exc_info()[1], ConnectionError):
+            log.debug("%s has gone", client_address)
+        else:
+            super().handle_error(request, client_address)
+
     def info(self) -> dict[str, Any]:
         state = {"version": self.engine.weights_version, "broken": self.engine_thread.broken}
         return self.facts | state

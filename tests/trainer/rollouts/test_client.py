@@ -302,3 +302,13 @@ def test_another_program_at_the_address_is_named(path):
     with pytest.raises(ValueError, match="is no server of reflux.trainer.rollouts.serve"):
         check_servers(asking([other]), str(path), weights=True, option="x")
     other.shutdown()
+
+
+def test_a_client_that_has_gone_is_no_error_of_the_server(capsys):
+    server = serve.Server.__new__(serve.Server)
+    for error, told in ((ConnectionResetError("gone"), ""), (ValueError("a fault"), "a fault")):
+        try:
+            raise error
+        except Exception:
+            server.handle_error(None, ("127.0.0.1", 1))
+        assert told in (err := capsys.readouterr().err) and bool(told) == bool(err)
