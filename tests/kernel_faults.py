@@ -182,7 +182,9 @@ BY_HAND = [  # file, old text (once in it), new text, tests or None for the file
     ("_head", "dhidden_CD.mul_(self.unit)", "dhidden_CD", "head"),
     ("_head", "self.dhead_VD.mul_(self.unit)", "self.dhead_VD", "head"),
     ("class_logprob", "dz_CN.div_(unit).mul_(grads.lift)", "dz_CN.mul_(grads.lift)", "head"),
-    ("class_logprob", ".abs().sum(1).amax()", ".abs().mean()", "head"),
+    ("class_logprob", "unit_above(sums_T, used_T)", "torch.ones_like(sums_T[0])", "head"),
+    ("class_logprob", "unit_above(sums_T, used_T)", "unit_above(sums_T)", "head"),
+    ("_chunks", "torch.where(counts_T, sizes_T, 0.0).amax()", "sizes_T.amax()", "head"),
     ("_classes", "if grads.unit is not None:", "if False:", "head"),
     (
         "_classes",
@@ -194,7 +196,7 @@ BY_HAND = [  # file, old text (once in it), new text, tests or None for the file
     ("_class_rows", "narrow(d_CL.masked_fill_(dz_CL == 0, 0.0), out_CL)", "d_CL", "head"),
     (
         "linear_logprob",
-        "unit_above(sums_T.amax() * d_scale)",
+        "unit_above(sums_T * d_scale, log_s_T.isfinite())",
         "torch.ones_like(sums_T[0])",
         "head",
     ),
