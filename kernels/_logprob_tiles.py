@@ -344,7 +344,8 @@ def chunk_statistics(
 
 
 def tiles_for(x: Tensor) -> Tiles:
-    return TILES or (AMPERE if x.is_cuda and _capability(x) < FIRST_WITH_TMA else HOPPER)
+    # sm_120 has descriptors, but 99 KB of shared memory, as sm_86 and sm_89: HOPPER wants 192
+    return TILES or (AMPERE if x.is_cuda and _capability(x) not in (9, 10) else HOPPER)
 
 
 def tile_plan(hidden_TD: Tensor, V: int, workspace_mb: float) -> Plan:

@@ -2,6 +2,7 @@
 
 import runpy
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -108,6 +109,18 @@ def test_the_kernels_launch_changes_no_bit_of_a_row():
     for other in others:
         for a, b in zip(want, other, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "capability, name", [(8, "AMPERE"), (9, "HOPPER"), (10, "HOPPER"), (12, "AMPERE")]
+)
+def test_tiles_fit_the_shared_memory_of_the_gpu(capability, name, monkeypatch):
+    """Both operands of every stage, 16 bits: at most 99 KB where a GPU has no more."""
+    monkeypatch.setattr(_logprob_tiles, "_capability", lambda x: capability)
+    tiles = tiles_for(SimpleNamespace(is_cuda=True))
+    assert tiles is getattr(_logprob_tiles, name)
+    needed = tiles.stages * (tiles.rows + tiles.columns) * tiles.depth * 2
+    assert needed <= (227 if name == "HOPPER" else 99) * 1024
 
 
 def test_the_kernel_with_the_tiles_of_a_gpu_and_strided_operands():
