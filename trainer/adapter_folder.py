@@ -7,11 +7,16 @@ Reads JSON only. Every error is a ValueError that names the file.
 
 import json
 import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE_FILES = "base_files.json"  # ours: sha256 of the base's files that the adapter was trained on
+# what the recipes debug_cpu_* read
+DEBUG_MODELS = "; python -m reflux.trainer.studies.debug_models writes it"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 # settings of PEFT that change what is computed, and the values at which they do nothing
 PLAIN: dict[str, tuple[Any, ...]] = {
@@ -77,6 +82,20 @@ def base_of(path: str) -> str:
     """
     adapter = read_adapter(path)
     return path if adapter is None else adapter.base
+
+
+def model_folder(path: str, option: str) -> str:
+    """The absolute path. option: what names it in the configuration."""
+    full = os.path.abspath(os.path.expanduser(path))
+    if os.path.isfile(os.path.join(base_of(full), "config.json")):
+        return full
+    hint = "want a Hugging Face model folder, or a LoRA adapter's with adapter_config.json"
+    if HUB_ID.fullmatch(path) and not os.path.exists(full):
+        hint += f". Ids of the hub are not downloaded: hf download {path} --local-dir {path}"
+    elif not os.path.exists(full):
+        hint += f". There is no {full}"
+        hint += DEBUG_MODELS if Path(path).parts[-2:-1] == ("debug",) else ""
+    raise ValueError(f"{option} = {path!r}: no config.json there; {hint}")
 
 
 def tokenizer_of(path: str) -> str:

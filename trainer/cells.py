@@ -268,6 +268,9 @@ class _Schedule:
         """Cells that earlier runners have done: with what they ended then."""
         for cell in cells:
             self._close(cell)
+            has_export = (cell.folder / "export").is_dir()
+            if has_export and cell.exit_code == 0 and not cell.keep_checkpoints:
+                _remove_checkpoints(cell.folder)  # it was killed before it did
 
     def _close(self, cell: Cell, result: str = "") -> None:
         """Sorts a done cell by the exit code in its summary; says so if it is news."""

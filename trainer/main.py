@@ -22,6 +22,7 @@ from reflux.trainer.config import loader
 from reflux.trainer.config.origins import with_origins
 from reflux.trainer.config.phases import roles
 from reflux.trainer.config.schema import Config
+from reflux.trainer.preflight.named_inputs import check_named_inputs
 from reflux.trainer.runs import commands, first_rank, hub, limits, output, run_folder, signals
 
 PROGRAM = "torchrun trainer/main.py"
@@ -165,6 +166,7 @@ def _run(cfg: Config, args: argparse.Namespace, arguments: list[str] | None) -> 
     with run_folder.claimed(cfg, partial(_refuse, args=args)) as (settled, lock):
         if settled.folder != cfg.folder:
             commands.remember(arguments, run_folder=settled.folder, typed=args.typed)
+        check_named_inputs(settled)
         _say_start(settled)
         from reflux.trainer import loop
 

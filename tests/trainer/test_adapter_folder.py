@@ -4,7 +4,14 @@ import json
 
 import pytest
 
-from reflux.trainer.adapter_folder import WEIGHTS, base_of, file_of, read_adapter, tokenizer_of
+from reflux.trainer.adapter_folder import (
+    WEIGHTS,
+    base_of,
+    file_of,
+    model_folder,
+    read_adapter,
+    tokenizer_of,
+)
 
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "base"}
 
@@ -67,3 +74,18 @@ def test_torn_files_and_adapters_of_adapters_are_said(tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps(PLAIN))
     with pytest.raises(ValueError, match=f"no {WEIGHTS} there"):
         read_adapter(str(folder))
+
+
+def test_a_folder_that_is_none_is_named_by_its_option(tmp_path, monkeypatch):
+    for path in (str(tmp_path), str(tmp_path / "none")):
+        with pytest.raises(
+            ValueError, match=f"teacher.path = '{path}': no config.json there; want"
+        ):
+            model_folder(path, "teacher.path")
+    with pytest.raises(ValueError, match=rf"There is no {tmp_path}/none$"):
+        model_folder(f"{tmp_path}/none", "teacher.path")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="There is no .*; python -m .*debug_models writes it"):
+        model_folder("runs/debug/qwen3_tied", "model.path")
+    with pytest.raises(ValueError, match="hf download Qwen/Qwen3-8B --local-dir"):
+        model_folder("Qwen/Qwen3-8B", "model.path")

@@ -52,11 +52,10 @@ WRITTEN_OUT = {  # texts that hold a command and do not come from runs/commands.
     "trainer/studies/word_sentences.py": "the name of the program, in --help",
     "trainer/studies/proxy_gate.py": "the name of the program, in --help",
     "trainer/studies/side_by_side.py": "the name of the program, in --help",
-    "trainer/engine/model_folder.py": "what writes the models of the debug recipes",
     "trainer/engine/trainer_config.py": "how many processes to start: an option of torchrun",
     "trainer/rollouts/serve.py": "the name of the program, in --help",
     "trainer/rollouts/vllm_engine.py": "names an extra to install",
-    "trainer/adapter_folder.py": "merging wants a folder that only its reader can choose",
+    "trainer/adapter_folder.py": "merging wants a folder to choose; the debug models",
     "trainer/engine/lora.py": "merging wants a folder that only its reader can choose",
     "trainer/engine/quantized.py": "names the package to install",
     "trainer/merge.py": "the name of the program, in --help",
@@ -296,7 +295,7 @@ def test_packages_to_install(monkeypatch):
 
 
 def test_a_hub_id_that_has_to_be_downloaded():
-    from reflux.trainer.engine.model_folder import model_folder
+    from reflux.trainer.adapter_folder import model_folder
 
     with pytest.raises(ValueError) as error:
         model_folder("someone/some-model", "model.path")

@@ -266,6 +266,20 @@ def test_checkpoints_that_are_needed_stay_whatever_the_matrix_says(toy):
     assert marked == ["b-2@0", "c@0"]
 
 
+def test_checkpoints_of_a_cell_that_was_killed_before_it_removed_them(toy, capfd):
+    cells = read_matrix(toy / "m.toml", {"seeds": [0]}).cells
+    assert run_matrix(cells, 2) == []
+    for file in cells[0].folder.joinpath("export").iterdir():
+        file.unlink()
+    cells[0].folder.joinpath("export").rmdir()
+    capfd.readouterr()
+    again = read_matrix(toy / "m.toml", {"seeds": [0], "keep_checkpoints": False}).cells
+    assert run_matrix(again, 2) == [] and "stays" not in capfd.readouterr().out
+    left = [c.name for c in again if (c.folder / "checkpoint").exists()]
+    assert left == ["a@0"], "without an export"
+    assert (toy / "runs/seed-0/order.txt").read_text().split()[3:] == [], "nothing ran again"
+
+
 def test_a_failure_stops_only_the_cells_behind_it(toy):
     path = toy / "m.toml"
     path.write_text(

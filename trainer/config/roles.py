@@ -45,6 +45,11 @@ class Role:
     shared: bool = False  # no model of its own: that of [model] with its adapters off
 
     @property
+    def option(self) -> str:
+        """What names its folder in the configuration."""
+        return self.section if "." in self.section else f"{self.section}.path"
+
+    @property
     def is_copy(self) -> bool:
         """A frozen copy of the model of [model]: the same folder, the same tokenizer."""
         return self.section == "model" and not self.own

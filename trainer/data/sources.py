@@ -77,6 +77,7 @@ def open_source(section: SourceSection, limit: int | None) -> OpenSource:
         return OpenSource(source, entries, partial(_entry_of, source))
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
         return _call(source, name, _options(source, query), limit)
+    check_file(source)
     if HUB_ID.fullmatch(source):
         return _of_table(source, from_hub(source, section), limit)
     raise ValueError(f"{source}: no such file or folder; want {FORMS}")
@@ -101,6 +102,15 @@ def source_files(source: str | Sequence[str]) -> list[Path]:
             raise ValueError(f"{source}: no file matches this pattern")
         return files
     return []
+
+
+def check_file(source: str) -> None:
+    """ValueError for what ends like a file of rows and is not there: no hub is asked for it."""
+    path = Path(source)
+    if builder_of(path) and ":" not in source and not path.exists():
+        beside = [p.name for p in path.parent.glob("*") if builder_of(p)]
+        guess = nearest(path.name, beside, "" if path.parent == Path() else f"{path.parent}/")
+        raise ValueError(f"{source}: no such file{guess} Want {FORMS}")
 
 
 def _open_files(files: Sequence[Path], limit: int | None, texts: Sequence[str]) -> OpenSource:

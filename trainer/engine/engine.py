@@ -33,7 +33,7 @@ from torchtitan.tools import utils
 
 from reflux.trainer import disk_space
 from reflux.trainer import phase as contracts
-from reflux.trainer.adapter_folder import read_adapter
+from reflux.trainer.adapter_folder import model_folder, read_adapter
 from reflux.trainer.config.phases import spec_of
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import FrozenSection
@@ -62,7 +62,7 @@ from .lora import (
 from .lora_export import export_adapter, export_merged, stored_layers
 from .metrics import MetricSums
 from .model_builder import build_spec
-from .model_folder import check_folders, model_folder
+from .model_folder import check_folders
 from .probe import prove_decoding, prove_forward
 from .publish import named_weights
 from .ranks import RankGroup, from_all_ranks

@@ -7,8 +7,6 @@ a ValueError that names the option or the file.
 """
 
 import json
-import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 from torchtitan.protocols.model_spec import ModelSpec
 
-from reflux.trainer.adapter_folder import base_of, read_adapter, tokenizer_of
+from reflux.trainer.adapter_folder import base_of, model_folder, read_adapter, tokenizer_of
 from reflux.trainer.config.phases import roles
 from reflux.trainer.config.schema import Config
 
@@ -42,16 +40,13 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
-# what the recipes debug_cpu_* read
-DEBUG_MODELS = "; python -m reflux.trainer.studies.debug_models writes it"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def check_folders(cfg: Config) -> None:
     """The folders of all roles."""
     done = set()
     for role in roles(cfg):
-        path = model_folder(role.model.path, _option(role.section))
+        path = model_folder(role.model.path, role.option)
         random = role.elsewhere or (role.own and cfg.model.from_scratch)
         key = path, role.model.backend, role.model.attention, role.model.liger, random
         if key not in done:
@@ -61,24 +56,6 @@ def check_folders(cfg: Config) -> None:
             spec = build_spec(path, backend=m.backend, attention=m.attention, liger=m.liger)
             check_model(spec, path, weights=not random)
         done.add(key)
-
-
-def _option(section: str) -> str:
-    return section if "." in section else f"{section}.path"
-
-
-def model_folder(path: str, option: str) -> str:
-    """The absolute path. option: what names it in the configuration."""
-    full = os.path.abspath(os.path.expanduser(path))
-    if os.path.isfile(os.path.join(base_of(full), "config.json")):
-        return full
-    hint = "want a Hugging Face model folder, or a LoRA adapter's with adapter_config.json"
-    if HUB_ID.fullmatch(path) and not os.path.exists(full):
-        hint += f". Ids of the hub are not downloaded: hf download {path} --local-dir {path}"
-    elif not os.path.exists(full):
-        hint += f". There is no {full}"
-        hint += DEBUG_MODELS if Path(path).parts[-2:-1] == ("debug",) else ""
-    raise ValueError(f"{option} = {path!r}: no config.json there; {hint}")
 
 
 def check_files(path: str) -> None:

@@ -16,7 +16,6 @@ from reflux.trainer.engine.model_folder import (
     check_files,
     check_folders,
     check_model,
-    model_folder,
 )
 
 
@@ -131,21 +130,6 @@ def test_a_folder_without_a_tokenizer_is_an_error(folder):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="model: no tokenizer there; want one of tokenizer.json"):
         check_files(str(folder))
-
-
-def test_a_folder_that_is_none_is_named_by_its_option(tmp_path, monkeypatch):
-    for path in (str(tmp_path), str(tmp_path / "none")):
-        with pytest.raises(
-            ValueError, match=f"teacher.path = '{path}': no config.json there; want"
-        ):
-            model_folder(path, "teacher.path")
-    with pytest.raises(ValueError, match=rf"There is no {tmp_path}/none$"):
-        model_folder(f"{tmp_path}/none", "teacher.path")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="There is no .*; python -m .*debug_models writes it"):
-        model_folder("runs/debug/qwen3_tied", "model.path")
-    with pytest.raises(ValueError, match="hf download Qwen/Qwen3-8B --local-dir"):
-        model_folder("Qwen/Qwen3-8B", "model.path")
 
 
 def test_every_role_is_checked_before_any_is_loaded(talkers, tmp_path):
