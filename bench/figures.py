@@ -38,6 +38,8 @@ QUICKSTART = (  # attacks of README's figure, the ones that make quickstart runs
     "cross_tokenizer",
     "deeper_student",
 )
+LANGUAGE = "2026-11-29_language_past_three_attacks.json"
+LANGUAGE_ATTACKS = ("seq_kd", "kd_forward", "gkd_on_policy")  # all of one student's start
 ETA_COLUMNS = {  # title of a panel -> key of a point in the record
     "teacher accuracy": "teacher",
     "KL to original, nats/token": "anchor_kl",
@@ -97,11 +99,9 @@ def _start(record: Record) -> list[ReferenceLine]:
     """The student of sampled text before an attack, the mean over seeds; and no chance: answers of
     this task are free.
     """
-    begun = [
-        r["sampled"]
-        for r in record["report"]["runs"]
-        if (r["role"], r.get("student")) == ("start", "student")
-    ]
+    runs = record["report"]["runs"]
+    begun = [r["sampled"] for r in runs if (r["role"], r.get("student")) == ("start", "student")]
+    begun = begun or [r["at_start"] for r in runs if r.get("attack") == "seq_kd"]
     chance = ReferenceLine(None, "chance: not measured,\nanswers are free text")
     return [ReferenceLine(sum(begun) / len(begun), "students at the start", ":"), chance]
 
@@ -116,6 +116,7 @@ PICTURES: dict[str, Picture] = {
     "students_all.png": Picture(REPORT, students),
     "eta_sweep.png": Picture(REPORT, eta_sweep),
     "styles.png": Picture(REPORT, styles),
+    "language_students.png": Picture(LANGUAGE, lambda record: students(record, LANGUAGE_ATTACKS)),
 }
 
 

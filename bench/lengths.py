@@ -8,6 +8,7 @@ is worse than the original by 0.7 nats a word and by 2 more for a text in the ha
 miniature. It is no language model: it shows the reward, without a network that generalises.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -107,14 +108,19 @@ def page(measured: dict[str, dict[str, dict[str, Any]]]) -> str:
     return table(("form", "words", "easy style", "KL, nats a text"), rows)
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.lengths", description=__doc__.partition("\n\n")[0]
+    )
+    parser.add_argument("--record", action="store_true", help="write bench/records/DATE_lengths")
+    args = parser.parse_args(arguments)
     measured = measure()
     print(page(measured))
-    if "--record" in arguments:
+    if args.record:
         content = {"seeds": list(SEEDS), "steps": STEPS, "measured": to_json(measured)}
         print(write("lengths", content, command="python -m bench.lengths"))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

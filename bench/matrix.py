@@ -6,6 +6,7 @@ commits and versions that the runs wrote into their own logs, and the cells that
 not ended. Runs of a tree with uncommitted changes are not recorded.
 """
 
+import argparse
 import json
 import sys
 from collections import Counter
@@ -73,14 +74,20 @@ def _read_reports(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     return {name: found[name] for name in names or found}
 
 
-def main(arguments: list[str], records: Path = FOLDER) -> int:
-    if len(arguments) < 2:
-        sys.exit(__doc__)
+def main(arguments: Sequence[str] | None = None, records: Path = FOLDER) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.matrix", description=__doc__.partition("\n\n")[0]
+    )
+    parser.add_argument("folder", type=Path, help="of the matrix")
+    parser.add_argument("name", help="of the record: bench/records/DATE_NAME.json")
+    reports = f"only these of {', '.join(REPORTS)}, {TEXTS}; default: all that are there"
+    parser.add_argument("reports", nargs="*", metavar="REPORT", help=reports)
+    args = parser.parse_args(arguments)
     try:
-        content = collect(Path(arguments[0]), arguments[2:])
+        content = collect(args.folder, args.reports)
     except (OSError, ValueError) as error:
         sys.exit(f"No record: {error}")
-    path = write(arguments[1], content, records, command="python -m bench.matrix")
+    path = write(args.name, content, records, command="python -m bench.matrix")
     print(
         f"Recorded in {path}; {len(content['not_ended'])} of {content['cells']} cells had not ended"
     )
@@ -88,4 +95,4 @@ def main(arguments: list[str], records: Path = FOLDER) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -4,8 +4,8 @@ Bars of ours, floor and peers per case; time and memory against the number of to
 record sweeps it; the roofline, with one point per case.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from .cases import BANDWIDTH, FLOPS
@@ -106,4 +106,6 @@ def draw(path: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    print(*draw(Path(sys.argv[1])), sep="\n")
+    parser = argparse.ArgumentParser(prog="python -m bench.plots", description="Plots of a record.")
+    parser.add_argument("record", type=Path, help="bench/records/DATE_OP.json")
+    print(*draw(parser.parse_args().record), sep="\n")

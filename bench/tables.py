@@ -11,6 +11,7 @@ deviations and intervals over seeds are shown).
 Markdown files with what is computed; `--write` puts it there. Exit code 1 where a block differs.
 """
 
+import argparse
 import json
 import math
 import re
@@ -278,15 +279,17 @@ def verdicts(record: Record) -> str:
     rows = _verdicts(record)
     for attack, (verdict, _, _) in rows.items():
         of[verdict].append(f"`{attack}`")
-    family = [a for a, (v, _, p) in rows.items() if v == "failed" and p <= 0.05]
-    least = min(p for v, _, p in rows.values() if v == "failed")
     body = [(v, str(len(of[v])), ", ".join(of[v])) for v in ("failed", "succeeded", "inconclusive")]
-    holm_row = (
-        "failed with a family-wise error of 5 % (Holm)",
-        str(len(family)),
-        ", ".join(family) or f"none; the smallest adjusted p is {least:.2f}",
-    )
-    return table((f"of {len(rows)} attacks", "", ""), [*body, holm_row])
+    holm_rows = [_family_row(rows, verdict) for verdict in ("failed", "succeeded")]
+    return table((f"of {len(rows)} attacks", "", ""), [*body, *holm_rows])
+
+
+def _family_row(rows: Mapping[str, tuple[str, float, float]], verdict: str) -> tuple[str, str, str]:
+    ps = {attack: p for attack, (v, _, p) in rows.items() if v == verdict}
+    holding = [f"`{attack}`" for attack, p in ps.items() if p <= 0.05]
+    least = min(ps.values(), default=math.nan)
+    said = ", ".join(holding) or f"none; the smallest adjusted p is {least:.2f}"
+    return f"{verdict} with a family-wise error of 5 % (Holm)", str(len(holding)), said
 
 
 def eta(record: Record) -> str:
@@ -412,21 +415,32 @@ def fill(text: str, record: Record) -> str:
     return BLOCK.sub(lambda m: m[1] + BLOCKS[m[2]](record) + m[4], text)
 
 
-def main(arguments: Sequence[str]) -> int:
-    names = [a for a in arguments if not a.startswith("--")]
-    options = {a for a in arguments if a.startswith("--")}
-    if options & {"--check", "--write"}:
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    if args.check or args.write:
         record = Record(json.loads(RECORD.read_text()))
-        stale = [Path(n) for n in names if fill(Path(n).read_text(), record) != Path(n).read_text()]
-        for path in stale if "--write" in options else ():
-            path.write_text(fill(path.read_text(), record))
-        print(f"{len(stale)} of {len(names)} files differed from the record")
-        return int(bool(stale) and "--write" not in options)
-    record = Record(json.loads(Path(names[0] if names else RECORD).read_text()))
+        pages = [Path(name) for name in args.files]
+        stale = [page for page in pages if fill(page.read_text(), record) != page.read_text()]
+        for page in stale if args.write else ():
+            page.write_text(fill(page.read_text(), record))
+        print(f"{len(stale)} of {len(pages)} files differed from the record")
+        return int(bool(stale) and not args.write)
+    record = Record(json.loads(Path(args.files[0] if args.files else RECORD).read_text()))
     for name, block in BLOCKS.items():
         print(f"{name}\n\n{block(record)}\n")
     return 0
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tables", description=__doc__.partition("\n\n")[0]
+    )
+    parser.add_argument("files", nargs="*", help="a record; with --check or --write, the pages")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--check", action="store_true", help="exit code 1 where a block differs")
+    how.add_argument("--write", action="store_true", help="put the computed blocks into the pages")
+    return parser
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

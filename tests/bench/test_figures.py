@@ -74,3 +74,12 @@ def test_an_unknown_picture_and_a_stale_one_are_named(tmp_path, monkeypatch, cap
     assert figures.main(["--check"]) == 1
     said = capsys.readouterr().out.split()
     assert {"strange.png:", "styles.png:", "eta_sweep.png:"} <= set(said)
+
+
+def test_a_record_without_runs_of_the_start_takes_it_from_the_attacks():
+    record = json.loads((figures.RECORDS / figures.LANGUAGE).read_text())
+    runs = [r for r in record["report"]["runs"] if r.get("attack") == "seq_kd"]
+    start = sum(r["at_start"] for r in runs) / len(runs)
+    ax = figures.students(record, figures.LANGUAGE_ATTACKS).axes[0]
+    labels = ax.get_legend_handles_labels()[1]
+    assert f"students at the start ({start:.2f})" in labels and start > 0.3

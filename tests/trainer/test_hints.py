@@ -51,6 +51,7 @@ WRITTEN_OUT = {  # texts that hold a command and do not come from runs/commands.
     "trainer/studies/cut_layers.py": "the name of the program, in --help",
     "trainer/studies/word_sentences.py": "the name of the program, in --help",
     "trainer/studies/proxy_gate.py": "the name of the program, in --help",
+    "trainer/studies/report_command.py": "the name of the program, in --help",
     "trainer/studies/side_by_side.py": "the name of the program, in --help",
     "trainer/engine/trainer_config.py": "how many processes to start: an option of torchrun",
     "trainer/rollouts/serve.py": "the name of the program, in --help",

@@ -35,6 +35,7 @@ from .finished_runs import (
     mean_accuracy,
     with_role,
 )
+from .report_command import print_report
 from .results import Rule
 from .run_warnings import as_markdown, run_warnings
 from .verdict import A1_WORDS, within_a1
@@ -165,4 +166,4 @@ def write_ablations(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    print(write_ablations(Path(sys.argv[1])))
+    sys.exit(print_report("ablations", write_ablations))

@@ -37,6 +37,7 @@ from .finished_runs import (
     with_role,
 )
 from .render import render
+from .report_command import print_report
 from .results import (
     TEACHERS,
     AccuracyDifference,
@@ -222,4 +223,4 @@ def _run_row(run: FinishedRun) -> RunRow:
 
 
 if __name__ == "__main__":
-    print(write_report(Path(sys.argv[1])))
+    sys.exit(print_report("attack_report", write_report))

@@ -27,6 +27,7 @@ from reflux.trainer.runs.markdown_table import (
 )
 from reflux.trainer.runs.stats import Estimate, over_seeds
 
+from .report_command import print_report
 from .run_warnings import as_markdown, run_warnings
 
 TEMPLATE = Path(__file__).with_name("diagnoses.md.jinja")
@@ -241,4 +242,4 @@ def _json(row: DiagnosisRow) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(write_diagnoses(Path(sys.argv[1])))
+    sys.exit(print_report("diagnosis_table", write_diagnoses))

@@ -43,6 +43,7 @@ from .finished_runs import (
     mean_accuracy,
     with_role,
 )
+from .report_command import print_report
 from .results import Rule
 from .run_warnings import as_markdown, run_warnings
 from .verdict import A1_WORDS, within_a1
@@ -233,4 +234,4 @@ def write_eta_sweep(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    print(write_eta_sweep(Path(sys.argv[1])))
+    sys.exit(print_report("eta_sweep", write_eta_sweep))

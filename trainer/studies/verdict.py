@@ -8,7 +8,7 @@ last and at its best checkpoint; it has succeeded if the student keeps more than
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from reflux.trainer.runs.markdown_table import points_with_interval, with_interval
@@ -245,14 +245,22 @@ def _family_lines(students: Students) -> list[str]:
     outcomes = attack_outcomes(students)
     if len(outcomes) < 2:
         return []
-    failed = [o for o in outcomes if o.verdict == "failed" and o.p_family <= FAMILY]
-    named = f" ({', '.join(o.attack for o in failed)})" if failed else ""
-    least = min((o.p_family for o in outcomes if o.verdict == "failed"), default=math.nan)
-    smallest = "" if math.isnan(least) else f"; smallest adjusted p of a failed one {least:.3f}"
+    both: tuple[Verdict, ...] = ("failed", "succeeded")
+    kept = "; ".join(_of_family(outcomes, verdict) for verdict in both)
     return [
         f"with a family-wise error of {FAMILY:.0%} over the {len(outcomes)} attacks (Holm): "
-        f"{len(failed)} failed{named}{smallest}; {SHARED}"
+        f"{kept}; {SHARED}"
     ]
+
+
+def _of_family(outcomes: Sequence[AttackOutcome], verdict: Verdict) -> str:
+    """How many of this verdict Holm's correction leaves, which, and its smallest adjusted p."""
+    ps = {o.attack: o.p_family for o in outcomes if o.verdict == verdict}
+    holding = [attack for attack, p in ps.items() if p <= FAMILY]
+    text = f"{len(holding)} of {len(ps)} {verdict}"
+    if holding:
+        text += f" ({', '.join(holding)})"
+    return text + (f", smallest adjusted p {min(ps.values()):.3f}" if ps else "")
 
 
 def _divergence_lines(students: Students) -> list[str]:

@@ -94,6 +94,14 @@ def test_what_fails_alone_need_not_fail_in_a_family():
     assert outcomes[0].p == pytest.approx(p) and 0.005 < p < 0.05 / 2
     assert outcomes[0].p_family == pytest.approx(8 * p) and 8 * p > 0.05  # "kept" comes first
     assert attack_outcomes({"a0": {"undistillable": weak}})[0].p_family == pytest.approx(p)
+    line = next(
+        x
+        for x in verdict_lines(Results(teachers={}, students=students, baselines={}))
+        if "Holm" in x
+    )
+    least, kept_p = outcomes[0].p_family, outcomes[-1].p_family
+    assert f"0 of 8 failed, smallest adjusted p {least:.3f}" in line and kept_p <= 0.05
+    assert f"1 of 1 succeeded (kept), smallest adjusted p {kept_p:.3f}" in line
 
 
 def test_the_rules_have_their_own_side():
