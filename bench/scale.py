@@ -233,8 +233,9 @@ def page_part() -> str:
         + "\n".join(rows)
     )
     parts.append(
-        f"The paper's calibration is said to have taken {REPORTED_HOURS} H100-hours (appendix E, as "
-        "others quote it; we did not see it, and do not know pair and lengths). Qwen3-8B on 8 GPUs is {short.hours:.0f} here."
+        f"The paper's calibration is said to have taken {REPORTED_HOURS} H100-hours (appendix E, "
+        "as others quote it; we did not see it, and do not know pair and lengths). Qwen3-8B on 8 "
+        f"GPUs is {short.hours:.0f} here."
     )
     return "\n\n".join(parts)
 
