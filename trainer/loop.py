@@ -119,7 +119,7 @@ def _train(
             record.to_be_continued = True
             return INTERRUPTED
         if cfg.export.enable:
-            measured = Measured(record.last_metrics, record.last_evaluation)
+            measured = Measured(record.metrics_at(outcome.steps), record.last_evaluation)
             folder = engine.export(model_card(cfg, measured, *phase.card(), outcome))
             record.event("export", folder=folder, steps=outcome.steps)
     return phase.exit_code if outcome.stopped is None else STOPPED_BY_GUARD
@@ -157,14 +157,21 @@ def _run_steps(
             # evaluation and guards
             _record_results(record, callbacks, step, phase.close_step(step, stats))
         except Stop as stop:
-            restored = None if stop.restore is None else engine.restore(stop.restore)
-            if restored is None:
-                engine.checkpoint()
-            record.event("stopped", reason=str(stop), restored_step=restored)
-            record.stopped = str(stop)
-            steps = step if restored is None else restored
-            return Outcome(steps, str(stop), tuple(record.alarms))
+            kept = _keep_accepted(engine, record, step, stop)
+            # of the exported weights: the last evaluation was of others or went unrecorded
+            _record_results(record, callbacks, kept, phase.evaluate(kept))
+            return Outcome(kept, str(stop), tuple(record.alarms))
     return Outcome(step, None, tuple(record.alarms))
+
+
+def _keep_accepted(engine: Engine, record: Record, step: int, stop: Stop) -> int:
+    """Goes back to the weights that the guard names. Returns their step."""
+    restored = None if stop.restore is None else engine.restore(stop.restore)
+    if restored is None:
+        engine.checkpoint()
+    record.event("stopped", reason=str(stop), restored_step=restored)
+    record.stopped = str(stop)
+    return step if restored is None else restored
 
 
 def _epochs(
@@ -224,7 +231,7 @@ def _record_results(
     measured = {k: v for k, v in results.items() if k not in accept}
     for event, fields in (("eval", measured), ("accept", accept)):
         if fields:
-            record.event(event, **fields)
+            record.event(event, step=step, **fields)
     callbacks.evaluation(step, results)
 
 

@@ -146,6 +146,10 @@ class TrainingPhase(Phase, Protocol):
         """(sum over the batch's tokens, metrics as sums over the same tokens)."""
         ...
 
+    def evaluate(self, step: int) -> dict[str, Any]:
+        """Of the weights that a guard goes back to: what `close_step` of the last step would."""
+        ...
+
     def log_fields(self, stats: Mapping[str, float]) -> dict[str, Any]:
         """The line of the log, from the numbers of the step."""
         ...

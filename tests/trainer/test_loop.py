@@ -214,15 +214,22 @@ def test_the_kl_budget_ends_the_run_in_good_order(talkers, tmp_path):
         guard={"kl_budget": 0.001},
         checkpoint={"interval": 1},
         export={"enable": True, "dtype": "float32"},
+        eval={"source": str(talkers / "data.jsonl"), "limit": 4, "at_start": False},
     )
     run = run_here(cfg, expect=4)
     stopped = next(e for e in run.events if e["event"] == "stopped")
     accepted = len(run.steps) - 1
+    (measured,) = (e for e in run.events if e["event"] == "eval")
+    assert measured["step"] == accepted, "of the weights that are exported, and of no others"
+    assert (tmp_path / f"run/predictions/step-{accepted}.jsonl").exists()
     assert accepted < 7 and "kl_budget = 0.001" in stopped["reason"]
     assert stopped["restored_step"] == accepted, "the last weights within the budget"
     assert run.summary["step"] == len(run.steps) and run.events[-1]["event"] == "export"
     assert (run.summary["exit_code"], run.summary["stopped"]) == (4, stopped["reason"])
     card = (tmp_path / "run/export/README.md").read_text()
+    assert f"the weights of step {accepted}; intervals" in card
+    kl = [s["reference_kl"] for s in run.steps if s["step"] == accepted]
+    assert all(f"| reference_kl | {x:.5g} |" in card for x in kl), "of the exported weights"
     assert f"in {accepted} of 8 planned steps" in card and "A guard ended the run" in card
     short = replace(cfg, folder=str(tmp_path / "short"), steps=accepted)
     if accepted:

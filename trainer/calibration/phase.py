@@ -167,6 +167,9 @@ class CalibratePhase:
         self.guards.check(step, stats, results)
         return results
 
+    def evaluate(self, step: int) -> dict[str, Any]:
+        return self.evaluator.results(step)
+
     def log_fields(self, stats: Mapping[str, float]) -> dict[str, Any]:
         """eta as a word and its strength in use."""
         strength = abs(stats.get("eta", 0.0))

@@ -116,6 +116,9 @@ class DistillPhase:
     def close_step(self, step: int, stats: Mapping[str, float]) -> dict[str, Any]:
         return self.evaluator.due(step)
 
+    def evaluate(self, step: int) -> dict[str, Any]:
+        return self.evaluator.results(step)
+
     def log_fields(self, stats: Mapping[str, float]) -> dict[str, Any]:
         return dict(stats)
 

@@ -103,9 +103,13 @@ class Evaluator:
         e, last = self.cfg.eval, step == self.cfg.steps
         at_start = step == 0 and e.at_start
         every = e.every and step and step % e.every == 0
-        if not self.prompts or not (last or every or at_start):
+        return self.results(step) if last or every or at_start else {}
+
+    def results(self, step: int) -> dict[str, Any]:
+        """Log fields; none without questions. Collective."""
+        if not self.prompts:
             return {}
-        return log_fields(self.measure(self.answer(step)), e.metrics)
+        return log_fields(self.measure(self.answer(step)), self.cfg.eval.metrics)
 
     def expected(self) -> list[Question]:
         """The questions, before anything is answered."""

@@ -28,9 +28,11 @@ def check_named_inputs(cfg: Config) -> None:
 
 def _sources(cfg: Config) -> Iterator[tuple[str, SourceSection]]:
     """Those that the phase reads, with the option that names each."""
-    prompts = [("data", cfg.data)] if spec_of(cfg.phase).data_section == "data" else []
-    for name, section in [*prompts, ("eval", cfg.eval)]:
-        parts = {f"{name}.parts.{part}": s for part, s in section.parts.items()}
-        for path, source in {name: section, **parts}.items():
-            if source.source:
-                yield f"{path}.source", source
+    found: dict[str, SourceSection] = {"eval": cfg.eval}
+    found |= {f"eval.parts.{name}": part for name, part in cfg.eval.parts.items()}
+    if spec_of(cfg.phase).data_section == "data":
+        found["data"] = cfg.data
+        found |= {f"data.parts.{name}": part for name, part in cfg.data.parts.items()}
+    for path, section in found.items():
+        if section.source:
+            yield f"{path}.source", section

@@ -190,6 +190,13 @@ class Record:
         if self.write_page and name in PAGE_EVENTS:
             self.write_page()
 
+    def metrics_at(self, step: int) -> Mapping[str, Any]:
+        """Of the line of this step; empty for step 0 and on other ranks than the main one."""
+        if step == self._step or not self.is_main:
+            return self.last_metrics
+        lines = (line for line in load_run(self.folder).steps if line["step"] == step)
+        return {k: v for line in lines for k, v in line.items() if k not in RESERVED}
+
     @property
     def console(self) -> "Console | None":
         """Where lines are printed; None on other ranks and in quiet runs."""

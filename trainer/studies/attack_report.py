@@ -8,6 +8,7 @@ the rules, render.py the page.
 """
 
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -113,7 +114,7 @@ def teacher_results(
 def _teacher(
     rows: Sequence[FinishedRun], originals: Sequence[FinishedRun], styles: Mapping[str, str]
 ) -> TeacherResult:
-    last = [r.run.steps[-1] for r in rows if r.run.steps]
+    last = [r.steps[-1] for r in rows if r.steps]
     pairs = same_seed(rows, originals)
     return TeacherResult(
         **_measured(rows, styles),
@@ -173,7 +174,7 @@ def _measured(rows: Sequence[FinishedRun], styles: Mapping[str, str]) -> dict[st
         "greedy_styles": style_fractions([p for p in predictions if p["mode"] == "greedy"], styles),
         "seconds": over_seeds([r.seconds for r in rows]),
         "cost": query_cost(rows[0]),
-        "late_spike": max(map(late_spike, rows)),
+        "late_spike": max((s for s in map(late_spike, rows) if s == s), default=math.nan),
     }
 
 
@@ -213,7 +214,7 @@ def _provenance(runs: Sequence[FinishedRun], matrix: Mapping[str, Any]) -> Prove
 
 def _run_row(run: FinishedRun) -> RunRow:
     last = run.evals()[-1]
-    kl = run.run.steps[-1].get("reference_kl") if run.run.steps else None
+    kl = run.steps[-1].get("reference_kl") if run.steps else None
     measured = {m: last[f"eval/{m}"] for m in (*MODES, *LIKELIHOOD) if f"eval/{m}" in last}
     if "sampled" in measured:
         measured["best"] = run.best_accuracy()

@@ -38,8 +38,21 @@ class FinishedRun:
         assert self.run.summary is not None, f"{self.folder}: has not ended"
         return self.run.summary["wall_s"]
 
+    @property
+    def kept_step(self) -> float:
+        """The step of the exported weights, where a guard went back to one; else inf."""
+        ends = [e["restored_step"] for e in self.run.events if e["event"] == "stopped"]
+        return math.inf if not ends or ends[-1] is None else ends[-1]
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """The lines of the steps that the exported weights have made."""
+        return [s for s in self.run.steps if s["step"] <= self.kept_step]
+
     def evals(self) -> list[dict[str, Any]]:
-        return [e for e in self.run.events if e["event"] == "eval"]
+        """The evaluations of weights that were kept, in order."""
+        evals = (e for e in self.run.events if e["event"] == "eval")
+        return [e for e in evals if e["step"] <= self.kept_step]
 
     def accuracy(self, mode: str) -> float:
         """Of the last evaluation; `mode`: sampled, greedy, likelihood_sum, ..."""
@@ -226,7 +239,8 @@ def query_cost(run: FinishedRun) -> QueryCost:
     if from_teacher := distill.get("source") == "teacher":
         budget = distill.get("query_budget")
         written = budget * rollout["group"] if budget else texts - on_policy
-    read = {"kl": texts, "class": texts, "span": on_policy if from_teacher else texts}
+    read = dict.fromkeys(("kl", "class", "byte", "policy_gradient"), texts)
+    read["span"] = on_policy if from_teacher else texts
     n_read = read.get(distill.get("objective"), 0)
     lengths = [s["length"] for s in run.run.steps if "length" in s]
     tokens = round((written + n_read) * sum(lengths) / max(len(lengths), 1))
@@ -235,13 +249,13 @@ def query_cost(run: FinishedRun) -> QueryCost:
 
 def last_steps(runs: Iterable[FinishedRun], key: str) -> Estimate:
     """Over runs: the mean of a metric over the last five steps that logged it."""
-    rows = [[s[key] for s in r.run.steps if key in s][-5:] for r in runs]
+    rows = [[s[key] for s in r.steps if key in s][-5:] for r in runs]
     return over_seeds([sum(row) / len(row) for row in rows if row])
 
 
 def length_ratio(run: FinishedRun) -> float:
     """Mean length of the run's texts over its last five steps / in its first; NaN without."""
-    lengths = [s["length"] for s in run.run.steps if "length" in s]
+    lengths = [s["length"] for s in run.steps if "length" in s]
     last = lengths[-5:]
     return sum(last) / len(last) / lengths[0] if lengths and lengths[0] else math.nan
 

@@ -1,9 +1,16 @@
 import json
+import math
 
 import pytest
-from report_runs import STYLES, add_runs, edit_logs, write_matrix
+from report_runs import STYLES, add_runs, edit_logs, write_cells, write_matrix, write_run
 
-from reflux.trainer.studies.attack_report import build_report, style_fractions, write_report
+from reflux.trainer.studies.attack_report import (
+    _measured,
+    build_report,
+    style_fractions,
+    write_report,
+)
+from reflux.trainer.studies.finished_runs import load_finished_runs
 from reflux.trainer.studies.results import StyleFraction
 
 
@@ -187,3 +194,22 @@ def test_students_of_a_defended_teacher_are_no_students_of_the_original(tmp_path
     report = build_report(tmp_path)
     assert report.students["kd"]["original"].sampled.mean == pytest.approx(0.5)
     assert drawn and not any("defence" in r.labels for r in drawn)
+
+
+def test_a_run_without_norms_does_not_hide_one_that_diverged(tmp_path):
+    cells = [
+        write_run(tmp_path / f"r{seed}", {"role": "student"}, 0.5, 0.5, seed=seed, steps=4)
+        for seed in "01"
+    ]
+    write_cells(tmp_path, cells)
+    edit_logs(
+        tmp_path,
+        ["r1"],
+        lambda row: (
+            row | {"grad_norm": 50.0 if row["step"] == 4 else 1.0} if "loss" in row else row
+        ),
+    )
+    quiet, loud = load_finished_runs(tmp_path)
+    for rows in ([quiet, loud], [loud, quiet]):
+        assert _measured(rows, {})["late_spike"] == pytest.approx(50 / 25.5)
+    assert math.isnan(_measured([quiet], {})["late_spike"])

@@ -14,6 +14,7 @@ from report_runs import (
     write_run,
 )
 
+from reflux.trainer.studies.attack_report import _run_row
 from reflux.trainer.studies.finished_runs import (
     accuracy_change,
     distillability,
@@ -117,6 +118,31 @@ def test_a_change_is_paired_by_seed_and_divided_by_the_mean(tmp_path):
     assert last_steps(runs, "reference_kl").mean == pytest.approx(0.02)
 
 
+@pytest.mark.parametrize("restored", [2, 0, None])
+def test_of_a_run_that_a_guard_ended_the_exported_weights_count(tmp_path, restored):
+    """Accuracy 0.1 at the start, 0.5 of the rejected weights of step 3, 0.8 of those of step 2."""
+    cells = [write_run(tmp_path / "a", {"role": "teacher", "teacher": "x"}, 0.5, 0.5, steps=3)]
+    write_cells(tmp_path, cells)
+    kept = 3 if restored is None else restored
+    eval_of = {2: 0.8, 0: 0.1, 3: 0.5}
+    lines = [
+        {"event": "stopped", "step": 3, "wall_s": 3, "reason": "KL", "restored_step": restored},
+        {"event": "eval", "step": kept, "wall_s": 4, "eval/sampled": eval_of[kept]},
+    ]
+    log = tmp_path / "a/run.jsonl"
+    log.write_text(log.read_text() + "".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "a/predictions/step-0.jsonl").write_text('{"at": 0}\n')
+    (tmp_path / "a/predictions/step-2.jsonl").write_text('{"at": 2}\n')
+    (run,) = load_finished_runs(tmp_path)
+    assert run.accuracy("sampled") == run.best_accuracy() == eval_of[kept]
+    assert [s["step"] for s in run.steps] == list(range(1, kept + 1))
+    assert (run.predictions()[0].get("at") == restored) or restored is None
+    kl = last_steps([run], "reference_kl")
+    assert kl.n == 0 if not kept else kl.mean == pytest.approx(0.005 * (kept + 1))
+    row = _run_row(run)
+    assert row.reference_kl == (0.01 * kept if kept else None)
+
+
 def test_only_runs_that_ended_and_have_a_role_are_read(tmp_path):
     cells = [write_run(tmp_path / name, {"role": "x"}, 0.5, 0.5) for name in "abc"]
     cells.append(write_run(tmp_path / "d", {}, 0.5, 0.5))
@@ -138,6 +164,18 @@ def test_only_runs_that_ended_and_have_a_role_are_read(tmp_path):
         ({"objective": "kl", "source": "teacher", "on_policy": 0.5, "query_budget": 300}, 600, 80),
         ({"objective": "span", "source": "teacher", "on_policy": 0.25, "query_budget": 0}, 60, 20),
         ({"objective": "span", "source": "dataset", "on_policy": 0.0, "query_budget": 0}, 0, 80),
+        ({"objective": "class", "source": "dataset", "on_policy": 1.0, "query_budget": 0}, 0, 80),
+        ({"objective": "byte", "source": "dataset", "on_policy": 1.0, "query_budget": 0}, 0, 80),
+        (
+            {
+                "objective": "policy_gradient",
+                "source": "dataset",
+                "on_policy": 1.0,
+                "query_budget": 0,
+            },
+            0,
+            80,
+        ),
     ],
 )
 def test_the_cost_of_an_attack(tmp_path, distill, written, read):
