@@ -202,13 +202,12 @@ def test_a_run_without_norms_does_not_hide_one_that_diverged(tmp_path):
         for seed in "01"
     ]
     write_cells(tmp_path, cells)
-    edit_logs(
-        tmp_path,
-        ["r1"],
-        lambda row: (
-            row | {"grad_norm": 50.0 if row["step"] == 4 else 1.0} if "loss" in row else row
-        ),
-    )
+
+    def edit(row):
+        norm = {"grad_norm": 50.0 if row["step"] == 4 else 1.0} if "loss" in row else {}
+        return row | norm
+
+    edit_logs(tmp_path, ["r1"], edit)
     quiet, loud = load_finished_runs(tmp_path)
     for rows in ([quiet, loud], [loud, quiet]):
         assert _measured(rows, {})["late_spike"] == pytest.approx(50 / 25.5)
