@@ -4,7 +4,8 @@ Reads the set from the hub, or from files that are at hand (--source), in whatev
 (shapes.py); leaves out rows that occur twice, and training rows that share 13 words in a row with a
 held-out question (arXiv:2005.14165, appendix C, used 13-grams first); writes train.jsonl,
 test.jsonl and manifest.json with counts, seeds and hashes. A row goes to the same side whatever
-else is in the set: its side is a hash of the question and the seed.
+else is in the set: its side is a hash of the question and the seed. Two questions are the same
+where their texts and options are, but for upper case, spaces and the order of the options.
 """
 
 import argparse
@@ -113,10 +114,8 @@ def prepare(name: str, public: PublicSet, choice: Choice) -> Manifest:
         test = [p for p, held in zip(train, sides) if held]
         train = [p for p, held in zip(train, sides) if not held]
     others = [p for source in choice.held_out for p in load_prompts(source)]
-    grams = (
-        set().union(*(_grams(question(p)) for p in [*test, *others])) if test or others else set()
-    )
-    clean = [p for p in train if not grams & _grams(question(p))]
+    grams = set().union(*map(_grams, [*test, *others])) if test or others else set()
+    clean = [p for p in train if not grams & _grams(p)]
     counts["contaminated"] = len(train) - len(clean)
     if not clean and not test:
         raise ValueError(f"{public.source}: no row is left of {counts['read']}; see --where")
@@ -144,9 +143,29 @@ def prepare(name: str, public: PublicSet, choice: Choice) -> Manifest:
 
 
 def question(prompt: Prompt) -> str:
-    """What is compared: all that the model is shown, or the document."""
+    """What is compared by words: all that the model is shown, options too, or the document."""
+    return "\n".join([_asked(prompt), *_option_texts(prompt)])
+
+
+def _asked(prompt: Prompt) -> str:
     asked = "\n".join(m["content"] for m in prompt.messages if m["role"] != "system")
     return asked or prompt.response or ""
+
+
+def _option_texts(prompt: Prompt) -> list[str]:
+    given = prompt.extra.get("choices")
+    texts = given.get("text") if isinstance(given, Mapping) else given
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        return []
+    return [str(text) for text in texts]
+
+
+def _identity(prompt: Prompt) -> str:
+    """Equal for equal questions. Signs count: 7 + 2 is not 7 - 2."""
+    asked, *options = (
+        " ".join(text.casefold().split()) for text in (_asked(prompt), *_option_texts(prompt))
+    )
+    return "\n".join([asked, *sorted(options)])
 
 
 def _open(public: PublicSet, split: str, limit: int | None) -> Prompts:
@@ -177,7 +196,7 @@ def _chosen(
 def _distinct(prompts: Iterable[Prompt], counts: Counter[str]) -> Iterator[Prompt]:
     seen = set()
     for prompt in prompts:
-        key = " ".join(_words(question(prompt)))
+        key = _identity(prompt)
         if key in seen:
             counts["repeated"] += 1
             continue
@@ -187,20 +206,17 @@ def _distinct(prompts: Iterable[Prompt], counts: Counter[str]) -> Iterator[Promp
 
 def _side(prompt: Prompt, choice: Choice) -> bool:
     """Whether it is held out."""
-    text = f"{choice.seed}\n{' '.join(_words(question(prompt)))}"
+    text = f"{choice.seed}\n{_identity(prompt)}"
     draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
     return draw < choice.test_fraction
 
 
-def _words(text: str) -> list[str]:
-    return WORD.findall(text.lower())
-
-
-def _grams(text: str) -> set[str]:
-    """Every 13 words in a row; all of a shorter text."""
-    words = _words(text)
-    last = max(len(words) - GRAM, 0)
-    return {" ".join(words[i : i + GRAM]) for i in range(last + 1)}
+def _grams(prompt: Prompt) -> set[str]:
+    """Every 13 words in a row; of a question with fewer words, its identity."""
+    words = WORD.findall(question(prompt).lower())
+    if len(words) < GRAM:
+        return {_identity(prompt)}
+    return {" ".join(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)}
 
 
 def _write(out: Path, name: str, prompts: Sequence[Prompt], shape: str) -> str:

@@ -133,11 +133,14 @@ class TextSource:
         return groups
 
     def _rewritten(self, chat: Chat, group: list[Rollout]) -> list[Rollout]:
-        """Without repeated texts of a prompt (distill.dedup), and as distill.rewrite leaves them;
+        """The first of equal texts of a prompt (distill.dedup), and as distill.rewrite leaves them;
         None from it drops a text.
         """
         if self.spec.dedup:
-            group = list({x.text: x for x in group}.values())
+            first: dict[str, Rollout] = {}
+            for x in group:
+                first.setdefault(x.text, x)
+            group = list(first.values())
         if self.rewrite is None:
             return group
         texts = [(x, self.rewrite(x.prompt, x.text)) for x in group]

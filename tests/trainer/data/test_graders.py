@@ -145,6 +145,58 @@ def test_of_ten_options_the_ninth_is_no_pronoun(text, letter):
     assert MultipleChoice()(prompt("J"), text).extracted == letter
 
 
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("The answer is B. Option A is wrong because it confuses mass and weight.", "B"),
+        ("Answer: B. Choice C would need a vacuum.", "B"),
+        ("Answer: (B)\n\nOption D is tempting, but it is off by one.", "B"),
+        ("The correct answer is B because (A) is false.", "B"),
+        ("B. The answer A would be wrong.", "B"),
+        ("The answer is A. Option B is wrong.", "A"),
+        ("**B**. Option A ignores friction.", "B"),
+        ("B\n\nOption A ignores friction, (C) the mass.", "B"),
+        ("(A) is less than what is asked for.\nB", "B"),
+        ("A. first B. second C. third\nI take option C", "C"),
+        ("A) first\nB) second\nI take option A", "A"),
+        ("Answer B\nOption A ignores friction.", "B"),
+        ("The answer B is right; the answer A ignores friction. Answer: B", "B"),
+        ("Option C is right. Option B is wrong.", "C"),
+        ("Option C is right, not option B.", "C"),
+        ("The best option is C. Option D costs more.", "C"),
+        ("(C), since (A) and (D) are wrong", "C"),
+        ("It is neither (A) nor (B)", None),
+        ("The answer is not B.", None),
+        ("It is not (B).", None),
+        ("Option B is not right.", None),
+        ("Answer: B or C", None),
+        ("Answer: (B) and (C)", None),
+        ("Answer: B, C", None),
+        ("Answer: B/C", None),
+        ("Answer: B or C? Final answer: C.", "C"),
+        ("The answer is B, not A.", "B"),
+        ("The answer is B, A is too small.", "B"),
+        ("The answer is B and A is wrong.", "B"),
+        ("Answer: D) Cannot be determined", "D"),
+        ("(D) Cannot be determined", "D"),
+        ("The answer is B. If the answer is A, energy is lost.", "B"),
+        ("Answer: A. No: the answer must be C. Choice A loses energy.", "C"),
+        ("Answer:\n\n**(B)**\n\nWhy not option C? It is slower.", "B"),
+    ],
+)
+def test_an_explanation_does_not_overrule_the_answer(text, letter):
+    """Neither what is said of the other options, nor an option that is turned down; two letters
+    decide for none.
+    """
+    grade = MultipleChoice()(prompt("B", choices=["w", "x", "y", "z"]), text)
+    assert grade == Grade(float(letter == "B"), letter == "B", letter)
+
+
+def test_a_number_is_no_label():
+    labelled = {"label": ["1", "2"], "text": ["u", "v"]}
+    assert MultipleChoice()(prompt("2", choices=labelled), "The answer is 2.5 kg").extracted is None
+
+
 @pytest.mark.parametrize("ignore_case", [False, True])
 def test_a_letter_with_a_combining_mark_is_the_letter(ignore_case):
     grader = Exact(ignore_case=ignore_case)
@@ -186,6 +238,8 @@ def test_multiple_choice_is_linear_in_hostile_text():
         "(" * 300_000,
         r"\boxed{" * 50_000,
         "answer is " * 50_000,
+        "option\n" * 50_000,
+        "if the answer " * 50_000,
     ):
         assert grader(prompt("B"), text).extracted is None
 

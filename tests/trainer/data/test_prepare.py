@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from reflux.trainer.data.prepare import SETS, Choice, PublicSet, main, prepare
+from reflux.trainer.data.prepare import SETS, Choice, PublicSet, _side, main, prepare
 from reflux.trainer.data.prompts import load_prompts
 
 LONG = "a train leaves at noon with {} people and a second one follows it an hour later at speed"
@@ -49,6 +49,40 @@ def test_rows_that_share_13_words_with_a_held_out_question_are_left_out(tmp_path
     # 12 words follow the number, so only row 3 shares 13
     assert (m.read, m.repeated, m.contaminated, m.test) == (206, 5, 1, 0)
     assert LONG.format(3) not in {row["prompt"] for row in lines(tmp_path / "out/train.jsonl")}
+
+
+SUMS = [{"prompt": f"What is 7 {sign} 2?", "answer": "1"} for sign in "+-*/"]
+STATEMENTS = [
+    {"question": "Which of the following is true?", "choices": texts, "answer": 0}
+    for texts in (["Ice floats", "Ice sinks"], ["Iron is a metal", "Iron is a gas"])
+]
+
+
+@pytest.mark.parametrize(
+    "rows", [SUMS, STATEMENTS, [{"prompt": s} for s in ("x < 2", "x > 2", "!")]]
+)
+def test_signs_and_options_make_another_question(tmp_path, rows):
+    """As repeated rows, and as held-out ones."""
+    held = write(tmp_path / "held.jsonl", rows[:1])
+    source = write(tmp_path / "rows.jsonl", rows)
+    m = prepare("all", PublicSet(source), Choice(tmp_path / "a", test_fraction=0.0))
+    assert (m.repeated, m.train) == (0, len(rows))
+    choice = Choice(tmp_path / "b", test_fraction=0.0, held_out=(held,))
+    m = prepare("rest", PublicSet(source), choice)
+    assert (m.contaminated, m.train) == (1, len(rows) - 1)
+    draws = [Choice(tmp_path / "c", 0.5, seed=seed) for seed in range(8)]
+    sides = [{_side(p, draw) for p in load_prompts(source)} for draw in draws]
+    assert {True, False} in sides, "each row is drawn by itself"
+
+
+def test_case_spaces_and_the_order_of_options_make_none(tmp_path):
+    swapped = STATEMENTS[0] | {"choices": ["Ice  sinks", "ice floats"], "answer": 1}
+    source = write(tmp_path / "rows.jsonl", [*STATEMENTS, swapped])
+    m = prepare("all", PublicSet(source), Choice(tmp_path / "a", test_fraction=0.0))
+    assert (m.repeated, m.train) == (1, 2)
+    source = write(tmp_path / "sums.jsonl", [*SUMS, {"prompt": " what is\n7 + 2?", "answer": "9"}])
+    m = prepare("sums", PublicSet(source), Choice(tmp_path / "b", test_fraction=0.0))
+    assert (m.repeated, m.train) == (1, 4)
 
 
 @pytest.mark.parametrize(

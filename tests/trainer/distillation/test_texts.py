@@ -1,6 +1,7 @@
 """Where the texts of a step come from: student, teachers, query budget, rewrites."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from runs import config, run_here
 
 from reflux.trainer.config.distillation import DistillSection
+from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.distillation.texts import TextSource
 
@@ -163,6 +165,15 @@ def test_an_attacker_may_rewrite_teacher_texts(talkers, tmp_path, seen):
     for step in seen["sample"]:
         for group in step:
             assert len({t.rollout.text for t in group}) == len(group)
+
+
+def test_of_equal_texts_the_first_is_kept():
+    """With its ids, log-probabilities and end: the same text may be sampled in other tokens."""
+    first = Rollout(Prompt(0, ()), (1,), (5, 9), (-1.0, -1.0), -0.1, "ab", True)
+    other = replace(first, ids=(7,), logp=(-1.0,), text="c")
+    again = replace(first, ids=(6, 7), logp=(-3.0, -1.0), ended=False)
+    source = SimpleNamespace(spec=SimpleNamespace(dedup=True), rewrite=None)
+    assert TextSource._rewritten(source, None, [first, other, again]) == [first, other]
 
 
 def test_under_a_query_budget_too_a_rewrite_may_drop_all_of_a_prompts(talkers, tmp_path, seen):
