@@ -35,12 +35,23 @@ from ._parallel import VocabShard, all_sum, common_width, local_width, merge_sum
 from ._select_rows import NO_ID, largest_of_all, sort_pairs, without_repeats
 
 SUPPORTS = ("teacher", "student", "union")
+# float32 log-probabilities say no less of a tail: those of a peaked position sum to 1 or more
+LEAST_TAIL = 2**-23
 
 
 class TopK(NamedTuple):
     ids: Tensor  # int32 [T, K], by falling logp; -1 is padding
     logp: Tensor  # [T, K]; -inf at padding
     tail: Tensor  # [T]
+
+
+def tail_of_rounded(logp_TK: Tensor) -> Tensor:
+    """log(1 - sum over k of p) [T] of rounded log-probabilities, where the logits are not at hand;
+    fp32, or fp64 for fp64, summed in fp64. log(LEAST_TAIL) where that is less: a teacher without a
+    tail would make reverse KL infinite. At K = V the losses do not read it.
+    """
+    mass_T = logp_TK.double().exp().sum(1)
+    return torch.log1p(-mass_T.clamp(max=1 - LEAST_TAIL)).to(wide(logp_TK.dtype))
 
 
 def teacher_topk_ref(

@@ -95,7 +95,10 @@ class CalibrationScore:
 
 @dataclass(frozen=True, eq=False)
 class TextScore:
-    """log p of each content token [n], and of the stop set right behind them; nats."""
+    """log p of each content token [n], and of the stop set right behind them; nats. Of sampled ids
+    (CalibrationReward): logp holds the sampled stop token's, too, and `stop` counts only where the
+    rollout ended.
+    """
 
     logp: np.ndarray
     stop: float
@@ -388,12 +391,12 @@ class CalibrationReward(Protocol):
     def score(
         self,
         rollouts: Sequence[Rollout],
-        behaviour_logp: Sequence[np.ndarray],
-        reference_logp: Sequence[np.ndarray] | None,
+        behaviour: Sequence[TextScore],
+        reference: Sequence[TextScore] | None,
         metric_sums: MetricSums,
     ) -> list[CalibrationScore]:
-        """One score per rollout. behaviour_logp, reference_logp: [n] log-probabilities of the
-        sampled ids, the stop token included. Collective.
+        """One score per rollout. behaviour, reference: what those two models say of the sampled
+        ids. Collective.
         """
         ...
 

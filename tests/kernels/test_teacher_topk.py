@@ -9,7 +9,14 @@ from shards import run_on_ranks
 
 from reflux.kernels._parallel import VocabShard
 from reflux.kernels.linear_topk_kl import linear_topk_kl
-from reflux.kernels.teacher_topk import SUPPORTS, _op, teacher_topk, teacher_topk_ref
+from reflux.kernels.teacher_topk import (
+    LEAST_TAIL,
+    SUPPORTS,
+    _op,
+    tail_of_rounded,
+    teacher_topk,
+    teacher_topk_ref,
+)
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -289,3 +296,13 @@ def test_mistakes_say_how_to_fix_them(change, match):
                 | change
             )
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_tail_of_rounded_log_probabilities_is_never_nothing(dtype):
+    mass_TK = torch.tensor([[0.5, 0.25], [0.75, 0.25], [1.0, 1e-5], [1.0 - 2**-8, 2**-9]])
+    tail_T = tail_of_rounded(mass_TK.double().log().to(dtype))
+    want_T = torch.tensor([0.25, LEAST_TAIL, LEAST_TAIL, 2**-9]).double().log()
+    assert tail_T.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    close = dict(rtol=1e-4, atol=0.0) if dtype != torch.bfloat16 else dict(rtol=0.2, atol=1.0)
+    torch.testing.assert_close(tail_T.double(), want_T, **close)

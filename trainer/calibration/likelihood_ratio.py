@@ -58,8 +58,8 @@ class LikelihoodRatio:
     def score(
         self,
         rollouts: Sequence[Rollout],
-        behaviour_logp: Sequence[np.ndarray],
-        reference_logp: Sequence[np.ndarray] | None,
+        behaviour: Sequence[TextScore],
+        reference: Sequence[TextScore] | None,
         metric_sums: MetricSums,
     ) -> list[CalibrationScore]:
         """One score per rollout; UNALIGNED where the proxy's tokenizer cannot spell the text, and
@@ -76,19 +76,17 @@ class LikelihoodRatio:
         proxy_scores = self._proxy_scores(rollouts, aligned, scorable)
         metric_sums.add("cal/unaligned", unaligned)
         self._check_unaligned(sum(unaligned), len(rollouts))
-        own_logp = reference_logp if cal.denominator == "reference" else behaviour_logp
-        assert own_logp is not None
-        excess = self._excess(rollouts, behaviour_logp)
+        own = reference if cal.denominator == "reference" else behaviour
+        assert own is not None
+        excess = self._excess(rollouts, behaviour)
         return [
-            self._score_one(rollouts[i], aligned[i], proxy_scores[i], own_logp[i], excess[i])
+            self._score_one(rollouts[i], aligned[i], proxy_scores[i], own[i], excess[i])
             if i in proxy_scores
             else UNALIGNED
             for i in range(len(rollouts))
         ]
 
-    def _excess(
-        self, rollouts: Sequence[Rollout], behaviour_logp: Sequence[np.ndarray]
-    ) -> list[float]:
+    def _excess(self, rollouts: Sequence[Rollout], behaviour: Sequence[TextScore]) -> list[float]:
         """What denominator = "marginal" adds to the log-probability of the sampled ids."""
         if self.cfg.calibration.denominator != "marginal":
             return [0.0] * len(rollouts)
@@ -96,7 +94,7 @@ class LikelihoodRatio:
             self.chat,
             self.engine,
             rollouts,
-            behaviour_logp,
+            [b.logp for b in behaviour],
             tokens=self.cfg.batch.tokens,
             temperature=self.cfg.rollout.temperature,
         )
@@ -146,12 +144,13 @@ class LikelihoodRatio:
         rollout: Rollout,
         aligned: Aligned,
         proxy: TextScore,
-        own_logp_n: np.ndarray,
+        own: TextScore,
         excess: float = 0.0,
     ) -> CalibrationScore:
+        """own: what the denominator says of the sampled ids."""
         assert aligned.spans is not None
         cal = self.cfg.calibration
-        content_n = own_logp_n[: len(rollout.content_ids)]
+        content_n = own.logp[: len(rollout.content_ids)]
         with_stop = cal.score_stop and rollout.ended
         scores = compare_spans(
             span_logprobs(proxy.logp, aligned.scorer_span, aligned.spans),
@@ -159,7 +158,7 @@ class LikelihoodRatio:
             num_bytes=aligned.n_bytes,
             tokens=(len(aligned.scorer_ids), len(rollout.content_ids)),
             stop_a=proxy.stop if with_stop else None,
-            stop_b=rollout.stop_logp if with_stop else None,
+            stop_b=own.stop if with_stop else None,
             clip=cal.span_clip,
         )
         # with the same ids every span is a token; across tokenizers only allow_biased takes the
@@ -167,7 +166,7 @@ class LikelihoodRatio:
         settled = None
         if self.same_ids or cal.allow_biased:
             settled = following_span(aligned.sampler_span, aligned.spans, len(rollout.ids))
-        before = self._before(rollout, proxy, own_logp_n) if cal.credit == "prefix" else None
+        before = self._before(rollout, proxy, own.logp) if cal.credit == "prefix" else None
         score = calibration_score(scores, aligned.sampler_span, cal, settled, before)
         if not excess:
             return score

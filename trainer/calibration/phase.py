@@ -45,6 +45,7 @@ from reflux.trainer.phase import (
     FrozenModel,
     ReadableModel,
     Sampling,
+    TextScore,
 )
 from reflux.trainer.rollouts.overlap import StepJob, StepSampler
 from reflux.trainer.rollouts.scoring import score_ids
@@ -119,11 +120,10 @@ class CalibratePhase:
         flat = list(chain.from_iterable(rollouts_PG))
         grades = self.task.grade(flat)
         self._count_failed(grades)
-        behaviour_logp = self._behaviour_logp(flat)
-        reference_logp = self._reference_logp(flat)
+        behaviour, reference = self._behaviour(flat), self._reference(flat)
         scores = None
         if self.reward is not None:
-            scores = self.reward.score(flat, behaviour_logp, reference_logp, self.metric_sums)
+            scores = self.reward.score(flat, behaviour, reference, self.metric_sums)
         self._grades, self._scores = grades, scores
         groups = self._groups(flat, grades, scores)
         part = calibration_part(groups, self.cfg.calibration)
@@ -134,7 +134,7 @@ class CalibratePhase:
             self._report_calibration(part, eta)
         advantage = list(chain.from_iterable(token_advantages))
         graded = [not g.failed for g in grades]
-        return self._samples(flat, graded, advantage, behaviour_logp, reference_logp)
+        return self._samples(flat, graded, advantage, behaviour, reference)
 
     def loss(self, out: HeadInputs, batch: Batch) -> Loss:
         """Equation (5), summed over the batch's tokens."""
@@ -211,8 +211,8 @@ class CalibratePhase:
         flat: Sequence[Rollout],
         graded: Sequence[bool],
         advantage: Sequence[np.ndarray],
-        behaviour_logp: Sequence[np.ndarray],
-        reference_logp: Sequence[np.ndarray] | None,
+        behaviour: Sequence[TextScore],
+        reference: Sequence[TextScore] | None,
     ) -> list[Sample]:
         drop = self.cfg.calibration.truncated == "drop"
         samples = []
@@ -222,13 +222,13 @@ class CalibratePhase:
             if not graded[i] or (drop and not rollout.ended):
                 continue
             advantage_n = advantage[i]
-            if self.cfg.reference.estimator == "k1_reward" and reference_logp is not None:
-                log_ratio_n = behaviour_logp[i] - reference_logp[i]
+            if self.cfg.reference.estimator == "k1_reward" and reference is not None:
+                log_ratio_n = behaviour[i].logp - reference[i].logp
                 to_go_n = np.cumsum(log_ratio_n[::-1])[::-1]
                 advantage_n = advantage_n - self.cfg.reference.beta * to_go_n
             if self.cfg.policy.max_is:
-                advantage_n = advantage_n * self._weights(rollout, behaviour_logp[i])
-            samples.append(Sample(rollout, advantage_n, behaviour_logp[i]))
+                advantage_n = advantage_n * self._weights(rollout, behaviour[i].logp)
+            samples.append(Sample(rollout, advantage_n, behaviour[i].logp))
         return samples
 
     def _weights(self, rollout: Rollout, trainer_logp_n: np.ndarray) -> np.ndarray:
@@ -276,23 +276,23 @@ class CalibratePhase:
             self.engine.notes["std_cal_nats"] = STD_CAL_DECAY * before + (1 - STD_CAL_DECAY) * mean
 
     # log-probabilities of the sampled ids
-    def _behaviour_logp(self, flat: Sequence[Rollout]) -> list[np.ndarray]:
+    def _behaviour(self, flat: Sequence[Rollout]) -> list[TextScore]:
         if self.cfg.rollout.old_logp == "sampler":
-            return [np.asarray(r.logp) for r in flat]
-        return self._logp_under(self.engine, flat)
+            return [TextScore(np.asarray(r.logp), r.stop_logp) for r in flat]
+        return self._scores_under(self.engine, flat)
 
-    def _reference_logp(self, flat: Sequence[Rollout]) -> list[np.ndarray] | None:
+    def _reference(self, flat: Sequence[Rollout]) -> list[TextScore] | None:
         cal = self.cfg.calibration
         needed = self.cfg.reference.estimator == "k1_reward" or (
             cal.eta and cal.denominator == "reference"
         )
         if self.reference is None or not needed:
             return None
-        return self._logp_under(self.reference, flat)
+        return self._scores_under(self.reference, flat)
 
-    def _logp_under(self, model: ReadableModel, flat: Sequence[Rollout]) -> list[np.ndarray]:
-        """[n] per-token log-probabilities of the sampled ids, the stop token included."""
-        scores = score_ids(
+    def _scores_under(self, model: ReadableModel, flat: Sequence[Rollout]) -> list[TextScore]:
+        """What a model says of sampled ids; the stop set is scored in the stop token's place."""
+        return score_ids(
             model,
             self.engine,
             [(r.prompt_ids, r.ids) for r in flat],
@@ -301,7 +301,6 @@ class CalibratePhase:
             temperature=self.cfg.rollout.temperature,
             stop=False,
         )
-        return [s.logp for s in scores]
 
     # the line of the log
     def _report(

@@ -16,7 +16,7 @@ from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Rollout
 from reflux.trainer.data.row_choice import chosen_model
 from reflux.trainer.engine.metrics import MetricSums
-from reflux.trainer.phase import CalibrationReward, CalibrationScore
+from reflux.trainer.phase import CalibrationReward, CalibrationScore, TextScore
 
 UNSCORED = CalibrationScore(0.0, 0.0, np.zeros(0), np.zeros(0, np.int64), 0.0, 0, 0.0, False)
 
@@ -31,8 +31,8 @@ class SeveralProxies:
     def score(
         self,
         rollouts: Sequence[Rollout],
-        behaviour_logp: Sequence[np.ndarray],
-        reference_logp: Sequence[np.ndarray] | None,
+        behaviour: Sequence[TextScore],
+        reference: Sequence[TextScore] | None,
         metric_sums: MetricSums,
     ) -> list[CalibrationScore]:
         """One score per rollout; see phase.CalibrationReward. Collective."""
@@ -46,8 +46,8 @@ class SeveralProxies:
             rows = [n for n in everything if not route or own[n] == i]
             scored = reward.score(
                 [rollouts[n] for n in rows],
-                [behaviour_logp[n] for n in rows],
-                None if reference_logp is None else [reference_logp[n] for n in rows],
+                [behaviour[n] for n in rows],
+                None if reference is None else [reference[n] for n in rows],
                 metric_sums,
             )
             for n, score in zip(rows, scored):

@@ -15,13 +15,11 @@ n tokens of a solution.
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Rollout
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.engine.metrics import MetricSums
-from reflux.trainer.phase import CalibrationScore, Engine
+from reflux.trainer.phase import CalibrationScore, Engine, TextScore
 from reflux.trainer.rollouts.scoring import score_ids
 
 from .likelihood_ratio import LikelihoodRatio
@@ -44,8 +42,8 @@ class SolutionLikelihood(LikelihoodRatio):
     def score(
         self,
         rollouts: Sequence[Rollout],
-        behaviour_logp: Sequence[np.ndarray],
-        reference_logp: Sequence[np.ndarray] | None,
+        behaviour: Sequence[TextScore],
+        reference: Sequence[TextScore] | None,
         metric_sums: MetricSums,
     ) -> list[CalibrationScore]:
         """One score per rollout. ValueError, on every rank, for a prompt without an answer.
@@ -57,7 +55,7 @@ class SolutionLikelihood(LikelihoodRatio):
                 f"calibration.reward = 'solution_likelihood': {missing:.0f} rollouts are of "
                 "prompts without `answer`; want a solution in every row of data.source"
             )
-        texts = super().score(rollouts, behaviour_logp, reference_logp, metric_sums)
+        texts = super().score(rollouts, behaviour, reference, metric_sums)
         solutions = self._solutions(rollouts)
         metric_sums.add("cal/solution", [s for s, t in zip(solutions, texts) if t.scored])
         return [

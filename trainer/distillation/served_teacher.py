@@ -2,10 +2,11 @@
 
 At each token of a response it says its top-k and their log-probabilities. The tail follows:
 
-    tail = log(1 - sum over the top-k of p)
+    tail = log(1 - sum over the top-k of p), log(2^-23) at least
 
-so that distill.tail = "bucket", "renorm" and "drop" lose nothing against the teacher itself. The
-rows are those of temperature 1, for a server does not say what all other ids would be at another.
+so that distill.tail = "bucket", "renorm" and "drop" lose nothing against the teacher itself but
+tails below what float32 log-probabilities say. The rows are those of temperature 1, for a server
+does not say what all other ids would be at another.
 
 Shapes: n tokens of one response, K top-k entries.
 """
@@ -14,7 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from reflux.kernels.teacher_topk import tail_of_rounded
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Rollout, TeacherView, TopKRows
 from reflux.trainer.data.chat import Chat, same_vocabulary
@@ -86,9 +89,8 @@ def rows_of(score: ScoredText) -> TopKRows:
             "a served teacher's top-k log-probabilities are not finite, not in order, or sum to "
             f"{mass.max(initial=0):.4f}; want the log-probabilities of one distribution"
         )
-    with np.errstate(divide="ignore"):  # a tail of nothing is -inf
-        tail = np.log1p(-np.minimum(mass, 1.0))
-    return TopKRows(score.topk_ids, score.topk_logp, tail.astype(np.float32))
+    tail_n = tail_of_rounded(torch.from_numpy(logp)).numpy().astype(np.float32)
+    return TopKRows(score.topk_ids, score.topk_logp, tail_n)
 
 
 def load_served(cfg: Config, engine: Engine, chat: Chat) -> list[Teacher]:

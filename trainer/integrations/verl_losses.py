@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from reflux.kernels.linear_logprob import linear_logprob
+from reflux.kernels.teacher_topk import tail_of_rounded
 from reflux.kernels.token_logprob import token_logprob
 from reflux.kernels.topk_tail_kl import topk_tail_kl
 
@@ -38,7 +39,6 @@ DIVERGENCES = {
 STRATEGIES = "fsdp", "fsdp2", "veomni"
 LOSSES = "reflux_losses"  # verl's own key is left out: whoever finds that one did not run this loss
 NO_DISTRIBUTION = 1 + 1e-3  # verl fills rows that are not scored with K log-probabilities of 0
-LEAST_TAIL = 2**-23  # float32 probabilities do not say more; reverse KL needs more than nothing
 
 
 class TopKLoss(torch.autograd.Function):
@@ -51,11 +51,16 @@ class TopKLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, ids_TK: Tensor, logq_TK: Tensor, divergence: str):
         mass_T = logq_TK.double().exp().sum(1)
-        tail_T = torch.log1p(-mass_T.clamp(max=1 - LEAST_TAIL)).float()
         ids_TK = torch.where((mass_T <= NO_DISTRIBUTION)[:, None], ids_TK, -1)
         with torch.enable_grad():
             leaf_TV = logits_TV.detach().requires_grad_(ctx.needs_input_grad[0])
-            out = topk_tail_kl(leaf_TV, ids_TK, logq_TK.float(), tail_T, divergence=divergence)
+            out = topk_tail_kl(
+                leaf_TV,
+                ids_TK,
+                logq_TK.float(),
+                tail_of_rounded(logq_TK).float(),
+                divergence=divergence,
+            )
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(*torch.autograd.grad(out.total, leaf_TV))
         return out.kl.detach()

@@ -96,7 +96,8 @@ def score_ids(
     itself. Collective.
 
     chat: of the scorer. tokens: positions of a micro-batch. stop: score the stop set behind each
-    text; that takes one position more than the text has. prefixes: score the bytes before every
+    text; that takes one position more than the text has. Without, TextScore.stop is that of the
+    stop set in the place of the last id. prefixes: score the bytes before every
     position, too, at temperature 1; needs `stop`. ValueError, on every rank, where a
     log-probability is -inf or NaN: a reward made of it would teach nonsense.
     """
@@ -123,15 +124,16 @@ def score_ids(
             stop_logp[sample_T[t]] = np.logaddexp.reduce(scores_TK[t, 1:])
     found = prefixes.found if prefixes is not None else {}
     results = [
-        TextScore(x[:-1] if stop else x, float(s) if stop else 0.0, found.get(i))
+        TextScore(x[:-1] if stop else x, float(s), found.get(i))
         for i, (x, s) in enumerate(zip(logp, stop_logp))
     ]
-    _check_finite(results, chat, engine)
+    # a model may ban stops inside a text
+    _check_finite([np.append(s.logp, s.stop) if stop else s.logp for s in results], chat, engine)
     return results
 
 
-def _check_finite(scores: Sequence[TextScore], chat: Chat, engine: Engine) -> None:
-    bad = sum((~np.isfinite([*s.logp, s.stop])).sum() for s in scores)
+def _check_finite(logp: Sequence[np.ndarray], chat: Chat, engine: Engine) -> None:
+    bad = sum((~np.isfinite(x)).sum() for x in logp)
     total = int(engine.sum(float(bad)))
     if total:
         raise ValueError(

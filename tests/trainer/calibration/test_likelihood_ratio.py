@@ -14,10 +14,12 @@ from reflux.tokenalign.byte_trie import ByteTrie
 from reflux.tokenalign.byte_windows import byte_windows, settled_prefix_logp
 from reflux.tokenalign.credit import following_span
 from reflux.tokenalign.vocab_map import Vocabulary
+from reflux.trainer.calibration import likelihood_ratio
 from reflux.trainer.calibration.likelihood_ratio import LikelihoodRatio
 from reflux.trainer.config.roles import calibrate_advice
 from reflux.trainer.data.batch import Prompt, Rollout, Sample, pack
 from reflux.trainer.data.chat import Chat
+from reflux.trainer.engine.metrics import MetricSums
 from reflux.trainer.losses import HeadInputs
 from reflux.trainer.phase import TextScore
 from reflux.trainer.rollouts.scoring import Prefixes, align_texts
@@ -72,7 +74,7 @@ def test_what_is_settled(talkers, tmp_path, proxy, calibration, earlier_spans, e
     rollout = Rollout(Prompt(0, ()), (1,), ids, (-1.0,) * len(ids), -0.5, "1+2 is => 3", ended)
     (aligned,) = align_texts(by.chat, by.proxy_chat, [rollout], same=by.same_ids)
     proxy_score = TextScore(np.full(len(aligned.scorer_ids), -2.0), -0.25)
-    score = by._score_one(rollout, aligned, proxy_score, np.full(len(ids), -1.0))
+    score = by._score_one(rollout, aligned, proxy_score, TextScore(np.full(len(ids), -1.0), -0.5))
     if not earlier_spans:
         assert score.settled is None
         return
@@ -90,7 +92,7 @@ def test_what_the_text_before_a_token_is_worth(talkers, tmp_path, proxy, ended):
     rollout = Rollout(Prompt(0, ()), (1,), ids, (-1.0,) * len(ids), -0.5, "1+2 is => 3", ended)
     (aligned,) = align_texts(by.chat, by.proxy_chat, [rollout], same=by.same_ids)
     proxy_score = TextScore(np.full(len(aligned.scorer_ids), -2.0), -0.25, -np.arange(12.0) / 2)
-    score = by._score_one(rollout, aligned, proxy_score, np.full(len(ids), -1.0))
+    score = by._score_one(rollout, aligned, proxy_score, TextScore(np.full(len(ids), -1.0), -0.5))
     t = np.arange(len(ids))
     if by.same_ids:
         want = -2.0 * t + t
@@ -98,6 +100,27 @@ def test_what_the_text_before_a_token_is_worth(talkers, tmp_path, proxy, ended):
         start = [len(by.chat.table.bytes_of(ids[:k])) for k in t]
         want = -np.array(start) / 2 + t
     np.testing.assert_allclose(score.before, want)
+
+
+@pytest.mark.parametrize("proxy", ["teacher", "proxy"])
+@pytest.mark.parametrize("denominator, stop", [("policy", -1.5), ("reference", -0.125)])
+def test_content_and_stop_are_of_one_denominator(
+    talkers, tmp_path, monkeypatch, proxy, denominator, stop
+):
+    """The sampler's, the trained policy's and the reference's stop terms all differ."""
+    engine = SimpleNamespace(frozen=lambda role: role.path, sum=float)
+    by = reward(talkers, tmp_path, proxy, engine, denominator=denominator, span_clip=0.0)
+    ids = (*by.chat.encode("1+2 is => 3"), by.chat.stop_id)
+    text = Rollout(Prompt(0, ()), (1,), ids, (-9.0,) * len(ids), -9.0, "1+2 is => 3", True)
+    (aligned,) = align_texts(by.chat, by.proxy_chat, [text], same=by.same_ids)
+    found = TextScore(np.full(len(aligned.scorer_ids), -2.0), -0.25)
+    monkeypatch.setattr(likelihood_ratio, "score_ids", lambda *a, **k: [found])
+    policy = TextScore(np.full(len(ids), -1.0), -1.5)
+    reference = TextScore(np.full(len(ids), -3.0), -0.125)
+    (score,) = by.score([text], [policy], [reference], MetricSums())
+    content = {"policy": -1.0, "reference": -3.0}[denominator] * (len(ids) - 1)
+    assert score.stop == pytest.approx(-0.25 - stop)
+    assert score.value == pytest.approx(found.logp.sum() - content + score.stop)
 
 
 def device_engine():

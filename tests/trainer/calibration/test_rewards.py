@@ -67,7 +67,7 @@ class OneForAll:
     def __init__(self, cfg, engine, chat):
         pass
 
-    def score(self, rollouts, behaviour_logp, reference_logp, metric_sums):
+    def score(self, rollouts, behaviour, reference, metric_sums):
         return [1.0] * len(rollouts)
 
 

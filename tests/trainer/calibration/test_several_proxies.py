@@ -10,6 +10,7 @@ from reflux.trainer.calibration.several_proxies import UNSCORED, SeveralProxies
 from reflux.trainer.config.sections import CalibrationSection, FrozenSection
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.engine.metrics import MetricSums
+from reflux.trainer.phase import TextScore
 
 
 class Fixed:
@@ -18,9 +19,9 @@ class Fixed:
     def __init__(self, *values):
         self.values, self.seen = values, []
 
-    def score(self, rollouts, behaviour_logp, reference_logp, metric_sums):
+    def score(self, rollouts, behaviour, reference, metric_sums):
         self.seen = [r.prompt.index for r in rollouts]
-        assert len(behaviour_logp) == len(rollouts)
+        assert len(behaviour) == len(rollouts)
         found = [self.values[i] for i in self.seen]
         return [
             UNSCORED if v is None else replace(UNSCORED, value=v, raw=2 * v, scored=True)
@@ -53,7 +54,7 @@ def test_the_rewards_of_all_proxies_become_one(how, want):
     first, second = Fixed(1.0, 5.0, 2.0), Fixed(3.0, None, -1.0)
     reward = SeveralProxies(Cfg(proxy_aggregate=how), [first, second])
     texts = rollouts("a", "b", "a")
-    got = reward.score(texts, [np.zeros(1)] * 3, None, MetricSums())
+    got = reward.score(texts, [TextScore(np.zeros(1), 0.0)] * 3, None, MetricSums())
     assert [s.value if s.scored else None for s in got] == want
     assert all(s.raw == 2 * s.value for s in got)
 
@@ -61,7 +62,7 @@ def test_the_rewards_of_all_proxies_become_one(how, want):
 def test_a_row_names_its_proxy_and_no_other_one_reads_it():
     first, second = Fixed(1.0, 5.0, 2.0), Fixed(3.0, 4.0, -1.0)
     reward = SeveralProxies(Cfg(proxy_aggregate="row", proxy_route="who"), [first, second])
-    got = reward.score(rollouts("a", "b", 1), [np.zeros(1)] * 3, None, MetricSums())
+    got = reward.score(rollouts("a", "b", 1), [TextScore(np.zeros(1), 0.0)] * 3, None, MetricSums())
     assert [s.value for s in got] == [1.0, 4.0, -1.0]
     assert first.seen == [0] and second.seen == [1, 2]
 

@@ -121,7 +121,7 @@ def test_the_reward_is_lower_by_the_excess(talkers, tmp_path, monkeypatch, norm)
     (aligned,) = align_texts(by.chat, by.proxy_chat, [text], same=False)
     proxy = TextScore(np.full(len(aligned.scorer_ids), -2.0), -0.25)
     monkeypatch.setattr(likelihood_ratio, "score_ids", lambda *a, **k: [proxy])
-    own = [np.full(len(text.ids), -1.0)]
+    own = [TextScore(np.full(len(text.ids), -1.0), text.stop_logp)]
     found = []
     for excess in (0.0, 3.0):
         monkeypatch.setattr(likelihood_ratio, "marginal_excess", lambda *a, x=excess, **k: [x])

@@ -125,6 +125,20 @@ def test_scores_are_the_models_own_log_probabilities(chats, texts, tokens):
         )
 
 
+@given(TEXTS, st.integers(1, 300))
+def test_sampled_ids_are_scored_with_the_stop_set_in_the_place_of_their_stop(chats, texts, tokens):
+    chat, model = chats.large, Toy(chats.large.vocab_size, 1)
+    chat.stop_ids = (0, chat.stop_id)
+    texts = [(chat.prompt_ids(PROMPT), chat.encode(text)) for text in [*texts, ""]]
+    behind = score_ids(model, Engine(), texts, chat, tokens=tokens)
+    whole = [(prompt, (*ids, chat.stop_id)) for prompt, ids in texts]
+    inside = score_ids(model, Engine(), whole, chat, tokens=tokens, stop=False)
+    for (prompt, ids), a, b in zip(texts, behind, inside):
+        np.testing.assert_allclose(b.logp[:-1], a.logp, atol=1e-9)
+        assert b.stop == pytest.approx(a.stop, abs=1e-9) and b.stop > b.logp[-1]
+        assert b.logp[-1] == pytest.approx(model.logp((*prompt, *ids))[-1, chat.stop_id].item())
+
+
 @given(TEXTS, st.booleans())
 def test_the_same_tokenizer_is_the_same_by_ids_and_by_bytes(chats, texts, ended):
     model = Toy(chats.large.vocab_size, 1)
