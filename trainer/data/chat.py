@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from reflux.tokenalign.byte_table import ByteTable, encode_text, normalizer_of
+from reflux.tokenalign.offsets import spell
 from reflux.tokenalign.table_cache import cached_table, key_of
 from reflux.trainer.adapter_folder import base_of, file_of, tokenizer_of
 
 from .time_limit import time_limit
 from .tokenizer_health import panics_in_words, warn_of_another_tokenizer
 
+REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no text
 TEMPLATE_S = 10.0  # seconds in which a template has to render one conversation
 TURN_ENDS = (
     "<|im_end|>",
@@ -232,6 +234,16 @@ class Chat:
         )
         assert isinstance(text, str)  # of one row of ids
         return text
+
+    def whole_text(self, ids: Sequence[int], text: str) -> str:
+        """`text`, as `decode` gives it of `ids`, without the character that they end inside: a
+        length stop may cut one, and the decoder writes U+FFFD for its bytes.
+        """
+        spelled = spell(self.table, ids)
+        if spelled.text is None or not spelled.cut:
+            return text
+        meant = len(spelled.text) - len(spelled.text.rstrip(REPLACEMENT))  # U+FFFD of the writer
+        return text.rstrip(REPLACEMENT) + REPLACEMENT * meant
 
     def _find_stop_ids(self) -> tuple[int, ...]:
         candidates = [self.tokenizer.eos_token_id, *_generation_stops(self.path)]

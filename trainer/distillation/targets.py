@@ -59,16 +59,18 @@ class Targets:
 
     def for_student(self, text: Text) -> Rollout:
         """The text behind the student's own prompt, in its ids: as sampled where they are shared,
-        else re-encoded.
+        else re-encoded, up to its last whole character.
         """
         rollout = text.rollout
         if text.sampled_by != "teacher":
             return rollout
         rollout = replace(rollout, prompt_ids=self.chat.prompt_ids(rollout.prompt.messages))
-        if self.teachers[text.teacher].shares_ids:
+        teacher = self.teachers[text.teacher]
+        if teacher.shares_ids:
             return rollout
-        ids = self.chat.encode(rollout.text) + ((self.chat.stop_id,) if rollout.ended else ())
-        return replace(rollout, ids=ids, logp=(0.0,) * len(ids))
+        words = teacher.chat.whole_text(rollout.content_ids, rollout.text)
+        ids = self.chat.encode(words) + ((self.chat.stop_id,) if rollout.ended else ())
+        return replace(rollout, ids=ids, logp=(0.0,) * len(ids), text=words)
 
     # byte
     def _byte_samples(self, texts: Sequence[Text], metric_sums: MetricSums) -> list[Sample]:

@@ -143,9 +143,13 @@ class TextSource:
             group = list(first.values())
         if self.rewrite is None:
             return group
-        texts = [(x, self.rewrite(x.prompt, x.text)) for x in group]
-        limit = self.cfg.rollout.max_tokens
-        return [replace_text(chat, x, text, limit) for x, text in texts if text is not None]
+        limit, kept = self.cfg.rollout.max_tokens, []
+        for x in group:
+            words = chat.whole_text(x.content_ids, x.text)
+            text = self.rewrite(x.prompt, words)
+            if text is not None:
+                kept.append(x if text == words else replace_text(chat, x, text, limit))
+        return kept
 
     def _query_budget(self, count: int) -> Groups:
         """The texts of the budget: from the run folder where an earlier start has left them, else
@@ -220,7 +224,7 @@ class TextSource:
         that are longer than rollout.max_tokens in the teacher's tokens. Collective.
         """
         flat = [text for group in groups for text in group]
-        written = iter(paraphrase(self.cfg, self.engine, [t.rollout for t in flat]))
+        written = iter(paraphrase(self.cfg, self.engine, list(map(self._whole, flat))))
         found = [[self._restated(t, words) for t, words in zip(group, written)] for group in groups]
         kept = [[text for text in group if text is not None] for group in found]
         lost, count = self.engine.sum(len(flat) - sum(map(len, kept))), self.engine.sum(len(flat))
@@ -238,11 +242,16 @@ class TextSource:
             return None
         return replace(text, rollout=replace_text(chat, text.rollout, words, limit))
 
+    def _whole(self, text: Text) -> Rollout:
+        """With its text up to the last whole character, as another tokenizer reads it."""
+        rollout, chat = text.rollout, self.teachers[text.teacher].chat
+        return replace(rollout, text=chat.whole_text(rollout.content_ids, rollout.text))
+
     def _likeliest(self, groups: Groups) -> Groups:
         """The texts that the student finds likeliest before its first step
         (distill.keep_likeliest).
         """
-        rollouts = [text.rollout for group in groups for text in group]
+        rollouts = [self._whole(text) for group in groups for text in group]
         fraction, tokens = self.spec.keep_likeliest, self.cfg.batch.tokens
         kept = iter(likeliest(self.engine, self.chat, rollouts, fraction, tokens))
         chosen = [[text for text, keep in zip(group, kept) if keep] for group in groups]

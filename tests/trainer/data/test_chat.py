@@ -4,6 +4,7 @@ import json
 
 import pytest
 from assets import save_tokenizer, sentences, train_tokenizer
+from tokenizer_fixtures import metaspace
 
 from reflux.tokenalign.byte_table import ByteTable
 from reflux.trainer.data import chat as chat_module
@@ -109,6 +110,27 @@ def test_a_template_that_ends_no_turn_falls_back_to_eos(make):
 def test_no_end_at_all_is_refused(make):
     with pytest.raises(ValueError, match="names no end-of-sequence token; set eos_token"):
         make(eos_token=None)
+
+
+@pytest.mark.parametrize("fallback", [False, True], ids=["bytes", "byte fallback"])
+@pytest.mark.parametrize(
+    "text, left_out, want",
+    [
+        ("ok \u20ac", 1, "ok "),
+        ("ok \u20ac", 2, "ok "),
+        ("ok \u20ac", 0, "ok \u20ac"),
+        ("ok \ufffd\U0001f600", 1, "ok \ufffd"),  # written by the model
+        ("ok \ufffd\ufffd", 0, "ok \ufffd\ufffd"),
+        ("\U0001f600", 3, ""),
+        ("", 0, ""),
+    ],
+)
+def test_a_character_that_the_ids_end_inside_is_no_text(make, fallback, text, left_out, want):
+    """A decoder writes one U+FFFD for its bytes, or one for each of them."""
+    chat = make(source=metaspace("bpe", "legacy") if fallback else None, eos_token="</s>")
+    ids = chat.encode(text)
+    ids = ids[: len(ids) - left_out]
+    assert chat.whole_text(ids, chat.decode(ids)) == want
 
 
 def test_vocabularies_are_compared_by_map_and_not_by_size(make):

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +16,32 @@ from reflux.tokenalign import vocab_map
 from reflux.tokenalign.class_losses import class_kl, hybrid, partition_index, uld
 from reflux.tokenalign.projection import Projection
 from reflux.tokenalign.vocab_map import Vocabulary
+from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
+from reflux.trainer.distillation.targets import Targets
+from reflux.trainer.distillation.texts import Text
+from reflux.trainer.engine.metrics import MetricSums
 
 pytestmark = pytest.mark.usefixtures("titan_process")
+
+
+@pytest.mark.parametrize("objective", ["nll", "class"])
+def test_no_student_learns_half_a_character(talkers, objective):
+    """The teacher's text is cut inside the euro sign: the student is taught none of its bytes, and
+    no U+FFFD, which nobody wrote.
+    """
+    student, teacher = (Chat(str(talkers / name)) for name in ("policy", "proxy"))
+    ids = teacher.encode("ok \u20ac")[:-1]
+    assert teacher.decode(ids) == "ok \ufffd"
+    prompt = Prompt(0, ({"role": "user", "content": "q"},))
+    rollout = Rollout(prompt, (1,), ids, (0.0,) * len(ids), 0.0, teacher.decode(ids), False)
+    spec, other = SimpleNamespace(objective=objective), SimpleNamespace(shares_ids=False)
+    other.chat = teacher
+    targets = Targets(spec, student, [other])
+    (sample,) = targets.samples([Text(rollout, "teacher")], MetricSums())
+    assert sample.rollout.ids == student.encode("ok ") and sample.rollout.text == "ok "
+    if objective == "class":
+        assert sample.teacher_views[0].ids == teacher.encode("ok ")
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,18 @@ def test_of_equal_texts_the_first_is_kept():
     assert TextSource._rewritten(source, None, [first, other, again]) == [first, other]
 
 
+def test_a_rewrite_reads_whole_characters_and_what_it_leaves_keeps_its_ids(talkers):
+    chat, read = Chat(str(talkers / "teacher")), []
+    ids = chat.encode("ok \u20ac")[:-1]
+    cut = Rollout(Prompt(0, ()), (1,), ids, (-1.0,) * len(ids), 0.0, chat.decode(ids), False)
+    source = SimpleNamespace(
+        spec=SimpleNamespace(dedup=False),
+        cfg=SimpleNamespace(rollout=SimpleNamespace(max_tokens=9)),
+        rewrite=lambda prompt, text: read.append(text) or text,
+    )
+    assert TextSource._rewritten(source, chat, [cut]) == [cut] and read == ["ok "]
+
+
 def test_under_a_query_budget_too_a_rewrite_may_drop_all_of_a_prompts(talkers, tmp_path, seen):
     options = {"objective": "nll", "on_policy": 0.0, "query_budget": 8}
     run_here(
