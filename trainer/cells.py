@@ -29,6 +29,7 @@ from typing import Any
 
 from reflux.trainer.runs import commands, signals
 from reflux.trainer.runs.cell_progress import CellProgress, Item, show_cells
+from reflux.trainer.runs.files import read_object, write_whole
 from reflux.trainer.runs.lock import InUse, hold, process_start, refuse_if_held
 from reflux.trainer.runs.run_folder import CHECKPOINTS_REMOVED
 
@@ -57,7 +58,8 @@ class Cell:
 
     @property
     def done(self) -> bool:
-        return (self.folder / "summary.json").exists()
+        """It has left a whole summary.json."""
+        return read_object(self.folder / "summary.json") is not None
 
     @property
     def exit_code(self) -> int:
@@ -70,7 +72,7 @@ class Cell:
         return self._summary().get("stopped")
 
     def _summary(self) -> Mapping[str, Any]:
-        return json.loads((self.folder / "summary.json").read_text()) if self.done else {}
+        return read_object(self.folder / "summary.json") or {}
 
     @property
     def command(self) -> str:
@@ -129,7 +131,7 @@ def _remove_checkpoints(folder: Path) -> None:
 def _run_module(cell: Cell) -> int:
     code = importlib.import_module(cell.module).main(list(cell.arguments))
     if not code:  # a module writes no summary of its own
-        (cell.folder / "summary.json").write_text(json.dumps({"command": cell.command}) + "\n")
+        write_whole(cell.folder / "summary.json", json.dumps({"command": cell.command}) + "\n")
     return code
 
 
@@ -226,8 +228,10 @@ class _Schedule:
                     self.show.said(f"{cell.name}: {note}")
 
     def _notes(self, cell: Cell) -> list[str]:
-        """What its user should know of the cells that it builds on."""
-        return [
+        """What its user should know of an earlier start, and of the cells that it builds on."""
+        summary = cell.folder / "summary.json"
+        again = f"{summary} is not whole, for its writer was killed: the cell is run again"
+        return [again] * summary.exists() + [
             f"{name}, which comes before, was ended by a guard ({self.stopped[name]}); its export "
             "holds the accepted weights, and these are used"
             for name in cell.after

@@ -63,7 +63,7 @@ from reflux.trainer.config.loader import deep_merge, toml_value
 from reflux.trainer.config.recipes import beside, find
 from reflux.trainer.runs import commands, output, signals
 from reflux.trainer.runs.done_cells import changes
-from reflux.trainer.runs.files import write_json
+from reflux.trainer.runs.files import read_object, write_json
 from reflux.trainer.runs.lock import hold
 from reflux.trainer.runs.progress import duration
 
@@ -405,7 +405,7 @@ def write_reports(matrix: Matrix) -> None:
 def report_again(folder: Path) -> None:
     """The reports of a matrix folder, from its matrix.json. ValueError where no cell is done."""
     cells = json.loads((folder / "matrix.json").read_text())["cells"]
-    done = [c for c in cells if (folder / c["folder"] / "summary.json").exists()]
+    done = [c for c in cells if read_object(folder / c["folder"] / "summary.json") is not None]
     if not done:
         raise ValueError(f"{folder}: none of its {len(cells)} cells is done yet")
     _report(folder, {label for c in done for label in c["labels"]})

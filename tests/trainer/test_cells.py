@@ -286,6 +286,19 @@ def test_a_failed_cell_is_reported_and_its_folder_is_free(tmp_path):
     world.kill_all()
 
 
+def test_a_summary_that_is_not_whole_says_nothing_is_done(world):
+    """Its writer was killed between opening and writing; the file was taken for the end."""
+    summary = world.cell("a") / "summary.json"
+    summary.parent.mkdir(parents=True)
+    summary.touch()
+    cell = cells.Cell("a@0", summary.parent, (), "toy", ())
+    assert not cell.done and cell.exit_code == 0 and cell.stopped is None
+    world.go()
+    text, _ = world.start().communicate(timeout=60)
+    assert world.log("a") == ["begin", "done", "end"] and cell.done
+    assert "a/summary.json is not whole" in " ".join(text.split()), text
+
+
 def elsewhere(folder: Path) -> Path:
     """A lock of a process on another host."""
     folder.mkdir(parents=True)

@@ -28,7 +28,7 @@ Shapes: T positions, V vocabulary, n tokens of a text, K stop ids, G texts of a 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -49,14 +49,17 @@ Text = tuple[str | Messages, int, float | None]
 
 class CalibrationReward:
     """Called by TRL with prompts, completions and completion_ids; r_cal of each, None where the
-    proxy's tokenizer cannot spell the text.
+    proxy's tokenizer cannot spell the text, or the text is cut (its last id is no stop token). TRL
+    leaves None out of the group's mean and gives it no share of this reward.
 
     temperature: of both models, that of the rollouts. clip: bound on a span's log-ratio in nats.
     length_free: False gives the sum in nats. num_generations: texts of a group, as in GRPOConfig
     (TRL does not tell it to reward functions); None: neighbours with one prompt are one group, two
-    groups of a prompt that follow each other too. ValueError: completions without ids, another
-    number of ids than prompts, tokenizers that cannot be compared, groups of another size than
-    num_generations.
+    groups of a prompt that follow each other too. truncated: "mask", None for cut texts, as
+    `calibration.truncated = "mask_cal"` of the trainer; "score", the reward of the bytes that are
+    there, which has no term for the end: where ending costs, cut texts are paid more. ValueError:
+    completions without ids, another number of ids than prompts, tokenizers that cannot be compared,
+    groups of another size than num_generations.
     """
 
     def __init__(
@@ -70,16 +73,19 @@ class CalibrationReward:
         clip: float = 10.0,
         length_free: bool = True,
         num_generations: int | None = None,
+        truncated: Literal["mask", "score"] = "mask",
     ):
         if num_generations is not None and num_generations < 1:
             raise ValueError(
                 f"num_generations = {num_generations}; want that of GRPOConfig, or None"
             )
+        if truncated not in ("mask", "score"):
+            raise ValueError(f"truncated = {truncated!r}; want mask or score")
         self.policy, self.proxy = policy, proxy.eval().requires_grad_(False)
         self.chat, self.proxy_chat = Chat(policy_folder), Chat(proxy_folder)
         self.same = same_vocabulary(self.chat, self.proxy_chat)
         self.temperature, self.clip, self.length_free = temperature, clip, length_free
-        self.num_generations = num_generations
+        self.num_generations, self.truncated = num_generations, truncated
         self.__name__ = "calibration"  # TRL's name for it in the log
 
     def __call__(
@@ -96,7 +102,7 @@ class CalibrationReward:
         rollouts = [self._rollout(*pair) for pair in zip(prompts, completion_ids)]
         aligned = align_texts(self.chat, self.proxy_chat, rollouts, same=self.same)
         values = [
-            None if a.spans is None else self._value(prompt, r, a)
+            None if a.spans is None or self._is_masked(r) else self._value(prompt, r, a)
             for prompt, r, a in zip(prompts, rollouts, aligned)
         ]
         if not self.length_free:
@@ -108,6 +114,9 @@ class CalibrationReward:
     def _rollout(self, prompt: str | Messages, ids: Sequence[int]) -> Rollout:
         ended = len(ids) > 0 and ids[-1] in self.chat.stop_ids
         return Rollout(Prompt(0, ()), _ids(self.chat, prompt), tuple(ids), (), 0.0, "", ended)
+
+    def _is_masked(self, rollout: Rollout) -> bool:
+        return self.truncated == "mask" and not rollout.ended
 
     def _value(self, prompt: str | Messages, rollout: Rollout, aligned: Aligned) -> float:
         """Nats: proxy minus policy, of one text."""

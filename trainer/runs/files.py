@@ -34,6 +34,17 @@ def write_json(path: Path, x: Any) -> None:
     write_whole(path, json.dumps(to_json(x), indent=1, allow_nan=False) + "\n")
 
 
+def read_object(path: Path) -> dict[str, Any] | None:
+    """What `write_json` wrote of an object; None where no file is, or one that is not whole: its
+    writer was killed, or the disk was full.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def write_whole(path: Path, text: str, partial: str = ".partial") -> None:
     """UTF-8. The file has the old or the new content at every moment, also after a crash. partial:
     ending of the file that is written first; one of its own where two processes may write the same.

@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from .files import named, write_whole
+from .files import named, read_object, write_whole
 from .lock import LockLost
 from .progress import stdout_console, time_left
 
@@ -85,12 +85,11 @@ def load_run(folder: str | Path) -> Run:
     lines = list(_read_lines(path))
     if not lines or "schema" not in lines[0]:
         raise ValueError(f"{path}: the first line is no head; want the log of a run")
-    summary = Path(folder) / "summary.json"
     return Run(
         head=lines[0],
         steps=[line for line in lines[1:] if "event" not in line],
         events=[line for line in lines if "event" in line],
-        summary=json.loads(summary.read_text()) if summary.exists() else None,
+        summary=read_object(Path(folder) / "summary.json"),
     )
 
 

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from reflux.trainer.runs.files import to_json, write_json
+from reflux.trainer.runs.files import read_object, to_json, write_json
 from reflux.trainer.runs.markdown_table import (
     interval,
     mean_and_std,
@@ -106,7 +106,7 @@ def load_pairs(folder: Path) -> dict[str, Pair]:
             continue
         pair = pairs.get(labels["pair"], Pair({}, labels.get("control", "")))
         path = folder / cell["folder"] / "diagnosis.json"
-        done = path.exists() and (path.parent / "summary.json").exists()
+        done = path.exists() and read_object(path.parent / "summary.json") is not None
         found = {labels["seed"]: json.loads(path.read_text())} if done else {}
         pairs[labels["pair"]] = replace(pair, by_seed={**pair.by_seed, **found})
     return pairs

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from reflux.trainer.runs.files import to_json, write_json, write_whole
+from reflux.trainer.runs.files import read_object, to_json, write_json, write_whole
 
 
 class Pair(NamedTuple):
@@ -52,6 +52,16 @@ def test_a_json_file(tmp_path):
     write_json(tmp_path / "x.json", {"b": Pair(1, math.nan), "a": 2})
     text = (tmp_path / "x.json").read_text()
     assert text == '{\n "b": {\n  "low": 1,\n  "high": null\n },\n "a": 2\n}\n'
+
+
+@pytest.mark.parametrize("text", ["", '{"exit_', "[1]", "null", "\x00\x00"])
+def test_a_file_that_is_not_whole_holds_no_object(tmp_path, text):
+    file = tmp_path / "summary.json"
+    assert read_object(file) is None and read_object(file / "x") is None
+    file.write_text(text)
+    assert read_object(file) is None and read_object(file / "x") is None, "a file is no folder"
+    write_json(file, {"a": 1})
+    assert read_object(file) == {"a": 1}
 
 
 def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
