@@ -55,12 +55,16 @@ class CalibrationReward:
     temperature: of both models, that of the rollouts. clip: bound on a span's log-ratio in nats.
     length_free: False gives the sum in nats. num_generations: texts of a group, as in GRPOConfig
     (TRL does not tell it to reward functions); None: neighbours with one prompt are one group, two
-    groups of a prompt that follow each other too. truncated: "mask", None for cut texts, as
-    `calibration.truncated = "mask_cal"` of the trainer; "score", the reward of the bytes that are
-    there, which has no term for the end: where ending costs, cut texts are paid more. ValueError:
-    completions without ids, another number of ids than prompts, tokenizers that cannot be compared,
-    groups of another size than num_generations.
+    groups of a prompt that follow each other too. ValueError: completions without ids, another
+    number of ids than prompts, tokenizers that cannot be compared, groups of another size than
+    num_generations.
+
+    The attribute `truncated`: "mask", None for cut texts, as `calibration.truncated = "mask_cal"`
+    of the trainer; "score", the reward of the bytes that are there, which has no term for the end:
+    where ending costs, cut texts are paid more.
     """
+
+    truncated: Literal["mask", "score"] = "mask"
 
     def __init__(
         self,
@@ -73,19 +77,16 @@ class CalibrationReward:
         clip: float = 10.0,
         length_free: bool = True,
         num_generations: int | None = None,
-        truncated: Literal["mask", "score"] = "mask",
     ):
         if num_generations is not None and num_generations < 1:
             raise ValueError(
                 f"num_generations = {num_generations}; want that of GRPOConfig, or None"
             )
-        if truncated not in ("mask", "score"):
-            raise ValueError(f"truncated = {truncated!r}; want mask or score")
         self.policy, self.proxy = policy, proxy.eval().requires_grad_(False)
         self.chat, self.proxy_chat = Chat(policy_folder), Chat(proxy_folder)
         self.same = same_vocabulary(self.chat, self.proxy_chat)
         self.temperature, self.clip, self.length_free = temperature, clip, length_free
-        self.num_generations, self.truncated = num_generations, truncated
+        self.num_generations = num_generations
         self.__name__ = "calibration"  # TRL's name for it in the log
 
     def __call__(
@@ -99,6 +100,8 @@ class CalibrationReward:
                 f"{len(prompts)} prompts and {len(completion_ids or ())} completion_ids; want the "
                 "ids of every completion, as TRL's GRPOTrainer passes them"
             )
+        if self.truncated not in ("mask", "score"):
+            raise ValueError(f"truncated = {self.truncated!r}; want mask or score")
         rollouts = [self._rollout(*pair) for pair in zip(prompts, completion_ids)]
         aligned = align_texts(self.chat, self.proxy_chat, rollouts, same=self.same)
         values = [

@@ -46,7 +46,8 @@ def log_likelihood(model, folder: str, text: str, *, ended: bool = True) -> floa
 
 @pytest.mark.parametrize("ended", [True, False])
 def test_the_reward_is_the_log_ratio_of_the_same_bytes(models, ended):
-    reward = CalibrationReward(*models, length_free=False, clip=0, truncated="score")
+    reward = CalibrationReward(*models, length_free=False, clip=0)
+    reward.truncated = "score"
     got = reward([PROMPT] * 4, completion_ids=completions(models[1], ended=ended), other="column")
     want = [
         log_likelihood(*models[2:], text, ended=ended)
@@ -67,8 +68,8 @@ def test_a_cut_text_has_no_reward_and_takes_no_part_in_the_others(models, length
     assert got[1] is None
     want = reward([PROMPT] * 3, completion_ids=[ids[0], *ids[2:]])
     np.testing.assert_allclose([got[0], *got[2:]], want, rtol=0, atol=1e-6)
-    scored = CalibrationReward(*models, length_free=length_free, truncated="score")
-    assert None not in scored([PROMPT] * 4, completion_ids=[ids[0], cut, *ids[2:]])
+    reward.truncated = "score"
+    assert None not in reward([PROMPT] * 4, completion_ids=[ids[0], cut, *ids[2:]])
 
 
 def test_length_is_taken_out_group_by_group(models):
@@ -137,8 +138,10 @@ def test_mistakes_are_refused_in_words(models):
         CalibrationReward(*models)([PROMPT] * 2)
     with pytest.raises(ValueError, match="num_generations = 0; want that of GRPOConfig"):
         CalibrationReward(*models, num_generations=0)
+    reward = CalibrationReward(*models)
+    reward.truncated = "drop"
     with pytest.raises(ValueError, match="truncated = 'drop'; want mask or score"):
-        CalibrationReward(*models, truncated="drop")
+        reward([PROMPT], completion_ids=completions(models[1])[:1])
     reward = CalibrationReward(*models, num_generations=3)
     with pytest.raises(ValueError, match="4 neighbouring completions.*multiple of num_generations"):
         reward([PROMPT] * 4, completion_ids=completions(models[1]))
@@ -155,16 +158,17 @@ def test_grpo_runs_with_it(models, assets, tmp_path, eta):
     folder = str(assets / "llama3")
     proxy = AutoModelForCausalLM.from_pretrained(folder)
     seen = []
-    options = {"num_generations": 4, "truncated": "score"}  # texts of 6 tokens are rarely whole
 
     class Watched(CalibrationReward):
+        truncated = "score"  # texts of 6 tokens are rarely whole
+
         def __call__(self, *args, **more):
             seen.append(super().__call__(*args, **more))
             return seen[-1]
 
     trainer = GRPOTrainer(
         policy,
-        [starts_with_vowel, Watched(policy, models[1], proxy, folder, **options)],
+        [starts_with_vowel, Watched(policy, models[1], proxy, folder, num_generations=4)],
         args=GRPOConfig(
             str(tmp_path),
             max_steps=2,
