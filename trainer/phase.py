@@ -290,7 +290,9 @@ class Engine(ReadableModel, Protocol):
         ...
 
     def mean(self, metric_sums: MetricSums) -> dict[str, float]:
-        """Means over all ranks' entries; every rank must have added under the same names."""
+        """Means over all ranks' entries, without the names that have none; every rank must have
+        added under the same names.
+        """
         ...
 
     def gather(self, rows: list) -> list:

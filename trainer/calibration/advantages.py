@@ -49,6 +49,13 @@ class Groups:
     lengths_PG: np.ndarray  # response tokens, the stop token included
     graded_PG: np.ndarray  # bool; False where grading failed: out of the group, advantage 0
     scores_PG: Sequence[Sequence[CalibrationScore]] | None = None  # None: eta is 0
+    # bool: the grader of the group knows no right and wrong, only rewards; None: of no group
+    numeric_P: np.ndarray | None = None
+
+    @property
+    def numeric(self) -> np.ndarray:
+        """numeric_P, all False where it is None."""
+        return np.zeros(len(self.task_PG), bool) if self.numeric_P is None else self.numeric_P
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,14 +72,9 @@ class CalibrationPart:
     length_r2_P: np.ndarray
 
     @property
-    def std(self) -> float:
-        """Mean group std of r_cal over the groups used, in its units; 0 without any."""
-        return mean_over(group_std(self.value_PG, self.scored_PG), self.used_P)
-
-    @property
-    def fraction(self) -> float:
-        """Of the groups: those that have a calibration term."""
-        return float(self.used_P.mean())
+    def std_P(self) -> np.ndarray:
+        """Group std of r_cal, in its units."""
+        return group_std(self.value_PG, self.scored_PG)
 
 
 def advantages(
@@ -120,7 +122,7 @@ def calibration_part(groups: Groups, cal: CalibrationSection) -> CalibrationPart
     if cal.score_norm == "length_free":  # pulling in an outlier makes a new slope
         value_PG = without_length(value_PG, bytes_PG, scored_PG)
     task_std_P = group_std(groups.task_PG, groups.graded_PG)
-    weight_P = gate(groups.correct_PG, task_std_P, cal.cal_gate, groups.graded_PG)
+    weight_P = gate(groups.correct_PG, task_std_P, cal.cal_gate, groups.graded_PG, groups.numeric_P)
     return CalibrationPart(
         value_PG,
         scored_PG,
@@ -300,22 +302,40 @@ def winsorise(
 
 
 def gate(
-    correct_PG: np.ndarray, task_std_P: np.ndarray, rule: str, graded_PG: np.ndarray
+    correct_PG: np.ndarray,
+    task_std_P: np.ndarray,
+    rule: str,
+    graded_PG: np.ndarray,
+    numeric_P: np.ndarray | None = None,
 ) -> np.ndarray:
     """[P] weight of the calibration term per group: what to do where all graded rollouts are
     correct, or none is.
 
+    skip_degenerate: in groups that know no right and wrong (numeric_P), equal rewards are what all
+    correct is elsewhere: the task prefers none of the texts.
     scale_by_task_std: the std of the task rewards in units of a half-correct 0/1 group's, at most
     1. It looks at one group alone, so that ranks and batches cannot change it.
     """
-    none_correct_P = ~(correct_PG & graded_PG).any(1)
-    all_correct_P = (correct_PG | ~graded_PG).all(1)
+    none_correct_P = none_correct(correct_PG, graded_PG)
+    alike_P = none_correct_P | all_correct(correct_PG, graded_PG)
+    if numeric_P is not None:
+        alike_P = np.where(numeric_P, task_std_P < TASK_STD_FLOOR, alike_P)
     return {
         "none": np.ones(len(correct_PG)),
         "skip_all_wrong": (~none_correct_P).astype(float),
-        "skip_degenerate": (~(none_correct_P | all_correct_P)).astype(float),
+        "skip_degenerate": (~alike_P).astype(float),
         "scale_by_task_std": np.minimum(task_std_P / HALF_CORRECT_STD, 1.0),
     }[rule]
+
+
+def all_correct(correct_PG: np.ndarray, graded_PG: np.ndarray) -> np.ndarray:
+    """bool [P]; groups without a grade, too."""
+    return (correct_PG | ~graded_PG).all(1)
+
+
+def none_correct(correct_PG: np.ndarray, graded_PG: np.ndarray) -> np.ndarray:
+    """bool [P]."""
+    return ~(correct_PG & graded_PG).any(1)
 
 
 def mean_over(value_P: np.ndarray, used_P: np.ndarray) -> float:

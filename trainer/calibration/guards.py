@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 
 from reflux.trainer.config.schema import Config
+from reflux.trainer.config.sections import CalibrationSection
 from reflux.trainer.phase import Engine, Stop
 
 log = logging.getLogger(__name__)
@@ -26,12 +27,7 @@ class Guards:
         self.cfg, self.engine = cfg, engine
         cal, beta = cfg.calibration, cfg.reference.beta
         if cal.mode == "undistillable" and cal.denominator != "reference" and cal.strength >= beta:
-            warnings.warn(
-                f"undistillable with strength {cal.strength} >= reference.beta {beta}: the "
-                "un-normalised objective has no interior optimum (docs/method.md, section 3.3); "
-                "watch reference_kl, or set calibration.margin_guard = true",
-                stacklevel=2,
-            )
+            warnings.warn(_margin_words(cal, beta), stacklevel=2)
         if cfg.reference.estimator == "k3_loss":
             warnings.warn(
                 "reference.estimator = 'k3_loss' descends the forward KL, not "
@@ -130,6 +126,22 @@ class Guards:
             f"accuracy {accuracy:.3f}{of} is more than guard.utility_drop = "
             f"{self.cfg.guard.utility_drop} below the start's {start:.3f} for the second time"
         )
+
+
+def _margin_words(cal: CalibrationSection, beta: float) -> str:
+    """What a strength above beta means, by calibration.margin_guard."""
+    asked = f"undistillable with calibration.strength = {cal.strength}, reference.beta = {beta}: "
+    if cal.margin_guarded:
+        return asked + (
+            "calibration.margin_guard lowers the strength to 0.75 beta std_cal where that is less "
+            "(docs/method.md, 'Guards'); `eta` in the log is the one in use. Raise reference.beta "
+            "for a larger one"
+        )
+    return asked + (
+        "the un-normalised objective has no interior optimum there (docs/method.md, 'Optimum and "
+        "guards'). Watch reference_kl, raise reference.beta, or set "
+        "calibration.margin_guard = true"
+    )
 
 
 def _within(name: str, start: float, now: float, limit: float) -> bool:

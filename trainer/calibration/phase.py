@@ -54,8 +54,10 @@ from .advantages import (
     CalibrationPart,
     Groups,
     advantages,
+    all_correct,
     calibration_part,
     margin_strength,
+    none_correct,
     std_nats,
 )
 from .guards import Guards
@@ -204,6 +206,7 @@ class CalibratePhase:
             np.array([len(r.ids) for r in flat]).reshape(-1, G),
             np.array([not g.failed for g in grades]).reshape(-1, G),
             None if scores is None else [scores[i : i + G] for i in range(0, len(flat), G)],
+            numeric_P=np.any(np.array([_is_numeric(g) for g in grades]).reshape(-1, G), axis=1),
         )
 
     def _samples(
@@ -256,10 +259,7 @@ class CalibratePhase:
         if "std_cal_nats" not in notes:  # the guard holds from the first step on
             self._note_std(groups, part, cal.eta)
         eta = cal.eta
-        guarded = (
-            cal.mode == "undistillable" and cal.denominator != "reference" and cal.margin_guard
-        )
-        if guarded and (std := notes.get("std_cal_nats")) is not None:
+        if cal.margin_guarded and (std := notes.get("std_cal_nats")) is not None:
             eta = -margin_strength(cal.strength, self.cfg.reference.beta, std)
         self._note_std(groups, part, eta)
         return eta
@@ -268,9 +268,9 @@ class CalibratePhase:
         """Moving average of std_nats, in which a rank counts by how many of its groups had a
         calibration term.
         """
-        fraction = part.fraction if eta else 0.0
+        used = float(part.used_P.sum()) if eta else 0.0
         nats = std_nats(groups, part, self.cfg.calibration, eta) if eta else 0.0
-        mean = self.engine.sum(nats * fraction) / max(self.engine.sum(fraction), 1e-12)
+        mean = self.engine.sum(nats * used) / max(self.engine.sum(used), 1.0)
         if mean > 0:
             before = self.engine.notes.get("std_cal_nats", mean)
             self.engine.notes["std_cal_nats"] = STD_CAL_DECAY * before + (1 - STD_CAL_DECAY) * mean
@@ -323,9 +323,9 @@ class CalibratePhase:
         add("length", [len(r.ids) for r in flat])
         add("truncated", [float(not r.ended) for r in flat])
         add("canonical", canonical_share(self.chat, flat))
-        all_correct_P = (groups.correct_PG | ~groups.graded_PG).all(1)
-        add("groups/all_correct", all_correct_P.astype(float))
-        add("groups/all_wrong", (~(groups.correct_PG & groups.graded_PG).any(1)).astype(float))
+        known_P = ~groups.numeric
+        add("groups/all_correct", all_correct(groups.correct_PG, groups.graded_PG)[known_P])
+        add("groups/all_wrong", none_correct(groups.correct_PG, groups.graded_PG)[known_P])
         self._report_parts(flat, grades, scores)
         if self.cfg.rollout.overlap:
             add("staleness", [self.sampler.staleness] * len(flat))
@@ -354,8 +354,9 @@ class CalibratePhase:
                 add(f"cal/raw_nats/{part}", [s.raw for s in scored])
 
     def _report_calibration(self, part: CalibrationPart, eta: float) -> None:
-        self.metric_sums.add("cal/groups", part.fraction if eta else 0.0)
-        self.metric_sums.add("cal/std", part.std if eta else 0.0)
+        used_P = part.used_P & bool(eta)
+        self.metric_sums.add("cal/groups", used_P.astype(float))
+        self.metric_sums.add("cal/std", part.std_P[used_P])
         self.metric_sums.add("cal/length_r2", part.length_r2_P[part.used_P].tolist())
         self.metric_sums.add("eta", eta)
 
@@ -363,3 +364,8 @@ class CalibratePhase:
 def is_correct(grade: Grade) -> bool:
     """Graded tasks say so; a reward model does not, and then every answer counts as usable."""
     return True if grade.correct is None else bool(grade.correct)
+
+
+def _is_numeric(grade: Grade) -> bool:
+    """A reward without right and wrong."""
+    return not grade.failed and grade.correct is None

@@ -102,6 +102,12 @@ def check_served_teacher(cfg: Config) -> None:
     d = cfg.distill
     if cfg.teacher.source != "server":
         return
+    if _shares_rows(cfg):
+        raise ValueError(
+            "teacher.source = 'server' with parallelism.tensor_parallel_degree > 1: the ranks that "
+            "share a row ask each for itself, and a server may answer them differently. Use "
+            "source = 'local' or 'cache'"
+        )
     if d.objective not in ("kl", "nll"):
         raise ValueError(
             f"distill.objective = {d.objective!r} with teacher.source = 'server': it asks the "
@@ -132,6 +138,12 @@ def check_sampler(cfg: Config) -> None:
         raise ValueError(
             f"{_defence(cfg)} with rollout.engine = {engine!r}: a defence changes logits while "
             "they are decoded. Use rollout.engine = 'embedded'"
+        )
+    if engine == "server" and _shares_rows(cfg):
+        raise ValueError(
+            "rollout.engine = 'server' with parallelism.tensor_parallel_degree > 1: the ranks that "
+            "share a row ask each for itself, and a server may answer them with different texts. "
+            "Use rollout.engine = 'vllm' with rollout.tensor_parallel, or 'embedded'"
         )
     if cfg.policy.max_is and cfg.rollout.old_logp != "trainer":
         raise ValueError(
@@ -221,8 +233,15 @@ def check_calibrate(cfg: Config) -> None:
     if judged and cfg.calibration.cal_gate == "skip_degenerate":
         raise ValueError(
             "calibration.cal_gate = 'skip_degenerate' with task.name = 'reward_model': its grades "
-            "are neither correct nor incorrect, so every group would be skipped. Use "
+            "are neither correct nor incorrect and never equal, so no group would be skipped. Use "
             "'scale_by_task_std' or 'none'"
+        )
+    if cfg.calibration.margin_guarded and cfg.calibration.eta and not cfg.reference.beta:
+        raise ValueError(
+            "calibration.mode = 'undistillable' with reference.beta = 0.0 and "
+            "calibration.margin_guard = true: the guard holds the strength in use below 0.75 beta "
+            "std_cal, which is 0, so nothing would be calibrated. Set reference.beta above 0 (0.04 "
+            "is the default), or margin_guard = false and watch reference_kl"
         )
     if cfg.rollout.group < 2:
         raise ValueError(
@@ -259,6 +278,20 @@ def check_distill(cfg: Config) -> None:
             f"distill.objective = 'policy_gradient' with rollout.temperature = {r.temperature}, "
             f"top_p = {r.top_p}, top_k = {r.top_k}: the reward is of the student's full softmax. "
             "Set temperature = 1.0, top_p = 1.0, top_k = 0"
+        )
+    by_teacher = d.source == "teacher" and d.on_policy < 1
+    if d.objective == "span" and by_teacher and (r.temperature, r.top_p, r.top_k) != (1.0, 1.0, 0):
+        raise ValueError(
+            f"distill.objective = 'span' with rollout.temperature = {r.temperature}, top_p = "
+            f"{r.top_p}, top_k = {r.top_k}: a span's likelihood is that with which the teacher "
+            "sampled it, and the student would learn that distribution, not the teacher's. Set "
+            "temperature = 1.0, top_p = 1.0, top_k = 0"
+        )
+    if d.objective == "policy_gradient" and r.old_logp != "sampler":  # policy.max_is needs it
+        raise ValueError(
+            f"rollout.old_logp = {r.old_logp!r}, policy.max_is = {cfg.policy.max_is} with "
+            "distill.objective = 'policy_gradient': its ratios are to the sampler's own "
+            "log-probabilities. Leave both out, they are of phase = 'calibrate'"
         )
     if cfg.defence.changes_text and (d.objective != "nll" or d.source != "teacher"):
         raise ValueError(
@@ -298,6 +331,11 @@ def check_evaluate(cfg: Config) -> None:
             f"{_defence(cfg)} with eval.by = {e.by!r}, eval.harness = {list(e.harness)}: only "
             "generated answers are served with a defence. Use eval.by = 'generation', no harness"
         )
+
+
+def _shares_rows(cfg: Config) -> bool:
+    """Whether several ranks hold the same rows: tensor parallelism."""
+    return int(cfg.titan.get("parallelism", {}).get("tensor_parallel_degree", 1)) > 1
 
 
 def _defence(cfg: Config) -> str:

@@ -241,7 +241,8 @@ class CalibrationSection:
     # nats per byte; a group whose rewards hardly differ is not scaled up to unit std
     std_floor: float = 0.01
     # which groups have no calibration term: those without a correct text, those whose texts are
-    # all correct or all wrong; or the term times the std of the task reward
+    # all correct or all wrong (of a grader without right and wrong: that have equal rewards); or
+    # the term times the std of the task reward
     cal_gate: Literal["none", "skip_all_wrong", "skip_degenerate", "scale_by_task_std"] = (
         "skip_all_wrong"
     )
@@ -260,6 +261,12 @@ class CalibrationSection:
             raise ValueError(
                 f"proxy_aggregate = {self.proxy_aggregate!r} with proxy_route = "
                 f"{self.proxy_route!r}; want both, 'row' and a column of [data], or neither"
+            )
+        if self.proxies and self.proxy_aggregate in ("min", "max") and self.credit == "prefix":
+            raise ValueError(
+                f"proxy_aggregate = {self.proxy_aggregate!r} with credit = 'prefix': which proxy "
+                "counts depends on the whole text, so what a token leaves out would, too, and the "
+                "gradient is biased. Use credit = 'sequence', or proxy_aggregate = 'mean' or 'row'"
             )
         if self.proxies and self.proxy_aggregate != "row" and self.credit == "span":
             raise ValueError(
@@ -290,6 +297,12 @@ class CalibrationSection:
         """The signed coefficient of the calibration reward."""
         sign = {"off": 0.0, "distillable": 1.0, "undistillable": -1.0}[self.mode]
         return sign * self.strength
+
+    @property
+    def margin_guarded(self) -> bool:
+        """Whether the strength in use is held below reference.beta's share (margin_guard)."""
+        own = self.mode == "undistillable" and self.denominator != "reference"
+        return own and self.margin_guard
 
 
 @dataclass(frozen=True)
@@ -401,7 +414,7 @@ class DefenceSection:
     # penalty [log p_plus - log p_minus] / (2 epsilon) is added to log p_model
     antidistillation: str = ""
     penalty: float = 0.0  # lambda of it
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the proxies
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the proxies; antidistillation: float32
 
     def __post_init__(self):
         fraction(self, "gamma")
@@ -411,6 +424,11 @@ class DefenceSection:
             raise ValueError(
                 f"antidistillation = {self.antidistillation!r} with penalty = {self.penalty}; want "
                 "a folder of studies/antidistillation.py and a penalty > 0, or neither"
+            )
+        if self.antidistillation and self.dtype != "float32":
+            raise ValueError(
+                f"antidistillation = {self.antidistillation!r} with dtype = {self.dtype!r}: what "
+                "tells its two copies apart is lost in bfloat16's rounding. Set dtype = 'float32'"
             )
         if self.antidistillation and self.proxy:
             raise ValueError(

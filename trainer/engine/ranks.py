@@ -81,15 +81,16 @@ class RankGroup:
         return self.reduce([self._scalar(value)], dist.ReduceOp.MAX)[0]
 
     def mean(self, metric_sums: MetricSums) -> dict[str, float]:
-        """Means over all ranks' entries; 0.0 where there is none. Every rank must have added under
-        the same names.
+        """Means over all ranks' entries, the same on every rank; names without an entry are left
+        out. Every rank must have added under the same names.
         """
         names = sorted(metric_sums.sums)
         flat = [self._scalar(v) for n in names for v in metric_sums.sums[n]]
         reduced = self.reduce(flat, dist.ReduceOp.SUM)
         return {
-            name: total / count if count else 0.0
+            name: total / count
             for name, total, count in zip(names, reduced[::2], reduced[1::2])
+            if count
         }
 
     def gather(self, rows: list) -> list:

@@ -28,11 +28,6 @@ class ServerSource:
         self._thread = ThreadPoolExecutor(1)
         self._pending: list[Future] = []
         engine.when_closing(partial(self._thread.shutdown, wait=False, cancel_futures=True))
-        if r.overlap and int(cfg.titan.get("parallelism", {}).get("tensor_parallel_degree", 1)) > 1:
-            raise ValueError(
-                "rollout.overlap = 1 with parallelism.tensor_parallel_degree > 1: the ranks of a "
-                "row do not wait for each other's texts before weights are pushed. Use overlap = 0"
-            )
         check = partial(check_servers, self.servers, cfg.model.path)
         facts = from_first_rank(
             engine, partial(check, weights=False, option="rollout.servers"), engine.rank == 0

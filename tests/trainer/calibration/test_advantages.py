@@ -23,6 +23,7 @@ from reflux.trainer.calibration.advantages import (
     group_normalise,
     group_std,
     margin_strength,
+    mean_over,
     prefix_advantage,
     span_advantage,
     std_nats,
@@ -78,7 +79,8 @@ def solve(task, correct, lengths, scores, cal, eta) -> Solved:
     token = advantages(groups, part, cal, eta)
     if part is None:
         return Solved(token, 0.0, 0.0, 0.0)
-    return Solved(token, part.std, std_nats(groups, part, cal, eta), part.fraction)
+    std = mean_over(part.std_P, part.used_P)
+    return Solved(token, std, std_nats(groups, part, cal, eta), float(part.used_P.mean()))
 
 
 def flat(adv) -> np.ndarray:
@@ -369,6 +371,22 @@ def test_gates(rule):
     plain = task_part(correct.astype(float))
     moved = [int((np.concatenate(row) != plain[p]).any()) for p, row in enumerate(got.token)]
     assert moved == GATES[rule] and got.cal_fraction == pytest.approx(sum(moved) / 3)
+
+
+def test_a_grader_of_numbers_has_degenerate_groups_where_its_rewards_are_equal():
+    """Nothing is correct or wrong there, which counts as correct elsewhere."""
+    task = np.array([[0.3, 0.3, 0.3], [0.3, 0.7, 0.3], [1.0, 1.0, 0.0], [0.2, 0.2, 0.9]])
+    graded = np.ones_like(task, bool)
+    graded[3, 2] = False  # its grade failed
+    correct = np.array([[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 1]], bool)
+    scores = [[score(v) for v in (1.0, 2.0, 5.0)]] * 4
+    numeric = np.array([True, True, False, True])
+    groups = Groups(task, correct, np.ones((4, 3), int), graded, scores, numeric)
+    weights = {
+        rule: calibration_part(groups, replace(RAW, cal_gate=rule)).weight_P.tolist()
+        for rule in ("skip_degenerate", "skip_all_wrong")
+    }
+    assert weights == {"skip_degenerate": [0, 1, 1, 0], "skip_all_wrong": [1, 1, 1, 1]}
 
 
 def test_scaling_by_spread_does_not_look_at_other_groups():

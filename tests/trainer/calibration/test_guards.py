@@ -151,7 +151,12 @@ def test_a_restored_checkpoint_brings_its_own_notes():
     [
         (
             dict(calibration=CalibrationSection(mode="undistillable", strength=0.5)),
-            "no interior optimum",
+            "beta = 0.04: calibration.margin_guard lowers the strength to 0.75 beta std_cal",
+        ),
+        (
+            dict(calibration=CalibrationSection(mode="undistillable", margin_guard=False)),
+            "no interior optimum there (docs/method.md, 'Optimum and guards'). Watch reference_kl, "
+            "raise reference.beta, or set calibration.margin_guard = true",
         ),
         (dict(reference=ReferenceSection(estimator="k3_loss")), "descends the forward KL"),
     ],

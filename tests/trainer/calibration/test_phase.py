@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
+import calibration_cases
 import numpy as np
 import pytest
 import torch
@@ -15,10 +17,13 @@ from runs import config, numbers, reward_vowels, run_here
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
+from reflux.trainer.calibration.advantages import Groups, calibration_part
 from reflux.trainer.calibration.likelihood_ratio import LikelihoodRatio
 from reflux.trainer.calibration.phase import CalibratePhase
+from reflux.trainer.config.sections import CalibrationSection
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.engine import engine as titan
+from reflux.trainer.engine.metrics import MetricSums
 
 pytestmark = pytest.mark.usefixtures("titan_process")
 ON = {"calibration": {"mode": "distillable"}}
@@ -370,6 +375,48 @@ def test_texts_of_one_token_and_rows_filled_to_the_last_position(
     )
     assert all(math.isfinite(v) for s in run.steps for v in s.values() if isinstance(v, float))
     assert run.steps[0]["truncated"] > 0
+
+
+@pytest.mark.parametrize("parts", [(4,), (2, 2), (1, 3), (1, 1, 2)])
+def test_metrics_of_groups_do_not_depend_on_the_ranks(parts):
+    """Ranks with different numbers of groups, one of them without a calibration term."""
+    values = np.random.default_rng(0).normal(size=(4, 4)) * [[4.0], [1.0], [0.5], [9.0]]
+    correct = np.array([[1, 0, 1, 0], [0] * 4, [1, 1, 0, 0], [1] * 4], bool)
+    cal = CalibrationSection(mode="distillable", score_norm="sum")
+    sums, terms = [], []
+    for end, size in zip(np.cumsum(parts), parts):
+        at = slice(end - size, end)
+        scores = [[calibration_cases.score(v) for v in row] for row in values[at]]
+        groups = Groups(
+            correct[at].astype(float),
+            correct[at],
+            np.full((size, 4), 5),
+            correct[at] | True,
+            scores,
+        )
+        part = calibration_part(groups, cal)
+        engine = SimpleNamespace(sum=lambda x: terms.append(x) or x, notes={})
+        rank = SimpleNamespace(cfg=SimpleNamespace(calibration=cal), engine=engine)
+        rank.metric_sums = MetricSums()
+        CalibratePhase._report_calibration(rank, part, 0.5)
+        CalibratePhase._note_std(rank, groups, part, 0.5)
+        sums.append(rank.metric_sums.sums)
+    mean = {name: np.divide(*np.sum([s[name] for s in sums], 0)) for name in sums[0]}
+    used = correct.any(1)
+    assert mean["cal/std"] == pytest.approx(values[used].std(1, ddof=1).mean())
+    assert mean["cal/groups"] == used.mean() and mean["eta"] == 0.5
+    assert sum(terms[::2]) / sum(terms[1::2]) == pytest.approx(mean["cal/std"])
+    assert all(s.keys() == sums[0].keys() for s in sums)
+
+
+@pytest.mark.parametrize("gate", ["none", "skip_degenerate"])
+def test_groups_without_right_and_wrong_are_not_all_correct(talkers, tmp_path, gate):
+    """A user's function that returns numbers: its groups are calibrated unless they are equal."""
+    over = {"calibration": {"mode": "distillable", "cal_gate": gate}}
+    run = run_here(config(talkers, tmp_path / "run", "calibrate", steps=1, **over))
+    (step,) = run.steps
+    assert 0 < step["reward/task"] < 1 and step["cal/groups"] == 1.0 and step["cal/std"] > 0
+    assert not step.keys() & {"groups/all_correct", "groups/all_wrong"}
 
 
 BASE = {

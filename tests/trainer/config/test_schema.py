@@ -123,6 +123,30 @@ def test_there_are_paper_configs():
         ({"calibration": {"winsor": -3.0}}, "calibration.winsor"),
         ({"calibration": {"std_floor": -0.1}}, "calibration.std_floor"),
         ({"calibration": {"max_unaligned": 5.0}}, "calibration.max_unaligned = 5.0; want 0 to 1"),
+        *[
+            (
+                {
+                    "calibration": {
+                        "proxies": ["q"],
+                        "proxy_aggregate": how,
+                        "credit": "prefix",
+                        "score_norm": "sum",
+                    }
+                },
+                f"proxy_aggregate = '{how}' with credit = 'prefix': which proxy counts depends on "
+                "the whole text",
+            )
+            for how in ("min", "max")
+        ],
+        (
+            {"calibration": {"mode": "undistillable"}, "reference": {"beta": 0.0}},
+            "so nothing would be calibrated. Set reference.beta above 0 (0.04 is the default), or "
+            "margin_guard = false",
+        ),
+        (
+            {"task": {"name": "reward_model"}, "calibration": {"cal_gate": "skip_degenerate"}},
+            "never equal, so no group would be skipped. Use 'scale_by_task_std' or 'none'",
+        ),
         ({"reference": {"estimator": "k1_loss"}}, "its expected gradient is zero"),
         ({"reference": {"beta": -0.1}}, "reference.beta = -0.1; want >= 0"),
         ({"rollout": {"top_p": 0.9}}, "Set top_p = 1 and top_k = 0"),
@@ -161,6 +185,48 @@ def test_calibrate_refuses(wrong, says):
     with pytest.raises(ValueError) as error:
         calibrate(**wrong)
     assert says in str(error.value) and str(error.value).startswith("x.toml: ")
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        *[
+            {"calibration": {"mode": "undistillable"} | more, "reference": {"beta": 0.0}}
+            for more in ({"margin_guard": False}, {"denominator": "reference"}, {"strength": 0.0})
+        ],
+        {"calibration": {"mode": "distillable"}, "reference": {"beta": 0.0}},
+        *[
+            {"calibration": {"proxies": ["q"], "credit": "prefix", "score_norm": "sum"} | more}
+            for more in ({}, {"proxy_aggregate": "row", "proxy_route": "who"})
+        ],
+        {"calibration": {"proxies": ["q"], "proxy_aggregate": "min"}},
+    ],
+)
+def test_calibrate_accepts(right):
+    calibrate(**right)
+
+
+PLAIN = {"objective": "span", "allow_biased": True}
+
+
+@pytest.mark.parametrize(
+    "rollout", [{"temperature": 0.5}, {"top_p": 0.9}, {"top_k": 5}], ids=lambda r: next(iter(r))
+)
+def test_spans_take_texts_of_the_teachers_own_distribution(rollout):
+    """Where the teacher samples them; of others it says its own log-probabilities."""
+    for mixed in (0.0, 0.5):
+        with pytest.raises(ValueError, match="'span' with rollout.temp.*the student would learn"):
+            distill(rollout=rollout, distill=PLAIN | {"on_policy": mixed})
+    distill(rollout=rollout, distill=PLAIN | {"on_policy": 1.0})
+    distill(rollout=rollout, distill=PLAIN | {"on_policy": 0.0, "source": "dataset"})
+
+
+@pytest.mark.parametrize("more", [{}, {"policy": {"max_is": 2.0}}])
+def test_a_students_policy_gradient_has_the_samplers_ratios(more):
+    trainer = {"rollout": {"old_logp": "trainer"}} | more
+    with pytest.raises(ValueError, match="old_logp = 'trainer', policy.max_is.*Leave both out"):
+        distill(distill={"objective": "policy_gradient", "on_policy": 1.0}, **trainer)
+    distill(**trainer)  # without effect, but a base file may carry them
 
 
 @pytest.mark.parametrize(
@@ -338,6 +404,15 @@ TEACHER_SERVER = {"source": "server", "servers": ["http://h:1"]}
         (
             lambda: calibrate(rollout=SERVER | {"overlap": 1, "old_logp": "trainer"}),
             "ratios need the behaviour policy",
+        ),
+        (
+            lambda: calibrate(rollout=SERVER, parallelism={"tensor_parallel_degree": 2}),
+            "rollout.engine = 'server' with parallelism.tensor_parallel_degree > 1: the ranks that "
+            "share a row ask each for itself",
+        ),
+        (
+            lambda: distill(teacher=TEACHER_SERVER, parallelism={"tensor_parallel_degree": 2}),
+            "teacher.source = 'server' with parallelism.tensor_parallel_degree > 1",
         ),
         (lambda: calibrate(rollout={"gpu_memory_fraction": 0.0}), "want 0 < gpu_memory_fraction"),
         (lambda: calibrate(policy={"max_is": 2.0}), "Set rollout.old_logp = 'trainer'"),

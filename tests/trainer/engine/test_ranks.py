@@ -18,6 +18,7 @@ def answers() -> dict:
     rows = ([1.0, 2.0], [6.0])[ranks.rank]
     sums = MetricSums()
     sums.add("a", rows)
+    sums.add("b", [4.0][ranks.rank :])  # one rank alone has an entry
     sums.add("none", [])
     return {
         "rank": ranks.rank,
@@ -35,7 +36,7 @@ def test_two_ranks_agree():
     same = {
         "sum": 9.0,
         "max": 6.0,
-        "mean": {"a": 3.0, "none": 0.0},
+        "mean": {"a": 3.0, "b": 4.0},  # none: a mean of nothing is no number
         "gather": [1.0, 2.0, 6.0],
         "batches": 2,
         "none": 1,

@@ -19,6 +19,7 @@ from reflux.trainer.rollouts.defences import (
 )
 
 pytestmark = pytest.mark.usefixtures("titan_process")
+COPIES = {"antidistillation": "a", "penalty": 1.0, "dtype": "float32"}
 TEXT = {"objective": "nll", "source": "teacher", "on_policy": 0.0}
 
 
@@ -268,12 +269,17 @@ def test_another_vocabulary_is_an_error(talkers, tmp_path):
         ("distill", {"distill": TEXT, "defence": {"antidistillation": "a"}}, "or neither"),
         (
             "distill",
-            {"distill": TEXT, "defence": {"antidistillation": "a", "penalty": 1.0, "proxy": "p"}},
+            {"distill": TEXT, "defence": COPIES | {"proxy": "p"}},
             "want one of the two",
         ),
         (
             "distill",
-            {"defence": {"antidistillation": "a", "penalty": 1.0}},
+            {"distill": TEXT, "defence": COPIES | {"dtype": "bfloat16"}},
+            "antidistillation = 'a' with dtype = 'bfloat16'.* Set dtype = 'float32'",
+        ),
+        (
+            "distill",
+            {"defence": COPIES},
             "defence.antidistillation = 'a' with distill.objective = 'kl'",
         ),
     ],
