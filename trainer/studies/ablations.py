@@ -9,6 +9,7 @@ teachers are the default's to the last digit changes nothing in its world; it is
 left out.
 """
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,12 +61,14 @@ class AblationRow:
     score: Estimate | None  # distillability
 
     def same_as(self, other: "AblationRow") -> bool:
-        """Whether both are of the same teachers: every measured number of them is equal."""
+        """Whether both are of the same teachers: every measured number of them is equal. Accuracies
+        alone, which are fractions of a few prompts, tell nothing.
+        """
         mine, others = (
             [(e.mean, e.n) for e in (r.teacher_gap, r.reference_kl, r.reward)]
             for r in (self, other)
         )
-        return mine == others
+        return mine == others and max(self.reference_kl.n, self.reward.n) > 0
 
 
 def ablation_rows(runs: Sequence[FinishedRun]) -> dict[str, dict[str, AblationRow]]:
@@ -106,7 +109,7 @@ def _row(
         accuracy_preserved=within_a1(teacher_gap),
         reference_kl=last_steps(teachers, "reference_kl"),
         reward=last_steps(teachers, "reward/cal"),
-        length=over_seeds([length_ratio(r) for r in teachers if r.run.steps]),
+        length=over_seeds([x for x in map(length_ratio, teachers) if not math.isnan(x)]),
         student=mean_accuracy(students),
         student_gap=over_seeds(gap_by_seed(students, defaults)),
         score=gain_ratio(
@@ -139,7 +142,9 @@ def render(rows: dict[str, dict[str, AblationRow]]) -> str:
         attack=ATTACK,
         modes=shown,
         left_out=left_out,
-        seeds=max(r.student.n for of_mode in rows.values() for r in of_mode.values()),
+        seeds=max(
+            max(r.student.n, r.teacher_gap.n) for of_mode in rows.values() for r in of_mode.values()
+        ),
         mean_and_std=mean_and_std,
         points=points_with_interval,
         score=score,

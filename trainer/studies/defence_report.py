@@ -6,6 +6,7 @@ of that. Two of the attacks are also what a provider could serve: text at a lowe
 answers without the reasoning.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 from reflux.trainer.runs.markdown_table import with_interval
@@ -104,16 +105,19 @@ def _repair_lines(runs: Sequence[FinishedRun]) -> list[str]:
         return []
     change = accuracy_change(undistillable, original).sampled
     examples = undistillable[0].run.head["config"]["data"]["limit"]
+    compared = f"{with_interval(change, '{:+.0%}')}, n = {change.n} seeds"
     result = "inconclusive: whether the drop survives"
-    if change.high <= MIN_DROP:
+    if not change.n:
+        compared = "not compared: no seed has both, or the original's have no correct answer"
+        result = "not known whether the drop survives"
+    elif change.high <= MIN_DROP:
         result = "the drop survives"
     elif change.low > MIN_DROP:
         result = "the drop does not survive"
     return [
         f"after {examples} worked examples to repair the form, the student of the undistillable "
         f"teacher has {mean_accuracy(undistillable).mean:.3f}, that of the original "
-        f"{mean_accuracy(original).mean:.3f} ({with_interval(change, '{:+.0%}')}, n = {change.n} "
-        f"seeds): {result}"
+        f"{mean_accuracy(original).mean:.3f} ({compared}): {result}"
     ]
 
 
@@ -202,6 +206,7 @@ def proxy_lines(proxies: Mapping[str, ProxyResult]) -> list[str]:
                 for name, p in proxies.items()
                 if mode in p.modes and attack in p.modes[mode].scores
             }
+            means = {name: mean for name, mean in means.items() if not math.isnan(mean)}
             if len(means) > 1:
                 low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
                 lines.append(

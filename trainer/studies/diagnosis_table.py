@@ -61,19 +61,24 @@ class DiagnosisRow:
     pairs: Mapping[str, Estimate]
     # pair -> seeds in which the trap was detected; empty where the measure decides no trap
     detected: Mapping[str, int] = field(default_factory=dict)
-
+    undecided: Mapping[str, int] = field(default_factory=dict)  # seeds without an interval
     # pair -> seeds that were diagnosed, whether they have the number or not
     seeds: Mapping[str, int] = field(default_factory=dict)
 
     def cell(self, pair: str) -> str:
-        """The interval is over seeds; (k of n): detected in k of n by each seed's own interval."""
+        """The interval is over seeds; (k of n): detected in k of n by each seed's own interval,
+        which some may lack.
+        """
         diagnosed = self.seeds.get(pair, 0)
         if not diagnosed:
             return NOT_RUN
         e = self.pairs.get(pair)
         if e is None or not e.n:
             return f"no number (of {diagnosed})"
-        count = f" ({self.detected[pair]} of {e.n})" if pair in self.detected else ""
+        count, lacking = "", self.undecided.get(pair, 0)
+        if pair in self.detected:
+            without = f", {lacking} undecided" if lacking else ""
+            count = f" ({self.detected[pair]} of {e.n}{without})"
         return f"{mean_and_std(e, diagnosed)} {interval(e)}".rstrip() + count
 
 
@@ -120,8 +125,9 @@ def load_diagnoses(folder: Path) -> dict[str, list[Diagnosis]]:
 def diagnosis_rows(pairs: Mapping[str, Sequence[Diagnosis]]) -> list[DiagnosisRow]:
     """The traps first, then MEASURES."""
     verdicts = [t for seeds in pairs.values() for d in seeds for t in _measured(d)]
-    traps = dict.fromkeys(t["trap"] for t in verdicts)
-    rows = [_trap_row(trap, pairs) for trap in traps]
+    traps = list(dict.fromkeys(t["trap"] for t in verdicts))
+    in_order = sorted(verdicts, key=lambda t: traps.index(t["trap"]))
+    rows = [_trap_row(title, pairs) for title in dict.fromkeys(map(_title, in_order))]
     for title, keys in MEASURES.items():
         estimates = {pair: _estimate([_number(d, keys) for d in ds]) for pair, ds in pairs.items()}
         rows.append(DiagnosisRow(title, estimates))
@@ -175,17 +181,21 @@ def _measured(diagnosis: Diagnosis) -> list[Mapping[str, Any]]:
     return [t for t in diagnosis["verdict"] if "missing" not in t]
 
 
-def _trap_row(trap: str, pairs: Mapping[str, Sequence[Diagnosis]]) -> DiagnosisRow:
-    """Titled by the measure that decides the trap. Pairs without that verdict are left out."""
+def _trap_row(title: str, pairs: Mapping[str, Sequence[Diagnosis]]) -> DiagnosisRow:
+    """Of the measure that decides the trap: where another one did, as where the first cannot be
+    had, the row is another. Pairs without that verdict are left out.
+    """
     verdicts = {
-        pair: [t for d in diagnoses for t in _measured(d) if t["trap"] == trap]
+        pair: [t for d in diagnoses for t in _measured(d) if _title(t) == title]
         for pair, diagnoses in pairs.items()
     }
     verdicts = {pair: of_pair for pair, of_pair in verdicts.items() if of_pair}
+    present = {p: [t["present"] for t in ts if _finite(t["mean"])] for p, ts in verdicts.items()}
     return DiagnosisRow(
-        measure=_title(next(iter(verdicts.values()))[0]),
+        measure=title,
         pairs={pair: _estimate([t["mean"] for t in ts]) for pair, ts in verdicts.items()},
-        detected={pair: sum(t["present"] is True for t in ts) for pair, ts in verdicts.items()},
+        detected={pair: found.count(True) for pair, found in present.items()},
+        undecided={pair: found.count(None) for pair, found in present.items()},
     )
 
 
@@ -202,7 +212,11 @@ def _number(diagnosis: Diagnosis, keys: str) -> float | None:
 
 
 def _estimate(values: Sequence[float | None]) -> Estimate:
-    return over_seeds([v for v in values if v is not None and math.isfinite(v)])
+    return over_seeds([v for v in values if _finite(v)])
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def render(

@@ -127,12 +127,41 @@ def recommended(points: Sequence[EtaPoint]) -> Recommended:
     )
 
 
+def _range_in_words(points: Sequence[EtaPoint], etas: Sequence[float]) -> str:
+    """points: those of one mode; etas: the recommended ones of them."""
+    seeds = [min(p.student_gap.n, p.teacher_gap.n) for p in points]
+    if not any(seeds):
+        return (
+            "not measured: no eta here has a student beside one at eta = 0 and a teacher beside "
+            "the original"
+        )
+    if max(seeds) < 2:
+        return "no range is recommended from one seed, which has no interval"
+    if not etas:
+        return (
+            "no eta here moves the student beyond its interval and preserves the teacher's accuracy"
+        )
+    between = [p.eta for p in points if min(etas) <= p.eta <= max(etas)]
+    which = f"from {min(etas):+g} to {max(etas):+g}"
+    if len(between) > len(etas):
+        which = f"of {', '.join(f'{eta:+g}' for eta in etas)}, not of all between them,"
+    return f"eta {which} moves the student and preserves the teacher's accuracy"
+
+
 def render(sweep: EtaSweep) -> str:
+    of_mode = {
+        "distillable": [p for p in sweep.points if p.eta > 0],
+        "undistillable": [p for p in sweep.points if p.eta < 0],
+    }
+    ranges = {
+        mode: _range_in_words(points, getattr(sweep.recommended, mode))
+        for mode, points in of_mode.items()
+    }
     return render_template(
         TEMPLATE,
         points=sweep.points,
-        ranges=vars(sweep.recommended),
-        seeds=max((p.student.n for p in sweep.points), default=0),
+        ranges=ranges,
+        seeds=max((max(p.student.n, p.teacher.n) for p in sweep.points), default=0),
         mean_and_std=mean_and_std,
         points_of=points_with_interval,
         words=A1_WORDS,

@@ -15,12 +15,14 @@ SHOWN = 5  # names of runs in a line
 def run_warnings(folder: Path) -> tuple[str, ...]:
     """Of all cells that have begun, also of those without an end."""
     cells = json.loads((folder / "matrix.json").read_text())["cells"]
-    runs = {
-        c["name"]: load_run(folder / c["folder"])
-        for c in cells
-        if (folder / c["folder"] / LOG).exists()
-    }
-    return (*_stops(runs), *_alarms(runs))
+    runs, unread = dict[str, Run](), list[str]()
+    for c in cells:
+        if (folder / c["folder"] / LOG).exists():
+            try:
+                runs[c["name"]] = load_run(folder / c["folder"])
+            except ValueError as error:  # it has just begun, or was killed before its first line
+                unread.append(f"{c['name']}: its warnings are not known: {error}")
+    return (*_stops(runs), *_alarms(runs), *unread)
 
 
 def as_markdown(warnings: Sequence[str]) -> str:

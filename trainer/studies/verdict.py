@@ -295,7 +295,9 @@ def collapse_lines(students: Students) -> list[str]:
 def _collapse_line(attack: str, original: StudentResult, student: StudentResult) -> str:
     answered = student.answered / max(original.answered, 1e-9)
     drop = relative_change(student.correct_if_answered, original.correct_if_answered)
-    if drop <= MIN_LOSS:
+    if not original.correct_if_answered:
+        kind = "nothing to lose, for the original's student has no correct answer"
+    elif drop <= MIN_LOSS:
         kind = "wrong answers, not missing ones"
     elif answered >= MIN_ANSWERED and drop > MIN_LOSS:
         kind = "no collapse"

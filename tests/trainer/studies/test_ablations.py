@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from report_runs import write_cells, write_run
+from report_runs import edit_logs, write_cells, write_run
 
-from reflux.trainer.studies.ablations import ablation_rows, write_ablations
+from reflux.trainer.studies.ablations import ablation_rows, render, write_ablations
 from reflux.trainer.studies.attack_report import write_report
 from reflux.trainer.studies.finished_runs import load_finished_runs
 
@@ -90,6 +90,27 @@ def test_the_control_is_a_row_and_an_ablation_without_effect_is_none(tmp_path):
     )
     # -10 points of the default's 0.5
     assert "| eta = 0 | +0.0 [+0.0, +0.0] |" in text and "| -10.0 [-10.0, -10.0] | 1.00 [" in text
+
+
+def test_equal_accuracies_alone_are_not_the_same_teacher(tmp_path, monkeypatch):
+    """Fractions of a few prompts are equal by chance; lengths that no run has are no number."""
+    monkeypatch.setitem(TEACHERS, "gate_none", TEACHERS["default"])
+    write(tmp_path)
+
+    def forget(row):
+        return {k: v for k, v in row.items() if k not in ("reference_kl", "length")}
+
+    edit_logs(tmp_path, ["t"], forget)
+    text = write_ablations(tmp_path)
+    assert "| gate_none | +0.0 [+0.0, +0.0] |" in text and "nan" not in text
+
+
+def test_teachers_alone_are_counted_and_judged_beside_an_original(tmp_path):
+    runs = load_finished_runs(write(tmp_path))
+    teachers = [r for r in runs if r.labels["role"] == "teacher"]
+    assert "over n = 3 seeds" in render(ablation_rows(teachers))
+    alone = [r for r in runs if r.labels.get("teacher") != "original"]
+    assert "| not measured |" in render(ablation_rows(alone))
 
 
 def test_the_attack_report_leaves_ablations_out(tmp_path):

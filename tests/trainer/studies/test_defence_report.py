@@ -5,6 +5,7 @@ import json
 import pytest
 from report_runs import add_runs, write_matrix
 
+from reflux.trainer.runs.stats import over_seeds
 from reflux.trainer.studies.attack_report import build_report, write_report
 from reflux.trainer.studies.defence_report import (
     check_lines,
@@ -13,6 +14,7 @@ from reflux.trainer.studies.defence_report import (
     proxy_results,
 )
 from reflux.trainer.studies.finished_runs import load_finished_runs
+from reflux.trainer.studies.results import CalibratedByProxy, ProxyResult
 
 EXAMPLES = {"data": {"limit": 50}}
 
@@ -110,6 +112,28 @@ def test_likelihood_agrees_or_does_not(folder, other, word):
     add_runs(folder, [({"role": "choices", "teacher": t}, a) for t, a in accuracies.items()])
     (line,) = check_lines(load_finished_runs(folder))
     assert word in line and f"student of undistillable {other:.3f}" in line
+
+
+def test_a_repair_that_leaves_the_original_nothing_is_not_compared(folder):
+    runs = [({"role": "repair", "teacher": t}, 0.0) for t in ("original", "undistillable")]
+    add_runs(folder, runs, EXAMPLES)
+    (line,) = check_lines(load_finished_runs(folder))
+    assert "nan" not in line and "the original's have no correct answer" in line
+    assert line.endswith("not known whether the drop survives")
+
+
+@pytest.mark.parametrize("order", [("a", "b", "c"), ("c", "b", "a"), ("b", "a", "c")])
+def test_a_proxy_without_a_number_does_not_decide_the_range(order):
+    def estimate(mean):
+        return over_seeds([mean])
+
+    def proxy(mean):
+        modes = {"distillable": CalibratedByProxy(estimate(0.9), {"seq_kd": estimate(mean)})}
+        return ProxyResult(estimate(0.5), modes)
+
+    means = {"a": float("nan"), "b": 0.25, "c": 0.75}
+    (line,) = proxy_lines({name: proxy(means[name]) for name in order})
+    assert "from 0.25 (b) to 0.75 (c), a range of means of 0.50 over 2 proxies" in line
 
 
 def test_likelihoods_of_different_seeds_are_not_compared(folder):

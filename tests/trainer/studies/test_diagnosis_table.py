@@ -122,6 +122,31 @@ def test_a_trap_that_was_decided_by_another_measure_is_not_compared(tmp_path):
     assert "| tail noise: another index | no number |" in text
 
 
+def test_another_measure_of_a_trap_is_another_row(tmp_path):
+    """Its number was averaged with the first one's, under the first one's title."""
+    write(tmp_path)
+    path = tmp_path / "a1" / "diagnosis.json"
+    other = json.loads(path.read_text())
+    other["verdict"][0]["measure"] = "another index, reverse KL"
+    path.write_text(json.dumps(other))
+    text = write_diagnoses(tmp_path)
+    assert "| tail noise: tail-noise index | 1.000 (n 1) (1 of 1) |" in text
+    assert "| tail noise: another index | 3.000 (n 1) (0 of 1) |" in text
+
+
+@pytest.mark.parametrize(
+    "first, second, cell",
+    [
+        ((1.0, True), (None, True), "1.000 (n 1) (1 of 1)"),  # of the seeds with a number
+        ((1.0, True), (1.0, None), "1.000 +- 0.000 [1.000, 1.000] (1 of 2, 1 undecided)"),
+        ((1.0, None), (1.0, None), "1.000 +- 0.000 [1.000, 1.000] (0 of 2, 2 undecided)"),
+    ],
+)
+def test_what_was_not_decided_is_not_counted_as_absent(tmp_path, first, second, cell):
+    pairs = {"p": [diagnosis(*first, None), diagnosis(*second, None)]}
+    assert diagnosis_rows(pairs)[0].cell("p") == cell
+
+
 def test_without_a_control_there_is_no_second_table(tmp_path):
     assert "Against the control" not in write_diagnoses(write(tmp_path))
 

@@ -88,6 +88,31 @@ def test_a_range_may_be_empty(tmp_path):
     assert text.count("no eta here moves the student beyond its interval") == 2
 
 
+def test_what_was_not_compared_is_no_result(tmp_path):
+    """Nothing below 0, and nothing beside the original teacher."""
+    runs = load_finished_runs(write(tmp_path))
+    above = [r for r in runs if float(r.labels.get("eta", 0)) >= 0]
+    text = render(eta_sweep(above))
+    assert "undistillable: not measured: no eta here has a student beside one at eta = 0" in text
+    assert "\ndistillable: eta from +0.3 to +0.3 moves the student" in text
+    for missing in ({"teacher": "original"}, {"eta": "0.0"}):
+        left = [r for r in runs if missing.items() - r.labels.items()]
+        assert render(eta_sweep(left)).count("not measured: no eta here has") == 2
+    alone = [r for r in runs if r.labels.get("teacher") != "original"]
+    assert "| not measured |" in render(eta_sweep(alone))
+
+
+def test_a_range_names_no_eta_that_failed_inside_it(tmp_path):
+    curve = {0.0: (0.9, 0.5), 0.1: (0.9, 0.7), 0.3: (0.6, 0.8), 1.0: (0.9, 0.9)}
+    text = render(eta_sweep(load_finished_runs(write(tmp_path, curve))))
+    assert "distillable: eta of +0.1, +1, not of all between them, moves the student" in text
+
+
+def test_teachers_alone_are_counted_too(tmp_path):
+    runs = [r for r in load_finished_runs(write(tmp_path)) if r.labels["role"] == "teacher"]
+    assert "over n = 3 seeds" in render(eta_sweep(runs))
+
+
 def test_a_folder_without_a_sweep_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no finished run carries a label eta"):
         write_eta_sweep(write(tmp_path, {}))

@@ -44,6 +44,16 @@ def test_each_kind_of_alarm_is_one_line_with_its_runs(tmp_path):
     assert run_warnings(tmp_path)[0].startswith("r2: a guard"), "guards come first"
 
 
+def test_a_cell_that_has_just_begun_does_not_cost_the_report(tmp_path):
+    cells = [write_run(tmp_path / f"r{i}", {"role": "teacher"}, 0.5, 0.5, seed=i) for i in range(2)]
+    write_cells(tmp_path, cells)
+    (tmp_path / "r1" / "run.jsonl").write_text("")
+    add_to_log(tmp_path, ["r0"], ALARM)
+    alarm, unread = run_warnings(tmp_path)
+    assert alarm.startswith("truncation in r0")
+    assert unread.startswith("r1: its warnings are not known: ") and "run.jsonl" in unread
+
+
 @pytest.mark.parametrize("warned", [True, False])
 def test_the_attack_report_prints_them(tmp_path, warned):
     write_matrix(tmp_path, {"original": 0.7, "distillable": 0.8, "undistillable": 0.3})

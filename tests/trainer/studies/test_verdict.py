@@ -14,6 +14,7 @@ from reflux.trainer.studies.verdict import (
     AttackOutcome,
     attack_outcomes,
     check_rule,
+    collapse_lines,
     conclusion,
     verdict_lines,
     within_a1,
@@ -102,6 +103,29 @@ def test_what_fails_alone_need_not_fail_in_a_family():
     least, kept_p = outcomes[0].p_family, outcomes[-1].p_family
     assert f"0 of 8 failed, smallest adjusted p {least:.3f}" in line and kept_p <= 0.05
     assert f"1 of 1 succeeded (kept), smallest adjusted p {kept_p:.3f}" in line
+
+
+@pytest.mark.parametrize(
+    "original, protected, says",
+    [
+        ((0.95, 0.0), (0.95, 0.0), "nothing to lose, for the original's student has no correct"),
+        ((0.95, 0.0), (0.2, 0.5), "nothing to lose, for the original's student has no correct"),
+        ((0.0, 0.0), (0.0, 0.0), "nothing to lose, for the original's student has no correct"),
+        ((0.95, 0.8), (0.95, 0.7), "no collapse"),
+        ((0.95, 0.8), (0.95, 0.1), "wrong answers, not missing ones"),
+        ((0.95, 0.8), (0.3, 0.8), "mostly a format failure"),
+    ],
+)
+def test_a_collapse_needs_something_to_lose(original, protected, says):
+    """(fraction of answers found, fraction of these that are correct) of both students."""
+    row = {
+        name: replace(
+            student(over_seeds([]), over_seeds([])), answered=found, correct_if_answered=correct
+        )
+        for name, (found, correct) in (("original", original), ("undistillable", protected))
+    }
+    (line,) = collapse_lines({"kd": row})
+    assert says in line.rpartition(": ")[2]
 
 
 def test_the_rules_have_their_own_side():
