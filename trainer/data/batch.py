@@ -309,32 +309,44 @@ def _view(rows: list[list[Sample]], teacher: int, order: dict[int, int]) -> Batc
     views = [s.teacher_views[teacher] if teacher < len(s.teacher_views) else None for s in samples]
     if not any(views):
         return None
-    positions, first = [], 0  # first: response token of the sample, among the batch's T
-    for sample, view in zip(samples, views):
-        own = None if view is None else view.student_positions
-        positions.append(first + (np.arange(len(sample.rollout.ids)) if own is None else own))
-        first += len(sample.rollout.ids)
-    all_of_them = all(v is None or v.student_positions is None for v in views)
-    aligned_P = None if all_of_them else _long(np.concatenate(positions))
     text_of = partial(_text_of, teacher=teacher)
-    texts = [text_of(s) for s in samples]
-    predicted = [
-        np.asarray(t.ids, np.int64)[slice(None) if t.positions is None else t.positions]
-        for t in texts
-    ]
+    predicted = [_predicted(text_of(s)) for s in samples]
     counts = [len(x) for x in predicted]
     topk = _stored_rows([v.rows for v in views if v is not None and v.rows is not None])
     uniform = [v.uniform for v in views if v is not None and v.uniform is not None]
     uniform_TK = torch.from_numpy(np.concatenate(uniform)) if uniform else None
     return BatchView(
         *_lay_out(rows, text_of),
-        aligned_P,
+        _aligned_positions(samples, views),
         _long(np.concatenate(predicted)),
         _long(np.repeat([order[id(s)] for s in samples], counts)),
         torch.from_numpy(np.repeat([v is not None and v.space for v in views], counts)),
         *topk,
         uniform_TK,
     )
+
+
+def _aligned_positions(
+    samples: Sequence[Sample], views: Sequence[TeacherView | None]
+) -> Tensor | None:
+    """[P] among the batch's T response tokens, those whose predictions are compared; None where
+    that is every token of every sample.
+    """
+    compared = [None if view is None else view.student_positions for view in views]
+    if all(own is None for own in compared):
+        return None
+    positions, first = [], 0  # first: the sample's first response token among the T
+    for sample, own in zip(samples, compared):
+        n = len(sample.rollout.ids)
+        positions.append(first + (np.arange(n) if own is None else own))
+        first += n
+    return _long(np.concatenate(positions))
+
+
+def _predicted(text: _Text) -> np.ndarray:
+    """int64 [P], the ids of the compared tokens: all where the text names no positions."""
+    ids = np.asarray(text.ids, np.int64)
+    return ids if text.positions is None else ids[text.positions]
 
 
 def _stored_rows(rows: Sequence[TopKRows]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

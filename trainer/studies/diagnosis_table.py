@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from reflux.trainer.runs.files import read_object, to_json, write_json
 from reflux.trainer.runs.markdown_table import (
@@ -215,7 +215,7 @@ def _estimate(values: Sequence[float | None]) -> Estimate:
     return over_seeds([v for v in values if _finite(v)])
 
 
-def _finite(value: float | None) -> bool:
+def _finite(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
