@@ -188,3 +188,8 @@ def _edge(span: np.ndarray, rule: str, num_spans: int) -> np.ndarray:
     chosen = np.full(num_spans, len(span) if rule == "first" else -1)
     (np.minimum if rule == "first" else np.maximum).at(chosen, span, order)
     return (order == chosen[span]).astype(np.float64)
+
+
+def before_each(value_n: np.ndarray) -> np.ndarray:
+    """[n] the sum of the values in front of each."""
+    return np.cumsum(value_n) - value_n

@@ -77,7 +77,7 @@ class Sampling:
 class CalibrationScore:
     """The calibration reward of one rollout and its parts. Nats unless it says otherwise."""
 
-    value: float  # r_cal
+    value: float  # r_cal: nats of the text for score_norm "sum" and "length_free", else in its unit
     raw: float  # the unclipped difference of the sequence scores, stop term included
     span_value: np.ndarray  # [S] clipped span differences, proxy minus denominator
     span: np.ndarray  # [n] span of each response token, -1 outside

@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from span_cases import align, side_of, tokenizations
 
-from reflux.tokenalign.credit import RULES, credit, following_span, reward_to_go, span_to_go
+from reflux.tokenalign.credit import (
+    RULES,
+    before_each,
+    credit,
+    following_span,
+    reward_to_go,
+    span_to_go,
+)
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -181,3 +188,9 @@ def test_what_people_get_wrong():
     ):
         with pytest.raises(ValueError, match=message):
             reward_to_go([1.0], span, settled=settled)
+
+
+@given(st.lists(st.integers(-1000, 1000)))
+def test_before_each_is_the_sum_in_front(values):
+    want = [sum(values[:k]) for k in range(len(values))]
+    assert before_each(np.array(values, float)).tolist() == want

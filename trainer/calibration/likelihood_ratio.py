@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from reflux.tokenalign.byte_trie import ByteTrie
-from reflux.tokenalign.credit import following_span
+from reflux.tokenalign.credit import before_each, following_span
 from reflux.tokenalign.scores import compare_spans, span_logprobs
 from reflux.tokenalign.vocab_map import Vocabulary
 from reflux.trainer.config.roles import calibrate_advice
@@ -132,12 +132,12 @@ class LikelihoodRatio:
         """CalibrationScore.before: proxy minus denominator, of the text before each token."""
         if self.same_ids:
             proxy_n = np.append(proxy.logp, proxy.stop)[: len(rollout.ids)]
-            return np.cumsum(proxy_n - own_logp_n) - (proxy_n - own_logp_n)
+            return before_each(proxy_n - own_logp_n)
         if proxy.prefix_logp is None:
             return None
         lens_n = self.chat.table.lens[list(rollout.ids)]
-        start_n = np.minimum(np.cumsum(lens_n) - lens_n, len(proxy.prefix_logp) - 1)
-        return proxy.prefix_logp[start_n] - (np.cumsum(own_logp_n) - own_logp_n)
+        start_n = np.minimum(before_each(lens_n), len(proxy.prefix_logp) - 1)
+        return proxy.prefix_logp[start_n] - before_each(own_logp_n)
 
     def _score_one(
         self,

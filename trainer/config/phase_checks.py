@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .evaluation import check_options
-from .parts import used_tasks
+from .parts import ranks_of_a_row, used_tasks
 
 if TYPE_CHECKING:
     from .schema import Config
@@ -102,7 +102,7 @@ def check_served_teacher(cfg: Config) -> None:
     d = cfg.distill
     if cfg.teacher.source != "server":
         return
-    if _shares_rows(cfg):
+    if ranks_of_a_row(cfg) > 1:
         raise ValueError(
             "teacher.source = 'server' with parallelism.tensor_parallel_degree > 1: the ranks that "
             "share a row ask each for itself, and a server may answer them differently. Use "
@@ -139,7 +139,7 @@ def check_sampler(cfg: Config) -> None:
             f"{_defence(cfg)} with rollout.engine = {engine!r}: a defence changes logits while "
             "they are decoded. Use rollout.engine = 'embedded'"
         )
-    if engine == "server" and _shares_rows(cfg):
+    if engine == "server" and ranks_of_a_row(cfg) > 1:
         raise ValueError(
             "rollout.engine = 'server' with parallelism.tensor_parallel_degree > 1: the ranks that "
             "share a row ask each for itself, and a server may answer them with different texts. "
@@ -331,11 +331,6 @@ def check_evaluate(cfg: Config) -> None:
             f"{_defence(cfg)} with eval.by = {e.by!r}, eval.harness = {list(e.harness)}: only "
             "generated answers are served with a defence. Use eval.by = 'generation', no harness"
         )
-
-
-def _shares_rows(cfg: Config) -> bool:
-    """Whether several ranks hold the same rows: tensor parallelism."""
-    return int(cfg.titan.get("parallelism", {}).get("tensor_parallel_degree", 1)) > 1
 
 
 def _defence(cfg: Config) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from reflux.trainer.config.parts import tasks
+from reflux.trainer.config.parts import ranks_of_a_row, tasks
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import TaskSection
 
@@ -35,9 +35,16 @@ class RoutedGrader:
 
 def build_grader(cfg: Config) -> "Grader":
     """The grader of a run: of [task], or of the parts' tasks. Parts with one task share its
-    process. ValueError as build_task.
+    process. ValueError as build_task, and for a judge whose answers the ranks of a row would not
+    share.
     """
     named = {part: task for part, task in tasks(cfg).items() if task.name}
+    if ranks_of_a_row(cfg) > 1 and any(map(asks_a_judge, named.values())):
+        raise ValueError(
+            "task.name = 'judge' with parallelism.tensor_parallel_degree > 1: the ranks that share "
+            "a row ask each for itself, and a judge may grade one text differently. Use "
+            "tensor_parallel_degree = 1, or a task without a judge"
+        )
     if not (cfg.data.parts or cfg.eval.parts):
         return task_grader(cfg.task)
     built: list[tuple[TaskSection, Grader]] = []

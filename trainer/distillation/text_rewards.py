@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from reflux.tokenalign.credit import prefix_to_go
+from reflux.tokenalign.credit import before_each, prefix_to_go
 from reflux.trainer.data.batch import Rollout
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.phase import TextScore
@@ -37,8 +37,8 @@ def rewards_to_go(chat: Chat, rollout: Rollout, score: TextScore) -> np.ndarray:
     if score.prefix_logp is None or not n:
         return np.full(n, total)
     lens_n, own_n = chat.table.lens[list(rollout.ids)], np.asarray(rollout.logp)
-    start_n = np.minimum(np.cumsum(lens_n) - lens_n, len(score.prefix_logp) - 1)
-    return prefix_to_go(total, score.prefix_logp[start_n], np.cumsum(own_n) - own_n)
+    start_n = np.minimum(before_each(lens_n), len(score.prefix_logp) - 1)
+    return prefix_to_go(total, score.prefix_logp[start_n], before_each(own_n))
 
 
 def less_the_others(to_go: Sequence[np.ndarray], group: Sequence[int]) -> list[np.ndarray]:

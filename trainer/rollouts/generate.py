@@ -127,7 +127,7 @@ def _decode_block(
         position_PL = (real_PL.long().cumsum(1) - 1).clamp(min=0).to(device)
         logits_PV = step(ids_PL.to(device), position_PL, real_PL.to(device), True)
         logits_BV, position_B1 = logits_PV[rows_B], position_PL[rows_B, -1:]
-        pending: Tensor | None = None if len(prompts) == len(jobs) else rows_B
+        goes_on_with_B: Tensor | None = None if len(prompts) == len(jobs) else rows_B
         for t in range(s.max_tokens):
             logits_BV = logits_BV[:, : chat.vocab_size].float()
             token_B, left = texts.add(t, *_draw(logits_BV, noise_BT[:, t], stop_ids, s))
@@ -138,11 +138,11 @@ def _decode_block(
                 token_B, noise_BT, real_BL, position_B1 = (
                     x[left] for x in (token_B, noise_BT, real_BL, position_B1)
                 )
-                pending = left if pending is None else pending[left]
+                goes_on_with_B = left if goes_on_with_B is None else goes_on_with_B[left]
             position_B1 = position_B1 + 1
             real = real_BL[:, : width + t + 1]
-            logits_BV = step(token_B[:, None], position_B1, real, False, pending)
-            pending = None
+            logits_BV = step(token_B[:, None], position_B1, real, False, goes_on_with_B)
+            goes_on_with_B = None
     return [_rollout(chat, job, *row) for job, *row in zip(jobs, *texts.columns())]
 
 

@@ -1,5 +1,9 @@
 """Each prompt of a mixture is graded by the task of its part."""
 
+from dataclasses import replace
+
+import pytest
+
 from reflux.trainer.config.loader import fill
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import TaskSection
@@ -47,6 +51,17 @@ def test_parts_with_one_task_share_its_grader():
     cfg = config({"a": {"source": "a", "task": task}, "b": {"source": "b", "task": task}})
     graders = build_grader(cfg)._graders
     assert graders["a"] is graders["b"] and graders["a"] is not graders[""]
+
+
+def test_a_judge_is_refused_where_ranks_share_a_row():
+    """Each would ask for itself: their rewards, and so their weights, could differ."""
+    judge = {"name": "judge", "options": {"server": "http://h:1", "model": "m"}}
+    plain = config({"a": {"source": "a"}})
+    shared = replace(plain, titan={"parallelism": {"tensor_parallel_degree": 2}})
+    assert build_grader(shared)
+    for task in (TaskSection(**judge), TaskSection("column", {"tasks": {"a": judge}})):
+        with pytest.raises(ValueError, match="ask each for itself, and a judge may grade one text"):
+            build_grader(replace(shared, task=task))
 
 
 def test_a_judge_is_found_behind_a_column():
