@@ -6,8 +6,9 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from . import main as run_main
 from . import matrix as run_table
@@ -16,7 +17,11 @@ from .runs.commands import MAIN
 
 ROOT = Path(__file__).parents[1]
 GPUS = Path("/proc/driver/nvidia/gpus")
-SHOWN = 12  # numbers of a run's last step that `report` prints
+SHOWN = 12  # numbers of a run's last step that `report` prints, these first
+FIRST = (
+    *("loss", "reward/task", "accuracy", "reward/cal", "eta", "reference_kl", "kl", "nll"),
+    *("entropy", "length", "truncated"),
+)
 
 
 def run(words: list[str], prog: str) -> int:
@@ -190,7 +195,7 @@ def _told(folder: Path) -> str:
     loaded = load_run(folder)
     last = loaded.steps[-1] if loaded.steps else {}
     config, ended = loaded.head["config"], loaded.summary
-    state = "has not ended, or not cleanly" if ended is None else "has ended"
+    state = "has ended" if ended else _unended(loaded.events)
     lines = [
         f"{folder}: {config['phase']}, step {last.get('step', 0)} of {config['steps']}; {state}"
     ]
@@ -198,13 +203,20 @@ def _told(folder: Path) -> str:
         lines.append(f"ended by a guard: {ended['stopped']}")
     lines += [f"alarm: {e['message']}" for e in loaded.events if e["event"] == "alarm"]
     metrics = {k: v for k, v in last.items() if k not in ("step", "wall_s")}
-    lines += [f"  {name} {_number(v)}" for name, v in list(metrics.items())[:SHOWN]]
+    names = [k for k in FIRST if k in metrics] + [k for k in metrics if k not in FIRST]
+    lines += [f"  {name} {_number(metrics[name])}" for name in names[:SHOWN]]
     evaluated = [e for e in loaded.events if e["event"] == "eval"]
     for key, value in evaluated[-1].items() if evaluated else ():
         if isinstance(value, int | float) and "/" in key:
             lines.append(f"  {key} {_number(value)}")
     pages = [folder / name for name in ("report.md", "heatmap.html", "export")]
     return "\n".join([*lines, *(f"see {page}" for page in pages if page.exists())])
+
+
+def _unended(events: Sequence[Mapping[str, Any]]) -> str:
+    if events and events[-1]["event"] == "interrupted":
+        return "interrupted; its last step is saved"
+    return "has not ended, or not cleanly"
 
 
 def _number(value: object) -> str:

@@ -17,6 +17,9 @@ _HOME = {  # public name -> the module that has it
     "StepEvent": "reflux.trainer.callbacks",
     "EvaluationEvent": "reflux.trainer.callbacks",
     "RolloutsEvent": "reflux.trainer.callbacks",
+    # a grader of one's own
+    "Grade": "reflux.trainer.data.graders",
+    "Prompt": "reflux.trainer.data.prompt",
     # losses of a trainer of one's own
     "linear_kl": "reflux.kernels.linear_kl",
     "linear_nll": "reflux.kernels.linear_nll",

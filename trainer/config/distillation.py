@@ -82,6 +82,7 @@ class DistillSection:
         above_zero(self, "temperature", "span_temperature")
         _check_attacker(self)
         _check_combinations(self)
+        _check_texts(self)
 
 
 def _check_attacker(d: DistillSection) -> None:
@@ -100,6 +101,15 @@ def _check_attacker(d: DistillSection) -> None:
         raise ValueError(
             f"paraphrase_template = {d.paraphrase_template!r} has no {{text}}: the paraphraser "
             "would not see what it has to write anew"
+        )
+
+
+def _check_texts(d: DistillSection) -> None:
+    """ValueError for texts that are asked for and never read."""
+    if d.on_policy == 1 and d.source == "dataset":
+        raise ValueError(
+            "source = 'dataset' with on_policy = 1.0, the default: every text is the student's "
+            "own, and no response of the data is read. Set on_policy = 0, or a fraction below 1"
         )
 
 

@@ -16,6 +16,7 @@ from .explain import explain
 from .files import read_table
 from .fit import fit, nearest, spell
 from .origins import Layer, guilty, origins_of
+from .other_names import meant
 from .phases import PHASES
 from .recipes import beside, find
 from .schema import NO_SECTIONS, TITAN_SECTIONS, Config, sections
@@ -32,7 +33,7 @@ RENAMED = {  # the old name of a key or of a section -> the new one
 }
 
 REQUIRED = ("phase", "folder")  # keys without a default
-CHOICES = {"phase": PHASES}  # keys whose values are the names of a table
+WANTED = {"phase": " | ".join(PHASES), "folder": "a folder for the run, e.g. 'runs/mine'"}
 
 
 def load(path: str | Path, sets: tuple[str, ...] = ()) -> Config:
@@ -179,15 +180,23 @@ def fill(target: Any, table: Mapping, source: str, prefix: str = "") -> Any:
     values = {
         key: _value(target, key, value, hints[key], source, prefix) for key, value in table.items()
     }
-    for f in fields(target) if is_class else ():
-        if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
-            names = CHOICES.get(prefix + f.name)
-            wanted = " | ".join(names) if names else spell(hints[f.name])
-            raise ValueError(f"{source}: {prefix}{f.name} is missing; want {wanted}")
+    if is_class and (missing := _missing(target, values, prefix)):
+        raise ValueError(f"{source}: {'; '.join(missing)}")
     try:
         return target(**values) if is_class else replace(target, **values)
     except ValueError as error:  # from __post_init__, which does not know the file
         raise ValueError(f"{source}: {prefix}{error}") from None
+
+
+def _missing(target: type, values: Mapping[str, Any], prefix: str) -> list[str]:
+    """Every key without a default that nobody gives, with what it wants."""
+    hints = _hints(target)
+    keys = [f.name for f in fields(target) if f.default is MISSING and f.default_factory is MISSING]
+    wanted = {key: WANTED.get(prefix + key, spell(hints[key])) for key in keys}
+    missing = [f"{prefix}{k} is missing; want {w}" for k, w in wanted.items() if k not in values]
+    if missing and target is Config and "model" not in values:
+        missing.append("model.path is missing; want a Hugging Face folder")
+    return missing
 
 
 def _value(target: Any, key: str, value: Any, hint: Any, source: str, prefix: str) -> Any:
@@ -213,7 +222,8 @@ def _check_keys(target: type, table: Mapping, source: str, prefix: str = "") -> 
         if name in RENAMED:
             raise ValueError(f"{source}: {_renamed(name)}")
         if key not in known and not (target is Config and key == "titan"):
-            guess = nearest(key, known, prefix, cutoff=0.5)  # half of `lr` is one letter
+            # half of `lr` is one letter
+            guess = meant(key, Config, name) or nearest(key, known, prefix, cutoff=0.5)
             raise ValueError(f"{source}: unknown key {name}{guess} Known there: {', '.join(known)}")
         kind = _named_kind(hint)
         if key in TITAN_SECTIONS or kind or is_dataclass(hint):

@@ -7,7 +7,7 @@ evaluation.py.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from .caching import CacheSection
@@ -107,6 +107,9 @@ class Config:
                 f"take_over_lock = true with on_existing_run = {self.on_existing_run!r}; want "
                 "'resume': taking over a folder is going on with its run"
             )
+        if self.optim.lr is None:
+            small = self.phase == "calibrate" and not self.lora.rank
+            object.__setattr__(self, "optim", replace(self.optim, lr=1e-6 if small else 1e-5))
         check_phase(self)
 
     @property

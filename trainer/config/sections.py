@@ -444,13 +444,14 @@ class DefenceSection:
 
 @dataclass(frozen=True)
 class OptimSection:
-    lr: float = 1e-6  # 1e-5 for students and for adapters
+    # left out: 1e-6 to calibrate all weights, 1e-5 for students and for adapters
+    lr: float | None = None
     weight_decay: float = 0.0  # of AdamW, per unit of lr
     betas: tuple[float, float] = (0.9, 0.95)  # decay of the two moments of AdamW
     eps: float = 1e-8  # added to the root of the second moment
 
     def __post_init__(self):
-        above_zero(self, "lr", "eps")
+        above_zero(self, "eps", *(["lr"] if self.lr is not None else []))
         not_negative(self, "weight_decay")
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas = {self.betas}; want 0 <= beta < 1 for both")

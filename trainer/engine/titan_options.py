@@ -109,7 +109,7 @@ def titan_options(cfg: Config) -> dict[str, list[Option]]:
     """Section -> its options with the values of this run. Those that our own tables decide
     (REPLACED) are left out. KeyError for an option without a note.
     """
-    config = titan_config(cfg, None)  # the model decides none of them
+    config = titan_config(cfg, None)  # of the model only its folder counts
     return {section: _options(section, getattr(config, section)) for section in TITAN_SECTIONS}
 
 

@@ -4,6 +4,7 @@ their validation.
 
 import dataclasses
 import os
+import sys
 from typing import Any
 
 from torchtitan.components.metrics import MetricsProcessor
@@ -12,13 +13,16 @@ from torchtitan.config import CommConfig, DebugConfig, ParallelismConfig, Traini
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.protocols.model_spec import ModelSpec
 
-from reflux.trainer.adapter_folder import read_adapter
+from reflux.trainer.adapter_folder import base_of, read_adapter
 from reflux.trainer.config.origins import blamed
 from reflux.trainer.config.schema import Config
 
 from .checkpoints import Checkpointer
+from .hf_models import positions_of, text_config
 from .titan_sections import lay_sections
 from .torchtitan_host import NoData, NoLoss, NoTokenizer, RefluxTrainer
+
+SEQ_LEN = 2048  # torchtitan's default; a model with fewer positions has them
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -37,6 +41,8 @@ def titan_config(cfg: Config, spec: ModelSpec) -> RefluxTrainer.Config:
     # with adapters the engine itself loads what is in the folder
     if not (cfg.model.from_scratch or cfg.lora.rank or read_adapter(path)):
         initial = {"initial_load_in_hf": True, "initial_load_path": path}
+    assert cfg.optim.lr is not None, "set by Config"
+    positions = _positions(path)
     config = RefluxTrainer.Config(
         model_spec=spec,
         hf_assets_path=path,
@@ -53,7 +59,12 @@ def titan_config(cfg: Config, spec: ModelSpec) -> RefluxTrainer.Config:
         lr_scheduler=LRSchedulersContainer.Config(
             warmup_steps=min(10, cfg.steps // 10), decay_ratio=0.0
         ),
-        training=Training(disable_cuda_graphs=True, gc_freq=10, steps=max(cfg.steps, 1)),
+        training=Training(
+            disable_cuda_graphs=True,
+            gc_freq=10,
+            steps=max(cfg.steps, 1),
+            seq_len=min(SEQ_LEN, positions),
+        ),
         # spmd_types needs torch 2.14
         parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),
         # rollouts and rewards skew ranks
@@ -74,7 +85,20 @@ def titan_config(cfg: Config, spec: ModelSpec) -> RefluxTrainer.Config:
         }[cfg.activation_checkpoint],
     )
     lay_sections(config, cfg)
+    if config.training.seq_len > positions:
+        text = (
+            f"training.seq_len = {config.training.seq_len}; the model has {positions} positions "
+            f"(max_position_embeddings of {cfg.model.path}); want at most these"
+        )
+        raise blamed(cfg, ["training.seq_len"], text)
     return config
+
+
+def _positions(path: str) -> int:
+    """Of the longest row of the model; no limit where there is no model to ask."""
+    if not os.path.isfile(os.path.join(base_of(path), "config.json")):
+        return sys.maxsize
+    return positions_of(text_config(path)) or sys.maxsize
 
 
 def check_degrees(parallelism: ParallelismConfig, cfg: Config) -> None:

@@ -343,7 +343,10 @@ def test_no_float_may_be_nan_or_infinite(section):
             {"folder": "r"},
             "phase is missing; want calibrate | distill | diagnose | cache | evaluate",
         ),
-        ({"phase": "distill"}, "folder is missing; want str"),
+        (
+            {"phase": "distill"},
+            "folder is missing; want a folder for the run, e.g. 'runs/mine'; ",
+        ),
     ],
 )
 def test_a_phase_names_what_is_missing(tables, says):

@@ -62,7 +62,7 @@ def test_a_missing_folder_is_named_with_its_role(calibrate, distill, tmp_path, c
             {"model": {"backend": "hf"}, "training": {"seq_len": 512}},
             "seq_len = 512; the model has 256 positions",
         ),
-        ({"training": {"seq_len": 512}}, "sequence length 512 exceeds"),
+        ({"training": {"seq_len": 512}}, "seq_len = 512; the model has 256 positions"),
         ({"training": {"sequence": 64}}, "training.sequence"),
         (
             {"parallelism": {"data_parallel_shard_degree": 4}},
