@@ -73,7 +73,8 @@ def check_linear(
     if not (hidden_TD.ndim == 2 and head_VD.ndim == 2 and hidden_TD.shape[1] == head_VD.shape[1]):
         raise ValueError(
             f"{op}: hidden is {list(hidden_TD.shape)} and head {list(head_VD.shape)}; want [T, D] "
-            "and [V, D]. Flatten batch and time first: hidden.flatten(0, -2)"
+            "and [V, D]. Flatten batch and time first, hidden.flatten(0, -2); the head is the "
+            "weight of a torch.nn.Linear(D, V), not its transpose"
         )
     if not (hidden_TD.dtype == head_VD.dtype and hidden_TD.is_floating_point()):
         raise ValueError(

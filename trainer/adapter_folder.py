@@ -90,6 +90,8 @@ def model_folder(path: str, option: str) -> str:
     if os.path.isfile(os.path.join(base_of(full), "config.json")):
         return full
     hint = "want a Hugging Face model folder, or a LoRA adapter's with adapter_config.json"
+    if os.path.isdir(os.path.join(full, "export")):  # of a run
+        hint += f", did you mean {os.path.join(path, 'export')}?"
     if HUB_ID.fullmatch(path) and not os.path.exists(full):
         hint += f". Ids of the hub are not downloaded: hf download {path} --local-dir {path}"
     elif not os.path.exists(full):

@@ -67,11 +67,9 @@ def _told_in_words(cfg: Config, engine: Engine) -> Iterator[None]:
             told = disk_space.no_space(cfg.folder, f"{error} while writing", engine.kept())
             for note in getattr(error, "__notes__", []):
                 told.add_note(note)
-        if engine.is_main and engine.saved_step:
-            told.add_note(
-                f"To go on from step {engine.saved_step}, in {commands.directory()}:\n"
-                f"  {commands.resume()}"
-            )
+        if engine.is_main and (engine.saved_step or isinstance(told, DiskError)):
+            what = f"go on from step {engine.saved_step}" if engine.saved_step else "start again"
+            told.add_note(f"To {what}, in {commands.directory()}:\n  {commands.resume()}")
         if told is error:
             raise
         raise told from error

@@ -89,3 +89,9 @@ def test_a_folder_that_is_none_is_named_by_its_option(tmp_path, monkeypatch):
         model_folder("runs/debug/qwen3_tied", "model.path")
     with pytest.raises(ValueError, match="hf download Qwen/Qwen3-8B --local-dir"):
         model_folder("Qwen/Qwen3-8B", "model.path")
+
+
+def test_the_export_of_a_run_is_named(tmp_path):
+    (tmp_path / "run/export").mkdir(parents=True)
+    with pytest.raises(ValueError, match="did you mean .*/run/export\\?"):
+        model_folder(f"{tmp_path}/run", "teacher.path")

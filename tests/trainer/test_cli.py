@@ -164,6 +164,17 @@ def test_a_table_of_runs_is_known_by_its_cells(tmp_path, monkeypatch, capsys):
         assert ended.value.code == 2 and "is a table of runs" in capsys.readouterr().err
 
 
+def test_a_report_begins_with_what_is_trained_for_and_says_what_ended_the_run(tmp_path, capsys):
+    head = {"schema": 1, "config": {"phase": "calibrate", "steps": 9}}
+    step = {"step": 3, "wall_s": 1.0} | dict.fromkeys("abcdefghijkl", 1.0)
+    lines = [head, step | {"reward/cal": -2.0, "loss": 0.5}, {"event": "interrupted", "step": 3}]
+    (tmp_path / "run.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert cli.main(["report", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "step 3 of 9; interrupted; its last step is saved" in told
+    assert told.index("loss 0.5") < told.index("reward/cal -2") < told.index("  a 1")
+
+
 def test_a_matrix_reports_once_more(tmp_path, monkeypatch, capsys):
     from reflux.trainer import matrix
 

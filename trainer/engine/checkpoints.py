@@ -295,7 +295,7 @@ class Checkpointer(CheckpointManager):
             if self.peers.is_first:
                 shutil.rmtree(self._create_checkpoint_id(step), ignore_errors=True)
             if full:
-                what = f"the checkpoint of step {step} needs {disk_space.size(needed)} or more"
+                what = f"the checkpoint of step {step} needs more than {disk_space.size(needed)}"
                 raise disk_space.no_space(self.home, what, self.kept()) from error
             raise DiskError(
                 getattr(error, "errno", None) or errno.EIO,

@@ -22,6 +22,7 @@ from .data_checks import (
     control_findings,
     first_prompts,
     given_responses,
+    held_out_findings,
     sampled_findings,
     task_findings,
 )
@@ -46,6 +47,7 @@ def examine(cfg: Config) -> PreflightReport:
     findings += failed + tokenizer_findings(shapes, chats) + pair_findings(cfg, chats)
     prompts, failed = first_prompts(cfg)
     findings += failed + control_findings(chats, prompts)
+    findings += [] if has_errors(failed) else held_out_findings(cfg)
     texts: list[Rollout] = []
     if chats and prompts and len(shapes) == len(roles(cfg)):
         findings += _lengths(cfg, shapes, chats)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from reflux.trainer.config.data import SourceSection
 from reflux.trainer.config.parts import input_name, part_configs, tasks
 from reflux.trainer.config.phases import spec_of
 from reflux.trainer.config.schema import Config
@@ -13,6 +14,7 @@ from reflux.trainer.data.failed_grades import count_failed
 from reflux.trainer.data.fitted_prompts import training_listing
 from reflux.trainer.data.graders import Grade
 from reflux.trainer.data.prompts import Prompts, load_prompts
+from reflux.trainer.data.sources import source_files
 from reflux.trainer.data.tasks import task_grader
 from reflux.trainer.rollouts.generate import given_rollout
 
@@ -41,6 +43,24 @@ def first_prompts(cfg: Config) -> tuple[list[Prompt], list[Finding]]:
             advice = "lengths, grader and texts are not checked"
             return [], [*findings, Finding("error", what, advice)]
     return prompts, findings
+
+
+def held_out_findings(cfg: Config) -> list[Finding]:
+    """An evaluation that asks what the run is trained on."""
+    trained = {x for s in (cfg.data, *cfg.data.parts.values()) for x in _inputs(s)}
+    asked = {x for s in (cfg.eval, *cfg.eval.parts.values()) for x in _inputs(s)}
+    if not (cfg.trains and (both := sorted(trained & asked))):
+        return []
+    advice = "accuracy is then that of questions it was trained on; hold some out"
+    return [Finding("warning", f"[data] and [eval] both read {both[0]}", advice)]
+
+
+def _inputs(section: SourceSection) -> set[str]:
+    """The files of a source, or its name with what is taken of it."""
+    if not section.source:
+        return set()
+    files = {str(file.resolve()) for file in source_files(section.source)}
+    return files or {f"{section.name} {section.subset} {section.split}"}
 
 
 def _shape_finding(section: str, prompts: Prompts) -> Finding:

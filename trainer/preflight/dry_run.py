@@ -58,7 +58,8 @@ def plan(cfg: Config) -> PreflightReport:
 
 
 def as_warnings(findings: Sequence[Finding]) -> list[Finding]:
-    return [replace(f, level="warning") for f in findings]
+    """Errors that a plan can live with."""
+    return [replace(f, level="warning") if f.level == "error" else f for f in findings]
 
 
 def _budget(

@@ -127,8 +127,8 @@ def _evaluation(fields: Mapping[str, Any]) -> str:
         for k in names
     )
     return (
-        f"\n## Evaluation\nHeld-out prompts, the weights of step {fields['step']}; intervals are "
-        "95 % over prompts and say nothing of another seed.\n\n"
+        f"\n## Evaluation\nPrompts of `eval.source`, the weights of step {fields['step']}; "
+        "intervals are 95 % over prompts and say nothing of another seed.\n\n"
         f"| metric | value | interval |\n|---|--:|---|\n{rows}"
     )
 

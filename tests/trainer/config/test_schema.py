@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from reflux.trainer.config.loader import fill, load
+from reflux.trainer.config.loader import fill, load, to_toml
 from reflux.trainer.config.roles import distill_roles
 from reflux.trainer.config.schema import Config, sections
 from reflux.trainer.config.sections import CalibrationSection, FrozenSection
@@ -234,6 +234,7 @@ def test_a_students_policy_gradient_has_the_samplers_ratios(more):
     [
         ({"objective": "nll"}, "Set on_policy = 0, or objective = 'kl'"),
         ({"objective": "nll", "on_policy": 0.1}, "on_policy = 0.1"),
+        ({"source": "dataset"}, "no response of the data is read. Set on_policy = 0"),
         (
             {"objective": "nll", "on_policy": 0.0, "temperature": 2.0},
             "temperature = 2.0 needs objective = 'kl'",
@@ -485,3 +486,21 @@ def test_every_option_but_what_must_be_chosen_has_a_default():
         "titan",
         "origins",
     }
+
+
+@pytest.mark.parametrize(
+    "phase, over, lr",
+    [
+        ("calibrate", {}, 1e-6),
+        ("calibrate", {"lora": {"rank": 4}}, 1e-5),
+        ("distill", {}, 1e-5),
+        ("distill", {"lora": {"rank": 4}}, 1e-5),
+        ("distill", {"optim": {"lr": 3e-4}}, 3e-4),
+    ],
+)
+def test_the_rate_that_is_left_out_is_that_of_the_phase(phase, over, lr):
+    made = (calibrate if phase == "calibrate" else distill)(**over)
+    assert made.optim.lr == lr
+    assert fill(Config, tomllib.loads(to_toml(made)), "x.toml").optim.lr == lr, "read back"
+    with pytest.raises(ValueError, match="optim.lr = 0"):
+        distill(optim={"lr": 0.0})

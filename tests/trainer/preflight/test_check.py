@@ -13,6 +13,7 @@ from assets import free_port
 from preflight_cases import changed_tokenizer, files, only_descriptions, problems, swallow_space
 from runs import config
 
+from reflux.trainer.config.data import SourceSection
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt
 from reflux.trainer.data.chat import Chat
@@ -21,7 +22,7 @@ from reflux.trainer.preflight import check as check_module
 from reflux.trainer.preflight import model_checks
 from reflux.trainer.preflight.check import check
 from reflux.trainer.preflight.check import examine as examine_report
-from reflux.trainer.preflight.data_checks import control_findings
+from reflux.trainer.preflight.data_checks import control_findings, held_out_findings
 from reflux.trainer.preflight.dry_run import plan
 from reflux.trainer.preflight.report import Finding
 
@@ -219,3 +220,19 @@ def test_weights_that_are_not_there_are_an_error(calibrate, talkers, tmp_path):
     empty = only_descriptions(talkers / "proxy", tmp_path / "empty")
     assert "no model.safetensors" in problems(examine(calibrate(proxy={"path": str(empty)})))
     assert not torch.distributed.is_initialized()
+
+
+def test_an_evaluation_on_the_training_data_is_told(calibrate, tmp_path):
+    source = calibrate().data.source
+    (tmp_path / "other.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    for asked, told in (
+        ({"source": source}, True),
+        ({"parts": {"a": {"source": f"{os.path.dirname(source)}/da*.jsonl"}}}, True),
+        ({"source": str(tmp_path / "other.jsonl")}, False),
+        ({}, False),
+    ):
+        findings = held_out_findings(calibrate(eval=asked))
+        assert [f.what.startswith("[data] and [eval] both read") for f in findings] == [True] * told
+    hub = SourceSection("org/set", split="train")
+    cfg = calibrate(eval={"source": "org/set", "split": "test"})
+    assert not held_out_findings(replace(cfg, data=replace(cfg.data, source=hub.source)))

@@ -1,6 +1,7 @@
 """--dry-run: what cannot work is named, and neither weights nor a process group are needed."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from preflight_cases import files, only_descriptions, problems
 
 from reflux.trainer.preflight.check import check, examine
 from reflux.trainer.preflight.dry_run import dry_run, plan
+from reflux.trainer.preflight.shapes import planned_shapes, planned_titan
 
 
 def test_a_dry_run_reads_no_weights_and_starts_nothing(calibrate, talkers, tmp_path, capsys):
@@ -86,3 +88,13 @@ def test_a_dry_run_with_adapters_plans_them_and_names_the_gpus(calibrate, capsys
         assert word in text, word
     wrong = calibrate(lora={"rank": 4, "targets": ["c_attn"]})
     assert "lora.targets holds 'c_attn'" in problems(plan(wrong).findings)
+
+
+def test_what_is_right_is_no_warning_and_rows_fit_the_model(calibrate):
+    """Without a training.seq_len: torchtitan's 2048, or the positions that the model has."""
+    cfg = replace(
+        calibrate(), titan={k: v for k, v in calibrate().titan.items() if k != "training"}
+    )
+    findings = plan(cfg).findings
+    assert not problems(findings) and "rows of shape" not in problems(findings, "warning")
+    assert planned_titan(cfg, planned_shapes(cfg)[0][0]).training.seq_len == 256
