@@ -108,8 +108,8 @@ class Config:
                 "'resume': taking over a folder is going on with its run"
             )
         if self.optim.lr is None:
-            small = self.phase == "calibrate" and not self.lora.rank
-            object.__setattr__(self, "optim", replace(self.optim, lr=1e-6 if small else 1e-5))
+            large = self.phase == "distill" or self.lora.rank
+            object.__setattr__(self, "optim", replace(self.optim, lr=1e-5 if large else 1e-6))
         check_phase(self)
 
     @property

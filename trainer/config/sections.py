@@ -444,7 +444,7 @@ class DefenceSection:
 
 @dataclass(frozen=True)
 class OptimSection:
-    lr: float | None = None  # left out: 1e-6 to calibrate all weights, else 1e-5
+    lr: float | None = None  # left out: 1e-5 to distil and for adapters, else 1e-6
     weight_decay: float = 0.0  # of AdamW, per unit of lr
     betas: tuple[float, float] = (0.9, 0.95)  # decay of the two moments of AdamW
     eps: float = 1e-8  # added to the root of the second moment

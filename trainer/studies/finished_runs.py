@@ -87,9 +87,8 @@ def load_finished_runs(folder: Path) -> list[FinishedRun]:
         FinishedRun(c["labels"], load_run(folder / c["folder"]), folder / c["folder"])
         for c in cells
         if (folder / c["folder"] / "run.jsonl").exists()
-        and (folder / c["folder"] / "summary.json").exists()
     ]
-    return [r for r in runs if r.evals() and "role" in r.labels]
+    return [r for r in runs if r.run.summary is not None and r.evals() and "role" in r.labels]
 
 
 def with_role(runs: Iterable[FinishedRun], role: str) -> list[FinishedRun]:
