@@ -38,7 +38,7 @@ QUICKSTART = (  # attacks of README's figure, the ones that make quickstart runs
     "cross_tokenizer",
     "deeper_student",
 )
-LANGUAGE = "2026-11-29_language_past_three_attacks.json"
+LANGUAGE = "2026-11-30_language_past_five_seeds.json"
 LANGUAGE_ATTACKS = ("seq_kd", "kd_forward", "gkd_on_policy")  # all of one student's start
 ETA_COLUMNS = {  # title of a panel -> key of a point in the record
     "teacher accuracy": "teacher",
