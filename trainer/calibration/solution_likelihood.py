@@ -65,7 +65,8 @@ class SolutionLikelihood(LikelihoodRatio):
 
     def _solutions(self, rollouts: Sequence[Rollout]) -> list[float]:
         """Mean log-probability of each solution's tokens under the proxy; nats."""
-        texts = [self.proxy_chat.encode(r.text + BEFORE_SOLUTION) for r in rollouts]
+        whole = [self.chat.whole_text(r.content_ids, r.text) for r in rollouts]
+        texts = [self.proxy_chat.encode(text + BEFORE_SOLUTION) for text in whole]
         answers = [self.proxy_chat.encode(str(r.prompt.answer)) for r in rollouts]
         jobs = [
             (self.proxy_chat.prompt_ids(r.prompt.messages), (*text, *answer))
