@@ -14,7 +14,7 @@ UNBIASED_PARTITIONS = ("prefix", "first_byte")
 
 @dataclass(frozen=True)
 class DistillSection:
-    # byte: teacher and student with different tokenizers, exact; span, class: baselines for these
+    # byte: teacher and student with different tokenizers, exact; span, class: baselines for it;
     # policy_gradient: the teacher's log-probability of the student's own texts as a reward
     objective: Literal["nll", "kl", "byte", "policy_gradient", "span", "class"] = "kl"
     # KL of which side, or a mixture; forward covers the teacher, reverse is sharp (docs/method.md)
