@@ -349,7 +349,7 @@ class GuardSection:
     kl_budget: float = 0.10  # nats per token of KL(pi || pi_ref); the run stops above it. 0: off
     # accuracy; two evaluations in a row below the start by more than this stop the run. 0: off
     utility_drop: float = 0.02
-    # how far texts may drift from the first step's, by a moving average; more stops the run (0: off);
+    # how far a moving average of the texts may drift from the first step's; more ends it (0: off);
     length_drift: float = 0.0  # 0.25: longer than 1.25 times, or shorter than 1 / 1.25
     entropy_drift: float = 0.0  # of the entropy, likewise
     truncation_drift: float = 0.0  # 0.1: a tenth of the texts more than at first is truncated
