@@ -57,6 +57,7 @@ def config_of(folder: Path, rank: int) -> Any:
         "steps": STEPS,
         "model": {"path": str(folder / "model")},
         "lora": {"rank": rank},
+        "optim": {"lr": 1e-6},
         "reference": {"dtype": "float32"},
         "data": {"source": "none"},
         "task": {"name": "exact"},

@@ -290,7 +290,8 @@ def test_phases_without_steps_own_their_folder_too(talkers, tmp_path, monkeypatc
         seen.append([p.name for p in Path(cfg.folder).iterdir()])
         return 0
 
-    over = {"data": {"limit": 2}} if phase == "diagnose" else {"eval": {"source": "x.jsonl"}}
+    asked = {"eval": {"source": str(talkers / "data.jsonl")}}
+    over = {"data": {"limit": 2}} if phase == "diagnose" else asked
     cfg = config(talkers, tmp_path / "run", phase, task={"name": "small_tasks:is_even"}, **over)
     (tmp_path / "run.toml").write_text(to_toml(cfg))
     monkeypatch.setattr("reflux.trainer.loop.train", look)
