@@ -228,8 +228,8 @@ def test_the_kl_budget_ends_the_run_in_good_order(talkers, tmp_path):
     assert (run.summary["exit_code"], run.summary["stopped"]) == (4, stopped["reason"])
     card = (tmp_path / "run/export/README.md").read_text()
     assert f"the weights of step {accepted}; intervals" in card
-    kl = [s["reference_kl"] for s in run.steps if s["step"] == accepted]
-    assert all(f"| reference_kl | {x:.5g} |" in card for x in kl), "of the exported weights"
+    (kl,) = (s["reference_kl"] for s in run.steps if s["step"] == accepted)
+    assert f"| reference_kl | {kl:.5g} |" in card, "of the exported weights"
     assert f"in {accepted} of 8 planned steps" in card and "A guard ended the run" in card
     short = replace(cfg, folder=str(tmp_path / "short"), steps=accepted)
     if accepted:

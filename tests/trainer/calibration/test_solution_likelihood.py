@@ -68,3 +68,20 @@ def test_what_it_cannot_do_is_said(talkers, tmp_path):
     by = reward(talkers, tmp_path, score_norm="per_token")
     with pytest.raises(ValueError, match="1 rollouts are of prompts without `answer`"):
         by.score([rollout("a", "b"), rollout("a", None)], [], None, MetricSums())
+
+
+@pytest.mark.filterwarnings("ignore:calibration.score_norm")
+def test_a_text_cut_inside_a_character_is_read_up_to_it(talkers, tmp_path, monkeypatch):
+    by, seen = reward(talkers, tmp_path, score_norm="per_token"), []
+
+    def score_ids(scorer, engine, jobs, chat, **options):
+        seen.extend(ids for _, ids in jobs)
+        return [TextScore(np.zeros(len(ids)), 0.0) for _, ids in jobs]
+
+    monkeypatch.setattr(module, "score_ids", score_ids)
+    ids = by.chat.encode("no €")[:-1]
+    text = by.chat.decode(ids)
+    assert "\ufffd" in text, "the euro sign has several tokens"
+    cut = replace(rollout(text, "4"), ids=tuple(ids), logp=(-1.0,) * len(ids), ended=False)
+    by._solutions([cut])
+    assert seen == [(*by.proxy_chat.encode("no \n"), *by.proxy_chat.encode("4"))]
