@@ -130,12 +130,12 @@ class Engine:
         # agreed on by all ranks at the end of the step: a rank that left alone would hang the rest
         self.wants_to_stop = False
         self._last = LastStep(self._trainer)
-        self._rescue = self._watch_other_ranks()
         self._is_ending = False
         # of weights_version; the same on every rank
         self._run_id = from_all_ranks(lambda: uuid.uuid4().hex[:12])[0]
         self._moves = 0
         self._closing: list[Callable[[], None]] = []
+        self._rescue = self._watch_other_ranks()  # the last: its thread ends with close() alone
 
     def _prepare_adapters(self, spec: ModelSpec, path: str) -> None:
         """Loads what stays frozen; checkpoints and a return to step 0 are of the adapters alone."""

@@ -80,7 +80,11 @@ class Rescue:
         self._store.compare_set("failed", "", mine)  # the first one counts
 
     def close(self) -> None:
+        """Ends the thread. One that is inside the store while the interpreter ends would abort the
+        process: torch takes the lock of Python again where C++ allows no exit of a thread.
+        """
         self._closed.set()
+        self._thread.join(JOIN_S)
 
     # --- the thread
 

@@ -133,9 +133,11 @@ def _scratch_engine(cfg: Config) -> Iterator[Engine]:
         )
         try:
             engine = Engine(quiet, hashes_inputs=False)
-            engine.vocab_size = min(engine.vocab_size, Chat.of(cfg.model).vocab_size)
-            yield engine
-            engine.close()
+            try:
+                engine.vocab_size = min(engine.vocab_size, Chat.of(cfg.model).vocab_size)
+                yield engine
+            finally:
+                engine.close()
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()

@@ -1,5 +1,7 @@
 """Ranks as threads around one store: one fails, all save the same step and end."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -41,8 +43,6 @@ def ranks(monkeypatch):
     yield make
     for rank in made:
         rank.rescue.close()
-    for rank in made:
-        rank.rescue._thread.join(5)
 
 
 def test_the_others_save_in_their_thread_the_failed_rank_in_its_own(ranks):
@@ -109,3 +109,35 @@ def test_a_main_thread_that_stays_in_its_collective_is_ended(ranks, monkeypatch)
     _, two = ranks(7, 7)
     two.rescue.fail(ValueError("bad row"))
     assert ended.wait(5)
+
+
+AT_EXIT = """
+import threading, time
+from datetime import timedelta
+import torch.distributed as dist
+from reflux.trainer.engine import rescue
+
+class SlowStore:  # answers after a second, in which it gives the lock of Python away and takes it
+    def __init__(self):
+        self.store = dist.HashStore()
+    def check(self, keys):
+        asked.set()
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            try:
+                self.store.wait(keys, timedelta(milliseconds=1))
+            except dist.DistStoreError:
+                pass
+        return False
+
+asked, rescue.POLL_S = threading.Event(), 0.01
+rank = rescue.Rescue(SlowStore(), 0, 2, lambda: None, lambda: None)
+asked.wait()
+rank.close()
+"""
+
+
+def test_a_process_ends_well_while_its_thread_asks_the_store():
+    """Seen as exit code 134 of a run that had done all its work."""
+    done = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
