@@ -21,6 +21,8 @@ from .data.minibatches import deal, key_of, split
 from .disk_space import DiskError
 from .engine.agreement import agreed
 from .engine.engine import Engine
+from .engine.fingerprints import ChangedInputs
+from .engine.trainer_config import traces_folder
 from .phase import Advance, LossFunction, Phase, Stop, TrainingPhase
 from .runs import commands
 from .runs.alarms import Alarms
@@ -42,7 +44,7 @@ def train(cfg: Config, lock: RunLock | None = None, callbacks: Sequence[Callback
     lock: the main rank's, on the folder. Raises LockLost when another process has taken it over.
     callbacks: hear of steps, evaluations and rollouts on every rank (callbacks.py).
     """
-    engine = Engine(cfg)
+    engine = _start(cfg)
     try:
         with _told_in_words(cfg, engine), engine.keeps_last_step(unless=LockLost):
             code = _run(cfg, engine, lock, Callbacks(callbacks, dist.get_rank(), cfg.steps))
@@ -50,6 +52,18 @@ def train(cfg: Config, lock: RunLock | None = None, callbacks: Sequence[Callback
             return code
     finally:
         engine.close()
+
+
+def _start(cfg: Config) -> Engine:
+    """An engine. Files that have changed since are told with the command that accepts them."""
+    try:
+        return Engine(cfg)
+    except BaseException as error:
+        disk_space.remove_empty(cfg.folder, traces_folder(cfg))
+        if any(isinstance(e, ChangedInputs) for e in (error, error.__cause__)):
+            hint = f"in {commands.directory()}:\n  {commands.resume(changed_inputs=True)}"
+            error.add_note(f"To go on with them as they are, {hint}")
+        raise
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from reflux.trainer.runs import lock
 from reflux.trainer.runs.logger import load_run
 from reflux.trainer.studies import real_pair
 
+RESUME = "on_existing_run=resume"
 ROOT = Path(__file__).parents[2]
 # what looks like a command, or like a way to get one, inside a longer text
 LIKE_A_COMMAND = re.compile(
@@ -142,6 +143,27 @@ def test_a_folder_that_holds_a_run(talkers, world, capsys):
     cfg = config(talkers, world / "run", "distill", steps=1)
     run_here(cfg)
     (line,) = printed(message(capsys, *write(replace(cfg, steps=2), world / "my run.toml")))
+    done = run(line, world)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [s["step"] for s in load_run(cfg.folder).steps] == [1, 2]
+
+
+@pytest.mark.parametrize("remembered", [True, False])
+def test_a_file_that_has_changed_since(talkers, world, capsys, remembered):
+    """remembered: by the run's folder; else by its checkpoint alone."""
+    (world / "own.py").write_text("def grade(prompt, text):\n    return 1.0\n")
+    task = {"name": "own:grade"}
+    every_step = {"interval": 1}
+    cfg = config(talkers, world / "run", "calibrate", steps=1, task=task, checkpoint=every_step)
+    words = write(cfg, world / "my run.toml")
+    assert run_forked(words, world).wait() == 0
+    (world / "own.py").write_text("def grade(prompt, text):\n    return 2.0\n")
+    if not remembered:
+        (world / "run" / "inputs.json").unlink()
+    text = message(capsys, *write(replace(cfg, steps=2), world / "my run.toml"), "--set", RESUME)
+    (line,) = printed(text)
+    assert "own.py has changed" in text and "as they are" in text
+    assert not (world / "run" / "comm_traces").exists()
     done = run(line, world)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [s["step"] for s in load_run(cfg.folder).steps] == [1, 2]

@@ -68,7 +68,7 @@ from .publish import named_weights
 from .ranks import RankGroup, from_all_ranks
 from .rescue import Announcement, Rescue, first_line
 from .torchtitan_host import RefluxTrainer
-from .trainer_config import check_world, titan_config
+from .trainer_config import check_world, titan_config, traces_folder
 from .weights import load_weights, verify_numbers, verify_weights
 
 log = logging.getLogger(__name__)
@@ -491,7 +491,7 @@ class Engine:
             close()
         if dist.is_initialized():
             dist.destroy_process_group()
-        disk_space.remove_empty(self._config.dump_folder, self._config.comm.save_traces_folder)
+        disk_space.remove_empty(self._config.dump_folder, traces_folder(self.cfg))
 
 
 # mypy proves that these keep the contracts of trainer/phase.py

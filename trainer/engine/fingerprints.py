@@ -326,6 +326,10 @@ def changed_inputs(before: Mapping[str, Input], now: Mapping[str, Input]) -> lis
     return sorted(found)
 
 
+class ChangedInputs(ValueError):
+    """A run is to be resumed on files that are not those it was trained on."""
+
+
 class RunInputs:
     """The inputs of this run, against those of the run that is resumed.
 
@@ -361,7 +365,7 @@ class RunInputs:
             return
         what = f"{self._cfg.folder} was trained on other inputs: {'; '.join(changed)}"
         if self._cfg.on_changed_input == "fail":
-            raise ValueError(
+            raise ChangedInputs(
                 f"{what}. A resumed run has to be the same experiment: put them back, set "
                 "on_existing_run = 'new', or go on with them by on_changed_input = 'accept'"
             )

@@ -94,6 +94,11 @@ def titan_config(cfg: Config, spec: ModelSpec) -> RefluxTrainer.Config:
     return config
 
 
+def traces_folder(cfg: Config) -> str:
+    """In the run's folder; torchtitan makes it when it starts."""
+    return cfg.titan.get("comm", {}).get("save_traces_folder", CommConfig().save_traces_folder)
+
+
 def _positions(path: str) -> int:
     """Of the longest row of the model; no limit where there is no model to ask."""
     if not os.path.isfile(os.path.join(base_of(path), "config.json")):

@@ -53,11 +53,14 @@ def directory() -> str:
     return os.getcwd()
 
 
-def resume(*, take_over: bool = False) -> str:
-    """Goes on with this run. take_over: from an owner of its folder that is known to have ended."""
+def resume(*, take_over: bool = False, changed_inputs: bool = False) -> str:
+    """Goes on with this run. take_over: from an owner of its folder that is known to have ended.
+    changed_inputs: with the files as they are now.
+    """
     sets = {"on_existing_run": "resume"}
     sets |= {"folder": _folder} if _folder else {}
     sets |= {"take_over_lock": "true"} if take_over else {}
+    sets |= {"on_changed_input": "accept"} if changed_inputs else {}
     return shlex.join(_with_sets(_drop_set(_started(), "take_over_lock"), sets))
 
 

@@ -54,6 +54,8 @@ def test_resuming_names_the_folder_that_the_same_words_would_not_settle_on():
 def test_taking_over_is_said_where_it_is_meant():
     commands.remember(["--config", "a"])
     assert commands.resume(take_over=True).endswith("resume --set take_over_lock=true")
+    accepted = "resume --set on_changed_input=accept"
+    assert commands.resume(changed_inputs=True).endswith(accepted)
 
 
 @given(WORDS)
