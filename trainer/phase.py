@@ -19,7 +19,7 @@ V vocabulary, S spans, n tokens of one response.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -168,6 +168,9 @@ class TrainingPhase(Phase, Protocol):
         ...
 
 
+Result = TypeVar("Result")
+
+
 class ReadableModel(Protocol):
     """A model whose hidden states and head can be read: the engine's own, or a frozen one."""
 
@@ -297,6 +300,12 @@ class Engine(ReadableModel, Protocol):
 
     def gather(self, rows: list) -> list:
         """All ranks' rows in rank order, on every rank."""
+        ...
+
+    def once_per_row(self, work: Callable[[], Result]) -> Result:
+        """work() of one of the ranks that hold the same rows (tensor parallelism), on all of them;
+        its error too. Collective over them.
+        """
         ...
 
     def restore(self, step: int) -> int:

@@ -44,6 +44,24 @@ def test_one_step_off_texts_are_one_update_old(policy_server, talkers, tmp_path)
     assert all(s["max/mismatch"] > 10 * GAP for s in steps[1:])  # an update lies between
 
 
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_ranks_that_share_rows_ask_for_their_texts_once(policy_server, talkers, tmp_path, overlap):
+    """Two halves of every tensor train on the same texts, by the weights that were pushed."""
+    cfg = config(
+        talkers,
+        tmp_path / "run",
+        "calibrate",
+        steps=3,
+        rollout=by(policy_server, overlap=overlap, prompts=2, group=4),
+        calibration={"mode": "off"},
+        parallelism={"tensor_parallel_degree": 2},
+    )
+    steps = run_ranks(cfg).steps
+    assert [s["staleness"] for s in steps] == [0, overlap, overlap]
+    assert steps[0]["max/mismatch"] < GAP
+    assert all(overlap or s["max/mismatch"] < GAP for s in steps)
+
+
 def test_two_ranks_share_servers_and_one_that_is_killed_is_named(policy_server, talkers, tmp_path):
     process, second = start_server(talkers / "policy")
     cfg = config(

@@ -1,7 +1,9 @@
 """A teacher behind a real server trains a student as the same teacher in the run does."""
 
+from dataclasses import replace
+
 import pytest
-from runs import config, run_here
+from runs import config, run_here, run_ranks
 
 pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("titan_process")]
 
@@ -20,6 +22,17 @@ def test_a_served_teacher_is_the_local_one(teacher_server, talkers, tmp_path, di
     local = run_here(distill(talkers, tmp_path / "local", **spec)).steps
     served = run_here(distill(talkers, tmp_path / "served", teacher_server, **spec)).steps
     for a, b in zip(local, served, strict=True):
+        for name in ("loss", "kl", "teacher_mass", "grad_norm"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
+
+
+def test_ranks_that_share_rows_ask_it_once(teacher_server, talkers, tmp_path):
+    """The numbers of one rank."""
+    spec = TOP_K | {"divergence": "reverse"}
+    one = run_here(distill(talkers, tmp_path / "one", teacher_server, **spec)).steps
+    cfg = distill(talkers, tmp_path / "two", teacher_server, **spec)
+    two = run_ranks(replace(cfg, titan=cfg.titan | {"parallelism": {"tensor_parallel_degree": 2}}))
+    for a, b in zip(one, two.steps, strict=True):
         for name in ("loss", "kl", "teacher_mass", "grad_norm"):
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
 

@@ -98,6 +98,32 @@ def test_other_meshes_are_one_rank_too(talkers, tmp_path, parallelism):
     assert_same(one, two)
 
 
+BY_CHANCE = """
+import os, pathlib, random
+
+def grade(prompt, text):
+    with open(pathlib.Path(__file__).with_name("graders"), "a") as file:
+        file.write(os.environ["RANK"] + "\\n")
+    return random.SystemRandom().random()
+"""
+
+
+def test_ranks_that_share_rows_grade_them_once(talkers, tmp_path, monkeypatch):
+    """Grades that differ from call to call would give them other gradients. T23."""
+    (tmp_path / "by_chance.py").write_text(BY_CHANCE)
+    monkeypatch.chdir(tmp_path)
+    over = {
+        "calibration": {"mode": "off"},
+        "task": {"name": "by_chance:grade", "options": {"isolate": False, "grade_truncated": True}},
+        "parallelism": {"tensor_parallel_degree": 2},
+        "rollout": {"prompts": 2, "group": 4},
+        "steps": 2,
+    }
+    run = run_ranks(config(talkers, tmp_path / "run", "calibrate", **over))
+    assert len(run.steps) == 2
+    assert (tmp_path / "graders").read_text().split() == ["0"] * (2 * 2 * 4)
+
+
 def test_a_rank_without_a_token_neither_hangs_nor_changes_the_numbers(talkers, tmp_path):
     """T11: of two prompts only one has a right answer on offer, so one rank trains on nothing."""
     over = {

@@ -81,7 +81,7 @@ class CalibratePhase:
         engine.vocab_size = min(engine.vocab_size, self.chat.vocab_size)
         self.prompts = load_training_prompts(cfg, self.chat, engine)
         self.data_fields = self.prompts.fit.fields
-        self.task = build_grader(cfg)
+        self.task = build_grader(cfg, engine.once_per_row)
         self.judged = any(map(asks_a_judge, used_tasks(cfg, "data")))
         self.failed_grades = FailedGradesBudget(task_names(cfg), cfg.task.max_failed)
         self.evaluator = Evaluator(cfg, engine, self.chat, self.task)

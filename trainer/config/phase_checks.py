@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .evaluation import check_options
-from .parts import ranks_of_a_row, used_tasks
+from .parts import used_tasks
 
 if TYPE_CHECKING:
     from .schema import Config
@@ -102,12 +102,6 @@ def check_served_teacher(cfg: Config) -> None:
     d = cfg.distill
     if cfg.teacher.source != "server":
         return
-    if ranks_of_a_row(cfg) > 1:
-        raise ValueError(
-            "teacher.source = 'server' with parallelism.tensor_parallel_degree > 1: the ranks that "
-            "share a row ask each for itself, and a server may answer them differently. Use "
-            "source = 'local' or 'cache'"
-        )
     if d.objective not in ("kl", "nll"):
         raise ValueError(
             f"distill.objective = {d.objective!r} with teacher.source = 'server': it asks the "
@@ -138,12 +132,6 @@ def check_sampler(cfg: Config) -> None:
         raise ValueError(
             f"{_defence(cfg)} with rollout.engine = {engine!r}: a defence changes logits while "
             "they are decoded. Use rollout.engine = 'embedded'"
-        )
-    if engine == "server" and ranks_of_a_row(cfg) > 1:
-        raise ValueError(
-            "rollout.engine = 'server' with parallelism.tensor_parallel_degree > 1: the ranks that "
-            "share a row ask each for itself, and a server may answer them with different texts. "
-            "Use rollout.engine = 'vllm' with rollout.tensor_parallel, or 'embedded'"
         )
     if cfg.policy.max_is and cfg.rollout.old_logp != "trainer":
         raise ValueError(

@@ -1,6 +1,6 @@
 """One grader for all parts of a mixture: each prompt is graded by the task of its part."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from reflux.trainer.config.parts import ranks_of_a_row, tasks
@@ -15,6 +15,8 @@ from .tasks import task_grader
 
 if TYPE_CHECKING:
     from reflux.trainer.phase import Grader
+
+OncePerRow = Callable[[Callable[[], list[Grade]]], list[Grade]]
 
 
 class RoutedGrader:
@@ -33,18 +35,29 @@ class RoutedGrader:
         return [grades[i] for i in range(len(rollouts))]
 
 
-def build_grader(cfg: Config) -> "Grader":
-    """The grader of a run: of [task], or of the parts' tasks. Parts with one task share its
-    process. ValueError as build_task, and for a judge whose answers the ranks of a row would not
-    share.
+class SharedGrader:
+    """Grades once for the ranks that hold the same rows. A time limit, a judge or a reward model
+    may give one text two grades, and the weights of these ranks would part.
     """
+
+    def __init__(self, grader: "Grader", once_per_row: OncePerRow):
+        self._grader, self._once_per_row = grader, once_per_row
+
+    def grade(self, rollouts: Sequence[Rollout]) -> list[Grade]:
+        """One grade per rollout, in order. Collective over the ranks of a row."""
+        return self._once_per_row(lambda: self._grader.grade(rollouts))
+
+
+def build_grader(cfg: Config, once_per_row: OncePerRow) -> "Grader":
+    """The grader of a run: of [task], or of the parts' tasks. Parts with one task share its
+    process. once_per_row: the engine's. ValueError as build_task.
+    """
+    grader = _grader_of_parts(cfg)
+    return SharedGrader(grader, once_per_row) if ranks_of_a_row(cfg) > 1 else grader
+
+
+def _grader_of_parts(cfg: Config) -> "Grader":
     named = {part: task for part, task in tasks(cfg).items() if task.name}
-    if ranks_of_a_row(cfg) > 1 and any(map(asks_a_judge, named.values())):
-        raise ValueError(
-            "task.name = 'judge' with parallelism.tensor_parallel_degree > 1: the ranks that share "
-            "a row ask each for itself, and a judge may grade one text differently. Use "
-            "tensor_parallel_degree = 1, or a task without a judge"
-        )
     if not (cfg.data.parts or cfg.eval.parts):
         return task_grader(cfg.task)
     built: list[tuple[TaskSection, Grader]] = []

@@ -108,7 +108,7 @@ class DiagnosePhase:
         self.prompts = [prompts[i] for i in range(engine.rank, len(prompts), engine.world)]
         self.grader: Grader | None = None
         if task_names(cfg):
-            self.grader = build_grader(cfg)
+            self.grader = build_grader(cfg, engine.once_per_row)
         self.sampler = build_sampler(cfg, engine, self.chat)
         self.teacher_sampler = EmbeddedSampler(
             partial(engine.gathered_frozen_weights, self.teacher), self.teacher_chat

@@ -102,6 +102,7 @@ class CachePhase:
         """The description to go on with: what an earlier start left, or a new one."""
         first = self.engine.rank == 0
         found = self.engine.gather([read_description(self.folder)] if first else [])[0]
+        found = self.engine.once_per_row(lambda: found)
         description = self._description()
         if found is not None:
             _check_same(found, description, self.folder)
@@ -156,7 +157,9 @@ class CachePhase:
         rows = [x.rows for x in texts]
         read = [decode_rows(encode_rows(x, layout), len(x.ids), layout) for x in rows]
         tokens = sum(len(x.ids) for x in rows)
-        digest = write_rows(path, texts, layout) if texts else ""
+        digest = ""
+        if texts:
+            digest = engine.once_per_row(lambda: write_rows(path, texts, layout))
         written = _Written(path.name, digest, len(texts), tokens, largest_error(rows, read))
         all_written = [w for w in engine.gather([written]) if w.texts]
         return Shard(

@@ -63,7 +63,9 @@ class DistillPhase:
         self.cfg, self.engine, self.spec = cfg, engine, cfg.distill
         self.chat = Chat.of(cfg.model)
         engine.vocab_size = min(engine.vocab_size, self.chat.vocab_size)
-        self.task: Grader | None = build_grader(cfg) if task_names(cfg) else None
+        self.task: Grader | None = None
+        if task_names(cfg):
+            self.task = build_grader(cfg, engine.once_per_row)
         self.evaluator = Evaluator(cfg, engine, self.chat, self.task)
         self.teachers: Sequence[Teacher] = []
         if cfg.needs_teacher:

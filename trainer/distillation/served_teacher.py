@@ -30,6 +30,7 @@ from reflux.trainer.rollouts.engine_texts import (
     TextRequest,
 )
 from reflux.trainer.rollouts.samplers import EngineSampler
+from reflux.trainer.runs.progress import ignore
 
 from .absent_teacher import AbsentTeacher
 
@@ -38,18 +39,22 @@ LOADED = "folder"  # the version of a server to which nobody has pushed
 
 @dataclass(frozen=True, eq=False)
 class TeacherTexts:
-    """The servers as a source of texts; nobody pushes to them."""
+    """The servers as a source of texts; nobody pushes to them. Collective over the ranks that hold
+    the same rows.
+    """
 
     servers: Servers
+    engine: Engine
 
     def texts(self, requests: Sequence[TextRequest], advance: Advance) -> list[list[SampledText]]:
-        """Not collective."""
-        texts = self.servers.texts(requests, LOADED)
+        """See Source."""
+        texts = self.engine.once_per_row(lambda: self.servers.texts(requests, LOADED))
         advance(sum(map(len, texts)))
         return texts
 
     def start(self, requests: Sequence[TextRequest]):
-        texts = self.servers.texts(requests, LOADED)
+        """See Source: they are ready at once."""
+        texts = self.texts(requests, ignore)
         return lambda: texts
 
 
@@ -58,10 +63,11 @@ class ServedTeacher(AbsentTeacher):
     """Servers as the Teacher of a run."""
 
     servers: Servers
+    engine: Engine
 
     @property
     def sampler(self) -> Sampler:
-        return EngineSampler(TeacherTexts(self.servers), self.chat)
+        return EngineSampler(TeacherTexts(self.servers, self.engine), self.chat)
 
     def views(self, rollouts: Sequence[Rollout], step: int) -> list[TeacherView | None]:
         """The teacher's rows for each text, behind its own rendering of the prompt."""
@@ -70,7 +76,7 @@ class ServedTeacher(AbsentTeacher):
             prompt_ids = self.chat.prompt_ids(rollout.prompt.messages)
             ids = prompt_ids + rollout.ids
             requests.append(ScoreRequest(ids, len(prompt_ids), self.spec.top_k))
-        scores = self.servers.scores(requests, LOADED)
+        scores = self.engine.once_per_row(lambda: self.servers.scores(requests, LOADED))
         return [TeacherView(r.prompt_ids, rows=rows_of(s)) for r, s in zip(rollouts, scores)]
 
     def kept_rows(self, rollout: Rollout) -> TopKRows | None:
@@ -116,7 +122,8 @@ def load_served(cfg: Config, engine: Engine, chat: Chat) -> list[Teacher]:
             f"teacher.servers: --max-len {facts['max_len']} of a server; want at least "
             f"training.seq_len + 2 = {engine.seq_len + 2}"
         )
-    return [ServedTeacher(cfg.distill, own, same_vocabulary(chat, own), servers=servers)]
+    same = same_vocabulary(chat, own)
+    return [ServedTeacher(cfg.distill, own, same, servers=servers, engine=engine)]
 
 
 _TEACHER: type[Teacher] = ServedTeacher  # mypy proves that it keeps the contract

@@ -65,7 +65,7 @@ from .model_builder import build_spec
 from .model_folder import check_folders
 from .probe import prove_decoding, prove_forward
 from .publish import named_weights
-from .ranks import RankGroup, from_all_ranks
+from .ranks import RankGroup, Result, from_all_ranks
 from .rescue import Announcement, Rescue, first_line
 from .torchtitan_host import RefluxTrainer
 from .trainer_config import check_world, titan_config, traces_folder
@@ -120,8 +120,9 @@ class Engine:
         packed = cfg.trains and cfg.batch.pack
         prove_forward(self.model, path, packed=packed, trains=cfg.trains)
         dims = self._trainer.parallel_dims
-        group = dims.get_mesh("batch").get_group() if dims.dp_enabled else None
-        self._ranks = RankGroup(group, self.device)
+        data = dims.get_mesh("batch").get_group() if dims.dp_enabled else None
+        tensor = dims.get_mesh("tp").get_group() if dims.tp_enabled else None
+        self._ranks = RankGroup(data, self.device, tensor)
         self.rank, self.world = self._ranks.rank, self._ranks.world
         self.is_main = dist.get_rank() == 0
         # a phase lowers it to what its tokenizer knows (padded heads)
@@ -354,7 +355,7 @@ class Engine:
         )
 
     def _save_and_raise(self, batches: Sequence[Batch], stats: Mapping[str, float]) -> None:
-        name = f"nonfinite-step-{self._trainer.step}-rank-{self.rank}.pt"
+        name = f"nonfinite-step-{self._trainer.step}-rank-{dist.get_rank()}.pt"
         path = Path(self._config.dump_folder) / name
         try:
             torch.save({"batches": [vars(b) for b in batches], "stats": stats}, path)
@@ -373,9 +374,7 @@ class Engine:
 
     @contextlib.contextmanager
     def gathered_weights(self) -> Iterator[contracts.Decode]:
-        """The training weights, gathered for decoding: yields decode(rows, max_length) -> context
-        of (step, device).
-        """
+        """The training weights, gathered for decoding: yields decode(rows, max_length)."""
         with gathered(self.model, self._config.parallelism.fsdp_reshard_after_forward):
             prove_decoding(self.model, self.cfg.model.path)
             yield decoder_of(self.model, self.device)
@@ -399,9 +398,7 @@ class Engine:
     def forward_no_grad(
         self, model: contracts.ReadableModel, batch: Batch, vocab_size: int
     ) -> AbstractContextManager[HeadInputs]:
-        """Head inputs of this engine or of a frozen model at the batch's predictor positions,
-        without a graph.
-        """
+        """Head inputs of `model` at the batch's predictor positions, without a graph."""
         return forward_no_grad(model, batch, vocab_size)
 
     # Ranks
@@ -421,6 +418,10 @@ class Engine:
     def gather(self, rows: list) -> list:
         """All ranks' rows in rank order, on every rank."""
         return self._ranks.gather(rows)
+
+    def once_per_row(self, work: Callable[[], Result]) -> Result:
+        """work() of one of the ranks that hold the same rows, on all of them; its error too."""
+        return self._ranks.once_per_row(work)
 
     # Checkpoints, export, logs
 

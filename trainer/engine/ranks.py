@@ -59,9 +59,16 @@ class RankGroup:
     rank, world: of this process among them, and their number.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, device: torch.device):
-        """group: None where there is a single data-parallel rank."""
-        self._group, self._device = group, device
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        row: dist.ProcessGroup | None = None,
+    ):
+        """group: None where there is a single data-parallel rank. row: the ranks that hold the rows
+        of this one; None without tensor parallelism.
+        """
+        self._group, self._row, self._device = group, row, device
         self.rank = dist.get_rank(group) if group else 0
         self.world = dist.get_world_size(group) if group else 1
 
@@ -107,6 +114,10 @@ class RankGroup:
         """
         most = int(self.max(float(len(batches))))
         return [*batches, *(empty_batch() for _ in range(max(most, 1) - len(batches)))]
+
+    def once_per_row(self, work: Callable[[], Result]) -> Result:
+        """work() of the first of the ranks that hold these rows, on all of them; its error too."""
+        return work() if self._row is None else Peers(self._row).from_first(work)
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any process, tensor-parallel ones included."""

@@ -39,7 +39,7 @@ class EvaluatePhase:
                 )
         self.cfg, self.engine, chat = cfg, engine, Chat.of(cfg.model)
         engine.vocab_size = min(engine.vocab_size, chat.vocab_size)
-        grader = build_grader(cfg)
+        grader = build_grader(cfg, engine.once_per_row)
         defence = DefendedDecoding(cfg, engine, [chat])
         self.evaluator = Evaluator(cfg, engine, chat, grader, defence=defence, whole_run=True)
         for name, rule in cfg.accept.items():

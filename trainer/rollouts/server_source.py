@@ -16,7 +16,7 @@ from .vllm_engine import chunks
 
 class ServerSource:
     """Pushes the weights of the run to its servers and asks them for texts. Every rank asks for its
-    own; the first one pushes.
+    own, one of those that hold the same rows for all of these; the first one pushes.
     """
 
     def __init__(self, cfg: Config, engine: Engine):
@@ -29,9 +29,7 @@ class ServerSource:
         self._pending: list[Future] = []
         engine.when_closing(partial(self._thread.shutdown, wait=False, cancel_futures=True))
         check = partial(check_servers, self.servers, cfg.model.path)
-        facts = from_first_rank(
-            engine, partial(check, weights=False, option="rollout.servers"), engine.rank == 0
-        )
+        facts = from_first_rank(engine, partial(check, weights=False, option="rollout.servers"))
         if facts["max_len"] < engine.seq_len + 1:
             raise ValueError(
                 f"rollout.servers: --max-len {facts['max_len']} of a server; want at least "
@@ -47,9 +45,12 @@ class ServerSource:
     def start(self, requests: Sequence[TextRequest]) -> Callable[[], list[list[SampledText]]]:
         """See Source."""
         self._push()
-        pending = self._thread.submit(self.servers.texts, list(requests), self.version)
-        self._pending = [pending]
-        return pending.result
+        pending: list[Future] = []  # of the rank that asks
+        ask = partial(self._thread.submit, self.servers.texts, list(requests), self.version)
+        once_per_row = self.trainer.once_per_row
+        once_per_row(lambda: pending.append(ask()))
+        self._pending = pending
+        return lambda: once_per_row(lambda: pending[0].result())
 
     def _push(self) -> None:
         """The present weights, if the servers have others; texts that were asked for come first."""
@@ -59,10 +60,10 @@ class ServerSource:
         for pending in self._pending:
             pending.exception()  # whoever takes the result hears of it
         self.trainer.gather([None])  # no rank waits for a text any more
-        bodies, pushes = self._bodies(), self.trainer.is_main
-        for _ in bodies if not pushes else ():  # gathering is collective
+        bodies = self._bodies()
+        for _ in bodies if not self.trainer.is_main else ():  # gathering is collective
             pass
-        failed = from_first_rank(self.trainer, lambda: self._pushed(version, bodies), pushes)
+        failed = from_first_rank(self.trainer, lambda: self._pushed(version, bodies))
         self.servers.ask_all_again()
         self.servers.leave_out(failed or {})
         self.version = version
@@ -77,14 +78,15 @@ class ServerSource:
             yield wire.pack_weights(chunk) if self.trainer.is_main else b""
 
 
-def from_first_rank(engine: Engine, work: Callable[[], Any], first: bool) -> Any:
+def from_first_rank(engine: Engine, work: Callable[[], Any]) -> Any:
     """work() of the first rank, on every rank; its ValueError too. Collective."""
     result, error = None, None
     try:
-        result = work() if first else None
+        result = work() if engine.is_main else None
     except ValueError as caught:
         error = caught
-    result, message = engine.gather([(result, None if error is None else str(error))])[0]
+    gathered = engine.gather([(result, None if error is None else str(error))])
+    result, message = engine.once_per_row(lambda: gathered[0])
     if message is not None:
         raise ValueError(message) from error
     return result

@@ -349,15 +349,6 @@ TEACHER_SERVER = {"source": "server", "servers": ["http://h:1"]}
             lambda: calibrate(rollout=SERVER | {"overlap": 1, "old_logp": "trainer"}),
             "ratios need the behaviour policy",
         ),
-        (
-            lambda: calibrate(rollout=SERVER, parallelism={"tensor_parallel_degree": 2}),
-            "rollout.engine = 'server' with parallelism.tensor_parallel_degree > 1: the ranks that "
-            "share a row ask each for itself",
-        ),
-        (
-            lambda: distill(teacher=TEACHER_SERVER, parallelism={"tensor_parallel_degree": 2}),
-            "teacher.source = 'server' with parallelism.tensor_parallel_degree > 1",
-        ),
         (lambda: calibrate(rollout={"gpu_memory_fraction": 0.0}), "want 0 < gpu_memory_fraction"),
         (lambda: calibrate(policy={"max_is": 2.0}), "Set rollout.old_logp = 'trainer'"),
         (lambda: calibrate(policy={"max_is": 0.5}), "max_is = 0.5; want 0 (off) or >= 1"),

@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 
-import pytest
-
 from reflux.trainer.config.loader import fill
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import TaskSection
 from reflux.trainer.data.batch import Prompt, Rollout
+from reflux.trainer.data.graders import Grade
 from reflux.trainer.data.task_routing import asks_a_judge, build_grader, task_names
 
 
@@ -23,6 +22,11 @@ def config(parts) -> Config:
         "task": {"name": "exact"},
     }
     return fill(Config, base | {"data": {"parts": parts}}, "test")
+
+
+def alone(work):
+    """Of a rank whose rows no other one holds."""
+    return work()
 
 
 def test_grades_keep_their_order():
@@ -41,7 +45,7 @@ def test_grades_keep_their_order():
         answer("plain", "4", "4"),
         answer("choice", "B", "(A)"),
     ]
-    grades = build_grader(cfg).grade(rollouts)
+    grades = build_grader(cfg, alone).grade(rollouts)
     assert [g.correct for g in grades] == [True, True, False, True, False]
     assert task_names(cfg) == "exact, multiple_choice"
 
@@ -49,19 +53,28 @@ def test_grades_keep_their_order():
 def test_parts_with_one_task_share_its_grader():
     task = {"name": "exact", "options": {"marker": "=>"}}
     cfg = config({"a": {"source": "a", "task": task}, "b": {"source": "b", "task": task}})
-    graders = build_grader(cfg)._graders
+    graders = build_grader(cfg, alone)._graders
     assert graders["a"] is graders["b"] and graders["a"] is not graders[""]
 
 
-def test_a_judge_is_refused_where_ranks_share_a_row():
-    """Each would ask for itself: their rewards, and so their weights, could differ."""
-    judge = {"name": "judge", "options": {"server": "http://h:1", "model": "m"}}
-    plain = config({"a": {"source": "a"}})
+def test_ranks_that_share_a_row_share_its_grades():
+    """Each for itself could come to another one (a time limit, a judge): their weights would
+    part.
+    """
+    asked = []
+
+    def of_the_first_rank(work):
+        asked.append(work())
+        return [Grade(0.25, None)]
+
+    task = {"name": "exact", "options": {"marker": "=>"}}
+    plain = replace(config({"a": {"source": "a"}}), task=TaskSection(**task))
+    rollouts = [answer("a", "1", "=> 1")]
+    grades = build_grader(plain, of_the_first_rank).grade(rollouts)
+    assert not asked and grades[0].reward == 1.0
     shared = replace(plain, titan={"parallelism": {"tensor_parallel_degree": 2}})
-    assert build_grader(shared)
-    for task in (TaskSection(**judge), TaskSection("column", {"tasks": {"a": judge}})):
-        with pytest.raises(ValueError, match="ask each for itself, and a judge may grade one text"):
-            build_grader(replace(shared, task=task))
+    assert build_grader(shared, of_the_first_rank).grade(rollouts) == [Grade(0.25, None)]
+    assert asked == [grades]
 
 
 def test_a_judge_is_found_behind_a_column():

@@ -45,9 +45,34 @@ def test_two_ranks_agree():
     assert run_on_ranks(answers) == [same | {"rank": rank} for rank in range(2)]
 
 
+def shared_work() -> tuple:
+    """Two ranks that hold the same rows."""
+    ranks = RankGroup(None, CPU, dist.group.WORLD)
+    done = []
+
+    def work(fails=False):
+        done.append(dist.get_rank())
+        if fails:
+            raise ValueError("no answer")
+        return {"rank": dist.get_rank()}
+
+    answer = ranks.once_per_row(work)
+    try:
+        ranks.once_per_row(lambda: work(fails=True))
+    except ValueError as error:
+        return answer, done, str(error)
+
+
+def test_ranks_of_a_row_share_an_answer_and_an_error():
+    first, second = run_on_ranks(shared_work)
+    assert first == ({"rank": 0}, [0, 0], "no answer")
+    assert second == ({"rank": 0}, [], "rank 0: no answer")
+
+
 def test_a_single_rank_needs_no_group():
     ranks = RankGroup(None, CPU)
     assert (ranks.rank, ranks.world) == (0, 1)
+    assert ranks.once_per_row(lambda: 3) == 3
     assert ranks.sum(2.5) == 2.5 and ranks.gather([1, 2]) == [1, 2]
     assert ranks.reduce([], dist.ReduceOp.SUM) == []
     # the third of three numbers that float32 would round away
