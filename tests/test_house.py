@@ -29,7 +29,8 @@ ROOMS = {  # room or file of trainer/ -> the rooms that it may import, beside th
     "diagnosis": "config runs data losses phase rollouts",
     "callbacks": "config data engine",
     "loop": "config runs data engine phase disk_space callbacks",
-    "preflight": "config runs data losses engine phase rollouts evaluation adapter_folder",
+    "preflight": "config runs data losses engine phase rollouts evaluation adapter_folder "
+    "disk_space",
     "main": "config runs loop preflight",
     "verify": "engine disk_space",
     "merge": "engine adapter_folder",

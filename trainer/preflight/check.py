@@ -26,6 +26,7 @@ from .data_checks import (
     sampled_findings,
     task_findings,
 )
+from .disk_checks import disk_findings
 from .engine_checks import engine_findings
 from .length_checks import length_findings
 from .model_checks import PROBES, Trial, load_frozen, no_reference, sample_texts, sampler_gap
@@ -50,7 +51,7 @@ def examine(cfg: Config) -> PreflightReport:
     findings += [] if has_errors(failed) else held_out_findings(cfg)
     texts: list[Rollout] = []
     if chats and prompts and len(shapes) == len(roles(cfg)):
-        findings += _lengths(cfg, shapes, chats)
+        findings += _lengths_and_disk(cfg, shapes, chats)
         texts, cut = given_responses(cfg, next(iter(chats.values())), prompts)
         findings += cut + task_findings(cfg, texts)
     findings += engine_findings(cfg)
@@ -70,12 +71,15 @@ def examine(cfg: Config) -> PreflightReport:
     return PreflightReport(with_sources(cfg, findings), tables, examples)
 
 
-def _lengths(cfg: Config, shapes: Sequence[Shape], chats: Mapping[str, Chat]) -> list[Finding]:
+def _lengths_and_disk(
+    cfg: Config, shapes: Sequence[Shape], chats: Mapping[str, Chat]
+) -> list[Finding]:
     try:
-        seq_len = planned_titan(cfg, shapes[0]).training.seq_len
+        config = planned_titan(cfg, shapes[0])
     except ValueError as error:
         return [Finding("error", str(error), "mend the section named")]
-    return length_findings(cfg, shapes, chats, seq_len)
+    lengths = length_findings(cfg, shapes, chats, config.training.seq_len)
+    return lengths + disk_findings(cfg, config, shapes[0])
 
 
 def _try_models(

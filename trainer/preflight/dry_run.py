@@ -16,6 +16,7 @@ from reflux.trainer.config.schema import Config
 from reflux.trainer.data.chat import Chat
 
 from .data_checks import first_prompts
+from .disk_checks import disk_findings
 from .gpus import gpu_table
 from .length_checks import length_findings
 from .memory import Part, RankPlan, activation_bytes, memory_parts, peak, plan_ranks, totals
@@ -49,6 +50,7 @@ def plan(cfg: Config) -> PreflightReport:
                 gpu_table(ranks, lambda r: peak(memory_parts(cfg, config.training, r, shapes)))
             )
             findings += _budget(cfg, config.training, ranks, own, parts)
+            findings += disk_findings(cfg, config, own)
             prompts, failed = first_prompts(cfg)
             findings += as_warnings(failed)
             if prompts:

@@ -1,0 +1,78 @@
+"""What checkpoints and export take, against those of a run."""
+
+from types import SimpleNamespace
+
+import pytest
+from preflight_cases import problems
+from runs import run_here
+
+from reflux.trainer.engine.checkpoint_folder import folder_bytes
+from reflux.trainer.preflight import disk_checks
+from reflux.trainer.preflight.check import examine
+from reflux.trainer.preflight.dry_run import plan
+from reflux.trainer.preflight.shapes import planned_shapes, planned_titan
+
+LORA = {"rank": 4, "alpha": 8.0}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "over",
+    [
+        {"export": {"enable": True}},
+        {"lora": LORA, "export": {"enable": True}},
+        {"lora": LORA, "export": {"enable": True, "merge": True, "dtype": "float32"}},
+    ],
+    ids=["whole", "adapters", "merged"],
+)
+def test_they_are_as_large_as_planned(distill, titan_process, tmp_path, over):
+    cfg = distill(steps=1, **over)
+    shapes, _ = planned_shapes(cfg)
+    config = planned_titan(cfg, shapes[0])
+    run_here(cfg)
+    written = folder_bytes(tmp_path / "run" / "checkpoint" / "step-1")
+    planned = disk_checks.checkpoint_bytes(config, shapes[0])
+    assert planned < written < planned + 800_000, "its metadata comes to the weights"
+    export = sum(p.stat().st_size for p in (tmp_path / "run" / "export").glob("*.safetensors"))
+    assert disk_checks.export_bytes(cfg, shapes[0]) == pytest.approx(export, abs=8_000)
+
+
+@pytest.mark.parametrize(
+    "steps, keep, more, count",
+    [
+        (1, 3, {}, 1),
+        (50, 3, {}, 1),
+        (51, 3, {}, 2),
+        (500, 1, {}, 2),
+        (500, 0, {}, 10),
+        (500, 0, {"enable_first_step_checkpoint": True}, 11),
+        (500, 3, {"load_only": True}, 0),
+        (500, 3, {"enable": False}, 0),
+    ],
+)
+def test_how_many_there_are_at_once(steps, keep, more, count):
+    usual = {"enable": True, "load_only": False, "enable_first_step_checkpoint": False}
+    section = SimpleNamespace(interval=50, keep_latest_k=keep, **usual | more)
+    assert disk_checks.kept_at_once(steps, section) == count
+
+
+@pytest.mark.parametrize("look", [plan, examine])
+def test_a_disk_that_is_too_small_is_told_before_the_run(calibrate, monkeypatch, look):
+    """119,232 parameters: 1.4 MB with both moments, and 0.2 MB as bf16."""
+    cfg = calibrate(steps=100, checkpoint={"interval": 10}, export={"enable": True})
+    says = "at least 2 checkpoint(s) of 1.4 MB at once and an export of 238.5 kB, 3.1 MB"
+    for free, level in ((3_200_000, "ok"), (3_000_000, "warning")):
+        monkeypatch.setattr(disk_checks, "free_bytes", lambda _, free=free: free)
+        assert says in problems(look(cfg).findings, level)
+    every = calibrate(steps=100, checkpoint={"interval": 10, "keep_latest_k": 0})
+    assert "set checkpoint.keep_latest_k" in problems(look(every).findings, "warning")
+
+
+def test_checkpoints_that_a_resumed_run_replaces_count_as_room(calibrate, monkeypatch, tmp_path):
+    cfg = calibrate(steps=100, checkpoint={"interval": 10})
+    monkeypatch.setattr(disk_checks, "free_bytes", lambda _: 2_000_000)
+    assert "disk:" in problems(plan(cfg).findings, "warning")
+    step = tmp_path / "run" / "checkpoint" / "step-10"
+    step.mkdir(parents=True)
+    (step / "x.distcp").write_bytes(bytes(1_400_000))
+    assert "disk:" in problems(plan(cfg).findings, "ok")

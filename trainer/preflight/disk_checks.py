@@ -1,0 +1,57 @@
+"""Whether the checkpoints and the export of a run fit on the disk of its folder."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from reflux.trainer.config.schema import Config
+from reflux.trainer.disk_space import free_bytes, size
+from reflux.trainer.engine.checkpoint_folder import folder_bytes
+
+from .report import Finding
+from .shapes import BYTES, Shape
+
+
+def disk_findings(cfg: Config, config: Any, shape: Shape) -> list[Finding]:
+    """One finding for a run that trains: a warning where they do not fit. config: torchtitan's."""
+    if not cfg.trains:
+        return []
+    whole, export = checkpoint_bytes(config, shape), export_bytes(cfg, shape)
+    count = kept_at_once(cfg.steps, config.checkpoint)
+    needed = count * whole + export
+    own = Path(cfg.folder) / config.checkpoint.folder
+    free = free_bytes(cfg.folder) + (folder_bytes(own) if own.is_dir() else 0)
+    what = (
+        f"disk: at least {count} checkpoint(s) of {size(whole)} at once and an export of "
+        f"{size(export)}, {size(needed)}; {size(free)} are free for them in {cfg.folder}"
+    )
+    if needed <= free:
+        return [Finding("ok", what)]
+    keeps_all = not config.checkpoint.keep_latest_k and count > 2
+    advice = "make room, or choose another folder"
+    return [Finding("warning", what, "set checkpoint.keep_latest_k" if keeps_all else advice)]
+
+
+def checkpoint_bytes(config: Any, shape: Shape) -> int:
+    """Trained weights and both of AdamW's moments, over all ranks."""
+    numel = sum(map(math.prod, shape.adapters)) or shape.numel
+    return 3 * numel * BYTES[config.training.dtype]
+
+
+def export_bytes(cfg: Config, shape: Shape) -> int:
+    """Of the model, or with [lora] of the adapter, in fp32, unless it is merged."""
+    if not cfg.export.enable:
+        return 0
+    if shape.adapters and not cfg.export.merge:
+        return sum(map(math.prod, shape.adapters)) * BYTES["float32"]
+    return shape.numel * BYTES[cfg.export.dtype]
+
+
+def kept_at_once(steps: int, checkpoint: Any) -> int:
+    """How many whole checkpoints there have to be room for. Retention deletes after it has written,
+    or before it all but one where the disk is full.
+    """
+    if not checkpoint.enable or checkpoint.load_only:
+        return 0
+    written = math.ceil(steps / checkpoint.interval) + checkpoint.enable_first_step_checkpoint
+    return min(written, 2) if checkpoint.keep_latest_k else written
