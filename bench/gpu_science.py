@@ -125,7 +125,9 @@ def read_packs(packs: Path, wheels: Path) -> list[str]:
             archive.write((packs / name).read_bytes())
         archive.flush()
         with tarfile.open(archive.name) as tar:
-            tar.extractall(wheels, filter="data")
+            # packed by us; Python before 3.11.4 has no filters
+            safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            tar.extractall(wheels, **safely)
             return tar.getnames()
 
 

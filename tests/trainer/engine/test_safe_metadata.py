@@ -1,5 +1,6 @@
 """Checkpoints of torch are read without running what they name, and read the same otherwise."""
 
+import enum
 import pickle
 
 import pytest
@@ -7,9 +8,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from payloads import PAYLOADS
+from payloads import PAYLOADS, Calls
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from reflux.trainer.engine.safe_metadata import (
     METADATA,
@@ -76,6 +77,42 @@ def test_a_payload_in_the_description_does_not_run(tmp_path, payload, protocol):
     assert not mark.exists()
     pickle.loads((tmp_path / METADATA).read_bytes())
     assert mark.exists(), "a payload that runs nowhere proves nothing"
+
+
+class OldPickler(pickle.Pickler):
+    """Pickles members of enumerations as Python 3.11.0 to 3.11.3 does."""
+
+    def reducer_override(self, value):
+        if isinstance(value, enum.Enum):
+            return getattr, (type(value), value.name)
+        return NotImplemented
+
+
+def test_the_description_by_an_older_python_is_read(tmp_path):
+    save(tmp_path)
+    described = read_metadata(tmp_path)
+    with open(tmp_path / METADATA, "wb") as file:
+        OldPickler(file, 4).dump(described)
+    assert b"getattr" in (tmp_path / METADATA).read_bytes()
+    assert read_metadata(tmp_path) == described
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        (_MEM_FORMAT_ENCODING, "__class__"),
+        (_MEM_FORMAT_ENCODING, "mro"),
+        (_MEM_FORMAT_ENCODING, ["TORCH_PRESERVE_FORMAT"]),
+        (torch.Size, "numel"),
+        (Metadata, "__init__"),
+    ],
+)
+def test_no_other_attribute_is_looked_up(tmp_path, kind, name):
+    planted = Metadata({}, planner_data=Calls(getattr, kind, name), storage_data={})
+    (tmp_path / METADATA).write_bytes(pickle.dumps(planted))
+    says = "names builtins.getattr of .*which no checkpoint needs|cannot be read"
+    with pytest.raises(ValueError, match=says):
+        read_metadata(tmp_path)
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
