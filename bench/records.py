@@ -34,7 +34,8 @@ def versions() -> dict[str, str]:
             installed[name] = version(name)
         except PackageNotFoundError:
             installed[name] = "not installed"
-    return installed
+    torch = sys.modules.get("torch")  # with its build (+cpu, +cu130); not imported for this alone
+    return installed | ({"torch": str(torch.__version__)} if torch else {})
 
 
 def device() -> dict:

@@ -305,7 +305,7 @@ def _head(config: Mapping[str, Any], command: Sequence[str], folder: Path) -> di
         "started": _now(),
         "command": list(command),
         "code": code,
-        "versions": _versions(),
+        "versions": _versions() | {"torch": str(torch.__version__)},  # with its build: +cpu, +cu130
         "device": device,
         "ranks": int(os.environ.get("WORLD_SIZE", 1)),
         "seeds": {"config": config.get("seed"), "torch": torch.initial_seed()},
