@@ -62,7 +62,8 @@ def topk_lift(
     y = tl.where(here, y, 0)
     raw = tl.load(row + y, mask=here, other=0.0).to(WIDE)
     tl.debug_barrier()  # every read of the support before any thread knocks it out
-    tl.store(row + y, tl.full((KB,), float("-inf"), z.dtype.element_ty), mask=here)
+    # stored as the dtype of z; the interpreters of triton 3.6 and 3.7 make no constant in bf16
+    tl.store(row + y, tl.full((KB,), float("-inf"), tl.float32), mask=here)
     tl.store(raw_k + t * K + k, raw, mask=k < K)
     tl.debug_barrier()
     lanes = tl.arange(0, R)[:, None] * 8 + tl.arange(0, 8)[None, :]

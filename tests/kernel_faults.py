@@ -350,7 +350,7 @@ BY_HAND = [  # file, old text (once in it), new text, tests or None for the file
     # the tail term
     (
         "_topk_rows",
-        'tl.store(row + y, tl.full((KB,), float("-inf"), z.dtype.element_ty), mask=here)',
+        'tl.store(row + y, tl.full((KB,), float("-inf"), tl.float32), mask=here)',
         "pass",
         None,
     ),
