@@ -37,6 +37,7 @@ from .prompt import Prompt
 
 WORKER = Path(__file__).with_name("sandbox_worker.py")
 START_S = 120.0  # importing the grader's modules does not count as grading
+END_S = 5.0  # on a busy machine, from a closed socket to an exit code behind bubblewrap
 GRACE_S = 1.0  # the process has an alarm of its own, which saves a restart
 SCRATCH_BYTES = 64 << 20
 ANSWER_BYTES = 16 << 20  # of one grade
@@ -188,11 +189,11 @@ class _Live:
             raise _Lied("what it sent is no grade")
         return answer
 
-    def stop(self) -> int:
-        """The exit code."""
+    def stop(self, patience_s: float = 0.2) -> int:
+        """The exit code; where it ended by itself within `patience_s`, the code says how."""
         self.link.close()
         try:
-            code = self.process.wait(0.2)  # where it ended by itself, its code says how
+            code = self.process.wait(patience_s)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)  # without a sandbox it can have children
             code = self.process.wait()
@@ -245,7 +246,7 @@ class GraderProcess:
                 late = f"no grade within {seconds:g} s, its process was killed"
                 return _read_grade(live.receive(seconds + GRACE_S, late))
             except _Died as error:
-                code = self._stop(live)
+                code = self._stop(live, END_S)
                 raise RuntimeError(f"the grader's process ended with code {code}") from error
             except _Lied as error:
                 self._stop(live)
@@ -288,7 +289,8 @@ class GraderProcess:
                 raise _Lied("it sent something else than that it is ready")
         except (_Died, _Lied, TimeUp) as error:
             printed = str(error) if isinstance(error, TimeUp) else live.printed()
-            words = f"the grader's process did not start (code {live.stop()}): {printed}"
+            code = live.stop(END_S if isinstance(error, _Died) else 0.2)
+            words = f"the grader's process did not start (code {code}): {printed}"
             self._failed_starts.append(f"{words} (docs/trust.md has what it may do)")
             raise RuntimeError(self._failed_starts[-1]) from error
         except BaseException:
@@ -323,9 +325,9 @@ class GraderProcess:
             "memory_bytes": int(self._limits.memory_gib * 2**30) if self._limits.isolate else 0,
         }
 
-    def _stop(self, live: _Live) -> int:
+    def _stop(self, live: _Live, patience_s: float = 0.2) -> int:
         self._live = None
-        return live.stop()
+        return live.stop(patience_s)
 
 
 def _read_grade(answer: Mapping[str, Any]) -> Grade:

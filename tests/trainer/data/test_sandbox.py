@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from sandbox_attacks import GOOD, GRADER, LIES, REACHES, WEARS_DOWN, WRITES
 
 from reflux.trainer.data import sandbox, tasks
 from reflux.trainer.data.batch import Prompt, Rollout
+from reflux.trainer.data.grader_options import Limits
 from reflux.trainer.data.graders import Grade
 from reflux.trainer.data.tasks import build_task
 
@@ -364,6 +366,17 @@ def test_a_process_that_does_not_get_ready_is_told_once(monkeypatch, tmp_path):
     grades = build_task("slow_import:grade", {}).grade([rollout("42")] * 20)
     assert all("it was not ready within 0.5 s" in g.error for g in grades)
     assert time.monotonic() - started < 10
+
+
+def test_a_process_that_ends_slowly_is_told_by_its_own_code():
+    """On a busy machine a second lies between its closed socket and its exit code."""
+    ours, theirs = socket.socketpair()
+    process = subprocess.Popen(["sh", "-c", "sleep 0.9; exit 7"], start_new_session=True)
+    grader = sandbox.GraderProcess("exact", {}, Limits(), None)
+    grader._live = sandbox._Live(process, ours, None)
+    threading.Timer(0.2, theirs.close).start()
+    with pytest.raises(RuntimeError, match="ended with code 7"):
+        grader.grade(rollout("42").prompt, "42")
 
 
 def test_a_trainer_with_many_open_files_grades(grader):
