@@ -347,7 +347,7 @@ def _record(folder: Path) -> None:
     from importlib.metadata import version
 
     texts = [file.read_text() for file in sorted(folder.glob("*.json"))]
-    rows = [json.loads(text.replace(f"{folder}/work/", "")) for text in texts]
+    rows = [json.loads(text.replace(f"{folder / 'work'}{os.sep}", "")) for text in texts]
     content = {
         "commits": sorted({row["commit"] for row in rows}),
         "transformers": version("transformers"),

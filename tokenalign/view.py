@@ -2,13 +2,14 @@
 
     terminal    0     3
                 A the ‖ ·cat|alog
-                B the ‖ ·ca|talog        ‖ between spans, | between tokens; the ruler counts bytes
+                B the ‖ ·ca|talog       ‖ between spans, | between tokens; ruler in bytes
 
 `to_terminal` wraps to a width and colours spans on request; without its colour codes it is the same
 text, letter for letter. `view_html.to_html` draws the same columns as a page.
 
-What cannot be seen is shown: a space as ·, line ends and tabs as arrows, other invisible characters
-escaped, bytes that are no whole character in hex, a token of no bytes as ∅ (HTML: a thin tick).
+What cannot be seen is shown: a space as ·, line ends and tabs as arrows, other invisible
+characters escaped, bytes that are no whole character in hex, a token of no bytes as ∅ (HTML: a
+thin tick).
 
 n, m: tokens of a row on side a, b. S: spans.
 """

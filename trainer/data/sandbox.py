@@ -38,6 +38,7 @@ from .prompt import Prompt
 WORKER = Path(__file__).with_name("sandbox_worker.py")
 START_S = 120.0  # importing the grader's modules does not count as grading
 END_S = 5.0  # on a busy machine, from a closed socket to an exit code behind bubblewrap
+STOP_S = 0.2  # for one that is about to be killed: it may have ended by itself
 GRACE_S = 1.0  # the process has an alarm of its own, which saves a restart
 SCRATCH_BYTES = 64 << 20
 ANSWER_BYTES = 16 << 20  # of one grade
@@ -189,7 +190,7 @@ class _Live:
             raise _Lied("what it sent is no grade")
         return answer
 
-    def stop(self, patience_s: float = 0.2) -> int:
+    def stop(self, patience_s: float = STOP_S) -> int:
         """The exit code; where it ended by itself within `patience_s`, the code says how."""
         self.link.close()
         try:
@@ -289,7 +290,7 @@ class GraderProcess:
                 raise _Lied("it sent something else than that it is ready")
         except (_Died, _Lied, TimeUp) as error:
             printed = str(error) if isinstance(error, TimeUp) else live.printed()
-            code = live.stop(END_S if isinstance(error, _Died) else 0.2)
+            code = live.stop(END_S if isinstance(error, _Died) else STOP_S)
             words = f"the grader's process did not start (code {code}): {printed}"
             self._failed_starts.append(f"{words} (docs/trust.md has what it may do)")
             raise RuntimeError(self._failed_starts[-1]) from error
@@ -325,7 +326,7 @@ class GraderProcess:
             "memory_bytes": int(self._limits.memory_gib * 2**30) if self._limits.isolate else 0,
         }
 
-    def _stop(self, live: _Live, patience_s: float = 0.2) -> int:
+    def _stop(self, live: _Live, patience_s: float = STOP_S) -> int:
         self._live = None
         return live.stop(patience_s)
 

@@ -33,7 +33,8 @@ TYPES = (
 )
 BANDS = ("top 10", "11-100", "101-1000", "rest seen", "never seen")
 BAND_ENDS = (10, 100, 1000)  # rank at which a band ends
-OPERATORS = set("+-*/=<>^%±×÷≤≥≠≈√∑∏∫∞∂∈∉∪∩⊂⊆→←↔⇒⇔¬∧∨∀∃·−∓∝≡")
+OPERATORS = set("+-*/=<>^%±×÷≤≥≠≈√∑∏∫∞∂·−∓∝≡")
+OPERATORS |= set("∈∉∪∩⊂⊆→←↔⇒⇔¬∧∨∀∃")
 CODE = set("{}[]\\_#$@&|~`<>")
 # The closed classes of English: articles, pronouns, prepositions, conjunctions, auxiliaries,
 # particles.

@@ -6,7 +6,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from runs import config, run_here
+from runs import config, run_here, run_ranks
 
 from reflux.trainer.data import judge
 from reflux.trainer.data.batch import Prompt, Rollout
@@ -213,3 +213,14 @@ def test_a_calibration_with_a_judge(talkers, tmp_path, titan_process):
     texts = step["judge/tokens"] / 37
     assert 0 < texts <= 1 and requests > 0 and step["judge/cached"] == pytest.approx(1 - texts)
     assert list(run.head["inputs"]["task"]["files"]) == ["template"]
+
+
+def test_ranks_that_share_rows_ask_the_judge_once(talkers, tmp_path):
+    """A judge whose verdict differs from request to request: each rank would hear another one."""
+    with serving(lambda prompt, n: f"VERDICT: {n % 11}") as server:
+        task = {"name": "judge", "options": {"server": server.url, "model": "m"}}
+        shared = {"task": task, "parallelism": {"tensor_parallel_degree": 2}, "steps": 1}
+        over = {"calibration": {"mode": "off"}, **shared}
+        run = run_ranks(config(talkers, tmp_path / "run", "calibrate", **over))
+        asked = [body["messages"][0]["content"] for _, body, _ in server.seen]
+    assert run.steps[0]["grader_error"] == 0 and len(asked) == len(set(asked)) > 1
