@@ -43,9 +43,11 @@ def has_none(folder: str | os.PathLike) -> bool:
 
 
 def remove_empty(folder: str | os.PathLike, name: str) -> None:
-    """Removes folder/name if it is an empty folder; nothing else happens to anything else."""
+    """Removes folder/name if it is an empty folder inside; nothing happens to anything else."""
+    inside = Path(folder) / str(name)
     with contextlib.suppress(OSError):
-        (Path(folder) / name).rmdir()
+        if inside.resolve().is_relative_to(Path(folder).resolve()):
+            inside.rmdir()
 
 
 def free_bytes(folder: str | os.PathLike) -> int:

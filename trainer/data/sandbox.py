@@ -9,6 +9,7 @@ The filter is seccomp's, by libseccomp; without it there is no sandbox. Limits o
 and descriptors always hold. What the process sends is read as JSON, never as a pickle.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -194,12 +195,14 @@ class _Live:
         """The exit code; where it ended by itself within `patience_s`, the code says how."""
         self.link.close()
         try:
-            code = self.process.wait(patience_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)  # without a sandbox it can have children
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self.process.wait(patience_s)
+        finally:  # also where Ctrl-C comes while it is waited for
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)  # without a sandbox it has children
             code = self.process.wait()
-        if self.output is not None:
-            self.output.close()
+            if self.output is not None:
+                self.output.close()
         return code
 
     def printed(self) -> str:

@@ -40,11 +40,15 @@ class Unsafe(ValueError):
     """A file wants something called that a checkpoint does not need."""
 
 
+# a copy: a pickle can set attributes of the class itself
+_MEMORY_FORMATS = dict(_metadata._MEM_FORMAT_ENCODING.__members__)
+
+
 def _memory_format(kind: Any, name: Any) -> Any:
     """In place of getattr: how Python 3.11.0 to 3.11.3 pickles a member of an enumeration."""
-    if kind is not _metadata._MEM_FORMAT_ENCODING or name not in kind.__members__:
+    if kind is not _metadata._MEM_FORMAT_ENCODING or name not in _MEMORY_FORMATS:
         raise _unsafe(f"builtins.getattr of {kind!r} and {name!r}")
-    return kind[name]
+    return _MEMORY_FORMATS[name]
 
 
 def _unsafe(name: str) -> Unsafe:

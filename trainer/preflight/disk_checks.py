@@ -16,20 +16,31 @@ def disk_findings(cfg: Config, config: Any, shape: Shape) -> list[Finding]:
     """One finding for a run that trains: a warning where they do not fit. config: torchtitan's."""
     if not cfg.trains:
         return []
-    whole, export = checkpoint_bytes(config, shape), export_bytes(cfg, shape)
-    count = kept_at_once(cfg.steps, config.checkpoint)
+    section, whole = config.checkpoint, checkpoint_bytes(config, shape)
+    count, export = kept_at_once(cfg.steps, section), export_bytes(cfg, shape)
     needed = count * whole + export
-    own = Path(cfg.folder) / config.checkpoint.folder
-    free = free_bytes(cfg.folder) + (folder_bytes(own) if own.is_dir() else 0)
+    if section.last_save_model_only and count and (count < 3 or not section.keep_latest_k):
+        needed -= whole * 2 // 3  # the last one has no moments
+    try:
+        free = free_bytes(cfg.folder) + _replaced(cfg, section)
+    except OSError as error:
+        return [Finding("warning", f"disk: {error}", "choose a folder that can be entered")]
     what = (
         f"disk: at least {count} checkpoint(s) of {size(whole)} at once and an export of "
         f"{size(export)}, {size(needed)}; {size(free)} are free for them in {cfg.folder}"
     )
     if needed <= free:
         return [Finding("ok", what)]
-    keeps_all = not config.checkpoint.keep_latest_k and count > 2
+    keeps_all = not section.keep_latest_k and count > 2
     advice = "make room, or choose another folder"
     return [Finding("warning", what, "set checkpoint.keep_latest_k" if keeps_all else advice)]
+
+
+def _replaced(cfg: Config, section: Any) -> int:
+    """Bytes of the checkpoints that a resumed run replaces by its own."""
+    if cfg.on_existing_run != "resume" or not section.keep_latest_k:
+        return 0
+    return sum(map(folder_bytes, (Path(cfg.folder) / section.folder).glob("step-*")))
 
 
 def checkpoint_bytes(config: Any, shape: Shape) -> int:
@@ -53,5 +64,6 @@ def kept_at_once(steps: int, checkpoint: Any) -> int:
     """
     if not checkpoint.enable or checkpoint.load_only:
         return 0
-    written = math.ceil(steps / checkpoint.interval) + checkpoint.enable_first_step_checkpoint
+    first = {1} if checkpoint.enable_first_step_checkpoint else set()
+    written = len({*range(checkpoint.interval, steps, checkpoint.interval), *first, steps} - {0})
     return min(written, 2) if checkpoint.keep_latest_k else written

@@ -379,6 +379,21 @@ def test_a_process_that_ends_slowly_is_told_by_its_own_code():
         grader.grade(rollout("42").prompt, "42")
 
 
+def test_an_interrupt_while_it_is_waited_for_leaves_no_process():
+    ours, _theirs = socket.socketpair()
+    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    wait = process.wait
+
+    def interrupted(timeout=None):
+        process.wait = wait
+        raise KeyboardInterrupt
+
+    process.wait = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        sandbox._Live(process, ours, None).stop()
+    assert process.poll() == -9
+
+
 def test_a_trainer_with_many_open_files_grades(grader):
     import gc
     import resource

@@ -46,13 +46,16 @@ def test_they_are_as_large_as_planned(distill, titan_process, tmp_path, over):
         (500, 1, {}, 2),
         (500, 0, {}, 10),
         (500, 0, {"enable_first_step_checkpoint": True}, 11),
+        (3, 0, {"enable_first_step_checkpoint": True, "interval": 1}, 3),
+        (1, 0, {"enable_first_step_checkpoint": True}, 1),
+        (0, 3, {}, 0),
         (500, 3, {"load_only": True}, 0),
         (500, 3, {"enable": False}, 0),
     ],
 )
 def test_how_many_there_are_at_once(steps, keep, more, count):
     usual = {"enable": True, "load_only": False, "enable_first_step_checkpoint": False}
-    section = SimpleNamespace(interval=50, keep_latest_k=keep, **usual | more)
+    section = SimpleNamespace(keep_latest_k=keep, **{"interval": 50} | usual | more)
     assert disk_checks.kept_at_once(steps, section) == count
 
 
@@ -69,10 +72,30 @@ def test_a_disk_that_is_too_small_is_told_before_the_run(calibrate, monkeypatch,
 
 
 def test_checkpoints_that_a_resumed_run_replaces_count_as_room(calibrate, monkeypatch, tmp_path):
-    cfg = calibrate(steps=100, checkpoint={"interval": 10})
+    """Not those that it sets aside, and none of a run that starts beside it."""
+    section = {"interval": 10}
+    cfg = calibrate(steps=100, checkpoint=section, on_existing_run="resume")
     monkeypatch.setattr(disk_checks, "free_bytes", lambda _: 2_000_000)
+    aside = tmp_path / "run" / "checkpoint" / "damaged-10"
+    aside.mkdir(parents=True)
+    (aside / "x.distcp").write_bytes(bytes(1_400_000))
     assert "disk:" in problems(plan(cfg).findings, "warning")
-    step = tmp_path / "run" / "checkpoint" / "step-10"
-    step.mkdir(parents=True)
-    (step / "x.distcp").write_bytes(bytes(1_400_000))
+    aside.rename(aside.with_name("step-10"))
     assert "disk:" in problems(plan(cfg).findings, "ok")
+    new = calibrate(steps=100, checkpoint=section, on_existing_run="new")
+    assert "disk:" in problems(plan(new).findings, "warning")
+
+
+def test_a_last_checkpoint_of_weights_alone_is_smaller(calibrate, monkeypatch):
+    monkeypatch.setattr(disk_checks, "free_bytes", lambda _: 1_000_000)
+    for more, level in (({}, "warning"), ({"last_save_model_only": True}, "ok")):
+        cfg = calibrate(steps=10, checkpoint={"interval": 10} | more)
+        assert "at least 1 checkpoint(s)" in problems(plan(cfg).findings, level)
+
+
+def test_a_folder_that_cannot_be_entered_is_a_finding(calibrate, monkeypatch):
+    def refuses(folder):
+        raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr(disk_checks, "free_bytes", refuses)
+    assert "Permission denied" in problems(plan(calibrate(steps=10)).findings, "warning")
