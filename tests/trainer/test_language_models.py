@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from assets import save_model, save_tokenizer, sentences, train_tokenizer
+from fake_wordnet import write_wordnet
 
 from reflux.trainer.cells import Cell, run_matrix
 from reflux.trainer.config.loader import load
@@ -14,14 +15,20 @@ from reflux.trainer.matrix import only, read_matrix, write_reports
 
 ROOT = Path(__file__).parents[2]
 MATRICES = ("language_c_models", "language_c_report")  # task c
+TASK_B = ("language_b_models", "language_b")
 TASK_A = "language_a_models"
 # of the attackers of one seed each runs against one teacher, which is enough to see that it runs
 RUN = ("teacher-*", "student-*-seq_kd", "student-*-kd_*", "student-*-gkd_*", "student-*-cross_*")
 RUN += ("student-undistillable-*", "diagnose-*", "side-by-side")
+RUN_OF = {
+    "language_c_report": RUN,
+    "language_b": ("*-undistillable*", "teacher-original", "knowledge-original"),
+}
 # smaller, in float32, and nothing that an untrained model would fail on
 TINY = (
     "rollout.prompts=2",
     "rollout.max_tokens=4",
+    "training.seq_len=192",  # a tiny tokenizer has more tokens
     "eval.limit=3",
     "eval.every=0",
     "training.mixed_precision_param='float32'",
@@ -45,10 +52,10 @@ def config_of(cell: Cell):
     return load(words[words.index("--config") + 1], sets)
 
 
-@pytest.mark.parametrize("name", (*MATRICES, TASK_A))
+@pytest.mark.parametrize("name", (*MATRICES, *TASK_B, TASK_A))
 def test_every_cell_is_a_configuration_and_reads_only_what_a_cell_before_it_wrote(name):
     cells = cells_of(name)
-    made = [f"{c.folder}/" for n in (*MATRICES, TASK_A) for c in cells_of(n)]
+    made = [f"{c.folder}/" for n in (*MATRICES, *TASK_B, TASK_A) for c in cells_of(n)]
     for cell in (c for c in cells if not c.module):
         cfg = config_of(cell)
         paths = [cfg.model.path, cfg.teacher.path, cfg.proxy.path, cfg.data.source, cfg.eval.source]
@@ -66,8 +73,9 @@ def _reaches(cells: list[Cell], cell: Cell, wanted: Cell) -> bool:
     return any(n == wanted.name or _reaches(cells, names[n], wanted) for n in cell.after)
 
 
-def test_every_attack_has_the_original_teacher_and_the_control():
-    cells = cells_of("language_c_report")
+@pytest.mark.parametrize("name", ("language_c_report", "language_b"))
+def test_every_attack_has_the_original_teacher_and_the_control(name):
+    cells = cells_of(name)
     labels = [c.labels for c in cells if c.labels.get("role") == "student"]
     teachers = {"original", "task_only", "distillable", "undistillable"}
     for attack in {x["attack"] for x in labels}:
@@ -103,15 +111,37 @@ def stand_ins(tmp_path, monkeypatch):
         more = {"vocab_size": size, "tie_word_embeddings": True, **types}
         save_model(folder, kind, **sizes, **heads, **more)
         save_tokenizer(train_tokenizer(texts, size), folder)
+    write_wordnet(tmp_path / "runs" / "real" / "wordnet", sentences=5000, nouns=400)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.mark.matrices
 def test_the_whole_matrix_runs_and_reports(stand_ins):
-    for name in MATRICES:
-        matrix = read_matrix(stand_ins / "configs" / f"{name}.toml", {})
-        chosen = only(matrix.cells, RUN) if name == MATRICES[-1] else matrix.cells
+    report = run_and_report(stand_ins, MATRICES)
+    assert set(report["teachers"]) == {"original", "task_only", "distillable", "undistillable"}
+    assert len(report["students"]) == 9
+    past = stand_ins / "runs" / "language" / "past"
+    texts = json.loads((past / "seed-321" / "side-by-side" / "texts.json").read_text())
+    assert len(texts["runs"]) == 4
+    assert (past / "diagnoses.md").exists()
+
+
+@pytest.mark.matrices
+def test_task_b_runs_and_reports(stand_ins):
+    report = run_and_report(stand_ins, TASK_B, seeds=[331])
+    assert set(report["teachers"]) == {"original", "undistillable"}
+    assert len(report["students"]) == 3
+    knowledge = stand_ins / "runs" / "language" / "words" / "seed-331" / "knowledge-undistillable"
+    assert "likelihood_sum" in (knowledge / "evaluation.json").read_text()
+
+
+def run_and_report(folder: Path, names: tuple[str, ...], **overrides) -> dict:
+    """Every cell of the first matrix and those of RUN of the last, which reports."""
+    for name in names:
+        more = overrides if name == names[-1] else {}
+        matrix = read_matrix(folder / "configs" / f"{name}.toml", more)
+        chosen = only(matrix.cells, RUN_OF.get(name, ("*",)))
         cells = [tiny(c) for c in chosen]
         if run_matrix(cells, parallel=2):  # the second time only what failed: a port that was taken
             print("again")
@@ -122,12 +152,7 @@ def test_the_whole_matrix_runs_and_reports(stand_ins):
 
     _write_cells(matrix)
     write_reports(matrix)
-    report = json.loads((matrix.folder / "report.json").read_text())
-    assert set(report["teachers"]) == {"original", "task_only", "distillable", "undistillable"}
-    assert len(report["students"]) == 9
-    texts = json.loads((matrix.folder / "seed-321" / "side-by-side" / "texts.json").read_text())
-    assert len(texts["runs"]) == 4
-    assert (matrix.folder / "diagnoses.md").exists()
+    return json.loads((matrix.folder / "report.json").read_text())
 
 
 def _console(cells: list[Cell], name: str) -> str:
