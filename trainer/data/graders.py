@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .prompt import GeneratedEntry, Prompt
+from .prompt import GeneratedEntry, Prompt, spell
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Exact(Answer):
                 f"column {self.aliases!r} has {given!r:.80}; want a list of accepted answers. The "
                 f"row has: {', '.join(prompt.extra) or 'no other columns'}"
             )
-        return [str(other).strip() for other in given]
+        return [spell(other).strip() for other in given]
 
 
 @dataclass(frozen=True)
@@ -203,8 +203,8 @@ class MultipleChoice:
                 )
             return "ABCDEFGHIJ", []
         if isinstance(given, Mapping):
-            return "".join(given["label"]).upper(), list(given["text"])
-        return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(given)], list(given)
+            return "".join(given["label"]).upper(), list(map(spell, given["text"]))
+        return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(given)], list(map(spell, given))
 
 
 @dataclass(frozen=True)

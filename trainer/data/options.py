@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .prompt import Prompt
+from .prompt import Prompt, spell
 
 ORDER_STREAM = 1 << 30  # the shuffle of a prompt's options has random numbers of its own
 
@@ -63,10 +63,10 @@ def _labels_and_texts(prompt: Prompt, column: str) -> tuple[tuple[str, ...], tup
             f"{', '.join(prompt.extra) or 'none'}. Set task.options.choices"
         )
     if isinstance(given, Mapping):
-        texts = tuple(map(str, given["text"]))
+        texts = tuple(map(spell, given["text"]))
         labels = tuple(str(x).upper() for x in given["label"])
     else:
-        texts = tuple(map(str, given))
+        texts = tuple(map(spell, given))
         labels = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(texts)])
     if len(texts) < 2 or len(labels) != len(texts) or not all(texts):
         raise ValueError(

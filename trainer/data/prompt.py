@@ -1,8 +1,10 @@
 """One question of a data set. Imports no torch: the process that grades starts with it."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, NoReturn
 
 
@@ -50,6 +52,13 @@ def fill_template(template: str, **texts: str) -> str:
     """
     names = "|".join(map(re.escape, texts))
     return re.sub(rf"\{{({names})\}}", lambda found: texts[found[1]], template)
+
+
+def spell(value: Any) -> str:
+    """A cell of a row as a text. A number has all its digits: no one answers "1e-05"."""
+    if isinstance(value, float) and math.isfinite(value):
+        return format(Decimal(float.__repr__(value)), "f")  # NumPy's own repr names its type
+    return str(value)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from reflux.trainer.config.fit import nearest
 
+from .prompt import spell
 from .sources import LONGEST, show
 
 Message = Mapping[str, str]
@@ -56,14 +57,14 @@ class Row:
         return read_text(self.value(column), self.where(column))
 
     def answer(self, column: str) -> str | None:
-        """As `text`; numbers are texts. A column of whole numbers comes as floats where one of
-        them is missing: 42.0 is 42, and NaN is none.
+        """As `text`; numbers are texts, of all their digits. A column of whole numbers comes as
+        floats where one of them is missing: 42.0 is 42, and NaN is none.
         """
         value = self.value(column)
         if isinstance(value, float) and (math.isnan(value) or abs(value) < EXACT):
             value = None if math.isnan(value) else int(value) if value.is_integer() else value
         if isinstance(value, int | float):
-            value = str(value)
+            value = spell(value)
         return read_text(value, self.where(column))
 
     def require(self, column: str) -> None:

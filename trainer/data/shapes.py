@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .prompt import spell
 from .row import Message, Row, read_conversation
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -172,7 +173,7 @@ def _options(row: Row, column: str) -> tuple[list[str], list[str]]:
         labels = [str(label).upper() for label in given["label"]]
     if any(label not in LETTERS for label in labels):  # ARC has some rows with 1 to 4
         labels = list(LETTERS[: len(texts)])
-    return labels, [str(text) for text in texts]
+    return labels, [spell(text) for text in texts]
 
 
 def _correct(row: Row, column: str, labels: list[str], texts: list[str]) -> str:

@@ -1,7 +1,12 @@
 """Cells of a row, and what is wrong with them in words. Conversations: test_shapes.py."""
 
+import numpy as np
 import pytest
 
+from reflux.trainer.data.graders import Exact, MultipleChoice
+from reflux.trainer.data.options import list_options
+from reflux.trainer.data.prompt import spell
+from reflux.trainer.data.prompts import load_prompts
 from reflux.trainer.data.row import Row
 
 
@@ -36,6 +41,38 @@ def test_numbers_are_answers(value, text):
     assert Row({"answer": value}, "f, line 1").answer("answer") == text
 
 
-def test_a_float_that_is_no_exact_whole_number_stays_as_it_is():
-    assert Row({"answer": 1e300}, "f, line 1").answer("answer") == "1e+300"
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (0.00001, "0.00001"),
+        (-2e-05, "-0.00002"),
+        (1e-7, "0.0000001"),
+        (0.1, "0.1"),
+        (2.5e20, "250000000000000000000"),
+        (1e16, "10000000000000000"),
+        (1e300, "1" + 300 * "0"),
+        (np.float64(1e-5), "0.00001"),
+        (123456789012345678, "123456789012345678"),
+    ],
+)
+def test_a_number_has_all_its_digits(value, text):
+    """It was text by str(), "1e-05", which no response is."""
+    assert Row({"answer": value}, "f, line 1").answer("answer") == text == spell(value)
+
+
+def test_a_number_of_json_is_answered_as_people_write_it(tmp_path):
+    """As an answer, as one of several accepted ones, and as an option."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "?", "answer": 1e-5, "also": [2e-6], "choices": [1.0, 1e-5]}\n')
+    (asked,) = load_prompts(str(file))
+    assert Exact(aliases="also")(asked, "0.00001").correct
+    assert Exact(aliases="also")(asked, "0.000002").correct
+    assert MultipleChoice(answer_is="text")(asked, "(B)").correct
+    assert "0.00001" in list_options(asked, 0, answer_is="text").messages[-1]["content"]
+    file.write_text('{"question": "?", "choices": [1.0, 1e-5], "answer": 1}\n')
+    (asked,) = load_prompts(str(file))
+    assert asked.extra["choices"]["text"] == ["1.0", "0.00001"]
+
+
+def test_infinity_stays_as_it_is():
     assert Row({"answer": float("inf")}, "f, line 1").answer("answer") == "inf"
