@@ -3,7 +3,6 @@ under limits. `cannot_hang` marks those whose time is linear in the text, `evalu
 run what it says, themselves or by a library.
 """
 
-import logging
 import math
 import re
 import unicodedata
@@ -14,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from .math_answers import read_answer, read_reference, read_text, spelling
 from .prompt import GeneratedEntry, Prompt, spell
 
 
@@ -124,8 +124,9 @@ class Exact(Answer):
 
 @dataclass(frozen=True)
 class Math(Answer):
-    """Correct if the expressions are equal by math_verify, or the texts are. A bare answer is read
-    as LaTeX.
+    """Correct if the expressions are equal by math_verify, or the texts are. The prompt's answer,
+    and what a marker or a pattern finds, is read as LaTeX or as the one number among its words
+    (math_answers.py). A prompt's answer that cannot be read is a failed grade.
     """
 
     evaluates: ClassVar[bool] = True
@@ -133,26 +134,31 @@ class Math(Answer):
 
     def warm_up(self) -> None:
         """Imports what grading needs."""
-        _parse("$1$")
+        read_text("$1$")
 
     def __call__(self, prompt: Prompt, text: str) -> Grade:
         from math_verify import verify
 
         answer = self.gold(prompt)
+        wanted = read_reference(answer)
         extracted = self.extract(text)
         if extracted is None:
             return Grade(0.0, False)
         if extracted == answer:
             return Grade(1.0, True, extracted)
         whole_text = self.marker is None and self.pattern is None
-        parsed = _parse(extracted) if whole_text else _parse(_as_latex(extracted))
-        if not parsed:
+        readings = [read_text(extracted)] if whole_text else read_answer(extracted)
+        for reading in filter(None, readings):
+            spelled = spelling(reading) or extracted
+            # Its own timeouts are off: they are whole seconds, share SIGALRM with ours and work in
+            # no other thread.
+            if spelled == answer or any(
+                verify(gold, reading, timeout_seconds=None) for gold in wanted
+            ):
+                return Grade(1.0, True, spelled)
+        if not any(readings):
             return Grade(0.0, False, None if whole_text else extracted)
-        spelled = next((part for part in parsed if isinstance(part, str)), extracted)
-        # Its own timeouts are off: they are whole seconds, share SIGALRM with ours and work in no
-        # other thread.
-        correct = spelled == answer or verify(_parse_answer(answer), parsed, timeout_seconds=None)
-        return Grade(float(correct), bool(correct), spelled)
+        return Grade(0.0, False, spelling(readings[0]) or extracted)
 
 
 @dataclass(frozen=True)
@@ -365,24 +371,6 @@ def _letter_forms(letters: str) -> _LetterForms:
         rf"(?i:\(?({one})(?:$|[.):,](?:\s|$)))",
     )
     return _LetterForms(*map(re.compile, forms))
-
-
-def _parse(text: str) -> list:
-    from math_verify import parse
-
-    # it warns that its timeouts are off: ours is on
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    return parse(text, parsing_timeout=None)
-
-
-@lru_cache(maxsize=4096)
-def _parse_answer(answer: str) -> list:
-    return _parse(_as_latex(answer))
-
-
-def _as_latex(text: str) -> str:
-    # unmarked, (1,2) and x^2+1 are not seen as maths
-    return text if "$" in text or "\\boxed" in text else f"${text}$"
 
 
 _sources: dict[str, Any] = {}  # the data sets that entries came from, of which a run has few
