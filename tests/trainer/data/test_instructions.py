@@ -10,12 +10,13 @@ from reflux.trainer.data.instructions import CHECKS, follows
 
 KEYS = {"keywords": ["cat", "dog"]}
 CASES = [
-    ("keywords:existence", KEYS, "A Cat and a dog.", "A cat and a hotdog."),
+    # a keyword counts inside other words and "[]" is a placeholder: so in the paper's code
+    ("keywords:existence", KEYS, "A Cat and a hotdog.", "A cat and a do-g."),
     (
         "keywords:frequency",
         {"keyword": "tea", "frequency": 2, "relation": "at least"},
-        "Tea? Tea!",
         "Tea and teapots.",
+        "Tea.",
     ),
     (
         "keywords:frequency",
@@ -46,8 +47,13 @@ CASES = [
         'First.\n\n"Then" it was.',
         "Then.\n\nFirst.",
     ),
-    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[a], [b c]", "[a] []"),
-    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Bye.\nP. S. more", "P.P.S."),
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[a], [b c]", "[a] [b"),
+    (
+        "detectable_content:postscript",
+        {"postscript_marker": "P.S."},
+        "Bye.\nP. S. more",
+        "Bye. PS more",
+    ),
     ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n- b", "* a\n** b **"),
     ("detectable_format:constrained_response", {}, "Well. My answer is no.", "No."),
     (
@@ -84,6 +90,51 @@ CASES = [
 def test_a_text_that_follows_and_one_that_does_not(kind, options, good, bad):
     assert follows(kind, good, options) and not follows(kind, bad, options)
     assert not follows(kind, " \n", options), "an empty response follows nothing"
+
+
+WORDS = {"num_words": 5, "relation": "exactly"}
+CAPITALS = {"capital_frequency": 3, "capital_relation": "exactly"}
+SECOND = {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "Then"}
+PUBLISHED = [
+    ("length_constraints:number_words", WORDS, "I don't co-operate", True),  # was three words
+    ("keywords:existence", {"keywords": ["friend"]}, "FRIENDS", True),  # was whole words only
+    ("keywords:existence", {"keywords": ["c++ (17)"]}, "In C++ (17).", True),  # no expression
+    ("keywords:frequency", {"keyword": " cat ", "frequency": 3}, "Cats, a cat, concat.", True),
+    ("keywords:forbidden_words", {"forbidden_words": ["cat"]}, "Cats concatenate.", True),
+    ("keywords:forbidden_words", {"forbidden_words": ["cat"]}, "A CAT!", False),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Best. P.S. Call me.", True),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "p. s. no", True),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "p.  s. no", False),
+    ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, "So p. p.s", True),
+    ("detectable_content:postscript", {"postscript_marker": "N.B."}, "so n.b. x", True),
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[[a] []", True),
+    ("detectable_content:number_placeholders", {"num_placeholders": 1}, "[a\n]", False),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "---\n• a\n-b", True),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 1}, "*\n* a", True),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "***a***", True),
+    ("detectable_format:title", {}, "<<a <b> c>>", True),
+    ("detectable_format:title", {}, "<<\n a>> <<<>>", False),
+    ("detectable_format:json_format", {}, "```Json\n{}```", True),
+    ("combination:two_responses", {}, "a ****** ****** b", False),
+    ("combination:two_responses", {}, "****** a ****** b ******", True),
+    ("length_constraints:nth_paragraph_first_word", SECOND, "a\n\nThen's", True),
+    ("length_constraints:nth_paragraph_first_word", SECOND, "a\n\n**Then** b", False),
+    ("length_constraints:nth_paragraph_first_word", SECOND, "a\n\n\n\nThen b", False),
+    ("change_case:capital_word_frequency", CAPITALS, "The U.S. (NASA's) AB-C.", True),
+    ("change_case:capital_word_frequency", CAPITALS, "I DON'T know", True),  # I DO N'T
+]
+
+
+@pytest.mark.parametrize("kind, options, text, follow", PUBLISHED)
+def test_what_follows_is_what_the_papers_code_accepts(kind, options, text, follow):
+    """Or scores are none of IFEval's: words, keywords and postscripts had rules of our own."""
+    assert follows(kind, text, options) is follow
+
+
+@pytest.mark.parametrize("text", ["[" * 300_000, "<<" * 150_000, "*" * 300_000, "\n" * 300_000])
+def test_hostile_texts_are_read_in_linear_time(text):
+    for kind, options, *_ in CASES:
+        follows(kind, text + "a", options)
 
 
 def test_every_kind_is_tested():
