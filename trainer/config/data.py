@@ -38,9 +38,10 @@ class SourceSection:
     columns: Mapping[str, str] = field(default_factory=dict)  # our name -> the source's column
     limit: int | None = None  # first rows only
     system: str = ""  # a system message for conversations that have none
-    # write the options of a multiple-choice row under its question, in an order drawn from `seed`;
-    # left out: where the shape is `choices` and an answer is generated
-    list_options: bool | None = None
+    # write the options of a multiple-choice row under its question, in an order drawn from `seed`,
+    # or as given where they name each other ("All of the above"); "given": always as given. Left
+    # out: true where the shape is `choices` and an answer is generated
+    list_options: bool | Literal["given"] | None = None
 
     def __post_init__(self):
         positive_limit(self)

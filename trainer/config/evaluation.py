@@ -136,8 +136,11 @@ class AcceptSection:
 def check_options(spec: EvalSection, task: str) -> None:
     """ValueError for an evaluation that this task does not support."""
     if task != "multiple_choice" and (spec.scores_options or spec.list_options):
-        spelled = f"eval.by = {spec.by!r}" if spec.scores_options else "eval.list_options = true"
-        raise ValueError(f"{spelled} with task.name = {task!r}: only 'multiple_choice' has options")
+        listed = "true" if spec.list_options is True else repr(spec.list_options)
+        spelled = f"by = {spec.by!r}" if spec.scores_options else f"list_options = {listed}"
+        raise ValueError(
+            f"eval.{spelled} with task.name = {task!r}: only 'multiple_choice' has options"
+        )
     if task == "reward_model" and spec.pass_at:
         raise ValueError(
             f"eval.pass_at = {list(spec.pass_at)} with task.name = 'reward_model', which calls "

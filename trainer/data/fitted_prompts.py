@@ -85,9 +85,9 @@ def training_listing(cfg: Config) -> Listing | None:
     if lists is False:
         return None
     if cfg.task.name != "multiple_choice":
-        return Listing(cfg.seed)
+        return Listing(cfg.seed, shuffle=lists != "given")
     column, answer_is = options.get("choices", "choices"), options.get("answer_is", "letter")
-    return Listing(cfg.seed, column, answer_is, always=bool(lists))
+    return Listing(cfg.seed, column, answer_is, always=bool(lists), shuffle=lists != "given")
 
 
 class Fitting:

@@ -4,6 +4,7 @@ A prompt has its options where graders.MultipleChoice looks for them: a list of 
 {"label": [...], "text": [...]}.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,13 @@ import numpy as np
 from .prompt import Prompt, spell
 
 ORDER_STREAM = 1 << 30  # the shuffle of a prompt's options has random numbers of its own
+# "None of the above", "All of these", "Both of the other answers"
+ABOVE = re.compile(
+    r"\b(?:all|none|both|neither|either|any|each|some|one|two|three)(?: of)?"
+    r"(?:(?: the)?(?: other)? (?:above|preceding|previous|foregoing|options|choices|answers|"
+    r"alternatives)| (?:these|those|them))\b|以上(?:都|皆|全|均|各项|选项)|上述",
+    re.I,
+)
 
 
 @dataclass(frozen=True)
@@ -34,9 +42,10 @@ class Listing:
     column: str = "choices"
     answer_is: str = "letter"
     always: bool = False  # also where the options may stand in the prompts already
+    shuffle: bool = True  # False: in the order given
 
     def shown(self, prompt: Prompt) -> Prompt:
-        return list_options(prompt, self.seed, self.column, self.answer_is)
+        return list_options(prompt, self.seed, self.column, self.answer_is, self.shuffle)
 
 
 def read_options(prompt: Prompt, column: str = "choices", answer_is: str = "letter") -> Options:
@@ -82,18 +91,43 @@ def _names(labels: Sequence[str], texts: Sequence[str], answer_is: str) -> Seque
     return known[answer_is]
 
 
+def name_each_other(labels: Sequence[str], texts: Sequence[str]) -> bool:
+    """Whether an option says something of other options, "Both A and B" or "None of the above":
+    in another order it would say something else. In doubt it does: an order kept harms no key.
+    """
+    one = f"(?:{'|'.join(map(re.escape, labels))})"
+    capital = rf"\(?(?<!\w){one}(?!\w)\)?"  # alone; a small one is an article: "only a fool"
+    small = rf"\(?(?<!\w)(?i:{one})(?!\w)\)?"
+    letters = rf"(?:(?!\(?\d){capital})"  # 1/2 is a number
+    named = re.compile(
+        rf"{small},? (?i:and|or|nor|but not|and/or) {small}|{letters} ?[,/&+] ?{letters}|"
+        rf"{capital} (?i:only|alone)\b|\b(?i:only|options?|choices?|answers?|same as) {capital}"
+    )
+    return any(ABOVE.search(text) or named.search(text) for text in texts)
+
+
+def _order(prompt: Prompt, seed: int, labels: Sequence[str], texts: Sequence[str]) -> list[int]:
+    if name_each_other(labels, texts):
+        return list(range(len(texts)))
+    key = np.array([(seed << 32) ^ ORDER_STREAM, prompt.index], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).permutation(len(texts)).tolist()
+
+
 def list_options(
-    prompt: Prompt, seed: int, column: str = "choices", answer_is: str = "letter"
+    prompt: Prompt,
+    seed: int,
+    column: str = "choices",
+    answer_is: str = "letter",
+    shuffle: bool = True,
 ) -> Prompt:
     """The prompt with its options written under the question, "A) text" a line, in an order drawn
-    from (seed, prompt).
+    from (seed, prompt); in the order given without `shuffle`, and where they name each other.
 
     Labels stay in order and texts move, so a preference for a position or a letter is seen; answer
     (where there is one) and column follow.
     """
     labels, given = _labels_and_texts(prompt, column)
-    key = np.array([(seed << 32) ^ ORDER_STREAM, prompt.index], dtype=np.uint64)
-    order = np.random.Generator(np.random.Philox(key=key)).permutation(len(given)).tolist()
+    order = _order(prompt, seed, labels, given) if shuffle else list(range(len(given)))
     texts = [given[i] for i in order]
     answer = prompt.answer
     if answer is not None:

@@ -38,7 +38,7 @@ class Questions:
         self.prompts: Sequence[Prompt] = prompts
         self.location = prompts.location
         choices = prompts.shape == "choices" and e.by == "generation"
-        self._listed = choices if e.list_options is None else e.list_options
+        self._listed = choices if e.list_options is None else bool(e.list_options)
         lengths = self._measured(host, chat)
         for prompt in self.prompts if e.scores_options or self._listed else ():
             self.options(prompt)
@@ -50,7 +50,8 @@ class Questions:
         """As the model reads it: with its options, where they are to be listed."""
         if not self._listed:
             return prompt
-        return list_options(prompt, self.cfg.seed, **self._format)
+        shuffle = self.cfg.eval.list_options != "given"
+        return list_options(prompt, self.cfg.seed, **self._format, shuffle=shuffle)
 
     def options(self, prompt: Prompt) -> Options:
         """ValueError where they cannot be read."""

@@ -18,6 +18,7 @@ def test_a_source_is_a_text_or_a_list():
         ({"source": 3}, "file: source = 3; want str | a list of str"),
         ({"shape": "alpaca"}, "file: shape = 'alpaca'; want auto | plain | messages"),
         ({"limit": 0}, "file: limit = 0; want >= 1"),
+        ({"list_options": "no"}, "list_options = 'no'; want bool | given | none (leave it out)"),
     ],
 )
 def test_what_is_refused(table, says):
@@ -29,3 +30,4 @@ def test_what_is_refused(table, says):
 def test_options_are_listed_where_the_rows_have_them_unless_told():
     assert SourceSection().list_options is None
     assert fill(DataSection, {"list_options": False}, "file").list_options is False
+    assert fill(DataSection, {"list_options": "given"}, "file").list_options == "given"

@@ -112,6 +112,7 @@ def test_a_rule_is_a_named_table(accept):
             "eval.by = 'likelihood' with task.name = 'exact': only 'multiple_choice' has options",
         ),
         ({"eval": {"list_options": True}}, "eval.list_options = true with task.name = 'exact'"),
+        ({"eval": {"list_options": "given"}}, "eval.list_options = 'given' with task.name ="),
         (
             {"task": {"name": "reward_model"}, "eval": {"pass_at": [1]}},
             "which calls nothing correct or wrong",

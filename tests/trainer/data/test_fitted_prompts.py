@@ -10,6 +10,7 @@ from thread_ranks import ThreadRank, on_ranks
 from reflux.trainer.config.loader import deep_merge, fill
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.chat import Chat
+from reflux.trainer.data.fitted_prompts import training_listing
 from reflux.trainer.data.prompts import load_prompts
 from reflux.trainer.data.training_prompts import load_training_prompts
 
@@ -218,3 +219,16 @@ def test_a_prompt_that_comes_twice_in_a_step_is_numbered(model, tmp_path):
         *((0, 2), (1, 2)),
     ]
     assert not any(p.repeat for step in range(2) for p in load(cfg).batch(step, 3, seed=0))
+
+
+@pytest.mark.parametrize("task", ["multiple_choice", "exact"])
+def test_options_are_listed_as_the_configuration_says(task):
+    """given: as they stand, in prompts of every shape."""
+    over = {"task": {"name": task}}
+    listings = [
+        training_listing(make_config("m", "s", data={"list_options": given}, **over))
+        for given in (False, True, "given")
+    ]
+    assert listings[0] is None
+    assert [listing.shuffle for listing in listings[1:]] == [True, False]
+    assert task == "exact" or all(listing.always for listing in listings[1:])

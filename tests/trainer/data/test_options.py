@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from reflux.trainer.data.batch import Prompt
 from reflux.trainer.data.graders import MultipleChoice
-from reflux.trainer.data.options import list_options, read_options
+from reflux.trainer.data.options import Listing, list_options, read_options
 
 
 def ask(answer="B", choices=("red", "green", "blue"), index=0):
@@ -100,6 +100,65 @@ def test_the_correct_option_stands_everywhere_about_equally_often():
     counts = positions(7)
     assert set(counts) == {0, 1, 2, 3} and all(70 <= n <= 130 for n in counts.values())
     assert counts != positions(8)
+
+
+def listed(texts, seed=0, **more):
+    return [list_options(ask("D", texts, i), seed, **more).extra["choices"] for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        "Both A and B",
+        "both (a) and (b)",
+        "A or B",
+        "Neither A nor C.",
+        "A, B",
+        "A/C",
+        "A & B",
+        "A but not B",
+        "A only",
+        "Only (B)",
+        "Options A",
+        "Same as A",
+        "All of the above",
+        "None of the above.",
+        "all the above",
+        "None of these",
+        "Neither of them",
+        "Both of the above options",
+        "None of the other answers",
+        "Two of the above",
+        "以上都是",
+    ],
+)
+def test_options_that_name_each_other_stay_where_they_are(last):
+    """In another order "Both A and B" says something else, and the key is false."""
+    texts = ["Neon", "Argon", "Iron", last]
+    assert all(found["text"] == texts for found in listed(texts))
+    labelled = {"label": ["1", "2", "3", "4"], "text": [*texts[:3], "1 and 2"]}
+    shown = [list_options(ask("4", labelled, i), 0).extra["choices"]["text"] for i in range(20)]
+    assert all(found == labelled["text"] for found in shown)
+
+
+@pytest.mark.parametrize(
+    "last",
+    ["only a fool", "A cat and a dog", "salt and bread", "vitamin D", "Not enough", "All of it"],
+)
+def test_other_options_are_shuffled(last):
+    texts = ["Neon", "Argon", "Iron", last]
+    assert len({tuple(found["text"]) for found in listed(texts)}) > 5
+    labelled = {"label": ["1", "2", "3", "4"], "text": ["1/2", "1, 2", "3", "4"]}
+    shown = [list_options(ask("4", labelled, i), 0).extra["choices"]["text"] for i in range(20)]
+    assert len(set(map(tuple, shown))) > 5, "numbers are no labels"
+
+
+def test_options_are_listed_in_the_order_given():
+    texts = ["red", "green", "blue", "grey"]
+    assert all(found["text"] == texts for found in listed(texts, shuffle=False))
+    shown = list_options(ask("D", texts), 0, shuffle=False)
+    assert shown.answer == "D" and "Which?\nA) red\nB) green\n" in shown.messages[-1]["content"]
+    assert Listing(0, shuffle=False).shown(ask("D", texts)) == shown
 
 
 def test_options_without_an_answer_are_listed():

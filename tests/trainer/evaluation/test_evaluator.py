@@ -353,6 +353,12 @@ def positions(rows):
     return [row["position"] for row in of_mode(rows, "likelihood_sum")]
 
 
+def test_options_are_listed_in_the_order_given(talkers, tmp_path):
+    over = {"task": CHOICE, "eval": {"by": "likelihood", "list_options": "given"}}
+    _, rows = evaluate(talkers, tmp_path / "run", source=write_choices(tmp_path), **over)
+    assert positions(rows) == [a % 3 for a in range(12)]
+
+
 def test_listed_options_are_shuffled_by_seed_and_answered_both_ways(talkers, tmp_path):
     spec = {"by": "both", "list_options": True, "samples": 2}
     over = {"source": write_choices(tmp_path), "task": CHOICE}
