@@ -8,12 +8,12 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
 
 from .math_answers import read_answer, read_reference, read_text, spelling
+from .option_letters import decided_letter
 from .prompt import GeneratedEntry, Prompt, spell
 
 
@@ -163,12 +163,7 @@ class Math(Answer):
 
 @dataclass(frozen=True)
 class MultipleChoice:
-    """Correct if the letter that the text decides for is the answer's. Forms in order of
-    precedence, the last of each: \\boxed{B}; "answer is B", "Answer: (B)"; "the best option is B";
-    a last or first line "B", or "B. because" unless several letters head lines so; "option B";
-    "(B)"; a line "B) because". An option that is turned down ("option A is wrong", "not (A)") is
-    not named, and "answer: B or C" decides for none.
-    """
+    """Correct if the letter that the text decides for is the answer's (option_letters.py)."""
 
     evaluates: ClassVar[bool] = False
     cannot_hang: ClassVar[bool] = True
@@ -195,7 +190,7 @@ class MultipleChoice:
                 f"answer {answer!r} is none of {', '.join(names)}; set answer_is to letter, index "
                 "or text"
             )
-        letter = _letter(text, letters)
+        letter = decided_letter(text, letters)
         correct = letter == letters[list(names).index(answer)]
         return Grade(float(correct), correct, letter)
 
@@ -299,78 +294,6 @@ def _answer(prompt: Prompt) -> str:
     if prompt.answer is None or not prompt.answer.strip():
         raise ValueError('the prompt has no answer; name its column: columns = {answer = "..."}')
     return prompt.answer
-
-
-def _letter(text: str, letters: str) -> str | None:
-    # bold, maths, code
-    text = re.sub(r"\\(?:text\w*|mathrm|mathbf)\{([^{}]*)\}|[*$`]", r"\1", text).strip()
-    # bounded gaps: no quadratic search in a page of blanks
-    text = re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text))
-    lines, forms = text.split("\n"), _letter_forms(letters)
-    for form in (forms.boxed, forms.answer_is, forms.choice_is):
-        if matches := list(form.finditer(text)):
-            last = matches[-1].groupdict()
-            return None if last.get("other") else last["letter"].upper()  # "B or C" is no answer
-    heads = {match[1].upper() for match in forms.head.finditer(text)}
-    heads = heads if len(heads) == 1 else set()  # several: a list of the options
-    for line in (lines[-1], lines[0]):
-        if match := forms.alone.match(line) or (heads and forms.head.match(line)):
-            return match[1].upper()
-    for form in (forms.mentioned, forms.in_brackets):
-        if matches := list(form.finditer(text)):
-            return matches[-1]["letter"].upper()
-    for line in (lines[-1], lines[0]):
-        if match := forms.leads.match(line):
-            return match[1].upper()
-    return None
-
-
-@dataclass(frozen=True)
-class _LetterForms:
-    """How a text names an option, by what it says of it."""
-
-    boxed: re.Pattern[str]
-    answer_is: re.Pattern[str]  # "answer: B"; group `other` of "answer: B or C"
-    choice_is: re.Pattern[str]  # "the best option is B"
-    mentioned: re.Pattern[str]  # "option B", unless it is turned down: "option B is wrong"
-    in_brackets: re.Pattern[str]
-    alone: re.Pattern[str]  # a line
-    head: re.Pattern[str]  # "B. ", "B) " at the beginning of a line or behind a blank
-    leads: re.Pattern[str]  # what a line may begin with
-
-
-@lru_cache
-def _letter_forms(letters: str) -> _LetterForms:
-    one, both = f"[{letters}]", f"[{letters}{letters.lower()}]"
-    ends = r"(?![\w'\u2019]|\.\d)"
-    # a small letter needs brackets: "the answer is a matter of taste"; "I think" is no option I
-    pronoun = r"(?!I (?:think|believe|guess|suppose|would|will|am|do|can|have|know|need|was)\b)"
-    option = r"(?i:(?:option|choice)\s)?"
-    letter = rf"{option}(?:\((?={both}\))|{pronoun}(?={one}{ends}))(?P<letter>{both})"
-    sentence_end = r"(?=[.,;:!?\n]|$)"
-    other = rf"(?P<other>\)?(?:,? (?:or|and) | ?[/,&] ?){option}\(?{one}{ends}\)?{sentence_end})?"
-    link = r"(?i:\s(?:is|must be|should be))?\s?[:=]?\s?"  # of an announcement
-    linked = r"(?=\s?[:=]|\s(?i:is|must be|should be)\b)"
-    named_last = rf"(?=\s\(?{both}\)?{sentence_end})"  # "Answer B."
-    supposed = r"(?<!if )(?<!if the )(?<!If )(?<!If the )(?<!not the )"
-    no = r"(?<!not )(?<!n't )(?<!nor )(?<!neither )(?<!Neither )(?<!than )"
-    turned_down = (
-        rf"(?!\)?(?: (?:and|or) {option}\(?{one}\)?)? (?:fails?\b|(?:can ?not|can't|could not|"
-        r"couldn't) be (?:right|correct|true|it|the)\b|(?:isn't|aren't|wasn't|does not|doesn't)\b|"
-        r"(?:is|are|was|were|seems?|looks?|would be|must be)(?: \w+ly| also| just)? (?:not|wrong|"
-        r"incorrect|false|untrue|invalid|too|out|ruled out|excluded|impossible)\b))"
-    )
-    forms = (
-        rf"\\boxed ?\{{[ ({{]{{0,3}}(?P<letter>{both})[ )}}.]{{0,3}}\}}",
-        rf"{supposed}(?i:answer)(?:{linked}|{named_last}){link}{letter}{other}",
-        rf"{supposed}(?i:choice|option){linked}{link}{letter}{other}",
-        rf"(?:{no}(?i:choice|option|answer))\s?{letter}{turned_down}",
-        rf"{no}\((?P<letter>{one})\)(?<!\w\(.\)){turned_down}",
-        rf"(?i:\(?({one})\)?[.,:]?$)",
-        rf"(?:^|(?<=\s))({one})[.):](?=\s)",
-        rf"(?i:\(?({one})(?:$|[.):,](?:\s|$)))",
-    )
-    return _LetterForms(*map(re.compile, forms))
 
 
 _sources: dict[str, Any] = {}  # the data sets that entries came from, of which a run has few
