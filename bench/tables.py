@@ -33,7 +33,8 @@ from reflux.trainer.runs.stats import (
     relative_over_seeds,
     t_tail,
 )
-from reflux.trainer.studies.verdict import MIN_LOSS, at_most, worst
+from reflux.trainer.studies.rules import at_most, worst
+from reflux.trainer.studies.verdict import MIN_LOSS
 
 from .records import FOLDER
 

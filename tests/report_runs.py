@@ -58,13 +58,13 @@ def prediction(prompt, answered, correct, mode="sampled"):
     }
 
 
-def write_matrix(folder, scores, answered=1.0, teachers=None, start=None):
-    """Two seeds of teachers and of one student each, by the attack kd. scores, teachers: name ->
-    accuracy; start: accuracy of the student before the attack.
+def write_matrix(folder, scores, answered=1.0, teachers=None, start=None, seeds="01"):
+    """Two seeds of teachers and of one student each, by the attack kd, or of other seeds. scores,
+    teachers: name -> accuracy; start: accuracy of the student before the attack.
     """
     cells = []
     begun = {} if start is None else {"start": "student"}
-    for seed in "01":
+    for seed in seeds:
         for name, accuracy in (teachers or TEACHERS).items():
             labels = {"role": "teacher", "teacher": name}
             run = folder / f"t-{name}-{seed}"

@@ -24,6 +24,7 @@ from .finished_runs import (
     with_role,
 )
 from .results import CalibratedByProxy, DefenceResult, ProxyResult
+from .rules import at_most, enough_seeds
 
 ATTACK = "seq_kd"  # every defence is judged by students of sampled text
 ATTACKS_AS_DEFENCE = {
@@ -110,10 +111,8 @@ def _repair_lines(runs: Sequence[FinishedRun]) -> list[str]:
     if not change.n:
         compared = "not compared: no seed has both, or the original's have no correct answer"
         result = "not known whether the drop survives"
-    elif change.high <= MIN_DROP:
-        result = "the drop survives"
-    elif change.low > MIN_DROP:
-        result = "the drop does not survive"
+    elif (rule := at_most(change, MIN_DROP)) != "inconclusive":
+        result = "the drop survives" if rule == "holds" else "the drop does not survive"
     return [
         f"after {examples} worked examples to repair the form, the student of the undistillable "
         f"teacher has {mean_accuracy(undistillable).mean:.3f}, that of the original "
@@ -132,9 +131,9 @@ def _likelihood_lines(runs: Sequence[FinishedRun]) -> list[str]:
     gap = over_seeds(gap_by_seed(chosen["undistillable"], chosen["original"], "likelihood_sum"))
     if not gap.n:
         result = "not compared: no seed has both"
-    elif gap.high < 0:
+    elif enough_seeds(gap) and gap.high < 0:
         result = "lower, too"
-    elif gap.low >= 0:
+    elif enough_seeds(gap) and gap.low >= 0:
         result = "not lower: generation and likelihood disagree"
     else:
         result = f"{'lower' if gap.mean < 0 else 'not lower'} in the mean, inconclusive over seeds"

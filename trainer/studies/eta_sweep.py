@@ -45,6 +45,7 @@ from .finished_runs import (
 )
 from .report_command import print_report
 from .results import Rule
+from .rules import MIN_SEEDS, enough_seeds
 from .run_warnings import as_markdown, run_warnings
 from .verdict import A1_WORDS, within_a1
 
@@ -120,7 +121,7 @@ def recommended(points: Sequence[EtaPoint]) -> Recommended:
     """Empty without a point at eta = 0."""
     if not any(p.eta == 0 for p in points):
         return Recommended()
-    usable = [p for p in points if p.accuracy_preserved == "holds"]
+    usable = [p for p in points if p.accuracy_preserved == "holds" and enough_seeds(p.student_gap)]
     return Recommended(
         distillable=tuple(p.eta for p in usable if p.eta > 0 and p.student_gap.low > 0),
         undistillable=tuple(p.eta for p in usable if p.eta < 0 and p.student_gap.high < 0),
@@ -135,8 +136,8 @@ def _range_in_words(points: Sequence[EtaPoint], etas: Sequence[float]) -> str:
             "not measured: no eta here has a student beside one at eta = 0 and a teacher beside "
             "the original"
         )
-    if max(seeds) < 2:
-        return "no range is recommended from one seed, which has no interval"
+    if max(seeds) < MIN_SEEDS:
+        return "no range is recommended from fewer than three seeds (A4)"
     if not etas:
         return (
             "no eta here moves the student beyond its interval and preserves the teacher's accuracy"

@@ -32,9 +32,9 @@ NOTE = (
     "unless stated otherwise; +- is the standard deviation over seeds, intervals are 95 % over "
     "seeds (Student's t; ratios by Fieller) unless called item-level. Verdicts are those of the "
     "whole interval, from the attacker's side: an attack on the undistillable teacher succeeded, "
-    "failed, or is inconclusive; one seed gives none. No relative interval goes below -100 %. "
-    '"Undistillable" means: reduces what the students tested here gain through the channels tested '
-    "here at this budget."
+    "failed, or is inconclusive; fewer than three seeds give none. No relative interval goes "
+    'below -100 %. "Undistillable" means: reduces what the students tested here gain through the '
+    "channels tested here at this budget."
 )
 NOT_RUN = "not run"
 

@@ -15,7 +15,7 @@ from reflux.trainer.runs.stats import Estimate, ratio_p
 
 Checkpoint = Literal["last", "best"]  # of a student's run
 Verdict = Literal["succeeded", "failed", "inconclusive"]  # of an attack
-Rule = Literal["holds", "violated", "inconclusive"]  # by a whole interval; never by one seed
+Rule = Literal["holds", "violated", "inconclusive"]  # by a whole interval (rules.py)
 TEACHERS = ("original", "task_only", "distillable", "undistillable")  # in this order in a report
 
 

@@ -1,10 +1,11 @@
 """The acceptance rules A1 to A5 of docs/method.md, and what they add up to, in sentences.
 
 Every verdict is that of a whole 95 % interval over seeds: a rule holds if all of the interval
-satisfies it, is violated if none of it does, and is inconclusive between, or with one seed. A
-verdict on an attack is from the attacker's side. On the undistillable teacher it has failed if the
-student ends at half of what the same attack takes from the original teacher, or less, both at its
-last and at its best checkpoint; it has succeeded if the student keeps more than half at either.
+satisfies it, is violated if none of it does, and is inconclusive between, or with fewer than three
+seeds (rules.py). A verdict on an attack is from the attacker's side. On the undistillable teacher
+it has failed if the student ends at half of what the same attack takes from the original teacher,
+or less, both at its last and at its best checkpoint; it has succeeded if the student keeps more
+than half at either.
 """
 
 import math
@@ -15,7 +16,17 @@ from reflux.trainer.runs.markdown_table import points_with_interval, with_interv
 from reflux.trainer.runs.stats import Estimate, holm, may_be_zero, relative_change
 
 from .defence_report import ATTACKS_AS_DEFENCE
-from .results import Checkpoint, DefenceResult, Results, Rule, StudentResult, TeacherResult, Verdict
+from .results import (
+    Change,
+    Checkpoint,
+    DefenceResult,
+    Results,
+    Rule,
+    StudentResult,
+    TeacherResult,
+    Verdict,
+)
+from .rules import at_least, at_most, enough_seeds, worst
 
 MAX_ACCURACY_CHANGE = 0.02  # A1: of a teacher, sampled and greedy
 MIN_GAIN, MIN_LOSS = 0.15, -0.50  # A2, A3: relative change of the student's accuracy
@@ -36,31 +47,12 @@ Students = Mapping[str, Mapping[str, StudentResult]]  # attack -> teacher
 # --- the rules
 
 
-def at_least(e: Estimate, limit: float) -> Rule:
-    """By the whole interval. Without one, as from one seed, inconclusive."""
-    if e.low >= limit:
-        return "holds"
-    return "violated" if e.high < limit else "inconclusive"
-
-
-def at_most(e: Estimate, limit: float) -> Rule:
-    if e.high <= limit:
-        return "holds"
-    return "violated" if e.low > limit else "inconclusive"
-
-
 def within_a1(gap: Estimate) -> Rule:
     """A1 of a teacher's accuracy minus the original's: the whole interval lies inside +-2 points,
     or none of it does.
     """
     limit = MAX_ACCURACY_CHANGE + 1e-9
     return worst(at_least(gap, -limit), at_most(gap, limit))
-
-
-def worst(*rules: Rule) -> Rule:
-    """Of rules that all have to hold."""
-    order: tuple[Rule, ...] = ("violated", "inconclusive", "holds")
-    return min(rules, key=order.index)
 
 
 def accuracy_preserved(teacher: TeacherResult) -> Rule:
@@ -98,7 +90,8 @@ class AttackOutcome:
     attack: str
     verdict: Verdict
     checkpoint: Checkpoint = "last"  # the one that decided
-    # of "its students keep just half", the larger of both checkpoints', then over all attacks
+    # of "its students keep just half", the larger of both checkpoints', then over all attacks; NaN
+    # with too few seeds for a verdict
     p: float = field(default=math.nan, compare=False)
     p_family: float = field(default=math.nan, compare=False)
 
@@ -114,11 +107,15 @@ def attack_outcomes(students: Students) -> list[AttackOutcome]:
         decided: Checkpoint = "best" if rules["last"] != rule else "last"
         change = students[attack]["undistillable"].change
         assert change is not None  # check_rule has seen it
-        p = max((change.p(c, MIN_LOSS) for c in CHECKPOINTS), key=lambda x: (math.isnan(x), x))
+        p = max((_p(change, c) for c in CHECKPOINTS), key=lambda x: (math.isnan(x), x))
         outcomes.append(AttackOutcome(attack, verdicts.get(rule, "inconclusive"), decided, p))
     family = holm([o.p for o in outcomes])
     outcomes = [replace(o, p_family=p) for o, p in zip(outcomes, family)]
     return sorted(outcomes, key=lambda o: o.checkpoint == "best")
+
+
+def _p(change: Change, checkpoint: Checkpoint) -> float:
+    return change.p(checkpoint, MIN_LOSS) if enough_seeds(change.at(checkpoint)) else math.nan
 
 
 # --- one line for each rule
@@ -191,8 +188,8 @@ def _control_lines(students: Students) -> list[str]:
     gaps = {a: s.over_control for a, s in rows.items() if s.over_control is not None}
     if not rows:
         return []
-    above = [a for a, gap in gaps.items() if gap.low > 0]
-    below = [a for a, gap in gaps.items() if gap.high <= 0]
+    above = [a for a, gap in gaps.items() if enough_seeds(gap) and gap.low > 0]
+    below = [a for a, gap in gaps.items() if enough_seeds(gap) and gap.high <= 0]
     return [
         f"above the student of the task-only teacher (eta = 0), whole interval: {len(above)} of "
         f"{len(gaps)} attacks, {len(gaps) - len(above) - len(below)} inconclusive; the control was "
@@ -325,10 +322,16 @@ def conclusion(results: Results) -> str:
     for line in headline_lines(results.students):
         sentences.append(line[0].upper() + line[1:] + ".")
     sentences += _defence_sentences(results.defences)
-    changes = [*undistillable.values(), *distillable.changes.values()]
-    if max((c.n for c in changes), default=0) == 1:
-        sentences.append("One seed: no interval over seeds, so no verdict.")
-    return " ".join(sentences)
+    return " ".join([*sentences, *_too_few_seeds([undistillable, distillable.changes])])
+
+
+def _too_few_seeds(changes: Sequence[Mapping[str, Estimate]]) -> list[str]:
+    """A4: which attacks have no verdict whatever their numbers. changes: by teacher, by attack."""
+    few = {a: c for rows in changes for a, c in rows.items() if not enough_seeds(c)}
+    if not few:
+        return []
+    which = "" if all(a in few for rows in changes for a in rows) else f": {', '.join(few)}"
+    return [f"Fewer than three seeds give no verdict (A4){which}."]
 
 
 def _distillable_sentence(check: RuleCheck) -> str:

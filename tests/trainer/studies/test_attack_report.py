@@ -22,7 +22,8 @@ def figures(request, monkeypatch):
 
 
 def test_the_claims_hold_when_the_numbers_do(tmp_path):
-    write_matrix(tmp_path, {"original": 0.5, "distillable": 0.6, "undistillable": 0.2})
+    scores = {"original": 0.5, "distillable": 0.6, "undistillable": 0.2}
+    write_matrix(tmp_path, scores, seeds="012")
     text = write_report(tmp_path)
     assert "teacher distillable: accuracy preserved" in text
     assert "teacher undistillable: accuracy preserved" in text
@@ -35,9 +36,9 @@ def test_the_claims_hold_when_the_numbers_do(tmp_path):
     assert student["change"]["sampled"]["mean"] == pytest.approx(0.2)
     difference = report["teachers"]["distillable"]["difference"]["sampled"]
     assert difference["mean"] == pytest.approx(0.01)
-    assert difference["n"] == 2  # seeds
+    assert difference["n"] == 3  # seeds
     items = report["teachers"]["distillable"]["difference"]["sampled_items"]
-    assert items["n"] == 200  # both seeds'
+    assert items["n"] == 300  # all seeds'
     markdown = (tmp_path / "report.md").read_text()
     assert "0.600 +- 0.000 (+20% [+20%, +20%])" in markdown and "c0ffee" in markdown
     for name in report["plots"]:
@@ -66,11 +67,12 @@ def test_an_attacker_who_stops_early_is_judged_by_its_best_checkpoint(tmp_path):
     """Last: 0.05 of 0.5, failed. Best: 0.4 of 0.5, not failed. What was evaluated before the
     attack (0.1) is no checkpoint of it.
     """
-    write_matrix(tmp_path, {"original": 0.5, "distillable": 0.6, "undistillable": 0.05})
+    scores = {"original": 0.5, "distillable": 0.6, "undistillable": 0.05}
+    write_matrix(tmp_path, scores, seeds="012")
     report = build_report(tmp_path)
     assert report.students["kd"]["undistillable"].best.mean == pytest.approx(0.05)
     assert "1 failed, 0 succeeded and 0 are inconclusive" in report.conclusion
-    best = "best checkpoint (the attacker stops early), whole interval over n = 2 seeds <= -50%"
+    best = "best checkpoint (the attacker stops early), whole interval over n = 3 seeds <= -50%"
     assert f"{best} of the original's: 1 of 1 attacks kd -90% [" in "\n".join(report.verdict)
 
     edit_logs(tmp_path, ["s-undistillable"], with_an_earlier_checkpoint(0.4))

@@ -17,6 +17,7 @@ from reflux.trainer.studies.finished_runs import load_finished_runs
 from reflux.trainer.studies.results import CalibratedByProxy, ProxyResult
 
 EXAMPLES = {"data": {"limit": 50}}
+SEEDS = "012"  # fewer give no verdict
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +27,8 @@ def no_figures(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    write_matrix(tmp_path, {"original": 0.5, "distillable": 0.6, "undistillable": 0.2}, start=0.1)
+    scores = {"original": 0.5, "distillable": 0.6, "undistillable": 0.2}
+    write_matrix(tmp_path, scores, start=0.1, seeds=SEEDS)
     matrix = json.loads((tmp_path / "matrix.json").read_text())
     for cell in matrix["cells"]:
         if cell["labels"].get("attack") == "kd":
@@ -47,6 +49,7 @@ def test_defences_stand_beside_the_undefended_original(folder):
             (student("original", defence="poe"), 0.3),
             (student("original", "answers_only"), 0.9),
         ],
+        seeds=SEEDS,
     )
     results = defence_results(load_finished_runs(folder))
     assert list(results) == ["none", "undistillable", "answers only, reasoning withheld", "poe"]
@@ -83,33 +86,48 @@ def test_text_at_another_temperature_is_served_at_its_own_accuracy(folder):
     """The attack seq_kd_cold is the student of it. Without a run of role `defence` the price is
     unknown, not the model's.
     """
-    add_runs(folder, [(student("original", "seq_kd_cold"), 0.2)])
+    add_runs(folder, [(student("original", "seq_kd_cold"), 0.2)], seeds=SEEDS)
     assert defence_results(load_finished_runs(folder))["temperature 0.5"].served.n == 0
     effect = "halves (or more) what students take (0.500 to 0.200, -60% [-60%, -60%])"
     move = "an attacker's own move, too"
     sentence = f'Serving "temperature 0.5" ({move}) {effect}, at a price not measured.'
     assert sentence in build_report(folder).conclusion
-    add_runs(folder, [({"role": "defence", "defence": "temperature 0.5"}, 0.7)])
+    add_runs(folder, [({"role": "defence", "defence": "temperature 0.5"}, 0.7)], seeds=SEEDS)
     cold = defence_results(load_finished_runs(folder))["temperature 0.5"]
     assert cold.served.mean == pytest.approx(0.7) and cold.student.mean == pytest.approx(0.2)
     price = "-60%]), at +20.0 [+20.0, +20.0] points of served accuracy."
     assert price in build_report(folder).conclusion
 
 
-@pytest.mark.parametrize("repaired, word", [(0.2, "survives"), (0.45, "does not survive")])
-def test_a_drop_that_a_repair_brings_back_does_not_survive(folder, repaired, word):
+@pytest.mark.parametrize(
+    "repaired, seeds, word",
+    [
+        (0.2, SEEDS, "the drop survives"),
+        (0.45, SEEDS, "does not survive"),
+        (0.2, "01", "inconclusive: whether the drop survives"),
+    ],
+)
+def test_a_drop_that_a_repair_brings_back_does_not_survive(folder, repaired, seeds, word):
     accuracies = {"original": 0.5, "undistillable": repaired}
     runs = [({"role": "repair", "teacher": t}, a) for t, a in accuracies.items()]
-    add_runs(folder, runs, EXAMPLES)
+    add_runs(folder, runs, EXAMPLES, seeds)
     (line,) = check_lines(load_finished_runs(folder))
     assert line.startswith("after 50 worked examples") and line.endswith(word)
     assert f"{repaired:.3f}" in line
 
 
-@pytest.mark.parametrize("other, word", [(0.3, "lower, too"), (0.6, "not lower")])
-def test_likelihood_agrees_or_does_not(folder, other, word):
+@pytest.mark.parametrize(
+    "other, seeds, word",
+    [
+        (0.3, SEEDS, "is lower, too"),
+        (0.6, SEEDS, "is not lower: generation and likelihood disagree"),
+        (0.3, "01", "is lower in the mean, inconclusive over seeds"),
+    ],
+)
+def test_likelihood_agrees_or_does_not(folder, other, seeds, word):
     accuracies = {"original": 0.5, "undistillable": other}
-    add_runs(folder, [({"role": "choices", "teacher": t}, a) for t, a in accuracies.items()])
+    runs = [({"role": "choices", "teacher": t}, a) for t, a in accuracies.items()]
+    add_runs(folder, runs, seeds=seeds)
     (line,) = check_lines(load_finished_runs(folder))
     assert word in line and f"student of undistillable {other:.3f}" in line
 
@@ -178,6 +196,7 @@ def write_proxies(folder):
             (student("undistillable", "gkd_reverse", **deep), 0.4),
             (student("undistillable", **deep | {"ablation": "joint"}), 0.5),
         ],
+        seeds=SEEDS,
     )
 
 

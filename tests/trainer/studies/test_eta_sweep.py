@@ -76,10 +76,21 @@ def test_the_files_are_written(tmp_path):
     }
 
 
-def test_one_seed_has_no_range(tmp_path):
+@pytest.mark.parametrize("seeds, teacher", [("1", "0.890"), ("02", "0.890 +- 0.000")])
+def test_fewer_than_three_seeds_have_no_range(tmp_path, seeds, teacher):
+    """The two seeds' interval under eta = 0.3 is above 0."""
     runs = load_finished_runs(write(tmp_path))
-    text = render(eta_sweep([r for r in runs if r.labels["seed"] == "1"]))
-    assert text.count("no range is recommended from one seed") == 2 and "| +0.3 | 0.890 |" in text
+    sweep = eta_sweep([r for r in runs if r.labels["seed"] in seeds])
+    text = render(sweep)
+    assert sweep.recommended == Recommended()
+    assert text.count("no range is recommended from fewer than three seeds (A4)") == 2
+    assert f"| +0.3 | {teacher} |" in text
+
+
+def test_students_of_two_seeds_recommend_no_eta(tmp_path):
+    runs = load_finished_runs(write(tmp_path))
+    kept = [r for r in runs if r.labels["role"] != "student" or r.labels["seed"] != "1"]
+    assert eta_sweep(runs).recommended != Recommended() == eta_sweep(kept).recommended
 
 
 def test_a_range_may_be_empty(tmp_path):

@@ -1,6 +1,6 @@
 """The acceptance rules, on runs and on results whose numbers are known."""
 
-import json
+import math
 from dataclasses import replace
 from statistics import stdev
 
@@ -60,6 +60,7 @@ def test_an_attack_fails_only_by_the_whole_interval_of_both_checkpoints():
         "wide": (wide, low),
         "wide, early": (wide, high),
         "one seed": (over_seeds([-0.8]), over_seeds([-0.8])),
+        "two seeds": (over_seeds([-0.8, -0.8]), over_seeds([-0.8, -0.8])),
     }
     students = {a: {"undistillable": student(*c)} for a, c in changes.items()}
     assert attack_outcomes(students) == [
@@ -67,6 +68,7 @@ def test_an_attack_fails_only_by_the_whole_interval_of_both_checkpoints():
         AttackOutcome("late", "succeeded"),
         AttackOutcome("wide", "inconclusive"),
         AttackOutcome("one seed", "inconclusive"),
+        AttackOutcome("two seeds", "inconclusive"),
         AttackOutcome("early", "succeeded", "best"),
         AttackOutcome("early, wide", "inconclusive", "best"),
         AttackOutcome("wide, early", "succeeded", "best"),
@@ -140,19 +142,20 @@ def test_the_rules_have_their_own_side():
 
 
 def test_a1_needs_the_whole_interval():
-    """Two seeds at +-2 points are far from sure; one is never."""
+    """A4: two seeds are never sure, however alike."""
     assert within_a1(over_seeds([0.002, 0.001, 0.0])) == "holds"
-    assert within_a1(over_seeds([0.02, -0.02])) == "inconclusive"
-    assert within_a1(over_seeds([0.1, 0.101])) == "violated"
+    assert within_a1(over_seeds([0.02, -0.02, 0.0])) == "inconclusive"
+    assert within_a1(over_seeds([0.1, 0.101, 0.1])) == "violated"
+    assert within_a1(over_seeds([0.0, 0.0])) == within_a1(over_seeds([0.1, 0.1])) == "inconclusive"
     assert within_a1(over_seeds([0.0])) == within_a1(over_seeds([])) == "inconclusive"
 
 
 def test_a_teacher_that_lost_accuracy_and_an_attack_that_succeeded_are_named(tmp_path):
     scores = {"original": 0.5, "distillable": 0.52, "undistillable": 0.45}
-    write_matrix(tmp_path, scores, teachers=PAID)
+    write_matrix(tmp_path, scores, teachers=PAID, seeds="012")
     lines = build_report(tmp_path).verdict
     gap = "-10.0 [-10.0, -10.0]"
-    limit = f"within 2 points (sampled {gap}, greedy {gap}; n = 2 seeds)"
+    limit = f"within 2 points (sampled {gap}, greedy {gap}; n = 3 seeds)"
     assert f"teacher undistillable: accuracy NOT preserved {limit}" in lines
     assert sum("0 of 1 attacks" in line for line in lines) == 3
     assert "not reached: kd +4% [+4%, +4%]" in lines
@@ -161,21 +164,41 @@ def test_a_teacher_that_lost_accuracy_and_an_attack_that_succeeded_are_named(tmp
 
 def test_the_conclusion_names_what_succeeded_and_what_the_teacher_paid(tmp_path):
     scores = {"original": 0.5, "distillable": 0.52, "undistillable": 0.45}
-    write_matrix(tmp_path, scores, teachers=PAID)
+    write_matrix(tmp_path, scores, teachers=PAID, seeds="012")
     text = build_report(tmp_path).conclusion
     assert text.startswith(
         "The undistillable teacher lost accuracy itself. Of 1 attacks on it 0 failed"
     )
     assert "Succeeded: kd (0.450 against 0.500 from the original)." in text
     assert "by the whole interval, under 0 of 1 attacks; not under kd." in text
-    assert "One seed" not in text
-    matrix = json.loads((tmp_path / "matrix.json").read_text())
-    matrix["cells"] = [c for c in matrix["cells"] if c["labels"]["seed"] == "0"]
-    (tmp_path / "matrix.json").write_text(json.dumps(matrix))
+    assert "three seeds" not in text
+
+
+@pytest.mark.parametrize("seeds", ["0", "01"])
+def test_fewer_than_three_seeds_give_no_verdict(tmp_path, seeds):
+    """A4. Two seeds of the same numbers have an interval of no width."""
+    scores = {"original": 0.5, "task_only": 0.5, "distillable": 0.9, "undistillable": 0.1}
+    write_matrix(tmp_path, scores, teachers=PAID, seeds=seeds)
     report = build_report(tmp_path)
-    assert report.conclusion.endswith("One seed: no interval over seeds, so no verdict.")
+    assert report.conclusion.endswith(". Fewer than three seeds give no verdict (A4).")
     assert "0 failed, 0 succeeded and 1 are inconclusive" in report.conclusion
-    assert "accuracy INCONCLUSIVE within 2 points" in "\n".join(report.verdict)
+    lines = "\n".join(report.verdict)
+    assert lines.count("accuracy INCONCLUSIVE within 2 points") == 2
+    control = "above the student of the task-only teacher (eta = 0), whole interval: 0 of 1 attacks"
+    assert f"{control}, 1 inconclusive" in lines
+    (outcome,) = attack_outcomes(report.students)
+    assert math.isnan(outcome.p) and math.isnan(outcome.p_family)
+
+
+def test_the_attacks_without_three_seeds_are_named(tmp_path):
+    students = {
+        name: {"undistillable": with_pairs([0.1, 0.11, 0.12][:n], [0.6, 0.61, 0.62][:n])}
+        for name, n in (("kd", 3), ("gkd", 2))
+    }
+    students["gkd"]["original"] = students["gkd"]["undistillable"]
+    text = conclusion(Results(teachers={}, students=students, baselines={}))
+    assert "1 failed, 0 succeeded and 1 are inconclusive" in text
+    assert text.endswith("Fewer than three seeds give no verdict (A4): gkd.")
 
 
 def test_less_than_half_with_an_interval_that_is_not_is_inconclusive(tmp_path):
@@ -199,7 +222,7 @@ def test_less_than_half_with_an_interval_that_is_not_is_inconclusive(tmp_path):
 
 def test_a_gain_that_training_on_the_task_gives_too_is_seen(tmp_path):
     scores = {"original": 0.4, "task_only": 0.7, "distillable": 0.6, "undistillable": 0.1}
-    write_matrix(tmp_path, scores)
+    write_matrix(tmp_path, scores, seeds="012")
     line = "above the student of the task-only teacher (eta = 0), whole interval: 0 of 1 attacks"
     assert (
         f"{line}, 0 inconclusive; the control was not run for 0" in build_report(tmp_path).verdict
