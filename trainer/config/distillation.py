@@ -1,6 +1,6 @@
 """The table [distill] of a configuration, and the combinations that it does not accept."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +10,10 @@ from .checks import above_zero, fraction, not_negative
 # its tokens begins with another one. tests/trainer/config/test_distillation.py lists all others
 UNBIASED = {"on_policy": 0.0, "divergence": "forward", "inner_weight": 1.0, "temperature": 1.0}
 UNBIASED_PARTITIONS = ("prefix", "first_byte")
+# off by default, and without effect on the student's own texts; the first three are done to texts
+# of a teacher alone, not to those of the data
+OF_TEACHER_TEXTS = ("query_budget", "dedup", "rewrite")
+OF_OFF_POLICY_TEXTS = (*OF_TEACHER_TEXTS, "correct_only", "nll_weight")
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,27 @@ def _check_texts(d: DistillSection) -> None:
             "source = 'dataset' with on_policy = 1.0, the default: every text is the student's "
             "own, and no response of the data is read. Set on_policy = 0, or a fraction below 1"
         )
+    if d.on_policy == 1 and (idle := _that_are_set(d, OF_OFF_POLICY_TEXTS)):
+        raise ValueError(
+            f"{idle} with on_policy = 1.0, the default: every text is the student's own, and this "
+            "is done to texts of a teacher or of the data. Set on_policy below 1, or turn it off"
+        )
+    if d.source == "dataset" and (idle := _that_are_set(d, OF_TEACHER_TEXTS)):
+        raise ValueError(
+            f"{idle} with source = 'dataset': no teacher writes a text, and this is done to a "
+            "teacher's. Set source = 'teacher', or turn it off (query_budget = 0)"
+        )
+    if d.objective == "nll" and d.nll_weight:
+        raise ValueError(
+            f"nll_weight = {d.nll_weight} with objective = 'nll', which is that likelihood. Set "
+            "nll_weight = 0.0"
+        )
+
+
+def _that_are_set(d: DistillSection, names: Sequence[str]) -> str:
+    """`name = value` of those that are on, as a file writes them."""
+    found = {name: getattr(d, name) for name in names if getattr(d, name)}
+    return ", ".join(f"{k} = {'true' if v is True else repr(v)}" for k, v in found.items())
 
 
 def _check_combinations(d: DistillSection) -> None:

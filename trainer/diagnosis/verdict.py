@@ -66,14 +66,27 @@ def _tail(diagnosis: Diagnosis) -> TrapVerdict:
             f"{divergence} KL, {tail.gradient_outside:.0%} of the gradient comes from outside them"
         )
         everything = "the whole distribution (distill.objective = 'byte')"
-    return _verdict(
+    trap = _verdict(
         "tail noise",
         f"tail-noise index, {divergence} KL",
         tail.tail_noise_index,
         1.0,
         advice,
-        f"keep {everything}: function words and punctuation weigh no more in the tail than in the "
-        "first ten classes",
+        f"keep {everything}: {_noisy(diagnosis)} weigh no more in the tail than in the first ten "
+        "classes",
+    )
+    return replace(trap, advice=_no_noise(diagnosis)) if math.isnan(trap.mean) else trap
+
+
+def _noisy(diagnosis: Diagnosis) -> str:
+    """The token types of summary.NOISY; a letter alone is of no word."""
+    return "punctuation marks" if diagnosis.cross_tokenizer else "function words and punctuation"
+
+
+def _no_noise(diagnosis: Diagnosis) -> str:
+    return (
+        f"cannot be measured here: in the first ten classes {_noisy(diagnosis)} carry no KL (a "
+        "partial sum of 0 or below), or the texts have none, so there is no lift to compare with"
     )
 
 
@@ -177,7 +190,8 @@ def _gap(diagnosis: Diagnosis) -> TrapVerdict:
         measure,
         wrong.pair,
         0.5,
-        "distill.correct_only = true, or calibrate the teacher (calibration.mode = "
+        "distill.on_policy = 0.0 with correct_only = true, which keeps the teacher's correct texts "
+        "(the student's own are never filtered), or calibrate the teacher (calibration.mode = "
         f"'distillable'): {likes}",
         "the teacher tells correct student texts from wrong ones: on-policy distillation has a "
         "signal",
@@ -217,12 +231,6 @@ def _no_grades(diagnosis: Diagnosis) -> str:
     )
 
 
-NO_NOISE = (
-    "cannot be measured here: in the first ten classes function words and punctuation carry no KL "
-    "(a partial sum of 0 or below), or the texts have none, so there is no lift to compare with"
-)
-
-
 def _verdict(
     trap: str,
     measure: str,
@@ -238,8 +246,6 @@ def _verdict(
         f"cannot be decided from {e.n} prompts: it has no interval. Give it more prompts "
         "(data.limit), or more texts of each (diagnose.student_texts)"
     )
-    if math.isnan(e.mean) and trap == "tail noise":
-        text = NO_NOISE
     if not math.isnan(e.low):
         detected = bool(present(e) if present else e.low > reference)
         text = advice if detected else healthy

@@ -6,7 +6,12 @@ from itertools import product
 import pytest
 from fixed_point_cases import PAIRS, FixedPoint
 
-from reflux.trainer.config.distillation import DistillSection, exact_settings
+from reflux.trainer.config.distillation import (
+    OF_OFF_POLICY_TEXTS,
+    OF_TEACHER_TEXTS,
+    DistillSection,
+    exact_settings,
+)
 from reflux.trainer.config.roles import distill_advice
 from reflux.trainer.config.schema import Config
 
@@ -67,6 +72,28 @@ def test_the_defaults_of_class_are_refused_with_the_settings_to_write():
     ):
         DistillSection(objective="class")
     assert DistillSection(**EXACT)
+
+
+@pytest.mark.parametrize("option", OF_OFF_POLICY_TEXTS)
+def test_what_is_done_to_off_policy_texts_needs_some(option):
+    """T29 on the other side: an option that would change nothing is refused."""
+    value = {"query_budget": 8, "rewrite": "m:f", "nll_weight": 0.5}.get(option, True)
+    with pytest.raises(ValueError, match=f"^{option} = .* with on_policy = 1.0, the default: "):
+        DistillSection(**{option: value})
+    assert DistillSection(on_policy=0.5, **{option: value})
+    given = {"on_policy": 0.5, "source": "dataset", option: value}
+    if option in OF_TEACHER_TEXTS:
+        with pytest.raises(ValueError, match=f"^{option} = .* with source = 'dataset': no teacher"):
+            DistillSection(**given)
+    else:
+        assert DistillSection(**given)
+
+
+def test_what_would_do_nothing_is_named_as_a_file_writes_it():
+    with pytest.raises(ValueError, match="^query_budget = 8, correct_only = true with on_policy"):
+        DistillSection(query_budget=8, correct_only=True)
+    with pytest.raises(ValueError, match="nll_weight = 0.5 with objective = 'nll', which is that"):
+        DistillSection(objective="nll", on_policy=0.0, nll_weight=0.5)
 
 
 def test_exact_bytes_need_no_permission():

@@ -250,9 +250,9 @@ def test_diagnose_refuses(wrong, says):
         {"tail": "renorm", "top_k": 2},
         {"tail": "bucket", "top_k": 1},
         {"temperature": 2.0, "tail": "bucket", "top_k": 8},
-        # without effect on-policy, but a base file may carry them
-        {"query_budget": 5},
-        {"nll_weight": 0.5},
+        {"on_policy": 0.5, "query_budget": 5, "dedup": True, "rewrite": "m:f"},
+        {"on_policy": 0.5, "nll_weight": 0.5},
+        {"on_policy": 0.0, "source": "dataset", "nll_weight": 0.5},
     ],
 )
 def test_distill_accepts(right):

@@ -32,6 +32,8 @@ def test_verdicts_go_both_ways():
     assert all(t.present for t in sick) and not any(t.present for t in healthy)
     for trap, words in zip(sick, ("bucket", "on_policy", "distillable")):
         assert words in trap.advice
+    # its signal on the student's own texts: those are never filtered
+    assert sick[2].advice.startswith("distill.on_policy = 0.0 with correct_only = true")
     assert all(t.low <= t.mean <= t.high for t in sick + healthy)
 
 
@@ -102,6 +104,20 @@ def test_a_tail_without_function_words_is_no_verdict():
     assert trap.present is None and trap.advice.startswith("cannot be measured here")
     assert estimate_text(nothing) == "no number"
     assert estimate_text(Estimate(0.5, math.nan, math.nan, math.nan, 1)) == "0.500 (no interval)"
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_across_tokenizers_the_tail_noise_is_that_of_punctuation_alone(cross):
+    """A byte that is a letter is of no word, so always content."""
+    stats = student_diagnosis_cases(False, 0.5, False)
+    diagnosis = replace(
+        diagnose_token_stats(stats), cross_tokenizer=cross_tokenizer() if cross else None
+    )
+    nothing = Estimate(math.nan, math.nan, math.nan, math.nan, 3)
+    tail = {d: replace(t, tail_noise_index=nothing) for d, t in diagnosis.tail.items()}
+    for d in (diagnosis, replace(diagnosis, tail=tail)):
+        advice = with_verdict(d).verdict[0].advice
+        assert ("function words" not in advice and "punctuation" in advice) is cross, advice
 
 
 def test_a_trap_that_was_not_measured_stands_there_and_says_why():
