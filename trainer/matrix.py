@@ -92,6 +92,17 @@ REPORTS = {
     "pair": "reflux.trainer.studies.diagnosis_table:write_diagnoses",
 }
 
+# role -> the labels without which the report cannot place such a cell
+LABELS = {
+    "teacher": ("teacher",),
+    "student": ("teacher", "attack"),
+    "baseline": ("attack",),
+    "start": ("student",),
+    "defence": ("defence",),
+    "repair": ("teacher",),
+    "choices": ("teacher",),
+}
+
 Names = Mapping[str, Any]  # what {name} stands for in a cell
 
 
@@ -134,6 +145,7 @@ def read_matrix(path: Path, overrides: Mapping[str, Any]) -> Matrix:
         for cell in _expand(row, seed, Path(os.path.relpath(table["folder"])) / f"seed-{seed}")
     ]
     _check_names(path, cells)
+    _check_labels(path, cells)
     if not keep:
         cells = [replace(cell, keep_checkpoints=_is_read(cell, cells)) for cell in cells]
     return Matrix(
@@ -182,6 +194,18 @@ def _check_names(path: Path, cells: Sequence[Cell]) -> None:
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
         raise ValueError(f"{path}: two cells are called {twice}")
+
+
+def _check_labels(path: Path, cells: Sequence[Cell]) -> None:
+    """Before anything runs: the report that reads them is written when all cells are done."""
+    for cell in cells:
+        role = cell.labels.get("role", "")
+        if missing := [name for name in LABELS.get(role, ()) if not cell.labels.get(name)]:
+            raise ValueError(
+                f"{path}: {cell.name} has the label role = {role!r} without "
+                f"{' and '.join(missing)}; want labels = {{ role = {role!r}, "
+                f"{', '.join(f'{name} = ...' for name in LABELS[role])} }}"
+            )
 
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -42,7 +42,7 @@ each = {{ x = ["1", "2"] }}
 after = ["a"]
 module = "toy_cell"
 arguments = ["b{{x}}"]
-labels = {{ role = "student", attack = "{{x}}" }}
+labels = {{ role = "student", teacher = "t", attack = "{{x}}" }}
 """
 
 
@@ -61,6 +61,7 @@ def test_combinations_and_seeds_are_written_out(toy):
     assert [c.name for c in cells] == ["a@0", "b-1@0", "b-2@0", "a@1", "b-1@1", "b-2@1"]
     assert cells[1].after == ("a@0",) and cells[5].labels == {
         "role": "student",
+        "teacher": "t",
         "attack": "2",
         "seed": "1",
     }
@@ -405,3 +406,24 @@ def test_done_cells_are_compared_again_before_the_reports(toy, monkeypatch, caps
     said = capsys.readouterr().err
     assert ended.value.code == 2 and "runs/seed-0/b-1: arguments (toy_cell b9" in said, said
     assert not reported
+
+
+@pytest.mark.parametrize(
+    "labels, missing",
+    [
+        ('role = "student", attack = "x"', "teacher"),
+        ('role = "student"', "teacher and attack"),
+        ('role = "teacher"', "teacher"),
+        ('role = "baseline"', "attack"),
+        ('role = "start"', "student"),
+    ],
+)
+def test_a_role_without_the_labels_of_its_report_is_refused_before_anything_runs(
+    toy, labels, missing
+):
+    old = 'role = "student", teacher = "t", attack = "{x}"'
+    table = (toy / "m.toml").read_text()
+    assert old in table
+    (toy / "m.toml").write_text(table.replace(old, labels))
+    with pytest.raises(ValueError, match=f"b-1@0 has the label role = .* without {missing}; want"):
+        read_matrix(toy / "m.toml", {})

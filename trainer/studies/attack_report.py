@@ -169,7 +169,7 @@ def _measured(rows: Sequence[FinishedRun], styles: Mapping[str, str]) -> dict[st
         "greedy": mean_accuracy(rows, "greedy"),
         "answered": len(answered) / max(len(sampled), 1),
         "correct_if_answered": correct / max(len(answered), 1),
-        "best": over_seeds([r.best_accuracy() for r in rows]),
+        "best": over_seeds([r.best_accuracy() for r in rows if r.measures("sampled")]),
         "styles": style_fractions(sampled, styles),
         "greedy_styles": style_fractions([p for p in predictions if p["mode"] == "greedy"], styles),
         "seconds": over_seeds([r.seconds for r in rows]),
@@ -218,7 +218,8 @@ def _run_row(run: FinishedRun) -> RunRow:
     measured = {m: last[f"eval/{m}"] for m in (*MODES, *LIKELIHOOD) if f"eval/{m}" in last}
     if "sampled" in measured:
         measured["best"] = run.best_accuracy()
-        if begun := [e["eval/sampled"] for e in run.evals() if not e["step"]]:
+        at_start = (e for e in run.evals() if not e["step"])
+        if begun := [e["eval/sampled"] for e in at_start if "eval/sampled" in e]:
             measured["at_start"] = begun[0]
     return RunRow(run.labels, measured, reference_kl=kl, seconds=run.seconds)
 

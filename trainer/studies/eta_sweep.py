@@ -239,7 +239,7 @@ def _rules(runs: Sequence[FinishedRun]) -> list[ReferenceLine]:
 def _of_seeds(runs: Sequence[FinishedRun], number: str) -> list[float]:
     """accuracy, or a field of the last step that has it."""
     if number == "accuracy":
-        return [r.accuracy("sampled") for r in runs]
+        return [r.accuracy("sampled") for r in runs if r.measures("sampled")]
     found = ([s[number] for s in r.steps if number in s] for r in runs)
     return [values[-1] for values in found if values]
 

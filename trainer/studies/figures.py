@@ -22,7 +22,7 @@ from reflux.trainer.runs.plotting import (
     save_figure,
 )
 
-from .finished_runs import FinishedRun
+from .finished_runs import FinishedRun, with_role
 from .results import Results, StudentResult
 
 if TYPE_CHECKING:
@@ -101,8 +101,9 @@ def bars_figure(
 def _rules(runs: Sequence[FinishedRun], results: Results) -> list[ReferenceLine]:
     """What a student starts from, what guessing gives, and the original teacher itself."""
     students, rules = [r for r in runs if r.labels["role"] == "student"], []
-    if "original" in results.teachers:
-        rules.append(ReferenceLine(results.teachers["original"].sampled.mean, "original teacher"))
+    original = results.teachers.get("original")
+    if original is not None and original.sampled.n:
+        rules.append(ReferenceLine(original.sampled.mean, "original teacher"))
     if begun := started_at(students):
         rules.append(ReferenceLine(sum(begun) / len(begun), "students at the start", ":"))
     if (guessed := chance(students)) is not None:
@@ -151,7 +152,8 @@ def _bars(ax: Axes, cells: Mapping[str, Mapping[str, Bar | None]]) -> None:
 
 def _of_seeds(runs: Sequence[FinishedRun], attack: str, teacher: str) -> list[float]:
     wanted = {"role": "student", "attack": attack, "teacher": teacher}
-    return [r.accuracy("sampled") for r in runs if wanted.items() <= r.labels.items()]
+    mine = (r for r in runs if wanted.items() <= r.labels.items())
+    return [r.accuracy("sampled") for r in mine if r.measures("sampled")]
 
 
 def calibration_curves(runs: Sequence[FinishedRun], results: Results) -> Figure | None:
@@ -205,7 +207,8 @@ def styles_figure(fractions: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 def student_curves(runs: Sequence[FinishedRun], results: Results) -> Figure | None:
-    students = [r for r in runs if r.labels["role"] == "student" and len(r.evals()) > 1]
+    students = [r for r in with_role(runs, "student") if len(r.evals()) > 1]
+    students = [r for r in students if r.measures("sampled")]
     attacks = list(dict.fromkeys(r.labels["attack"] for r in students))
     if not attacks:
         return None
@@ -230,8 +233,7 @@ def student_curves(runs: Sequence[FinishedRun], results: Results) -> Figure | No
 def _curves(ax: Axes, runs: Iterable[FinishedRun]) -> None:
     for r in runs:
         ax.plot(
-            [e["step"] for e in r.evals()],
-            [e["eval/sampled"] for e in r.evals()],
+            *zip(*[(e["step"], e["eval/sampled"]) for e in r.evals() if "eval/sampled" in e]),
             marker="o",
             ms=3,
             lw=1.2,

@@ -54,15 +54,23 @@ class FinishedRun:
         evals = (e for e in self.run.events if e["event"] == "eval")
         return [e for e in evals if e["step"] <= self.kept_step]
 
+    def measures(self, mode: str) -> bool:
+        """Whether the last evaluation has this accuracy: `eval.samples` = 0 has no sampled one,
+        `eval.by` = "likelihood" neither that nor a greedy one.
+        """
+        return f"eval/{mode}" in self.evals()[-1]
+
     def accuracy(self, mode: str) -> float:
-        """Of the last evaluation; `mode`: sampled, greedy, likelihood_sum, ..."""
+        """Of the last evaluation; `mode`: sampled, greedy, likelihood_sum, ... One that it
+        measures.
+        """
         return self.evals()[-1][f"eval/{mode}"]
 
     def best_accuracy(self) -> float:
         """Sampled accuracy of the best checkpoint after the start: what an attacker gets who stops
         early.
         """
-        after_start = (e["eval/sampled"] for e in self.evals() if e["step"])
+        after_start = (e["eval/sampled"] for e in self.evals() if e["step"] and "eval/sampled" in e)
         return max(after_start, default=self.accuracy("sampled"))
 
     def predictions(self, step: int | None = None) -> list[dict[str, Any]]:
@@ -114,18 +122,25 @@ def same_seed(
     return [(r, base[r.labels["seed"]]) for r in after if r.labels["seed"] in base]
 
 
+def both_measure(
+    pairs: Iterable[tuple[FinishedRun, FinishedRun]], mode: str
+) -> list[tuple[FinishedRun, FinishedRun]]:
+    return [(a, b) for a, b in pairs if a.measures(mode) and b.measures(mode)]
+
+
 # --- comparing them
 
 
 def mean_accuracy(runs: Iterable[FinishedRun], mode: str = "sampled") -> Estimate:
-    return over_seeds([r.accuracy(mode) for r in runs])
+    return over_seeds([r.accuracy(mode) for r in runs if r.measures(mode)])
 
 
 def gap_by_seed(
     after: Iterable[FinishedRun], before: Iterable[FinishedRun], mode: str = "sampled"
 ) -> list[float]:
-    """Differences of accuracy between runs of the same seed."""
-    return [a.accuracy(mode) - b.accuracy(mode) for a, b in same_seed(after, before)]
+    """Differences of accuracy between runs of the same seed that both have one."""
+    pairs = both_measure(same_seed(after, before), mode)
+    return [a.accuracy(mode) - b.accuracy(mode) for a, b in pairs]
 
 
 def paired_by_prompt(pairs: Iterable[tuple[FinishedRun, FinishedRun]], mode: str) -> Estimate:
@@ -151,18 +166,19 @@ def accuracy_change(after: Sequence[FinishedRun], before: Sequence[FinishedRun])
     """See Change. A mean of per-seed ratios would be ruled by the seed with the lowest baseline."""
     runs = same_seed(after, before)
 
-    def paired(accuracy: Callable[[FinishedRun], float]) -> SeedPairs:
+    def paired(accuracy: Callable[[FinishedRun], float], mode: str = "sampled") -> SeedPairs:
+        pairs = both_measure(runs, mode)
         return SeedPairs(
-            seeds=tuple(a.labels["seed"] for a, _ in runs),
-            after=tuple(accuracy(a) for a, _ in runs),
-            before=tuple(accuracy(b) for _, b in runs),
+            seeds=tuple(a.labels["seed"] for a, _ in pairs),
+            after=tuple(accuracy(a) for a, _ in pairs),
+            before=tuple(accuracy(b) for _, b in pairs),
         )
 
     pairs: dict[Checkpoint, SeedPairs] = {
         "last": paired(lambda r: r.accuracy("sampled")),
         "best": paired(FinishedRun.best_accuracy),
     }
-    greedy = paired(lambda r: r.accuracy("greedy"))
+    greedy = paired(lambda r: r.accuracy("greedy"), "greedy")
     return Change(
         sampled=relative_over_seeds(pairs["last"].after, pairs["last"].before),
         greedy=relative_over_seeds(greedy.after, greedy.before),

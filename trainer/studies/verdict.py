@@ -41,6 +41,8 @@ SHARED = (
     "confirmations of each other"
 )
 
+NOT_MEASURED = "not measured"
+
 Students = Mapping[str, Mapping[str, StudentResult]]  # attack -> teacher
 
 
@@ -142,8 +144,8 @@ def _teacher_lines(teachers: Mapping[str, TeacherResult]) -> list[str]:
     for name, t in teachers.items():
         if name != "original":
             d, word = t.difference, PRESERVED[accuracy_preserved(t)]
-            gaps = f"sampled {points_with_interval(d.sampled)}, "
-            gaps += f"greedy {points_with_interval(d.greedy)}; n = {d.sampled.n} seeds"
+            gaps = f"sampled {points_with_interval(d.sampled) or NOT_MEASURED}, greedy "
+            gaps += f"{points_with_interval(d.greedy) or NOT_MEASURED}; n = {d.sampled.n} seeds"
             lines.append(f"teacher {name}: accuracy {word} within {limit} ({gaps})")
     if teachers and "task_only" not in teachers:
         lines.append("teacher task_only (eta = 0, the control): not run")
@@ -290,6 +292,8 @@ def collapse_lines(students: Students) -> list[str]:
 
 
 def _collapse_line(attack: str, original: StudentResult, student: StudentResult) -> str:
+    if not (original.sampled.n and student.sampled.n):
+        return f"{attack}: answers found {NOT_MEASURED}, without sampled answers (eval.samples)"
     answered = student.answered / max(original.answered, 1e-9)
     drop = relative_change(student.correct_if_answered, original.correct_if_answered)
     if not original.correct_if_answered:

@@ -10,6 +10,7 @@ from reflux.trainer.studies.attack_report import (
     style_fractions,
     write_report,
 )
+from reflux.trainer.studies.figures import student_bars, student_curves
 from reflux.trainer.studies.finished_runs import load_finished_runs
 from reflux.trainer.studies.results import StyleFraction
 
@@ -214,3 +215,30 @@ def test_a_run_without_norms_does_not_hide_one_that_diverged(tmp_path):
     for rows in ([quiet, loud], [loud, quiet]):
         assert _measured(rows, {})["late_spike"] == pytest.approx(50 / 25.5)
     assert math.isnan(_measured([quiet], {})["late_spike"])
+
+
+@pytest.mark.parametrize("left", [("greedy",), ()], ids=["eval.samples = 0", "by likelihood"])
+@pytest.mark.parametrize("which", ["", "s-undistillable", "t-original"])
+def test_runs_without_sampled_accuracy_are_not_measured(tmp_path, which, left):
+    """No traceback after all cells have run, and no number."""
+    scores = {"original": 0.5, "distillable": 0.6, "undistillable": 0.2}
+    write_matrix(tmp_path, scores, start=0.1)
+    gone = {f"eval/{m}" for m in ("sampled", "greedy") if m not in left}
+
+    def edit(row):
+        row = {k: v for k, v in row.items() if k not in gone}
+        return row | ({"eval/likelihood_sum": 0.5} if row.get("event") == "eval" else {})
+
+    edit_logs(tmp_path, [which], edit)
+    for file in tmp_path.glob(f"{which}*/predictions/*.jsonl"):
+        rows = map(json.loads, file.read_text().splitlines())
+        file.write_text("".join(json.dumps(r) + "\n" for r in rows if r["mode"] in left))
+    report = build_report(tmp_path)
+    text = write_report(tmp_path)
+    if which == "t-original":
+        assert "accuracy INCONCLUSIVE within 2 points (sampled not measured, " in text
+    else:
+        assert report.students["kd"]["undistillable"].sampled.n == 0
+        assert "kd: answers found not measured, without sampled answers (eval.samples)" in text
+    for draw in (student_bars, student_curves):
+        draw(load_finished_runs(tmp_path), report)

@@ -122,7 +122,10 @@ def test_a_collapse_needs_something_to_lose(original, protected, says):
     """(fraction of answers found, fraction of these that are correct) of both students."""
     row = {
         name: replace(
-            student(over_seeds([]), over_seeds([])), answered=found, correct_if_answered=correct
+            student(over_seeds([]), over_seeds([])),
+            answered=found,
+            correct_if_answered=correct,
+            sampled=over_seeds([found * correct]),
         )
         for name, (found, correct) in (("original", original), ("undistillable", protected))
     }
