@@ -19,6 +19,7 @@ from typing import NoReturn
 
 # absolute imports: a script has no package to be relative to
 from reflux.trainer.config import loader
+from reflux.trainer.config.guard_schedule import utility_guard_gap
 from reflux.trainer.config.origins import with_origins
 from reflux.trainer.config.phases import roles
 from reflux.trainer.config.schema import Config
@@ -186,6 +187,8 @@ def _say_start(cfg: Config) -> None:
     paths = [role.model.path for role in roles(cfg) if not role.elsewhere]
     models = " and ".join(dict.fromkeys(filter(None, paths)))
     print(f"{cfg.phase}{steps}, in {cfg.folder}: loads {models}", flush=True)
+    if (gap := utility_guard_gap(cfg)) is not None:
+        print(f"warning: {gap}", file=sys.stderr, flush=True)
 
 
 def _free_port() -> int:

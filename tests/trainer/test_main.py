@@ -85,6 +85,16 @@ def test_the_start_names_every_model_that_is_loaded(phase, words, loaded, capsys
     assert said.endswith(f"{loaded or cfg.model.path}\n")
 
 
+@pytest.mark.parametrize("every, told", [(0, True), (1, False)])
+def test_the_start_tells_of_a_guard_that_cannot_act(every, told, capsys):
+    sets = (f"eval.every={every}", "eval.source='x.jsonl'", "guard.utility_drop=0.02")
+    cfg = config_file.load(ROOT / "configs/debug_cpu_calibrate.toml", sets)
+    main._say_start(replace(cfg, log=replace(cfg.log, quiet=False)))
+    said = capsys.readouterr().err
+    assert said.startswith("warning: guard.utility_drop = 0.02 cannot end this run") is told
+    assert ("Set eval.every = 1, or" in said) is told
+
+
 def test_torchrun_from_another_folder(talkers, tmp_path):
     cfg = config(talkers, tmp_path / "run", "distill", steps=1)
     words = command(cfg, tmp_path / "run.toml", ranks=2)

@@ -22,6 +22,7 @@ from .data_checks import (
     control_findings,
     first_prompts,
     given_responses,
+    guard_findings,
     held_out_findings,
     sampled_findings,
     task_findings,
@@ -49,6 +50,7 @@ def examine(cfg: Config) -> PreflightReport:
     prompts, failed = first_prompts(cfg)
     findings += failed + control_findings(chats, prompts)
     findings += [] if has_errors(failed) else held_out_findings(cfg)
+    findings += guard_findings(cfg)
     texts: list[Rollout] = []
     if chats and prompts and len(shapes) == len(roles(cfg)):
         findings += _lengths_and_disk(cfg, shapes, chats)

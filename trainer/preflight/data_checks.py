@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from reflux.trainer.config.data import SourceSection
+from reflux.trainer.config.guard_schedule import utility_guard_gap
 from reflux.trainer.config.parts import input_name, part_configs, tasks
 from reflux.trainer.config.phases import spec_of
 from reflux.trainer.config.schema import Config
@@ -53,6 +54,15 @@ def held_out_findings(cfg: Config) -> list[Finding]:
         return []
     advice = "accuracy is then that of questions it was trained on; hold some out"
     return [Finding("warning", f"[data] and [eval] both read {both[0]}", advice)]
+
+
+def guard_findings(cfg: Config) -> list[Finding]:
+    """A guard that is on and cannot act."""
+    gap = utility_guard_gap(cfg)
+    if gap is None:
+        return []
+    what, _, advice = gap.partition(". ")
+    return [Finding("warning", what, f"s{advice[1:]}")]
 
 
 def _inputs(section: SourceSection) -> set[str]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.chat import Chat
 
-from .data_checks import first_prompts
+from .data_checks import first_prompts, guard_findings
 from .disk_checks import disk_findings
 from .gpus import gpu_table
 from .length_checks import length_findings
@@ -55,7 +55,7 @@ def plan(cfg: Config) -> PreflightReport:
             findings += as_warnings(failed)
             if prompts:
                 findings += length_findings(cfg, shapes, chats, config.training.seq_len)
-    findings += tokenizer_findings(shapes, chats)
+    findings += guard_findings(cfg) + tokenizer_findings(shapes, chats)
     return PreflightReport(with_sources(cfg, findings), tables)
 
 

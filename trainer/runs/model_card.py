@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from reflux.trainer.config.guard_schedule import compared_with
 from reflux.trainer.config.loader import to_toml
 from reflux.trainer.config.phases import spec_of
 from reflux.trainer.config.schema import Config
@@ -141,7 +142,11 @@ def _guards(cfg: Config, stats: Mapping[str, Any], outcome: Outcome) -> str:
     kl = f" (the last step had {stats['reference_kl']:.4g})" if "reference_kl" in stats else ""
     rules = [
         (guard.kl_budget, f"KL to the original above {guard.kl_budget:g} nats per token{kl}"),
-        (guard.utility_drop, f"accuracy more than {guard.utility_drop:g} below the start, twice"),
+        (
+            # only where it could have: a card must not name a watch that nobody kept
+            compared_with(cfg),
+            f"accuracy more than {guard.utility_drop:g} below {compared_with(cfg)}, twice",
+        ),
         (guard.length_drift, f"text length drifting by more than {guard.length_drift:g}"),
         (guard.entropy_drift, f"entropy drifting by more than {guard.entropy_drift:g}"),
         (guard.truncation_drift, f"truncation rising by more than {guard.truncation_drift:g}"),

@@ -22,7 +22,7 @@ from reflux.trainer.preflight import check as check_module
 from reflux.trainer.preflight import model_checks
 from reflux.trainer.preflight.check import check
 from reflux.trainer.preflight.check import examine as examine_report
-from reflux.trainer.preflight.data_checks import control_findings, held_out_findings
+from reflux.trainer.preflight.data_checks import control_findings, guard_findings, held_out_findings
 from reflux.trainer.preflight.dry_run import plan
 from reflux.trainer.preflight.report import Finding
 
@@ -220,6 +220,15 @@ def test_weights_that_are_not_there_are_an_error(calibrate, talkers, tmp_path):
     empty = only_descriptions(talkers / "proxy", tmp_path / "empty")
     assert "no model.safetensors" in problems(examine(calibrate(proxy={"path": str(empty)})))
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("every, told", [(0, True), (1, False)])
+def test_a_guard_that_cannot_act_is_told(calibrate, every, told):
+    cfg = calibrate(eval={"source": "x.jsonl", "every": every}, steps=20)
+    found = guard_findings(cfg)
+    assert len(found) == told == ("guard.utility_drop" in problems(plan(cfg).findings, "warning"))
+    assert [f.level for f in found] == ["warning"] * told
+    assert not told or found[0].advice.startswith("set eval.every = 2, or guard.utility_drop = 0")
 
 
 def test_an_evaluation_on_the_training_data_is_told(calibrate, tmp_path):

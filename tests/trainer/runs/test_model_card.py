@@ -8,6 +8,7 @@ import yaml
 
 from reflux.trainer.config.data import DataSection
 from reflux.trainer.config.distillation import DistillSection
+from reflux.trainer.config.evaluation import EvalSection
 from reflux.trainer.config.loader import fill
 from reflux.trainer.config.phases import spec_of
 from reflux.trainer.config.schema import Config
@@ -119,6 +120,15 @@ def test_what_the_guards_did(stopped):
     card = model_card(cfg, measured, *card_of(cfg), Outcome(cfg.steps, stopped))
     assert "above 0.1 nats per token (the last step had 0.05)" in card
     assert ("One of them did." if stopped else "None of them did.") in card
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_guard_that_could_not_have_acted_is_not_listed(every):
+    cfg = config(calibration=CalibrationSection("distillable"))
+    cfg = replace(cfg, steps=10, eval=EvalSection("x.jsonl", every=every))
+    card = model_card(cfg, Measured({}), *card_of(cfg), Outcome(cfg.steps))
+    assert ("- accuracy more than 0.02 below the start, twice" in card) is (every == 1)
+    assert "- KL to the original above" in card
 
 
 @pytest.mark.parametrize("line, says", [("license: mit", "mit"), ("language: en", None)])
