@@ -312,8 +312,14 @@ class Engine(ReadableModel, Protocol):
         """Back to the newest checkpoint that is not after `step`. Returns its step."""
         ...
 
+    def save_this_step(self) -> None:
+        """Has the checkpoint of the current step written at its end, whatever the interval."""
+        ...
+
     def checkpoint(self) -> None:
-        """Writes a checkpoint of the current step."""
+        """Writes a checkpoint of the current step, with which the run ends before its last one: it
+        holds what [checkpoint] wants of the last one.
+        """
         ...
 
     def export(self, card: str) -> str:

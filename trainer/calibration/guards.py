@@ -82,7 +82,7 @@ class Guards:
 
     def _approach(self, step: int, average: float, budget: float) -> None:
         """Saves at each mark on the way to the budget, so that the weights to go back to are near;
-        warns at the first.
+        warns at the first. At the end of the step: then every guard has noted what it saw.
         """
         passed = sum(average > mark * budget for mark in KL_MARKS)
         if passed <= self.notes.get("kl_marks", 0):
@@ -94,7 +94,7 @@ class Guards:
                 average,
             )
         self.notes["kl_marks"] = float(passed)
-        self.engine.checkpoint()
+        self.engine.save_this_step()
 
     def _check_utility(self, step: int, results: Mapping[str, float]) -> None:
         """Every part of [eval.parts] by itself: one that falls is not made up for by another."""

@@ -182,7 +182,7 @@ class Checkpointer(CheckpointManager):
         if self.load_only:
             return False
         self.finish_pending()
-        if step == self.saved_step and not is_last:
+        if step == self.saved_step and not (is_last and self.last_save_model_only):
             return True
         with self._failures_in_words(step):
             self.peers.from_first(self._make_room)

@@ -46,20 +46,19 @@ from .export import export_hf
 from .fingerprints import RunInputs
 from .forward import hidden_states
 from .frozen import FrozenModel, build_frozen, build_quantized
-from .gradients import Update, accumulate_gradients, epoch_means, forward_no_grad, totals
+from .gradients import (
+    Update,
+    accumulate_gradients,
+    dumped,
+    epoch_means,
+    forward_no_grad,
+    totals,
+)
 from .head import head_rows, logit_softcap, open_head
 from .hf_models import positions_of, text_config
 from .last_step import LastStep
-from .lora import (
-    AdapterState,
-    BaseModel,
-    adapted_layers,
-    gathered_adapters,
-    linear_layers,
-    reset_adapters,
-    with_adapters,
-)
-from .lora_export import export_adapter, export_merged, stored_layers
+from .lora import AdapterState, BaseModel, adapted_layers, reset_adapters, with_adapters
+from .lora_export import export_lora, stored_layers
 from .metrics import MetricSums
 from .model_builder import build_spec
 from .model_folder import check_folders
@@ -131,7 +130,7 @@ class Engine:
         # agreed on by all ranks at the end of the step: a rank that left alone would hang the rest
         self.wants_to_stop = False
         self._last = LastStep(self._trainer)
-        self._is_ending = False
+        self._is_ending = self._saves_this_step = False
         # of weights_version; the same on every rank
         self._run_id = from_all_ranks(lambda: uuid.uuid4().hex[:12])[0]
         self._moves = 0
@@ -231,6 +230,7 @@ class Engine:
             trainer.random.apply()
             while trainer.step < self.cfg.steps and not self.wants_to_stop:
                 trainer.step += 1
+                self._saves_this_step = False
                 trainer.gc_handler.run(trainer.step)
                 yield trainer.step
                 self.wants_to_stop = self._ranks.any(self.asked_to_stop)
@@ -240,10 +240,11 @@ class Engine:
     def _save_if_due(self) -> None:
         step, checkpointer = self._trainer.step, self._trainer.checkpointer
         checkpointer.seal_if_done()
-        if self.wants_to_stop and step < self.cfg.steps:
+        is_last = step == self.cfg.steps
+        if not is_last and (self.wants_to_stop or self._saves_this_step):
             checkpointer.write(step)  # it will go on: with everything, whatever the last one holds
         else:
-            checkpointer.save(step, last_step=step == self.cfg.steps)
+            checkpointer.save(step, last_step=is_last)
 
     @contextlib.contextmanager
     def keeps_last_step(self, unless: type[BaseException] = GeneratorExit) -> Iterator[None]:
@@ -356,13 +357,7 @@ class Engine:
 
     def _save_and_raise(self, batches: Sequence[Batch], stats: Mapping[str, float]) -> None:
         name = f"nonfinite-step-{self._trainer.step}-rank-{dist.get_rank()}.pt"
-        path = Path(self._config.dump_folder) / name
-        try:
-            torch.save({"batches": [vars(b) for b in batches], "stats": stats}, path)
-            where = f"is saved in {path}"
-        except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk
-            path.unlink(missing_ok=True)
-            where = f"could not be saved ({error})"
+        where = dumped(batches, stats, Path(self._config.dump_folder) / name)
         weights = "untouched" if self._last.is_whole else "those of the update before"
         raise FloatingPointError(
             f"step {self._trainer.step}: loss {stats['loss']}, gradient norm {stats['grad_norm']}; "
@@ -435,8 +430,12 @@ class Engine:
         self._last.is_loaded()
         return restored
 
+    def save_this_step(self) -> None:
+        """Its checkpoint is written at its end, whatever the interval. Not collective."""
+        self._saves_this_step = True
+
     def checkpoint(self) -> None:
-        """Writes a checkpoint of the current step, the last one of the run."""
+        """Writes a checkpoint of the current step, with which the run ends."""
         self._trainer.checkpointer.save(self._trainer.step, last_step=True)
 
     def export(self, card: str) -> str:
@@ -454,19 +453,13 @@ class Engine:
 
     def _export(self, out: str, card: str) -> None:
         cfg, source = self.cfg, os.path.abspath(self.cfg.model.path)
-        dtype = cfg.export.dtype
         if not cfg.lora.rank:
-            export_hf(self._trainer, out, source, dtype=dtype, card=card)
+            export_hf(self._trainer, out, source, dtype=cfg.export.dtype, card=card)
             return
         spec = self._config.model_spec
         assert spec is not None
-        adapters = gathered_adapters(self.model, spec)
-        if cfg.export.merge:
-            export_merged(adapters, cfg.lora, spec, out, source, dtype=dtype, card=card)
-            return
-        layers = tuple(linear_layers(self.model, spec))
         files = self.inputs.get(spec_of(cfg.phase).model_role, {}).get("files", {})
-        export_adapter(adapters, layers, cfg.lora, out, source, files=files, card=card)
+        export_lora(self.model, spec, cfg, out, source, files=files, card=card)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """TensorBoard and W&B, where enabled. Not collective."""

@@ -7,6 +7,7 @@ Shapes: N rows, L row length, T response tokens, D hidden size, V vocabulary.
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,3 +112,13 @@ def epoch_means(updates: Sequence[Update]) -> dict[str, float]:
         means[name] = max(values) if name.startswith("max/") else sum(values) / max(tokens, 1.0)
     norms = [u.grad_norm for u in updates]
     return means | {"grad_norm": sum(norms) / len(norms), "tokens": tokens}
+
+
+def dumped(batches: Sequence[Batch], stats: Mapping[str, float], path: Path) -> str:
+    """Saves the batches of an update that was not made. Returns what became of them, in words."""
+    try:
+        torch.save({"batches": [vars(b) for b in batches], "stats": stats}, path)
+    except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk
+        path.unlink(missing_ok=True)
+        return f"could not be saved ({error})"
+    return f"is saved in {path}"

@@ -13,20 +13,44 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.protocols.model_spec import ModelSpec
 
 from reflux.trainer.adapter_folder import BASE_FILES, CONFIG, WEIGHTS
+from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import LoraSection
 
 from .adapter_weights import ENDS, PREFIX
 from .agreement import agreed
 from .export import copy_tokenizer, export_folder, write_config_and_card
+from .lora import gathered_adapters, linear_layers
 from .weight_files import INDEX, SINGLE, opened, read_index, stored_tensors, weight_files
 from .weights import adapter_of
 
 Adapters = Mapping[str, tuple[Tensor, Tensor]]  # layer of transformers' model -> A, B
+
+
+def export_lora(
+    model: nn.Module,
+    spec: ModelSpec,
+    cfg: Config,
+    out: str,
+    source: str,
+    *,
+    files: Mapping[str, str],
+    card: str,
+) -> None:
+    """What the run's [export] wants: the adapters of the model, or with export.merge a whole model.
+    files: as of export_adapter. Collective.
+    """
+    adapters = gathered_adapters(model, spec)
+    if cfg.export.merge:
+        dtype = cfg.export.dtype
+        export_merged(adapters, cfg.lora, spec, out, source, dtype=dtype, card=card)
+    else:
+        layers = tuple(linear_layers(model, spec))
+        export_adapter(adapters, layers, cfg.lora, out, source, files=files, card=card)
 
 
 def export_adapter(

@@ -55,7 +55,7 @@ def stops_at(stats, *, guard=None, resume_at=None) -> tuple[int, Stop] | None:
 def engine_with(notes, saved=None):
     """The part of an engine that the guards use; `saved` counts the checkpoints they ask for."""
     saved = [] if saved is None else saved
-    return SimpleNamespace(notes=notes, saved=saved, checkpoint=lambda: saved.append(1))
+    return SimpleNamespace(notes=notes, saved=saved, save_this_step=lambda: saved.append(1))
 
 
 def kl(*values):

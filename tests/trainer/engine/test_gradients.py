@@ -5,7 +5,13 @@ import torch
 from engine_cases import likelihood_loss, samples
 
 from reflux.trainer.data.batch import pack
-from reflux.trainer.engine.gradients import Update, accumulate_gradients, epoch_means, totals
+from reflux.trainer.engine.gradients import (
+    Update,
+    accumulate_gradients,
+    dumped,
+    epoch_means,
+    totals,
+)
 from reflux.trainer.engine.ranks import RankGroup
 
 
@@ -56,3 +62,10 @@ def test_metrics_are_summed_and_maxima_are_maxima(engine):
     both = epoch_means([update, other])
     assert both["size"] == 1.0 and both["max/size"] == 9.0 and both["grad_norm"] == 2.0
     assert both["loss"] == pytest.approx((float(sums["loss"]) + 5.0) / 20)
+
+
+def test_where_a_batch_went_is_told(tmp_path):
+    batches = pack(samples(), tokens=99, seq_len=64)
+    assert dumped(batches, {"loss": 1.0}, tmp_path / "a.pt") == f"is saved in {tmp_path / 'a.pt'}"
+    assert torch.load(tmp_path / "a.pt", weights_only=False)["stats"] == {"loss": 1.0}
+    assert "could not be saved (" in dumped(batches, {}, tmp_path / "none" / "a.pt")
