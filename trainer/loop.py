@@ -172,7 +172,7 @@ def _run_steps(
             kept = _keep_accepted(engine, record, step, stop)
             # of the exported weights: the last evaluation was of others or went unrecorded
             _record_results(record, callbacks, kept, phase.evaluate(kept))
-            return Outcome(kept, str(stop), tuple(record.alarms))
+            return Outcome(kept, record.stopped, tuple(record.alarms))
     return Outcome(step, None, tuple(record.alarms))
 
 
@@ -181,9 +181,17 @@ def _keep_accepted(engine: Engine, record: Record, step: int, stop: Stop) -> int
     restored = None if stop.restore is None else engine.restore(stop.restore)
     if restored is None:
         engine.checkpoint()
-    record.event("stopped", reason=str(stop), restored_step=restored)
-    record.stopped = str(stop)
+    record.stopped = f"{stop}{_instead(stop.restore, restored)}"
+    record.event("stopped", reason=record.stopped, restored_step=restored)
     return step if restored is None else restored
+
+
+def _instead(wanted: int | None, restored: int | None) -> str:
+    """What is said where the step to go back to has no checkpoint."""
+    if wanted == restored:
+        return ""
+    where = f"step {restored}" if restored else "the weights that it started from"
+    return f". Step {wanted} is the last that passed, but has no checkpoint: the run is at {where}"
 
 
 def _epochs(

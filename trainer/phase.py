@@ -16,7 +16,7 @@ Shapes: P prompts, G rollouts of each, N rows, L row length, T response tokens, 
 V vocabulary, S spans, n tokens of one response.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -208,6 +208,8 @@ class Engine(ReadableModel, Protocol):
     resumed_step: int
     asked_to_stop: bool  # set on this rank by a signal
     wants_to_stop: bool  # agreed on by all ranks at the end of a step
+    # asked when checkpoints are deleted: the newest one that is not after each of these stays
+    steps_to_keep: Callable[[], Iterable[int]]
 
     @property
     def device(self) -> torch.device: ...

@@ -239,29 +239,37 @@ def test_the_kl_budget_ends_the_run_in_good_order(talkers, tmp_path):
     assert all(torch.equal(got[name], want[name]) for name in got)
 
 
-@pytest.mark.parametrize("interval, restored", [(1, 2), (1000, 0)])
+@pytest.mark.parametrize(
+    "checkpoint, restored",
+    [
+        ({"interval": 1, "keep_latest_k": 9}, 2),
+        ({"interval": 1, "keep_latest_k": 2}, 2),  # six of later steps were written
+        ({"interval": 1000}, 2),  # an evaluation that passes is saved
+        ({"enable": False}, 0),
+    ],
+)
 def test_the_utility_gate_restores_what_still_passed(
-    talkers, tmp_path, monkeypatch, interval, restored
+    talkers, tmp_path, monkeypatch, checkpoint, restored
 ):
-    """Accuracy falls after step 2 and stays low: back to step 2, or to the start where step 2 was
-    not saved.
+    """Accuracy falls after step 2 and stays low: back to step 2, or to the start where nothing is
+    saved. The log and the card say which.
     """
-    accuracy = {0: 0.9, 1: 0.9, 2: 0.9, 3: 0.5, 4: 0.5}
+    accuracy = {0: 0.9, 1: 0.9, 2: 0.9, 5: 0.5, 8: 0.5}
     monkeypatch.setattr(
         "reflux.trainer.evaluation.phase.Evaluator.due",
-        lambda self, step: {"eval/greedy": accuracy[step]},
+        lambda self, step: {"eval/greedy": accuracy[step]} if step in accuracy else {},
     )
     cfg = config(
         talkers,
         tmp_path / "run",
         "calibrate",
         steps=9,
-        checkpoint={"interval": interval, "keep_latest_k": 5},
+        checkpoint=checkpoint,
         export={"enable": True, "dtype": "float32"},
     )
     run = run_here(cfg, expect=4)
     stopped = next(e for e in run.events if e["event"] == "stopped")
-    assert len(run.steps) == 4 and stopped["restored_step"] == restored
+    assert len(run.steps) == 8 and stopped["restored_step"] == restored
     short = replace(cfg, folder=str(tmp_path / "short"), steps=2)
     if restored:
         run_here(short)
@@ -270,6 +278,14 @@ def test_the_utility_gate_restores_what_still_passed(
     )
     got = weights(cfg.folder)
     assert all(torch.equal(got[name], want[name]) for name in got)
+    card = (tmp_path / "run/export/README.md").read_text()
+    if restored:
+        assert stopped["reason"].endswith("for the second time")
+        assert "for the second time. These are the weights of step 2." in card
+    else:
+        says = "Step 2 is the last that passed, but has no checkpoint: the run is at the weights"
+        assert f"{says} that it started from" in stopped["reason"] == run.summary["stopped"]
+        assert f"{stopped['reason']}. These are the untrained weights." in card
 
 
 def test_the_gate_compares_with_the_start_and_forgives_one_bad_reading(

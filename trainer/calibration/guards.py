@@ -12,19 +12,24 @@ from reflux.trainer.phase import Engine, Stop
 
 log = logging.getLogger(__name__)
 KL_DECAY = 0.8  # of the moving averages that are compared with the budget and with the start
-KL_MARKS = (0.5, 0.75, 0.9)  # of the budget: a checkpoint is written where one is passed
+MARKS = (0.5, 0.75, 0.9)  # of a budget or a drift: a checkpoint is written where one is passed
 
 # guard.NAME -> the field of the log that it watches
 DRIFTS = {"length_drift": "length", "entropy_drift": "entropy", "truncation_drift": "truncated"}
+# notes that name the last step which a guard let pass
+ACCEPTED = ("kl_accepted", "drift_accepted", "utility_passed")
 
 
 class Guards:
     """State lives in engine.notes, so that a resumed run stops where the uninterrupted one
-    would.
+    would. A guard that stops the run goes back to the newest checkpoint that is not after the last
+    step it let pass: that of an evaluation that passed is written and kept, and on the way to a
+    limit one is written at each of MARKS.
     """
 
     def __init__(self, cfg: Config, engine: Engine):
         self.cfg, self.engine = cfg, engine
+        engine.steps_to_keep = self.accepted
         cal, beta = cfg.calibration, cfg.reference.beta
         if cal.mode == "undistillable" and cal.denominator != "reference" and cal.strength >= beta:
             warnings.warn(_margin_words(cal, beta), stacklevel=2)
@@ -39,6 +44,10 @@ class Guards:
     def notes(self) -> dict[str, float]:
         """Read anew each time: loading a checkpoint puts another dictionary in the engine."""
         return self.engine.notes
+
+    def accepted(self) -> set[int]:
+        """The steps that a guard would go back to."""
+        return {int(self.notes[name]) for name in ACCEPTED if name in self.notes}
 
     def check(self, step: int, stats: Mapping[str, float], results: Mapping[str, float]) -> None:
         """Raises Stop when the KL budget is spent, the texts have drifted too far, or the task
@@ -61,7 +70,8 @@ class Guards:
                 restore=int(self.notes.get("kl_accepted", 0)),
             )
         self.notes["kl_accepted"] = float(step)
-        self._approach(step, average, budget)
+        words = f"KL(policy || reference) is {average:.3f} nats per token"
+        self._approach("kl", average / budget, f"step {step}: {words}, half of guard.kl_budget")
 
     def _check_drift(self, step: int, stats: Mapping[str, float]) -> None:
         """Against the first step, whose texts are those of the model before its first update."""
@@ -72,28 +82,30 @@ class Guards:
             start = self.notes.setdefault(f"{name}/start", now)
             average = KL_DECAY * self.notes.get(name, now) + (1 - KL_DECAY) * now
             self.notes[name] = average
+            moved = (
+                f"{field} went from {start:.3g} in the first step to {average:.3g} (moving "
+                f"average) in step {step}"
+            )
             if not _within(name, start, average, limit):  # NaN stops too
                 raise Stop(
-                    f"{field} went from {start:.3g} in the first step to {average:.3g} (moving "
-                    f"average) in step {step}, beyond guard.{name} = {limit}",
+                    f"{moved}, beyond guard.{name} = {limit}",
                     restore=int(self.notes.get("drift_accepted", 0)),
                 )
+            share = _share(name, start, average, limit)
+            self._approach(name, share, f"{moved}, half of guard.{name} = {limit}")
         self.notes["drift_accepted"] = float(step)
 
-    def _approach(self, step: int, average: float, budget: float) -> None:
-        """Saves at each mark on the way to the budget, so that the weights to go back to are near;
+    def _approach(self, name: str, share: float, warning: str) -> None:
+        """Saves at each mark on the way to the limit, so that the weights to go back to are near;
         warns at the first. At the end of the step: then every guard has noted what it saw.
         """
-        passed = sum(average > mark * budget for mark in KL_MARKS)
-        if passed <= self.notes.get("kl_marks", 0):
+        passed = sum(share > mark for mark in MARKS)
+        before = self.notes.get(f"{name}_marks", 0)
+        if passed <= before:
             return
-        if not self.notes.get("kl_marks"):
-            log.warning(
-                "step %d: KL(policy || reference) is %.3f nats per token, half of guard.kl_budget",
-                step,
-                average,
-            )
-        self.notes["kl_marks"] = float(passed)
+        if not before:
+            log.warning(warning)
+        self.notes[f"{name}_marks"] = float(passed)
         self.engine.save_this_step()
 
     def _check_utility(self, step: int, results: Mapping[str, float]) -> None:
@@ -106,6 +118,8 @@ class Guards:
             low, stop = low or fallen, stop or words
         if not low and ("eval/sampled" in results or "eval/greedy" in results):
             self.notes["utility_passed"] = float(step)
+            if step:  # the weights of the start are those of model.path
+                self.engine.save_this_step()
         if stop:
             raise Stop(stop, int(self.notes.get("utility_passed", 0)))
 
@@ -149,3 +163,10 @@ def _within(name: str, start: float, now: float, limit: float) -> bool:
     if name == "truncation_drift":
         return now <= start + limit
     return start / (1 + limit) <= now <= start * (1 + limit)
+
+
+def _share(name: str, start: float, now: float, limit: float) -> float:
+    """How much of the limit is used; 1 is where _within ends."""
+    if name == "truncation_drift":
+        return (now - start) / limit
+    return (max(now / start, start / now) - 1) / limit if min(now, start) > 0 else 0.0

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,6 +64,7 @@ class Checkpointer(CheckpointManager):
         self.saved_step = 0  # of what is on the disk of the present weights
         self.has_failed = False  # a save did: another try would fail too
         self.start_over: Callable[[], None] | None = None  # loads what a run starts from
+        self.steps_to_keep: Callable[[], Iterable[int]] = tuple  # beside the keep_latest_k newest
         self._weights_only_at_end = config.weights_only_at_end
         self._pending: int | None = None  # step of an asynchronous save that is not sealed
 
@@ -260,7 +261,7 @@ class Checkpointer(CheckpointManager):
         if self.keep_latest_k and len(whole) >= self.keep_latest_k:
             needed = folder_bytes(self.home / f"step-{whole[-1]}") + disk_space.NEARLY_NONE
             if disk_space.free_bytes(self.home) < needed:
-                self._take_away(whole[: 1 - self.keep_latest_k], at_once=True)
+                self._take_away(self._stale(whole, self.keep_latest_k - 1), at_once=True)
 
     def _seal(self, step: int) -> None:
         """Hashes and syncs the files of writing-N, each by the rank that wrote it, then writes the
@@ -317,9 +318,18 @@ class Checkpointer(CheckpointManager):
     # --- retention
 
     def _purge_stale_checkpoints(self) -> None:
-        """Deletes all but the keep_latest_k newest whole ones. Damaged ones stay, uncounted."""
+        """Deletes all but the keep_latest_k newest whole ones, and what the run may go back to.
+        Damaged ones stay, uncounted.
+        """
         if self.peers.is_first and self.keep_latest_k > 0:
-            self._take_away(self._whole_steps()[: -self.keep_latest_k])
+            self._take_away(self._stale(self._whole_steps(), self.keep_latest_k))
+
+    def _stale(self, whole: Sequence[int], count: int) -> list[int]:
+        """All but the `count` newest (one at least) and, for each of steps_to_keep, the newest that
+        is not after it.
+        """
+        kept = {n for step in self.steps_to_keep() for n in [m for m in whole if m <= step][-1:]}
+        return [n for n in whole[: -max(count, 1)] if n not in kept]
 
     def _take_away_all_but(self, step: int) -> None:
         self._take_away([n for n in steps_in(self.home) if n != step])

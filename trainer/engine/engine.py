@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -131,6 +131,8 @@ class Engine:
         self.wants_to_stop = False
         self._last = LastStep(self._trainer)
         self._is_ending = self._saves_this_step = False
+        self.steps_to_keep: Callable[[], Iterable[int]] = tuple
+        self._trainer.checkpointer.steps_to_keep = lambda: self.steps_to_keep()
         # of weights_version; the same on every rank
         self._run_id = from_all_ranks(lambda: uuid.uuid4().hex[:12])[0]
         self._moves = 0

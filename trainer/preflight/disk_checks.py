@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from reflux.trainer.config.phases import spec_of
 from reflux.trainer.config.schema import Config
 from reflux.trainer.disk_space import free_bytes, size
 from reflux.trainer.engine.checkpoint_folder import folder_bytes
@@ -17,10 +18,11 @@ def disk_findings(cfg: Config, config: Any, shape: Shape) -> list[Finding]:
     if not cfg.trains:
         return []
     section, whole = config.checkpoint, checkpoint_bytes(config, shape)
-    count, export = kept_at_once(cfg.steps, section), export_bytes(cfg, shape)
+    every = _saving_evaluations(cfg)
+    count, export = kept_at_once(cfg.steps, section, every), export_bytes(cfg, shape)
     needed = count * whole + export
-    if section.last_save_model_only and count and (count < 3 or not section.keep_latest_k):
-        needed -= whole * 2 // 3  # the last one has no moments
+    if section.last_save_model_only and count and count == written(cfg.steps, section, every):
+        needed -= whole * 2 // 3  # the last one has no moments, and was never beside as many whole
     try:
         free = free_bytes(cfg.folder) + _replaced(cfg, section)
     except OSError as error:
@@ -58,12 +60,27 @@ def export_bytes(cfg: Config, shape: Shape) -> int:
     return shape.numel * BYTES[cfg.export.dtype]
 
 
-def kept_at_once(steps: int, checkpoint: Any) -> int:
+def _saving_evaluations(cfg: Config) -> int:
+    """Steps between the evaluations whose checkpoint guard.utility_drop goes back to; 0: none."""
+    watched = spec_of(cfg.phase).has_reference and cfg.guard.utility_drop and cfg.eval.asks
+    return cfg.eval.every if watched else 0
+
+
+def kept_at_once(steps: int, checkpoint: Any, every: int = 0) -> int:
     """How many whole checkpoints there have to be room for. Retention deletes after it has written,
-    or before it all but one where the disk is full.
+    or before it where the disk is full: all but one fewer than it keeps, and at least one. every:
+    steps between evaluations that save; the last one that passed stays beside the newest.
     """
+    count, keep = written(steps, checkpoint, every), checkpoint.keep_latest_k
+    return min(count, max(keep, 2) + bool(every)) if keep else count
+
+
+def written(steps: int, checkpoint: Any, every: int = 0) -> int:
+    """How many checkpoints a run writes, if every evaluation passes; guards may ask for more."""
     if not checkpoint.enable or checkpoint.load_only:
         return 0
     first = {1} if checkpoint.enable_first_step_checkpoint else set()
-    written = len({*range(checkpoint.interval, steps, checkpoint.interval), *first, steps} - {0})
-    return min(written, 2) if checkpoint.keep_latest_k else written
+    passed = range(every, steps, every) if every else ()
+    return len(
+        {*range(checkpoint.interval, steps, checkpoint.interval), *passed, *first, steps} - {0}
+    )

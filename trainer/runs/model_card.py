@@ -180,7 +180,8 @@ def _steps(cfg: Config, outcome: Outcome) -> str:
 def _warnings(outcome: Outcome) -> str:
     lines = list(outcome.alarms)
     if outcome.stopped is not None:
-        lines.insert(0, f"A guard ended the run: {outcome.stopped}. These are the weights before.")
+        weights = f"weights of step {outcome.steps}" if outcome.steps else "untrained weights"
+        lines.insert(0, f"A guard ended the run: {outcome.stopped}. These are the {weights}.")
     return "\n## Warnings\n" + "".join(f"- {line}\n" for line in lines) if lines else ""
 
 

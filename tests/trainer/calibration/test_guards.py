@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from reflux.trainer.calibration.guards import KL_DECAY, KL_MARKS, Guards
+from reflux.trainer.calibration.guards import KL_DECAY, MARKS, Guards
 from reflux.trainer.config.data import DataSection, EvalPartSection
 from reflux.trainer.config.evaluation import EvalSection
 from reflux.trainer.config.schema import Config
@@ -97,13 +97,55 @@ def test_marks_on_the_way_to_the_budget_save_once_each():
             break
         saved.append(len(engine.saved))
     averages = accumulate([0.4, 0.6, 0.6, 0.7, 2.0], lambda m, x: KL_DECAY * m + (1 - KL_DECAY) * x)
-    assert saved == [sum(a > mark for mark in KL_MARKS) for a in averages] and saved[-1] > 0
+    assert saved == [sum(a > mark for mark in MARKS) for a in averages] and saved[-1] > 0
 
 
 def test_half_the_budget_warns_once(caplog):
     with caplog.at_level(logging.WARNING):
         stops_at(kl(*[0.06] * 5))
     assert len(caplog.records) == 1 and "half of guard.kl_budget" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "field, guard, values",
+    [
+        ("length", {"length_drift": 1.0}, [40.0, 80.0, 80.0, 80.0]),  # longer: 48, 54.4, 59.5
+        ("length", {"length_drift": 1.0}, [40.0, 10.0, 5.0, 5.0]),  # shorter: 34, 28.2, 23.6
+        ("truncated", {"truncation_drift": 0.4}, [0.0, 0.6, 0.6, 0.6]),  # 0.12, 0.216, 0.293
+        ("entropy", {"entropy_drift": 1.0}, [0.0, 0.0]),  # no share of nothing
+    ],
+)
+def test_marks_on_the_way_to_a_drift_save_too(caplog, field, guard, values):
+    engine, limit = engine_with({}), next(iter(guard.values()))
+    guards = Guards(config(guard=GuardSection(**guard)), engine)
+    saved = []
+    for step, value in enumerate(values, 1):
+        guards.check(step, {field: value}, {})
+        saved.append(len(engine.saved))
+    averages = list(accumulate(values, lambda m, x: KL_DECAY * m + (1 - KL_DECAY) * x))
+    if field == "truncated":
+        used = [a / limit for a in averages]
+    else:
+        used = [max(a / values[0], values[0] / a) - 1 if a else 0.0 for a in averages]
+    marks = [sum(u > mark for mark in MARKS) for u in used]
+    assert saved == [len(set(marks[: i + 1]) - {0}) for i in range(len(marks))]
+    warned = [f"half of guard.{next(iter(guard))} = {limit}"] * bool(saved[-1])
+    assert all(w in r.getMessage() for w, r in zip(warned, caplog.records, strict=True))
+
+
+def test_an_evaluation_that_passes_is_saved_and_is_to_be_kept():
+    """Not the start, whose weights are on the disk anyway."""
+    engine = engine_with({})
+    guards, saved, kept = Guards(config(), engine), [], []
+    for step, value in enumerate([0.5, 0.5, 0.4, None, 0.6]):
+        guards.check(step, {}, {} if value is None else {"eval/sampled": value})
+        saved.append(len(engine.saved))
+        kept.append(engine.notes["utility_passed"])
+        assert {int(kept[-1]), step} == engine.steps_to_keep(), "the latter: no drift"
+    assert saved == [0, 1, 1, 1, 2] and kept == [0, 1, 1, 1, 4]
+    off = engine_with({})
+    Guards(config(guard=GuardSection(utility_drop=0.0)), off).check(1, {}, {"eval/sampled": 0.5})
+    assert not off.saved
 
 
 @pytest.mark.parametrize(

@@ -397,6 +397,32 @@ def test_retention_keeps_the_newest_and_leaves_nothing_behind(talkers, tmp_path)
     assert names(cfg) == ["step-5", "step-6"]
 
 
+@pytest.mark.parametrize(
+    "wanted, left",
+    [
+        ((1,), [1, 5, 6]),
+        ((4, 0), [4, 5, 6]),
+        ((6, 9), [5, 6]),
+        ((0,), [5, 6]),
+        ((2, 3), [2, 3, 5, 6]),
+    ],
+)
+def test_retention_leaves_what_a_guard_may_go_back_to(talkers, tmp_path, wanted, left):
+    cfg = make_config(talkers, tmp_path / "run", 6, keep_latest_k=2)
+    with opened(cfg) as engine:
+        engine.steps_to_keep = lambda: wanted
+        take_steps(engine)
+    assert names(cfg) == [f"step-{n}" for n in left]
+
+
+def test_of_a_step_without_a_checkpoint_retention_leaves_the_one_before(talkers, tmp_path):
+    cfg = make_config(talkers, tmp_path / "run", 12, interval=3, keep_latest_k=2)
+    with opened(cfg) as engine:
+        engine.steps_to_keep = lambda: [5]
+        take_steps(engine)
+    assert names(cfg) == ["step-12", "step-3", "step-9"]
+
+
 def test_retention_counts_whole_ones_only(run):
     """Two of three are cut: the whole one is not deleted for their sake."""
     home = Path(run.folder) / "checkpoint"
@@ -418,6 +444,17 @@ def test_where_the_next_one_does_not_fit_retention_makes_room_first(talkers, tmp
         with opened(cfg) as engine:
             take_steps(engine)
         assert names(cfg) == ["step-4", "step-5"]
+
+
+def test_room_is_not_made_of_what_a_guard_may_go_back_to(talkers, tmp_path, made):
+    """Three fit, and beside the one to go back to one stays."""
+    size = sum(p.stat().st_size for p in step_folder(made[0], 3).iterdir())
+    with small_disk(tmp_path / "disk", 3.3 * size / 2**20) as disk:
+        cfg = make_config(talkers, disk / "run", 5, keep_latest_k=2)
+        with opened(cfg) as engine:
+            engine.steps_to_keep = lambda: [1]
+            take_steps(engine)
+        assert names(cfg) == ["step-1", "step-4", "step-5"]
 
 
 # --- saves that fail

@@ -44,6 +44,12 @@ def test_they_are_as_large_as_planned(distill, titan_process, tmp_path, over):
         (50, 3, {}, 1),
         (51, 3, {}, 2),
         (500, 1, {}, 2),
+        (500, 2, {}, 2),
+        (500, 3, {}, 3),  # before it writes, retention leaves two of them
+        (500, 3, {"every": 20}, 4),  # and the last evaluation that passed
+        (101, 3, {"every": 100}, 3),
+        (500, 0, {"every": 20}, 30),  # 10 of the interval, 24 of which 4 are those, step 500
+        (500, 3, {"every": 20, "enable": False}, 0),
         (500, 0, {}, 10),
         (500, 0, {"enable_first_step_checkpoint": True}, 11),
         (3, 0, {"enable_first_step_checkpoint": True, "interval": 1}, 3),
@@ -54,17 +60,19 @@ def test_they_are_as_large_as_planned(distill, titan_process, tmp_path, over):
     ],
 )
 def test_how_many_there_are_at_once(steps, keep, more, count):
-    usual = {"enable": True, "load_only": False, "enable_first_step_checkpoint": False}
+    more, usual = dict(more), {"enable": True, "load_only": False}
+    usual["enable_first_step_checkpoint"] = False
+    every = more.pop("every", 0)
     section = SimpleNamespace(keep_latest_k=keep, **{"interval": 50} | usual | more)
-    assert disk_checks.kept_at_once(steps, section) == count
+    assert disk_checks.kept_at_once(steps, section, every) == count
 
 
 @pytest.mark.parametrize("look", [plan, examine])
 def test_a_disk_that_is_too_small_is_told_before_the_run(calibrate, monkeypatch, look):
     """119,232 parameters: 1.4 MB with both moments, and 0.2 MB as bf16."""
     cfg = calibrate(steps=100, checkpoint={"interval": 10}, export={"enable": True})
-    says = "at least 2 checkpoint(s) of 1.4 MB at once and an export of 238.5 kB, 3.1 MB"
-    for free, level in ((3_200_000, "ok"), (3_000_000, "warning")):
+    says = "at least 3 checkpoint(s) of 1.4 MB at once and an export of 238.5 kB, 4.5 MB"
+    for free, level in ((4_600_000, "ok"), (4_400_000, "warning")):
         monkeypatch.setattr(disk_checks, "free_bytes", lambda _, free=free: free)
         assert says in problems(look(cfg).findings, level)
     every = calibrate(steps=100, checkpoint={"interval": 10, "keep_latest_k": 0})
@@ -75,7 +83,7 @@ def test_checkpoints_that_a_resumed_run_replaces_count_as_room(calibrate, monkey
     """Not those that it sets aside, and none of a run that starts beside it."""
     section = {"interval": 10}
     cfg = calibrate(steps=100, checkpoint=section, on_existing_run="resume")
-    monkeypatch.setattr(disk_checks, "free_bytes", lambda _: 2_000_000)
+    monkeypatch.setattr(disk_checks, "free_bytes", lambda _: 3_400_000)
     aside = tmp_path / "run" / "checkpoint" / "damaged-10"
     aside.mkdir(parents=True)
     (aside / "x.distcp").write_bytes(bytes(1_400_000))
@@ -91,6 +99,21 @@ def test_a_last_checkpoint_of_weights_alone_is_smaller(calibrate, monkeypatch):
     for more, level in (({}, "warning"), ({"last_save_model_only": True}, "ok")):
         cfg = calibrate(steps=10, checkpoint={"interval": 10} | more)
         assert "at least 1 checkpoint(s)" in problems(plan(cfg).findings, level)
+
+    for steps, level in ((20, "ok"), (100, "warning")):  # later ones push the whole ones out before
+        cfg = calibrate(steps=steps, checkpoint={"interval": 10, "last_save_model_only": True})
+        monkeypatch.setattr(disk_checks, "free_bytes", lambda _: 2_400_000)
+        assert "disk:" in problems(plan(cfg).findings, level)
+
+
+@pytest.mark.parametrize(
+    "more, count", [({}, 4), ({"every": 0}, 3), ({"source": ""}, 3), ({"drop": 0.0}, 3)]
+)
+def test_the_checkpoint_that_the_utility_guard_goes_back_to_counts(calibrate, more, count):
+    asked = {"source": calibrate().data.source, "every": 20} | more
+    guard = {"utility_drop": asked.pop("drop", 0.02)}
+    cfg = calibrate(steps=100, checkpoint={"interval": 10}, guard=guard, eval=asked)
+    assert f"at least {count} checkpoint(s)" in problems(plan(cfg).findings, "ok")
 
 
 def test_a_folder_that_cannot_be_entered_is_a_finding(calibrate, monkeypatch):
