@@ -147,6 +147,10 @@ def _run_steps(
 ) -> Outcome:
     """How the steps ended."""
     step, alarms = engine.resumed_step, Alarms(cfg, lambda: engine.notes)
+    close = partial(_close, engine, phase, alarms, record, callbacks)
+    # the process before ended between the updates of its last step and the guards
+    if engine.to_close is not None and (outcome := close(step, engine.to_close)):
+        return outcome
     for step in engine.steps():  # resumes where the checkpoint left off
         start = time.perf_counter()
         texts_PG = phase.sample(step)  # P prompts -> G texts each
@@ -159,21 +163,37 @@ def _run_steps(
             # forward, loss, backward, clip, AdamW
             stats = engine.step(epochs, _counted(phase.loss, advance))
         stats |= engine.mean(phase.metric_sums) | _timing(stats, start, sampled, scored, engine)
+        engine.measured(stats)
         _check_ownership(lock)
         fields = phase.log_fields(stats)
         record(step, fields, _examples(cfg, step, phase, texts_PG))
         callbacks.step(step, fields)
-        for alarm in alarms.check(stats):
-            record.event("alarm", alarm=alarm.name, message=alarm.message)
-        try:
-            # evaluation and guards
-            _record_results(record, callbacks, step, phase.close_step(step, stats))
-        except Stop as stop:
-            kept = _keep_accepted(engine, record, step, stop)
-            # of the exported weights: the last evaluation was of others or went unrecorded
-            _record_results(record, callbacks, kept, phase.evaluate(kept))
-            return Outcome(kept, record.stopped, tuple(record.alarms))
+        if outcome := close(step, stats):
+            return outcome
     return Outcome(step, None, tuple(record.alarms))
+
+
+def _close(
+    engine: Engine,
+    phase: TrainingPhase,
+    alarms: Alarms,
+    record: Record,
+    callbacks: Callbacks,
+    step: int,
+    stats: Mapping[str, float],
+) -> Outcome | None:
+    """Alarms, evaluation and guards. Returns how the steps ended if a guard ended them."""
+    for alarm in alarms.check(stats):
+        if alarm.message not in record.alarms:  # by the process before, of a step closed twice
+            record.event("alarm", alarm=alarm.name, message=alarm.message)
+    try:
+        _record_results(record, callbacks, step, phase.close_step(step, stats))
+    except Stop as stop:
+        kept = _keep_accepted(engine, record, step, stop)
+        # of the exported weights: the last evaluation was of others or went unrecorded
+        _record_results(record, callbacks, kept, phase.evaluate(kept))
+        return Outcome(kept, record.stopped, tuple(record.alarms))
+    return None
 
 
 def _keep_accepted(engine: Engine, record: Record, step: int, stop: Stop) -> int:

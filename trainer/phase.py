@@ -206,6 +206,7 @@ class Engine(ReadableModel, Protocol):
     is_main: bool  # the one rank that writes files
     vocab_size: int  # ids that count; a phase lowers it to what its tokenizer knows
     resumed_step: int
+    to_close: Mapping[str, float] | None  # its numbers, if evaluation and guards have not seen it
     asked_to_stop: bool  # set on this rank by a signal
     wants_to_stop: bool  # agreed on by all ranks at the end of a step
     # asked when checkpoints are deleted: the newest one that is not after each of these stays
@@ -312,6 +313,12 @@ class Engine(ReadableModel, Protocol):
 
     def restore(self, step: int) -> int:
         """Back to the newest checkpoint that is not after `step`. Returns its step."""
+        ...
+
+    def measured(self, numbers: Mapping[str, float]) -> None:
+        """The numbers of the step that was made: if the run ends before close_step has seen them,
+        they are saved with it, and `to_close` has them in the process that goes on.
+        """
         ...
 
     def save_this_step(self) -> None:

@@ -111,7 +111,7 @@ class Engine:
             inputs.check(self._trainer.loaded_inputs)
             self._trainer.inputs = inputs.table
             self.resume_messages = (*self.resume_messages, *inputs.messages)
-        self.resumed_step = self._trainer.step
+        self.resumed_step, self.to_close = self._trainer.step, self._trainer.to_close
         if from_folder and self._trainer.checkpointer.start_over is None:
             verify_weights(self.model, spec, path)
         else:
@@ -231,10 +231,10 @@ class Engine:
         ) as profiler:
             trainer.random.apply()
             while trainer.step < self.cfg.steps and not self.wants_to_stop:
-                trainer.step += 1
-                self._saves_this_step = False
+                trainer.step, self._saves_this_step = trainer.step + 1, False
                 trainer.gc_handler.run(trainer.step)
                 yield trainer.step
+                self._last.ends()
                 self.wants_to_stop = self._ranks.any(self.asked_to_stop)
                 self._save_if_due()
                 profiler.step()
@@ -285,6 +285,10 @@ class Engine:
         notes = [] if saved is None else [f"step {saved} is saved in {self._config.dump_folder}"]
         return failed, notes + ([] if problem is None else [problem])
 
+    def measured(self, numbers: Mapping[str, float]) -> None:
+        """Those of this step, saved with it if the run ends before it is closed. Not collective."""
+        self._last.measures(numbers)
+
     @property
     def saved_step(self) -> int:
         """Of the newest checkpoint of these weights; 0: there is none."""
@@ -321,7 +325,7 @@ class Engine:
         schedule = self._trainer.lr_schedulers
         stats["lr"] = schedule.schedulers[0].get_last_lr()[0]
         schedule.step()
-        self._last.ends()
+        self._last.ends(stats)
         return stats
 
     def _update(self, batches: Sequence[Batch], loss: contracts.LossFunction) -> Update:

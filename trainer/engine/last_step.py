@@ -1,7 +1,11 @@
-"""The last finished step: what of it only memory has, and how to save it when a later one fails."""
+"""The last finished step: what of it only memory has, and how to save it when a later one fails.
+
+A step is finished when its last update is made, closed when evaluation and guards have seen it. One
+that is not closed is saved with its numbers, so that a resume begins by closing it.
+"""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -29,8 +33,14 @@ class LastStep:
         """From here on the weights are of no step, until `ends`."""
         self._finished: Finished | None = None
 
-    def ends(self) -> None:
-        self._finished = self._trainer.finished()
+    def measures(self, numbers: Mapping[str, float]) -> None:
+        """More is known of the step that has ended and is not closed."""
+        if self._finished is not None:
+            self._finished = replace(self._finished, to_close=dict(numbers))
+
+    def ends(self, to_close: Mapping[str, float] | None = None) -> None:
+        """to_close: its numbers, if evaluation and guards are still to see them."""
+        self._finished = self._trainer.finished(None if to_close is None else dict(to_close))
         self._moved = torch.cuda.Event() if self._cuda else None
         if self._moved is not None:
             self._moved.record()

@@ -23,7 +23,7 @@ from . import random_state
 from .checkpoints import Checkpointer
 from .random_state import RandomState
 
-INPUTS = "inputs"  # among the notes
+INPUTS, TO_CLOSE = "inputs", "to_close"  # among the notes
 CHECKPOINT_TIMEOUT = timedelta(minutes=60)  # slow file systems, and ranks that write more
 
 
@@ -88,17 +88,20 @@ class NoLoss(BaseLoss):
 
 @dataclass(frozen=True)
 class Finished:
-    """What a finished step left, beside weights and optimizer."""
+    """What a finished step left, beside weights and optimizer. to_close: its numbers, where neither
+    evaluation nor guards have seen it yet.
+    """
 
     step: int
     notes: Mapping[str, float]
     random: Mapping[str, Tensor]
+    to_close: Mapping[str, float] | None = None
 
 
 class RefluxTrainer(Trainer):
     """torchtitan's Trainer; `notes`, a dictionary of numbers, and torch's random state survive a
     restart. `inputs`, what the run reads (fingerprints.py), is saved beside them; `loaded_inputs`
-    is that of the checkpoint.
+    and `to_close` (Finished) are those of the checkpoint.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -111,6 +114,7 @@ class RefluxTrainer(Trainer):
         self.notes: dict[str, float] = {}
         self.inputs: dict[str, Any] = {}
         self.loaded_inputs: dict[str, Any] = {}
+        self.to_close: Mapping[str, float] | None = None
         self._held: Finished | None = None  # what to save instead of the state of now
         super().__init__(config)
         self.random = RandomState(dist.get_rank(), self.device)
@@ -121,9 +125,9 @@ class RefluxTrainer(Trainer):
                 backend="gloo", timeout=CHECKPOINT_TIMEOUT
             )
 
-    def finished(self) -> Finished:
+    def finished(self, to_close: Mapping[str, float] | None = None) -> Finished:
         """The state of now, as the state after this step."""
-        return Finished(self.step, dict(self.notes), self.random.read())
+        return Finished(self.step, dict(self.notes), self.random.read(), to_close)
 
     @contextlib.contextmanager
     def held(self, finished: Finished) -> Iterator[None]:
@@ -137,14 +141,20 @@ class RefluxTrainer(Trainer):
     def state_dict(self) -> dict[str, Any]:
         state = Trainer.state_dict(self) | {"notes": self._notes(self.notes)}
         if self._held is not None:
-            state |= {"step": self._held.step, "notes": self._notes(self._held.notes)}
+            held = self._held
+            notes = self._notes(held.notes, held.to_close)
+            state |= {"step": held.step, "notes": notes}
         return state
 
-    def _notes(self, notes: Mapping[str, float]) -> str:
-        return json.dumps({**notes, INPUTS: self.inputs})
+    def _notes(
+        self, notes: Mapping[str, float], to_close: Mapping[str, float] | None = None
+    ) -> str:
+        left = {} if to_close is None else {TO_CLOSE: to_close}
+        return json.dumps({**notes, **left, INPUTS: self.inputs})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         Trainer.load_state_dict(self, state_dict)
         notes = json.loads(state_dict["notes"])
         self.loaded_inputs = notes.pop(INPUTS, {})  # checkpoints of older versions have none
+        self.to_close = notes.pop(TO_CLOSE, None)
         self.notes = notes

@@ -79,6 +79,37 @@ def test_a_run_goes_on_from_there_as_if_nothing_had_been(cfg, talkers, tmp_path)
         assert same(run_until(engine, 0, None), wanted)
 
 
+def failing(cfg, *, closes: bool) -> None:
+    """Step 2 is made, and noted on; then the run fails, before it is closed or after."""
+    with opened(cfg) as engine, pytest.raises(ValueError), engine.keeps_last_step():
+        for step in engine.steps():
+            if step == 3:
+                raise ValueError("bad row")
+            stats = engine.step([[pack(samples(), tokens=99, seq_len=64)]], likelihood_loss)
+            engine.measured(stats | {"length": 7.0})
+            engine.notes["seen"] = float(step)  # as a guard does
+            if step == 2 and not closes:
+                raise ValueError("the grader went away")
+
+
+def test_what_guards_note_after_the_updates_is_saved_too(cfg):
+    failing(cfg, closes=True)
+    with opened(cfg) as engine:
+        assert (engine.resumed_step, engine.notes, engine.to_close) == (2, {"seen": 2.0}, None)
+
+
+def test_a_step_that_is_not_closed_is_saved_with_its_numbers(cfg):
+    """And with the notes of before, so that who closes it does so once."""
+    failing(cfg, closes=False)
+    with opened(cfg) as engine:
+        assert (engine.resumed_step, engine.notes) == (2, {"seen": 1.0})
+        assert engine.to_close["length"] == 7.0 and engine.to_close["tokens"] > 0
+        next(engine.steps())
+        engine._trainer.checkpointer.write(3)
+    with opened(cfg) as engine:
+        assert engine.to_close is None
+
+
 @pytest.mark.parametrize("where", ["optimizers", "lr_schedulers"])
 def test_a_step_that_was_moving_weights_is_not_saved(cfg, monkeypatch, where):
     with opened(cfg) as engine:
