@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 
+from reflux.trainer.config.roles import loads_reference
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import CalibrationSection
 from reflux.trainer.phase import Engine, Stop
@@ -33,6 +34,13 @@ class Guards:
         cal, beta = cfg.calibration, cfg.reference.beta
         if cal.mode == "undistillable" and cal.denominator != "reference" and cal.strength >= beta:
             warnings.warn(_margin_words(cal, beta), stacklevel=2)
+        if cfg.guard.kl_budget and not loads_reference(cfg):
+            warnings.warn(
+                f"guard.kl_budget = {cfg.guard.kl_budget} is not watched: with reference.beta = 0 "
+                "no reference model is loaded, and nothing measures the KL. Set reference.beta = "
+                "1e-6 to have it measured, at the memory of that model, or guard.kl_budget = 0",
+                stacklevel=2,
+            )
         if cfg.reference.estimator == "k3_loss":
             warnings.warn(
                 "reference.estimator = 'k3_loss' descends the forward KL, not "

@@ -109,10 +109,16 @@ def antidistillation_copies(d: DefenceSection) -> dict[str, str]:
     return {side: str(Path(d.antidistillation) / side) for side in ("plus", "minus")}
 
 
+def loads_reference(cfg: Config) -> bool:
+    """Whether a calibration has a reference model; without one nothing measures the KL to it."""
+    cal = cfg.calibration
+    return bool(cfg.reference.beta or (cal.eta and cal.denominator == "reference"))
+
+
 def calibrate_roles(cfg: Config) -> list[Role]:
     """The reference model where a KL or a reward needs it, and the proxy unless eta is 0."""
     r, roles = cfg.reference, []
-    if r.beta or (cfg.calibration.eta and cfg.calibration.denominator == "reference"):
+    if loads_reference(cfg):
         reference = replace(own_model(cfg), dtype=r.dtype, offload=r.offload)
         shared = cfg.lora.rank > 0
         roles.append(Role("reference", reference, "model", probe="same_weights", shared=shared))

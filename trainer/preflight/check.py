@@ -102,7 +102,7 @@ def _try_models(
             findings.append(sampler_gap(trial))
             findings += alignment_findings(cfg, chats, texts)
             if spec_of(cfg.phase).has_reference and not any(r.is_copy for r in others):
-                findings.append(no_reference())
+                findings.append(no_reference(cfg))
             loaded = [(role, load_frozen(engine, role)) for role in others if role.probe]
             findings += [PROBES[role.probe](trial, role, model) for role, model in loaded]
     except (OSError, ValueError, RuntimeError, CheckpointException) as error:

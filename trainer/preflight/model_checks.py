@@ -97,11 +97,14 @@ def sampler_gap(trial: Trial) -> Finding:
     )
 
 
-def no_reference() -> Finding:
+def no_reference(cfg: Config) -> Finding:
+    what = "reference.beta = 0: no KL holds the policy to the reference model"
+    if not cfg.guard.kl_budget:
+        return Finding("warning", what, "set reference.beta > 0")
     return Finding(
         "warning",
-        "reference.beta = 0: no KL holds the policy to the reference model",
-        "the KL budget of [guard] is not watched either; set reference.beta > 0",
+        f"{what}, and guard.kl_budget = {cfg.guard.kl_budget} is not watched: none is loaded",
+        "set reference.beta > 0 (1e-6 only measures), or guard.kl_budget = 0",
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from reflux.trainer.config.guard_schedule import compared_with
 from reflux.trainer.config.loader import to_toml
 from reflux.trainer.config.phases import spec_of
+from reflux.trainer.config.roles import loads_reference
 from reflux.trainer.config.schema import Config
 
 PAPER = "[arXiv:2604.18963](https://arxiv.org/abs/2604.18963)"
@@ -139,9 +140,10 @@ def _guards(cfg: Config, stats: Mapping[str, Any], outcome: Outcome) -> str:
     if not spec_of(cfg.phase).has_reference:
         return ""
     guard = cfg.guard
+    kl_budget = guard.kl_budget if loads_reference(cfg) else 0.0  # else nothing measured it
     kl = f" (the last step had {stats['reference_kl']:.4g})" if "reference_kl" in stats else ""
     rules = [
-        (guard.kl_budget, f"KL to the original above {guard.kl_budget:g} nats per token{kl}"),
+        (kl_budget, f"KL to the original above {kl_budget:g} nats per token{kl}"),
         (
             # only where it could have: a card must not name a watch that nobody kept
             compared_with(cfg),

@@ -201,6 +201,10 @@ def test_a_restored_checkpoint_brings_its_own_notes():
             "raise reference.beta, or set calibration.margin_guard = true",
         ),
         (dict(reference=ReferenceSection(estimator="k3_loss")), "descends the forward KL"),
+        (
+            dict(reference=ReferenceSection(beta=0.0)),
+            "guard.kl_budget = 0.1 is not watched: with reference.beta = 0 no reference model is",
+        ),
     ],
 )
 def test_dangerous_recipes_warn(parts, says):
@@ -219,6 +223,12 @@ def test_ordinary_recipes_do_not_warn():
             config(calibration=CalibrationSection(mode="undistillable", denominator="reference")),
             SimpleNamespace(notes={}),
         )
+        unpulled = ReferenceSection(beta=0.0)
+        Guards(
+            config(reference=unpulled, guard=GuardSection(kl_budget=0.0)), SimpleNamespace(notes={})
+        )
+        measured = CalibrationSection(mode="distillable", denominator="reference")
+        Guards(config(reference=unpulled, calibration=measured), SimpleNamespace(notes={}))
 
 
 def test_every_part_keeps_its_own_accuracy():

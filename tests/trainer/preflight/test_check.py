@@ -200,7 +200,10 @@ def test_a_policy_that_is_not_its_reference_is_an_error(calibrate):
 @pytest.mark.usefixtures("titan_process")
 def test_a_calibration_without_a_reference_kl_is_a_warning(calibrate):
     findings = examine(calibrate(reference={"beta": 0.0}))
-    assert "reference.beta = 0" in problems(findings, "warning") and not problems(findings)
+    said = problems(findings, "warning")
+    assert "reference.beta = 0" in said and "kl_budget" not in said and not problems(findings)
+    findings = examine(calibrate(reference={"beta": 0.0}, guard={"kl_budget": 0.1}))
+    assert "guard.kl_budget = 0.1 is not watched: none" in problems(findings, "warning")
 
 
 @pytest.mark.usefixtures("titan_process")

@@ -18,6 +18,7 @@ from reflux.trainer.config.sections import (
     FrozenSection,
     LoraSection,
     ModelSection,
+    ReferenceSection,
     TaskSection,
     TeacherSection,
 )
@@ -129,6 +130,23 @@ def test_a_guard_that_could_not_have_acted_is_not_listed(every):
     card = model_card(cfg, Measured({}), *card_of(cfg), Outcome(cfg.steps))
     assert ("- accuracy more than 0.02 below the start, twice" in card) is (every == 1)
     assert "- KL to the original above" in card
+
+
+@pytest.mark.parametrize(
+    "denominator, measured", [("policy", False), ("marginal", False), ("reference", True)]
+)
+def test_a_kl_that_nothing_measured_guarded_nothing(denominator, measured):
+    cal = CalibrationSection("distillable", denominator=denominator)
+    cfg = config(calibration=cal, reference=ReferenceSection(beta=0.0))
+    card = model_card(cfg, Measured({}), *card_of(cfg), Outcome(cfg.steps))
+    assert ("nats per token" in card.partition("## Configuration")[0]) == measured
+
+
+def test_weights_that_no_step_has_trained_are_called_so():
+    cfg = config(calibration=CalibrationSection("distillable"))
+    for steps, weights in ((0, "untrained weights"), (3, "weights of step 3")):
+        card = model_card(cfg, Measured({}), *card_of(cfg), Outcome(steps, "KL above 0.1"))
+        assert f"A guard ended the run: KL above 0.1. These are the {weights}." in card
 
 
 @pytest.mark.parametrize("line, says", [("license: mit", "mit"), ("language: en", None)])
