@@ -51,7 +51,7 @@ NOTES = {
     "checkpoint.last_save_model_only": "true: the last checkpoint cannot be trained further",
     "checkpoint.last_save_in_hf": "use [export] for a Hugging Face folder",
     "checkpoint.export_dtype": "of last_save_in_hf",
-    "checkpoint.keep_latest_k": "checkpoints that stay; 0: all",
+    "checkpoint.keep_latest_k": "newest checkpoints that stay, beside a guard's; 0: all",
     "checkpoint.load_step": "which one a resumed run starts from; -1: the newest whole one",
     "checkpoint.exclude_from_loading": "parts that a resumed run begins anew",
     "checkpoint.enable_first_step_checkpoint": "one after step 1, to see that saving works",
