@@ -112,11 +112,11 @@ class CachedTeacher(AbsentTeacher):
         return self.byte_loss.of_cache(student, rows, batch, batch.for_teacher(index))
 
 
-def load_cached(cfg: Config, engine: Engine, chat: Chat) -> list[Teacher]:
+def load_cached(cfg: Config, engine: Engine, chat: Chat, chats: Sequence[Chat]) -> list[Teacher]:
     """The cache of teacher.cache. ValueError where it is not of teacher.path, or does not hold what
     the configuration asks for.
     """
-    cache, own = TeacherCache(cfg.teacher.cache), Chat.of(cfg.teacher)
+    cache, (own,) = TeacherCache(cfg.teacher.cache), chats
     files = engine.inputs.get("teacher", {}).get("files", {})
     check_same(cache.description, own, files, cfg.teacher.path)
     shares_ids = same_vocabulary(chat, own)

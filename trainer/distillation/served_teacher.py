@@ -99,11 +99,11 @@ def rows_of(score: ScoredText) -> TopKRows:
     return TopKRows(score.topk_ids, score.topk_logp, tail_n)
 
 
-def load_served(cfg: Config, engine: Engine, chat: Chat) -> list[Teacher]:
+def load_served(cfg: Config, engine: Engine, chat: Chat, chats: Sequence[Chat]) -> list[Teacher]:
     """The servers of teacher.servers. ValueError where one does not answer, serves another model
     than teacher.path, or cannot answer what the configuration asks for.
     """
-    t, r, own = cfg.teacher, cfg.rollout, Chat.of(cfg.teacher)
+    t, r, (own,) = cfg.teacher, cfg.rollout, chats
     servers = Servers(t.servers, r.server_timeout_s, r.server_retries)
     facts = check_servers(servers, t.path, weights=True, option="teacher.servers")
     if facts["version"] != LOADED:

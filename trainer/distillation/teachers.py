@@ -187,26 +187,25 @@ class FrozenTeacher:
 
 def load_teachers(cfg: Config, engine: Engine, chat: Chat) -> Sequence[Teacher]:
     """The teachers of a run, by teacher.source. Collective. ValueError for a source that is not
-    built, and where the objective cannot compare vocabularies.
+    built, and, before a model is loaded or a server asked, where the objective cannot compare
+    vocabularies.
     """
     if cfg.teacher.source not in SOURCES:
         raise ValueError(
             f"teacher.source = {cfg.teacher.source!r} is not available; want {' | '.join(SOURCES)}"
         )
-    return SOURCES[cfg.teacher.source](cfg, engine, chat)
+    paths = (cfg.teacher.path, *cfg.distill.more_teachers)
+    chats = [Chat.of(replace(cfg.teacher, path=path)) for path in paths]
+    _refuse(cfg, chat, chats)
+    return SOURCES[cfg.teacher.source](cfg, engine, chat, chats)
 
 
-def load_local(cfg: Config, engine: Engine, chat: Chat) -> Sequence[Teacher]:
-    """`teacher.path` and `distill.more_teachers` as frozen models, in this order. Collective.
-
-    ValueError where the objective cannot compare vocabularies.
-    """
+def load_local(cfg: Config, engine: Engine, chat: Chat, chats: Sequence[Chat]) -> Sequence[Teacher]:
+    """`teacher.path` and `distill.more_teachers` as frozen models, in this order. Collective."""
     paths = (cfg.teacher.path, *cfg.distill.more_teachers)
     weights = cfg.distill.teacher_weights or (1.0,) * len(paths)
     total = 1.0 if cfg.distill.route else sum(weights)  # routed: a text has one teacher
-    chats = [Chat.of(replace(cfg.teacher, path=path)) for path in paths]
     shares_ids = [same_vocabulary(chat, c) for c in chats]
-    _refuse(cfg, chat, chats, shares_ids)
     objective = cfg.distill.objective
     losses = [
         (
@@ -239,21 +238,21 @@ def load_local(cfg: Config, engine: Engine, chat: Chat) -> Sequence[Teacher]:
     ]
 
 
-# teacher.source -> its teachers
-SOURCES: dict[str, Callable[[Config, Engine, Chat], Sequence[Teacher]]] = {
+# teacher.source -> its teachers, of the student's tokenizer and their own
+SOURCES: dict[str, Callable[[Config, Engine, Chat, Sequence[Chat]], Sequence[Teacher]]] = {
     "local": load_local,
     "cache": load_cached,
     "server": load_served,
 }
 
 
-def _refuse(cfg: Config, chat: Chat, chats: Sequence[Chat], shares_ids: Sequence[bool]) -> None:
+def _refuse(cfg: Config, chat: Chat, chats: Sequence[Chat]) -> None:
     """ValueError where the objective cannot compare the student with a teacher, or only with a
     biased fixed point that is not allowed.
     """
-    if all(shares_ids):
+    other = next((c.path for c in chats if not same_vocabulary(chat, c)), None)
+    if other is None:
         return
-    other = chats[shares_ids.index(False)].path
     merge = first_merge(chat.table) if cfg.distill.objective == "class" else None
     advice = distill_advice(cfg, False, merge)
     if advice is not None:

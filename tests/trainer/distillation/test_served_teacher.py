@@ -16,7 +16,8 @@ from reflux.kernels.teacher_topk import TopK
 from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.distillation import served_teacher
-from reflux.trainer.distillation.served_teacher import load_served, rows_of
+from reflux.trainer.distillation.served_teacher import rows_of
+from reflux.trainer.distillation.teachers import load_teachers
 from reflux.trainer.losses import HeadInputs, topk_kl
 from reflux.trainer.rollouts.engine_texts import ScoredText
 
@@ -91,6 +92,6 @@ def test_it_renders_prompts_as_the_configuration_says(talkers, tmp_path, monkeyp
     served = {"source": "server", "servers": ["http://localhost:1"], **own}
     distill = {"tail": "bucket", "top_k": 4, "divergence": "forward"}
     cfg = config(talkers, tmp_path / "run", "distill", teacher=served, distill=distill)
-    (teacher,) = load_served(cfg, SimpleNamespace(seq_len=96), Chat.of(cfg.model))
+    (teacher,) = load_teachers(cfg, SimpleNamespace(seq_len=96), Chat.of(cfg.model))
     rendered = teacher.chat.prompt_ids([{"role": "user", "content": "Why?"}])
     assert teacher.chat.decode(rendered) == "Why?!"

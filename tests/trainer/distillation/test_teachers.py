@@ -36,6 +36,28 @@ def chat_of(*pieces):
     return SimpleNamespace(table=table, stop_ids=(len(pieces),), vocab_size=len(table))
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        {},
+        {"source": "server", "servers": ["http://localhost:1"]},
+        {"source": "cache", "cache": "no folder: nothing is read before"},
+    ],
+    ids=["local", "server", "cache"],
+)
+def test_token_by_token_needs_one_vocabulary_wherever_the_teacher_is(talkers, tmp_path, source):
+    """Its ids would mean other words; nothing is loaded, asked or read before."""
+    cfg = config(
+        talkers,
+        tmp_path / "run",
+        "distill",
+        teacher={"path": str(talkers / "proxy"), **source},
+        distill={"on_policy": 0.0, "divergence": "forward", "tail": "bucket", "top_k": 4},
+    )
+    with pytest.raises(ValueError, match="different vocabularies.*'kl' compares token by token"):
+        load_teachers(cfg, None, Chat.of(cfg.model))
+
+
 def test_a_student_that_merges_is_refused_before_a_teacher_is_loaded(talkers, tmp_path):
     """Both have learned merges: where the student's tokens end depends on what follows."""
     cfg = config(
