@@ -10,6 +10,7 @@ import numpy as np
 
 from reflux.tokenalign.scores import Scores
 from reflux.trainer.config.calibration_rewards import REWARDS
+from reflux.trainer.config.roles import proxies_of
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import CalibrationSection
 from reflux.trainer.data.chat import Chat
@@ -31,8 +32,8 @@ def build_reward(cfg: Config, engine: Engine, chat: Chat) -> CalibrationReward:
         return kind(cfg, engine, chat)
     alone = replace(cal, proxies=(), proxy_aggregate="mean", proxy_route="")
     rewards = [
-        kind(replace(cfg, proxy=replace(cfg.proxy, path=path), calibration=alone), engine, chat)
-        for path in (cfg.proxy.path, *cal.proxies)
+        kind(replace(cfg, proxy=proxy, calibration=alone), engine, chat)
+        for proxy in proxies_of(cfg)
     ]
     return SeveralProxies(cfg, rewards)
 

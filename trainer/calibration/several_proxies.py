@@ -68,4 +68,11 @@ class SeveralProxies:
             raw=float(np.mean([s.raw for s in scores])),
             stop=float(np.mean([s.stop for s in scores])),
             clipped=float(np.mean([s.clipped for s in scores])),
+            before=_mean_before(scores),
         )
+
+
+def _mean_before(scores: Sequence[CalibrationScore]) -> np.ndarray | None:
+    """What the text before each token is worth to the mean; None where one of them does not say."""
+    before = [s.before for s in scores if s.before is not None]
+    return np.mean(before, axis=0) if len(before) == len(scores) else None

@@ -62,8 +62,8 @@ class DistillSection:
     # objective = "byte": byte positions at which more of either model's distribution could not be
     # summed up are not compared (docs/tokenalign.md, "Exact bytes")
     max_missing: float = 0.01
-    # folders beside teacher.path, with its dtype; losses are averaged, and each text is sampled by
-    # one teacher, drawn by weight
+    # folders beside teacher.path, loaded alike, each with its own template (template_arguments are
+    # for all); losses are averaged, and each text is sampled by one teacher, drawn by weight
     more_teachers: tuple[str, ...] = ()
     teacher_weights: tuple[float, ...] = ()  # one per teacher, teacher.path first; empty: equal
     # column of [data] that names the one teacher of a row, in place of weights: its number, or the

@@ -115,6 +115,24 @@ def loads_reference(cfg: Config) -> bool:
     return bool(cfg.reference.beta or (cal.eta and cal.denominator == "reference"))
 
 
+def another(model: FrozenSection, path: str) -> FrozenSection:
+    """Another model that is loaded as this one, and renders by its own template: a file that was
+    written for one model is wrong for the next. The template's arguments go to both, for each
+    template reads those that it knows.
+    """
+    return replace(model, path=path, template="")
+
+
+def teachers_of(cfg: Config) -> list[FrozenSection]:
+    """Those of teacher.path and distill.more_teachers, in this order."""
+    return [cfg.teacher, *(another(cfg.teacher, path) for path in cfg.distill.more_teachers)]
+
+
+def proxies_of(cfg: Config) -> list[FrozenSection]:
+    """Those of proxy.path and calibration.proxies, in this order."""
+    return [cfg.proxy, *(another(cfg.proxy, path) for path in cfg.calibration.proxies)]
+
+
 def calibrate_roles(cfg: Config) -> list[Role]:
     """The reference model where a KL or a reward needs it, and the proxy unless eta is 0."""
     r, roles = cfg.reference, []
@@ -123,10 +141,9 @@ def calibrate_roles(cfg: Config) -> list[Role]:
         shared = cfg.lora.rank > 0
         roles.append(Role("reference", reference, "model", probe="same_weights", shared=shared))
     if cfg.calibration.eta:
-        roles.append(Role("proxy", cfg.proxy, "proxy", probe="token_order"))
-        for i, path in enumerate(cfg.calibration.proxies, 2):
-            model = replace(cfg.proxy, path=path)
-            roles.append(Role(f"proxy {i}", model, "calibration.proxies"))
+        first, *more = proxies_of(cfg)
+        roles.append(Role("proxy", first, "proxy", probe="token_order"))
+        roles += [Role(f"proxy {i}", m, "calibration.proxies") for i, m in enumerate(more, 2)]
     return roles
 
 
@@ -173,13 +190,13 @@ def distill_roles(cfg: Config) -> list[Role]:
     d = cfg.distill
     if d.objective == "nll" and d.source != "teacher":
         return []
-    more = (replace(cfg.teacher, path=path) for path in d.more_teachers)
+    first, *more = teachers_of(cfg)
     if cfg.teacher.source != "local":
         return [Role("teacher", cfg.teacher, "teacher", elsewhere=True)]
     samples = d.on_policy < 1 and d.source == "teacher"
     words = [Role("paraphraser", paraphraser_of(cfg), "distill.paraphraser")]
     return [
-        Role("teacher", cfg.teacher, "teacher", samples=samples, probe="token_kl"),
+        Role("teacher", first, "teacher", samples=samples, probe="token_kl"),
         *(Role(f"teacher {i}", model, "distill.more_teachers") for i, model in enumerate(more, 2)),
         *(words if d.paraphraser else []),
     ]

@@ -210,7 +210,7 @@ class CalibrationSection:
     # the sign of eta; off: plain GRPO
     mode: Literal["off", "distillable", "undistillable"] = "off"
     reward: str = "likelihood_ratio"  # a name in config/calibration_rewards.py
-    # folders beside proxy.path, with its dtype: r_cal is made of the rewards of all of them
+    # folders beside proxy.path, loaded alike, each with its own template: r_cal is made of all
     proxies: tuple[str, ...] = ()
     # mean | min | max of them, or row: that of the one proxy which column proxy_route of [data]
     # names, by its number or the last part of its folder's path

@@ -3,7 +3,7 @@ how their distributions are compared with the student's.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -24,7 +24,7 @@ from reflux.tokenalign.linear_rows import linear_rows
 from reflux.tokenalign.projection import Projection
 from reflux.tokenalign.vocab_map import Partition, Vocabulary, first_merge
 from reflux.trainer.config.distillation import DistillSection, exact_settings
-from reflux.trainer.config.roles import distill_advice
+from reflux.trainer.config.roles import distill_advice, teachers_of
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Batch, Rollout, TeacherView, TopKRows
 from reflux.trainer.data.chat import Chat, same_vocabulary
@@ -194,8 +194,7 @@ def load_teachers(cfg: Config, engine: Engine, chat: Chat) -> Sequence[Teacher]:
         raise ValueError(
             f"teacher.source = {cfg.teacher.source!r} is not available; want {' | '.join(SOURCES)}"
         )
-    paths = (cfg.teacher.path, *cfg.distill.more_teachers)
-    chats = [Chat.of(replace(cfg.teacher, path=path)) for path in paths]
+    chats = [Chat.of(model) for model in teachers_of(cfg)]
     _refuse(cfg, chat, chats)
     return SOURCES[cfg.teacher.source](cfg, engine, chat, chats)
 
@@ -214,7 +213,7 @@ def load_local(cfg: Config, engine: Engine, chat: Chat, chats: Sequence[Chat]) -
         )
         for c, same in zip(chats, shares_ids)
     ]
-    models = [engine.frozen(replace(cfg.teacher, path=path)) for path in paths]
+    models = [engine.frozen(model) for model in teachers_of(cfg)]
     defence = DefendedDecoding(cfg, engine, chats)
     return [
         FrozenTeacher(

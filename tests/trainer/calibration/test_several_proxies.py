@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 from runs import config, run_here, write_data
 
+from reflux.trainer.calibration.likelihood_ratio import LikelihoodRatio
+from reflux.trainer.calibration.rewards import build_reward
 from reflux.trainer.calibration.several_proxies import UNSCORED, SeveralProxies
 from reflux.trainer.config.sections import CalibrationSection, FrozenSection
 from reflux.trainer.data.batch import Prompt, Rollout
+from reflux.trainer.data.chat import Chat
 from reflux.trainer.engine.metrics import MetricSums
 from reflux.trainer.phase import TextScore
+
+ASKED = [{"role": "user", "content": "Why?"}]
 
 
 class Fixed:
@@ -65,6 +70,39 @@ def test_a_row_names_its_proxy_and_no_other_one_reads_it():
     got = reward.score(rollouts("a", "b", 1), [TextScore(np.zeros(1), 0.0)] * 3, None, MetricSums())
     assert [s.value for s in got] == [1.0, 4.0, -1.0]
     assert first.seen == [0] and second.seen == [1, 2]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_what_stands_before_a_token_is_worth_the_mean_too(order):
+    """credit = "prefix": left out of the mean is what the text before is worth to the mean."""
+    before = [np.array([0.0, 1.0, 2.0]), np.array([0.0, -3.0, 4.0])]
+    scores = [replace(UNSCORED, value=1.0, scored=True, before=before[i]) for i in order]
+    reward = SeveralProxies(Cfg(proxy_aggregate="mean"), [])
+    np.testing.assert_array_equal(reward._aggregate(scores).before, [0.0, -1.0, 3.0])
+    unknown = [scores[0], replace(scores[1], before=None)]
+    assert reward._aggregate(unknown).before is None
+
+
+@pytest.mark.usefixtures("titan_process")
+def test_several_proxies_render_by_their_own_templates(talkers, tmp_path, monkeypatch):
+    """One that is for one of them is not asked of the others."""
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ messages[0].content }}{{ mark }}")
+    own = {"template": str(template), "template_arguments": {"mark": "!"}}
+    found = []
+    monkeypatch.setattr(LikelihoodRatio, "__init__", lambda _, cfg, *__: found.append(cfg.proxy))
+    cfg = config(
+        talkers,
+        tmp_path / "run",
+        "calibrate",
+        proxy={"path": str(talkers / "proxy"), **own},
+        calibration={"mode": "distillable", "proxies": [str(talkers / "teacher")]},
+    )
+    build_reward(cfg, None, None)
+    texts = [Chat.of(m).decode(Chat.of(m).prompt_ids(ASKED)) for m in found]
+    assert texts[0] == "Why?!"
+    plain = Chat(str(talkers / "teacher"))
+    assert Chat.of(found[1]).prompt_ids(ASKED) == plain.prompt_ids(ASKED)
 
 
 @pytest.mark.usefixtures("titan_process")

@@ -105,6 +105,21 @@ def test_the_models_of_a_calibration():
     assert names(reference={"beta": 0.0}) == ["policy"]
 
 
+def test_a_template_file_is_of_the_model_that_it_is_named_for():
+    """Another model has other turns; arguments are for every template that reads them."""
+    section = {"path": "t", "template": "t.jinja", "template_arguments": {"thinks": False}}
+
+    def templates(phase, **over):
+        cfg = fill(Config, EVERYTHING | {"phase": phase} | over, "x.toml")
+        kept = [r for r in roles(cfg) if r.name.startswith(("teacher", "proxy"))]
+        return [(r.model.path, r.model.template, dict(r.model.template_arguments)) for r in kept]
+
+    want = [("t", "t.jinja", {"thinks": False}), ("u", "", {"thinks": False})]
+    assert templates("distill", teacher=section, distill={"more_teachers": ["u"]}) == want
+    calibration = {"mode": "distillable", "proxies": ["u"]}
+    assert templates("calibrate", proxy=section, calibration=calibration) == want
+
+
 def test_the_models_of_a_distillation_and_which_of_them_sample():
     def sampling(**over):
         cfg = fill(Config, EVERYTHING | {"phase": "distill"} | over, "x.toml")
