@@ -62,20 +62,26 @@ class LikelihoodRatio:
         reference: Sequence[TextScore] | None,
         metric_sums: MetricSums,
     ) -> list[CalibrationScore]:
-        """One score per rollout; UNALIGNED where the proxy's tokenizer cannot spell the text, and
-        for truncated ones unless calibration.truncated = "score_prefix". Collective.
+        """One score per rollout; UNALIGNED where the proxy's tokenizer cannot spell the text, where
+        the proxy has no positions for it, and for truncated ones unless calibration.truncated =
+        "score_prefix". Collective.
         """
         cal = self.cfg.calibration
         aligned = align_texts(self.chat, self.proxy_chat, rollouts, same=self.same_ids)
-        unaligned = [float(a.spans is None) for a in aligned]
-        scorable = [
+        unaligned = np.array([a.spans is None for a in aligned], bool)
+        asked = [
             i
             for i, (rollout, a) in enumerate(zip(rollouts, aligned))
             if a.spans is not None and (rollout.ended or cal.truncated == "score_prefix")
         ]
-        proxy_scores = self._proxy_scores(rollouts, aligned, scorable)
+        scorable = [
+            i for i in asked if self.proxy_chat.has_room(self._row(rollouts[i], aligned[i]))
+        ]
+        too_long = sorted({*asked} - {*scorable})
+        unaligned[too_long] = True
         metric_sums.add("cal/unaligned", unaligned)
-        self._check_unaligned(sum(unaligned), len(rollouts))
+        self._check_unaligned(float(unaligned.sum()), len(too_long), len(rollouts))
+        proxy_scores = self._proxy_scores(rollouts, aligned, scorable)
         own = reference if cal.denominator == "reference" else behaviour
         assert own is not None
         excess = self._excess(rollouts, behaviour)
@@ -85,6 +91,11 @@ class LikelihoodRatio:
             else UNALIGNED
             for i in range(len(rollouts))
         ]
+
+    def _row(self, rollout: Rollout, aligned: Aligned) -> int:
+        """Tokens that the proxy reads of a text, with prompt and stop."""
+        prompt_ids = self.proxy_chat.prompt_ids(rollout.prompt.messages)
+        return len(prompt_ids) + len(aligned.scorer_ids) + 1
 
     def _excess(self, rollouts: Sequence[Rollout], behaviour: Sequence[TextScore]) -> list[float]:
         """What denominator = "marginal" adds to the log-probability of the sampled ids."""
@@ -178,16 +189,30 @@ class LikelihoodRatio:
             stop=score.stop - excess,
         )
 
-    def _check_unaligned(self, unaligned: float, total: int) -> None:
-        """ValueError above calibration.max_unaligned, over all ranks."""
-        fraction = self.engine.sum(unaligned) / max(self.engine.sum(float(total)), 1.0)
-        limit = self.cfg.calibration.max_unaligned
-        if fraction > limit:
-            raise ValueError(
-                f"{fraction:.0%} of the rollouts do not round-trip through the proxy's tokenizer; "
-                f"want at most {limit:.0%} (calibration.max_unaligned). Examples:\n"
+    def _check_unaligned(self, unaligned: float, too_long: int, total: int) -> None:
+        """ValueError above calibration.max_unaligned, over all ranks. too_long: of the unaligned,
+        those that the proxy has no positions for.
+        """
+        count = max(self.engine.sum(float(total)), 1.0)
+        fraction, limit = self.engine.sum(unaligned) / count, self.cfg.calibration.max_unaligned
+        if fraction <= limit:
+            return
+        long, chat = self.engine.sum(float(too_long)) / count, self.proxy_chat
+        words = [
+            f"{fraction:.0%} of the rollouts cannot be scored by the proxy; want at most "
+            f"{limit:.0%} (calibration.max_unaligned)."
+        ]
+        if long:
+            words.append(
+                f"{long:.0%} are longer than the {chat.positions} positions of {chat.path}, prompt "
+                "included: lower rollout.max_tokens, or take a proxy with a longer context."
+            )
+        if long < fraction:
+            words.append(
+                f"{fraction - long:.0%} do not round-trip through its tokenizer. Examples:\n"
                 f"  {commands.again('--check')}"
             )
+        raise ValueError(" ".join(words))
 
 
 def _space_in_front(aligned: Aligned, proxy: Chat) -> bool | None:

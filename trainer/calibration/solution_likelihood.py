@@ -20,7 +20,7 @@ from reflux.trainer.data.batch import Rollout
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.engine.metrics import MetricSums
 from reflux.trainer.phase import CalibrationScore, Engine, TextScore
-from reflux.trainer.rollouts.scoring import score_ids
+from reflux.trainer.rollouts.scoring import Aligned, score_ids
 
 from .likelihood_ratio import LikelihoodRatio
 
@@ -63,15 +63,25 @@ class SolutionLikelihood(LikelihoodRatio):
             for text, solution in zip(texts, solutions)
         ]
 
+    def _row(self, rollout: Rollout, aligned: Aligned) -> int:
+        """With the solution behind the text."""
+        prompt_ids, text, answer = self._read(rollout)
+        read = len(prompt_ids) + len(text) + len(answer)
+        return max(super()._row(rollout, aligned), read)
+
+    def _read(self, rollout: Rollout) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Prompt, text and solution in the proxy's tokens."""
+        chat, prompt = self.proxy_chat, rollout.prompt
+        text = self.chat.whole_text(rollout.content_ids, rollout.text) + BEFORE_SOLUTION
+        return chat.prompt_ids(prompt.messages), chat.encode(text), chat.encode(str(prompt.answer))
+
     def _solutions(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """Mean log-probability of each solution's tokens under the proxy; nats."""
-        whole = [self.chat.whole_text(r.content_ids, r.text) for r in rollouts]
-        texts = [self.proxy_chat.encode(text + BEFORE_SOLUTION) for text in whole]
-        answers = [self.proxy_chat.encode(str(r.prompt.answer)) for r in rollouts]
-        jobs = [
-            (self.proxy_chat.prompt_ids(r.prompt.messages), (*text, *answer))
-            for r, text, answer in zip(rollouts, texts, answers)
-        ]
+        """Mean log-probability of each solution's tokens under the proxy, nats; 0 where it has no
+        positions for them, and the text has no score.
+        """
+        read = [self._read(r) for r in rollouts]
+        fits = [i for i, ids in enumerate(read) if self.proxy_chat.has_room(sum(map(len, ids)))]
+        jobs = [(prompt, (*text, *answer)) for prompt, text, answer in (read[i] for i in fits)]
         scores = score_ids(
             self.proxy,
             self.engine,
@@ -81,4 +91,8 @@ class SolutionLikelihood(LikelihoodRatio):
             temperature=self.cfg.rollout.temperature,
             stop=False,
         )
-        return [float(s.logp[len(text) :].mean()) for s, text in zip(scores, texts)]
+        found = dict(zip(fits, scores))
+        return [
+            float(found[i].logp[len(text) :].mean()) if i in found else 0.0
+            for i, (_, text, _) in enumerate(read)
+        ]

@@ -40,6 +40,7 @@ class Role:
     own: bool = False  # the model of [model]; all others are frozen
     trained: bool = False
     samples: bool = False  # texts are sampled from it
+    writes: bool = False  # it reads rollout.max_tokens tokens that a teacher samples, here or not
     probe: Probe | None = None  # None: --check does not load it
     elsewhere: bool = False  # its weights are not loaded by this run: a served or cached teacher
     shared: bool = False  # no model of its own: that of [model] with its adapters off
@@ -95,9 +96,11 @@ def defence_roles(cfg: Config) -> list[Role]:
     """
     d = cfg.defence
     if d.proxy:
-        return [Role("defence proxy", FrozenSection(d.proxy, dtype=d.dtype), "defence.proxy")]
+        proxy = FrozenSection(d.proxy, dtype=d.dtype)
+        return [Role("defence proxy", proxy, "defence.proxy", writes=True)]
+    copies = "defence.antidistillation"
     return [
-        Role(f"defence {side}", FrozenSection(path, dtype=d.dtype), "defence.antidistillation")
+        Role(f"defence {side}", FrozenSection(path, dtype=d.dtype), copies, writes=True)
         for side, path in antidistillation_copies(d).items()
     ]
 
@@ -191,13 +194,17 @@ def distill_roles(cfg: Config) -> list[Role]:
     if d.objective == "nll" and d.source != "teacher":
         return []
     first, *more = teachers_of(cfg)
-    if cfg.teacher.source != "local":
-        return [Role("teacher", cfg.teacher, "teacher", elsewhere=True)]
     samples = d.on_policy < 1 and d.source == "teacher"
+    if cfg.teacher.source != "local":
+        asked = samples and cfg.teacher.source == "server"
+        return [Role("teacher", cfg.teacher, "teacher", writes=asked, elsewhere=True)]
     words = [Role("paraphraser", paraphraser_of(cfg), "distill.paraphraser")]
     return [
         Role("teacher", first, "teacher", samples=samples, probe="token_kl"),
-        *(Role(f"teacher {i}", model, "distill.more_teachers") for i, model in enumerate(more, 2)),
+        *(
+            Role(f"teacher {i}", model, "distill.more_teachers", writes=samples)
+            for i, model in enumerate(more, 2)
+        ),
         *(words if d.paraphraser else []),
     ]
 

@@ -96,7 +96,7 @@ class Chat:
         """What the tokenizer makes of a text before it splits it."""
         return normalizer_of(self.tokenizer)
 
-    @property
+    @cached_property
     def positions(self) -> int | None:
         """max_position_embeddings of the folder's config.json, or of its text part; None where it
         sets no limit.
@@ -107,6 +107,12 @@ class Chat:
         config = json.loads(file.read_bytes())
         text = config.get("text_config") or {}
         return config.get("max_position_embeddings") or text.get("max_position_embeddings")
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether the model has positions for a row of so many tokens, of which the last one is
+        predicted and not read.
+        """
+        return self.positions is None or tokens <= self.positions + 1
 
     @property
     def vocab_size(self) -> int:

@@ -2,8 +2,10 @@
 (data.too_long).
 
 A prompt fits where its row, prompt and response, has at most training.seq_len + 1 tokens, and where
-every other model that reads it has positions for it and for one token more. All of it is found out
-before the first step, on every row.
+every other model that reads it has positions: for prompt and response where it reads the same ids
+or writes the response, else for the prompt and one token more. All of it is found out before the
+first step, on every row. How long a response is in another tokenizer is known when it is read: one
+that is too long is left out there, and counted as unaligned.
 
 N: rows of the source.
 """
@@ -19,7 +21,7 @@ from reflux.trainer.config.phases import roles, spec_of
 from reflux.trainer.config.roles import Role
 from reflux.trainer.config.schema import Config
 
-from .chat import Chat
+from .chat import Chat, same_vocabulary
 from .options import Listing
 from .prompt import Prompt
 from .prompt_lengths import (
@@ -31,7 +33,7 @@ from .prompt_lengths import (
     save_columns,
 )
 from .prompts import Prompts, load_prompts
-from .row_checks import Need, check_answers, named_rows
+from .row_checks import A_RESPONSE, Need, check_answers, named_rows
 from .shortening import Messages, shorten
 
 
@@ -135,9 +137,10 @@ class Fitting:
     def words(self) -> str:
         """Which rows are too long, and what to do."""
         need = next(need for need in self.needs if need.over_N.any())
-        fix = "Take a model with a longer context, shorten them"
-        if need is self.needs[0]:
-            fix = need.advice
+        fix = need.advice
+        if need is not self.needs[0]:
+            less = "lower rollout.max_tokens" if need.knows_responses else "shorten them"
+            fix = f"Take a model with a longer context, {less}"
         what = need.words(self.prompts.location)
         return f"{what}. {fix}, or set data.too_long = 'drop' or 'truncate_left'"
 
@@ -160,8 +163,13 @@ class Fitting:
                 continue
             same = chat.key == own.chat.key
             prompt_N = own.prompt_N if same else self._measured(chat).prompt_N
+            behind_N, behind, room = one_N, A_RESPONSE, chat.positions
             limit = f"the positions of {role.model.path}"
-            yield Need(role.name, chat, prompt_N, one_N, "a response", chat.positions, limit)
+            if role.samples or role.writes or same_vocabulary(chat, own.chat):
+                # the last token of a row is predicted, and not read
+                behind_N, behind, room = own.behind_N, own.behind, room + 1
+                limit += " + 1"
+            yield Need(role.name, chat, prompt_N, behind_N, behind, room, limit)
 
     def _check_responses(self) -> None:
         missing = np.flatnonzero(self.lengths.response_N == 0)
@@ -211,7 +219,7 @@ class Fitting:
         keys = [self._key(need.chat) for need in self.needs]
         if None in keys:
             return None
-        rooms = [need.room for need in self.needs]
+        rooms = [(need.room, need.behind) for need in self.needs]
         spec = json.dumps([keys, rooms, self.cfg.rollout.max_tokens, "shortened"])
         return hashlib.sha256(spec.encode()).hexdigest()
 

@@ -16,6 +16,7 @@ from .sources import Location
 
 NEEDS_ANSWER = ("exact", "math", "multiple_choice")  # tasks that compare with Prompt.answer
 NAMED = 3  # rows that a message names
+A_RESPONSE = "a response"  # of another tokenizer: how many tokens it has is not known yet
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,11 @@ class Need:
     behind: str  # what they are
     room: int  # tokens of a row, at most
     limit: str  # what sets it
+
+    @property
+    def knows_responses(self) -> bool:
+        """Whether `behind_N` is a whole response's; else one token's."""
+        return self.behind != A_RESPONSE
 
     @cached_property
     def tokens_N(self) -> np.ndarray:

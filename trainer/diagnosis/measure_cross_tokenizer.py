@@ -142,7 +142,9 @@ def measure_texts_cross_tokenizer(
 
 
 def _read(text: GradedText, pair: BytePair) -> _ByteText | None:
-    """None: the two tokenizers cannot both spell the text."""
+    """None: the two tokenizers cannot both spell the text, or the teacher has no positions for
+    it.
+    """
     rollout, ids = text.rollout, None
     if text.sampled_by == "teacher":
         ids = rollout.content_ids
@@ -151,7 +153,9 @@ def _read(text: GradedText, pair: BytePair) -> _ByteText | None:
         prompt_ids = pair.student.prompt_ids(rollout.prompt.messages)
         rollout = replace(rollout, prompt_ids=prompt_ids, ids=own, logp=(0.0,) * len(own))
     view = byte_view(pair.student, pair.teacher, rollout, ids) if rollout.ids else None
-    return None if view is None else _ByteText(replace(text, rollout=rollout), view)
+    if view is None or not pair.teacher.has_room(len(view.prompt_ids) + len(view.ids or ())):
+        return None
+    return _ByteText(replace(text, rollout=rollout), view)
 
 
 def unaligned_stats(text: GradedText) -> TokenStats:

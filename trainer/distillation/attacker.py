@@ -19,7 +19,8 @@ from reflux.trainer.rollouts.scoring import score_ids
 
 def paraphrase(cfg: Config, engine: Engine, rollouts: Sequence[Rollout]) -> list[str | None]:
     """What distill.paraphraser makes of each text, sampled at rollout.temperature; None where it
-    did not come to an end. Of this rank's texts. Collective.
+    did not come to an end, and where it has no positions for the text that it reads and the one
+    that it writes. Of this rank's texts. Collective.
     """
     spec = paraphraser_of(cfg)
     chat, model = Chat.of(spec), engine.frozen(spec)
@@ -31,8 +32,11 @@ def paraphrase(cfg: Config, engine: Engine, rollouts: Sequence[Rollout]) -> list
     ]
     r = cfg.rollout
     sampling = Sampling(r.max_tokens, cfg.seed, 0, r.temperature, r.top_p, r.top_k, r.rows)
-    written = [group[0] for group in sampler.sample(prompts, 1, sampling)]
-    return [x.text if x.ended else None for x in written]
+    rows = [len(chat.prompt_ids(p.messages)) + r.max_tokens for p in prompts]
+    asked = [i for i, row in enumerate(rows) if chat.has_room(row)]
+    written = [group[0] for group in sampler.sample([prompts[i] for i in asked], 1, sampling)]
+    ended = {i: x.text for i, x in zip(asked, written) if x.ended}
+    return [ended.get(i) for i in range(len(prompts))]
 
 
 def _members(rollouts: Sequence[Rollout]) -> list[int]:
@@ -57,15 +61,17 @@ def likeliest(
 ) -> list[bool]:
     """Which texts are among the `fraction` (rounded up) that the trained model, as it is now, finds
     likeliest: by log p(text and stop | prompt) / number of its tokens, in its own tokens; of equal
-    ones the first. rollouts: the same on every rank. Collective.
+    ones the first. Texts that are longer than its rows come last, for it cannot learn from them.
+    rollouts: the same on every rank. Collective.
     """
     mine = range(engine.rank, len(rollouts), engine.world)
-    jobs = [
+    read = [
         (chat.prompt_ids(rollouts[i].prompt.messages), chat.encode(rollouts[i].text)) for i in mine
     ]
-    scores = score_ids(engine, engine, jobs, chat, tokens=tokens)
-    rows = []
-    for i, s in zip(mine, scores):
+    jobs = {i: ids for i, ids in zip(mine, read) if sum(map(len, ids)) <= engine.seq_len}
+    scores = score_ids(engine, engine, list(jobs.values()), chat, tokens=tokens)
+    rows = [(-math.inf, -i) for i in mine if i not in jobs]
+    for i, s in zip(jobs, scores):
         stop = s.stop if rollouts[i].ended else 0.0
         length = max(len(s.logp) + rollouts[i].ended, 1)
         rows.append(((float(s.logp.sum()) + stop) / length, -i))

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reflux.trainer.config.roles import MAX_UNALIGNED
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Batch, Sample
 from reflux.trainer.data.chat import Chat
@@ -91,7 +92,9 @@ class DistillPhase:
         self._report(texts)
         if self.spec.correct_only:
             texts = self._correct_only(texts)
-        return self._that_fit(self.targets.samples(texts, self.metric_sums, self._step))
+        samples = self.targets.samples(texts, self.metric_sums, self._step)
+        self._check_room(len(texts))
+        return self._that_fit(samples)
 
     def loss(self, out: HeadInputs, batch: Batch) -> Loss:
         """The objective plus nll_weight times the likelihood of off-policy texts, summed over the
@@ -208,6 +211,23 @@ class DistillPhase:
         fits = [len(s.rollout.prompt_ids) + len(s.rollout.ids) <= room for s in samples]
         self.metric_sums.add("too_long", [float(not fit) for fit in fits])
         return [s for s, fit in zip(samples, fits) if fit]
+
+    def _check_room(self, count: int) -> None:
+        """ValueError where a teacher has no positions for more of the step's texts, of all ranks,
+        than may be unaligned. Collective.
+        """
+        if self.spec.objective in ("nll", "kl"):  # known before the first step (fitted_prompts.py)
+            return
+        texts = max(self.engine.sum(float(count)), 1.0)
+        for i, teacher in enumerate(self.teachers):
+            fraction = self.engine.sum(float(self.targets.too_long[i])) / texts
+            if fraction > MAX_UNALIGNED:
+                raise ValueError(
+                    f"{fraction:.0%} of the texts are, in the teacher's tokens, longer than the "
+                    f"{teacher.chat.positions} positions of {teacher.chat.path}, prompt included; "
+                    f"want at most {MAX_UNALIGNED:.0%}. Lower rollout.max_tokens, or take a "
+                    "teacher with a longer context"
+                )
 
     # the line of the log
     def _correct_only(self, texts: Sequence[Text]) -> list[Text]:

@@ -10,6 +10,7 @@
 Shapes: n tokens of one response, S spans.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -33,6 +34,7 @@ class Targets:
 
     def __init__(self, spec: DistillSection, chat: Chat, teachers: Sequence[Teacher]):
         self.spec, self.chat, self.teachers = spec, chat, teachers
+        self.too_long = Counter[int]()  # texts of the last step that teacher i has no positions for
 
     def samples(
         self, texts: Sequence[Text], metric_sums: MetricSums, step: int = 0
@@ -40,6 +42,7 @@ class Targets:
         """One sample per text that can be learned from. step: what draws from a teacher are keyed
         by. Collective.
         """
+        self.too_long.clear()
         if self.spec.objective == "span":
             samples = self._span_samples(texts)
             metric_sums.add("unaligned", [float(s is None) for s in samples])
@@ -117,8 +120,19 @@ class Targets:
         view = byte_view(self.chat, teacher.chat, rollout, read)
         if view is None or view.ids is None:
             return None
+        scored = self.spec.objective == "policy_gradient" and not rollout.ended  # the stop, too
+        if not self._has_room(index, len(view.prompt_ids) + len(view.ids) + scored):
+            return None
         kept = teacher.kept_rows(replace(rollout, ids=view.ids))
         return view if kept is None else replace(view, rows=kept)
+
+    def _has_room(self, index: int, tokens: int) -> bool:
+        """Whether teacher `index` has positions for a row of so many tokens; counts those that it
+        has none for.
+        """
+        fits = self.teachers[index].chat.has_room(tokens)
+        self.too_long[index] += not fits
+        return fits
 
     # class
     def _class_samples(self, texts: Sequence[Text], metric_sums: MetricSums) -> list[Sample]:
@@ -128,7 +142,7 @@ class Targets:
             align_texts(self.chat, t.chat, rollouts, same=t.shares_ids) for t in self.teachers
         ]
         by_text = list(zip(*aligned))
-        usable = [i for i, row in enumerate(by_text) if all(a.spans is not None for a in row)]
+        usable = [i for i, row in enumerate(by_text) if self._is_read(rollouts[i], row)]
         unaligned = np.ones(len(texts))
         unaligned[usable] = 0.0
         metric_sums.add("unaligned", unaligned)
@@ -144,6 +158,14 @@ class Targets:
             )
             for i in usable
         ]
+
+    def _is_read(self, rollout: Rollout, aligned: Sequence[Aligned]) -> bool:
+        """Whether every teacher has spans of the text, and positions for it."""
+        if any(a.spans is None for a in aligned):
+            return False
+        views = [_class_view(t, rollout, a) for t, a in zip(self.teachers, aligned)]
+        rows = [len(v.prompt_ids) + len(v.ids or ()) for v in views]
+        return all([self._has_room(i, tokens) for i, tokens in enumerate(rows)])
 
     # span
     def _span_samples(self, texts: Sequence[Text]) -> list[Sample | None]:
@@ -178,12 +200,14 @@ class Targets:
         """
         teacher, rollouts = self.teachers[0], [t.rollout for t in texts]
         aligned = align_texts(self.chat, teacher.chat, rollouts, same=teacher.shares_ids)
-        usable = [i for i, a in enumerate(aligned) if a.spans is not None]
-        jobs = [
-            (teacher.chat.prompt_ids(rollouts[i].prompt.messages), tuple(aligned[i].scorer_ids))
-            for i in usable
-        ]
-        scores = dict(zip(usable, teacher.score_texts(jobs)))
+        jobs = {
+            i: (teacher.chat.prompt_ids(r.prompt.messages), tuple(a.scorer_ids))
+            for i, (r, a) in enumerate(zip(rollouts, aligned))
+            if a.spans is not None
+        }
+        # the stop behind the text is scored, too
+        usable = [i for i, ids in jobs.items() if self._has_room(0, sum(map(len, ids)) + 1)]
+        scores = dict(zip(usable, teacher.score_texts([jobs[i] for i in usable])))
         samples: list[Sample | None] = []
         for i, (text, a) in enumerate(zip(texts, aligned)):
             if i not in scores:

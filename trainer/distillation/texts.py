@@ -220,8 +220,9 @@ class TextSource:
         return f"distill.paraphraser = {self.spec.paraphraser!r}"
 
     def _paraphrased(self, groups: Groups) -> Groups:
-        """This rank's groups in the paraphraser's words; without the texts that it did not end, or
-        that are longer than rollout.max_tokens in the teacher's tokens. Collective.
+        """This rank's groups in the paraphraser's words; without the texts that it has no positions
+        for, did not end, or that are longer than rollout.max_tokens in the teacher's tokens.
+        Collective.
         """
         flat = [text for group in groups for text in group]
         written = iter(paraphrase(self.cfg, self.engine, list(map(self._whole, flat))))
@@ -230,8 +231,8 @@ class TextSource:
         lost, count = self.engine.sum(len(flat) - sum(map(len, kept))), self.engine.sum(len(flat))
         if lost and self.engine.is_main:
             log.warning(
-                "distill.paraphraser: %d of %d texts are left out: without an end, or longer than "
-                "rollout.max_tokens = %d in the teacher's tokens",
+                "distill.paraphraser: %d of %d texts are left out: without an end, too long for "
+                "it, or longer than rollout.max_tokens = %d in the teacher's tokens",
                 *(lost, count, self.cfg.rollout.max_tokens),
             )
         return kept

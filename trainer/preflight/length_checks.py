@@ -72,8 +72,9 @@ def _training_findings(cfg: Config, run: PlannedRun, chat: Chat, name: str) -> l
 
 def _need_finding(cfg: Config, need: Need, *, own: bool) -> Finding:
     longest, count = int(need.tokens_N.argmax()), int(need.over_N.sum())
-    behind = int(need.behind_N[longest]) if own else cfg.rollout.max_tokens
-    what = need.behind if own else "rollout.max_tokens"
+    known = need.knows_responses
+    behind = int(need.behind_N[longest]) if known else cfg.rollout.max_tokens
+    what = need.behind if known else "rollout.max_tokens"
     tokens = int(need.prompt_N[longest])
     total = tokens + behind
     words = (
@@ -88,7 +89,7 @@ def _need_finding(cfg: Config, need: Need, *, own: bool) -> Finding:
         words += f": {count / len(need.over_N):.1%} of the prompts are too long"
         return Finding("error", words, f"{advice}, or set data.too_long")
     if total > need.room:  # a frozen model, whose tokens of a text are not known yet
-        return Finding("warning", f"{words}: the longest texts would not fit", advice)
+        return Finding("warning", f"{words}: longer texts are left out as unaligned", advice)
     return Finding("ok", words)
 
 

@@ -46,6 +46,34 @@ def test_span_credit_across_tokenizers_is_refused_before_the_proxy_is_loaded(tal
         reward(talkers, tmp_path, "proxy", SimpleNamespace(frozen=load), credit="span")
 
 
+def test_a_text_that_the_proxy_has_no_positions_for_is_unaligned(talkers, tmp_path, monkeypatch):
+    """It ended the run, or was read beyond the proxy's context in silence."""
+    engine = SimpleNamespace(frozen=lambda role: role.path, sum=float)
+    by = reward(talkers, tmp_path, "proxy", engine, max_unaligned=0.5)
+    short, long = (
+        Rollout(Prompt(0, ()), (1,), ids, (-1.0,) * len(ids), -0.5, text, False)
+        for text in ("1+2", "1+2 is => 3")
+        for ids in [by.chat.encode(text)]
+    )
+    read = len(by.proxy_chat.prompt_ids(())) + len(by.proxy_chat.encode(long.text))
+    seen, sums = [], MetricSums()
+    monkeypatch.setattr(by, "_proxy_scores", lambda _, aligned, at: seen.append(at) or {})
+    own = [TextScore(np.zeros(len(r.ids)), 0.0) for r in (short, long)]
+    for room in (read, read - 1):  # the stop behind the text is predicted at its last token
+        by.proxy_chat.positions = room
+        by.score([short, long], own, None, sums)
+    assert seen == [[0, 1], [0]] and sums.sums["cal/unaligned"] == [1.0, 4.0]
+    by = reward(talkers, tmp_path, "proxy", engine, max_unaligned=0.4)
+    by.proxy_chat.positions = read - 1
+    with pytest.raises(
+        ValueError,
+        match=f"50% are longer than the {read - 1} positions of .*proxy, "
+        "prompt included: lower rollout.max_tokens",
+    ) as error:
+        by.score([short, long], own, None, MetricSums())
+    assert "round-trip" not in str(error.value)
+
+
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("same_ids", [False, True])
 @pytest.mark.parametrize("credit", ["sequence", "span"])

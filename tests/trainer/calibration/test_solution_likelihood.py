@@ -37,6 +37,26 @@ def rollout(text, answer):
 
 
 @pytest.mark.filterwarnings("ignore:calibration.score_norm")
+def test_a_solution_that_the_proxy_has_no_positions_for_is_not_read(talkers, tmp_path, monkeypatch):
+    by, seen = reward(talkers, tmp_path, score_norm="per_token"), []
+    texts = [rollout("1+2 is => 3", answer) for answer in ("3", "it is three, and not four")]
+    rows = [sum(map(len, by._read(r))) for r in texts]
+
+    def score_ids(scorer, engine, jobs, chat, **options):
+        seen.extend(len(prompt) + len(ids) for prompt, ids in jobs)
+        return [TextScore(np.zeros(len(ids)), 0.0) for _, ids in jobs]
+
+    monkeypatch.setattr(module, "score_ids", score_ids)
+    aligned = SimpleNamespace(scorer_ids=())
+    for room in (rows[1] - 1, rows[1] - 2):
+        by.proxy_chat.positions = room
+        by._solutions(texts)
+        fits = [by.proxy_chat.has_room(by._row(r, aligned)) for r in texts]
+        assert fits == [True, room == rows[1] - 1]
+    assert seen == [rows[0], rows[1], rows[0]]
+
+
+@pytest.mark.filterwarnings("ignore:calibration.score_norm")
 def test_a_solution_is_scored_behind_its_text(talkers, tmp_path, monkeypatch):
     """Scores count down by position, so that the mean says which positions were meant."""
     by, seen = reward(talkers, tmp_path, score_norm="per_token"), []

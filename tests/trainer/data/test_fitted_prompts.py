@@ -144,9 +144,10 @@ def test_nothing_left_is_an_error(model, tmp_path):
 
 
 def test_a_frozen_model_needs_positions_for_the_prompt_and_one_token(model, tmp_path):
+    """Of another tokenizer: how many tokens it makes of a response is not known yet."""
     source, chat = write(tmp_path), Chat(model)
     longest = max(len(chat.prompt_ids(p.messages)) for p in load_prompts(source))
-    for name, size in (("same", 300), ("other", 280)):
+    for name, size in (("other", 280), ("another", 290)):
         short = make_folder(tmp_path / name, 40, size)
         calibration = {"calibration": {"mode": "distillable"}, "proxy": {"path": short}}
         host = ThreadRank(seq_len=longest + 20)
@@ -162,6 +163,86 @@ def test_a_frozen_model_needs_positions_for_the_prompt_and_one_token(model, tmp_
         assert all(len(Chat(short).prompt_ids(p.messages)) < 40 for p in cut)
         calibration["proxy"] = {"path": make_folder(tmp_path / f"{name}_fits", 999, size)}
         assert len(load(make_config(model, source, **calibration), host)) == 12
+
+
+ON = {"calibration": {"mode": "distillable"}}
+SEQUENCE_KD = {"objective": "nll", "on_policy": 0.0}
+GIVEN = {"objective": "kl", "source": "dataset", "on_policy": 0.0, "divergence": "forward"}
+ROLES = {  # what says which model reads or writes whole responses of its own ids
+    "proxy": lambda same, other: ("calibrate", {**ON, "proxy": {"path": same}}),
+    "proxy 2": lambda same, other: (
+        "calibrate",
+        {"calibration": ON["calibration"] | {"proxies": [same]}, "proxy": {"path": other}},
+    ),
+    "teacher": lambda same, other: ("distill", {"teacher": {"path": same}}),
+    "teacher that writes": lambda same, other: (
+        "distill",
+        {"teacher": {"path": other}, "distill": SEQUENCE_KD},
+    ),
+    "served teacher that writes": lambda same, other: (
+        "distill",
+        {
+            "teacher": {"path": other, "source": "server", "servers": ["http://localhost:1"]},
+            "distill": SEQUENCE_KD,
+        },
+    ),
+    "diagnosed teacher": lambda same, other: ("diagnose", {"teacher": {"path": same}}),
+    "defence proxy": lambda same, other: (
+        "distill",
+        {
+            "teacher": {"path": make_folder(Path(same).parent / "roomy", 999)},
+            "distill": SEQUENCE_KD,
+            "defence": {"proxy": same},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_frozen_model_needs_positions_for_the_whole_response(model, tmp_path, role):
+    """Where it reads the sampler's ids, or writes: it would end the run at its first long text, or
+    be read beyond its context. The last token of a row is predicted only.
+    """
+    source, chat = write(tmp_path, [{"prompt": "q", "answer": "1"}] * 2), Chat(model)
+    prompt = len(chat.prompt_ids(load_prompts(source)[0].messages))
+    needed = prompt + MAX_TOKENS - 1
+    fits = make_folder(tmp_path / "fits", needed)
+    short = make_folder(tmp_path / "short", needed - 1)
+    # for a role that writes its own ids the other tokenizer is as short
+    for same, room in ((fits, True), (short, False)):
+        other = make_folder(tmp_path / f"other_{room}", 999, 280)
+        if "writes" in role:
+            theirs = len(Chat(other).prompt_ids(load_prompts(source)[0].messages))
+            positions = theirs + MAX_TOKENS - 2 + room
+            (Path(other) / "config.json").write_text(
+                json.dumps({"max_position_embeddings": positions})
+            )
+        phase, over = ROLES[role](same, other)
+        cfg = make_config(model, source, phase=phase, **over)
+        if room:
+            assert len(load(cfg)) == 2
+            continue
+        name = next(x for x in ("proxy 2", "defence proxy", "proxy", "teacher") if x in role)
+        with pytest.raises(
+            ValueError,
+            match=f"too long for the {name}. .*with {MAX_TOKENS} for "
+            "rollout.max_tokens .*want at most .* the positions of .*lower rollout",
+        ):
+            load(cfg)
+
+
+def test_a_teacher_of_given_texts_needs_positions_for_those(model, tmp_path):
+    rows = [{"prompt": "q", "response": "a"}]
+    source, chat = write(tmp_path, rows), Chat(model)
+    prompt = len(chat.prompt_ids(load_prompts(source)[0].messages))
+    for positions in (prompt + 1, prompt):  # the text and its stop, which is predicted only
+        teacher = {"path": make_folder(tmp_path / str(positions), positions)}
+        cfg = make_config(model, source, phase="distill", teacher=teacher, distill=GIVEN)
+        if positions > prompt:
+            assert len(load(cfg)) == 1
+            continue
+        with pytest.raises(ValueError, match="for the teacher. .*with 2 for the response"):
+            load(cfg)
 
 
 SFT = {"phase": "distill", "distill": {"objective": "nll", "source": "dataset", "on_policy": 0.0}}

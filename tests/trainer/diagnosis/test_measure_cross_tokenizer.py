@@ -63,6 +63,7 @@ class ListedWorld:
     """
 
     rank, world, seq_len, device = 0, 1, 99, torch.device("cpu")
+    positions = 99
 
     def __init__(self, name: str, noise: float = 0.0):
         self.truth = w = FixedPoint(*PAIRS[name], longest=3)
@@ -86,6 +87,7 @@ class ListedWorld:
             stop_ids=(stop,),
             encode=encode,
             prompt_ids=lambda messages: (0,),
+            has_room=lambda tokens: tokens <= self.positions + 1,
         )
 
     def texts(self, sources=("student", "teacher")):
@@ -187,6 +189,17 @@ def test_a_student_that_is_wrong_is_measured_by_the_definition(name):
         assert set(diagnosis.tail["forward"].bands) == set(BANDS)
     assert min(w.gradient(d) for d in ("forward", "reverse")) > 1e-2
     assert diagnose_token_stats(w.measure(w.texts())[0]).grid["forward"]["teacher"].per_byte.low > 0
+
+
+def test_a_text_that_the_teacher_has_no_positions_for_is_unaligned():
+    """Not read beyond them in silence, and no end of the run."""
+    w = ListedWorld("no merge")
+    texts = w.texts()
+    w.positions = 2  # the prompt and one token: texts of two bytes and the stop are too long
+    stats, unaligned = w.measure(texts)
+    longest = max(len(s.rollout.ids) for s in stats)
+    assert longest == 2 and {len(s.rollout.ids) for s in unaligned} == {3, 4}
+    assert len(stats) + len(unaligned) == len(texts)
 
 
 def test_symbols_have_types_and_are_counted():

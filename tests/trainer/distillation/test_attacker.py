@@ -3,6 +3,7 @@ against the paraphraser itself.
 """
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -102,7 +103,8 @@ def test_a_paraphraser_reads_question_and_text(talkers, tmp_path, monkeypatch):
 
         def sample(self, asked, group, sampling):
             prompts.extend(asked)
-            return [[texts_module.replace(rollouts[0], text="new", ended=i > 0)] for i in range(2)]
+            new = [texts_module.replace(rollouts[0], text="new", ended=i > 0) for i in range(2)]
+            return [[x] for x in new[: len(asked)]]
 
     rollouts = bought(talkers, tmp_path / "run", monkeypatch, prompts=2)[:2]
     monkeypatch.setattr(attacker, "EmbeddedSampler", Sampler)
@@ -114,6 +116,14 @@ def test_a_paraphraser_reads_question_and_text(talkers, tmp_path, monkeypatch):
     question = rollouts[0].prompt.messages[-1]["content"]
     assert prompts[0].messages[-1]["content"] == f"<{rollouts[0].text}|{question}>"
     assert prompts[0].index != prompts[1].index  # two texts of one prompt
+    # without positions for what it reads and writes, it is not asked
+    read = Chat(str(talkers / "policy")).prompt_ids
+    longest = max(len(read([attacker._asked(cfg, r)])) for r in rollouts) + cfg.rollout.max_tokens
+    for room, asked in ((longest - 1, 2), (1, 0)):
+        prompts.clear()
+        monkeypatch.setattr(Chat, "positions", room)
+        written = attacker.paraphrase(cfg, engine, rollouts)
+        assert len(written) == 2 and len(prompts) == asked
 
 
 @pytest.mark.parametrize(
@@ -155,8 +165,8 @@ def test_two_ranks_keep_the_same_texts_as_one(talkers, monkeypatch):
     # per token: -5/4, -3/2, -6/3, -2 (no stop), -9
     sent = {}
 
-    def keep(rank, world, fraction, gather):
-        engine = SimpleNamespace(rank=rank, world=world, gather=gather)
+    def keep(rank, world, fraction, gather, seq_len=99):
+        engine = SimpleNamespace(rank=rank, world=world, gather=gather, seq_len=seq_len)
         return attacker.likeliest(engine, chat, rows, fraction, 100)
 
     for rank in (0, 1):
@@ -165,3 +175,7 @@ def test_two_ranks_keep_the_same_texts_as_one(talkers, monkeypatch):
     assert both[0] == both[1] == keep(0, 1, 0.5, lambda x: x) == [True, True, True, False, False]
     assert keep(0, 1, 0.7, lambda x: x) == [True, True, True, True, False]
     assert keep(0, 1, 0.01, lambda x: x) == [True, False, False, False, False]
+    # what is longer than a row of the student is not read, and comes last
+    rows[0] = replace(rows[0], text="1111111")
+    logp["1111111"], room = logp["1"], len(chat.prompt_ids(rows[1].prompt.messages)) + 1
+    assert keep(0, 1, 0.5, lambda x: x, room) == [False, True, True, True, False]

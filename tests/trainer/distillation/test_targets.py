@@ -18,9 +18,11 @@ from reflux.tokenalign.projection import Projection
 from reflux.tokenalign.vocab_map import Vocabulary
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
+from reflux.trainer.distillation.phase import DistillPhase
 from reflux.trainer.distillation.targets import Targets
 from reflux.trainer.distillation.texts import Text
 from reflux.trainer.engine.metrics import MetricSums
+from reflux.trainer.phase import TextScore
 
 pytestmark = pytest.mark.usefixtures("titan_process")
 
@@ -42,6 +44,39 @@ def test_no_student_learns_half_a_character(talkers, objective):
     assert sample.rollout.ids == student.encode("ok ") and sample.rollout.text == "ok "
     if objective == "class":
         assert sample.teacher_views[0].ids == teacher.encode("ok ")
+
+
+@pytest.mark.parametrize("objective", ["byte", "class", "span", "policy_gradient"])
+def test_a_text_that_the_teacher_has_no_positions_for_is_unaligned(talkers, objective):
+    """Read beyond them it would end the run, or teach what the teacher never learned."""
+    student, teacher = (Chat(str(talkers / name)) for name in ("policy", "proxy"))
+    prompt = Prompt(0, ({"role": "user", "content": "q"},))
+    rollouts = [
+        Rollout(
+            prompt, student.prompt_ids(prompt.messages), ids, (0.0,) * len(ids), 0.0, text, True
+        )
+        for text in ("1+2", "1+2 is => 3")
+        for ids in [(*student.encode(text), student.stop_id)]
+    ]
+    other = SimpleNamespace(chat=teacher, shares_ids=False, kept_rows=lambda rollout: None)
+    other.score_texts = lambda jobs, spaces=None: [
+        TextScore(np.zeros(len(ids)), 0.0, None) for _, ids in jobs
+    ]
+    targets = Targets(SimpleNamespace(objective=objective), student, [other])
+    needed = len(teacher.prompt_ids(prompt.messages)) + len(teacher.encode(rollouts[1].text))
+    for room, left in ((needed, 2), (needed - 1, 1)):
+        teacher.positions, sums = room, MetricSums()
+        samples = targets.samples([Text(r, "student") for r in rollouts], sums)
+        assert [s.rollout.text for s in samples] == [r.text for r in rollouts][:left]
+        assert sums.sums["unaligned"] == [2.0 - left, 2.0] and targets.too_long[0] == 2 - left
+    engine = SimpleNamespace(sum=float)
+    spec = SimpleNamespace(objective=objective)
+    phase = SimpleNamespace(spec=spec, engine=engine, teachers=[other], targets=targets)
+    DistillPhase._check_room(phase, 2)  # half of the texts
+    with pytest.raises(
+        ValueError, match=f"100% of the texts .* than the {needed - 1} positions of"
+    ):
+        DistillPhase._check_room(phase, 1)
 
 
 @pytest.mark.parametrize(
