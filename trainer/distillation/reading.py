@@ -6,12 +6,13 @@ from itself behind a longer prompt (arXiv:2601.18734).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.data.batch import Prompt, Rollout, TeacherView
+from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.prompt import fill_template
 from reflux.trainer.data.row_choice import chosen_model
 
@@ -44,6 +45,29 @@ class Reading:
         form = self.spec.privileged_template
         content = fill_template(form, prompt=last["content"], privileged=text)
         return (*before, {**last, "content": content})
+
+    def read(self, prompt: Prompt) -> Prompt:
+        """The prompt as the teacher reads it, to answer it."""
+        return replace(prompt, messages=tuple(self.messages(prompt)))
+
+    def check_room(self, chat: Chat, prompts: Sequence[Prompt], max_tokens: int) -> None:
+        """ValueError for the first prompt whose row lacks the privileged text, or that the teacher,
+        whose tokenizer is `chat`, has no positions for behind it, response included.
+        """
+        if not self.spec.privileged:  # then data/fitted_prompts.py has seen to it
+            return
+        for prompt in filter(self.is_for, prompts):
+            longest = max_tokens
+            if self.spec.source == "dataset" and not self.spec.on_policy:
+                longest = min(max_tokens, len(chat.encode(prompt.response or "")) + 1)
+            tokens = len(chat.prompt_ids(self.messages(prompt)))
+            if not chat.has_room(tokens + longest):
+                raise ValueError(
+                    f"distill.privileged = {self.spec.privileged!r}: prompt {prompt.index} has "
+                    f"{tokens} tokens for the teacher and {longest} of response; want at most its "
+                    f"{chat.positions} positions + 1. Shorten the column, or lower "
+                    "rollout.max_tokens"
+                )
 
 
 def teacher_of(prompt: Prompt, spec: DistillSection, paths: Sequence[str]) -> int:

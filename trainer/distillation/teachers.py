@@ -125,7 +125,7 @@ class FrozenTeacher:
 
     def views(self, rollouts: Sequence[Rollout], step: int) -> list[TeacherView | None]:
         """Its own rendering of the prompts, and where its tokens are drawn; None where the student
-        reads the same. ValueError where it has no positions for a longer prompt.
+        reads the same.
         """
         return [self._view(rollout, step) for rollout in rollouts]
 
@@ -133,13 +133,6 @@ class FrozenTeacher:
         if not self.reading.is_for(rollout.prompt):
             return not_compared(rollout, self.spec.top_k if self.spec.tail == "sampled" else 0)
         ids = self.chat.prompt_ids(self.reading.messages(rollout.prompt))
-        room = self.chat.positions
-        if self.spec.privileged and room is not None and len(ids) + len(rollout.ids) > room:
-            raise ValueError(
-                f"distill.privileged = {self.spec.privileged!r}: prompt {rollout.prompt.index} has "
-                f"{len(ids)} tokens for the teacher and {len(rollout.ids)} of response; want at "
-                f"most its {room} positions. Shorten the column, or lower rollout.max_tokens"
-            )
         if self.spec.tail != "sampled":
             return None if ids == rollout.prompt_ids else TeacherView(ids)
         noise = draw_noise(rollout, self.spec.top_k, seed=self.seed, step=step)

@@ -26,7 +26,7 @@ from reflux.trainer.rollouts.generate import given_rollout
 from reflux.trainer.rollouts.overlap import StepJob, StepSampler
 
 from .attacker import likeliest, paraphrase
-from .reading import teacher_of
+from .reading import Reading, teacher_of
 from .teacher_texts import load_teacher_texts, recipe_of, save_teacher_texts
 
 log = logging.getLogger(__name__)
@@ -73,8 +73,11 @@ class TextSource:
             self.student = StepSampler(cfg, engine, chat)
         self.prompts = load_training_prompts(cfg, chat, engine)
         self._paths = (cfg.teacher.path, *self.spec.more_teachers)
+        self._readings = [Reading(self.spec, self._paths, i) for i in range(len(self._paths))]
         if self.spec.route:  # every row, before the first step
             self._teacher_of(0, [], self.prompts)
+        for reading, teacher in zip(self._readings, teachers):
+            reading.check_room(teacher.chat, self.prompts, cfg.rollout.max_tokens)
         self.rewrite: Callable[[Prompt, str], str | None] | None = (
             load_function(self.spec.rewrite) if self.spec.rewrite else None
         )
@@ -119,16 +122,20 @@ class TextSource:
     def _sampled_by_teachers(
         self, prompts: Sequence[Prompt], teacher_of: Sequence[int], step: int
     ) -> Groups:
-        """One group of texts per prompt, in order. Every rank samples from every teacher, for that
-        is collective.
+        """One group of texts per prompt, in order, each written behind what its teacher reads.
+        Every rank samples from every teacher, for that is collective.
         """
         groups: Groups = [[] for _ in prompts]
-        for t, teacher in enumerate(self.teachers):
+        for t, (teacher, reading) in enumerate(zip(self.teachers, self._readings)):
             mine = [i for i, chosen in enumerate(teacher_of) if chosen == t]
             rollouts_PG = teacher.sampler.sample(
-                [prompts[i] for i in mine], self.cfg.rollout.group, self._sampling(step)
+                [reading.read(prompts[i]) for i in mine],
+                self.cfg.rollout.group,
+                self._sampling(step),
             )
             for i, group in zip(mine, rollouts_PG):
+                # the prompt of the text is the student's
+                group = [replace(x, prompt=prompts[i]) for x in group]
                 groups[i] = [Text(x, "teacher", t) for x in self._rewritten(teacher.chat, group)]
         return groups
 
@@ -173,8 +180,11 @@ class TextSource:
 
     def _recipe(self, count: int) -> dict[str, Any]:
         """Everything that the texts of the budget depend on."""
-        cfg = self.cfg
+        cfg, d = self.cfg, self.spec
+        # only where it is set: budgets that were bought before it mattered stay valid
+        seen = {"privileged": (d.privileged, d.privileged_template)} if d.privileged else {}
         return recipe_of(
+            **seen,
             query_budget=count,
             seed=cfg.seed,
             teacher=cfg.teacher,

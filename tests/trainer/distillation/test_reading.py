@@ -89,8 +89,29 @@ def test_the_teacher_reads_what_the_student_does_not(talkers, tmp_path, seen):
             teacher=teacher,
         )
     form = {"privileged_template": "{prompt} " + "so " * 300 + "{privileged}"}
+    seen["sample"].clear()
     with pytest.raises(ValueError, match="at most its 256 positions"):
         first_loss(talkers, tmp_path / "long", data, distill=options | form, teacher=teacher)
+    assert not seen["sample"], "before the first step"
+
+
+@pytest.mark.parametrize("budget", [0, 8], ids=["step by step", "query budget"])
+def test_a_teacher_writes_behind_what_it_reads(talkers, tmp_path, seen, budget):
+    """Its distributions are compared behind the privileged text; its own texts were not."""
+    data = write_rows(tmp_path, solution="it is {}")
+    options = {"privileged": "solution", "privileged_template": "{prompt} {privileged}!"}
+    options |= {"on_policy": 0.0, "divergence": "forward", "query_budget": budget}
+    first_loss(talkers, tmp_path / "run", data, distill=options)
+    chat, own = (Chat(str(talkers / name)) for name in ("teacher", "policy"))
+    texts = [t.rollout for step in seen["sample"] for group in step for t in group]
+    assert len(texts) == 32  # 8 groups of 4
+    for r in texts:
+        asked = f"{r.prompt.messages[0]['content']} {r.prompt.extra['solution']}!"
+        assert r.prompt_ids == chat.prompt_ids([{"role": "user", "content": asked}])
+    for sample in seen["score"][0]:
+        assert sample.rollout.prompt_ids == own.prompt_ids(sample.rollout.prompt.messages)
+        (view,) = sample.teacher_views
+        assert view.prompt_ids in {r.prompt_ids for r in texts}
 
 
 @pytest.mark.parametrize(
