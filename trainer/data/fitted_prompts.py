@@ -12,7 +12,7 @@ N: rows of the source.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -79,6 +79,11 @@ class FittedPrompts(Prompts):
 
     def location(self, row: int) -> str:
         return self._prompts.location(row)
+
+    def only(self, rows: Iterable[int]) -> "FittedPrompts":
+        """The prompts with these indices, in the order of their source; drawn alike."""
+        rows_left = np.array(sorted(rows), np.int64)
+        return FittedPrompts(self._prompts, self.fit, rows_left, self._shortened)
 
 
 def training_listing(cfg: Config) -> Listing | None:

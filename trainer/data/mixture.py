@@ -5,7 +5,7 @@ that it still identifies the prompt and seeds its rollouts.
 """
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -49,9 +49,12 @@ class Mixture(Parts):
     """The prompts of a training run with [data.parts]."""
 
     def __init__(self, parts: Mapping[str, FittedPrompts], weights: Mapping[str, float]):
+        """Parts without a prompt, of which there may be some but not all, are never drawn."""
         super().__init__(parts, {name: part.fit.rows for name, part in parts.items()})
-        total = sum(weights[name] for name in parts)
-        self._shares = np.array([weights[name] / total for name in parts])
+        self._weights = weights
+        left = {name: weights[name] if len(part) else 0.0 for name, part in parts.items()}
+        total = sum(left.values())
+        self._shares = np.array([left[name] / total for name in parts])
         self._turns = array("H")  # which part the n-th prompt of the run is of
         self._had = np.zeros(len(parts))
         self.fit = _sum_of([part.fit for part in parts.values()])
@@ -71,6 +74,15 @@ class Mixture(Parts):
             rows.append(iter(epoch_entries(len(self._parts[name]), entries, seed + k, shuffle)))
         turns = self._turns[first:last]
         return numbered(self._named(k, self._parts[self._names[k]][next(rows[k])]) for k in turns)
+
+    def only(self, rows: Iterable[int]) -> "Mixture":
+        """The prompts with these indices, drawn by the weights of their parts."""
+        own: dict[str, list[int]] = {name: [] for name in self._names}
+        for row in rows:
+            k = _part_of(self._first_rows, row)
+            own[self._names[k]].append(row - self._first_rows[k])
+        parts = {name: self._parts[name].only(mine) for name, mine in own.items()}
+        return Mixture(parts, self._weights)
 
     def _extend(self, count: int) -> None:
         """The turn is always that of the part that lacks most."""

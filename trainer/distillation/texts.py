@@ -17,7 +17,9 @@ from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.failed_grades import FEW, FailedGrades, count_failed
-from reflux.trainer.data.prompts import epoch_indices, shard
+from reflux.trainer.data.fitted_prompts import FittedPrompts
+from reflux.trainer.data.mixture import Mixture
+from reflux.trainer.data.prompts import shard
 from reflux.trainer.data.sources import load_function
 from reflux.trainer.data.task_routing import task_names
 from reflux.trainer.data.training_prompts import load_training_prompts
@@ -82,7 +84,10 @@ class TextSource:
             load_function(self.spec.rewrite) if self.spec.rewrite else None
         )
         budget = self.spec.query_budget if self.spec.source == "teacher" else 0
-        self.teacher_texts = self._query_budget(budget) if budget else []
+        bought = self._query_budget(budget) if budget else []
+        self.teacher_texts = {group[0].rollout.prompt.index: group for group in bought}
+        # their prompts
+        self._bought = self.prompts.only(self.teacher_texts) if bought else self.prompts
 
     def sample(self, step: int) -> Groups:
         """[P][G] texts of this rank's part of the step's prompts, in the batch's order."""
@@ -97,12 +102,14 @@ class TextSource:
 
     def _slots(self, step: int) -> tuple[Slots, Slots]:
         """This rank's part of the step's batch: what the student answers, and the rest."""
-        batch = self.prompts.batch(
-            step - 1, self.cfg.rollout.prompts, seed=self.cfg.seed, shuffle=self.cfg.data.shuffle
-        )
+        batch = self._batch(self.prompts, step, self.cfg.rollout.prompts)
         slots = shard(list(enumerate(batch)), self.engine.rank, self.engine.world)
         chosen = self._on_policy_slots(step)
         return [s for s in slots if s[0] in chosen], [s for s in slots if s[0] not in chosen]
+
+    def _batch(self, prompts: FittedPrompts | Mixture, step: int, count: int) -> list[Prompt]:
+        """The global batch of a step (from 1) that takes `count` of these prompts."""
+        return prompts.batch(step - 1, count, seed=self.cfg.seed, shuffle=self.cfg.data.shuffle)
 
     def _job(self, step: int) -> StepJob:
         prompts = [prompt for _, prompt in self._slots(step)[0]]
@@ -113,8 +120,8 @@ class TextSource:
         if self.spec.source == "dataset":
             return [[Text(given_rollout(self.chat, p, r.max_tokens), "dataset")] for _, p in slots]
         if self.spec.query_budget:
-            rows = epoch_indices(len(self.teacher_texts), step - 1, r.prompts, seed=self.cfg.seed)
-            return [self.teacher_texts[rows[slot]] for slot, _ in slots]
+            batch = self._batch(self._bought, step, r.prompts)
+            return [self.teacher_texts[batch[slot].index] for slot, _ in slots]
         prompts = [prompt for _, prompt in slots]
         teacher_of = self._teacher_of(step, [slot for slot, _ in slots], prompts)
         return self._sampled_by_teachers(prompts, teacher_of, step)
@@ -203,12 +210,12 @@ class TextSource:
         )
 
     def _sample_query_budget(self, count: int) -> Groups:
-        """The teachers' answers to the first `count` prompts of the shuffled data; every rank holds
-        all of them.
+        """The teachers' answers to the first `count` prompts that a run without a budget would
+        draw, each once; every rank holds all of them.
         """
         rank, world = self.engine.rank, self.engine.world
-        chosen = epoch_indices(len(self.prompts), 0, count, seed=self.cfg.seed)
-        unique = list({p.index: p for p in (self.prompts[i] for i in chosen)}.values())
+        chosen = self._batch(self.prompts, 1, count)
+        unique = [p for p in chosen if not p.repeat]
         teacher_of = self._teacher_of(0, list(range(len(unique))), unique)
         mine = self._sampled_by_teachers(unique[rank::world], teacher_of[rank::world], 0)
         if self.spec.paraphraser:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from reflux.trainer.data.fitted_prompts import Fit, FittedPrompts
 from reflux.trainer.data.mixture import Mixture
-from reflux.trainer.data.prompts import Prompts
+from reflux.trainer.data.prompts import Prompts, epoch_indices
 
 
 def part(name: str, rows: int, left=None) -> FittedPrompts:
@@ -50,6 +50,31 @@ def test_a_batch_is_a_function_of_the_step(seed, start):
     mixed = mixture([4, 7], [1, 2])
     before = [mixed.batch(step, 6, seed=seed) for step in range(start + 1)]
     assert mixture([4, 7], [1, 2]).batch(start, 6, seed=seed) == before[start]
+
+
+@given(st.sets(st.integers(0, 9), min_size=1), st.integers(0, 9), st.booleans())
+def test_some_of_the_prompts_are_drawn_as_all_of_them(rows, seed, shuffle):
+    """A query budget's. Of one source: epochs of the rows that are left, in the source's order.
+    Records of runs depend on that order.
+    """
+    some = part("p", 10).only(rows)
+    for step in range(3):
+        entries = epoch_indices(len(rows), step, 4, seed=seed, shuffle=shuffle)
+        got = [p.index for p in some.batch(step, 4, seed=seed, shuffle=shuffle)]
+        assert got == [sorted(rows)[i] for i in entries]
+
+
+@given(st.sets(st.integers(0, 8), min_size=1), st.integers(0, 9))
+def test_some_prompts_of_a_mixture_keep_their_parts_shares(rows, seed):
+    """Those of parts without a prompt go to the others."""
+    mixed = mixture([4, 5], [1, 3])
+    some = mixed.only(rows)
+    drawn = [p for step in range(4) for p in some.batch(step, 6, seed=seed)]
+    assert {p.index for p in drawn} <= rows and len(some) == len(rows)
+    assert all(p.messages == mixed.of_row(p.index).messages for p in drawn)
+    had, left = Counter(p.part for p in drawn), {"p0" if row < 4 else "p1" for row in rows}
+    want = {"p0": 6, "p1": 18} if len(left) == 2 else dict.fromkeys(left, 24)
+    assert all(abs(had[name] - n) <= 1 for name, n in want.items()) and set(had) == left
 
 
 def test_every_epoch_of_a_part_has_each_of_its_rows_once():

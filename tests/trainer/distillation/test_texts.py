@@ -1,16 +1,19 @@
 """Where the texts of a step come from: student, teachers, query budget, rewrites."""
 
+import json
 import math
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from runs import config, run_here
+from runs import config, run_here, write_data
 
 from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
+from reflux.trainer.data.prompts import epoch_indices
 from reflux.trainer.distillation.texts import TextSource
 
 pytestmark = pytest.mark.usefixtures("titan_process")
@@ -29,6 +32,41 @@ def test_a_query_budget_gives_the_same_texts_again_and_again(talkers, tmp_path, 
     )
     steps = [{t.rollout.ids for group in step for t in group} for step in seen["sample"]]
     assert steps[0] == steps[1] == steps[2]
+
+
+@pytest.mark.parametrize("how", ["weights", "no shuffle", "as ever"])
+def test_a_query_budget_is_drawn_as_the_prompts_of_a_run(talkers, tmp_path, seen, how):
+    """By the weights of the parts, or in the data's order; else the rows of the recorded runs."""
+    data, parts = write_data(tmp_path), {}
+    for name in ("a", "b"):
+        parts[name] = {"source": str(shutil.copy(data, tmp_path / f"{name}.jsonl"))}
+    parts["b"]["weight"] = 3.0
+    over = {
+        "weights": {"source": "", "parts": parts},
+        "no shuffle": {"source": str(data), "shuffle": False},
+        "as ever": {"source": str(data)},
+    }[how]
+    options = {"objective": "nll", "on_policy": 0.0, "query_budget": 8}
+    rollout = {"prompts": 4, "group": 1, "max_tokens": 12}
+    run_here(
+        config(
+            talkers, tmp_path / "run", "distill", steps=2, distill=options, data=over,
+            rollout=rollout,
+        )
+    )  # fmt: skip
+    steps = [[g[0].rollout.prompt for g in step] for step in seen["sample"]]
+    if how == "weights":
+        assert [[p.part for p in step].count("b") for step in steps] == [3, 3]
+        lines = (tmp_path / "run" / "teacher_texts.jsonl").read_text().splitlines()[1:]
+        bought = [json.loads(line)["prompt"] for line in lines]
+        assert len(bought) == 8 and sum(row >= 24 for row in bought) == 6
+        return
+    rows = [[p.index for p in step] for step in steps]
+    if how == "no shuffle":
+        assert rows == [[0, 1, 2, 3], [4, 5, 6, 7]]
+        return
+    bought = sorted(epoch_indices(24, 0, 8, seed=0))
+    assert rows == [[bought[i] for i in epoch_indices(8, step, 4, seed=0)] for step in (0, 1)]
 
 
 def test_only_correct_answers_count_in_a_query_budget(talkers, tmp_path, seen):
