@@ -11,6 +11,11 @@ def is_even(prompt, text: str) -> bool:
     return sum(map(ord, text)) % 2 == 0
 
 
+def praise_or_blame(prompt, text: str) -> float:
+    """A reward without right and wrong, below 0 for about half of all texts."""
+    return 1.0 if is_even(prompt, text) else -1.0
+
+
 def is_easy(prompt, text: str) -> bool:
     """All correct, all incorrect, or mixed, by prompt."""
     return (True, False, is_even(prompt, text))[prompt.index % 3]

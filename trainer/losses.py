@@ -247,5 +247,7 @@ def nll(out: HeadInputs, target_T: Tensor, weight_T: Tensor) -> tuple[Tensor, Te
 
 
 def nll_metrics(logp_T: Tensor, off_policy_T: Tensor) -> dict[str, Tensor]:
-    """The negative log-likelihood of the off-policy tokens, and how many there are."""
+    """The negative log-likelihood of the off-policy tokens, and how many there are: both are sums,
+    and the log's `nll` is per off-policy token (distillation/phase.py).
+    """
     return {"nll": -(logp_T.detach() * off_policy_T).sum(), "off_policy": off_policy_T.sum()}

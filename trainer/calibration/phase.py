@@ -28,6 +28,7 @@ from reflux.trainer.data.judge import JudgedGrade
 from reflux.trainer.data.prompts import shard
 from reflux.trainer.data.task_routing import asks_a_judge, build_grader, task_names
 from reflux.trainer.data.training_prompts import load_training_prompts
+from reflux.trainer.data.truncated_grades import beside_their_group
 from reflux.trainer.engine.metrics import MetricSums
 from reflux.trainer.evaluation.evaluator import Evaluator
 from reflux.trainer.losses import (
@@ -120,7 +121,9 @@ class CalibratePhase:
         """
         self.metric_sums = MetricSums()
         flat = list(chain.from_iterable(rollouts_PG))
-        grades = self.task.grade(flat)
+        grades = beside_their_group(
+            self.task.grade(flat), [i // self.cfg.rollout.group for i in range(len(flat))]
+        )
         self._count_failed(grades)
         behaviour, reference = self._behaviour(flat), self._reference(flat)
         scores = None
@@ -313,7 +316,7 @@ class CalibratePhase:
         add = self.metric_sums.add
         graded = [g for g in grades if not g.failed]
         add("reward/task", [g.reward for g in graded])
-        add("accuracy", [float(is_correct(g)) for g in graded])
+        add("accuracy", _right_or_wrong(graded))
         add("no_answer", [float(g.extracted is None and g.correct is not None) for g in graded])
         add("grader_error", [float(g.failed) for g in grades])
         if self.judged:
@@ -346,7 +349,7 @@ class CalibratePhase:
         for part in self.cfg.data.parts:
             mine = [i for i, r in enumerate(flat) if r.prompt.part == part]
             graded = [grades[i] for i in mine if not grades[i].failed]
-            add(f"accuracy/{part}", [float(is_correct(g)) for g in graded])
+            add(f"accuracy/{part}", _right_or_wrong(graded))
             add(f"reward/task/{part}", [g.reward for g in graded])
             add(f"length/{part}", [len(flat[i].ids) for i in mine])
             if scores is not None:
@@ -362,8 +365,15 @@ class CalibratePhase:
 
 
 def is_correct(grade: Grade) -> bool:
-    """Graded tasks say so; a reward model does not, and then every answer counts as usable."""
-    return True if grade.correct is None else bool(grade.correct)
+    """Graded tasks say so; a reward model does not, and then every graded answer counts as
+    usable.
+    """
+    return grade.graded if grade.correct is None else bool(grade.correct)
+
+
+def _right_or_wrong(grades: Sequence[Grade]) -> list[float]:
+    """1 or 0 of those that say so: rewards alone have no accuracy."""
+    return [float(g.correct) for g in grades if g.correct is not None]
 
 
 def _is_numeric(grade: Grade) -> bool:

@@ -261,6 +261,11 @@ def check_distill(cfg: Config) -> None:
     check_cached_teacher(cfg)
     check_served_teacher(cfg)
     d, r = cfg.distill, cfg.rollout
+    if d.correct_only and any(task.name == "reward_model" for task in used_tasks(cfg, "data")):
+        raise ValueError(
+            "distill.correct_only with task.name = 'reward_model': its grades are neither correct "
+            "nor wrong, so no text would pass. Use another task, or leave correct_only out"
+        )
     if d.objective == "policy_gradient" and (r.temperature, r.top_p, r.top_k) != (1.0, 1.0, 0):
         raise ValueError(
             f"distill.objective = 'policy_gradient' with rollout.temperature = {r.temperature}, "

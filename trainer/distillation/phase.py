@@ -31,7 +31,9 @@ from reflux.trainer.data.batch import Batch, Sample
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.failed_grades import FailedGradesBudget, count_failed
 from reflux.trainer.data.graders import Grade
+from reflux.trainer.data.minibatches import key_of
 from reflux.trainer.data.task_routing import build_grader, task_names
+from reflux.trainer.data.truncated_grades import beside_their_group
 from reflux.trainer.engine.metrics import MetricSums
 from reflux.trainer.evaluation.evaluator import Evaluator
 from reflux.trainer.losses import (
@@ -45,6 +47,7 @@ from reflux.trainer.losses import (
 )
 from reflux.trainer.phase import Engine, Grader, Teacher
 
+from .correct_texts import check_right_and_wrong
 from .targets import Targets
 from .teachers import has_biased_fixed_point, load_teachers
 from .texts import Text, TextSource
@@ -125,7 +128,16 @@ class DistillPhase:
         return self.evaluator.results(step)
 
     def log_fields(self, stats: Mapping[str, float]) -> dict[str, Any]:
-        return dict(stats)
+        """The likelihood of off-policy tokens per such token, whatever share they have of all; no
+        number in a step without them.
+        """
+        fields = dict(stats)
+        for name in [name for name in fields if name.rpartition("/")[2] == "nll"]:
+            share = fields.get(name.removesuffix("nll") + "off_policy", 0.0)
+            total = fields.pop(name)
+            if share:
+                fields[name] = total / share
+        return fields
 
     def sample_fields(self, text: Text, index: int) -> dict[str, Any]:
         """Who wrote one of the last texts, and its grade where it was graded."""
@@ -238,6 +250,8 @@ class DistillPhase:
         grades = self.task.grade([t.rollout for t in texts])
         mine = count_failed(g.error for g in grades if g.graded)
         self.failed_grades.add(self.engine.gather([mine]))
+        off_policy = [g for t, g in zip(texts, grades) if t.off_policy]
+        check_right_and_wrong(off_policy, self.engine, task_names(self.cfg))
         passed = [not t.off_policy or bool(g.correct) for t, g in zip(texts, grades)]
         self.metric_sums.add("passed_filter", map(float, passed))
         return [t for t, ok in zip(texts, passed) if ok]
@@ -251,7 +265,9 @@ class DistillPhase:
         add("on_policy", [float(not t.off_policy) for t in texts])
         if self.task is not None and self.spec.on_policy > 0:
             mine = [i for i, t in enumerate(texts) if not t.off_policy]
-            grades = self.task.grade([texts[i].rollout for i in mine])
+            rollouts = [texts[i].rollout for i in mine]
+            keys = [key_of(r.prompt) for r in rollouts]
+            grades = beside_their_group(self.task.grade(rollouts), keys)
             self._grades = dict(zip(mine, grades))
             add("reward/task", [g.reward for g in grades if not g.failed])
             add("grader_error", [float(g.failed) for g in grades])

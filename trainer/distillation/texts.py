@@ -28,6 +28,7 @@ from reflux.trainer.rollouts.generate import given_rollout
 from reflux.trainer.rollouts.overlap import StepJob, StepSampler
 
 from .attacker import likeliest, paraphrase
+from .correct_texts import check_right_and_wrong
 from .reading import Reading, teacher_of
 from .teacher_texts import load_teacher_texts, recipe_of, save_teacher_texts
 
@@ -286,6 +287,8 @@ class TextSource:
         counts = count_failed(g.error for group in pairs for _, g in group if g.graded)
         failed = sum(self.engine.gather([counts]), FailedGrades())
         failed.check(task_names(self.cfg), self.cfg.task.max_failed, few=FEW)
+        graded = [grade for group in pairs for _, grade in group]
+        check_right_and_wrong(graded, self.engine, task_names(self.cfg))
         correct = [[text for text, grade in group if grade.correct] for group in pairs]
         if not self.engine.sum(float(any(correct))):
             raise ValueError(

@@ -56,8 +56,9 @@ def metric_values(predictions: Sequence[Prediction], metric: str) -> Values:
     nothing was answered that way.
 
     The value is the fraction of correct answers, or, where the grader knows no correct ones (reward
-    models), the mean reward. A prompt whose grades all failed has no value; with pass@K, one with
-    fewer than K grades. ValueError if pass@K has fewer than K answers of a prompt.
+    models), the mean reward, that of a truncated text that no grader saw being at most the least
+    of all others. A prompt whose grades all failed has no value; with pass@K, one with fewer than K
+    grades. ValueError if pass@K has fewer than K answers of a prompt.
     """
     k = PASS_AT.fullmatch(metric)
     answers = of_mode(predictions, "sampled" if k else metric)
@@ -65,10 +66,19 @@ def metric_values(predictions: Sequence[Prediction], metric: str) -> Values:
         return _pass_at(metric, int(k[1]), answers)
     groups = _by_prompt(p for p in answers if not p.failed)
     graded = all(p.correct is not None for group in groups.values() for p in group)
-    return {
-        prompt: _mean([float(p.correct or False) if graded else p.reward for p in group])
-        for prompt, group in groups.items()
-    }
+    least = min([0.0, *(p.reward for group in groups.values() for p in group if _seen(p))])
+
+    def value(p: Prediction) -> float:
+        if graded:
+            return float(p.correct or False)
+        return p.reward if _seen(p) else least
+
+    return {prompt: _mean([value(p) for p in group]) for prompt, group in groups.items()}
+
+
+def _seen(p: Prediction) -> bool:
+    """Whether a grader saw the answer."""
+    return p.generation is None or p.generation.graded
 
 
 def _pass_at(metric: str, k: int, answers: Sequence[Prediction]) -> Values:

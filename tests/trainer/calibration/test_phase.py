@@ -67,6 +67,30 @@ def watch(monkeypatch) -> Watch:
     return seen
 
 
+def test_a_reward_alone_has_no_accuracy_and_no_text_gains_by_running_on(talkers, tmp_path, watch):
+    """-1 or 1: a text that was cut had 0, more than a wrong answer, and all of them were `correct`
+    in the log.
+    """
+    cfg = config(
+        talkers,
+        tmp_path / "run",
+        "calibrate",
+        task={"name": "small_tasks:praise_or_blame"},
+        steps=1,
+        rollout={"prompts": 6, "group": 4, "max_tokens": 9},
+    )
+    (step,) = run_here(cfg).steps
+    assert "accuracy" not in step and "reward/task" in step
+    grades, mixed = iter(watch.phase._grades), 0
+    for group in watch.rollouts[0]:
+        pairs = [(r.ended, next(grades)) for r in group]
+        least = min([0.0, *(g.reward for ended, g in pairs if ended)])
+        cut = [g for ended, g in pairs if not ended]
+        assert all(g.reward == least and g.correct is None for g in cut)
+        mixed += bool(cut) and least < 0
+    assert mixed
+
+
 def flat(rollouts_PG) -> list:
     return [r for group in rollouts_PG for r in group]
 

@@ -224,6 +224,11 @@ def test_distill_refuses(wrong, says):
     assert says in str(error.value) and str(error.value).startswith("x.toml: ")
 
 
+def test_a_reward_model_is_no_filter():
+    with pytest.raises(ValueError, match="correct_only with task.name = 'reward_model'"):
+        distill(distill={"correct_only": True, **OFF_POLICY}, task={"name": "reward_model"})
+
+
 @pytest.mark.parametrize(
     "wrong, says",
     [

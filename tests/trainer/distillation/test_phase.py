@@ -7,11 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from distillation_cases import GIVEN, KL_KEYS, kl, mean_over_tokens
+from distillation_cases import GIVEN, KL_KEYS, kl, logp_nV, mean_over_tokens
 from runs import config, run_here, write_data
 
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.prompts import load_prompts
+from reflux.trainer.distillation.phase import DistillPhase
 
 pytestmark = pytest.mark.usefixtures("titan_process")
 
@@ -203,6 +204,20 @@ def test_several_teachers_are_their_weighted_mean(talkers, tmp_path):
         "weighted", "teacher", more_teachers=[str(talkers / "proxy")], teacher_weights=[3.0, 1.0]
     )
     assert weighted == pytest.approx((3 * one + other) / 4, rel=1e-4)
+
+
+def test_the_logged_likelihood_is_per_off_policy_token(talkers, tmp_path, seen):
+    """Whatever share they have of all tokens; it was divided by all of them."""
+    over = {"distill": {"on_policy": 0.5, "source": "dataset", "nll_weight": 0.5}}
+    over["rollout"] = {"prompts": 4, "group": 2}
+    (step,) = run_here(config(talkers, tmp_path / "run", "distill", steps=1, **over)).steps
+    given = [s for s in seen["score"][0] if s.off_policy]
+    tokens = sum(len(s.rollout.ids) for s in given)
+    want = sum(nll_of(logp_nV(talkers / "policy", s), None, s) for s in given) / tokens
+    assert 0 < step["off_policy"] < 1 and step["nll"] == pytest.approx(float(want), rel=1e-4)
+    stats = {"nll": 0.0, "off_policy": 0.0, "epoch2/nll": 3.0, "epoch2/off_policy": 0.5}
+    fields = DistillPhase.log_fields(None, stats)
+    assert "nll" not in fields and fields["epoch2/nll"] == 6.0
 
 
 BASE = {

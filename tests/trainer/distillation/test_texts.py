@@ -130,6 +130,22 @@ def test_a_grader_that_fails_is_no_filter(talkers, tmp_path, budget):
         )
 
 
+@pytest.mark.parametrize("budget", [0, 4], ids=["step by step", "query budget"])
+def test_a_grader_of_rewards_alone_is_no_filter(talkers, tmp_path, budget):
+    """Every text would be left out, without a word; a threshold tells right from wrong."""
+
+    def run(name, **options):
+        task = {"name": "small_tasks:praise_or_blame"}
+        task["options"] = {"isolate": False, "grade_truncated": True, **options}
+        distill = {"objective": "nll", "on_policy": 0.0, "correct_only": True}
+        distill["query_budget"] = budget
+        return run_here(config(talkers, tmp_path / name, "distill", task=task, distill=distill))
+
+    with pytest.raises(ValueError, match="a reward alone, neither correct nor wrong.*threshold"):
+        run("rewards")
+    assert all(step["tokens"] > 0 for step in run("threshold", threshold=0.0).steps)
+
+
 def test_wrong_texts_are_left_out_of_a_step_and_the_step_still_runs(talkers, tmp_path, seen):
     """All of them wrong: no token, no update, no NaN."""
     run = run_here(

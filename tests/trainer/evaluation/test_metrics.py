@@ -59,6 +59,8 @@ def test_where_no_answer_is_correct_or_wrong_the_reward_counts():
         generated(0, 1, correct=None, reward=1.0, ended=False),
     ]
     assert metric_values(rows, "sampled") == {0: -1.0}
+    cut = generated(0, 2, correct=False, ended=False, graded=False)  # no more than the least
+    assert metric_values([*rows, cut], "sampled") == {0: pytest.approx((-3.0 + 1.0 - 3.0) / 3)}
     found = measure(rows, ["sampled"])
     assert found["sampled"].mean == -1.0 and found["sampled_truncated"].mean == 0.5
     assert "sampled_wrong" not in found
