@@ -198,21 +198,18 @@ class LikelihoodRatio:
         if fraction <= limit:
             return
         long, chat = self.engine.sum(float(too_long)) / count, self.proxy_chat
-        words = [
-            f"{fraction:.0%} of the rollouts cannot be scored by the proxy; want at most "
-            f"{limit:.0%} (calibration.max_unaligned)."
-        ]
-        if long:
-            words.append(
-                f"{long:.0%} are longer than the {chat.positions} positions of {chat.path}, prompt "
-                "included: lower rollout.max_tokens, or take a proxy with a longer context."
-            )
+        why, fixes = [], []
         if long < fraction:
-            words.append(
-                f"{fraction - long:.0%} do not round-trip through its tokenizer. Examples:\n"
-                f"  {commands.again('--check')}"
-            )
-        raise ValueError(" ".join(words))
+            why.append("do not round-trip through the proxy's tokenizer")
+            fixes.append(f"Examples:\n  {commands.again('--check')}")
+        if long:
+            share = f" ({long:.0%})" if why else ""
+            why.append(f"are longer than the {chat.positions} positions of {chat.path}{share}")
+            fixes.insert(0, "Lower rollout.max_tokens, or take a proxy with a longer context.")
+        raise ValueError(
+            f"{fraction:.0%} of the rollouts {' or '.join(why)}; want at most {limit:.0%} "
+            f"(calibration.max_unaligned). {' '.join(fixes)}"
+        )
 
 
 def _space_in_front(aligned: Aligned, proxy: Chat) -> bool | None:

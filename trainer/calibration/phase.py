@@ -121,9 +121,7 @@ class CalibratePhase:
         """
         self.metric_sums = MetricSums()
         flat = list(chain.from_iterable(rollouts_PG))
-        grades = beside_their_group(
-            self.task.grade(flat), [i // self.cfg.rollout.group for i in range(len(flat))]
-        )
+        grades = beside_their_group(self.task.grade(flat), flat)
         self._count_failed(grades)
         behaviour, reference = self._behaviour(flat), self._reference(flat)
         scores = None

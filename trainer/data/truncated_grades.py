@@ -8,25 +8,30 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
+from .batch import Rollout
 from .graders import Grade
+from .minibatches import key_of
 
 
-def beside_their_group(grades: Sequence[Grade], group_of: Sequence[Hashable]) -> list[Grade]:
-    """The grades, truncated ones with at most the least reward of their group, and with `correct`
-    None where the group, or, if all of it is truncated, every graded text, has no right and wrong.
+def beside_their_group(grades: Sequence[Grade], rollouts: Sequence[Rollout]) -> list[Grade]:
+    """The grades of whole groups, truncated texts with at most the least reward of their group.
+    `correct` is None where the group has no right and wrong; of a group that is all truncated,
+    where no graded text of the same part of the data has.
     """
-    seen: dict[Hashable, list[Grade]] = defaultdict(list)
-    for grade, group in zip(grades, group_of):
+    of_group: dict[Hashable, list[Grade]] = defaultdict(list)
+    of_part: dict[str, list[Grade]] = defaultdict(list)
+    for grade, rollout in zip(grades, rollouts):
         if grade.graded and not grade.failed:
-            seen[group].append(grade)
-    everywhere = [g for others in seen.values() for g in others]
-    numeric = bool(everywhere) and all(g.correct is None for g in everywhere)
+            of_group[key_of(rollout.prompt)].append(grade)
+            of_part[rollout.prompt.part].append(grade)
 
-    def beside(grade: Grade, others: Sequence[Grade]) -> Grade:
+    def beside(grade: Grade, rollout: Rollout) -> Grade:
         if grade.graded:
             return grade
+        others = of_group[key_of(rollout.prompt)]
         least = min([grade.reward, *(g.reward for g in others)])
-        unknown = any(g.correct is None for g in others) if others else numeric
+        alike = others or of_part[rollout.prompt.part]
+        unknown = bool(alike) and all(g.correct is None for g in alike)
         return replace(grade, reward=least, correct=None if unknown else grade.correct)
 
-    return [beside(grade, seen.get(group, ())) for grade, group in zip(grades, group_of)]
+    return [beside(grade, rollout) for grade, rollout in zip(grades, rollouts)]

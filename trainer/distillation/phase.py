@@ -31,7 +31,6 @@ from reflux.trainer.data.batch import Batch, Sample
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.failed_grades import FailedGradesBudget, count_failed
 from reflux.trainer.data.graders import Grade
-from reflux.trainer.data.minibatches import key_of
 from reflux.trainer.data.task_routing import build_grader, task_names
 from reflux.trainer.data.truncated_grades import beside_their_group
 from reflux.trainer.engine.metrics import MetricSums
@@ -266,8 +265,7 @@ class DistillPhase:
         if self.task is not None and self.spec.on_policy > 0:
             mine = [i for i, t in enumerate(texts) if not t.off_policy]
             rollouts = [texts[i].rollout for i in mine]
-            keys = [key_of(r.prompt) for r in rollouts]
-            grades = beside_their_group(self.task.grade(rollouts), keys)
+            grades = beside_their_group(self.task.grade(rollouts), rollouts)
             self._grades = dict(zip(mine, grades))
             add("reward/task", [g.reward for g in grades if not g.failed])
             add("grader_error", [float(g.failed) for g in grades])

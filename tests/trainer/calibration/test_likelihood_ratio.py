@@ -67,11 +67,13 @@ def test_a_text_that_the_proxy_has_no_positions_for_is_unaligned(talkers, tmp_pa
     by.proxy_chat.positions = read - 1
     with pytest.raises(
         ValueError,
-        match=f"50% are longer than the {read - 1} positions of .*proxy, "
-        "prompt included: lower rollout.max_tokens",
+        match=f"50% of the rollouts are longer than the {read - 1} positions of .*proxy; want at "
+        "most 40% .*max_unaligned.. Lower rollout.max_tokens",
     ) as error:
         by.score([short, long], own, None, MetricSums())
     assert "round-trip" not in str(error.value)
+    with pytest.raises(ValueError, match="100% of .* round-trip .* or are longer .*proxy .50%.; w"):
+        by._check_unaligned(2.0, 1, 2)
 
 
 @pytest.mark.parametrize("biased", [False, True])
