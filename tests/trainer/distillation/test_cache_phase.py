@@ -244,7 +244,9 @@ def test_what_does_not_fit_is_said(talkers, tmp_path):
     settings = other / "tokenizer_config.json"
     settings.write_text(settings.read_text().replace("assistant: ", "helper: "))
     refused("b", "its chat template, template_arguments or stop set differs", teacher=of(other))
-    refused("c", "its tokenizer differs", teacher=of(talkers / "proxy"))
+    by_bytes = GIVEN | {"objective": "byte"}
+    refused("c", "its tokenizer differs", teacher=of(talkers / "proxy"), distill=by_bytes)
+    refused("ids", "have different vocabularies", teacher=of(talkers / "proxy"))
     refused("d", "distill.temperature = 2.0, but the cache", distill=options | {"temperature": 2.0})
     refused("e", "distill.top_k = 10, but the cache", distill=options | {"top_k": 10})
     refused("f", "want the same kind", distill=options | {"tail": "sampled"})
