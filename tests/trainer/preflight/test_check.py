@@ -4,6 +4,8 @@ written.
 
 import json
 import os
+import re
+import shutil
 import tempfile
 from dataclasses import replace
 
@@ -148,6 +150,31 @@ def test_a_prompt_that_does_not_fit_is_an_error_with_the_length_to_set(calibrate
         calibrate(rollout={"max_tokens": 60}, training={"seq_len": longest + 59})
     )
     assert not problems(fits)
+
+
+def test_what_becomes_of_responses_beyond_a_proxys_positions(calibrate, talkers, tmp_path):
+    """Of the policy's ids: an error, they are known. Of others: those that are too long are left
+    out.
+    """
+    for name, level, words in (
+        ("policy", "error", "24 prompts .* \\+ rollout.max_tokens 12 = .*100.0% .* too long"),
+        ("proxy", "warning", "\\+ rollout.max_tokens 12 = .*longer texts are left out as unalign"),
+    ):
+        proxy = tmp_path / name
+        shutil.copytree(talkers / name, proxy)
+        settings = json.loads((proxy / "config.json").read_text())
+        chat = Chat(str(proxy))
+        prompts = load_prompts(calibrate().data.source)
+        lengths = [len(chat.prompt_ids(p.messages)) for p in prompts]
+        positions = max(lengths) + 1 if name == "proxy" else min(lengths)
+        settings["max_position_embeddings"] = positions
+        (proxy / "config.json").write_text(json.dumps(settings))
+        (found,) = [
+            f
+            for f in examine_lengths(calibrate(proxy={"path": str(proxy)}))
+            if f.what.startswith("proxy")
+        ]
+        assert found.level == level and re.search(words, found.what), found
 
 
 def examine_lengths(cfg: Config) -> list[Finding]:
