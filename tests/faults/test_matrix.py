@@ -108,5 +108,7 @@ def test_the_matrix_is_killed(talkers, clean, tmp_path, record_property, i):
     left = outcomes(directory)
     for name in CELLS:
         differences = wanted[name].differences(left[name])
-        differences = [d for d in differences if not d.startswith("console.log")]
+        # a cell whose runner is gone saves the step at which it stops: one checkpoint more
+        own = ("console.log", "checkpoints")
+        differences = [d for d in differences if not d.startswith(own)]
         assert not differences, (name, differences)

@@ -29,7 +29,7 @@ def ends(cfg) -> tuple[bool, int]:
     """Whether the guard ends a run that falls from 0.9 to 0 after the start, and how often it was
     evaluated after that.
     """
-    engine = SimpleNamespace(notes={}, checkpoint=lambda: None)
+    engine = SimpleNamespace(notes={}, save_this_step=lambda: None)
     guards, evaluator, asked = Guards(cfg, engine), Evaluator.__new__(Evaluator), []
     evaluator.cfg = cfg
 

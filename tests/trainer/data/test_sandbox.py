@@ -52,7 +52,7 @@ def grader(tmp_path_factory, kind):
     sys.path.append(str(folder))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks, "find_sandbox", lambda: kind)
-        task = build_task("runs_texts:grade", {"timeout_s": 1.0, "memory_gib": 1.0})
+        task = build_task("runs_texts:grade", {"timeout_s": 2.0, "memory_gib": 1.0})
     yield task
     sys.path.remove(str(folder))
     sys.modules.pop("runs_texts", None)
