@@ -427,3 +427,17 @@ def test_a_role_without_the_labels_of_its_report_is_refused_before_anything_runs
     (toy / "m.toml").write_text(table.replace(old, labels))
     with pytest.raises(ValueError, match=f"b-1@0 has the label role = .* without {missing}; want"):
         read_matrix(toy / "m.toml", {})
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        'role = "student", eta = "-1"',
+        'role = "student", ablation = "x", teacher = "undistillable"',
+        'role = "student", defence = "x"',
+    ],
+)
+def test_cells_of_other_reports_need_the_labels_of_these_alone(toy, labels):
+    old = 'role = "student", teacher = "t", attack = "{x}"'
+    (toy / "m.toml").write_text((toy / "m.toml").read_text().replace(old, labels))
+    assert read_matrix(toy / "m.toml", {}).cells

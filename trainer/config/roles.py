@@ -120,10 +120,19 @@ def loads_reference(cfg: Config) -> bool:
 
 def another(model: FrozenSection, path: str) -> FrozenSection:
     """Another model that is loaded as this one, and renders by its own template: a file that was
-    written for one model is wrong for the next. The template's arguments go to both, for each
-    template reads those that it knows.
+    written for one model is wrong for the next. A folder without one, as a base model's, takes the
+    file. The template's arguments go to both, for each template reads those that it knows.
     """
-    return replace(model, path=path, template="")
+    return replace(model, path=path, template="" if _has_template(path) else model.template)
+
+
+def _has_template(path: str) -> bool:
+    """What is no folder here, as a served model or one of the hub, is taken to have one."""
+    folder = Path(path)
+    table = folder / "tokenizer_config.json"
+    if not table.is_file() or any(folder.glob("chat_template*")):
+        return True
+    return '"chat_template"' in table.read_text(encoding="utf-8", errors="replace")
 
 
 def teachers_of(cfg: Config) -> list[FrozenSection]:

@@ -12,7 +12,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .math_answers import read_answer, read_reference, read_text, spelling
+from .math_answers import (
+    names_another_thing,
+    read_answer,
+    read_latex,
+    read_reference,
+    read_text,
+    spelling,
+)
 from .option_letters import decided_letter
 from .prompt import GeneratedEntry, Prompt, spell
 
@@ -148,6 +155,8 @@ class Math(Answer):
             return Grade(1.0, True, extracted)
         whole_text = self.marker is None and self.pattern is None
         readings = [read_text(extracted)] if whole_text else read_answer(extracted)
+        if not whole_text and names_another_thing(extracted, answer):
+            readings, wanted = [read_latex(extracted)], [read_latex(answer)]
         for reading in filter(None, readings):
             spelled = spelling(reading) or extracted
             # Its own timeouts are off: they are whole seconds, share SIGALRM with ours and work in

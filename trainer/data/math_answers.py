@@ -17,6 +17,8 @@ WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
 ARTICLE = re.compile(r"\b[Aa]n?\s+(?=[^\W\d_]{3})")  # "a day"; a lone a is a variable
 # two letters are a product, "2 xy", unless they are one of these
 SHORT = frozenset("of is in on at by we he it so as cm mm km kg mg ml oz ft lb hr".split())
+# say nothing beside a number
+FILLERS = frozenset("of is in on at by we he it so as the".split())
 # words that make something else of the number beside them
 CHANGES = frozenset(
     """
@@ -24,7 +26,8 @@ CHANGES = frozenset(
     over under above below hundred hundreds thousand thousands million millions billion billions
     trillion trillions dozen dozens half halves third thirds quarter quarters fourths fifths sixths
     sevenths eighths ninths tenths hundredths squared cubed root roots sqrt sin cos tan cot sec csc
-    log exp mod infinity factorial choose power
+    log exp mod infinity factorial choose power twice thrice double triple without except but out
+    false
     """.split()
 )
 
@@ -40,12 +43,26 @@ def read_text(text: str) -> Reading:
 
 def read_answer(text: str) -> list[Reading]:
     """What a text that is an answer, and nothing else, may mean; none of them is empty."""
-    text = CURRENCY.sub(r"\1", text)
-    # unmarked, (1,2) and x^2+1 are not seen as maths
-    marked = text if "$" in text or "\\boxed" in text else f"${text}$"
-    number = _number_among_words(text)
-    readings = [read_text(marked), read_text(f"${number}$") if number else []]
+    number = _number_among_words(CURRENCY.sub(r"\1", text))
+    readings = [read_latex(text), read_text(f"${number}$") if number else []]
     return [reading for reading in readings if reading]
+
+
+def read_latex(text: str) -> Reading:
+    """A text that is one expression; unmarked, (1,2) and x^2+1 are not seen as maths."""
+    text = CURRENCY.sub(r"\1", text)
+    return read_text(text if "$" in text or "\\boxed" in text else f"${text}$")
+
+
+def names_another_thing(text: str, answer: str) -> bool:
+    """Whether both have words and neither has all of the other's: 20 cents are not 20 dollars."""
+    a, b = _words_beside(text), _words_beside(answer)
+    return not (a <= b or b <= a)
+
+
+def _words_beside(text: str) -> set[str]:
+    rest = ARTICLE.sub("", NUMBER.sub(" ", CURRENCY.sub(r"\1", text)))
+    return {word.lower() for word in WORD.findall(rest)} - FILLERS
 
 
 @lru_cache(maxsize=4096)

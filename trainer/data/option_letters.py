@@ -22,17 +22,21 @@ FILLER = (
     r"(?: (?:the|a|an|that|this|it|is|my|our|correct|right|best|final|possible|answer|choice|"
     r"option))*"
 )
+DOUBT = "".join(f"(?<!{no} )" for no in ("no", "little", "without", "beyond", "any", "n't", "not"))
+DOUBT += "doubt"
 TURNS_DOWN = re.compile(
     r"\b(?:(?:incorrect|wrong|false|mistaken|erroneous|invalid|bad|(?<!most )(?:tempting|plausible|"
     r"attractive|unlikely)|naive|second|third|second[- ]best|next[- ]best|(?<!only )other|another|"
     r"alternative|rejected)(?: possible)?(?: (?:answer|choice|option))?|not(?: the)?|"
-    rf"(?:if|whether|unless|suppose|supposing|assume|assuming|doubt|unsure){FILLER}|"
+    rf"(?:if|whether|unless|suppose|supposing|assume|assuming|{DOUBT}|unsure){FILLER}|"
     rf"(?:not|false|unlikely|impossible|untrue|wrong|incorrect) that{FILLER}|"
     r"(?:not|never|cannot|\w+n't) (?:think|believe|say|claim|tell|know|mean|sure|certain)"
     rf"{FILLER}|(?:rul(?:e|es|ed|ing) out|eliminat\w+|reject\w*|exclud\w+|discard\w*|dismiss\w*|"
     r"unlike|instead of|rather than|except)(?: the)?) $",
     re.I,
 )
+# "with the rest eliminated the answer is B": the participle is of what stands before it
+OTHERS_GONE = re.compile(r"(?:ruled out|\b\w+ed)(?: the)? $", re.I)
 CLAUSE_END = re.compile(r"[.,;:!?\n]|\bthen\b")
 
 
@@ -70,8 +74,10 @@ def _plain(text: str) -> str:
 def _last(form: re.Pattern[str], text: str) -> dict[str, str] | None:
     """The last match that is not turned down by what stands in front of it."""
     for match in reversed(deque(form.finditer(text), maxlen=NEWEST)):
-        before = text[max(0, match.start() - BEFORE) : match.start()]
-        if not TURNS_DOWN.search(CLAUSE_END.split(before)[-1]):
+        before = CLAUSE_END.split(text[max(0, match.start() - BEFORE) : match.start()])[-1]
+        if match[0].lower().startswith("answer"):
+            before = OTHERS_GONE.sub("", before)
+        if not TURNS_DOWN.search(before):
             return match.groupdict()
     return None
 

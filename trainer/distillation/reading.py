@@ -56,11 +56,14 @@ class Reading:
         """
         if not self.spec.privileged:  # then data/fitted_prompts.py has seen to it
             return
-        for prompt in filter(self.is_for, prompts):
+        own = list(filter(self.is_for, prompts))
+        conversations = [self.messages(prompt) for prompt in own]
+        if chat.positions is None:  # encodes nothing: a long data set takes minutes
+            return
+        for prompt, tokens in zip(own, chat.prompt_lengths(conversations)):
             longest = max_tokens
             if self.spec.source == "dataset" and not self.spec.on_policy:
                 longest = min(max_tokens, len(chat.encode(prompt.response or "")) + 1)
-            tokens = len(chat.prompt_ids(self.messages(prompt)))
             if not chat.has_room(tokens + longest):
                 raise ValueError(
                     f"distill.privileged = {self.spec.privileged!r}: prompt {prompt.index} has "

@@ -243,10 +243,10 @@ class Engine:
         step, checkpointer = self._trainer.step, self._trainer.checkpointer
         checkpointer.seal_if_done()
         is_last = step == self.cfg.steps
-        if not is_last and (self.wants_to_stop or self._saves_this_step):
+        if not is_last and self.wants_to_stop:
             checkpointer.write(step)  # it will go on: with everything, whatever the last one holds
-        else:
-            checkpointer.save(step, last_step=is_last)
+        elif not checkpointer.save(step, last_step=is_last) and self._saves_this_step:
+            checkpointer.write(step)
 
     @contextlib.contextmanager
     def keeps_last_step(self, unless: type[BaseException] = GeneratorExit) -> Iterator[None]:

@@ -186,7 +186,13 @@ def _refuse_another_experiment(cfg: Config, folder: Path) -> None:
     saved = folder / "config.toml"
     if not saved.exists():
         return
-    before, now = as_table(load(saved)), as_table(cfg)
+    try:
+        before, now = as_table(load(saved)), as_table(cfg)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. The version that began this run took it without effect: change it in "
+            f"{saved} as well, then resume"
+        ) from error
     changed = [
         name
         for name in differences(before, now)

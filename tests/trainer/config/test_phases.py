@@ -8,7 +8,9 @@ from runs import config
 
 from reflux.trainer.config.loader import fill, load, to_toml
 from reflux.trainer.config.phases import PHASES, PhaseSpec, pair_of, roles, spec_of
+from reflux.trainer.config.roles import another
 from reflux.trainer.config.schema import Config
+from reflux.trainer.config.sections import FrozenSection
 from reflux.trainer.loop import train
 from reflux.trainer.preflight.check import examine
 from reflux.trainer.preflight.dry_run import plan
@@ -134,3 +136,19 @@ def test_the_models_of_a_distillation_and_which_of_them_sample():
     assert sampling(distill=sft, **no_eval) == {"student": False}
     served = {"objective": "nll", "on_policy": 0.0}
     assert "defence proxy" in sampling(distill=served, defence={"proxy": "q"})
+
+
+@pytest.mark.parametrize(
+    "files, template",
+    [
+        ({"tokenizer_config.json": '{"chat_template": "{{ x }}"}'}, ""),
+        ({"tokenizer_config.json": "{}", "chat_template.jinja": "{{ x }}"}, ""),
+        ({"tokenizer_config.json": "{}"}, "mine.jinja"),
+        ({}, ""),  # served, or of the hub
+    ],
+)
+def test_a_further_model_renders_by_its_own_template_where_it_has_one(tmp_path, files, template):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    first = FrozenSection(path="first", template="mine.jinja")
+    assert another(first, str(tmp_path)) == FrozenSection(path=str(tmp_path), template=template)

@@ -84,7 +84,30 @@ def test_one_number_among_words_is_that_number(gold, answer):
         ("5", "at least 5 apples"),
         ("30", "8 hours 30 minutes"),
         ("5", "5! apples"),
+        ("5", "twice 5"),
+        ("5", "all but 5"),
+        ("5", "without 5"),
     ],
 )
 def test_words_and_letters_that_change_a_number_are_no_words_beside_it(gold, answer):
     assert not grade(gold, f"#### {answer}", marker="####").correct
+
+
+@pytest.mark.parametrize(
+    "gold, answer",
+    [
+        ("20 dollars", "20 cents"),
+        ("5 more", "5 fewer"),
+        ("decreases by 5", "increases by 5"),
+        ("loses 5 dollars", "gains 5 dollars"),
+        ("10 percent", "10 dollars"),
+    ],
+)
+def test_one_number_of_another_thing_is_another_answer(gold, answer):
+    assert not grade(gold, f"#### {answer}", marker="####").correct
+    assert grade(gold, f"#### {gold}", marker="####").correct
+
+
+def test_words_that_one_side_has_alone_are_of_the_same_thing():
+    for gold, answer in (("18 eggs", "18 eggs per day"), ("18 eggs", "18"), ("18", "18 eggs")):
+        assert grade(gold, f"#### {answer}", marker="####").correct

@@ -104,3 +104,20 @@ def test_the_text_decides_for_none(text):
 )
 def test_hostile_texts_are_read_in_linear_time(part):
     decided_letter(part * (300_000 // len(part)), "ABCD")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "There is no doubt the answer is B.",
+        "I have no doubt that the answer is B.",
+        "Without any doubt the answer is B.",
+        "Beyond doubt the answer is B.",
+        "I don't doubt that the answer is B.",
+        "With A and C ruled out the answer is B",
+        "With the rest eliminated the answer is B",
+    ],
+)
+def test_who_does_not_doubt_decides(text):
+    assert decided_letter(text, "ABCD") == "B"
+    assert decided_letter("I doubt the answer is B.", "ABCD") is None

@@ -343,6 +343,21 @@ def test_a_checkpoint_that_a_step_asks_for_is_not_the_last_one(talkers, tmp_path
         assert engine.resumed_step == 3 and same(memory(engine), wanted)
 
 
+def test_a_step_that_is_due_and_asked_for_is_saved_as_the_run_saves(talkers, tmp_path, monkeypatch):
+    """Asynchronously where it is told so; one that is not due is written at once."""
+    cfg = make_config(talkers, tmp_path / "run", 3, interval=2, async_mode="async")
+    with opened(cfg) as engine:
+        checkpointer, at_once = engine._trainer.checkpointer, []
+        write = checkpointer.write
+        monkeypatch.setattr(
+            checkpointer, "write", lambda n, **x: (at_once.append(n), write(n, **x))
+        )
+        for _ in engine.steps():
+            engine.step([[pack(samples(), tokens=99, seq_len=64)]], likelihood_loss)
+            engine.save_this_step()
+    assert at_once == [1, 3] and names(cfg) == ["step-1", "step-2", "step-3"]
+
+
 def test_the_last_step_is_written_once_whoever_asks(talkers, tmp_path):
     cfg = make_config(talkers, tmp_path / "run", 2, interval=100)
     with opened(cfg) as engine:
