@@ -5,16 +5,22 @@ With teacher.path = model.path the second one is on-policy self-distillation: th
 from itself behind a longer prompt (arXiv:2601.18734).
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from reflux.trainer.config.distillation import DistillSection
+from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt, Rollout, TeacherView
 from reflux.trainer.data.chat import Chat
+from reflux.trainer.data.fitted_prompts import FittedPrompts
+from reflux.trainer.data.mixture import Mixture
 from reflux.trainer.data.prompt import fill_template
 from reflux.trainer.data.row_choice import chosen_model
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,27 +56,72 @@ class Reading:
         """The prompt as the teacher reads it, to answer it."""
         return replace(prompt, messages=tuple(self.messages(prompt)))
 
-    def check_room(self, chat: Chat, prompts: Sequence[Prompt], max_tokens: int) -> None:
-        """ValueError for the first prompt whose row lacks the privileged text, or that the teacher,
-        whose tokenizer is `chat`, has no positions for behind it, response included.
+    def tokens_over(
+        self, chat: Chat, prompts: Sequence[Prompt], max_tokens: int
+    ) -> dict[int, tuple[int, int]]:
+        """Index of a prompt -> tokens of what the teacher reads and of the response, where `chat`,
+        its tokenizer, has no positions for both. ValueError for a row that lacks the privileged
+        text.
         """
         if not self.spec.privileged:  # then data/fitted_prompts.py has seen to it
-            return
+            return {}
         own = list(filter(self.is_for, prompts))
         conversations = [self.messages(prompt) for prompt in own]
         if chat.positions is None:  # encodes nothing: a long data set takes minutes
-            return
+            return {}
+        over = {}
         for prompt, tokens in zip(own, chat.prompt_lengths(conversations)):
             longest = max_tokens
             if self.spec.source == "dataset" and not self.spec.on_policy:
                 longest = min(max_tokens, len(chat.encode(prompt.response or "")) + 1)
             if not chat.has_room(tokens + longest):
-                raise ValueError(
-                    f"distill.privileged = {self.spec.privileged!r}: prompt {prompt.index} has "
-                    f"{tokens} tokens for the teacher and {longest} of response; want at most its "
-                    f"{chat.positions} positions + 1. Shorten the column, or lower "
-                    "rollout.max_tokens"
-                )
+                over[prompt.index] = tokens, longest
+        return over
+
+
+def that_fit(
+    prompts: FittedPrompts | Mixture,
+    readings: Sequence[Reading],
+    chats: Sequence[Chat],
+    cfg: Config,
+) -> FittedPrompts | Mixture:
+    """The prompts that every teacher has room for behind its privileged text; all of them where
+    there is none. chats: of the teachers. ValueError where some are too long and data.too_long is
+    not "drop", or where a source would have none left.
+    """
+    over: set[int] = set()
+    for reading, chat in zip(readings, chats):
+        long = reading.tokens_over(chat, prompts, cfg.rollout.max_tokens)
+        if long and cfg.data.too_long != "drop":
+            raise ValueError(_too_long(long, chat, cfg))
+        over |= set(long)
+    if not over:
+        return prompts
+    rows_left = [prompt.index for prompt in prompts if prompt.index not in over]
+    if lost := {p.part for p in prompts} - {p.part for p in prompts if p.index not in over}:
+        part = min(lost)
+        raise ValueError(
+            f"distill.privileged = {cfg.distill.privileged!r}: with it every prompt of "
+            f"{f'data.parts.{part}' if part else 'data.source'} is too long for a teacher. Shorten "
+            "the column, or lower rollout.max_tokens"
+        )
+    log.warning(
+        "distill.privileged = %r: %s of %s prompts are too long for a teacher with it, and are "
+        "left out (data.too_long = 'drop')",
+        *(cfg.distill.privileged, f"{len(over):,}", f"{len(prompts):,}"),
+    )
+    return prompts.only(rows_left)
+
+
+def _too_long(over: Mapping[int, tuple[int, int]], chat: Chat, cfg: Config) -> str:
+    index = max(over, key=lambda row: sum(over[row]))
+    tokens, longest = over[index]
+    return (
+        f"distill.privileged = {cfg.distill.privileged!r}: {len(over):,} prompts are too long for "
+        f"the teacher. The longest, prompt {index}, has {tokens} tokens and {longest} of response; "
+        f"want at most its {chat.positions} positions + 1. Shorten the column, lower "
+        "rollout.max_tokens, or set data.too_long = 'drop' ('truncate_left' cuts none of it)"
+    )
 
 
 def teacher_of(prompt: Prompt, spec: DistillSection, paths: Sequence[str]) -> int:

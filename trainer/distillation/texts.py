@@ -29,7 +29,7 @@ from reflux.trainer.rollouts.overlap import StepJob, StepSampler
 
 from .attacker import likeliest, paraphrase
 from .correct_texts import check_right_and_wrong
-from .reading import Reading, teacher_of
+from .reading import Reading, teacher_of, that_fit
 from .teacher_texts import load_teacher_texts, recipe_of, save_teacher_texts
 
 log = logging.getLogger(__name__)
@@ -79,8 +79,8 @@ class TextSource:
         self._readings = [Reading(self.spec, self._paths, i) for i in range(len(self._paths))]
         if self.spec.route:  # every row, before the first step
             self._teacher_of(0, [], self.prompts)
-        for reading, teacher in zip(self._readings, teachers):
-            reading.check_room(teacher.chat, self.prompts, cfg.rollout.max_tokens)
+        chats = [teacher.chat for teacher in teachers]
+        self.prompts = that_fit(self.prompts, self._readings, chats, cfg)
         self.rewrite: Callable[[Prompt, str], str | None] | None = (
             load_function(self.spec.rewrite) if self.spec.rewrite else None
         )

@@ -26,8 +26,8 @@ def write_rows(folder, teachers=("teacher", 1), **more):
     return path
 
 
-def first_loss(talkers, folder, data, **over):
-    over = {"rollout": {"prompts": 8, "max_tokens": 12}, "data": {"source": str(data)}} | over
+def first_loss(talkers, folder, path, **over):
+    over = {"rollout": {"prompts": 8, "max_tokens": 12}, "data": {"source": str(path)}} | over
     return run_here(config(talkers, folder, "distill", steps=1, **over)).steps[0]["loss"]
 
 
@@ -88,11 +88,57 @@ def test_the_teacher_reads_what_the_student_does_not(talkers, tmp_path, seen):
             distill=options | {"privileged": "hint"},
             teacher=teacher,
         )
-    form = {"privileged_template": "{prompt} " + "so " * 300 + "{privileged}"}
-    seen["sample"].clear()
-    with pytest.raises(ValueError, match="at most its 256 positions"):
-        first_loss(talkers, tmp_path / "long", data, distill=options | form, teacher=teacher)
-    assert not seen["sample"], "before the first step"
+
+
+def write_long_hints(folder, long):
+    """Eight rows, of which some have a privileged text beyond the teacher's 256 positions."""
+    path = write_rows(folder)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    hints = ["so " * 300 if i in long else f"it is {i + 1}" for i in range(8)]
+    lines = [json.dumps(row | {"hint": hint}) + "\n" for row, hint in zip(rows, hints)]
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("too_long", ["error", "truncate_left", "drop"])
+@pytest.mark.parametrize("parts", [False, True], ids=["one source", "a mixture"])
+def test_a_privileged_text_that_is_too_long_ends_the_run_or_is_left_out(
+    talkers, tmp_path, seen, caplog, too_long, parts
+):
+    path = write_long_hints(tmp_path, long=(2, 5))
+    source = (
+        {"source": "", "parts": {"all": {"source": str(path)}}} if parts else {"source": str(path)}
+    )
+    over = {
+        "distill": FORWARD | {"privileged": "hint"},
+        "data": source | {"too_long": too_long},
+        "teacher": {"path": str(talkers / "policy"), "dtype": "float32"},
+    }
+    if too_long != "drop":
+        with pytest.raises(ValueError, match=r"2 prompts are too long.*at most its 256 positions"):
+            first_loss(talkers, tmp_path / "run", path, **over)
+        assert not seen["sample"], "before the first step"
+        return
+    first_loss(talkers, tmp_path / "run", path, **over)
+    assert {s.rollout.prompt.index for s in seen["score"][0]} == {0, 1, 3, 4, 6, 7}
+    assert "2 of 8 prompts are too long for a teacher with it" in caplog.text
+
+
+def test_no_part_of_a_mixture_is_left_without_prompts(talkers, tmp_path):
+    (tmp_path / "fits").mkdir()
+    parts = {
+        "short": {"source": str(write_long_hints(tmp_path / "fits", long=()))},
+        "long": {"source": str(write_long_hints(tmp_path, long=range(8)))},
+    }
+    with pytest.raises(ValueError, match="every prompt of data.parts.long is too long"):
+        first_loss(
+            talkers,
+            tmp_path / "run",
+            None,
+            distill=FORWARD | {"privileged": "hint"},
+            data={"source": "", "parts": parts, "too_long": "drop"},
+            teacher={"path": str(talkers / "policy"), "dtype": "float32"},
+        )
 
 
 @pytest.mark.parametrize("budget", [0, 8], ids=["step by step", "query budget"])
