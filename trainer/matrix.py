@@ -48,6 +48,7 @@ import fnmatch
 import importlib
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -196,9 +197,22 @@ def _check_names(path: Path, cells: Sequence[Cell]) -> None:
         raise ValueError(f"{path}: two cells are called {twice}")
 
 
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 def _check_labels(path: Path, cells: Sequence[Cell]) -> None:
     """Before anything runs: the report that reads them is written when all cells are done."""
     for cell in cells:
+        eta = cell.labels.get("eta", "0")
+        if not _is_number(eta):
+            raise ValueError(
+                f"{path}: {cell.name} has the label eta = {eta!r}; want a number, the "
+                "calibration's strength with its sign, 0 for the control arm"
+            )
         role = cell.labels.get("role", "")
         # in reports of their own, which need no more than these labels
         if {"eta", "ablation"} & set(cell.labels) or (

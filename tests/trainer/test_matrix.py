@@ -429,6 +429,15 @@ def test_a_role_without_the_labels_of_its_report_is_refused_before_anything_runs
         read_matrix(toy / "m.toml", {})
 
 
+@pytest.mark.parametrize("eta", ["high", "nan", "inf", "", "0,5"])
+def test_an_eta_that_is_no_number_is_refused_before_anything_runs(toy, eta):
+    old = 'role = "student", teacher = "t", attack = "{x}"'
+    table = (toy / "m.toml").read_text()
+    (toy / "m.toml").write_text(table.replace(old, f'role = "student", eta = "{eta}"'))
+    with pytest.raises(ValueError, match=f"b-1@0 has the label eta = '{eta}'; want a number"):
+        read_matrix(toy / "m.toml", {})
+
+
 @pytest.mark.parametrize(
     "labels",
     [
