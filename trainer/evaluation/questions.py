@@ -13,6 +13,7 @@ import numpy as np
 from reflux.trainer.config.evaluation import check_options
 from reflux.trainer.config.parts import input_name, part_configs
 from reflux.trainer.config.phases import roles
+from reflux.trainer.config.roles import Role, defence_roles
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt
 from reflux.trainer.data.chat import Chat
@@ -85,13 +86,29 @@ class Questions:
         if e.generates:
             behind_N = np.maximum(behind_N, self.cfg.rollout.max_tokens)
             behind = "rollout.max_tokens"
-        role, limit = roles(self.cfg)[0].name, "training.seq_len + 1"
-        need = Need(role, chat, lengths.prompt_N, behind_N, behind, seq_len + 1, limit)
+        own = roles(self.cfg)[0]
+        room, limit = seq_len + 1, "training.seq_len + 1"
+        need = Need(own.name, chat, lengths.prompt_N, behind_N, behind, room, limit)
+        left_out = "leave these rows out of eval.source: an evaluation drops nothing by itself"
         if need.over_N.any():
-            raise ValueError(
-                f"{need.words(self.location)}. {need.advice}, or leave these rows out of "
-                "eval.source: an evaluation drops nothing by itself"
-            )
+            raise ValueError(f"{need.words(self.location)}. {need.advice}, or {left_out}")
+        defended = e.generates and self.cfg.phase == "evaluate"  # elsewhere it is the teacher's
+        for role in defence_roles(self.cfg) if defended else ():
+            if words := self._without_room(role, lengths):
+                raise ValueError(f"{words}. Lower rollout.max_tokens, or {left_out}")
+
+    def _without_room(self, role: Role, lengths: PromptLengths) -> str:
+        """Which rows a model that writes beside the evaluated one, in its tokens, has no positions
+        for; empty if none.
+        """
+        chat = Chat.of(role.model)
+        if chat.positions is None:
+            return ""
+        behind_N = np.full(len(self.prompts), self.cfg.rollout.max_tokens)
+        limit = f"the positions of {role.model.path} + 1"  # the last token is not read
+        room, behind = chat.positions + 1, "rollout.max_tokens"
+        need = Need(role.name, chat, lengths.prompt_N, behind_N, behind, room, limit)
+        return need.words(self.location) if need.over_N.any() else ""
 
 
 class QuestionParts:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from runs import config, numbers, run_here, write_data
 from transformers import AutoModelForCausalLM
 
+from reflux.trainer.data.chat import Chat
 from reflux.trainer.distillation.phase import DistillPhase
 from reflux.trainer.rollouts.defences import (
     antidistillation_decoder,
@@ -19,6 +20,7 @@ from reflux.trainer.rollouts.defences import (
 )
 
 pytestmark = pytest.mark.usefixtures("titan_process")
+QUESTION = "What is 1+1?"
 COPIES = {"antidistillation": "a", "penalty": 1.0, "dtype": "float32"}
 TEXT = {"objective": "nll", "source": "teacher", "on_policy": 0.0}
 
@@ -203,6 +205,40 @@ def test_an_evaluation_samples_at_the_providers_temperature(talkers, tmp_path):
         == texts["plain"]["greedy"]
         != texts["plain"]["sampled"]
     )
+
+
+@pytest.mark.parametrize("defence", ["proxy", "copies"])
+def test_a_defence_without_positions_for_the_answers_is_refused(talkers, tmp_path, defence):
+    longest = len(Chat(str(talkers / "policy")).prompt_ids([{"role": "user", "content": QUESTION}]))
+
+    def make(name, positions):
+        folder = shutil.copytree(talkers / "policy", tmp_path / name)
+        table = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(
+            json.dumps(table | {"max_position_embeddings": positions})
+        )
+        return folder
+
+    def ask(name, positions, **over):
+        served = {"proxy": str(make(f"{name}/proxy", positions)), "dtype": "float32"}
+        if defence == "copies":
+            make(f"{name}/copies/plus", positions)
+            make(f"{name}/copies/minus", positions)
+            (tmp_path / name / "copies" / "antidistillation.json").write_text('{"epsilon": 0.01}')
+            served = COPIES | {"antidistillation": str(tmp_path / name / "copies")}
+        run_here(config(talkers, tmp_path / name / "run", "evaluate", defence=served, **over))
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        json.dumps({"question": QUESTION, "choices": ["one", "two"], "answer": "A"}) + "\n"
+    )
+    over = {"task": {"name": "multiple_choice"}, "rollout": {"max_tokens": 9}}
+    over["eval"] = {"source": str(rows), "by": "generation", "list_options": False}
+    ask("fits", longest + 8, **over)
+    with pytest.raises(
+        ValueError, match=rf"too long for the defence .* want at most {longest + 8}"
+    ):
+        ask("short", longest + 7, **over)
 
 
 def test_an_evaluation_judges_what_is_served(talkers, tmp_path):
