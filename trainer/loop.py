@@ -18,6 +18,7 @@ from .config.phases import spec_of
 from .config.schema import Config
 from .data.batch import Batch, Rollout, Sample, pack
 from .data.minibatches import deal, key_of, split
+from .data.tokenizer_files import has_template
 from .disk_space import DiskError
 from .engine.agreement import agreed
 from .engine.engine import Engine
@@ -121,6 +122,7 @@ def _train(
     lock: RunLock | None,
     callbacks: Callbacks,
 ) -> int:
+    templated = has_template(cfg.model.path, cfg.model.template)
     with _finish_step_on_signal(engine):
         if cfg.steps == 0 or engine.resumed_step == 0:
             # what the guards compare with later
@@ -132,7 +134,8 @@ def _train(
             return INTERRUPTED
         if cfg.export.enable:
             measured = Measured(record.metrics_at(outcome.steps), record.last_evaluation)
-            folder = engine.export(model_card(cfg, measured, *phase.card(), outcome))
+            card = model_card(cfg, measured, *phase.card(), outcome, templated)
+            folder = engine.export(card)
             record.event("export", folder=folder, steps=outcome.steps)
     return phase.exit_code if outcome.stopped is None else STOPPED_BY_GUARD
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from reflux.trainer import loop, losses
 from reflux.trainer.calibration import phase as calibrate
 from reflux.trainer.config import loader as config_file
+from reflux.trainer.data.tokenizer_files import has_template
 from reflux.trainer.runs import run_folder
 from reflux.trainer.runs.logger import load_run
 
@@ -203,6 +204,22 @@ def test_a_loss_that_is_not_finite_touches_neither_weights_nor_checkpoint(
     resumed = run_here(run_folder.settle(cfg))
     clean = run_here(replace(cfg, folder=str(tmp_path / "clean")))
     assert [numbers(s) for s in resumed.steps] == [numbers(s) for s in clean.steps]
+
+
+def test_the_card_of_a_model_without_a_template_shows_plain_prompts(talkers, tmp_path):
+    (tmp_path / "none.jinja").touch()
+    cfg = config(
+        talkers,
+        tmp_path / "run",
+        "distill",
+        steps=1,
+        model={"path": str(talkers / "policy"), "template": str(tmp_path / "none.jinja")},
+        distill={"source": "dataset", "on_policy": 0.0, "objective": "nll"},
+        export={"enable": True},
+    )
+    run_here(cfg)
+    assert "ids = tokenizer(" in (tmp_path / "run/export/README.md").read_text()
+    assert not has_template(str(tmp_path / "run/export"))
 
 
 def test_the_kl_budget_ends_the_run_in_good_order(talkers, tmp_path):

@@ -18,6 +18,7 @@ from reflux.tokenalign.table_cache import cached_table, key_of
 from reflux.trainer.adapter_folder import base_of, file_of, tokenizer_of
 
 from .time_limit import time_limit
+from .tokenizer_files import TEMPLATE, read_template
 from .tokenizer_health import panics_in_words, warn_of_another_tokenizer
 
 REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no text
@@ -65,7 +66,7 @@ class Chat:
         warn_of_another_tokenizer(self._folder, self.tokenizer)
         self.template_file = Path(template) if template else _template_file(self._folder)
         if template:
-            self.tokenizer.chat_template = _read_template(self.template_file)
+            self.tokenizer.chat_template = read_template(self.template_file)
         self._check_template()
         self.stop_ids = self._find_stop_ids()
         self.stop_id = self._find_stop_id()
@@ -325,15 +326,8 @@ def _torn(file: Path) -> str | None:
     return None
 
 
-def _read_template(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"template = {str(file)!r}: it cannot be read: {error}") from error
-
-
 def _template_file(path: str) -> Path:
-    own = Path(path) / "chat_template.jinja"
+    own = Path(path) / TEMPLATE
     return own if own.exists() else Path(path) / "tokenizer_config.json"
 
 

@@ -38,6 +38,7 @@ from reflux.trainer.config.phases import spec_of
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import FrozenSection
 from reflux.trainer.data.batch import Batch
+from reflux.trainer.data.tokenizer_files import read_template
 from reflux.trainer.losses import HeadInputs
 
 from .agreement import agreed
@@ -87,6 +88,7 @@ class Engine:
         """
         self.cfg = cfg
         check_folders(cfg)
+        self._template = read_template(cfg.model.template) if cfg.model.template else None
         path = model_folder(cfg.model.path, "model.path")
         own = cfg.model
         spec = build_spec(path, backend=own.backend, attention=own.attention, liger=own.liger)
@@ -458,14 +460,13 @@ class Engine:
         return out
 
     def _export(self, out: str, card: str) -> None:
-        cfg, source = self.cfg, os.path.abspath(self.cfg.model.path)
-        if not cfg.lora.rank:
-            export_hf(self._trainer, out, source, dtype=cfg.export.dtype, card=card)
-            return
-        spec = self._config.model_spec
-        assert spec is not None
-        files = self.inputs.get(spec_of(cfg.phase).model_role, {}).get("files", {})
-        export_lora(self.model, spec, cfg, out, source, files=files, card=card)
+        cfg = self.cfg
+        if cfg.lora.rank:
+            files = self.inputs.get(spec_of(cfg.phase).model_role, {}).get("files", {})
+            write = partial(export_lora, self._trainer, cfg, files=files)
+        else:
+            write = partial(export_hf, self._trainer, dtype=cfg.export.dtype)
+        write(out, os.path.abspath(cfg.model.path), card=card, template=self._template)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """TensorBoard and W&B, where enabled. Not collective."""

@@ -22,7 +22,8 @@ from torch.distributed.checkpoint._consolidate_hf_safetensors import (
 from torchtitan.components.checkpoint import ModelWrapper
 from torchtitan.config import TORCH_DTYPE_MAP
 
-from reflux.trainer.adapter_folder import CONFIG, file_of
+from reflux.trainer.adapter_folder import CONFIG
+from reflux.trainer.data.tokenizer_files import copy_tokenizer
 
 from .hf_models import whole_config
 from .manifest import sync_file, sync_folder
@@ -30,36 +31,26 @@ from .ranks import Peers
 from .weight_files import Stored, has_weights, stored_tensors
 from .weights import adapter_of
 
-COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    # what else a multimodal model reads
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    # byte for byte: a tokenizer that was loaded and saved again is another file
-    "generation_config.json",
-)
 FILE_BYTES = 5 * 10**9  # transformers' own limit for one safetensors file
 
 
-def export_hf(trainer, out: str, source: str, *, dtype: str = "bfloat16", card: str) -> None:
+def export_hf(
+    trainer,
+    out: str,
+    source: str,
+    *,
+    dtype: str = "bfloat16",
+    card: str,
+    template: str | None = None,
+) -> None:
     """Writes the trainer's model to the folder `out`, loadable with
     AutoModelForCausalLM.from_pretrained(out).
 
     source: the folder the model came from; its config, tokenizer and generation config go along.
-    dtype: "float32" or "bfloat16". card: the text of README.md. Collective; on several nodes `out`
-    is on a shared file system. ValueError for another dtype, for out = source, and if `out` holds
-    something that is not a model folder.
+    dtype: "float32" or "bfloat16". card: the text of README.md. template: the text of the chat
+    template, None: the source's. Collective; on several nodes `out` is on a shared file system.
+    ValueError for another dtype, for out = source, and if `out` holds something that is not a model
+    folder.
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"export: dtype = {dtype!r}; want 'float32' or 'bfloat16'")
@@ -67,7 +58,9 @@ def export_hf(trainer, out: str, source: str, *, dtype: str = "bfloat16", card: 
     def write(staging: Path) -> None:
         _write_weights(_weights(trainer, source, dtype), staging)
 
-    finish = partial(write_config_and_card, source=source, dtype=dtype, card=card)
+    finish = partial(
+        write_config_and_card, source=source, dtype=dtype, card=card, template=template
+    )
     export_folder(out, source, write, finish)
 
 
@@ -155,21 +148,15 @@ def _finish(target: Path, staging: Path, finish: Callable[[Path], None]) -> None
     sync_folder(target.parent)
 
 
-def write_config_and_card(staging: Path, *, source: str, dtype: str, card: str) -> None:
+def write_config_and_card(
+    staging: Path, *, source: str, dtype: str, card: str, template: str | None = None
+) -> None:
     """What a model folder holds beside its weights."""
     config = whole_config(source)
     config.dtype = dtype
     config.save_pretrained(staging)
-    copy_tokenizer(staging, source)
+    copy_tokenizer(staging, source, template)
     (staging / "README.md").write_text(card, encoding="utf-8")
-
-
-def copy_tokenizer(staging: Path, source: str) -> None:
-    """COPIED, of the source or of its base."""
-    for name in COPIED:
-        file = Path(file_of(source, name))
-        if file.is_file():
-            shutil.copyfile(file, staging / name)
 
 
 def _replace(target: Path, staging: Path) -> None:

@@ -32,9 +32,9 @@ from reflux.trainer.config.parts import input_name, tasks
 from reflux.trainer.config.phases import roles
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.sources import source_files
+from reflux.trainer.data.tokenizer_files import COPIED
 
 from .agreement import agreed
-from .export import COPIED
 from .weight_files import INDEX, weight_files
 
 REMEMBERED = "inputs.json"

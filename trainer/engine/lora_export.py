@@ -13,17 +13,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.protocols.model_spec import ModelSpec
 
 from reflux.trainer.adapter_folder import BASE_FILES, CONFIG, WEIGHTS
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import LoraSection
+from reflux.trainer.data.tokenizer_files import copy_tokenizer
 
 from .adapter_weights import ENDS, PREFIX
 from .agreement import agreed
-from .export import copy_tokenizer, export_folder, write_config_and_card
+from .export import export_folder, write_config_and_card
 from .lora import gathered_adapters, linear_layers
 from .weight_files import INDEX, SINGLE, opened, read_index, stored_tensors, weight_files
 from .weights import adapter_of
@@ -32,25 +33,26 @@ Adapters = Mapping[str, tuple[Tensor, Tensor]]  # layer of transformers' model -
 
 
 def export_lora(
-    model: nn.Module,
-    spec: ModelSpec,
+    trainer,
     cfg: Config,
     out: str,
     source: str,
     *,
     files: Mapping[str, str],
     card: str,
+    template: str | None = None,
 ) -> None:
     """What the run's [export] wants: the adapters of the model, or with export.merge a whole model.
-    files: as of export_adapter. Collective.
+    files: as of export_adapter. card, template: as of export_hf. Collective.
     """
+    model, spec = trainer.model_parts[0], trainer.config.model_spec
     adapters = gathered_adapters(model, spec)
     if cfg.export.merge:
-        dtype = cfg.export.dtype
-        export_merged(adapters, cfg.lora, spec, out, source, dtype=dtype, card=card)
+        write = partial(export_merged, adapters, cfg.lora, spec, dtype=cfg.export.dtype)
     else:
         layers = tuple(linear_layers(model, spec))
-        export_adapter(adapters, layers, cfg.lora, out, source, files=files, card=card)
+        write = partial(export_adapter, adapters, layers, cfg.lora, files=files)
+    write(out, source, card=card, template=template)
 
 
 def export_adapter(
@@ -62,11 +64,12 @@ def export_adapter(
     *,
     files: Mapping[str, str],
     card: str,
+    template: str | None = None,
 ) -> None:
     """The folder that peft.PeftModel.from_pretrained(base, out) loads: A and B in fp32.
 
     layers: every linear layer of the base. files: sha256 of the base's files, by name; kept beside
-    the adapter, so that another base is noticed. Collective.
+    the adapter, so that another base is noticed. card, template: as of export_hf. Collective.
     """
 
     def finish(folder: Path) -> None:
@@ -80,7 +83,7 @@ def export_adapter(
         (folder / CONFIG).write_text(json.dumps(table, indent=2) + "\n")
         if files:
             (folder / BASE_FILES).write_text(json.dumps(dict(files), indent=1) + "\n")
-        copy_tokenizer(folder, source)
+        copy_tokenizer(folder, source, template)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     export_folder(out, source, lambda folder: None, finish)
@@ -144,6 +147,7 @@ def export_merged(
     *,
     dtype: str,
     card: str,
+    template: str | None = None,
 ) -> None:
     """W + s B A as a model folder, in the files of the base: computed in fp32 from the base's own
     numbers and rounded once to `dtype`. The ranks share the files. Collective.
@@ -160,7 +164,7 @@ def export_merged(
 
     def finish(folder: Path) -> None:
         write_index(folder, source)
-        write_config_and_card(folder, source=source, dtype=dtype, card=card)
+        write_config_and_card(folder, source=source, dtype=dtype, card=card, template=template)
 
     export_folder(out, source, write, finish)
 

@@ -2,10 +2,12 @@
 one process, one copy of the model.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
-from reflux.trainer.adapter_folder import read_adapter, tokenizer_of
+from reflux.trainer.adapter_folder import read_adapter
+from reflux.trainer.data.chat import Chat
 from reflux.trainer.runs import commands
 
 REQUIREMENT = "lm-eval[hf]>=0.4.13"  # as in pyproject.toml
@@ -24,21 +26,21 @@ def load_harness() -> Any:
 
 
 def run_harness(
-    folder: str, tasks: Sequence[str], *, device: str, rows: int, limit: int | None, seed: int
+    chat: Chat, tasks: Sequence[str], *, device: str, rows: int, limit: int | None, seed: int
 ) -> dict[str, float]:
     """{"harness/TASK/METRIC": value} for every number the harness reports, standard errors too.
 
-    The harness loads the model in `folder` itself, uses its chat template if it has one, and reads
-    data sets from where `datasets` finds them. rows: of a batch. limit: first items of every task.
+    The harness loads the model in `chat.path` itself, renders its tasks as `chat` renders prompts
+    (model.template and its arguments, no template if there is none), and reads data sets from where
+    `datasets` finds them. rows: of a batch. limit: first items of every task.
     """
-    from transformers import AutoTokenizer
-
-    adapter, tokenizer = read_adapter(folder), tokenizer_of(folder)
-    templated = AutoTokenizer.from_pretrained(tokenizer).chat_template is not None
-    lm_eval = load_harness()
-    model = {"pretrained": folder}
+    lm_eval, adapter = load_harness(), read_adapter(chat.path)
+    # a copy: the harness may give it a padding token
+    model: dict[str, Any] = {"pretrained": chat.path, "tokenizer": copy.deepcopy(chat.tokenizer)}
     if adapter is not None:
-        model = {"pretrained": adapter.base, "peft": adapter.path, "tokenizer": tokenizer}
+        model |= {"pretrained": adapter.base, "peft": adapter.path}
+    if chat.arguments:
+        model["chat_template_args"] = chat.arguments
     results = lm_eval.simple_evaluate(
         model="hf",
         model_args=model,
@@ -46,7 +48,7 @@ def run_harness(
         batch_size=rows,
         device=device,
         limit=limit,
-        apply_chat_template=templated,
+        apply_chat_template=bool(chat.tokenizer.chat_template),
         random_seed=seed,
         numpy_random_seed=seed,
         torch_random_seed=seed,

@@ -37,7 +37,8 @@ class EvaluatePhase:
                     f"eval.harness on {ranks} ranks: the harness loads a copy of its own. Start it "
                     "with one process"
                 )
-        self.cfg, self.engine, chat = cfg, engine, Chat.of(cfg.model)
+        self.cfg, self.engine = cfg, engine
+        self.chat = chat = Chat.of(cfg.model)
         engine.vocab_size = min(engine.vocab_size, chat.vocab_size)
         grader = build_grader(cfg, engine.once_per_row)
         defence = DefendedDecoding(cfg, engine, [chat])
@@ -64,7 +65,7 @@ class EvaluatePhase:
         if not e.harness:
             return {}
         return run_harness(
-            cfg.model.path,
+            self.chat,
             e.harness,
             device=str(self.engine.device),
             rows=min(cfg.rollout.rows, HARNESS_ROWS),

@@ -42,9 +42,16 @@ class Measured:
     evaluation: Mapping[str, Any] = field(default_factory=dict)
 
 
-def model_card(cfg: Config, measured: Measured, title: str, story: str, outcome: Outcome) -> str:
+def model_card(
+    cfg: Config,
+    measured: Measured,
+    title: str,
+    story: str,
+    outcome: Outcome,
+    templated: bool = True,
+) -> str:
     """Markdown with a YAML head, as the Hugging Face hub reads it. title, story: what the phase
-    says of the model (its `card`).
+    says of the model (its `card`). templated: whether it is talked to through a chat template.
     """
     is_adapter = cfg.lora.rank > 0 and not cfg.export.merge
     library, tags = ("peft", ", lora") if is_adapter else ("transformers", "")
@@ -63,9 +70,9 @@ Made with reflux-llm {_version()} in {_steps(cfg, outcome)}, seed {cfg.seed}. Me
 {_warnings(outcome)}{_guards(cfg, stats, outcome)}{_evaluation(measured.evaluation)}
 ## Use
 ```python
-{_usage(cfg, is_adapter)}
+{_usage(cfg, is_adapter, templated)}
 ```
-{_licence(licence)}
+{_arguments(cfg, templated)}{_licence(licence)}
 
 | last step | |
 |---|--:|
@@ -97,7 +104,7 @@ def _licence(licence: str | None) -> str:
     return "Licence: that of the base model, whose folder names none."
 
 
-def _usage(cfg: Config, is_adapter: bool) -> str:
+def _usage(cfg: Config, is_adapter: bool, templated: bool) -> str:
     """Python that loads the model and answers one question."""
     here = json.dumps(cfg.export.push_to_hub or "path/to/this/folder")
     base, more = (json.dumps(cfg.model.path), "") if is_adapter else (here, "")
@@ -109,13 +116,40 @@ def _usage(cfg: Config, is_adapter: bool) -> str:
         f"tokenizer = AutoTokenizer.from_pretrained({here})",
         f"model = AutoModelForCausalLM.from_pretrained({base})",
         more,
-        'chat = [{"role": "user", "content": "What is 3 + 4?"}]',
-        "ids = tokenizer.apply_chat_template(",
-        '    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-        ")",
+        *_prompt(cfg, templated),
         "print(tokenizer.decode(model.generate(**ids, max_new_tokens=256)[0]))",
     ]
     return "\n".join(line for i, line in enumerate(lines) if line or i <= 2)
+
+
+def _prompt(cfg: Config, templated: bool) -> list[str]:
+    """Lines that render a question as training did."""
+    if not templated:
+        return [
+            "# no chat template: a prompt is the text of its messages",
+            'ids = tokenizer("What is 3 + 4?", return_tensors="pt")',
+        ]
+    given = dict(cfg.model.template_arguments)
+    return [
+        'chat = [{"role": "user", "content": "What is 3 + 4?"}]',
+        *([f"arguments = {given!r}"] if given else []),
+        "ids = tokenizer.apply_chat_template(",
+        '    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True'
+        + (", **arguments" if given else ""),
+        ")",
+    ]
+
+
+def _arguments(cfg: Config, templated: bool) -> str:
+    """What no file of the folder can hold."""
+    given = cfg.model.template_arguments
+    if not given or not templated:
+        return ""
+    names = ", ".join(f"`{name} = {value!r}`" for name, value in given.items())
+    return (
+        f"Every prompt was rendered with {names}. A template cannot hold its arguments: give them "
+        "each time (`chat_template_kwargs` of a server, `teacher.template_arguments` of a run).\n\n"
+    )
 
 
 def _evaluation(fields: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reflux.trainer.data.tokenizer_files import read_template, write_template
 from reflux.trainer.runs.files import to_json, write_json
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def cut(source: Path, out: Path, layers: Sequence[int], template: Path | None = 
         if file.is_file() and file.name not in SKIPPED:
             shutil.copy(file, out)
     if template is not None:
-        shutil.copy(template, out / "chat_template.jinja")
+        write_template(out, read_template(template))
     _write_weights(source, out, layers)
     return made
 

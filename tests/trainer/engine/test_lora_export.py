@@ -16,6 +16,7 @@ from reflux.trainer.adapter_folder import BASE_FILES
 from reflux.trainer.config.sections import LoraSection
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.engine.lora_export import peft_config, short_targets
+from reflux.trainer.merge import main as merge
 
 pytestmark = pytest.mark.usefixtures("titan_process")
 IDS_NL = random_ids(2, 17).remainder(300)
@@ -104,6 +105,24 @@ def test_an_adapter_on_an_adapter_is_refused(assets, tmp_path):
     close(engine)
     with pytest.raises(ValueError, match="is a LoRA adapter, and lora.rank = 4 would.*Merge it"):
         start(tmp_path / "adapter", tmp_path / "second")
+
+
+@pytest.mark.parametrize("rank, merged", [(0, False), (4, False), (4, True)])
+def test_every_export_renders_what_was_trained(assets, tmp_path, rank, merged):
+    """Also where the file is gone by then, and of what is made of the adapter later."""
+    own, ask = tmp_path / "own.jinja", [{"role": "user", "content": "Why?"}]
+    own.write_text("{% for m in messages %}Q: {{ m['content'] }}\n{% endfor %}A: ")
+    over = dict(lora={"rank": rank}, export={"merge": merged}, model={"template": str(own)})
+    engine = start(assets / "qwen3", tmp_path / "run", **over)
+    own.unlink()
+    folders = [tmp_path / "out"]
+    engine._export(str(folders[0]), "# A card")
+    close(engine)
+    if rank and not merged:
+        folders.append(tmp_path / "merged")
+        assert merge([str(tmp_path / "out"), str(folders[1])]) == 0
+    for chat in (Chat(str(folder)) for folder in folders):
+        assert chat.tokenizer.decode(chat.prompt_ids(ask)) == "Q: Why?\nA: "
 
 
 def test_target_modules_name_what_was_trained_and_nothing_else():

@@ -2,10 +2,12 @@
 
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 from runs import config, run_here, write_data
 
+from reflux.trainer.data.chat import Chat
 from reflux.trainer.evaluation.harness import load_harness, run_harness
 from reflux.trainer.evaluation.phase import EvaluatePhase
 
@@ -36,9 +38,8 @@ def harness(monkeypatch):
 
 
 def test_numbers_under_their_names(harness, talkers):
-    found = run_harness(
-        str(talkers / "policy"), ("arc_easy",), device="cpu", rows=8, limit=3, seed=5
-    )
+    chat = Chat(str(talkers / "policy"))
+    found = run_harness(chat, ("arc_easy",), device="cpu", rows=8, limit=3, seed=5)
     assert found == {
         "harness/arc_easy/acc": 0.5,
         "harness/arc_easy/acc_stderr": 0.1,
@@ -48,7 +49,6 @@ def test_numbers_under_their_names(harness, talkers):
     (call,) = harness.calls
     want = {
         "model": "hf",
-        "model_args": {"pretrained": str(talkers / "policy")},
         "tasks": ["arc_easy"],
         "limit": 3,
         "batch_size": 8,
@@ -57,6 +57,26 @@ def test_numbers_under_their_names(harness, talkers):
         "apply_chat_template": True,
     }
     assert {key: call[key] for key in want} == want
+    assert call["model_args"].keys() == {"pretrained", "tokenizer"}
+    assert call["model_args"]["pretrained"] == str(talkers / "policy")
+    assert call["model_args"]["tokenizer"] is not chat.tokenizer, "the harness changes its own"
+
+
+@pytest.mark.parametrize("template", ["{{ mood }}: {{ messages[0].content }}", ""])
+def test_its_prompts_are_those_of_the_run(harness, talkers, tmp_path, titan_process, template):
+    """lm-eval's HFLM: tokenizer.apply_chat_template(..., **chat_template_args)."""
+    own, arguments = tmp_path / "own.jinja", {"mood": "kind"}
+    own.write_text(template)
+    cfg = evaluate(talkers, tmp_path / "run")
+    model = replace(cfg.model, template=str(own), template_arguments=arguments)
+    run_here(replace(cfg, model=model))
+    (call,) = harness.calls
+    assert call["apply_chat_template"] is bool(template)
+    tokenizer, given = (call["model_args"][k] for k in ("tokenizer", "chat_template_args"))
+    assert given == arguments and tokenizer.chat_template == template
+    if template:
+        ask = [{"role": "user", "content": "Why?"}]
+        assert tokenizer.apply_chat_template(ask, tokenize=False, **given) == "kind: Why?"
 
 
 def test_a_missing_package_is_named_before_anything_is_loaded(monkeypatch):

@@ -1,5 +1,6 @@
 """The card names model, parents and recipe, and its two machine-readable parts parse."""
 
+import shutil
 import tomllib
 from dataclasses import replace
 
@@ -22,6 +23,8 @@ from reflux.trainer.config.sections import (
     TaskSection,
     TeacherSection,
 )
+from reflux.trainer.data.chat import Chat
+from reflux.trainer.data.tokenizer_files import has_template, write_template
 from reflux.trainer.runs.model_card import Measured, Outcome, licence_of, model_card
 
 
@@ -169,3 +172,19 @@ def test_the_snippet_is_python_that_names_where_the_model_is():
     adapter = replace(cfg, lora=LoraSection(rank=4))
     code = model_card(adapter, Measured({}), *card_of(adapter), Outcome(1))
     assert 'PeftModel.from_pretrained(model, "me/mine")' in code
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_the_snippet_renders_as_training_did(assets, tmp_path, template):
+    """With the template's arguments, which no file holds, and without a template."""
+    folder = shutil.copytree(assets / "qwen3", tmp_path / "export")
+    write_template(folder, "{{ mood }}: {{ messages[0].content }}" if template else "")
+    model = ModelSection(str(folder), template_arguments={"mood": "kind", "n": [1, True]})
+    cfg = replace(config("distill"), model=model)
+    card = model_card(cfg, Measured({}), *card_of(cfg), Outcome(1), has_template(str(folder)))
+    assert ("`mood = 'kind'`" in card and "chat_template_kwargs" in card) is template
+    code = card.partition("```python\n")[2].partition("```")[0]
+    names = {}
+    exec(code.replace("path/to/this/folder", str(folder)).rpartition("print(")[0], names)
+    want = Chat.of(model).prompt_ids([{"role": "user", "content": "What is 3 + 4?"}])
+    assert tuple(names["ids"]["input_ids"][0].tolist()) == want
