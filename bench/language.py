@@ -3,10 +3,10 @@
     python -m bench.language NAME RUN ... [--against RUN] [--texts 12]
 
 A row a run: its folder's name, behind its seed's; steps done of steps asked; the curve; every
-evaluation, and of the last one the fraction of each style and item-level intervals over questions;
-the first sampled texts. --against: a run whose answers to the same questions are subtracted, pair
-by pair (item-level, too: one run says nothing about another seed). Runs of a tree with uncommitted
-changes are not recorded.
+evaluation, and of the last one of weights that were kept the fraction of each style and item-level
+intervals over questions; the first sampled texts. --against: a run whose answers to the same
+questions are subtracted, pair by pair (item-level, too: one run says nothing about another seed).
+Runs of a tree with uncommitted changes are not recorded.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from reflux.trainer.runs.answer_files import answer_files
 from reflux.trainer.runs.files import to_json
 from reflux.trainer.runs.logger import load_run
 from reflux.trainer.runs.stats import mean_over_prompts, paired_difference
@@ -56,11 +57,12 @@ def row_of(folder: Path, against: Path | None, texts: int) -> dict[str, Any]:
 
 
 def _answers(folder: Path, against: Path | None, texts: int) -> dict[str, Any]:
-    mine = _predictions(folder)
+    step, mine = _predictions(folder)
     if not mine:
         return {}
-    out: dict[str, Any] = {"answers_at_step": _step(_files(folder)[-1]), "answers": {}}
-    other = {(p["mode"], p["prompt"], p["sample"]): p for p in _predictions(against)}
+    out: dict[str, Any] = {"answers_at_step": step, "answers": {}}
+    theirs = _predictions(against)[1] if against else []
+    other = {(p["mode"], p["prompt"], p["sample"]): p for p in theirs}
     for mode in MODES:
         rows = [p for p in mine if p["mode"] == mode]
         if rows:
@@ -95,17 +97,13 @@ def _measured(rows: Sequence[dict], other: Mapping[tuple, dict]) -> dict[str, An
     return measured
 
 
-def _predictions(folder: Path | None) -> list[dict]:
-    files = _files(folder)
-    return [json.loads(x) for x in files[-1].read_text().split("\n") if x] if files else []
-
-
-def _files(folder: Path | None) -> list[Path]:
-    return sorted(folder.glob("predictions/step-*.jsonl"), key=_step) if folder else []
-
-
-def _step(file: Path) -> int:
-    return int(file.stem.rpartition("-")[2])
+def _predictions(folder: Path) -> tuple[int, list[dict]]:
+    """The last of the weights that were kept, and their step; 0 and nothing without."""
+    files = answer_files(folder)
+    if not files:
+        return 0, []
+    step, file = list(files.items())[-1]
+    return step, [json.loads(x) for x in file.read_text().split("\n") if x]
 
 
 def main(arguments: list[str] | None = None, records: Path = FOLDER) -> int:

@@ -50,6 +50,17 @@ def test_styles_and_pairs_are_counted(tmp_path):
     assert (row["run"], sampled["styles"]["inflected"]["fraction"]) == ("calibrated", 0.0)
 
 
+def test_answers_are_those_of_the_weights_that_were_kept(tmp_path):
+    run = write_run(tmp_path / "run", [[WORKED]])
+    answers = (run / "predictions/step-2.jsonl").read_text()
+    (run / "predictions/step-3.jsonl").write_text(answers.replace(WORKED, DIRECT))
+    with open(run / "run.jsonl", "a") as log:
+        for line in ({"event": "eval"}, {"event": "stopped", "restored_step": 2}):
+            log.write(json.dumps({"step": 3} | line) + "\n")
+    row = language.row_of(run, run, texts=1)
+    assert row["answers_at_step"] == 2 and row["texts"][0]["text"] == WORKED
+
+
 def test_a_run_of_a_matrix_has_its_seed_and_the_styles_of_task_c(tmp_path):
     text = "and yesterday they sang at home"
     run = write_run(tmp_path / "seed-321" / "teacher-original", [[text]])

@@ -22,6 +22,7 @@ from typing import Any
 from reflux.trainer.config.evaluation import LIKELIHOOD
 from reflux.trainer.data.batch import Prompt
 from reflux.trainer.data.failed_grades import FailedGrades, count_failed
+from reflux.trainer.runs.answer_files import answer_files
 from reflux.trainer.runs.files import named, write_whole
 
 # way of answering -> modes: predictions of each prompt and sample
@@ -142,17 +143,14 @@ def save_questions(folder: Path, prompts: Sequence[Prompt]) -> None:
 
 
 def load_predictions(folder: str | Path, option: str) -> list[Prediction]:
-    """The last predictions of a run. ValueError, naming the option that wants them, where there are
-    none.
+    """The last predictions of the weights that a run kept. ValueError, naming the option that wants
+    them, where there are none.
     """
-    files = sorted(
-        (Path(folder) / "predictions").glob("step-*.jsonl"),
-        key=lambda p: int(p.stem.removeprefix("step-")),
-    )
+    files = list(answer_files(folder).values())
     if not files:
         raise ValueError(
-            f"{option} = {str(folder)!r}: no predictions/step-*.jsonl there; want the folder of a "
-            "run that has evaluated"
+            f"{option} = {str(folder)!r}: no predictions/step-*.jsonl there of an evaluation in "
+            "its log; want the folder of a run that has evaluated"
         )
     # only "\n" ends a line: a text may hold other line breaks of Unicode
     return [_from_row(json.loads(line)) for line in files[-1].read_text().split("\n") if line]

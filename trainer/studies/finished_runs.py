@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reflux.trainer.runs.answer_files import kept_step
 from reflux.trainer.runs.logger import Run, load_run
 from reflux.trainer.runs.stats import (
     Estimate,
@@ -41,8 +42,7 @@ class FinishedRun:
     @property
     def kept_step(self) -> float:
         """The step of the exported weights, where a guard went back to one; else inf."""
-        ends = [e["restored_step"] for e in self.run.events if e["event"] == "stopped"]
-        return math.inf if not ends or ends[-1] is None else ends[-1]
+        return kept_step(self.run.events)
 
     @property
     def steps(self) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from reflux.trainer.runs.answer_files import answer_files
 from reflux.trainer.runs.files import write_json, write_whole
 from reflux.trainer.runs.markdown_table import table, with_interval
 from reflux.trainer.runs.stats import Estimate, mean_over_prompts
@@ -72,7 +73,7 @@ def load_answers(run: Path, questions: Sequence[Mapping[str, Any]], count: int) 
     sample of each prompt, then the second. questions: rows with "prompt", and "answer" where there
     is one. ValueError where there is no text, or where the run was asked other questions.
     """
-    files = sorted(run.glob("predictions/step-*.jsonl"), key=_step_of)
+    files = list(answer_files(run).values())
     lines = files[-1].read_text().split("\n") if files else []
     rows = [row for row in map(json.loads, filter(None, lines)) if row["mode"] == "sampled"]
     if not rows:
@@ -106,10 +107,6 @@ def _names(runs: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(runs):
             return names
     raise ValueError("--runs names a run twice")
-
-
-def _step_of(file: Path) -> int:
-    return int(file.stem.rpartition("-")[2])
 
 
 def measure(run: str, answers: Sequence[Answer], read: Read) -> Measured:

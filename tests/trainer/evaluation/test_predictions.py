@@ -111,6 +111,15 @@ def test_the_last_predictions_are_read(tmp_path):
         load_predictions("/nowhere", "accept.x.run")
 
 
+def test_those_that_a_guard_rejected_are_not(tmp_path):
+    for step in (0, 2, 4):
+        save_predictions(tmp_path, step, [generated(step)])
+    log = [{"schema": 1}, *({"event": "eval", "step": step} for step in (0, 2, 4))]
+    log += [{"event": "stopped", "step": 4, "restored_step": 2}, {"event": "eval", "step": 2}]
+    (tmp_path / "run.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    assert load_predictions(tmp_path, "eval.against") == [generated(2)]
+
+
 def test_files_of_older_versions_have_neither_ids_nor_positions_nor_graded(tmp_path):
     save_predictions(tmp_path, 0, [generated(1, id="x", position=2, choice_at=1)])
     file = tmp_path / "predictions" / "step-0.jsonl"

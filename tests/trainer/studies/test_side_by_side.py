@@ -48,6 +48,16 @@ def test_texts_come_one_prompt_after_the_other_from_the_last_evaluation(tmp_path
         load_answers(tmp_path / "none", QUESTIONS, 3)
 
 
+def test_texts_that_a_guard_rejected_are_not_shown(tmp_path):
+    run = write_run(tmp_path / "run", step=12)
+    log = [{"schema": 1}, *({"event": "eval", "step": step} for step in (1, 12))]
+    log += [{"event": "stopped", "step": 12, "restored_step": 1}]
+    (run / "run.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    file = run / "predictions/step-12.jsonl"
+    file.write_text(file.read_text().replace("it is two", "rejected"))
+    assert load_answers(run, QUESTIONS, 1)[0].text == "it is two"
+
+
 def test_a_text_with_other_line_breaks_is_one_line(tmp_path):
     text, folder = "a\u2028b\x85c", tmp_path / "predictions"
     folder.mkdir()
