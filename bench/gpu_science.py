@@ -167,7 +167,7 @@ def install(packs: Path, work: Path) -> None:
 
 def cells_of(seed: int, dry: bool) -> "list[Cell]":
     """Of both matrices, in their order, without those whose models are not here."""
-    from reflux.trainer.matrix import read_matrix
+    from reflux.trainer.matrix_file import read_matrix
 
     configs = ROOT / "configs"
     cells = read_matrix(configs / "language_c_models.toml", {}).cells

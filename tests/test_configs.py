@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from reflux.trainer.config.loader import load
-from reflux.trainer.matrix import read_matrix
+from reflux.trainer.matrix_file import read_matrix
 from reflux.trainer.preflight.dry_run import plan
 
 ROOT = Path(__file__).parents[1]

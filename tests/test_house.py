@@ -37,11 +37,12 @@ ROOMS = {  # room or file of trainer/ -> the rooms that it may import, beside th
     "studies": "config runs data",
     "integrations": "data calibration rollouts",
     "cells": "runs main",
-    "matrix": "config runs cells studies",
+    "matrix_file": "config cells studies",
+    "matrix": "config runs cells studies matrix_file",
     "cli": "config runs",  # sub-commands are named as text: what they need is imported when called
-    "subcommands": "config runs main matrix",
+    "subcommands": "config runs main matrix matrix_file",
     "api": "config runs loop preflight callbacks",
-    "recipe_files": "config matrix",
+    "recipe_files": "config matrix_file",
     "reference": "config engine",
     "completion": "config cli",
 }

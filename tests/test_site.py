@@ -15,7 +15,7 @@ import yaml
 from reflux.trainer.cli import COMMANDS
 from reflux.trainer.config import recipes
 from reflux.trainer.config.loader import load
-from reflux.trainer.matrix import is_matrix, read_matrix
+from reflux.trainer.matrix_file import is_matrix, read_matrix
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(

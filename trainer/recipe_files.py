@@ -14,7 +14,7 @@ from typing import Any
 from .config import options, recipes
 from .config.files import read_table
 from .config.loader import deep_merge, toml_value, write_tables
-from .matrix import is_matrix
+from .matrix_file import is_matrix
 
 SHORT = 80  # letters of a reason behind a key that has none in the recipe
 KEY = re.compile(r"""^\s*([\w."'-]+)\s*=""")

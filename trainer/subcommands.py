@@ -12,6 +12,7 @@ from typing import Any
 
 from . import main as run_main
 from . import matrix as run_table
+from . import matrix_file
 from .config.recipes import find
 from .runs.commands import MAIN
 
@@ -30,7 +31,7 @@ def run(words: list[str], prog: str) -> int:
     parser.add_argument("--print-config", action="store_true", help="print every option and exit")
     args = parser.parse_args(words)
     file = _file(parser, args.config)
-    if run_table.is_matrix(file):
+    if matrix_file.is_matrix(file):
         if args.ranks > 1 or args.print_config:
             parser.error(f"{args.config} is a table of runs; want reflux matrix {args.config}")
         return run_table.main([str(file), *_sets(args)], "reflux matrix")
@@ -59,7 +60,7 @@ def plan(words: list[str], prog: str) -> int:
     parser = _parser(prog, "Shapes, parameters and memory per rank; no weights are loaded.")
     args = parser.parse_args(words)
     file = _file(parser, args.config)
-    if run_table.is_matrix(file):
+    if matrix_file.is_matrix(file):
         return run_table.main([str(file), *_sets(args), "--dry-run"], "reflux matrix")
     if args.ranks > 1:
         os.environ["WORLD_SIZE"] = str(args.ranks)  # what the plan is made for; nothing is started
@@ -77,11 +78,11 @@ def report(words: list[str], prog: str) -> int:
     folder = parser.parse_args(words).folder
     try:
         if (folder / "matrix.json").exists():
-            run_table.report_again(folder)
+            missing = run_table.report_again(folder)
             print(f"see {write_page(folder)}")
-        else:
-            print(_told(folder))
-            print(f"see {write_page(folder)}")
+            return 1 if missing else 0
+        print(_told(folder))
+        print(f"see {write_page(folder)}")
     except (OSError, ValueError) as error:
         parser.error(str(error))
     return 0
@@ -133,7 +134,7 @@ def _file(parser: argparse.ArgumentParser, given: str) -> Path:
 
 def _no_matrix(parser: argparse.ArgumentParser, given: str) -> Path:
     file = _file(parser, given)
-    if run_table.is_matrix(file):
+    if matrix_file.is_matrix(file):
         parser.error(f"{given} is a table of runs; want the configuration of one of its cells")
     return file
 

@@ -12,7 +12,7 @@ from assets import free_port
 
 from reflux.trainer.config.loader import load
 from reflux.trainer.config.schema import Config
-from reflux.trainer.matrix import read_matrix
+from reflux.trainer.matrix_file import read_matrix
 from reflux.trainer.preflight.check import check
 from reflux.trainer.preflight.dry_run import dry_run
 

@@ -7,7 +7,7 @@ import pytest
 from reflux.trainer import cli
 from reflux.trainer.config import recipes
 from reflux.trainer.config.loader import load
-from reflux.trainer.matrix import is_matrix, read_matrix
+from reflux.trainer.matrix_file import is_matrix, read_matrix
 from reflux.trainer.recipe_files import own_file
 
 CONFIGS = [n for n in recipes.names() if not is_matrix(recipes.recipe(n))]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from reflux.trainer.config.loader import load
-from reflux.trainer.matrix import read_matrix
+from reflux.trainer.matrix_file import read_matrix
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.toml"))
 PAPER = [path for path in CONFIGS if path.parent.name == "paper"]
