@@ -34,3 +34,10 @@ def raise_sometimes(prompt, text: str) -> float:
 def fail_always(prompt, text: str) -> float:
     """A grader that is broken."""
     raise RuntimeError("no such column")
+
+
+def fail_on_odd_lengths(prompt, text: str) -> bool:
+    """is_even, for texts that it does not fail on."""
+    if len(text) % 2:
+        raise RuntimeError("an odd length")
+    return is_even(prompt, text)

@@ -71,6 +71,12 @@ class Sampling:
     top_k: int = 0
     rows: int = 256  # sequences decoded together
     greedy: bool = False
+    # by prompt: tokens of the answer that stand in it already; its texts have that many fewer
+    spent: tuple[int, ...] = ()
+
+    def limit(self, prompt: int) -> int:
+        """Tokens that a text of the prompt at this place may have."""
+        return self.max_tokens - (self.spent[prompt] if self.spent else 0)
 
 
 @dataclass(frozen=True, eq=False)

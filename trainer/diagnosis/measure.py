@@ -45,6 +45,16 @@ class GradedText:
     sampled_by: SampledBy
     grade: Grade
 
+    @property
+    def correct(self) -> bool | None:
+        """None: not graded, or the grader failed on it."""
+        return correct_of(self.grade)
+
+
+def correct_of(grade: Grade) -> bool | None:
+    """A failed grade is neither right nor wrong."""
+    return None if grade.failed else grade.correct
+
 
 @dataclass(frozen=True, eq=False)
 class KLCurves:
@@ -223,7 +233,7 @@ def _token_stats(
     return TokenStats(
         text.rollout,
         text.sampled_by,
-        text.grade.correct,
+        text.correct,
         start_n=np.cumsum(length_n) - length_n,
         n_bytes=int(length_n.sum()),
         type_n=spec.type_V.cpu().numpy()[ids],

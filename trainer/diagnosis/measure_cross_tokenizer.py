@@ -124,7 +124,7 @@ def measure_texts_cross_tokenizer(
     unaligned texts: without a number, but with the text and its grade, which the symptoms need.
     Unaligned is also a text of which no position can be compared. spec: of the symbols. Collective.
     """
-    read = [_read(t, pair) for t in texts]
+    read = [_read(t, pair, engine.seq_len) for t in texts]
     spelled = [r for r in read if r is not None]
     samples = [Sample(r.text.rollout, teacher_views=(r.view,)) for r in spelled]
     batches = pack(samples, tokens=tokens, seq_len=engine.seq_len, joined=joined)
@@ -141,9 +141,9 @@ def measure_texts_cross_tokenizer(
     return stats, others
 
 
-def _read(text: GradedText, pair: BytePair) -> _ByteText | None:
-    """None: the two tokenizers cannot both spell the text, or the teacher has no positions for
-    it.
+def _read(text: GradedText, pair: BytePair, seq_len: int) -> _ByteText | None:
+    """None: the two tokenizers cannot both spell the text, or one of the models has no room for it:
+    the teacher's own texts may have more tokens in the student's tokenizer.
     """
     rollout, ids = text.rollout, None
     if text.sampled_by == "teacher":
@@ -152,6 +152,8 @@ def _read(text: GradedText, pair: BytePair) -> _ByteText | None:
         own += (pair.student.stop_id,) if rollout.ended else ()
         prompt_ids = pair.student.prompt_ids(rollout.prompt.messages)
         rollout = replace(rollout, prompt_ids=prompt_ids, ids=own, logp=(0.0,) * len(own))
+        if len(prompt_ids) + len(own) > seq_len + 1:
+            return None
     view = byte_view(pair.student, pair.teacher, rollout, ids) if rollout.ids else None
     if view is None or not pair.teacher.has_room(len(view.prompt_ids) + len(view.ids or ())):
         return None
@@ -164,7 +166,7 @@ def unaligned_stats(text: GradedText) -> TokenStats:
     return TokenStats(
         text.rollout,
         text.sampled_by,
-        text.grade.correct,
+        text.correct,
         start_n=no_index,
         n_bytes=0,
         type_n=no_index,
@@ -303,11 +305,10 @@ def _token_stats(found: _ByteText, m: _Numbers, pair: BytePair, spec: StatsSpec)
         _unit_of(pair.teacher, teacher_ids, start_U, space=view.space),
         m.missing_2,
     )
-    grade = found.text.grade
     return TokenStats(
         rollout,
         found.text.sampled_by,
-        grade.correct,
+        found.text.correct,
         start_n=start_U,
         n_bytes=n,
         type_n=spec.type_V.cpu().numpy()[symbol_U],
@@ -320,7 +321,7 @@ def _token_stats(found: _ByteText, m: _Numbers, pair: BytePair, spec: StatsSpec)
         entropy_gap_n=m.overlap.entropy_gap_T.numpy(),
         band_n=spec.band_V.cpu().numpy()[symbol_U],
         outside_n=m.outside_U,
-        answer=grade.extracted,
+        answer=found.text.grade.extracted,
         alignment=alignment,
     )
 

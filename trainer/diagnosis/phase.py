@@ -7,18 +7,18 @@ report.md with its plots, diagnosis.json, tokens.jsonl and heatmap.html.
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from reflux.trainer.config.schema import Config
-from reflux.trainer.data.batch import Prompt, Rollout, TeacherView
+from reflux.trainer.data.batch import Rollout, TeacherView
 from reflux.trainer.data.chat import Chat, same_vocabulary
+from reflux.trainer.data.failed_grades import FailedGrades, count_failed
 from reflux.trainer.data.graders import Grade
 from reflux.trainer.data.task_routing import build_grader, task_names
 from reflux.trainer.data.training_prompts import load_training_prompts
@@ -28,16 +28,15 @@ from reflux.trainer.phase import (
     Grader,
     LossFunction,
     Phase,
-    ReadableModel,
     Sampler,
     Sampling,
 )
 from reflux.trainer.rollouts.generate import EmbeddedSampler, given_rollout
 from reflux.trainer.rollouts.samplers import build_sampler
-from reflux.trainer.rollouts.scoring import score_ids
 from reflux.trainer.runs import commands
 from reflux.trainer.runs.progress import Stage, progress
 
+from .continuations import Continuations
 from .gradient_snr import (
     GradientNoise,
     deal,
@@ -45,7 +44,14 @@ from .gradient_snr import (
     gradients_of,
     token_divergence,
 )
-from .measure import GradedText, SampledBy, StatsSpec, TokenStats, measure_texts
+from .measure import (
+    GradedText,
+    SampledBy,
+    StatsSpec,
+    TokenStats,
+    correct_of,
+    measure_texts,
+)
 from .measure_cross_tokenizer import (
     byte_divergence,
     count_symbols,
@@ -54,33 +60,16 @@ from .measure_cross_tokenizer import (
     symbol_types,
 )
 from .metrics import Divergence
-from .report import write_diagnosis
+from .report import write_results, write_texts
 from .results import Diagnosis
 from .summary import diagnose_token_stats
-from .symptoms import CutOutcome, correction, insert_error, own_error, revises, with_answers
+from .symptoms import correction, own_error, with_answers
 from .token_classes import count_ids, frequency_bands, token_types
 from .training_stability import read_stability
 from .verdict import flatten, with_verdict
 
-STREAM = {
-    "student": 1 << 29,
-    "teacher": (1 << 29) + 1,
-    "clean": (1 << 29) + 2,
-    "error": (1 << 29) + 3,
-    "own": (1 << 29) + 4,
-    "cut": 1 << 28,
-}
+STREAM = {"student": 1 << 29, "teacher": (1 << 29) + 1}  # others are in continuations.py
 ALIGNER = "reflux.tokenalign"
-CUTS = (0.25, 0.5, 0.75)  # of a correct text's tokens
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The beginning of a correct text, as it is and with one error at its end."""
-
-    rollout: Rollout
-    clean: str
-    wrong: str
 
 
 class DiagnosePhase:
@@ -106,9 +95,9 @@ class DiagnosePhase:
         prompts = load_training_prompts(cfg, self.chat, engine)
         self.data_fields = prompts.fit.fields
         self.prompts = [prompts[i] for i in range(engine.rank, len(prompts), engine.world)]
-        self.grader: Grader | None = None
+        self.grader: CountedGrader | None = None
         if task_names(cfg):
-            self.grader = build_grader(cfg, engine.once_per_row)
+            self.grader = CountedGrader(build_grader(cfg, engine.once_per_row))
         self.sampler = build_sampler(cfg, engine, self.chat)
         self.teacher_sampler = EmbeddedSampler(
             partial(engine.gathered_frozen_weights, self.teacher), self.teacher_chat
@@ -118,13 +107,44 @@ class DiagnosePhase:
         return self.run()
 
     def run(self) -> dict[str, float]:
-        """The whole diagnosis; returns the verdict's numbers on every rank."""
+        """The whole diagnosis; returns the verdict's numbers on every rank. What the texts say is
+        written before anything is asked of the models again.
+        """
         with progress(self.engine.is_main and not self.cfg.log.quiet) as stage:
-            diagnosis, stats = self._diagnose(stage)
-        if self.engine.is_main:
-            chats = self.chat, self.teacher_chat
-            write_diagnosis(Path(self.cfg.folder), self.cfg, diagnosis, stats, chats)
+            mine, unaligned = self._measure(stage)
+            gather = self.engine.gather
+            # stable in a prompt
+            stats = sorted(gather(mine), key=lambda s: (s.sampled_by, s.prompt))
+            others = gather(unaligned)
+            with self._shows_unaligned(others):
+                diagnosis = diagnose_token_stats(
+                    stats, kl_fraction=self.section.kl_fraction, unaligned=others
+                )
+            diagnosis = self._concluded(replace(diagnosis, runs=self.stability))
+            if self.engine.is_main:
+                chats = self.chat, self.teacher_chat
+                heatmap = write_texts(Path(self.cfg.folder), self.cfg, stats, chats)
+                write_results(self.cfg, diagnosis, heatmap=heatmap, whole=False)
+            diagnosis = self._concluded(self._with_probes(stage, diagnosis, mine, stats, others))
+            if self.engine.is_main:
+                write_results(self.cfg, diagnosis, heatmap=heatmap)
         return flatten(diagnosis) | {f"data/{k}": n for k, n in self.data_fields.items()}
+
+    def _concluded(self, diagnosis: Diagnosis) -> Diagnosis:
+        """With the verdict, and the failed grades so far; ValueError, on every rank, where they are
+        more than task.max_failed.
+        """
+        if self.grader is None:
+            return with_verdict(diagnosis)
+        failed = self._check_failed_grades()
+        return with_verdict(replace(diagnosis, failed_grades=failed if failed.failed else None))
+
+    def _check_failed_grades(self) -> FailedGrades:
+        """Of all ranks."""
+        assert self.grader is not None
+        failed = sum(self.engine.gather([self.grader.counts]), FailedGrades())
+        failed.check(task_names(self.cfg), self.cfg.task.max_failed)
+        return failed
 
     @contextlib.contextmanager
     def _shows_unaligned(self, unaligned: Sequence[TokenStats]) -> Iterator[None]:
@@ -138,36 +158,43 @@ class DiagnosePhase:
                 error.add_note(f"One of them:\n  {commands.module(ALIGNER, *pair, text)}")
             raise
 
-    def _diagnose(self, stage: Stage) -> tuple[Diagnosis, list[TokenStats]]:
-        """From all ranks' texts, the same on every rank."""
-        gather = self.engine.gather
-        mine, unaligned = self._measure(stage)
+    def _with_probes(
+        self,
+        stage: Stage,
+        diagnosis: Diagnosis,
+        mine: Sequence[TokenStats],
+        stats: Sequence[TokenStats],
+        unaligned: Sequence[TokenStats],
+    ) -> Diagnosis:
+        """Adds what more texts of the student and gradients say. mine: of this rank's texts; the
+        others are of all ranks.
+        """
+        gather, cuts, own_errors = self.engine.gather, [], {}
         students = [s for s in mine if s.sampled_by == "student"]
-        cuts = gather(self._correction(stage, mine))
-        own_errors = dict(gather(self._own_errors(stage, students)))
-        greedy = dict(gather(self._greedy(stage, students)))
-        stats = sorted(gather(mine), key=lambda s: (s.sampled_by, s.prompt))  # stable in a prompt
-        unaligned = gather(unaligned)
-        with self._shows_unaligned(unaligned):
-            diagnosis = diagnose_token_stats(
-                stats, kl_fraction=self.section.kl_fraction, unaligned=unaligned
+        if self.section.correction and self.grader is not None:
+            probe = Continuations(
+                self.cfg, self.engine, self.teacher, (self.chat, self.teacher_chat), self.grader
             )
+            cuts = gather(probe.correction(stage, mine))
+            own_errors = dict(gather(probe.own_errors(stage, students)))
+        greedy = dict(gather(self._greedy(stage, students)))
         # a text need not align to have an answer
         answered = sorted(
-            (s for s in stats + unaligned if s.sampled_by == "student"), key=lambda s: s.prompt
+            (s for s in (*stats, *unaligned) if s.sampled_by == "student"), key=lambda s: s.prompt
         )
         symptoms = with_answers(
             diagnosis.symptoms, answered, greedy, names_answers=self._names_answers(answered)
         )
-        diagnosis = replace(
+        return replace(
             diagnosis,
             symptoms=replace(
-                symptoms, correction=correction(cuts), own_error=own_error(own_errors, answered)
+                symptoms,
+                correction=correction([c for c in cuts if c is not None]),
+                cuts_without_room=cuts.count(None) or None,
+                own_error=own_error(own_errors, answered),
             ),
             off_policy=replace(diagnosis.off_policy, gradient=self._gradient(stage, stats)),
-            runs=self.stability,
         )
-        return with_verdict(diagnosis), stats
 
     def _names_answers(self, stats: Sequence[TokenStats]) -> bool:
         """A user's function may grade without naming an answer."""
@@ -205,9 +232,14 @@ class DiagnosePhase:
         """Token stats of this rank's texts, and of those that are unaligned."""
         texts = {source: self._sample(stage, source) for source in self.section.prefixes}
         spec = self._stats_spec(chain.from_iterable(texts.values()))
+        graded_texts = {
+            source: self._graded(source, rollouts) for source, rollouts in texts.items()
+        }
+        if self.grader is not None:  # a grader that fails is told before anything is measured
+            self._check_failed_grades()
         stats, unaligned = [], []
-        for source, rollouts in texts.items():
-            graded = self._graded(source, rollouts)
+        for source, graded in graded_texts.items():
+            rollouts = texts[source]
             with stage(f"measuring texts by the {source}", len(rollouts)) as advance:
                 measured, others = self._measure_texts(graded, spec, advance)
             stats += measured
@@ -300,116 +332,21 @@ class DiagnosePhase:
         with stage("greedy texts by the student", len(prompts)) as advance:
             groups = self.sampler.sample(prompts, 1, sampling, advance)
         texts = list(chain.from_iterable(groups))
-        return [(x.prompt.index, bool(g.correct)) for x, g in zip(texts, self.grader.grade(texts))]
-
-    # self-correction
-    def _correction(self, stage: Stage, stats: Sequence[TokenStats]) -> list[CutOutcome]:
-        """Correct texts cut short, with and without an error at the cut: is the student still
-        correct?
-        """
-        if not self.section.correction or self.grader is None:
-            return []
-        draw = np.random.default_rng(self.cfg.seed << 8 ^ STREAM["cut"] ^ self.engine.rank)
-        cuts = list(_cuts(self.chat, [s for s in stats if s.correct and s.rollout.ended], draw))
-        clean = [(c.rollout.prompt, c.clean) for c in cuts]
-        wrong = [(c.rollout.prompt, c.wrong) for c in cuts]
-        return [
-            CutOutcome(after_clean, after_error, revises(text), student_gain, teacher_gain)
-            for (after_clean, _), (after_error, text), student_gain, teacher_gain in zip(
-                self._continue(stage, self.grader, clean, "clean"),
-                self._continue(stage, self.grader, wrong, "error"),
-                self._correcting_gain(self.engine, self.chat, cuts),
-                self._correcting_gain(self.teacher, self.teacher_chat, cuts),
-            )
-        ]
-
-    def _own_errors(self, stage: Stage, students: Sequence[TokenStats]) -> list[tuple[int, bool]]:
-        """(prompt, correct after all?) of the student's own wrong texts, one a prompt, cut in the
-        middle and continued.
-        """
-        if not self.section.correction or self.grader is None:
-            return []
-        wrong = [s for s in students if s.correct is False and s.rollout.ended]
-        halves = [
-            (r.prompt, half)
-            for r in _first_of_prompts(wrong)
-            if (half := _beginning(self.chat, r, 0.5))
-        ]
-        outcomes = self._continue(stage, self.grader, halves, "own")
-        return [(p.index, correct) for (p, _), (correct, _) in zip(halves, outcomes)]
-
-    def _continue(
-        self, stage: Stage, grader: Grader, prefixes: Sequence[tuple[Prompt, str]], stream: str
-    ) -> list[tuple[bool, str]]:
-        """(is the whole text correct?, the continuation) of each prefix of an answer."""
-        prompts = [
-            replace(p, messages=(*p.messages, {"role": "assistant", "content": prefix}))
-            for p, prefix in prefixes
-        ]
-        sampler = build_sampler(self.cfg, self.engine, ContinuedChat(self.chat))
-        with stage(f"continued texts, {stream}", len(prompts)) as advance:
-            groups = sampler.sample(prompts, 1, self._sampling(stream), advance)
-        continued = [g[0] for g in groups]
-        whole = [
-            replace(r, prompt=p, text=prefix + r.text)
-            for r, (p, prefix) in zip(continued, prefixes)
-        ]
-        return [(bool(g.correct), r.text) for g, r in zip(grader.grade(whole), continued)]
-
-    def _correcting_gain(
-        self, model: ReadableModel, chat: Chat, cuts: Sequence[Cut]
-    ) -> list[float]:
-        """log p(correction | error) - log p(the text goes on as if nothing had happened | error),
-        nats, in the model's own tokens behind its own template. Collective.
-        """
-        continued, jobs = ContinuedChat(chat), []
-        for c in cuts:
-            goes_on = c.rollout.text[len(c.clean) :]
-            corrected = c.clean[_first_difference(c.clean, c.wrong) :] + goes_on
-            turn = {"role": "assistant", "content": c.wrong}
-            start = continued.prompt_ids((*c.rollout.prompt.messages, turn))
-            jobs.append((start, chat.encode(self.section.correction_marker + corrected)))
-            jobs.append((start, chat.encode(goes_on)))
-        scores = score_ids(model, self.engine, jobs, chat, tokens=self.cfg.batch.tokens, stop=False)
-        sums = [float(s.logp.sum()) for s in scores]
-        return [a - b for a, b in zip(sums[::2], sums[1::2])]
+        grades = [correct_of(grade) for grade in self.grader.grade(texts)]
+        return [(x.prompt.index, g) for x, g in zip(texts, grades) if g is not None]
 
 
-class ContinuedChat(Chat):
-    """A chat whose last message is the beginning of the answer."""
+class CountedGrader:
+    """A grader that counts the texts on which it failed."""
 
-    def __init__(self, chat: Chat):
-        self.__dict__ = chat.__dict__  # one tokenizer, one table, one cache
+    def __init__(self, grader: Grader):
+        self._grader, self.counts = grader, FailedGrades()
 
-    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        return super().prompt_ids(messages[:-1]) + self.encode(messages[-1]["content"])
-
-
-def _first_of_prompts(stats: Sequence[TokenStats]) -> list[Rollout]:
-    """The first text of each prompt."""
-    return list({s.prompt: s.rollout for s in reversed(stats)}.values())
-
-
-def _cuts(chat: Chat, stats: Sequence[TokenStats], draw: np.random.Generator) -> Iterator[Cut]:
-    """One text a prompt at every fraction of CUTS where there is something to break."""
-    for rollout in _first_of_prompts(stats):
-        for fraction in CUTS:
-            clean = _beginning(chat, rollout, fraction)
-            wrong = insert_error(clean, draw) if clean else None
-            if clean and wrong is not None:
-                yield Cut(rollout, clean, wrong)
-
-
-def _beginning(chat: Chat, rollout: Rollout, fraction: float) -> str | None:
-    """The text's first tokens, spelled; None where they are no true beginning of it."""
-    ids = rollout.content_ids
-    text = chat.decode(ids[: max(1, round(fraction * len(ids)))])
-    begins = text and rollout.text.startswith(text) and len(text) < len(rollout.text)
-    return text if begins else None
-
-
-def _first_difference(a: str, b: str) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    def grade(self, rollouts: Sequence[Rollout]) -> list[Grade]:
+        """One grade per rollout, in order."""
+        grades = self._grader.grade(rollouts)
+        self.counts += count_failed(g.error for g in grades if g.graded)
+        return grades
 
 
 _PHASE: type[Phase] = DiagnosePhase  # mypy proves that it keeps the contract

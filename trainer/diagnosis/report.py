@@ -44,27 +44,31 @@ class Interval(Protocol):
     def high(self) -> float: ...
 
 
-def write_diagnosis(
-    folder: Path,
-    cfg: Config,
-    diagnosis: Diagnosis,
-    stats: Sequence[TokenStats],
-    chats: tuple[Chat, Chat],
-) -> None:
-    """All files of a diagnosis. chats: student's and teacher's. Each appears whole or not at
-    all.
+def write_texts(
+    folder: Path, cfg: Config, stats: Sequence[TokenStats], chats: tuple[Chat, Chat]
+) -> bool:
+    """tokens.jsonl, and heatmap.html where it shows a text: whether it does. chats: student's and
+    teacher's. Each file appears whole or not at all.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = token_rows(stats, *chats)
     lines = [json.dumps(measured(row), ensure_ascii=False) + "\n" for row in rows]
     write_whole(folder / "tokens.jsonl", "".join(lines))
-    write_json(folder / "diagnosis.json", measured(diagnosis))
-    plots = plot_diagnosis(folder, diagnosis)
     shown = every_writer(rows, cfg.diagnose.heatmap_texts)
     if shown:
         title = f"{cfg.model.path} (student) and {cfg.teacher.path} (teacher)"
         write_whole(folder / "heatmap.html", heatmap_page(shown, title))
-    write_whole(folder / "report.md", render(cfg, diagnosis, plots, bool(shown)))
+    return bool(shown)
+
+
+def write_results(cfg: Config, diagnosis: Diagnosis, *, heatmap: bool, whole: bool = True) -> None:
+    """diagnosis.json, report.md and its plots. heatmap: is there a heatmap.html? whole: with what
+    is measured last.
+    """
+    folder = Path(cfg.folder)
+    write_json(folder / "diagnosis.json", measured(diagnosis))
+    plots = plot_diagnosis(folder, diagnosis)
+    write_whole(folder / "report.md", render(cfg, diagnosis, plots, heatmap, whole=whole))
 
 
 def every_writer(rows: Sequence[TextRow], count: int) -> list[TextRow]:
@@ -81,9 +85,16 @@ def every_writer(rows: Sequence[TextRow], count: int) -> list[TextRow]:
     return sorted(chosen, key=lambda row: (row.prompt, SHOWN.index(row.sampled_by)))
 
 
-def render(cfg: Config, diagnosis: Diagnosis, plots: Mapping[str, str], heatmap: bool) -> str:
+def render(
+    cfg: Config,
+    diagnosis: Diagnosis,
+    plots: Mapping[str, str],
+    heatmap: bool,
+    *,
+    whole: bool = True,
+) -> str:
     """report.md: the verdict on one page, then the tables behind it. plots: file name -> title;
-    heatmap: is there a heatmap.html?
+    heatmap: is there a heatmap.html? whole: else it says what is missing.
     """
     cross = diagnosis.cross_tokenizer
     return render_template(
@@ -91,6 +102,8 @@ def render(cfg: Config, diagnosis: Diagnosis, plots: Mapping[str, str], heatmap:
         table=table,
         student=cfg.model.path,
         teacher=cfg.teacher.path,
+        whole=whole,
+        failed=diagnosis.failed_grades,
         verdict=_verdict(diagnosis),
         texts=_texts(diagnosis),
         cross_tokenizer=None if cross is None else _cross_tokenizer(cross),
@@ -361,6 +374,8 @@ def _symptoms(s: Symptoms) -> Rows:
                 f"{estimate_text(own.correct_after)}; {estimate_text(own.correct_from_the_start)}",
             )
         )
+    if s.cuts_without_room:
+        rows.append(("cuts left out, with no room for what follows", str(s.cuts_without_room)))
     return rows + _correction(s.correction)
 
 
@@ -388,15 +403,20 @@ def _votes(c: Confidence | None) -> Rows:
 def _correction(c: Correction | None) -> Rows:
     if c is None:
         return []
-    return [
+    few = f" ({c.gains} cuts)" if c.gains < c.cuts else ""
+    rows: Rows = [
         (
             f"correct after a clean prefix / after an error ({c.cuts} cuts)",
             f"{c.correct_after_clean:.1%} / {c.correct_after_error:.1%}",
         ),
         ("recovery", f"{c.recovery:.2f}"),
         ("texts that revise themselves", f"{c.revises:.1%}"),
-        (
-            "log p(correcting) - log p(going on), student (teacher), nats",
-            f"{c.student_gain:+.2f} ({c.teacher_gain:+.2f})",
-        ),
     ]
+    if c.gains:
+        rows.append(
+            (
+                f"log p(correcting) - log p(going on), student (teacher), nats{few}",
+                f"{c.student_gain:+.2f} ({c.teacher_gain:+.2f})",
+            )
+        )
+    return rows

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, Generic, TypeVar
 
+from reflux.trainer.data.failed_grades import FailedGrades
 from reflux.trainer.runs.stats import Estimate
 
 from .gradient_snr import GradientNoise
@@ -187,6 +188,7 @@ class Diagnosis:
     gap: TeacherStudentGap
     symptoms: Symptoms
     runs: TrainingStability | None = None
+    failed_grades: FailedGrades | None = None  # left out of everything; None: there are none
     verdict: tuple[TrapVerdict, ...] = ()
 
 

@@ -64,6 +64,7 @@ class Correction:
     correct_if_revised: float
     student_gain: float  # log p(correcting) - log p(going on), nats
     teacher_gain: float
+    gains: int  # cuts that these are means over
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Symptoms:
     format_breaks: float | None = None
     vote_confidence: Confidence | None = None
     correction: Correction | None = None
+    cuts_without_room: int | None = None  # left out of `correction`
     own_error: OwnError | None = None
 
 
@@ -231,8 +233,9 @@ def own_error(continued: Mapping[int, bool], students: Sequence[TokenStats]) -> 
     """
     if not continued:
         return None
+    graded = [s for s in students if s.correct is not None]
     from_the_start = {
-        i: float(np.mean([bool(s.correct) for s in students if s.prompt == i])) for i in continued
+        i: float(np.mean([bool(s.correct) for s in graded if s.prompt == i])) for i in continued
     }
     return OwnError(
         len(continued),
@@ -243,13 +246,14 @@ def own_error(continued: Mapping[int, bool], students: Sequence[TokenStats]) -> 
 
 @dataclass(frozen=True)
 class CutOutcome:
-    """What became of one cut text. Gains: log p(correcting) - log p(going on), nats."""
+    """What became of one cut text. gains: log p(correcting) - log p(going on) of student and
+    teacher, nats; None: there is no room for the correction.
+    """
 
     correct_after_clean: bool
     correct_after_error: bool
     revises: bool  # after the error
-    student_gain: float
-    teacher_gain: float
+    gains: tuple[float, float] | None
 
 
 def correction(cuts: Sequence[CutOutcome]) -> Correction | None:
@@ -258,6 +262,8 @@ def correction(cuts: Sequence[CutOutcome]) -> Correction | None:
         return None
     clean, wrong = [c.correct_after_clean for c in cuts], [c.correct_after_error for c in cuts]
     revised = [c.correct_after_error for c in cuts if c.revises]
+    gains = [c.gains for c in cuts if c.gains is not None]
+    student, teacher = np.mean(gains, 0) if gains else (math.nan, math.nan)
     return Correction(
         cuts=len(cuts),
         correct_after_clean=float(np.mean(clean)),
@@ -265,8 +271,9 @@ def correction(cuts: Sequence[CutOutcome]) -> Correction | None:
         recovery=recovery(wrong, clean),
         revises=float(np.mean([c.revises for c in cuts])),
         correct_if_revised=float(np.mean(revised)) if revised else math.nan,
-        student_gain=float(np.mean([c.student_gain for c in cuts])),
-        teacher_gain=float(np.mean([c.teacher_gain for c in cuts])),
+        student_gain=float(student),
+        teacher_gain=float(teacher),
+        gains=len(gains),
     )
 
 

@@ -63,11 +63,15 @@ def generate(
     truncation. `advance` is called with the number of new texts after every block.
     """
     rendered = [chat.prompt_ids(p.messages) for p in prompts]
-    jobs = [_Job(p, ids, g) for p, ids in zip(prompts, rendered) for g in range(group)]
+    jobs = [
+        _Job(p, rendered[i], g, sampling.limit(i))
+        for i, p in enumerate(prompts)
+        for g in range(group)
+    ]
     # prompts of one length share a block
     order = sorted(range(len(jobs)), key=lambda i: len(jobs[i].prompt_ids))
     rollouts: dict[int, Rollout] = {}
-    most = len(order) * sampling.max_tokens
+    most = sum(job.limit for job in jobs)
     with inside_step("sampling", most, "tokens", at_most=True) as count:
         for start in range(0, len(order), sampling.rows):
             block = order[start : start + sampling.rows]
@@ -105,6 +109,7 @@ class _Job(NamedTuple):
     prompt: Prompt
     prompt_ids: tuple[int, ...]
     g: int
+    limit: int  # tokens of the text, at most
 
 
 @torch.no_grad()
@@ -116,30 +121,32 @@ def _decode_block(
     """
     prompts, rows = _distinct(jobs)
     ids_PL, real_PL = _left_padded(prompts)
-    width = ids_PL.shape[1]
-    with decode(len(jobs), width + s.max_tokens) as (step, device):
+    width, longest = ids_PL.shape[1], max(job.limit for job in jobs)
+    with decode(len(jobs), width + longest) as (step, device):
         stop_ids = torch.tensor(chat.stop_ids, device=device)
-        texts = _Texts(jobs, s, stop_ids, device)
+        texts = _Texts(jobs, longest, stop_ids, device)
         noise_BT = _noise(jobs, s).to(device)
-        real_BL = torch.ones(len(jobs), width + s.max_tokens, dtype=torch.bool, device=device)
+        real_BL = torch.ones(len(jobs), width + longest, dtype=torch.bool, device=device)
         rows_B = torch.tensor(rows, device=device)
         real_BL[:, :width] = real_PL.to(device)[rows_B]
         position_PL = (real_PL.long().cumsum(1) - 1).clamp(min=0).to(device)
         logits_PV = step(ids_PL.to(device), position_PL, real_PL.to(device), True)
         logits_BV, position_B1 = logits_PV[rows_B], position_PL[rows_B, -1:]
+        # a row that is full stays until others leave: at a position that the model has
+        last_B1 = position_B1 + torch.tensor([[job.limit - 1] for job in jobs], device=device)
         goes_on_with_B: Tensor | None = None if len(prompts) == len(jobs) else rows_B
-        for t in range(s.max_tokens):
+        for t in range(longest):
             logits_BV = logits_BV[:, : chat.vocab_size].float()
             token_B, left = texts.add(t, *_draw(logits_BV, noise_BT[:, t], stop_ids, s))
             count(len(token_B))
-            if texts.done or t + 1 == s.max_tokens:
+            if texts.done or t + 1 == longest:
                 break
             if left is not None:  # rows that go on
-                token_B, noise_BT, real_BL, position_B1 = (
-                    x[left] for x in (token_B, noise_BT, real_BL, position_B1)
+                token_B, noise_BT, real_BL, position_B1, last_B1 = (
+                    x[left] for x in (token_B, noise_BT, real_BL, position_B1, last_B1)
                 )
                 goes_on_with_B = left if goes_on_with_B is None else goes_on_with_B[left]
-            position_B1 = position_B1 + 1
+            position_B1 = torch.minimum(position_B1 + 1, last_B1)
             real = real_BL[:, : width + t + 1]
             logits_BV = step(token_B[:, None], position_B1, real, False, goes_on_with_B)
             goes_on_with_B = None
@@ -159,14 +166,15 @@ class _Texts:
     them: a copy of the caches of the others costs about a step.
     """
 
-    def __init__(self, jobs: Sequence[_Job], s: Sampling, stop_ids: Tensor, device: torch.device):
-        shape = len(jobs), s.max_tokens
+    def __init__(self, jobs: Sequence[_Job], longest: int, stop_ids: Tensor, device: torch.device):
+        shape = len(jobs), longest
         self._stop_ids, self._on_cpu = stop_ids, device.type == "cpu"
         # filled with a stop: a row that has left has ended before
         self._tokens = torch.full(shape, int(stop_ids[0]), device=device)
         self._logps, self._stops = torch.zeros(2, *shape, device=device)
         self._rows_B = torch.arange(len(jobs), device=device)  # those that are still decoded
         self._done_B = torch.zeros(len(jobs), dtype=torch.bool, device=device)
+        self._limit_B = torch.tensor([job.limit for job in jobs], device=device)
         self.done = False
 
     def add(
@@ -178,7 +186,8 @@ class _Texts:
         token_B = torch.where(self._done_B, self._stop_ids[0], token_B)
         self._tokens[self._rows_B, t] = token_B
         self._logps[self._rows_B, t], self._stops[self._rows_B, t] = logp_B, stop_B
-        self._done_B = self._done_B | torch.isin(token_B, self._stop_ids)
+        full_B = self._limit_B[self._rows_B] <= t + 1
+        self._done_B = self._done_B | full_B | torch.isin(token_B, self._stop_ids)
         if not self._on_cpu and t % LOOK_EVERY != LOOK_EVERY - 1:  # a look stalls a GPU
             return token_B, None
         ended = int(self._done_B.sum())
@@ -208,7 +217,8 @@ def _left_padded(jobs: Sequence[_Job]) -> tuple[Tensor, Tensor]:
 def _rollout(
     chat: Chat, job: _Job, tokens: list[int], logps: list[float], stops: list[float]
 ) -> Rollout:
-    """The text up to the first stop token, which is its last id."""
+    """The text up to the first stop token, which is its last id, or to its limit."""
+    tokens = tokens[: job.limit]
     end = next((i for i, token in enumerate(tokens) if token in chat.stop_ids), None)
     ended, n = end is not None, len(tokens) if end is None else end + 1
     ids = tuple(tokens[:n])

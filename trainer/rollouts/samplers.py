@@ -10,7 +10,7 @@ have moved since, and every text is proven to be theirs by its stamp.
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from reflux.trainer.config.parts import ranks_of_a_row
@@ -71,16 +71,24 @@ class EngineSampler:
         advance: Advance = ignore,
     ) -> list[list[Rollout]]:
         """P prompts -> [P][G] rollouts. Collective."""
-        requests = [text_request(p, self.chat, group, sampling) for p in prompts]
+        requests = self._requests(prompts, group, sampling)
         return self._rollouts(prompts, requests, self.source.texts(requests, advance))
 
     def start(
         self, prompts: Sequence[Prompt], group: int, sampling: Sampling
     ) -> Callable[[], list[list[Rollout]]]:
         """Asks for the texts of the present weights; the result waits for them. Collective."""
-        requests = [text_request(p, self.chat, group, sampling) for p in prompts]
+        requests = self._requests(prompts, group, sampling)
         wait = self.source.start(requests)
         return lambda: self._rollouts(prompts, requests, wait())
+
+    def _requests(
+        self, prompts: Sequence[Prompt], group: int, sampling: Sampling
+    ) -> list[TextRequest]:
+        return [
+            text_request(p, self.chat, group, replace(sampling, max_tokens=sampling.limit(i)))
+            for i, p in enumerate(prompts)
+        ]
 
     def _rollouts(
         self,

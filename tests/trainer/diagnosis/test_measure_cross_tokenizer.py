@@ -202,6 +202,16 @@ def test_a_text_that_the_teacher_has_no_positions_for_is_unaligned():
     assert len(stats) + len(unaligned) == len(texts)
 
 
+def test_a_text_of_the_teacher_with_too_many_tokens_for_the_student_is_unaligned():
+    """It has room in the teacher's tokens, which hold more bytes; the run does not end by it."""
+    w = ListedWorld("teacher merges 2 and 3")
+    texts = w.texts(("teacher",))
+    w.seq_len = 2  # of the student: the prompt and one token are read
+    stats, unaligned = w.measure(texts)
+    assert {len(s.rollout.ids) for s in stats} == {2} and len(unaligned) > 0
+    assert len(stats) + len(unaligned) == len(texts)
+
+
 def test_symbols_have_types_and_are_counted():
     types = symbol_types()
     names = {c: TYPES[types[ord(c)]] for c in "a1 +.{"} | {"end": TYPES[types[SYMBOLS - 1]]}

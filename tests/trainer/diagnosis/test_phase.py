@@ -6,8 +6,11 @@ import json
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 from runs import config, run_here, run_ranks, write_data
+
+from reflux.trainer.diagnosis.continuations import Continuations
 
 pytestmark = [pytest.mark.usefixtures("titan_process"), pytest.mark.filterwarnings("ignore")]
 TASK = {
@@ -119,7 +122,8 @@ def test_the_report_shows_what_was_measured(talkers, tmp_path):
         assert f"{trap['mean']:.3f}" in report
     for name in re.findall(r"\]\(([^)]+)\)", report):
         assert (tmp_path / "run" / name).stat().st_size > 1000, name
-    assert "None" not in report and "{" not in report
+    assert "None" not in report and "{" not in report and "they are missing" not in report
+    assert "failed_grades" not in diagnosis and "grader failed" not in report
     for words in (
         "classes by frequency",
         "never seen",
@@ -189,23 +193,6 @@ def test_without_a_task_there_is_no_gap_and_no_probe(talkers, tmp_path):
     assert not (folder / "heatmap.html").exists()
 
 
-def test_the_correction_probe_cuts_correct_texts(talkers, tmp_path):
-    """The talkers answer "a+b is => c": every correct text holds digits to break."""
-    cfg = config(
-        talkers,
-        tmp_path / "run",
-        "diagnose",
-        task={"name": "exact", "options": {"marker": "=>"}},
-        rollout={"max_tokens": 16},
-        diagnose={"prefixes": ["dataset"]},
-        data={"limit": 4},
-    )
-    run_here(cfg)
-    probe = json.loads((tmp_path / "run" / "diagnosis.json").read_text())["symptoms"]["correction"]
-    assert 1 <= probe["cuts"] <= 12 and 0 <= probe["correct_after_error"] <= 1
-    assert probe["student_gain"] != probe["teacher_gain"]
-
-
 def test_graders_that_name_answers_give_votes_and_format_breaks(talkers, tmp_path):
     _, diagnosis, rows = diagnose(
         talkers,
@@ -252,3 +239,57 @@ def test_finished_runs_of_the_pair_say_whether_training_was_stable(talkers, tmp_
     assert stability["worst"] == pytest.approx(max(norms) / (sum(norms) / 2))
     assert stability["score"]["metric"] == "eval/sampled"
     assert str(tmp_path / "distilled") in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_failed_grades_are_neither_right_nor_wrong(talkers, tmp_path):
+    """They are told and counted, and every number is that of the other texts."""
+    over = {
+        "task": {"name": "small_tasks:fail_on_odd_lengths", "max_failed": 1.0},
+        "diagnose": {"prefixes": ["student"], "gradient_batches": 0},
+    }
+    _, diagnosis, rows = diagnose(talkers, tmp_path / "run", **over)
+    ended = [r for r in rows if "<stop>" in r["pieces"][-1] or len(r["ids"]) < 12]
+    odd = [r for r in ended if len(r["text"]) % 2]
+    graded = [r for r in rows if r["correct"] is not None]
+    assert odd and len(graded) < len(rows)
+    assert all(r["correct"] is None for r in odd)
+    means = [
+        np.mean([r["correct"] for r in graded if r["prompt"] == i])
+        for i in {r["prompt"] for r in graded}
+    ]
+    confidence = diagnosis["symptoms"]["confidence"]
+    assert confidence["accuracy"] == pytest.approx(np.mean([r["correct"] for r in graded]))
+    if sampling := diagnosis["symptoms"].get("sampling"):
+        assert sampling["sampled"]["n"] <= len(means)
+    failed = diagnosis["failed_grades"]
+    assert failed["failed"] >= len(odd) and failed["graded"] > failed["failed"]
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert f"failed on {failed['failed']} of {failed['graded']} texts" in report
+    assert "RuntimeError: an odd length" in report
+
+
+def test_a_grader_that_fails_on_every_text_is_refused_before_anything_is_measured(
+    talkers, tmp_path
+):
+    with pytest.raises(ValueError, match="failed on 30 of 30 texts.*no such column"):
+        diagnose(
+            talkers,
+            tmp_path / "run",
+            task={"name": "small_tasks:fail_always", "options": {"grade_truncated": True}},
+            diagnose={"prefixes": ["student", "teacher"], "gradient_batches": 0},
+        )
+    assert not (tmp_path / "run" / "tokens.jsonl").exists()
+
+
+def test_what_was_measured_is_there_where_a_probe_fails(talkers, tmp_path, monkeypatch):
+    def fail(self, stage, stats):
+        raise RuntimeError("no memory is left")
+
+    monkeypatch.setattr(Continuations, "own_errors", fail)
+    with pytest.raises(RuntimeError, match="no memory is left"):
+        diagnose(talkers, tmp_path / "run", diagnose={"prefixes": ["student"]})
+    found = json.loads((tmp_path / "run" / "diagnosis.json").read_text())
+    assert found["texts"]["student"]["texts"] == 20 and found["gap"]["wrong_trace"]
+    assert "own_error" not in found["symptoms"]
+    assert len((tmp_path / "run" / "tokens.jsonl").read_text().splitlines()) == 20
+    assert "continued texts and gradients: they are" in (tmp_path / "run" / "report.md").read_text()

@@ -118,6 +118,8 @@ def test_own_errors_stand_beside_a_fresh_start():
     assert got.correct_after.mean == 0.5 and got.correct_from_the_start.mean == 0.25
     assert own_error({}, stats) is None
     assert math.isnan(own_error({0: True}, stats).correct_after.low)
+    failed = [*stats, student(0, None), student(1, None)]
+    assert own_error({0: True, 1: False}, failed) == got, "a failed grade is no wrong answer"
 
 
 def test_an_inserted_error_is_one_controlled_change():
@@ -138,9 +140,13 @@ def test_recovery_and_revision_words():
 
 
 def test_correction_is_a_mean_over_cuts():
-    cuts = [CutOutcome(True, True, True, 1.0, 3.0), CutOutcome(True, False, False, -2.0, 1.0)]
+    cuts = [CutOutcome(True, True, True, (1.0, 3.0)), CutOutcome(True, False, False, (-2.0, 1.0))]
     got = correction(cuts)
     assert got.cuts == 2 and got.correct_after_clean == 1.0
     assert got.correct_after_error == got.recovery == got.revises == 0.5
     assert got.correct_if_revised == 1.0 and (got.student_gain, got.teacher_gain) == (-0.5, 2.0)
     assert math.isnan(correction(cuts[1:]).correct_if_revised) and correction([]) is None
+    more = correction([*cuts, CutOutcome(False, False, False, None)])  # no room for a correction
+    assert (more.cuts, more.gains, more.student_gain, more.teacher_gain) == (3, 2, -0.5, 2.0)
+    assert more.correct_after_clean == pytest.approx(2 / 3)
+    assert math.isnan(correction([CutOutcome(True, True, True, None)]).teacher_gain)

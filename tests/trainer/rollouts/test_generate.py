@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from reflux.trainer.rollouts.generate import (
     generate,
     given_rollout,
 )
+from reflux.trainer.rollouts.samplers import EngineSampler
 
 V, PADDED = 7, 9  # the head has two rows more than the tokenizer knows
 STOPS = (3, 5)
@@ -196,7 +198,7 @@ def test_the_noise_of_a_prompt_that_comes_once_is_what_it_always_was(seed, step,
     """Repeats start at another counter of the same generator; texts of older runs stay."""
     key = np.array([(seed << 32) ^ step, (index << 16) ^ 2], dtype=np.uint64)
     want = np.random.Generator(np.random.Philox(key=key)).random(5)
-    jobs = [_Job(Prompt(index, (), repeat=k), (), 2) for k in range(3)]
+    jobs = [_Job(Prompt(index, (), repeat=k), (), 2, 5) for k in range(3)]
     noise_BT = _noise(jobs, Sampling(5, seed=seed, step=step)).numpy()
     assert (noise_BT[0] == want).all()
     assert len(np.unique(noise_BT)) == 15
@@ -242,6 +244,53 @@ def test_several_stop_ids_all_stop_and_all_count():
 
 def test_no_prompts_no_texts():
     assert generate(decode, Chat(), [], 4, Sampling(4)) == []
+
+
+@contextmanager
+def decode_within(rooms, rows, max_length):
+    """As `decode`; the prompt in each row has positions for so many tokens, and no more."""
+    room_N = None
+
+    def step(ids_BL, position_BL, real_BL, first, rows_B=None):
+        nonlocal room_N
+        if first:
+            texts = ["".join(str(int(i)) for i in x[r]) for x, r in zip(ids_BL, real_BL)]
+            room_N = torch.tensor([rooms[text] for text in texts])
+        room_N = room_N if rows_B is None else room_N[rows_B]
+        assert (position_BL[:, -1] < room_N).all(), "a position that the model does not have"
+        return torch.stack(
+            [logits_after(int(i[-1]), int(p[-1])) for i, p in zip(ids_BL, position_BL)]
+        )
+
+    yield step, torch.device("cpu")
+
+
+@given(SAMPLINGS, st.lists(st.integers(0, 8), min_size=5, max_size=5))
+def test_a_begun_answer_gets_what_is_left_of_its_tokens(s, spent):
+    """The same tokens as without a beginning, up to its own limit; no position behind that."""
+    spent = tuple(min(n, s.max_tokens - 1) for n in spent)
+    texts = [p.messages[0]["content"] for p in SOME]
+    rooms = {x: len(x) + s.max_tokens - n - 1 for x, n in zip(texts, spent)}
+    rooms = {x: max(room, len(x)) for x, room in rooms.items()}
+    groups = generate(partial(decode_within, rooms), Chat(), SOME, 3, replace(s, spent=spent))
+    for whole, begun, n in zip(generate(decode, Chat(), SOME, 3, s), groups, spent):
+        limit = s.max_tokens - n
+        assert [r.ids for r in begun] == [r.ids[:limit] for r in whole]
+        assert [r.ended for r in begun] == [r.ended and len(r.ids) <= limit for r in whole]
+        for r in begun:
+            assert r.text == "".join(map(str, r.content_ids)) and len(r.logp) == len(r.ids)
+
+
+def test_an_engine_is_asked_for_what_is_left_of_a_begun_answer():
+    asked = []
+
+    class Source:
+        def texts(self, requests, advance):
+            asked.extend(requests)
+            return [[]] * len(requests)
+
+    EngineSampler(Source(), Chat()).sample(SOME[:3], 2, Sampling(9, spent=(0, 4, 8)))
+    assert [r.max_tokens for r in asked] == [9, 5, 1]
 
 
 def test_a_sampler_gathers_the_weights_once_for_every_call():
