@@ -1,6 +1,7 @@
 """Engines with adapters, and a few steps of theirs."""
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from assets import free_port
 from engine_cases import likelihood_loss, samples
 from runs import table
 
+from bench.model_families import make_model
 from reflux.trainer.config.loader import fill
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Batch, pack
@@ -31,6 +33,14 @@ def start(path: Path, folder: Path, **over) -> Engine:
     """The engine of such a run, in this process; `close` ends it."""
     os.environ["MASTER_PORT"] = str(free_port())
     return Engine(lora_config(path, folder, **over))
+
+
+def save_family(family: str, folder: Path, assets: Path) -> Path:
+    """A random model of the family (bench/model_families.py), with a tokenizer of `assets`."""
+    make_model(family, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(assets / "qwen3" / name, folder / name)
+    return folder
 
 
 def close(engine: Engine) -> None:

@@ -293,10 +293,11 @@ class _RowOrder:
 
     def __init__(self, spec: ModelSpec):
         self._adapter = spec.state_dict_adapter(spec.model, None)
-        self._known: dict[str, Tensor] = {}
+        self._known: dict[tuple[str, int], Tensor] = {}
 
     def __call__(self, name: str, out: int, size: int) -> Tensor:
-        kind = name.rpartition(".")[2]
+        # mixtures of experts have dense layers beside them: another size under the same name
+        kind = name.rpartition(".")[2], out
         if kind not in self._known:
             rows = torch.arange(out)[:, None].expand(out, size)
             (theirs,) = self._adapter.to_hf({f"{name}.weight": rows}).values()

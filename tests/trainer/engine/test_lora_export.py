@@ -7,16 +7,18 @@ import json
 import pytest
 import torch
 from engine_cases import load_frozen, random_ids
-from lora_cases import close, logits, start, train
+from lora_cases import close, logits, save_family, start, train
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from bench.model_families import FAMILIES
 from reflux.trainer.adapter_folder import BASE_FILES
 from reflux.trainer.config.sections import LoraSection
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.engine.lora_export import peft_config, short_targets
-from reflux.trainer.merge import main as merge
+from reflux.trainer.merge import main as merge_command
+from reflux.trainer.merge import merge
 
 pytestmark = pytest.mark.usefixtures("titan_process")
 IDS_NL = random_ids(2, 17).remainder(300)
@@ -75,6 +77,38 @@ def test_the_merged_model_computes_what_was_trained(assets, tmp_path, name, back
     close(engine)
 
 
+@pytest.mark.parametrize("family, dense", [("deepseek_v3", 0), ("qwen2_moe", 1)])
+def test_layers_of_one_name_and_two_sizes_leave_whole(assets, tmp_path, family, dense, monkeypatch):
+    """Dense layers beside experts: mlp.gate_proj and mlp.shared_experts.gate_proj."""
+    monkeypatch.setitem(FAMILIES, "qwen2_moe", {"mlp_only_layers": [1]})
+    base = save_family(family, tmp_path / family, assets)
+    # lr: experts are chosen by scores, and a tie apart by rounding would choose others
+    over = dict(optim={"lr": 0.001}, export={"dtype": "float32"})
+    engine = start(base, tmp_path / "run", **over)
+    start_NLV = logits(engine, IDS_NL)
+    train(engine)
+    want_NLV = logits(engine, IDS_NL)
+    engine._export(str(tmp_path / "adapter"), "# A card")
+    sent = dict(engine.named_weights())
+    close(engine)
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    rows = {n: len(w) for n, w in saved.items() if n.endswith(".gate_proj.lora_B.weight")}
+    assert set(rows.values()) == {32, 96}
+    assert rows[f"base_model.model.model.layers.{dense}.mlp.gate_proj.lora_B.weight"] == 96
+    tolerance = 3e-5 * float(want_NLV.abs().max())
+    assert (want_NLV - start_NLV).abs().max() > 100 * tolerance, "training moved nothing"
+    if family == "qwen2_moe":  # of deepseek_v3 peft 0.21 puts the adapters on the experts instead
+        assert (peft_logits(base, tmp_path / "adapter") - want_NLV).abs().max() < tolerance
+    merge(str(tmp_path / "adapter"), tmp_path / "merged", "float32")
+    stored = load_file(tmp_path / "merged" / "model.safetensors")
+    mlp = [n for n in stored if n.endswith("gate_proj.weight") and n in sent]
+    assert len(mlp) == len(rows)
+    assert all((sent[n] - stored[n]).abs().max() < 1e-6 for n in mlp)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        assert (model(IDS_NL).logits - want_NLV).abs().max() < tolerance
+
+
 def test_a_folder_that_peft_wrote_is_a_model_to_train(assets, tmp_path):
     """Without tokenizer and config of its own; the trained model begins at base + adapter."""
     base = AutoModelForCausalLM.from_pretrained(assets / "llama3", dtype=torch.float32)
@@ -120,7 +154,7 @@ def test_every_export_renders_what_was_trained(assets, tmp_path, rank, merged):
     close(engine)
     if rank and not merged:
         folders.append(tmp_path / "merged")
-        assert merge([str(tmp_path / "out"), str(folders[1])]) == 0
+        assert merge_command([str(tmp_path / "out"), str(folders[1])]) == 0
     for chat in (Chat(str(folder)) for folder in folders):
         assert chat.tokenizer.decode(chat.prompt_ids(ask)) == "Q: Why?\nA: "
 
