@@ -94,4 +94,7 @@ def likelihood_loss(out: HeadInputs, batch: Batch) -> Loss:
 
 def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
     """A copy of every weight, unsharded."""
-    return {name: p.full_tensor().clone() for name, p in engine.model.state_dict().items()}
+    state = engine.model.state_dict()
+    return {
+        n: (p.full_tensor() if hasattr(p, "full_tensor") else p).clone() for n, p in state.items()
+    }

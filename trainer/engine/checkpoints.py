@@ -25,7 +25,7 @@ from torchtitan.components.checkpointer.dcp import AsyncMode, CheckpointManager
 from reflux.trainer import disk_space
 from reflux.trainer.disk_space import DiskError
 
-from . import random_state
+from . import optimizer_state, random_state
 from .checkpoint_folder import (
     clear_leftovers,
     folder_bytes,
@@ -37,6 +37,7 @@ from .checkpoint_folder import (
 from .checkpoint_search import Found, Wanted, find
 from .checkpoint_writer import CheckpointWriter
 from .manifest import FileDigest, Manifest, data_files, digest_and_sync, sync_folder, write_manifest
+from .optimizer_state import StoredOptimizerState
 from .ranks import Peers
 from .safe_metadata import SafePlanner, SafeReader, read_metadata
 from .weights import FolderAdapter, read_weights
@@ -110,12 +111,16 @@ class Checkpointer(CheckpointManager):
             self.states["train_state"].step = found.step
 
     def _leave_out_absent(self, states: dict[str, Any], folder: Path) -> None:
-        """Random states that the checkpoint lacks: of an older version, or of fewer ranks."""
-        state = states.get(random_state.KEY)
-        if state is None:
-            return
+        """Moments of weights that had none, and random states that the checkpoint lacks: of an
+        older version, or of fewer ranks.
+        """
         stored = read_metadata(folder).state_dict_metadata
-        if not all(f"{random_state.KEY}.{name}" in stored for name in state.state_dict()):
+        if (optimizer := states.get(optimizer_state.KEY)) is not None:
+            states[optimizer_state.KEY] = StoredOptimizerState(optimizer.optimizers, stored)
+        random = states.get(random_state.KEY)
+        if random is None:
+            return
+        if not all(f"{random_state.KEY}.{name}" in stored for name in random.state_dict()):
             del states[random_state.KEY]
 
     def _move(self, aside: Mapping[int, str]) -> None:

@@ -5,6 +5,7 @@ Shapes: N rows, L row length, T response tokens, D hidden size, V vocabulary.
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,14 @@ from reflux.trainer.data.batch import Batch
 from reflux.trainer.losses import HeadInputs
 from reflux.trainer.phase import LossFunction, ReadableModel
 
+from .agreement import is_first_rank
 from .forward import hidden_states
 from .head import head_weight, logit_scale, logit_softcap
+from .lora import SHOWN, adapted_layers
 from .ranks import RankGroup
 from .torchtitan_host import RefluxTrainer
+
+log = logging.getLogger(__name__)
 
 
 def head_inputs(
@@ -77,7 +82,24 @@ def accumulate_gradients(
             (total / tokens + 0.0 * hidden_NLD.float().sum()).backward()
         for name, value in (metrics | {"loss": total.detach()}).items():
             sums[name] = _combined(name, sums[name], value) if name in sums else value
+    if not trainer.knows_idle_adapters and any(batch.tokens for batch in batches):
+        trainer.knows_idle_adapters = True
+        _warn_of_idle_adapters(model)
     return sums
+
+
+def _warn_of_idle_adapters(model: nn.Module) -> None:
+    """Some of transformers' models read `weight` of a linear layer and do not call the layer."""
+    idle = [layer.lora_name for layer in adapted_layers(model) if layer.lora_B.grad is None]
+    if idle and is_first_rank():
+        more = f" and {len(idle) - SHOWN} more" if idle[SHOWN:] else ""
+        log.warning(
+            "lora: %d adapters got no gradient in the first update, for the forward does not pass "
+            "through these layers: %s%s. They train nothing; leave them out of lora.targets",
+            len(idle),
+            ", ".join(idle[:SHOWN]),
+            more,
+        )
 
 
 def _combined(name: str, before: Tensor, value: Tensor) -> Tensor:

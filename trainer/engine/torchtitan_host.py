@@ -19,8 +19,9 @@ from torchtitan.components.loss import BaseLoss
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.trainer import Trainer
 
-from . import random_state
+from . import optimizer_state, random_state
 from .checkpoints import Checkpointer
+from .optimizer_state import OptimizerState
 from .random_state import RandomState
 
 INPUTS, TO_CLOSE = "inputs", "to_close"  # among the notes
@@ -115,10 +116,12 @@ class RefluxTrainer(Trainer):
         self.inputs: dict[str, Any] = {}
         self.loaded_inputs: dict[str, Any] = {}
         self.to_close: Mapping[str, float] | None = None
+        self.knows_idle_adapters = False  # whether it was looked for adapters without a gradient
         self._held: Finished | None = None  # what to save instead of the state of now
         super().__init__(config)
         self.random = RandomState(dist.get_rank(), self.device)
         self.checkpointer.states[random_state.KEY] = self.random
+        self.checkpointer.states[optimizer_state.KEY] = OptimizerState(self.optimizers)
         if dist.get_world_size() > 1:
             # its own, on CPU: it works while a rank waits in a collective of the training
             self.checkpointer.peers.group = dist.new_group(
