@@ -4,7 +4,8 @@ No cell outlives the runner. A stop signal is passed on to every cell, which fin
 saves it; what has not ended after STOP_S is killed. A runner that is killed itself is missed by its
 cells, which then stop by themselves. Cells are forked from one server process that has imported
 everything; the runner knows them by process id and start time, so that the end of that server hides
-none.
+none. A terminal's Ctrl-C goes to that server, too, which gets no stop signals: they are held back
+there, and in a cell until it can answer them.
 
 No folder has two writers: a cell owns its folder (runs/lock.py) before it writes there. One whose
 folder is in use, by a cell that an earlier runner left behind or by another runner, waits.
@@ -22,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -96,6 +98,7 @@ def run_cell(cell: Cell, take_over: bool, notes: Sequence[str] = ()) -> None:
 
 def _own_and_run(cell: Cell, take_over: bool, notes: Sequence[str]) -> int:
     try:
+        signals.let_through()
         with hold(cell.folder, take_over=take_over):
             # another runner may have done it while this process was started
             return cell.exit_code if cell.done else _run_logged(cell, notes)
@@ -158,12 +161,50 @@ def _end_with_runner() -> None:
 # --- in the process of the runner
 
 
+@contextlib.contextmanager
+def _deaf_server() -> Iterator[None]:
+    """Inside, the process that forks the cells may be started: it will get no stop signals."""
+    with signals.held_back():
+        resource_tracker.ensure_running()  # where it starts one, it lets signals through again
+        with signals.held_back():
+            yield
+
+
+def _start_server(context: ForkServerContext, caught: Sequence[int]) -> None:
+    """Starts the process that forks the cells and waits until it has imported PRELOAD. If a signal
+    is caught meanwhile it is killed: it has no cell yet.
+    """
+    with _deaf_server():
+        forkserver.ensure_running()
+    # in a thread, for nothing ends the wait for an answer
+    starter = threading.Thread(target=_fork_once, args=(context,), daemon=True)
+    starter.start()
+    while starter.is_alive() and not caught:
+        starter.join(POLL_S)
+    server = getattr(forkserver, "_forkserver", None)
+    pid = getattr(server, "_forkserver_pid", None)
+    if starter.is_alive() and pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        starter.join(STOP_AT_ONCE_S)
+
+
+def _fork_once(context: ForkServerContext) -> None:
+    with _deaf_server(), contextlib.suppress(EOFError, OSError):  # the server was killed
+        context.Process(target=_do_nothing).start()
+
+
+def _do_nothing() -> None:
+    pass
+
+
 class _Child:
     """The process of a cell."""
 
     def __init__(self, process: ForkServerProcess):
         self._process = process
-        process.start()
+        with _deaf_server():
+            process.start()
         self._start = process_start(process.pid) if process.pid else None
 
     @property
@@ -218,14 +259,20 @@ class _Schedule:
             if cell.done:  # by another runner
                 self._close(cell, "done elsewhere")
             else:
-                notes = self._notes(cell)
-                process = context.Process(
-                    target=run_cell, args=(cell, self.take_over, notes), name=cell.name
-                )
-                self.running[cell] = _Child(process)
-                self.show.started(cell.name)
-                for note in notes:
-                    self.show.said(f"{cell.name}: {note}")
+                self._start(cell, context)
+
+    def _start(self, cell: Cell, context: ForkServerContext) -> None:
+        notes = self._notes(cell)
+        arguments = (cell, self.take_over, notes)
+        process = context.Process(target=run_cell, args=arguments, name=cell.name)
+        try:
+            self.running[cell] = _Child(process)
+        except (EOFError, ConnectionError):
+            self._fail(cell, "not started: the process that forks cells was killed; out of memory?")
+            return
+        self.show.started(cell.name)
+        for note in notes:
+            self.show.said(f"{cell.name}: {note}")
 
     def _notes(self, cell: Cell) -> list[str]:
         """What its user should know of an earlier start, and of the cells that it builds on."""
@@ -321,6 +368,8 @@ def run_matrix(
             show=show,
         )
         schedule.take_done([c for c in cells if c.done])
+        if schedule.waiting:
+            _start_server(context, caught)
         with _no_orphans(schedule.running, caught):
             while (schedule.waiting or schedule.running) and not caught:
                 schedule.drop_blocked()

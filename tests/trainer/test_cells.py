@@ -48,7 +48,7 @@ def main(arguments):
 """
 # a runner that starts fast; the first word is how long it waits for cells
 RUNNER = (
-    "import sys; from reflux.trainer import cells, matrix; cells.PRELOAD = []; "
+    "import sys; from reflux.trainer import cells, matrix; cells.PRELOAD = ['preloaded']; "
     "cells.STOP_S = float(sys.argv.pop(1)); cells.LOOK_S = 0.2; sys.exit(matrix.main())"
 )
 
@@ -72,6 +72,12 @@ class World:
     def log(self, name: str) -> list[str]:
         path = self.cell(name) / "log.txt"
         return [line.split()[0] for line in path.read_text().splitlines()] if path.exists() else []
+
+    def preload(self, seconds: float) -> None:
+        """How long the server imports before it forks a cell."""
+        (self.folder / "preloaded.py").write_text(
+            f"import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep({seconds})\n"
+        )
 
     def start(self, *words: str, wait_s: float = 30.0) -> subprocess.Popen:
         runner = subprocess.Popen(
@@ -133,7 +139,10 @@ def world(tmp_path) -> Iterator[World]:
     world.kill_all()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+STOP = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", STOP)
 def test_every_signal_reaches_the_cells_and_the_printed_command_goes_on(world, number):
     runner = world.start()
     world.begun("a", "b")
@@ -180,6 +189,54 @@ def test_a_second_signal_does_not_wait(tmp_path):
         world.nothing_runs()
     finally:
         world.kill_all()
+
+
+@pytest.mark.parametrize("number", STOP)
+@pytest.mark.parametrize("again", [False, True])
+def test_a_signal_to_all_while_the_server_still_imports_ends_it(world, number, again):
+    world.preload(600)
+    runner = world.start()
+    wait_until((world.folder / "importing").exists)
+    os.killpg(runner.pid, number)
+    if again:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(runner.pid, number)
+    text, _ = runner.communicate(timeout=60)
+    assert "Traceback" not in text and "To go on, in " in text, text
+    assert runner.returncode in (130, *[-number] * again)  # the second one while it ends
+    world.nothing_runs()
+    world.nothing_is_locked()
+    assert not world.log("a")
+
+
+@pytest.mark.parametrize("tenth", range(10))
+def test_a_signal_to_all_at_any_moment_of_the_start_gives_the_same_end(world, tenth):
+    """Before, while and after the server imports, forks cells and these begin."""
+    world.preload(0.3)
+    runner = world.start()
+    wait_until((world.folder / "out" / "matrix.json").exists)
+    time.sleep(tenth / 10)
+    os.killpg(runner.pid, STOP[tenth % 3])
+    text, _ = runner.communicate(timeout=60)
+    assert "Traceback" not in text and "To go on, in " in text, text
+    assert runner.returncode == 130
+    world.nothing_runs()
+    assert world.log("a") in ([], ["begin", "end"])
+
+
+def test_a_killed_server_fails_the_cell_in_words_or_is_started_anew(world):
+    world.preload(600)
+    runner = world.start()
+    wait_until((world.folder / "importing").exists)
+    (world.folder / "importing").unlink()
+    os.kill(server_of(world, runner), signal.SIGKILL)
+    wait_until((world.folder / "importing").exists)  # the next one, for cell a
+    os.kill(server_of(world, runner), signal.SIGKILL)
+    world.preload(0)
+    world.go()
+    text, _ = runner.communicate(timeout=60)
+    assert "a@0: not started: the process that forks cells was killed" in text, text
+    assert runner.returncode == 1 and "Traceback" not in text
 
 
 def test_cells_miss_a_runner_that_was_killed(world):

@@ -39,6 +39,23 @@ def handled_by(handler: Handler) -> Iterator[None]:
             signal.signal(number, handler_before)
 
 
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Inside, this thread gets no stop signal, and neither does a process that it starts, for as
+    long as that one lives (`let_through`). What comes meanwhile comes afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def let_through() -> None:
+    """In a process that was started with signals held back: the end of that."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
 def end_with_launcher() -> None:
     """A worker of torchrun gets SIGTERM when torchrun ends without a word. Linux only."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
