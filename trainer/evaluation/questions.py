@@ -12,7 +12,7 @@ import numpy as np
 
 from reflux.trainer.config.evaluation import check_options
 from reflux.trainer.config.parts import input_name, part_configs
-from reflux.trainer.config.phases import roles
+from reflux.trainer.config.phases import roles, spec_of
 from reflux.trainer.config.roles import Role, defence_roles
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt
@@ -92,7 +92,8 @@ class Questions:
         left_out = "leave these rows out of eval.source: an evaluation drops nothing by itself"
         if need.over_N.any():
             raise ValueError(f"{need.words(self.location)}. {need.advice}, or {left_out}")
-        defended = e.generates and self.cfg.phase == "evaluate"  # elsewhere it is the teacher's
+        # where nothing but answers is asked for; elsewhere the defence is the teacher's
+        defended = e.generates and spec_of(self.cfg.phase).data_section == "eval"
         for role in defence_roles(self.cfg) if defended else ():
             if words := self._without_room(role, lengths):
                 raise ValueError(f"{words}. Lower rollout.max_tokens, or {left_out}")
