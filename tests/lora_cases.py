@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from assets import free_port
 from engine_cases import likelihood_loss, samples
 from runs import table
+from safetensors.torch import load_file
 
 from bench.model_families import make_model
 from reflux.trainer.config.loader import fill
@@ -18,6 +20,7 @@ from reflux.trainer.engine.engine import Engine
 from reflux.trainer.losses import HeadInputs, Loss
 
 SETTINGS = {"rank": 4, "alpha": 12.0}
+ROUTING = ("mlp.gate.weight", "e_score_correction_bias")  # of deepseek_v3, float32 in any dtype
 SMALL = 300  # ids below it are in every vocabulary of assets.MODELS
 
 
@@ -41,6 +44,16 @@ def save_family(family: str, folder: Path, assets: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(assets / "qwen3" / name, folder / name)
     return folder
+
+
+def check_float32(base: Path, made: Mapping[str, torch.Tensor], ends: tuple[str, ...]) -> None:
+    """What the model keeps in float32 is the base's to the last digit; all else is in bf16."""
+    stored = load_file(base / "model.safetensors")
+    kept = {name for name in stored if name.endswith(ends)}
+    assert kept and made.keys() >= kept
+    assert all(torch.equal(made[name], stored[name]) for name in kept)
+    assert any(not torch.equal(stored[n], stored[n].bfloat16().float()) for n in kept)
+    assert {w.dtype for name, w in made.items() if name not in kept} == {torch.bfloat16}
 
 
 def close(engine: Engine) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from .adapter_folder import read_adapter
 from .engine.adapter_weights import saved_adapter
 from .engine.export import write_config_and_card
-from .engine.lora_export import merge_files, stored_layers, write_index
+from .engine.lora_export import merge_files, stored_float32, stored_layers, write_index
 from .engine.model_builder import build_spec
 from .engine.weight_files import weight_files
 
@@ -31,11 +31,15 @@ def merge(folder: str, out: Path, dtype: str) -> None:
     staging.mkdir(parents=True)
     try:
         with saved_adapter(adapter) as saved:
-            layers = stored_layers(build_spec(folder), adapter.base, saved.names)
+            spec = build_spec(folder)
+            layers = stored_layers(spec, adapter.base, saved.names)
             adapted = {t: name for t, name in layers.items() if name in set(saved.names)}
-            files = weight_files(adapter.base)
             merge_files(
-                files, staging, lambda t: saved.delta(adapted[t]) if t in adapted else None, dtype
+                weight_files(adapter.base),
+                staging,
+                lambda t: saved.delta(adapted[t]) if t in adapted else None,
+                dtype,
+                stored_float32(spec, adapter.base),
             )
         write_index(staging, adapter.base)
         card = f"`{adapter.base}` with the LoRA adapter `{adapter.path}` merged into it.\n"

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from lora_cases import ROUTING, check_float32, save_family
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from reflux.trainer.merge import main
@@ -33,3 +35,12 @@ def test_the_merged_folder_computes_what_peft_does(assets, tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(arguments)
         assert message in capsys.readouterr().err
+
+
+def test_what_the_model_keeps_in_float32_is_not_rounded(assets, tmp_path):
+    folder = save_family("deepseek_v3", tmp_path / "deepseek_v3", assets)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    settings = LoraConfig(r=2, target_modules=["o_proj"])
+    get_peft_model(base, settings).save_pretrained(tmp_path / "adapter")
+    assert main([str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    check_float32(folder, load_file(tmp_path / "merged" / "model.safetensors"), ROUTING)

@@ -85,9 +85,14 @@ class HFAdapter(FolderAdapter):
             made = group.convert({name: _whole(weights[name]) for name in group.names})
             out |= {file: _share(made[file], i) for i, file in enumerate(group.files, len(out))}
         own = weights.keys() | self.tied.keys()
-        others = [n for p in whole.parts if not own & set(p.targets) for n in p.names]
-        for i, name in enumerate(sorted(set(others) - out.keys())):
-            out[name] = _share(_read(stored[name], name, dtype), i)
+        others = {
+            name: torch.float32 if any(map(self.keeps_float32, part.targets)) else dtype
+            for part in whole.parts
+            if not own & set(part.targets)
+            for name in part.names
+        }
+        for i, name in enumerate(sorted(others.keys() - out.keys())):
+            out[name] = _share(_read(stored[name], name, others[name]), i)
         return out
 
 

@@ -5,7 +5,7 @@ Both are written from the adapters and from the base's own files; no rank holds 
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from reflux.trainer.data.tokenizer_files import copy_tokenizer
 
 from .adapter_weights import ENDS, PREFIX
 from .agreement import agreed
+from .conversions import Part
 from .export import export_folder, write_config_and_card
 from .lora import gathered_adapters, linear_layers
 from .weight_files import INDEX, SINGLE, opened, read_index, stored_tensors, weight_files
-from .weights import adapter_of
+from .weights import FolderAdapter, adapter_of
 
 Adapters = Mapping[str, tuple[Tensor, Tensor]]  # layer of transformers' model -> A, B
 
@@ -123,11 +124,7 @@ def stored_layers(spec: ModelSpec, source: str, wanted: Iterable[str]) -> dict[s
     """Tensor of the files -> the layer of transformers' model whose weight it is. ValueError where
     one of the layers `wanted` is stored in another form.
     """
-    adapter = adapter_of(spec, source)
-    with torch.device("meta"):
-        state = adapter.to_hf(spec.model.build().state_dict())
-    parts = adapter.assembly(stored_tensors(source), state).parts
-    same = [p for p in parts if p.converter is None]
+    same = [p for p in _parts(adapter_of(spec, source), spec, source) if p.converter is None]
     found = {p.names[0]: p.targets[0].removesuffix(".weight") for p in same}
     missing = sorted(set(wanted) - set(found.values()))
     if missing:
@@ -136,6 +133,19 @@ def stored_layers(spec: ModelSpec, source: str, wanted: Iterable[str]) -> dict[s
             "cannot be merged file by file. Keep the adapter's folder (export.merge = false)"
         )
     return found
+
+
+def stored_float32(spec: ModelSpec, source: str) -> set[str]:
+    """Tensors of the files that the model keeps in float32, whatever its own dtype."""
+    adapter = adapter_of(spec, source)
+    parts = _parts(adapter, spec, source)
+    return {n for p in parts if any(map(adapter.keeps_float32, p.targets)) for n in p.names}
+
+
+def _parts(adapter: FolderAdapter, spec: ModelSpec, source: str) -> Sequence[Part]:
+    with torch.device("meta"):
+        state = adapter.to_hf(spec.model.build().state_dict())
+    return adapter.assembly(stored_tensors(source), state).parts
 
 
 def export_merged(
@@ -153,6 +163,7 @@ def export_merged(
     numbers and rounded once to `dtype`. The ranks share the files. Collective.
     """
     layers = agreed(partial(stored_layers, spec, source, adapters))
+    kept = stored_float32(spec, source)
 
     def delta(tensor: str) -> Tensor | None:
         pair = adapters.get(layers.get(tensor, ""))
@@ -160,7 +171,7 @@ def export_merged(
 
     def write(folder: Path) -> None:
         mine = weight_files(source)[dist.get_rank() :: dist.get_world_size()]
-        agreed(partial(merge_files, mine, folder, delta, dtype))
+        agreed(partial(merge_files, mine, folder, delta, dtype, kept))
 
     def finish(folder: Path) -> None:
         write_index(folder, source)
@@ -170,10 +181,15 @@ def export_merged(
 
 
 def merge_files(
-    files: Sequence[str], folder: Path, delta: Callable[[str], Tensor | None], dtype: str
+    files: Sequence[str],
+    folder: Path,
+    delta: Callable[[str], Tensor | None],
+    dtype: str,
+    kept: Container[str] = (),
 ) -> None:
     """The safetensors files of a model into `folder`, with delta(tensor) on top of each tensor that
-    has one: fp32 sums, rounded once to `dtype`. One file in memory at a time.
+    has one: fp32 sums, rounded once to `dtype`, but for those of `kept`. One file in memory at a
+    time.
     """
     for file in files:
         merged = {}
@@ -182,7 +198,7 @@ def merge_files(
                 weight, more = tensors.get_tensor(name), delta(name)
                 if more is not None:
                     weight = weight.float() + more
-                if weight.is_floating_point():
+                if weight.is_floating_point() and name not in kept:
                     weight = weight.to(TORCH_DTYPE_MAP[dtype])
                 merged[name] = weight.contiguous()
         save_file(merged, folder / os.path.basename(file), metadata={"format": "pt"})

@@ -8,6 +8,7 @@ from engine_cases import edited, load_frozen, positions, random_ids, reference_l
 from safetensors.torch import load_file
 
 from bench.model_families import make_model
+from reflux.trainer.engine.hf_adapter import HFAdapter
 from reflux.trainer.engine.model_builder import build_spec
 from reflux.trainer.engine.weight_files import stored_tensors
 from reflux.trainer.engine.weights import adapter_of
@@ -55,6 +56,19 @@ def test_a_router_keeps_float32_in_an_export_of_bfloat16(folders):
     kept = {n for n in names if adapter.keeps_float32(n)}
     assert {n for n in names if n.endswith("e_score_correction_bias")} <= kept
     assert all(".mlp.gate." in n for n in kept)
+
+
+def test_so_do_the_parts_of_other_modalities(host, folders, monkeypatch):
+    path = folders("gemma3")
+    monkeypatch.setattr(HFAdapter, "keeps_float32", lambda self, name: "projector" in name)
+    adapter = adapter_of(build_spec(str(path)), str(path))
+    weights = adapter.to_hf(load_frozen(host, path).model.state_dict())
+    files = adapter.files(weights, stored_tensors(str(path)), torch.bfloat16)
+    others = {n: w for n, w in files.items() if "projector" in n or "vision" in n}
+    dtypes = {"projector" in n: w.dtype for n, w in others.items()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    want = load_file(path / "model.safetensors")
+    assert all(torch.equal(w, want[n]) for n, w in others.items() if "projector" in n)
 
 
 LAST = "model.layers.1.mlp.experts.3"

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from engine_cases import load_frozen, random_ids
-from lora_cases import close, logits, save_family, start, train
+from lora_cases import ROUTING, check_float32, close, logits, save_family, start, train
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -107,6 +107,21 @@ def test_layers_of_one_name_and_two_sizes_leave_whole(assets, tmp_path, family, 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     with torch.no_grad():
         assert (model(IDS_NL).logits - want_NLV).abs().max() < tolerance
+
+
+def test_what_the_model_keeps_in_float32_is_not_rounded(assets, tmp_path):
+    """Routing by nearly equal biases: rounded, other experts are chosen."""
+    base = save_family("deepseek_v3", tmp_path / "deepseek_v3", assets)
+    lora = {"rank": 2, "alpha": 4.0, "targets": ["o_proj"]}
+    training = {"mixed_precision_param": "bfloat16"}
+    over = dict(lora=lora, export={"merge": True, "dtype": "bfloat16"}, training=training)
+    engine = start(base, tmp_path / "run", **over)
+    assert engine.compute_dtype == "bfloat16"
+    sent = dict(engine.named_weights())
+    engine._export(str(tmp_path / "merged"), "# A card")
+    close(engine)
+    check_float32(base, load_file(tmp_path / "merged" / "model.safetensors"), ROUTING)
+    check_float32(base, sent, ROUTING)
 
 
 def test_a_folder_that_peft_wrote_is_a_model_to_train(assets, tmp_path):
