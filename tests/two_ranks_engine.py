@@ -100,8 +100,8 @@ def main(assets: Path, folder: Path) -> None:
         trainer = make_trainer(assets / name, folder / name, parallelism=parallelism)
         check(trainer, str(assets / name), str(folder / f"{name}_out"))
         trainer.close()
-    # a mixture of experts, a hybrid, a multimodal folder
-    for family in ("qwen3_moe", "qwen3_next", "gemma3"):
+    # mixtures of experts, one with a routing bias in float32; a hybrid, a multimodal folder
+    for family in ("qwen3_moe", "afmoe", "qwen3_next", "gemma3"):
         make_family(family, folder / "models" / family, assets)
         trainer = make_trainer(folder / "models" / family, folder / family, parallelism=plain)
         check(trainer, str(folder / "models" / family), str(folder / f"{family}_out"))

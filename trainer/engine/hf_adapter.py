@@ -6,7 +6,6 @@ known, not loaded, and go into an export as they are.
 """
 
 import functools
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .conversions import Assembly, assembled, default_transforms, stored_form
-from .hf_models import build_hf, tied_names
+from .hf_models import build_hf, keeps_float32, tied_names
 from .weight_files import Stored, opened
 from .weights import FolderAdapter
 
@@ -50,8 +49,7 @@ class HFAdapter(FolderAdapter):
         return (*super().ignored, *(self.model._keys_to_ignore_on_load_unexpected or ()))
 
     def keeps_float32(self, name: str) -> bool:
-        patterns = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
-        return any(re.search(rf"(^|\.){re.escape(p)}(\.|$)", name) for p in patterns)
+        return keeps_float32(self.model, name)
 
     def to_hf(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """transformers' names, which are not those of the files."""

@@ -154,6 +154,7 @@ class HFDecoder(BaseModel):
             raise ValueError(f"{config.path}: {type(self.hf).__name__} is not supported: {why}")
         drop_other_modalities(self.hf)
         take_fused_layers(self.hf, config.liger, config.path)
+        hold_float32(self.hf)
         tied = tied_names(self.hf)
         self.enable_weight_tying = bool(tied)
         if shared := [name for name in tied if re.search(r"\.\d+\.", name)]:
@@ -283,6 +284,24 @@ def drop_other_modalities(model: PreTrainedModel) -> None:
                 module._modules[name] = None
 
     prune(model)
+
+
+def keeps_float32(model: PreTrainedModel, name: str) -> bool:
+    """Whether transformers computes with this tensor in float32, whatever the model's dtype."""
+    patterns = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    return any(re.search(rf"(^|\.){re.escape(p)}(\.|$)", name) for p in patterns)
+
+
+def hold_float32(model: PreTrainedModel) -> None:
+    """Makes buffers of the weights that nobody trains and that stay in float32: the routing biases
+    of some mixtures of experts. FSDP2 would round them for a forward, as every parameter.
+    """
+    for name, weight in list(model.named_parameters()):
+        if not weight.requires_grad and keeps_float32(model, name):
+            parent, _, own = name.rpartition(".")
+            module = model.get_submodule(parent)
+            delattr(module, own)
+            module.register_buffer(own, weight.detach())
 
 
 def name_of_blocks(decoder: nn.Module, path: str) -> str:

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from engine_cases import edited, load_frozen, positions, random_ids
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from bench.model_families import make_model
 from reflux.trainer.engine.decoding import gathered
 from reflux.trainer.engine.forward import hidden_states
 from reflux.trainer.engine.head import head_weight
@@ -49,6 +50,30 @@ def test_training_another_model_through_it_leaves_it_as_it_was(host, assets, nam
         for g in o.param_groups
         for p in g["params"]
     )
+
+
+def test_a_routing_bias_stays_in_float32_beside_weights_in_bfloat16(host, tmp_path):
+    """A parameter in transformers' afmoe, which FSDP2 would round with the others."""
+    make_model("afmoe", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (name,) = (n for n in tensors if n.endswith("expert_bias"))
+    noise = torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(0))
+    tensors[name] = 1 + 0.002 * noise  # bfloat16 has steps of 0.008 there
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ids_NL, positions_NL = random_ids(4, 40), positions(40, rows=4)
+    want = []
+    for rounds in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+        bias = model.get_parameter(name)
+        assert bias.dtype == torch.float32
+        with torch.no_grad():
+            bias.copy_(bias.bfloat16() if rounds else bias)
+            want.append(model(ids_NL).logits.float())
+    frozen = load_frozen(host, tmp_path, dtype="bfloat16")
+    with torch.no_grad():
+        got = frozen.model(ids_NL, positions=positions_NL).float()
+    assert (got - want[0]).abs().max() <= 0.05 * (want[1] - want[0]).abs().max()
+    assert frozen.model.state_dict()[f"hf.{name}"].dtype == torch.float32
 
 
 def test_the_hash_tells_the_smallest_change_and_two_models_apart(host, assets):
