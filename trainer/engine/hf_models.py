@@ -198,10 +198,15 @@ class HFDecoder(BaseModel):
         """The submodules are transformers', not torchtitan's."""
 
     def init_states(self, *, buffer_device=None) -> None:
-        """Random weights; buffers that to_empty() wiped are computed again."""
+        """Random weights; buffers that to_empty() wiped are computed again. buffer_device: where
+        they belong while off-loaded shards lie elsewhere.
+        """
         if self.enable_weight_tying:
             self.hf.tie_weights()
         initialize(self.hf, list(self.layers.values()))
+        for module in self.hf.modules() if buffer_device is not None else ():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(buffer_device)
 
     def forward(self, tokens, positions=None, attention_masks=None, cache=None, packed=False):
         """Logits, or hidden states with the head skipped. attention_masks: [N, L'] of real tokens

@@ -48,6 +48,18 @@ def test_what_is_neither_decoder_nor_head_is_dropped(tmp_path):
     assert names and all(".language_model." in name for name in names), "the head is tied"
 
 
+def test_routing_biases_are_buffers_and_lie_where_the_forward_runs(tmp_path):
+    """Off-loaded shards are brought there by FSDP2, buffers are not."""
+    make_model("afmoe", tmp_path)
+    model = HFDecoder(HFDecoder.Config(path=str(tmp_path)))
+    names = {name for name, _ in model.named_buffers() if name in model.state_dict()}
+    assert {name.rpartition(".")[2] for name in names} == {"expert_bias"}
+    assert not any(name.endswith("expert_bias") for name, _ in model.named_parameters())
+    model.init_weights(buffer_device=torch.device("meta"))
+    assert {b.device.type for b in model.buffers()} == {"meta"}
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
 def test_a_head_with_a_bias_is_an_error(tmp_path):
     save_model(tmp_path, "phi")
     with pytest.raises(ValueError, match="without bias"), torch.device("meta"):
