@@ -3,6 +3,7 @@ task-utility gate, and how far length, entropy and truncation may drift from the
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Mapping
 
@@ -17,15 +18,18 @@ MARKS = (0.5, 0.75, 0.9)  # of a budget or a drift: a checkpoint is written wher
 
 # guard.NAME -> the field of the log that it watches
 DRIFTS = {"length_drift": "length", "entropy_drift": "entropy", "truncation_drift": "truncated"}
-# notes that name the last step which a guard let pass
-ACCEPTED = ("kl_accepted", "drift_accepted", "utility_passed")
+# notes of checkpoints before "inside": the step whose numbers passed, and whose update, which no
+# number had seen yet, was restored
+OLD_NOTES = ("kl_accepted", "drift_accepted")
 
 
 class Guards:
-    """State lives in engine.notes, so that a resumed run stops where the uninterrupted one
-    would. A guard that stops the run goes back to the newest checkpoint that is not after the last
-    step it let pass: that of an evaluation that passed is written and kept, and on the way to a
-    limit one is written at each of MARKS.
+    """State lives in engine.notes, so that a resumed run stops where the uninterrupted one would.
+
+    The numbers of step N are those of the weights before its update, checkpoint N - 1; only an
+    evaluation is of checkpoint N. A guard that stops the run goes back to the newest checkpoint
+    that is not after `back_to`. On the way to a limit one is written at each of MARKS; that of an
+    evaluation that passed is written and kept.
     """
 
     def __init__(self, cfg: Config, engine: Engine):
@@ -54,35 +58,58 @@ class Guards:
         return self.engine.notes
 
     def accepted(self) -> set[int]:
-        """The steps that a guard would go back to."""
-        return {int(self.notes[name]) for name in ACCEPTED if name in self.notes}
+        """The steps that a guard may go back to."""
+        return {self._last_inside(), int(self.notes.get("utility_passed", 0))}
+
+    def back_to(self) -> int:
+        """The newest step whose weights no guard objects to: KL and drift were measured inside,
+        and where the last evaluation was low, not after the last one that passed.
+        """
+        low = any(self.notes[n] for n in self.notes if n.startswith("utility_failures"))
+        passed = [int(self.notes.get("utility_passed", 0))] if low else []
+        return min([self._last_inside(), *passed])
+
+    def _last_inside(self) -> int:
+        """0, the start, as long as no update's weights were measured inside."""
+        old = min((self.notes[name] for name in OLD_NOTES if name in self.notes), default=0.0)
+        return int(self.notes.get("inside", max(old - 1, 0)))
 
     def check(self, step: int, stats: Mapping[str, float], results: Mapping[str, float]) -> None:
         """Raises Stop when the KL budget is spent, the texts have drifted too far, or the task
         accuracy fell twice in a row.
         """
-        self._check_kl(step, stats)
-        self._check_drift(step, stats)
+        inside = self._check_kl(step, stats)
+        inside &= self._check_drift(step, stats)
+        if inside:
+            # with rollout.overlap the texts are of older weights still
+            before = 1 + math.ceil(stats.get("staleness", 0.0))
+            self.notes["inside"] = float(max(step - before, self._last_inside()))
         self._check_utility(step, results)
 
-    def _check_kl(self, step: int, stats: Mapping[str, float]) -> None:
+    def _check_kl(self, step: int, stats: Mapping[str, float]) -> bool:
+        """Whether the weights that the step began with are inside by their own KL too: the moving
+        average, which stops the run, follows some steps behind.
+        """
         budget, kl = self.cfg.guard.kl_budget, stats.get("reference_kl")
         if not budget or kl is None:
-            return
+            return True
         average = KL_DECAY * self.notes.get("reference_kl", kl) + (1 - KL_DECAY) * kl
         self.notes["reference_kl"] = average
         if not average <= budget:  # NaN stops too
-            raise Stop(
+            raise self._stop(
                 f"KL(policy || reference) reached {average:.3f} nats per token in step "
-                f"{step}, over guard.kl_budget = {budget}",
-                restore=int(self.notes.get("kl_accepted", 0)),
+                f"{step}, over guard.kl_budget = {budget}"
             )
-        self.notes["kl_accepted"] = float(step)
         words = f"KL(policy || reference) is {average:.3f} nats per token"
-        self._approach("kl", average / budget, f"step {step}: {words}, half of guard.kl_budget")
+        warning = f"step {step}: {words}, half of guard.kl_budget"
+        self._approach("kl", average / budget, kl / budget, warning)
+        return kl <= budget
 
-    def _check_drift(self, step: int, stats: Mapping[str, float]) -> None:
-        """Against the first step, whose texts are those of the model before its first update."""
+    def _check_drift(self, step: int, stats: Mapping[str, float]) -> bool:
+        """Against the first step, whose texts are those of the model before its first update.
+        Returns whether this step's own numbers are inside too.
+        """
+        inside = True
         for name, field in DRIFTS.items():
             limit, now = getattr(self.cfg.guard, name), stats.get(field)
             if not limit or now is None:
@@ -95,26 +122,38 @@ class Guards:
                 f"average) in step {step}"
             )
             if not _within(name, start, average, limit):  # NaN stops too
-                raise Stop(
-                    f"{moved}, beyond guard.{name} = {limit}",
-                    restore=int(self.notes.get("drift_accepted", 0)),
-                )
-            share = _share(name, start, average, limit)
-            self._approach(name, share, f"{moved}, half of guard.{name} = {limit}")
-        self.notes["drift_accepted"] = float(step)
+                raise self._stop(f"{moved}, beyond guard.{name} = {limit}")
+            share, own = (_share(name, start, x, limit) for x in (average, now))
+            self._approach(name, share, own, f"{moved}, half of guard.{name} = {limit}")
+            inside &= _within(name, start, now, limit)
+        return inside
 
-    def _approach(self, name: str, share: float, warning: str) -> None:
-        """Saves at each mark on the way to the limit, so that the weights to go back to are near;
-        warns at the first. At the end of the step: then every guard has noted what it saw.
+    def _stop(self, reason: str) -> Stop:
+        """With the step to go back to, and in plain words where that is the start."""
+        step = self.back_to()
+        if not step:
+            reason += "; no later weights are known to be inside: back to those of the start"
+        return Stop(reason, restore=step)
+
+    def _approach(self, name: str, average: float, own: float, warning: str) -> None:
+        """Saves on the way to the limit, by the moving average and by the step's own number, which
+        is ahead of it: the next step measures what is saved, and may find it outside. Warns at the
+        first mark of the average.
         """
-        passed = sum(share > mark for mark in MARKS)
-        before = self.notes.get(f"{name}_marks", 0)
-        if passed <= before:
-            return
-        if not before:
+        if self._passes(f"{name}_marks", average) == 1:
             log.warning(warning)
-        self.notes[f"{name}_marks"] = float(passed)
+        self._passes(f"{name}_own_marks", own)
+
+    def _passes(self, note: str, share: float) -> int:
+        """1 at the first of MARKS that is passed, 2 at later ones, 0 between them. The checkpoint
+        is written at the end of the step: then every guard has noted what it saw.
+        """
+        passed, before = sum(share > mark for mark in MARKS), self.notes.get(note, 0)
+        if passed <= before:
+            return 0
+        self.notes[note] = float(passed)
         self.engine.save_this_step()
+        return 2 if before else 1
 
     def _check_utility(self, step: int, results: Mapping[str, float]) -> None:
         """Every part of [eval.parts] by itself: one that falls is not made up for by another."""
@@ -129,7 +168,7 @@ class Guards:
             if step:  # the weights of the start are those of model.path
                 self.engine.save_this_step()
         if stop:
-            raise Stop(stop, int(self.notes.get("utility_passed", 0)))
+            raise self._stop(stop)
 
     def _check_part(self, part: str, results: Mapping[str, float]) -> tuple[bool, str]:
         """Whether the accuracy is low, and why the run has to stop, if it has."""
