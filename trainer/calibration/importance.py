@@ -17,5 +17,15 @@ def importance_weights(
     trainer_logp_n: np.ndarray, sampler_logp_n: np.ndarray, max_is: float
 ) -> np.ndarray:
     """w [n], float64, of log-probabilities in nats."""
-    gap_n = np.asarray(trainer_logp_n, np.float64) - np.asarray(sampler_logp_n, np.float64)
-    return np.exp(np.minimum(gap_n, np.log(max_is)))
+    return np.exp(np.minimum(_gap(trainer_logp_n, sampler_logp_n), np.log(max_is)))
+
+
+def are_truncated(
+    trainer_logp_n: np.ndarray, sampler_logp_n: np.ndarray, max_is: float
+) -> np.ndarray:
+    """[n], bool. Not asked of the weights: e^log(5) is less than 5 in float64."""
+    return _gap(trainer_logp_n, sampler_logp_n) > np.log(max_is)
+
+
+def _gap(trainer_logp_n: np.ndarray, sampler_logp_n: np.ndarray) -> np.ndarray:
+    return np.asarray(trainer_logp_n, np.float64) - np.asarray(sampler_logp_n, np.float64)

@@ -62,7 +62,7 @@ from .advantages import (
     std_nats,
 )
 from .guards import Guards
-from .importance import importance_weights
+from .importance import are_truncated, importance_weights
 from .rewards import build_reward
 from .sample_fields import sample_fields
 from .spellings import canonical_share
@@ -240,7 +240,8 @@ class CalibratePhase:
         limit, sampler_logp_n = self.cfg.policy.max_is, np.asarray(rollout.logp)
         weight_n = importance_weights(trainer_logp_n, sampler_logp_n, limit)
         self.metric_sums.add("is/weight", weight_n)
-        self.metric_sums.add("is/truncated", (weight_n >= limit).astype(float))
+        truncated_n = are_truncated(trainer_logp_n, sampler_logp_n, limit)
+        self.metric_sums.add("is/truncated", truncated_n.astype(float))
         self.metric_sums.add("is/gap", np.abs(trainer_logp_n - sampler_logp_n))
         return weight_n
 

@@ -346,9 +346,7 @@ class PolicySection:
 
 @dataclass(frozen=True)
 class GuardSection:
-    # nats per token of KL(pi || pi_ref); above it the run stops and goes back to the newest
-    # checkpoint that was measured inside (docs/method.md, "Guards"). 0: off
-    kl_budget: float = 0.10
+    kl_budget: float = 0.10  # nats per token of KL(pi || pi_ref); the run stops above it. 0: off
     # accuracy; two evaluations in a row below the start by more than this stop the run. 0: off
     utility_drop: float = 0.02
     # how far a moving average of the texts may drift from the first step's; more ends it (0: off);

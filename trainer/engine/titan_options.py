@@ -44,7 +44,7 @@ NOTES = {
     "parallelism.context_parallel_ptrr_mask_key": "as above",
     "parallelism.expert_parallel_degree": "fixed at 1",
     "checkpoint.enable": "false: none is written",
-    "checkpoint.interval": "steps; the last is saved in any case; a guard goes back to one of these",
+    "checkpoint.interval": "steps; the last is saved in any case; guards go back to one of them",
     "checkpoint.initial_load_model_only": "a model's folder holds no optimizer",
     "checkpoint.initial_load_in_hf": "set by model.from_scratch and lora",
     "checkpoint.initial_load_in_hf_quantized": "not used here",

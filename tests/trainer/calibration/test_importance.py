@@ -3,12 +3,16 @@
 Shapes: V vocabulary.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reflux.trainer.calibration.importance import importance_weights
+from reflux.trainer.calibration.importance import are_truncated, importance_weights
+from reflux.trainer.calibration.phase import CalibratePhase
+from reflux.trainer.engine.metrics import MetricSums
 
 
 def log_softmax(x):
@@ -34,3 +38,24 @@ def test_a_weight_ends_at_the_limit_and_is_finite_at_any_gap():
     gaps = np.array([-1000.0, -1.0, 0.0, np.log(2.0), 5.0, 1000.0])
     got = importance_weights(gaps, np.zeros(6), 2.0)
     assert got == pytest.approx([0.0, np.exp(-1.0), 1.0, 2.0, 2.0, 2.0])
+
+
+@given(st.floats(1.0, 1e6) | st.sampled_from([5.0, 7.0, 8.0]), st.floats(1e-3, 1e3))
+def test_a_token_beyond_the_limit_counts_as_truncated_at_every_limit(limit, beyond):
+    gaps = np.log(limit) + np.array([beyond, -beyond])
+    assert are_truncated(gaps, np.zeros(2), limit).tolist() == [True, False]
+
+
+def test_a_weight_of_one_is_not_truncated_at_the_limit_of_one():
+    """An engine that is the trainer, with policy.max_is = 1."""
+    assert not are_truncated(np.zeros(2), np.zeros(2), 1.0).any()
+
+
+@pytest.mark.parametrize("limit", [2.0, 5.0])
+def test_the_log_counts_the_truncated_tokens(limit):
+    sums = MetricSums()
+    policy = SimpleNamespace(max_is=limit)
+    phase = SimpleNamespace(cfg=SimpleNamespace(policy=policy), metric_sums=sums)
+    rollout = SimpleNamespace(logp=(-9.0, -9.0, -1.0, -1.0))
+    CalibratePhase._weights(phase, rollout, np.array([0.0, 0.0, -1.0, -2.0]))
+    assert sums.sums["is/truncated"] == [2.0, 4.0], "two of four"
