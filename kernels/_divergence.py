@@ -7,7 +7,8 @@
     skew_reverse  KL(p || beta p + (1 - beta) q)
 
 jsd: generalised Jensen-Shannon divergence (Agarwal et al., arXiv:2306.13649); beta weighs the
-teacher, others have it the other way round. skew: Ko et al., arXiv:2402.03898.
+teacher, others have it the other way round. skew: Ko et al., arXiv:2402.03898, where beta weighs
+the side that the expectation is over: the teacher in skew_forward, the student in skew_reverse.
 
 With l_i the summand of class i, g_i = dl/dlog p_i and G = sum g_i, every loss has dL/dz_i = (g_i -
 p_i G) / temperature. Every mask asks p == 0, not p > 0: a NaN must reach the loss, where it is

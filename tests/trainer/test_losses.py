@@ -6,6 +6,8 @@ at every token of every prefix.
 """
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -453,3 +455,31 @@ def test_likelihood_counts_what_is_weighted():
     torch.testing.assert_close(got_TD, want_TD, rtol=1e-5, atol=1e-7)
     metrics = nll_metrics(logp_T, weight_T)
     assert metrics["nll"].item() == want.item() and metrics["off_policy"] == 1.5
+
+
+def documented(file: str, name: str) -> str:
+    """The formula of a divergence, as Python: KL(a, b), teacher q, student p, mixture m."""
+    text = (Path(__file__).parents[2] / file).read_text()
+    (line,) = re.findall(rf"^(?:\| `{name}` \| |    {name} +)(.*)$", text, re.M)
+    formula = re.split(r" \(\[| \| |,  m", line)[0]
+    for old, new in (("−", "-"), ("‖", ","), ("||", ","), ("β", "beta")):
+        formula = formula.replace(old, new)
+    formula = formula.replace(" - ", "-").replace("(1-beta)", "(1-beta) ")
+    return re.sub(r"(beta|\)) *(KL|[pq]\b)", r"\1 * \2", formula)
+
+
+@pytest.mark.parametrize("file", ["docs/kernels.md", "kernels/_divergence.py"])
+@pytest.mark.parametrize("beta", [0.2, 0.9])
+@pytest.mark.parametrize("name", ["forward", "reverse", "jsd", "skew_forward", "skew_reverse"])
+def test_a_divergence_is_what_its_documented_formula_gives(name, beta, file):
+    """beta weighs the teacher of jsd and skew_forward, and the student of skew_reverse."""
+    torch.manual_seed(0)
+    student, teacher = (
+        HeadInputs(torch.randn(5, 8).double(), torch.randn(30, 8).double(), None, 30)
+        for _ in range(2)
+    )
+    p, q = ((x.hidden_TD @ x.head_VD.T).softmax(1) for x in (student, teacher))
+    names = {"p": p, "q": q, "m": beta * q + (1 - beta) * p, "beta": beta}
+    names["KL"] = lambda a, b: float((a * (a.log() - b.log())).sum())
+    got = distill_kl(student, teacher, DistillSection(divergence=name, beta=beta))[0]
+    assert float(got) == pytest.approx(eval(documented(file, name), names), rel=1e-9)

@@ -23,7 +23,9 @@ class DistillSection:
     objective: Literal["nll", "kl", "byte", "policy_gradient", "span", "class"] = "kl"
     # KL of which side, or a mixture; forward covers the teacher, reverse is sharp (docs/method.md)
     divergence: Literal["forward", "reverse", "jsd", "skew_forward", "skew_reverse"] = "reverse"
-    beta: float = 0.5  # jsd, skew: weight of the teacher in the mixture
+    # weight in the mixture: of the teacher with jsd and skew_forward, of the student with
+    # skew_reverse, whose mixture is the other one's with both models exchanged
+    beta: float = 0.5
     # what becomes of the teacher's probability outside its top-k. sampled: top_k independent draws
     # in place of the top-k, whose expected gradient is that of the whole forward KL
     # (arXiv:2503.16870)
