@@ -35,6 +35,7 @@ from .prompt_lengths import (
 from .prompts import Prompts, load_prompts
 from .row_checks import A_RESPONSE, Need, check_answers, named_rows
 from .shortening import Messages, shorten
+from .unused import named_columns
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ class Fitting:
         d, spec = cfg.data, spec_of(cfg.phase)
         self.cfg, self.host, self.name, self.given = cfg, host, name, spec.given(cfg)
         self.listing = training_listing(cfg)
-        self.prompts = load_prompts(d, listing=self.listing, check_rows=False)
+        named = named_columns(cfg)
+        self.prompts = load_prompts(d, listing=self.listing, check_rows=False, named=named)
         self.lengths = self._measured(chat)
         if spec.grades(cfg):
             check_answers(self.prompts.location, self.lengths.answered_N, cfg.task, "data")
@@ -182,7 +184,9 @@ class Fitting:
             raise ValueError(
                 f"{self._named(missing)}: no response, in {len(missing):,} of "
                 f"{len(self.prompts):,} rows; want a `response` column, or an assistant's last "
-                'message, to train on given text. Name it: data.columns = {response = "..."}'
+                'message, to train on given text. Name it: data.columns = {response = "..."}. An '
+                "empty one is none, and neither is one that is marked not to be trained on "
+                "(train = false, weight = 0, or label = false of a completion): leave such rows out"
             )
 
     def _shorten(self, prompt: Prompt) -> list[dict[str, str]] | None:

@@ -14,7 +14,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from reflux.trainer.config.data import SourceSection
 from reflux.trainer.config.fit import nearest
 
 from .prompt import Prompt
-from .prompts import Prompts, load_prompts
+from .prompts import SYSTEM, Prompts, load_prompts
+from .shapes import CORRECT, OPTIONS, SHAPES, user
 
 GRAM = 13  # words
 WORD = re.compile(r"\w+")
-SCALARS = (str, int, float, bool)
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class Manifest:
     train: int
     test: int
     files: Mapping[str, str]
+    left_out: Sequence[str] = ()  # columns that JSON cannot write, or that are named as a part is
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,10 @@ def prepare(name: str, public: PublicSet, choice: Choice) -> Manifest:
     counts["contaminated"] = len(train) - len(clean)
     if not clean and not test:
         raise ValueError(f"{public.source}: no row is left of {counts['read']}; see --where")
-    files = {"train.jsonl": _write(choice.out, "train", clean, shape)}
-    files["test.jsonl"] = _write(choice.out, "test", test, shape)
+    written = written_shape([*clean, *test], shape)
+    files = {"train.jsonl": _write(choice.out, "train", clean, written)}
+    files["test.jsonl"] = _write(choice.out, "test", test, written)
+    left_out = {key for p in (*clean, *test) for key in _left_out(p, written)}
     manifest = Manifest(
         name,
         public.source,
@@ -137,6 +140,7 @@ def prepare(name: str, public: PublicSet, choice: Choice) -> Manifest:
         len(clean),
         len(test),
         files,
+        sorted(left_out),
     )
     _write_whole(choice.out / "manifest.json", json.dumps(asdict(manifest), indent=1) + "\n")
     return manifest
@@ -234,21 +238,67 @@ def _write_whole(file: Path, text: str) -> None:
     partial.replace(file)
 
 
+def written_shape(prompts: Sequence[Prompt], shape: str) -> str:
+    """The one shape of SHAPES that all of these rows can be written in. shape: of their source."""
+    if shape == "choices" or not all(p.messages for p in prompts):
+        return shape
+    one = all(p.messages == user(p.question) for p in prompts)
+    return "plain" if one else "messages"
+
+
 def row_of(prompt: Prompt, shape: str) -> dict[str, Any]:
-    """A row that is read back as the same prompt, answer and response."""
-    extra = {k: v for k, v in prompt.extra.items() if isinstance(v, SCALARS)}
-    kept = ("instruction_id_list", "kwargs")
-    extra |= {k: prompt.extra[k] for k in kept if k in prompt.extra}
-    answer = {} if prompt.answer is None else {"answer": prompt.answer}
+    """A row of this shape that is read back as the same prompt, answer and response; with every
+    other column that JSON can write and that would not be taken for a part of it.
+    """
+    body = {key: value for key, value in _body(prompt, shape).items() if value is not None}
+    return body | _others(prompt, shape, body)
+
+
+def _others(prompt: Prompt, shape: str, body: Collection[str]) -> dict[str, Any]:
+    taken = _taken(shape, body)
+    return {k: v for k, v in prompt.extra.items() if k not in taken and _is_json(v)}
+
+
+def _left_out(prompt: Prompt, shape: str) -> set[str]:
+    """Columns beside the parts that are not written."""
+    body = _body(prompt, shape).keys()
+    own = {"choices"} if shape == "choices" else set()
+    return prompt.extra.keys() - _others(prompt, shape, body).keys() - own
+
+
+def _body(prompt: Prompt, shape: str) -> dict[str, Any]:
+    if shape == "text":
+        return {"text": prompt.response}
     if shape == "choices":
+        system = next((m["content"] for m in prompt.messages if m["role"] == "system"), None)
         body = {"question": prompt.question, "choices": prompt.extra["choices"]}
-        return body | answer | extra
-    response = {} if prompt.response is None else {"response": prompt.response}
-    if not prompt.messages:
-        return {"text": prompt.response} | extra
-    if len(prompt.messages) == 1:
-        return {"prompt": prompt.question} | answer | response | extra
-    return {"messages": list(map(dict, prompt.messages))} | answer | response | extra
+        return {"system": system, **body, "answer": prompt.answer}
+    parts = {"answer": prompt.answer, "response": prompt.response}
+    if shape == "plain":
+        return {"prompt": prompt.question, **parts}
+    return {"messages": list(map(dict, prompt.messages)), **parts}
+
+
+def _taken(shape: str, body: Collection[str]) -> set[str]:
+    """Columns that would be read as a part of the row, or make another shape of it."""
+    used = {
+        "messages": ("messages", "answer", "response", *SYSTEM),
+        "plain": ("prompt", "answer", "response", *SYSTEM),
+        "choices": ("question", *OPTIONS, *CORRECT, *SYSTEM),
+        "text": ("text",),
+    }
+    earlier = list(SHAPES.values())[: list(SHAPES).index(shape)]
+    # without the columns of one of its groups there is no such shape
+    tells = (next(g for g in other.needs if not {*g} & {*body}) for other in earlier)
+    return {*used[shape], *(column for group in tells for column in group)}
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -322,6 +372,9 @@ def main(
         f"{m.repeated:,} repeated, {m.contaminated:,} share {GRAM} words with a held-out question; "
         f"{m.train:,} in {args.out / 'train.jsonl'}, {m.test:,} in {args.out / 'test.jsonl'}"
     )
+    if m.left_out:
+        names = ", ".join(m.left_out)
+        print(f"columns left out, no JSON or named as a part of a row is: {names}")
     return 0
 
 

@@ -32,7 +32,7 @@ from .sources import Location
 
 log = logging.getLogger(__name__)
 
-FORMAT = "reflux prompt lengths 3"  # raise the number whenever this file changes what it gives
+FORMAT = "reflux prompt lengths 4"  # raise the number whenever this file changes what it gives
 CHUNK = 1024  # rows tokenized together
 PATIENCE_S = 20.0  # between two lines that say how far it is
 

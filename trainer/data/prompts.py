@@ -2,17 +2,16 @@
 function of seed and step.
 
 Which columns of a row are the prompt, the answer and the response is told by its shape
-(shapes.py). Every other column goes to Prompt.extra; those that mostly are part of what is asked
-are named in a warning.
+(shapes.py). A system message may stand in a column of its own. Every other column goes to
+Prompt.extra; those that mostly are part of what is asked are named in a warning (unused.py).
 """
 
-import logging
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
@@ -21,16 +20,14 @@ from reflux.trainer.config.fit import nearest
 
 from .options import Listing
 from .prompt import Prompt
-from .row import Row
-from .shapes import SHAPES, detect_shape
+from .row import Row, read_text
+from .shapes import SHAPES, Parts, detect_shape, gold_and_solution
 from .sources import Lines, Location, Rows, open_source
-
-log = logging.getLogger(__name__)
+from .unused import FIRST, warn_of_unused
 
 Item = TypeVar("Item")
 ROLES = ("prompt", "messages", "answer", "response")  # what `columns` can name
-# columns without which a row asks for something else
-ASKING = ("instruction", "input", "context", "passage", "document", "system", "history", "schema")
+SYSTEM = ("system", "system_prompt")  # columns that hold the message of the system
 ALPACA = ("instruction", "input", "output")
 
 
@@ -163,6 +160,7 @@ def load_prompts(
     limit: int | None = None,
     listing: Listing | None = None,
     check_rows: bool = True,
+    named: Collection[str] = (),
 ) -> Prompts:
     """Opens the source of [data] or [eval]; a text is a source without options.
 
@@ -170,7 +168,8 @@ def load_prompts(
     else what the columns and the first row tell. limit: only the first rows, instead of the
     section's. listing: writes the options of rows under their questions, for the shape `choices`,
     or `always`. In a source with the columns instruction, input and output (Alpaca) whose prompt is
-    named `instruction`, an input that is not empty is joined to it.
+    named `instruction`, an input that is not empty is joined to it. named: columns that options
+    name (unused.named_columns); they are not told to be unused.
 
     JSONL rows are all checked here, unless check_rows says that they will be or were. Tables have a
     schema: their columns are checked here, a row when it is read. Raises ValueError with file, row
@@ -196,8 +195,8 @@ def load_prompts(
     listed = listing is not None and (listing.always or shape == "choices")
     listing = listing if listed else None
     prompts = Prompts(rows, location, shape, names, listing, section.system)
-    if shape == "plain":
-        _warn_of_unused(prompts, existing, opened.name)
+    body = names.get("prompt") if shape == "plain" else None
+    warn_of_unused(opened.name, list(_first_rows(opened.rows, names, shape)), named, body)
     if isinstance(rows, Lines) and check_rows:
         for _ in prompts:
             pass
@@ -226,34 +225,62 @@ def _shape(
         if column not in existing:
             raise ValueError(
                 f"{source}: no column {column!r}{nearest(column, existing)} There are: "
-                f'{", ".join(existing)}. Name it: columns = {{{role} = "..."}}, or set shape to '
-                f"one of {', '.join(SHAPES)}"
+                f"{', '.join(existing)}. {_separator(existing)}Name it: columns = "
+                f'{{{role} = "..."}}, or set shape to one of {", ".join(SHAPES)}'
             )
     return shape
 
 
+def _separator(existing: list[str]) -> str:
+    """What to do with a table whose one column holds several names."""
+    found = next((s for s in ";|\t" if len(existing) == 1 and s in existing[0]), None)
+    if found is None:
+        return ""
+    return f"That is one column with {found!r} in it: separate the columns by commas. "
+
+
+def _first_rows(
+    rows: Rows, names: Mapping[str, str], shape: str
+) -> Iterator[tuple[Mapping[str, Any], Prompt]]:
+    """The first rows, and what is read of them, up to one that is no prompt: it is told later."""
+    try:
+        for i in range(min(len(rows), FIRST)):
+            row = Row(rows[i], "", names)
+            yield row.values, _prompt(i, row, shape)
+    except ValueError:
+        return
+
+
 def _prompt(index: int, row: Row, shape: str) -> Prompt:
-    parts = SHAPES[shape].read(row)
+    parts = _with_system(SHAPES[shape].read(row), row)
     used = {row.name(column) for column in parts.used}
     extra = {key: value for key, value in row.values.items() if key not in used}
     if parts.options:
         extra["choices"] = parts.options
-    return Prompt(index, parts.messages, parts.answer, parts.response, extra)
+    answer, solution = gold_and_solution(parts.answer)
+    response = solution if parts.response is None else parts.response
+    # an empty text would be trained on as a stop token alone
+    if not (response and response.strip()) or (parts.messages and _is_rejected(parts, row)):
+        response = None
+    return Prompt(index, parts.messages, answer, response, extra)
 
 
-def _warn_of_unused(prompts: Prompts, existing: list[str], source: str) -> None:
-    extra = prompts[0].extra
-    unused = tuple(name for name in ASKING if name in existing and name in extra)
-    if unused:
-        _warn(source, unused, prompts.column("prompt"))
+def _is_rejected(parts: Parts, row: Row) -> bool:
+    """A response with the label false, as KTO's rows have it. A number may be another label."""
+    own = "label" not in {*parts.used, *row.names.values()}
+    return own and str(row.values.get("label")).lower() == "false"
 
 
-@lru_cache  # once each
-def _warn(source: str, columns: tuple[str, ...], body: str) -> None:
-    log.warning(
-        "%s: column%s not in the prompt, which is column %s alone; write what belongs to the "
-        "question into one column",
-        source,
-        f"s {', '.join(columns)} are" if len(columns) > 1 else f" {columns[0]} is",
-        body,
-    )
+def _with_system(parts: Parts, row: Row) -> Parts:
+    """With the message of a column of SYSTEM before a conversation that has none. Two such columns,
+    and one with another meaning, stay what they are.
+    """
+    taken = {*parts.used, *row.names.values()}
+    columns = [c for c in SYSTEM if c in row.values and c not in taken]
+    if not parts.messages or parts.messages[0]["role"] == "system" or len(columns) != 1:
+        return parts
+    if not isinstance(row.values[columns[0]], str):
+        return parts
+    text = read_text(row.values[columns[0]], f"{row.location}, column {columns[0]}")
+    system = ({"role": "system", "content": text},) if text and text.strip() else ()
+    return replace(parts, messages=(*system, *parts.messages), used=(*parts.used, *columns))

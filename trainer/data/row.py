@@ -132,8 +132,9 @@ def read_text(value: Any, where: str) -> str | None:
 
 
 def read_conversation(value: Any, where: str) -> tuple[tuple[Message, ...], str | None]:
-    """Messages of the OpenAI form; contents may be lists of text parts. ValueError for tool calls
-    and for parts that are no text.
+    """Messages of the OpenAI form; contents may be lists of text parts. An assistant's last message
+    that is not to be trained on is no response. ValueError for tool calls and for parts that are no
+    text.
     """
     if not isinstance(value, list) or not value:
         raise ValueError(
@@ -142,10 +143,17 @@ def read_conversation(value: Any, where: str) -> tuple[tuple[Message, ...], str 
     messages = tuple(_message(message, where, k) for k, message in enumerate(value))
     last = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
     messages = messages if last is None else messages[:-1]
+    last = None if last is not None and is_left_out(value[-1]) else last
     if not messages or messages[-1]["role"] != "user":
         whose = f"the {messages[-1]['role']}'s" if messages else "missing"
         raise ValueError(f"{where}: the message to answer is {whose}; want the user's")
     return messages, last
+
+
+def is_left_out(message: Mapping[str, Any]) -> bool:
+    """From training: "train": false, as axolotl's files have it, or "weight": 0, as OpenAI's."""
+    marks = message.get("train"), message.get("training"), message.get("weight")
+    return any(mark is not None and not mark for mark in marks)
 
 
 def _message(message: Any, where: str, k: int) -> dict[str, str]:

@@ -11,7 +11,8 @@ prompt, the reference answer, and the given response.
     question     question or problem; answer, solution. GSM8K, MATH
     text         text: a document without a prompt, to be given as it is
 
-Columns that are no part of these are in Prompt.extra.
+Columns that are no part of these are in Prompt.extra. A message of the system may stand in a column
+of its own (prompts.py).
 """
 
 import re
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .prompt import spell
-from .row import Message, Row, read_conversation
+from .row import Message, Row, is_left_out, read_conversation
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SOLUTION = re.compile(r"(?:^|\n)####[ \t]*(\S[^\n]*)\s*$")  # the last line of GSM8K's answers
@@ -104,6 +105,7 @@ def _read_sharegpt(row: Row) -> Parts:
     if system and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": system}, *turns]
     messages, last = read_conversation(turns, row.where("conversations"))
+    last = None if is_left_out(row.value("conversations")[-1]) else last
     return Parts(messages, ("conversations", "system", "answer"), row.answer("answer"), last)
 
 

@@ -36,7 +36,8 @@ def builder_of(file: Path) -> str | None:
 # columns of CSV files that are texts, whatever their cells look like: as numbers, 007 would lose
 # its zeros, 42 would be 42.0 where another cell is empty, and NA or null would be no answer
 TEXTS = (
-    *("prompt", "question", "problem", "instruction", "input", "context", "system", "text"),
+    *("prompt", "question", "problem", "instruction", "input", "context", "text"),
+    *("system", "system_prompt"),
     *("answer", "answerKey", "answer_letter", "answer_index", "label"),
     *("response", "output", "completion", "solution", "chosen"),
 )
@@ -59,9 +60,16 @@ def read_files(builder: str | None, files: Sequence[Path], texts: Sequence[str] 
         more |= _csv_options(texts)
     try:
         with _quiet(datasets):
-            return datasets.load_dataset(builder, data_files=names, split="train", **more)
+            table = datasets.load_dataset(builder, data_files=names, split="train", **more)
+            return _without_blank(table) if builder == "text" else table
     except Exception as error:  # of datasets, pyarrow, and what they are built on
         raise _unreadable(names[0] if len(names) == 1 else str(names), error) from error
+
+
+def _without_blank(table: Any) -> Any:
+    """Without lines that hold no text: they are no documents."""
+    kept = [i for i, text in enumerate(table["text"]) if text.strip()]
+    return table if len(kept) == len(table) else table.select(kept)
 
 
 def _csv_options(texts: Sequence[str]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from reflux.trainer.data.options import Options, list_options, read_options
 from reflux.trainer.data.prompt_lengths import Host, PromptLengths, cache_key, measure_prompts
 from reflux.trainer.data.prompts import load_prompts
 from reflux.trainer.data.row_checks import Need, check_answers
+from reflux.trainer.data.unused import named_columns
 
 
 class Questions:
@@ -35,7 +36,7 @@ class Questions:
         given = cfg.task.options
         named = {"column": given.get("choices"), "answer_is": given.get("answer_is")}
         self._format = {name: value for name, value in named.items() if value is not None}
-        prompts = load_prompts(e, check_rows=False)
+        prompts = load_prompts(e, check_rows=False, named=named_columns(cfg))
         self.prompts: Sequence[Prompt] = prompts
         self.location = prompts.location
         choices = prompts.shape == "choices" and e.by == "generation"

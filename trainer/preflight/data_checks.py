@@ -17,6 +17,7 @@ from reflux.trainer.data.graders import Grade
 from reflux.trainer.data.prompts import Prompts, load_prompts
 from reflux.trainer.data.sources import source_files
 from reflux.trainer.data.tasks import task_grader
+from reflux.trainer.data.unused import named_columns
 from reflux.trainer.rollouts.generate import given_rollout
 
 from .report import Finding, first_line, short
@@ -36,7 +37,8 @@ def first_prompts(cfg: Config) -> tuple[list[Prompt], list[Finding]]:
         listing = None if section == "eval" else training_listing(alone)
         where = input_name(section, name)
         try:
-            rows = load_prompts(d, limit=limit, listing=listing)
+            named = named_columns(cfg)
+            rows = load_prompts(d, limit=limit, listing=listing, named=named)
             prompts += [replace(p, part=name) for p in rows]
             findings.append(_shape_finding(where, rows))
         except (OSError, ValueError, ImportError) as error:

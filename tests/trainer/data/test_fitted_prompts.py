@@ -266,6 +266,10 @@ def test_given_texts_have_to_be_there(model, tmp_path):
     source = write(tmp_path, [{"prompt": "q", "response": "a"}, {"prompt": "q"}])
     with pytest.raises(ValueError, match="line 2: no response, in 1 of 2 rows; want a `response`"):
         load(make_config(model, source, **SFT))
+    rejected = {"prompt": "q", "completion": "b", "label": False}
+    source = write(tmp_path, [{"prompt": "q", "completion": "a", "label": True}, rejected])
+    with pytest.raises(ValueError, match="line 2: no response.*label = false of a completion"):
+        load(make_config(model, source, **SFT))
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,16 @@
 """Public sets as rows of ours, from small files of the same shape that are made here."""
 
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from reflux.trainer.data.prepare import SETS, Choice, PublicSet, _side, main, prepare
 from reflux.trainer.data.prompts import load_prompts
+from reflux.trainer.data.shapes import SHAPES
 
 LONG = "a train leaves at noon with {} people and a second one follows it an hour later at speed"
 GSM = [{"question": LONG.format(i), "answer": f"so it is\n#### {i}"} for i in range(200)]
@@ -105,6 +110,102 @@ def test_what_is_written_is_read_back_as_the_same(tmp_path, row):
         assert getattr(before, name) == getattr(after, name)
     for name in ("choices", "category", "instruction_id_list"):
         assert before.extra.get(name) == after.extra.get(name)
+
+
+TEXTS = st.text("ab 1#\n", max_size=6)
+TALK = st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=2)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.just(0.5) | TEXTS,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXTS, inner, max_size=2),
+    max_leaves=3,
+)
+NAMES = sorted(
+    {c for shape in SHAPES.values() for group in shape.needs for c in group}
+    | {"answer", "response", "solution", "system", "system_prompt", "input", "context", "label"}
+    | {"answerKey", "aliases", "level", "kwargs"}
+)
+
+
+def messages_of(i, talk, ends):
+    """Turns of user and assistant; without the last answer unless it `ends`."""
+    roles = [
+        message
+        for a, b in talk
+        for message in (
+            {"role": "user", "content": f"q{i}" + a},
+            {"role": "assistant", "content": b},
+        )
+    ]
+    return roles if ends else roles[:-1]
+
+
+@st.composite
+def sources(draw):
+    """Rows of one shape, with other columns beside."""
+    shape, ends = draw(st.sampled_from(sorted(SHAPES))), draw(st.booleans())
+    beside = draw(st.lists(st.sampled_from(NAMES), max_size=4, unique=True))
+    rows = []
+    for i in range(draw(st.integers(1, 3))):
+        text, talk = f"q{i}" + draw(TEXTS), messages_of(i, draw(TALK), ends)
+        body = {
+            "plain": {"prompt": text, "answer": draw(TEXTS), "response": draw(TEXTS)},
+            "messages": {"messages": talk},
+            "sharegpt": {"conversations": talk, "system": draw(TEXTS)},
+            "preference": {"prompt": text, "chosen": draw(TEXTS), "rejected": ""},
+            "completion": {"prompt": talk[:1], "completion": [{**talk[0], "role": "assistant"}]},
+            "instruction": {"instruction": text, "input": draw(TEXTS), "output": draw(TEXTS)},
+            "choices": {"question": text, "choices": ["x", "y"], "answer": draw(st.booleans()) + 0},
+            "question": {"question": text, "answer": draw(TEXTS), "solution": draw(TEXTS)},
+            "text": {"text": text},
+        }[shape]
+        rows.append({name: draw(VALUES) for name in beside} | body)
+    return rows
+
+
+def told(prompt):
+    return [dict(m) for m in prompt.messages], prompt.answer, prompt.response
+
+
+@given(sources(), st.sampled_from([0.0, 0.5]))
+def test_whatever_is_written_is_read_back_as_it_was(rows, fraction):
+    """The same prompts, answers, responses and other columns, in both files."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = write(Path(folder) / "rows.jsonl", rows)
+        try:
+            before = list(load_prompts(source))
+        except ValueError:
+            assume(False)  # the columns beside it make no row of any shape
+        m = prepare("set", PublicSet(source), Choice(Path(folder) / "out", test_fraction=fraction))
+        files = [Path(folder) / "out" / name for name in ("train.jsonl", "test.jsonl")]
+        after = [p for f in files if f.read_text() for p in load_prompts(str(f))]
+    assert m.read == len(before) and len(after) == m.train + m.test == m.read - m.repeated
+    known = {json.dumps(told(p)): p.extra for p in before}
+    for prompt in after:
+        extra = known[json.dumps(told(prompt))]
+        assert prompt.extra == {k: v for k, v in extra.items() if k not in m.left_out}
+    assert not {"aliases", "level", "kwargs", "input", "context"} & {*m.left_out}
+
+
+def test_columns_named_as_a_part_is_are_left_out_and_told(tmp_path, capsys):
+    """A row's other column is not written over its question."""
+    talk = [{"role": "user", "content": "the question"}, {"role": "assistant", "content": "a"}]
+    row = {"prompt": "WRONG", "completion": "z", "messages": talk, "aliases": ["b"]}
+    source, out = write(tmp_path / "rows.jsonl", [row]), tmp_path / "out"
+    assert main(["mine", "--source", source, "--out", str(out), "--test-fraction", "0"]) == 0
+    assert "columns left out" in (said := capsys.readouterr().out) and "completion, prompt" in said
+    (written,) = lines(out / "train.jsonl")
+    assert written == {"prompt": "the question", "response": "a", "aliases": ["b"]}
+    assert json.loads((out / "manifest.json").read_text())["left_out"] == ["completion", "prompt"]
+
+
+def test_conversations_of_one_and_of_several_turns_share_a_file(tmp_path):
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    more = [{"from": "human", "value": "c"}, *turns[1:], {"from": "human", "value": "d"}]
+    rows = [{"conversations": talk} for talk in (turns, more)]
+    source = write(tmp_path / "rows.jsonl", rows)
+    prepare("mixed", PublicSet(source), Choice(tmp_path / "out", test_fraction=0.0))
+    after = load_prompts(str(tmp_path / "out" / "train.jsonl"))
+    assert list(map(told, after)) == list(map(told, load_prompts(source)))
 
 
 def test_the_command_filters_says_its_counts_and_keeps_what_is_there(tmp_path, capsys):

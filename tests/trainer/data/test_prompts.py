@@ -238,30 +238,67 @@ def test_a_wrong_input_of_alpaca_names_its_column(file):
     )
 
 
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
 @pytest.mark.parametrize(
-    "row, columns, words",
+    "row",
     [
-        ({"question": "?", "context": "c"}, {"prompt": "question"}, "column context is not in the"),
-        (
-            {"prompt": "?", "system": "s", "passage": "p"},
-            {},
-            "columns passage, system are not in the prompt, which is column prompt alone",
-        ),
-        (
-            {"instruction": "i", "input": "x", "target": "t"},
-            {"prompt": "instruction"},
-            "column input",
-        ),
-        (ALPACA, {"prompt": "input", "response": "output"}, "column instruction"),
-        ({"prompt": "?", "level": 3, "answer": "a"}, {}, None),
-        ({"prompt": "?", "context": "c"}, {"answer": "context"}, None),
+        {"prompt": "q", "response": "r"},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]},
+        {"instruction": "q", "input": "", "output": "r"},
+        {"question": "q", "response": "r"},
+        {"prompt": "q", "chosen": "r", "rejected": "s"},
+        {"prompt": "q", "completion": "r"},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]},
     ],
 )
-def test_columns_that_change_what_is_asked_are_named_once(file, caplog, row, columns, words):
-    for _ in range(2):
-        load(write(file, row), columns=columns)
-    messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == (words is not None) and (words or "") in "".join(messages)
+def test_a_system_message_in_its_own_column_is_read_in_every_shape(file, row, column):
+    """OpenOrca has system_prompt, LLaMA-Factory system; a row without one has none."""
+    prompts = load(write(file, row | {column: "Be short."}, row | {column: ""}, row))
+    told, *others = [[m["content"] for m in p.messages] for p in prompts]
+    assert told == ["Be short.", "q"] and others == [["q"], ["q"]]
+    assert prompts[0].messages[0]["role"] == "system" and prompts[0].response == "r"
+    assert column not in prompts[0].extra
+
+
+def test_columns_that_may_be_no_system_message_stay_what_they_are(file):
+    talk = [{"role": "system", "content": "own"}, {"role": "user", "content": "q"}]
+    rows = load(write(file, {"messages": talk, "system": "other"}))
+    assert len(rows[0].messages) == 2 and rows[0].extra == {"system": "other"}
+    both = {"prompt": "q", "system": "a", "system_prompt": "b"}
+    assert [m["content"] for m in load(write(file, both))[0].messages] == ["q"]
+    rows = load(write(file, {"prompt": "q", "system": "4"}), columns={"answer": "system"})
+    assert (len(rows[0].messages), rows[0].answer) == (1, "4")
+    assert load(write(file, {"text": "A document.", "system": "s"}))[0].messages == ()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "q", "output": ""},
+        {"prompt": "q", "response": " \n"},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]},
+        {"prompt": "q", "completion": "r", "label": False},
+        {"prompt": "q", "completion": "r", "label": "False"},
+    ],
+)
+def test_empty_and_rejected_texts_are_no_responses(file, row):
+    """They would be trained on: as the stop token alone, and as if they were wanted."""
+    prompt = load(write(file, row))[0]
+    assert prompt.response is None and prompt.question == "q"
+
+
+@pytest.mark.parametrize("label", [True, 0, 1, "good", None])
+def test_other_labels_say_nothing_of_a_response(file, label):
+    prompt = load(write(file, {"prompt": "q", "completion": "r", "label": label}))[0]
+    assert prompt.response == "r" and prompt.extra == {"label": label}
+
+
+def test_a_table_with_another_separator_is_told(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("question;answer\nWhat?;3\n")
+    with pytest.raises(ValueError, match="one column with ';' in it: separate the columns by com"):
+        load(str(file))
+    assert "one column with" not in wrong(tmp_path / "rows.jsonl", {"promt": "x"})
 
 
 @pytest.fixture(scope="module")

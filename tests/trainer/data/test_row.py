@@ -7,7 +7,8 @@ from reflux.trainer.data.graders import Exact, MultipleChoice
 from reflux.trainer.data.options import list_options
 from reflux.trainer.data.prompt import spell
 from reflux.trainer.data.prompts import load_prompts
-from reflux.trainer.data.row import Row
+from reflux.trainer.data.row import Row, read_conversation
+from reflux.trainer.data.shapes import SHAPES
 
 
 def test_a_renamed_column_is_read_and_named():
@@ -72,6 +73,27 @@ def test_a_number_of_json_is_answered_as_people_write_it(tmp_path):
     file.write_text('{"question": "?", "choices": [1.0, 1e-5], "answer": 1}\n')
     (asked,) = load_prompts(str(file))
     assert asked.extra["choices"]["text"] == ["1.0", "0.00001"]
+
+
+@pytest.mark.parametrize(
+    "mark, left_out",
+    [
+        ({"train": False}, True),
+        ({"training": False}, True),
+        ({"weight": 0}, True),
+        ({"weight": 1, "train": True}, False),
+        ({"train": None}, False),
+        ({}, False),
+    ],
+)
+def test_a_message_that_is_not_to_be_trained_on_is_no_response(mark, left_out):
+    """The conversation before it can still be asked."""
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"} | mark]
+    messages, response = read_conversation(talk, "f, line 1")
+    assert messages == (talk[0],) and response == (None if left_out else "r")
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"} | mark]
+    parts = SHAPES["sharegpt"].read(Row({"conversations": turns}, "f, line 1"))
+    assert parts.response == response and list(parts.messages[0]) == ["role", "content"]
 
 
 def test_infinity_stays_as_it_is():

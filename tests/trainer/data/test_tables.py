@@ -109,7 +109,7 @@ def test_several_files_and_patterns_are_joined_in_order(tmp_path):
 
 
 def test_text_files_have_a_document_a_line(tmp_path):
-    (tmp_path / "a.txt").write_text("first\nsecond\n")
+    (tmp_path / "a.txt").write_text("first\n\nsecond\n  \n")  # a blank line is no document
     prompts = load_prompts(SourceSection(str(tmp_path / "a.txt")))
     assert [(p.messages, p.response) for p in prompts] == [((), "first"), ((), "second")]
 
