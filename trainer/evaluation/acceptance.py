@@ -13,6 +13,7 @@ from reflux.trainer.runs.stats import Estimate, mean_over_prompts
 
 from .metrics import Difference, check_same, compare, metric_values, of_mode, of_part
 from .predictions import Prediction, Question, failed_grades, load_predictions
+from .settings import Settings, check_settings, load_settings
 
 NOT_ACCEPTED = 3  # exit code
 
@@ -38,10 +39,15 @@ class RuleVerdict:
 
 
 def check_rule(
-    name: str, rule: AcceptSection, expected: Sequence[Question], task: TaskSection
+    name: str,
+    rule: AcceptSection,
+    expected: Sequence[Question],
+    task: TaskSection,
+    settings: Settings | None = None,
 ) -> None:
     """ValueError, before anything is answered, unless the runs that the rule names have answered
-    the questions they will be compared on, with no more failed grades than task.max_failed.
+    the questions they will be compared on, asked for alike, with no more failed grades than
+    task.max_failed. expected, settings: of this run.
     """
     ours: Sequence[Question] = expected
     if rule.run:
@@ -59,6 +65,8 @@ def check_rule(
     if rule.against:
         theirs = of_part(load_graded(rule.against, f"accept.{name}.against", task), rule.part)
         check_same(ours, theirs, rule.against, [mode])
+        asked = load_settings(rule.run) if rule.run else settings or {}
+        check_settings(asked, load_settings(rule.against), rule.against, [mode], rule.part)
 
 
 def load_graded(folder: str, option: str, task: TaskSection) -> list[Prediction]:

@@ -40,6 +40,7 @@ from .predictions import (
 )
 from .questions import chance, load_questions
 from .results import Evaluation, log_fields
+from .settings import Settings, check_settings, load_settings, save_settings, settings_of
 
 SAMPLE_STREAM = 1 << 31  # evaluation draws its own random numbers, whatever step it happens at
 BLOCK = 4  # times rollout.rows: answers of one rank between two writes of unfinished.jsonl
@@ -79,6 +80,7 @@ class Evaluator:
         self.whole_run = whole_run
         e = cfg.eval
         self.prompts: Sequence[Prompt] = ()
+        self.settings: Settings = {}
         self._theirs: list[Prediction] | None = None
         self._unfinished: Unfinished | None = None
         if not e.asks:
@@ -86,9 +88,11 @@ class Evaluator:
         self.sampler = self._build_sampler(defence)
         self.questions = load_questions(cfg, engine, chat)
         self.prompts = self.questions.prompts
+        self.settings = settings_of(cfg, self._sampling(greedy=False), chat, self.questions)
         if e.against:
             self._theirs = load_graded(e.against, "eval.against", cfg.task)
             check_same(self.expected(), self._theirs, e.against)
+            check_settings(self.settings, load_settings(e.against), e.against, self._modes)
         if whole_run:
             self._unfinished = Unfinished(Path(cfg.folder), self._spec())
 
@@ -145,6 +149,7 @@ class Evaluator:
         if engine.is_main:
             save_predictions(Path(self.cfg.folder), step, predictions)
             save_questions(Path(self.cfg.folder), self.prompts)
+            save_settings(Path(self.cfg.folder), self.settings)
             if unfinished:
                 unfinished.close()
         return predictions
@@ -174,6 +179,10 @@ class Evaluator:
         generated = {"greedy": 1, "sampled": e.samples} if e.generates else {}
         counts = generated | {"likelihood": int(e.scores_options)}
         return {way: count for way, count in counts.items() if count}
+
+    @property
+    def _modes(self) -> list[str]:
+        return [mode for way in self._samples for mode in MODES[way]]
 
     def _check_failed_grades(self, predictions: Sequence[Prediction], of: int = 0) -> None:
         """An evaluation that a training run makes on its way has the budget of FEW texts at least:

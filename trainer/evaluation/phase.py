@@ -44,7 +44,7 @@ class EvaluatePhase:
         defence = DefendedDecoding(cfg, engine, [chat])
         self.evaluator = Evaluator(cfg, engine, chat, grader, defence=defence, whole_run=True)
         for name, rule in cfg.accept.items():
-            check_rule(name, rule, self.evaluator.expected(), cfg.task)
+            check_rule(name, rule, self.evaluator.expected(), cfg.task, self.evaluator.settings)
 
     def close_step(self, step: int, stats: Mapping[str, float]) -> dict[str, Any]:
         """Evaluates; every rank comes to the same verdicts. Collective."""

@@ -375,8 +375,10 @@ def test_listed_options_are_shuffled_by_seed_and_answered_both_ways(talkers, tmp
     }
     generated = {(row["prompt"], row["position"]) for row in a if "text" in row}
     assert generated == set(enumerate(positions(a))), "both ways see the same order"
-    # the same questions
-    evaluate(talkers, tmp_path / "c", seed=1, eval=spec | {"against": str(tmp_path / "a")}, **over)
+    spec |= {"against": str(tmp_path / "a")}
+    evaluate(talkers, tmp_path / "c", eval=spec, **over)
+    with pytest.raises(ValueError, match="options in another order.*eval.list_options.* seed"):
+        evaluate(talkers, tmp_path / "d", seed=1, eval=spec, **over)
 
 
 def test_options_that_cannot_be_read_are_refused_before_anything_is_answered(talkers, tmp_path):
