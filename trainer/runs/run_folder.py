@@ -39,8 +39,24 @@ NO_RESULT = (
     "rollout.max_running",
     "teacher.servers",
 )
-# those in which a resumed run may differ; training.seq_len may also grow
-MAY_CHANGE = (*NO_RESULT, "steps", "eval", "guard", "export", "data.too_long")
+# those in which a resumed run may differ; training.seq_len may also grow. Of [eval], when it is
+# asked and what is reported beside it: a guard compares with the accuracy of the start, on the
+# questions of the start, and reports compare all evaluations of a run
+MAY_CHANGE = (
+    *NO_RESULT,
+    "steps",
+    "eval.every",
+    "eval.at_start",
+    "eval.pass_at",
+    "eval.against",
+    "eval.harness",
+    "guard",
+    "export",
+    "data.too_long",
+)
+OTHER_QUESTIONS = (
+    ". Other questions are for a run of their own, with phase = 'evaluate', on its export"
+)
 SEQ_LEN = 2048  # torchtitan's default
 CHECKPOINTS_REMOVED = (
     "checkpoints-removed"  # a file of a done run; matrix: keep_checkpoints = false
@@ -200,9 +216,11 @@ def _refuse_another_experiment(cfg: Config, folder: Path) -> None:
         and not (name == "training.seq_len" and seq_len(now) > seq_len(before))
     ]
     if changed:
+        asks = any(name.startswith("eval.") for name in changed) and cfg.trains
         raise ValueError(
             f"{folder} was started with other values of {', '.join(changed)}. A resumed run has to "
             "be the same experiment: change them back, or set on_existing_run = 'new'"
+            f"{OTHER_QUESTIONS if asks else ''}"
         )
 
 

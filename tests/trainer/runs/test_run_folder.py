@@ -10,17 +10,27 @@ import pytest
 
 from reflux.trainer.config.data import DataSection
 from reflux.trainer.config.distillation import DistillSection
+from reflux.trainer.config.evaluation import EvalSection
 from reflux.trainer.config.loader import load
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import (
+    FrozenSection,
     GuardSection,
     ModelSection,
     OptimSection,
     ReferenceSection,
+    TaskSection,
     TeacherSection,
 )
 from reflux.trainer.runs import run_folder
 from reflux.trainer.runs.run_folder import SEQ_LEN, save_config, settle
+
+OTHER = {  # of a run without questions: each would give a guard another accuracy
+    "samples": {"samples": 4},
+    "limit": {"limit": 3},
+    "list_options": {"list_options": "given"},
+    "refusal": {"refusal": ""},
+}
 
 
 def config(folder, **changes) -> Config:
@@ -126,6 +136,7 @@ def test_the_length_of_rows_that_nobody_sets_is_torchtitans():
             ["distill.beta", "reference.beta"],
         ),
         (dict(data=DataSection("d", limit=3)), ["data.limit"]),
+        *((dict(eval=EvalSection(**asks)), [f"eval.{name}"]) for name, asks in OTHER.items()),
         (dict(titan={"training": {"seq_len": 32}}), ["training.seq_len"]),
         (dict(data=DataSection("d", columns={"q": "question"})), ["data.columns.q"]),
     ],
@@ -138,6 +149,28 @@ def test_another_experiment_is_refused_with_the_keys_named(run, change, named):
         f"was started with other values of {', '.join(named)}." in message
         and "on_existing_run = 'new'" in message
     )
+
+
+def test_a_resume_may_ask_the_same_questions_more_often(run):
+    """What the guards noted of the start, and all evaluations of the run, stay comparable."""
+    asked = EvalSection("e", samples=4)
+    run = replace(run, eval=asked, task=TaskSection("exact"))
+    save_config(run)
+    may = dict(every=5, at_start=False, pass_at=(2,), against="runs/a")
+    assert settle(replace(run, eval=replace(asked, **may)))
+    with pytest.raises(ValueError, match="eval.source.*phase = 'evaluate', on its export"):
+        settle(replace(run, eval=replace(asked, source="harder")))
+
+
+@pytest.mark.parametrize("phase, says", [("calibrate", True), ("evaluate", False)])
+def test_another_accuracy_is_not_compared_with_that_of_the_start(tmp_path, phase, says):
+    over = dict(task=TaskSection("exact"), eval=EvalSection("easy"), proxy=FrozenSection("p"))
+    cfg = config(tmp_path / "run", phase=phase, **over)
+    save_config(cfg)
+    (tmp_path / "run" / "run.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="other values of eval.source") as error:
+        settle(replace(cfg, eval=EvalSection("harder")))
+    assert ("on its export" in str(error.value)) is says
 
 
 def test_the_saved_configuration_repeats_the_run(run):
