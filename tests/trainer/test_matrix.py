@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from reflux.trainer.cli import main as reflux
 from reflux.trainer.matrix import REPORTS, main, run_matrix, write_reports
 from reflux.trainer.matrix_file import read_matrix
 from reflux.trainer.runs.run_folder import CHECKPOINTS_REMOVED
@@ -187,6 +188,38 @@ def test_a_report_is_written_for_each_label_that_a_finished_cell_carries(toy, mo
     (matrix.cells[1].folder / "summary.json").write_text("{}")
     write_reports(matrix)
     assert capsys.readouterr().out == "of runs\n"
+
+
+@pytest.mark.parametrize(
+    "fails, told",
+    [
+        ('raise ValueError("nothing to show")', "no toy_report (label attack): nothing to show\n"),
+        ("return folder.no_such", "Traceback"),
+    ],
+)
+def test_a_report_that_cannot_be_written_keeps_no_other_back(toy, monkeypatch, capsys, fails, told):
+    """The cells are done; the exit code and a line say that a report is missing."""
+    text = f"def write(folder):\n    return 'whole'\n\ndef fail(folder):\n    {fails}\n"
+    (toy / "toy_report.py").write_text(text)
+    reports = {"attack": "toy_report:fail", "role": "toy_report:write"}
+    monkeypatch.setattr("reflux.trainer.matrix.REPORTS", reports)
+    monkeypatch.delitem(sys.modules, "toy_report", raising=False)
+    monkeypatch.delenv("REFLUX_TRACEBACK", raising=False)
+    assert main([str(toy / "m.toml"), "--set", "seeds=[0]"]) == 1
+    out, err = capsys.readouterr()
+    assert "\nwhole\n" in out and "3 of 3 cells done" in out
+    assert told in err and ("Traceback" in err) is (told == "Traceback")
+    assert "no toy_report (label attack): " in err
+    assert reflux(["report", str(toy / "runs")]) == 1
+    assert "whole\n" in capsys.readouterr().out
+
+
+def test_a_set_that_is_no_toml_is_told_how_to_be_written(toy, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([str(toy / "m.toml"), "--set", "folder=runs/x"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "--set folder=runs/x is no TOML" in said
+    assert "want KEY=VALUE, a text in quotes" in said
 
 
 @pytest.mark.parametrize("target", REPORTS.values())
