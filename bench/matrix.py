@@ -69,6 +69,9 @@ def _read_reports(folder: Path, names: Sequence[str]) -> dict[str, Any]:
         for file in sorted(folder.glob("seed-*/*/texts.json"))
     }
     found |= {TEXTS: texts} if texts else {}
+    # of a matrix with families: one of each
+    families = sorted(folder.glob("report-*/report.json"))
+    found |= {file.parent.name: json.loads(file.read_text()) for file in families}
     if missing := [name for name in names if name not in found]:
         raise ValueError(f"{folder}: no {missing[0]}; there are {', '.join(found) or 'none'}")
     return {name: found[name] for name in names or found}

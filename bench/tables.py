@@ -119,11 +119,12 @@ class Record:
         self.rows = [r for r in self.report["runs"] if "defence" not in r]
 
     def accuracy(self, measure: str = "sampled", **labels: str) -> BySeed:
-        return {
-            r["seed"]: r[measure]
-            for r in self.rows
-            if measure in r and all(r.get(k) == v for k, v in labels.items())
-        }
+        """ValueError where a seed has two."""
+        mine = [r for r in self.rows if all(r.get(k) == v for k, v in labels.items())]
+        found = [(r["seed"], r[measure]) for r in mine if measure in r]
+        if len(dict(found)) < len(found):
+            raise ValueError(f"the record has two runs of one seed with {labels}; want one")
+        return dict(found)
 
     def student(self, attack: str, teacher: str, measure: str = "sampled") -> BySeed:
         return self.accuracy(measure, role="student", attack=attack, teacher=teacher)

@@ -79,3 +79,10 @@ def test_no_interval_below_minus_all_and_no_arm_left_out(record):
     cells = [record.attack(r["attack"], r["teacher"]) for r in rows]
     assert all(c.change.low >= -1 and c.best.low >= -1 for c in cells)
     assert "not run" in students(record)
+
+
+def test_two_runs_of_one_seed_are_no_number():
+    row = {"seed": "0", "role": "student", "attack": "kd", "teacher": "original", "sampled": 0.5}
+    record = Record({"report": {"runs": [row, row | {"sampled": 0.6}]}})
+    with pytest.raises(ValueError, match="two runs of one seed with .*'attack': 'kd'"):
+        record.student("kd", "original")

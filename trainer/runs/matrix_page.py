@@ -74,13 +74,18 @@ class MatrixLog:
                 rows=rows,
                 counts=Counter(row.state for row in rows),
                 pictures=pictures(self.folder, IMAGES),
-                files=[name for name in FILES if (self.folder / name).is_file()],
+                files=self._files(),
                 written=datetime.now(UTC).isoformat(timespec="seconds"),
                 refresh=REFRESH_S if refresh and not self.ended else 0,
             )
         )
         write_whole(path, page, partial=PARTIAL)
         return path
+
+    def _files(self) -> list[str]:
+        families = sorted(self.folder.glob("report-*/report.md"))
+        there = [name for name in FILES if (self.folder / name).is_file()]
+        return [*(str(f.relative_to(self.folder)) for f in families), *there]
 
     def _row(self, cell: Mapping[str, Any], refresh: bool) -> CellRow:
         relative = str(cell.get("folder", ""))

@@ -36,6 +36,7 @@ from .finished_runs import (
     mean_accuracy,
     with_role,
 )
+from .labels import ATTACK
 from .report_command import print_report
 from .results import Rule
 from .run_warnings import as_markdown, run_warnings
@@ -43,7 +44,6 @@ from .verdict import A1_WORDS, within_a1
 
 TEMPLATE = Path(__file__).with_name("ablations.md.jinja")
 MODES = ("distillable", "undistillable")
-ATTACK = "seq_kd"
 CONTROL = "eta = 0"
 
 

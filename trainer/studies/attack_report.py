@@ -28,6 +28,7 @@ from .finished_runs import (
     distillability,
     gap_by_seed,
     grouped,
+    knows_correct,
     labelled,
     late_spike,
     load_finished_runs,
@@ -37,6 +38,7 @@ from .finished_runs import (
     same_seed,
     with_role,
 )
+from .labels import of_families
 from .render import render
 from .report_command import print_report
 from .results import (
@@ -59,20 +61,30 @@ COMMANDS = 3  # shown in the report
 
 
 def write_report(folder: Path) -> str:
-    """Writes report.md, report.json and plots into `folder`; returns the verdict lines."""
+    """Writes report.md, report.json and plots into `folder`; returns the verdict lines. Where cells
+    have a label `family`, one of each family into a folder of its own, report-FAMILY.
+    """
     folder = Path(folder)
-    report = build_report(folder)
+    cells = json.loads((folder / "matrix.json").read_text())["cells"]
+    families = of_families(c["labels"] for c in cells)
+    return "\n".join(line for family in families for line in _write(folder, family))
+
+
+def _write(folder: Path, family: str) -> list[str]:
+    out = folder / f"report-{re.sub(r'[^A-Za-z0-9_.-]+', '_', family)}" if family else folder
+    out.mkdir(exist_ok=True)
+    report = build_report(folder, out, family)
     # one flat object a run
     rows = [row.flat() for row in report.runs]
-    write_json(folder / "report.json", to_json(report) | {"runs": to_json(rows)})
-    (folder / "report.md").write_text(render(report))
-    return "\n".join(report.verdict)
+    write_json(out / "report.json", to_json(report) | {"runs": to_json(rows)})
+    (out / "report.md").write_text(render(report))
+    return [*([f"family {family}:"] if family else []), *report.verdict]
 
 
-def build_report(folder: Path) -> AttackReport:
-    """Also draws the plots."""
+def build_report(folder: Path, out: Path | None = None, family: str = "") -> AttackReport:
+    """Also draws the plots, into `out`. family: of whose runs; "" for all."""
     matrix = json.loads((folder / "matrix.json").read_text())
-    everything = load_finished_runs(folder)
+    everything = load_finished_runs(folder, family)
     runs = [r for r in everything if not SWEEPS & set(r.labels)]
     undefended = [r for r in runs if "defence" not in r.labels]
     results = Results(
@@ -89,15 +101,25 @@ def build_report(folder: Path) -> AttackReport:
     checks = [*check_lines(runs), *proxy_lines(results.proxies)]
     return AttackReport(
         **vars(results),
-        title=matrix["title"],
+        title=", ".join(filter(None, [matrix["title"], family])),
         collapse=tuple(collapse),
         verdict=(*verdict_lines(results), *collapse, *checks),
         conclusion=conclusion(results),
         head=_provenance(runs, matrix),
         runs=tuple(_run_row(r) for r in runs),
-        plots=draw_figures(folder, undefended, results),
-        warnings=run_warnings(folder),
+        plots=draw_figures(out or folder, undefended, results),
+        warnings=(*run_warnings(folder), *_of_rewards(runs)),
     )
+
+
+def _of_rewards(runs: Sequence[FinishedRun]) -> list[str]:
+    graded = [r for r in runs if not knows_correct(r.predictions())]
+    if not graded:
+        return []
+    return [
+        f"the grader of {len(graded)} of {len(runs)} runs gives rewards and knows no correct "
+        "answers: their accuracies are mean rewards, and rewards below 0 have no relative change"
+    ]
 
 
 def teacher_results(
@@ -163,12 +185,13 @@ def _measured(rows: Sequence[FinishedRun], styles: Mapping[str, str]) -> dict[st
     predictions = [p for r in rows for p in r.predictions()]
     sampled = [p for p in predictions if p["mode"] == "sampled"]
     answered = [p for p in sampled if p["extracted"] is not None]
+    known = knows_correct(sampled)
     correct = sum(bool(p["correct"]) for p in answered)
     return {
         "sampled": mean_accuracy(rows, "sampled"),
         "greedy": mean_accuracy(rows, "greedy"),
-        "answered": len(answered) / max(len(sampled), 1),
-        "correct_if_answered": correct / max(len(answered), 1),
+        "answered": len(answered) / max(len(sampled), 1) if known else math.nan,
+        "correct_if_answered": correct / max(len(answered), 1) if known else math.nan,
         "best": over_seeds([r.best_accuracy() for r in rows if r.measures("sampled")]),
         "styles": style_fractions(sampled, styles),
         "greedy_styles": style_fractions([p for p in predictions if p["mode"] == "greedy"], styles),
@@ -181,8 +204,9 @@ def _measured(rows: Sequence[FinishedRun], styles: Mapping[str, str]) -> dict[st
 def style_fractions(
     predictions: Sequence[Mapping[str, Any]], styles: Mapping[str, str]
 ) -> dict[str, StyleFraction]:
-    """How often each style occurs, and how often it is correct. A text has the first style whose
-    regular expression it contains, else the style "other". Empty without styles.
+    """How often each style occurs, and how often it is correct (NaN where the grader knows no
+    correct answers). A text has the first style whose regular expression it contains, else the
+    style "other". Empty without styles.
     """
     if not styles:
         return {}
@@ -190,10 +214,11 @@ def style_fractions(
     for p in predictions:
         name = next((n for n, pattern in styles.items() if re.search(pattern, p["text"])), "other")
         groups[name].append(bool(p["correct"]))
+    known = knows_correct(predictions)
     return {
         name: StyleFraction(
             fraction=len(correct) / max(len(predictions), 1),
-            correct=sum(correct) / max(len(correct), 1),
+            correct=sum(correct) / max(len(correct), 1) if known else math.nan,
         )
         for name, correct in groups.items()
     }

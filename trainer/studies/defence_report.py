@@ -23,10 +23,10 @@ from .finished_runs import (
     mean_accuracy,
     with_role,
 )
+from .labels import ATTACK
 from .results import CalibratedByProxy, DefenceResult, ProxyResult
 from .rules import at_most, enough_seeds
 
-ATTACK = "seq_kd"  # every defence is judged by students of sampled text
 ATTACKS_AS_DEFENCE = {
     "seq_kd_cold": "temperature 0.5",
     "answers_only": "answers only, reasoning withheld",
@@ -43,23 +43,52 @@ CALIBRATED = ("distillable", "undistillable")
 
 def defence_results(runs: Sequence[FinishedRun]) -> dict[str, DefenceResult]:
     """defence -> result; "none" is the undefended original, "task_only" the control (eta = 0),
-    "undistillable" the calibrated teacher.
+    "undistillable" the calibrated teacher. By students of sampled text; of a defence that was tried
+    by other attacks, too, one result more for each, named "DEFENCE, by ATTACK".
     """
     undefended = [r for r in runs if "defence" not in r.labels]
-    base = _students(undefended, "original", ATTACK)
-    start = accuracy_by_prompt(labelled(undefended, role="start", student="student"))
-    originals = labelled(undefended, role="teacher", teacher="original")
-    return {
-        name: DefenceResult(
-            served=mean_accuracy(served),
-            student=mean_accuracy(students),
-            change=accuracy_change(students, base).sampled,
-            score=gain_ratio(students, base, start),
-            price=over_seeds([-gap for gap in gap_by_seed(served, originals)]),
-        )
-        for name, (served, students) in _defences(runs, undefended).items()
+    defences = _defences(runs, undefended)
+    results = {
+        name: _defence_result(served, students, undefended)
+        for name, (served, students) in defences.items()
         if students
     }
+    for name, attack in _by_other_attacks(runs):
+        served, students = defences[name][0], labelled(runs, role="student", defence=name)
+        mine = labelled(students, attack=attack)
+        results[f"{name}, by {attack}"] = _defence_result(served, mine, undefended, attack)
+    return results
+
+
+def _by_other_attacks(runs: Sequence[FinishedRun]) -> list[tuple[str, str]]:
+    """(defence, attack) of students that were not made by sampled text."""
+    students = [r for r in with_role(runs, "student") if "defence" in r.labels]
+    pairs = dict.fromkeys((r.labels["defence"], _attack(r)) for r in students)
+    return [(name, attack) for name, attack in pairs if attack != ATTACK]
+
+
+def _attack(run: FinishedRun) -> str:
+    return run.labels.get("attack", ATTACK)
+
+
+def _defence_result(
+    served: Sequence[FinishedRun],
+    students: Sequence[FinishedRun],
+    undefended: Sequence[FinishedRun],
+    attack: str = ATTACK,
+) -> DefenceResult:
+    base = _students(undefended, "original", attack)
+    originals = labelled(undefended, role="teacher", teacher="original")
+    start = accuracy_by_prompt(labelled(undefended, role="start", student="student"))
+    before = start if attack == ATTACK else before_attack(students, undefended)
+    return DefenceResult(
+        served=mean_accuracy(served),
+        student=mean_accuracy(students),
+        change=accuracy_change(students, base).sampled,
+        score=gain_ratio(students, base, before),
+        price=over_seeds([-gap for gap in gap_by_seed(served, originals)]),
+        undefended=mean_accuracy(base),
+    )
 
 
 def _defences(
@@ -81,7 +110,8 @@ def _defences(
         )
     for name in dict.fromkeys(r.labels["defence"] for r in runs if "defence" in r.labels):
         mine = labelled(runs, defence=name)
-        rows.setdefault(name, (with_role(mine, "defence"), with_role(mine, "student")))
+        students = [r for r in with_role(mine, "student") if _attack(r) == ATTACK]
+        rows.setdefault(name, (with_role(mine, "defence"), students))
     return rows
 
 

@@ -27,6 +27,7 @@ from reflux.trainer.runs.markdown_table import (
 )
 from reflux.trainer.runs.stats import Estimate, over_seeds
 
+from .labels import refuse_shared_places
 from .report_command import print_report
 from .run_warnings import as_markdown, run_warnings
 
@@ -103,12 +104,16 @@ class Pair:
 
 
 def load_pairs(folder: Path) -> dict[str, Pair]:
-    """Name of a pair -> its diagnoses; without any for a pair that no seed has finished."""
+    """Name of a pair -> its diagnoses; without any for a pair that no seed has finished. ValueError
+    where one seed has two.
+    """
     pairs: dict[str, Pair] = {}
-    for cell in json.loads((folder / "matrix.json").read_text())["cells"]:
+    cells = json.loads((folder / "matrix.json").read_text())["cells"]
+    diagnosed = [c for c in cells if "pair" in c["labels"]]
+    of_pair = [{k: c["labels"][k] for k in ("pair", "seed")} for c in diagnosed]
+    refuse_shared_places(folder, zip([c["folder"] for c in diagnosed], of_pair))
+    for cell in diagnosed:
         labels = cell["labels"]
-        if "pair" not in labels:
-            continue
         pair = pairs.get(labels["pair"], Pair({}, labels.get("control", "")))
         path = folder / cell["folder"] / "diagnosis.json"
         done = path.exists() and read_object(path.parent / "summary.json") is not None

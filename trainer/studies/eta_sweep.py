@@ -3,9 +3,9 @@
     python -m reflux.trainer.studies.eta_sweep FOLDER
 
 for a matrix whose calibrated teachers carry a label `eta`, like configs/eta_sweep.toml. A point is
-the teachers of one eta and their students; eta = 0 is the teacher trained on the task alone. The
-recommended range is where the teacher satisfies A1 and the student differs from that at eta = 0,
-both by the whole interval of the differences over seeds (docs/method.md, "Acceptance").
+the teachers of one eta and their students by one attack; eta = 0 is the teacher trained on the task
+alone. The recommended range is where the teacher satisfies A1 and the student differs from that at
+eta = 0, both by the whole interval of the differences over seeds (docs/method.md, "Acceptance").
 """
 
 import math
@@ -43,6 +43,7 @@ from .finished_runs import (
     mean_accuracy,
     with_role,
 )
+from .labels import ATTACK
 from .report_command import print_report
 from .results import Rule
 from .rules import MIN_SEEDS, enough_seeds
@@ -54,18 +55,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEMPLATE = Path(__file__).with_name("eta_sweep.md.jinja")
-SHOWN = {  # column of the figure -> role and number of a run
-    "teacher accuracy": ("teacher", "accuracy"),
-    "KL to original, nats/token": ("teacher", "reference_kl"),
-    "calibration reward, nats": ("teacher", "reward/cal"),
-    "student accuracy": ("student", "accuracy"),
+SHOWN = {  # column of the figure -> number of a teacher's run
+    "teacher accuracy": "accuracy",
+    "KL to original, nats/token": "reference_kl",
+    "calibration reward, nats": "reward/cal",
 }
 
 
 @dataclass(frozen=True)
 class EtaPoint:
-    """One eta, over seeds."""
+    """One eta and one attack, over seeds."""
 
+    attack: str
     eta: float  # signed: negative for undistillable
     accuracy_preserved: Rule  # A1
     teacher: Estimate  # accuracy
@@ -78,7 +79,9 @@ class EtaPoint:
 
 @dataclass(frozen=True)
 class Recommended:
-    """The etas of each mode that preserve the teacher's accuracy and move the student."""
+    """The etas of each mode that preserve the teacher's accuracy and move the student, by every
+    attack of the sweep.
+    """
 
     distillable: tuple[float, ...] = ()
     undistillable: tuple[float, ...] = ()
@@ -86,32 +89,53 @@ class Recommended:
 
 @dataclass(frozen=True)
 class EtaSweep:
-    points: tuple[EtaPoint, ...]  # by rising eta
+    points: tuple[EtaPoint, ...]  # attack by attack, by rising eta
     recommended: Recommended
+
+    def by_attack(self) -> dict[str, list[EtaPoint]]:
+        """Sampled text first."""
+        attacks = dict.fromkeys(p.attack for p in self.points)
+        return {attack: [p for p in self.points if p.attack == attack] for attack in attacks}
 
 
 def eta_sweep(runs: Sequence[FinishedRun]) -> EtaSweep:
     originals = labelled(with_role(runs, "teacher"), teacher="original")
-    etas = sorted({float(r.labels["eta"]) for r in runs if "eta" in r.labels})
-    points = tuple(_point(runs, originals, eta) for eta in etas)
+    of_sweep = [r for r in runs if "eta" in r.labels]
+    etas = sorted({float(r.labels["eta"]) for r in of_sweep})
+    attacks = {_attack(r) for r in with_role(of_sweep, "student")} or {ATTACK}
+    points = tuple(
+        _point(runs, originals, eta, attack)
+        for attack in sorted(attacks, key=lambda a: (a != ATTACK, a))
+        for eta in etas
+    )
     return EtaSweep(points, recommended(points))
+
+
+def _attack(run: FinishedRun) -> str:
+    return run.labels.get("attack", ATTACK)
 
 
 def _at(runs: Sequence[FinishedRun], eta: float) -> list[FinishedRun]:
     return [r for r in runs if float(r.labels.get("eta", "nan")) == eta]
 
 
-def _point(runs: Sequence[FinishedRun], originals: Sequence[FinishedRun], eta: float) -> EtaPoint:
-    mine = _at(runs, eta)
-    teachers, students = with_role(mine, "teacher"), with_role(mine, "student")
+def _students(runs: Sequence[FinishedRun], eta: float, attack: str) -> list[FinishedRun]:
+    return [r for r in with_role(_at(runs, eta), "student") if _attack(r) == attack]
+
+
+def _point(
+    runs: Sequence[FinishedRun], originals: Sequence[FinishedRun], eta: float, attack: str
+) -> EtaPoint:
+    teachers, students = with_role(_at(runs, eta), "teacher"), _students(runs, eta, attack)
     teacher_gap = over_seeds(gap_by_seed(teachers, originals))
     return EtaPoint(
+        attack=attack,
         eta=eta,
         accuracy_preserved=within_a1(teacher_gap),
         teacher=mean_accuracy(teachers),
         teacher_gap=teacher_gap,
         student=mean_accuracy(students),
-        student_gap=over_seeds(gap_by_seed(students, with_role(_at(runs, 0.0), "student"))),
+        student_gap=over_seeds(gap_by_seed(students, _students(runs, 0.0, attack))),
         reference_kl=last_steps(teachers, "reference_kl"),
         reward=last_steps(teachers, "reward/cal"),
     )
@@ -121,11 +145,17 @@ def recommended(points: Sequence[EtaPoint]) -> Recommended:
     """Empty without a point at eta = 0."""
     if not any(p.eta == 0 for p in points):
         return Recommended()
-    usable = [p for p in points if p.accuracy_preserved == "holds" and enough_seeds(p.student_gap)]
+    left_out = {p.eta for p in points if not _recommends(p)}
+    etas = [eta for eta in dict.fromkeys(p.eta for p in points) if eta not in left_out]
     return Recommended(
-        distillable=tuple(p.eta for p in usable if p.eta > 0 and p.student_gap.low > 0),
-        undistillable=tuple(p.eta for p in usable if p.eta < 0 and p.student_gap.high < 0),
+        distillable=tuple(eta for eta in etas if eta > 0),
+        undistillable=tuple(eta for eta in etas if eta < 0),
     )
+
+
+def _recommends(p: EtaPoint) -> bool:
+    moved = p.student_gap.low > 0 if p.eta > 0 else p.student_gap.high < 0
+    return p.accuracy_preserved == "holds" and enough_seeds(p.student_gap) and moved
 
 
 def _range_in_words(points: Sequence[EtaPoint], etas: Sequence[float]) -> str:
@@ -150,17 +180,18 @@ def _range_in_words(points: Sequence[EtaPoint], etas: Sequence[float]) -> str:
 
 
 def render(sweep: EtaSweep) -> str:
-    of_mode = {
-        "distillable": [p for p in sweep.points if p.eta > 0],
-        "undistillable": [p for p in sweep.points if p.eta < 0],
-    }
-    ranges = {
-        mode: _range_in_words(points, getattr(sweep.recommended, mode))
-        for mode, points in of_mode.items()
-    }
+    attacks = sweep.by_attack()
+    ranges = {}
+    for attack, points in attacks.items():
+        found = recommended(points) if len(attacks) > 1 else sweep.recommended
+        for mode, sign in (("distillable", 1), ("undistillable", -1)):
+            mine = [p for p in points if p.eta * sign > 0]
+            title = f"{mode}, by {attack}" if len(attacks) > 1 else mode
+            ranges[title] = _range_in_words(mine, getattr(found, mode))
     return render_template(
         TEMPLATE,
         points=sweep.points,
+        several=len(attacks) > 1,
         ranges=ranges,
         seeds=max((max(p.student.n, p.teacher.n) for p in sweep.points), default=0),
         mean_and_std=mean_and_std,
@@ -178,19 +209,24 @@ class Column:
     is_accuracy: bool = False
 
 
-def plot(points: Sequence[EtaPoint], path: Path, runs: Sequence[FinishedRun] = ()) -> None:
+def plot(sweep: EtaSweep, path: Path, runs: Sequence[FinishedRun] = ()) -> None:
     """runs: where the seeds of each point come from."""
+    attacks = sweep.by_attack()
+    points = next(iter(attacks.values()))
     estimates = {
         "teacher accuracy": [p.teacher for p in points],
         "KL to original, nats/token": [p.reference_kl for p in points],
         "calibration reward, nats": [p.reward for p in points],
-        "student accuracy": [p.student for p in points],
     }
     columns = {}
     for title, found in estimates.items():
-        role, number = SHOWN[title]
-        seeds = [_of_seeds(with_role(_at(runs, p.eta), role), number) for p in points]
-        columns[title] = Column(found, seeds, number == "accuracy")
+        teachers = [with_role(_at(runs, p.eta), "teacher") for p in points]
+        seeds = [_of_seeds(rows, SHOWN[title]) for rows in teachers]
+        columns[title] = Column(found, seeds, SHOWN[title] == "accuracy")
+    for attack, of_attack in attacks.items():
+        title = f"student accuracy, {attack}" if len(attacks) > 1 else "student accuracy"
+        seeds = [_of_seeds(_students(runs, p.eta, attack), "accuracy") for p in of_attack]
+        columns[title] = Column([p.student for p in of_attack], seeds, True)
     save_figure(sweep_figure([p.eta for p in points], columns, _rules(runs)), path)
 
 
@@ -258,7 +294,7 @@ def write_eta_sweep(folder: Path) -> str:
         )
     text = render(sweep) + as_markdown(run_warnings(folder))
     write_json(folder / "eta_sweep.json", sweep)
-    plot(sweep.points, folder / "eta_sweep.png", runs)
+    plot(sweep, folder / "eta_sweep.png", runs)
     (folder / "eta_sweep.md").write_text(text)
     return text
 

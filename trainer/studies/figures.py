@@ -4,7 +4,6 @@ or None, and one entry in FIGURES.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 MAX_BARS = 9  # attacks side by side
 MAX_CURVES = 6  # panels side by side
-OPTION = re.compile(r"eval/\w+_at_(\d+)")  # accuracy where the correct option is the n-th
 CALIBRATION = {  # field of the log -> title
     "reward/task": "task reward",
     "reward/cal": "calibration reward, nats",
@@ -118,12 +116,11 @@ def started_at(runs: Iterable[FinishedRun]) -> list[float]:
 
 
 def chance(runs: Iterable[FinishedRun]) -> float | None:
-    """1 / options of a multiple-choice task, by the positions that the log names; None where
-    answers are free.
+    """What blind choices among a prompt's options get, as the logs have it, the mean over runs;
+    None where answers are free.
     """
-    named = (OPTION.fullmatch(key) for r in runs for e in r.evals()[:1] for key in e)
-    positions = [int(m[1]) for m in named if m]
-    return 1 / max(positions) if positions else None
+    known = [e["eval/chance"] for r in runs for e in r.evals()[-1:] if "eval/chance" in e]
+    return sum(known) / len(known) if known else None
 
 
 def _bars(ax: Axes, cells: Mapping[str, Mapping[str, Bar | None]]) -> None:

@@ -19,10 +19,11 @@ from reflux.trainer.runs.stats import (
     relative_over_seeds,
 )
 
+from .labels import refuse_shared_places
 from .results import Change, Checkpoint, QueryCost, SeedPairs
 
 MODES = ("sampled", "greedy")
-# (seed, prompt) -> fraction of the prompt's sampled answers that are correct
+# (seed, prompt) -> fraction of the prompt's sampled answers that are correct, or their mean reward
 AccuracyByPrompt = Mapping[tuple[str, int], float]
 
 
@@ -88,15 +89,29 @@ class FinishedRun:
 # --- finding runs
 
 
-def load_finished_runs(folder: Path) -> list[FinishedRun]:
-    """The runs of a matrix folder that have ended, were evaluated, and have a label `role`."""
-    cells = json.loads((folder / "matrix.json").read_text())["cells"]
-    runs = [
-        FinishedRun(c["labels"], load_run(folder / c["folder"]), folder / c["folder"])
-        for c in cells
-        if (folder / c["folder"] / "run.jsonl").exists()
-    ]
-    return [r for r in runs if r.run.summary is not None and r.evals() and "role" in r.labels]
+def load_finished_runs(folder: Path, family: str = "") -> list[FinishedRun]:
+    """The runs of a matrix folder that have ended, were evaluated, and have a label `role`. family:
+    only those of it, and those that name none. ValueError where two would count as two seeds.
+    """
+    found = {}
+    for cell in json.loads((folder / "matrix.json").read_text())["cells"]:
+        labels = cell["labels"]
+        if "role" in labels and family in ("", labels.get("family", family)):
+            run = _finished(labels, folder / cell["folder"])
+            found |= {cell["name"]: run} if run else {}
+    refuse_shared_places(folder, [(name, r.labels) for name, r in found.items()])
+    return list(found.values())
+
+
+def _finished(labels: Mapping[str, str], folder: Path) -> FinishedRun | None:
+    """None for a run without an end or an evaluation, and for one that was killed before the first
+    line of its log was whole (run_warnings names it).
+    """
+    try:
+        run = FinishedRun(labels, load_run(folder), folder)
+    except ValueError:
+        return None
+    return run if run.run.summary is not None and run.evals() else None
 
 
 def with_role(runs: Iterable[FinishedRun], role: str) -> list[FinishedRun]:
@@ -158,12 +173,30 @@ def paired_by_prompt(pairs: Iterable[tuple[FinishedRun, FinishedRun]], mode: str
 
 
 def _correct(run: FinishedRun, mode: str) -> dict[tuple[int, int], float]:
-    rows = (p for p in run.predictions() if p["mode"] == mode)
-    return {(p["prompt"], p["sample"]): float(p["correct"]) for p in rows}
+    rows = [p for p in run.predictions() if p["mode"] == mode]
+    return {(p["prompt"], p["sample"]): grade for p, grade in zip(rows, grades(rows))}
+
+
+def knows_correct(predictions: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether their grader tells correct answers from wrong ones; a reward model does not."""
+    return all(p["correct"] is not None for p in predictions)
+
+
+def grades(predictions: Sequence[Mapping[str, Any]]) -> list[float]:
+    """1 or 0 of each answer, or its reward where the grader knows no correct ones, as `eval/...` of
+    the log has them: a truncated text that no grader saw counts at most as the least of the others.
+    """
+    if knows_correct(predictions):
+        return [float(p["correct"]) for p in predictions]
+    seen = [p.get("graded", True) for p in predictions]
+    least = min([0.0, *(p["reward"] for p, graded in zip(predictions, seen) if graded)])
+    return [p["reward"] if graded else least for p, graded in zip(predictions, seen)]
 
 
 def accuracy_change(after: Sequence[FinishedRun], before: Sequence[FinishedRun]) -> Change:
-    """See Change. A mean of per-seed ratios would be ruled by the seed with the lowest baseline."""
+    """See Change. A mean of per-seed ratios would be ruled by the seed with the lowest baseline.
+    Rewards below 0 have no ratios.
+    """
     runs = same_seed(after, before)
 
     def paired(accuracy: Callable[[FinishedRun], float], mode: str = "sampled") -> SeedPairs:
@@ -180,11 +213,17 @@ def accuracy_change(after: Sequence[FinishedRun], before: Sequence[FinishedRun])
     }
     greedy = paired(lambda r: r.accuracy("greedy"), "greedy")
     return Change(
-        sampled=relative_over_seeds(pairs["last"].after, pairs["last"].before),
-        greedy=relative_over_seeds(greedy.after, greedy.before),
-        best=relative_over_seeds(pairs["best"].after, pairs["best"].before),
+        sampled=_relative(pairs["last"]),
+        greedy=_relative(greedy),
+        best=_relative(pairs["best"]),
         pairs=pairs,
     )
+
+
+def _relative(pairs: SeedPairs) -> Estimate:
+    if min([*pairs.after, *pairs.before], default=0.0) < 0:
+        return over_seeds([])
+    return relative_over_seeds(pairs.after, pairs.before)
 
 
 # --- distillability
@@ -234,12 +273,12 @@ def gain_ratio(
 
 def accuracy_by_prompt(runs: Iterable[FinishedRun], step: int | None = None) -> AccuracyByPrompt:
     """At the last evaluation, or at that of a step."""
-    answers: dict[tuple[str, int], list[bool]] = defaultdict(list)
+    answers: dict[tuple[str, int], list[float]] = defaultdict(list)
     for r in runs:
-        for p in r.predictions(step):
-            if p["mode"] == "sampled":
-                answers[r.labels["seed"], p["prompt"]].append(p["correct"])
-    return {key: sum(correct) / len(correct) for key, correct in answers.items()}
+        rows = [p for p in r.predictions(step) if p["mode"] == "sampled"]
+        for p, grade in zip(rows, grades(rows)):
+            answers[r.labels["seed"], p["prompt"]].append(grade)
+    return {key: sum(found) / len(found) for key, found in answers.items()}
 
 
 # --- one run

@@ -7,6 +7,7 @@ the function, append it to SECTIONS.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -122,8 +123,12 @@ def _teacher_row(name: str, t: TeacherResult | None, columns: int, seeds: int) -
         mean_and_std(t.greedy, seeds),
         *(gaps if name != "original" else ("", "")),
         f"{t.reference_kl.mean:.4f}" if t.reference_kl.n else "",
-        *(f"{s.fraction:.0%} / {s.correct:.0%}" for s in t.styles.values()),
+        *(f"{s.fraction:.0%} / {_share(s.correct)}" for s in t.styles.values()),
     )
+
+
+def _share(fraction: float) -> str:
+    return "not measured" if math.isnan(fraction) else f"{fraction:.0%}"
 
 
 def students(report: AttackReport) -> Section:
@@ -255,7 +260,8 @@ def defences(report: AttackReport) -> Section | None:
     if "task_only" not in report.defences:
         rows = (*rows, ("task_only", NOT_RUN, *[""] * (len(head) - 2)))
     text = (
-        f"By what students of sampled text gain; accuracy is that of the texts served. {_n(report)}"
+        "By what students of sampled text gain, or of the attack that a row names, against the "
+        f"original's by the same attack; accuracy is that of the texts served. {_n(report)}"
     )
     return Section("Other defences", text, table=Table(head, rows))
 

@@ -24,7 +24,7 @@ class StyleFraction:
     """One answer style among the texts of a model."""
 
     fraction: float  # of the texts
-    correct: float  # fraction of these that are correct
+    correct: float  # fraction of these that are correct; NaN where the grader gives rewards
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class ModelResult:
 
     sampled: Estimate  # accuracy of sampled answers
     greedy: Estimate
-    answered: float  # fraction of sampled texts with an answer
+    answered: float  # fraction of sampled texts with an answer; NaN where the grader gives rewards
     correct_if_answered: float  # fraction of these that are correct
     best: Estimate  # sampled accuracy of the best checkpoint
     styles: Mapping[str, StyleFraction]  # of sampled texts
@@ -117,9 +117,10 @@ class DefenceResult:
 
     served: Estimate  # accuracy of the served texts
     student: Estimate  # accuracy of the students
-    change: Estimate  # relative, against the students of the undefended original
+    change: Estimate  # relative, against the students of the undefended original, same attack
     score: Estimate | None  # distillability
     price: Estimate  # accuracy of the undefended original minus that of the served texts
+    undefended: Estimate  # accuracy of the students of the undefended original, by the same attack
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def run_warnings(folder: Path) -> tuple[str, ...]:
             try:
                 runs[c["name"]] = load_run(folder / c["folder"])
             except ValueError as error:  # it has just begun, or was killed before its first line
-                unread.append(f"{c['name']}: its warnings are not known: {error}")
+                unread.append(f"{c['name']}: not in the report, nor its warnings: {error}")
     return (*_stops(runs), *_alarms(runs), *unread)
 
 

@@ -41,7 +41,7 @@ class Answer:
     prompt: int  # row of the questions
     question: str
     text: str
-    correct: bool
+    correct: bool | None  # None: its grader gives rewards
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TextsOfRun:
 
     run: str
     texts: int
-    correct: float
+    correct: float  # fraction of the graded ones; NaN without any
     bytes: Estimate  # of a text
     words: Estimate
     nats_per_byte: Estimate  # under the reader
@@ -85,7 +85,7 @@ def load_answers(run: Path, questions: Sequence[Mapping[str, Any]], count: int) 
         )
     rows.sort(key=lambda row: (row["sample"], row["prompt"]))
     return [
-        Answer(r["prompt"], questions[r["prompt"]]["prompt"], r["text"], bool(r["correct"]))
+        Answer(r["prompt"], questions[r["prompt"]]["prompt"], r["text"], r["correct"])
         for r in rows[:count]
     ]
 
@@ -116,10 +116,11 @@ def measure(run: str, answers: Sequence[Answer], read: Read) -> Measured:
     sizes = [len(a.text.encode()) for a in written]
     per_byte = [nats / size for (nats, _), size in zip(scores, sizes)]
     tokens = sum(n for _, n in scores)
+    graded = [a.correct for a in answers if a.correct is not None]
     texts = TextsOfRun(
         run=run,
         texts=len(answers),
-        correct=sum(a.correct for a in answers) / len(answers),
+        correct=sum(graded) / len(graded) if graded else math.nan,
         bytes=mean_over_prompts(_by_prompt(written, sizes)),
         words=mean_over_prompts(_by_prompt(written, [len(a.text.split()) for a in written])),
         nats_per_byte=mean_over_prompts(_by_prompt(written, per_byte)),
@@ -204,7 +205,7 @@ def page(measured: Sequence[TextsOfRun], answers: Sequence[Sequence[Answer]], re
         (
             m.run,
             m.texts,
-            f"{m.correct:.3f}",
+            "not measured" if math.isnan(m.correct) else f"{m.correct:.3f}",
             with_interval(m.bytes, "{:.1f}"),
             with_interval(m.words, "{:.1f}"),
             with_interval(m.nats_per_byte),
@@ -235,7 +236,7 @@ def side_by_side(answers: Sequence[Sequence[Answer]]) -> list[tuple[Answer, ...]
 
 def _mark(answer: Answer) -> str:
     text = " ".join(answer.text.split()).replace("|", "\\|")
-    return text if answer.correct else f"{text} (x)"
+    return text if answer.correct is not False else f"{text} (x)"
 
 
 def main(arguments: list[str] | None = None) -> int:

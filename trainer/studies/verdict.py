@@ -294,13 +294,15 @@ def collapse_lines(students: Students) -> list[str]:
 def _collapse_line(attack: str, original: StudentResult, student: StudentResult) -> str:
     if not (original.sampled.n and student.sampled.n):
         return f"{attack}: answers found {NOT_MEASURED}, without sampled answers (eval.samples)"
+    if math.isnan(original.answered) or math.isnan(student.answered):
+        return f"{attack}: answers found {NOT_MEASURED}, for the grader gives rewards"
     answered = student.answered / max(original.answered, 1e-9)
     drop = relative_change(student.correct_if_answered, original.correct_if_answered)
     if not original.correct_if_answered:
         kind = "nothing to lose, for the original's student has no correct answer"
     elif drop <= MIN_LOSS:
         kind = "wrong answers, not missing ones"
-    elif answered >= MIN_ANSWERED and drop > MIN_LOSS:
+    elif answered >= MIN_ANSWERED or answered * (1 + drop) >= 1:  # the latter: no less correct
         kind = "no collapse"
     else:
         kind = "mostly a format failure"
@@ -389,14 +391,14 @@ def _defence_sentences(defences: Mapping[str, DefenceResult]) -> list[str]:
     if "none" not in defences:
         return []
     return [
-        _defence_sentence(name, d, defences["none"])
+        _defence_sentence(name, d)
         for name, d in defences.items()
         if name not in ("none", "task_only", "undistillable") and d.change.n
     ]
 
 
-def _defence_sentence(name: str, defence: DefenceResult, none: DefenceResult) -> str:
-    """What a defence does to students of sampled text, and what it costs."""
+def _defence_sentence(name: str, defence: DefenceResult) -> str:
+    """What a defence does to its students, and what it costs."""
     if may_be_zero(defence.change):
         effect = "does not measurably change"
     elif at_most(defence.change, MIN_LOSS) == "holds":
@@ -405,7 +407,7 @@ def _defence_sentence(name: str, defence: DefenceResult, none: DefenceResult) ->
         effect = "lowers" if defence.change.mean < 0 else "raises"
     kind = " (an attacker's own move, too)" if name in ATTACKS_AS_DEFENCE.values() else ""
     return (
-        f'Serving "{name}"{kind} {effect} what students take ({none.student.mean:.3f} to '
+        f'Serving "{name}"{kind} {effect} what students take ({defence.undefended.mean:.3f} to '
         f"{defence.student.mean:.3f}, {change_words(defence.change)}), {_price(defence.price)}."
     )
 

@@ -2,7 +2,15 @@ import json
 import math
 
 import pytest
-from report_runs import STYLES, add_runs, edit_logs, write_cells, write_matrix, write_run
+from report_runs import (
+    STYLES,
+    add_runs,
+    edit_logs,
+    write_cells,
+    write_lines,
+    write_matrix,
+    write_run,
+)
 
 from reflux.trainer.studies.attack_report import (
     _measured,
@@ -242,3 +250,73 @@ def test_runs_without_sampled_accuracy_are_not_measured(tmp_path, which, left):
         assert "kd: answers found not measured, without sampled answers (eval.samples)" in text
     for draw in (student_bars, student_curves):
         draw(load_finished_runs(tmp_path), report)
+
+
+def test_runs_that_would_count_as_two_seeds_are_refused(tmp_path):
+    """One seed and three learning rates under the same labels are no three seeds."""
+    write_matrix(tmp_path, {"original": 0.5}, seeds="0")
+    add_runs(
+        tmp_path, [({"role": "student", "teacher": "original", "attack": "kd"}, 0.6)], seeds="0"
+    )
+    with pytest.raises(ValueError, match="s-original-0 and student-original-kd-0 stand in one"):
+        write_report(tmp_path)
+
+
+def test_families_have_reports_of_their_own(tmp_path):
+    """Two families of three seeds are no six seeds, and each has its own original."""
+    write_matrix(tmp_path, {}, teachers={"original": 0.9}, seeds="012")  # of both families
+    rows = [
+        ({"role": "student", "teacher": t, "attack": "kd", "family": f}, accuracy)
+        for f, scores in (("q 3", (0.4, 0.1)), ("g", (0.8, 0.7)))
+        for t, accuracy in zip(("original", "undistillable"), scores)
+    ]
+    add_runs(tmp_path, rows, seeds="012")
+    text = write_report(tmp_path)
+    assert text.index("family q 3:") < text.index("kd -75%") < text.index("family g:")
+    for folder, changes in (("report-q_3", -0.75), ("report-g", -0.125)):
+        saved = json.loads((tmp_path / folder / "report.json").read_text())
+        change = saved["students"]["kd"]["undistillable"]["change"]["sampled"]
+        assert change["n"] == 3 and change["mean"] == pytest.approx(changes)
+        assert saved["teachers"]["original"]["sampled"]["n"] == 3
+        assert (tmp_path / folder / "report.md").exists()
+    assert not (tmp_path / "report.md").exists()
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0])
+def test_a_grader_that_gives_rewards_has_a_report(tmp_path, shift):
+    """`correct` is null: means are of rewards, and nothing is said of correct answers."""
+    write_matrix(tmp_path, {"original": 0.8, "undistillable": 0.2}, seeds="012", start=0.1)
+
+    def reward(p):
+        return p | {"correct": None, "extracted": None, "reward": float(p["correct"]) + shift}
+
+    def shifted(row):
+        return row | {k: row[k] + shift for k in ("eval/sampled", "eval/greedy") if k in row}
+
+    for file in tmp_path.glob("*/predictions/*.jsonl"):
+        write_lines(file, [reward(json.loads(line)) for line in file.read_text().splitlines()])
+    edit_logs(tmp_path, [""], shifted)
+    text = write_report(tmp_path)
+    assert "kd: answers found not measured, for the grader gives rewards" in text
+    report = build_report(tmp_path)
+    teacher, protected = report.teachers["distillable"], report.students["kd"]["undistillable"]
+    assert teacher.difference.sampled_items.mean == pytest.approx(0.01)
+    assert protected.score.mean == pytest.approx((0.2 - 0.1) / (0.8 - 0.1))
+    assert math.isnan(protected.answered) and math.isnan(protected.styles["easy"].correct)
+    assert protected.change.sampled.n == (0 if shift else 3), "rewards below 0 have no ratios"
+    assert any("gives rewards and knows no correct answers" in w for w in report.warnings)
+    assert "75% / not measured" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("log", ["", '{"schema": 1, "confi', None])
+def test_a_cell_that_was_killed_before_its_first_line_costs_no_report(tmp_path, log):
+    write_matrix(tmp_path, {"original": 0.8, "undistillable": 0.2}, seeds="012")
+    (tmp_path / "s-original-2" / "summary.json").unlink()
+    if log is None:
+        (tmp_path / "s-original-2" / "run.jsonl").unlink()
+    else:
+        (tmp_path / "s-original-2" / "run.jsonl").write_text(log)
+    report = build_report(tmp_path)
+    assert report.students["kd"]["original"].sampled.n == 2
+    named = any(w.startswith("s-original-2: not in the report") for w in report.warnings)
+    assert named is (log is not None)

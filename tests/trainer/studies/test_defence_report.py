@@ -244,3 +244,26 @@ def test_one_proxy_has_nothing_to_be_compared_with(folder):
     assert list(results) == ["default"] and proxy_lines(results) == []
     write_report(folder)
     assert "Sensitivity" not in (folder / "report.md").read_text()
+
+
+def test_other_attacks_on_a_defence_are_rows_of_their_own(folder):
+    """Each is compared with the original's students by the same attack."""
+    add_runs(
+        folder,
+        [
+            ({"role": "defence", "defence": "poe"}, 0.7),
+            (student("original", defence="poe"), 0.3),
+            (student("original", "gkd", defence="poe"), 0.8),
+            (student("original", "gkd"), 0.4),
+        ],
+        seeds=SEEDS,
+    )
+    results = defence_results(load_finished_runs(folder))
+    assert list(results) == ["none", "undistillable", "poe", "poe, by gkd"]
+    text, other = results["poe"], results["poe, by gkd"]
+    assert (text.student.mean, text.student.n) == (pytest.approx(0.3), 3)
+    assert (other.student.mean, other.student.n) == (pytest.approx(0.8), 3)
+    assert text.change.mean == pytest.approx(-0.4) and other.change.mean == pytest.approx(1.0)
+    assert 'Serving "poe, by gkd" raises what students take (0.400 to 0.800,' in (
+        build_report(folder).conclusion
+    )

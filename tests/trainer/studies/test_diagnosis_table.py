@@ -155,3 +155,10 @@ def test_a_folder_without_diagnoses_is_an_error(tmp_path):
     (tmp_path / "matrix.json").write_text('{"cells": []}')
     with pytest.raises(ValueError, match="no finished diagnosis carries a label pair"):
         write_diagnoses(tmp_path)
+
+
+def test_two_diagnoses_of_one_pair_and_seed_are_refused(tmp_path):
+    cells = [{"folder": f, "labels": {"pair": "p", "seed": "0"}} for f in ("math", "facts")]
+    (tmp_path / "matrix.json").write_text(json.dumps({"cells": cells}))
+    with pytest.raises(ValueError, match="math and facts stand in one place .*pair = 'p'"):
+        load_pairs(tmp_path)

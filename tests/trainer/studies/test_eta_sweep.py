@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from report_runs import write_cells, write_run
+from report_runs import add_runs, write_cells, write_run
 
 from reflux.trainer.studies.eta_sweep import (
     EtaSweep,
@@ -71,7 +71,15 @@ def test_the_files_are_written(tmp_path):
     saved = json.loads((tmp_path / "eta_sweep.json").read_text())
     assert saved["recommended"] == {"distillable": [0.3], "undistillable": [-1.0]}
     assert set(saved["points"][0]) == {
-        *("eta", "accuracy_preserved", "teacher", "teacher_gap", "student", "student_gap"),
+        *(
+            "attack",
+            "eta",
+            "accuracy_preserved",
+            "teacher",
+            "teacher_gap",
+            "student",
+            "student_gap",
+        ),
         *("reference_kl", "reward"),
     }
 
@@ -127,3 +135,24 @@ def test_teachers_alone_are_counted_too(tmp_path):
 def test_a_folder_without_a_sweep_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no finished run carries a label eta"):
         write_eta_sweep(write(tmp_path, {}))
+
+
+def test_each_attack_is_a_sweep_of_its_own(tmp_path):
+    """One attack is moved by eta, the other not, and both have three seeds."""
+    write(tmp_path, {0.0: (0.9, 0.3), 1.0: (0.9, 0.6)})
+    moved = {0.0: 0.8, 1.0: 0.8}
+    more = [
+        ({"role": "student", "teacher": "x", "attack": "seq_kd", "eta": str(eta)}, accuracy)
+        for eta, accuracy in moved.items()
+    ]
+    add_runs(tmp_path, more, seeds="012")
+    text = write_eta_sweep(tmp_path)
+    saved = json.loads((tmp_path / "eta_sweep.json").read_text())
+    points = saved["points"]
+    assert [(p["attack"], p["eta"], p["student"]["n"]) for p in points] == [
+        *(("seq_kd", 0.0, 3), ("seq_kd", 1.0, 3), ("kd", 0.0, 3), ("kd", 1.0, 3)),
+    ]
+    assert saved["recommended"] == {"distillable": [], "undistillable": []}, "not by every attack"
+    assert "| +1 | kd | 0.900 +- 0.000 |" in text and "| eta | attack | teacher" in text
+    assert "\ndistillable, by kd: eta from +1 to +1 moves the student" in text
+    assert "\ndistillable, by seq_kd: no eta here moves the student" in text

@@ -88,8 +88,10 @@ def test_names_are_words_and_lines_say_what_to_compare_with(tmp_path):
 
 
 def run_of(folder, seed, accuracy):
-    """A student with an evaluation at the start and one at the end, of four options."""
-    options = {f"eval/sampled_at_{i}": 0.5 for i in range(1, 5)}
+    """A student with an evaluation at the start and one at the end, of four options: the correct
+    one was never the third or fourth.
+    """
+    options = {f"eval/sampled_at_{i}": 0.5 for i in (1, 2)} | {"eval/chance": 0.25}
     events = [
         {"event": "eval", "step": 0, "eval/sampled": 0.1, **options},
         {"event": "eval", "step": 9, "eval/sampled": accuracy, **options},

@@ -51,7 +51,7 @@ def test_a_cell_that_has_just_begun_does_not_cost_the_report(tmp_path):
     add_to_log(tmp_path, ["r0"], ALARM)
     alarm, unread = run_warnings(tmp_path)
     assert alarm.startswith("truncation in r0")
-    assert unread.startswith("r1: its warnings are not known: ") and "run.jsonl" in unread
+    assert unread.startswith("r1: not in the report, nor its warnings: ") and "run.jsonl" in unread
 
 
 @pytest.mark.parametrize("warned", [True, False])

@@ -16,6 +16,7 @@ from reflux.trainer.studies.side_by_side import (
     main,
     make_reader,
     measure,
+    page,
 )
 
 QUESTIONS = [{"prompt": "one plus one?"}, {"prompt": "two plus two?"}]
@@ -145,3 +146,11 @@ def test_the_page_shows_every_run(assets, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*words[:4], "--runs", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
     assert "no sampled answers" in capsys.readouterr().err
+
+
+def test_texts_with_rewards_alone_are_neither_correct_nor_wrong():
+    answers = [Answer(0, "q", "a text", None), Answer(1, "r", "another", None)]
+    measured = measure("x", answers, lambda pairs: [(1.0, 2)] * len(pairs)).texts
+    assert math.isnan(measured.correct)
+    shown = page([measured], [answers], "reader")
+    assert "| x | 2 | not measured |" in shown and "a text (x)" not in shown

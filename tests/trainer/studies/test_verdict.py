@@ -116,6 +116,9 @@ def test_what_fails_alone_need_not_fail_in_a_family():
         ((0.95, 0.8), (0.95, 0.7), "no collapse"),
         ((0.95, 0.8), (0.95, 0.1), "wrong answers, not missing ones"),
         ((0.95, 0.8), (0.3, 0.8), "mostly a format failure"),
+        ((1.0, 0.4), (0.8, 0.4), "mostly a format failure"),
+        ((1.0, 0.4), (0.8, 0.6), "no collapse"),  # fewer answers, and more of them correct
+        ((1.0, 0.4), (0.3, 1.0), "mostly a format failure"),
     ],
 )
 def test_a_collapse_needs_something_to_lose(original, protected, says):
