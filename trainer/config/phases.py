@@ -42,6 +42,7 @@ from .roles import (
     distill_pair,
     distill_roles,
     distill_samples,
+    distill_shows_grades,
     own_model,
 )
 
@@ -79,6 +80,7 @@ class PhaseSpec:
     samples: Callable[[Config], bool] = always  # texts are sampled from the model of [model]
     data_section: Literal["data", "eval"] = "data"  # where its prompts come from
     grades: Callable[[Config], bool] = never  # it needs the answers of [data]
+    shows_grades: Callable[[Config], bool] = never  # it logs them, and goes on without
     given: Callable[[Config], bool] = never  # it learns from the responses of [data] alone
     has_reference: bool = False  # a KL to the start holds the model, unless reference.beta is 0
     check: Callable[[Config], None] = check_prompts  # raises ValueError for what cannot work
@@ -110,6 +112,7 @@ PHASES: dict[str, PhaseSpec] = {
         trains=True,
         samples=distill_samples,
         grades=distill_grades,
+        shows_grades=distill_shows_grades,
         given=distill_given,
         check=check_distill,
         frozen_roles=distill_roles,

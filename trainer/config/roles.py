@@ -192,6 +192,11 @@ def distill_grades(cfg: Config) -> bool:
     return cfg.distill.correct_only
 
 
+def distill_shows_grades(cfg: Config) -> bool:
+    """The student's own texts, where a task is named: logged as `task`, and not learned from."""
+    return cfg.distill.on_policy > 0
+
+
 def distill_given(cfg: Config) -> bool:
     """Whether nothing is sampled: SFT, or a teacher that reads the data's own texts."""
     return cfg.distill.source == "dataset" and cfg.distill.on_policy == 0

@@ -33,7 +33,7 @@ from .prompt_lengths import (
     save_columns,
 )
 from .prompts import Prompts, load_prompts
-from .row_checks import A_RESPONSE, Need, check_answers, named_rows
+from .row_checks import A_RESPONSE, Need, missing_answers, named_rows
 from .shortening import Messages, shorten
 from .unused import named_columns
 
@@ -109,8 +109,11 @@ class Fitting:
         named = named_columns(cfg)
         self.prompts = load_prompts(d, listing=self.listing, check_rows=False, named=named)
         self.lengths = self._measured(chat)
-        if spec.grades(cfg):
-            check_answers(self.prompts.location, self.lengths.answered_N, cfg.task, "data")
+        location, answered_N = self.prompts.location, self.lengths.answered_N
+        ungraded = missing_answers(location, answered_N, cfg.task, "data")
+        if ungraded and spec.grades(cfg):
+            raise ValueError(ungraded)
+        self.ungraded = ungraded if spec.shows_grades(cfg) else ""  # rows that grades leave out
         behind_N = np.full(len(self.prompts), cfg.rollout.max_tokens)
         if self.given:
             self._check_responses()

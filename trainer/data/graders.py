@@ -24,6 +24,9 @@ from .option_letters import decided_letter
 from .prompt import GeneratedEntry, Prompt, spell
 
 
+NO_ANSWER = 'the prompt has no answer; name its column: columns = {answer = "..."}'
+
+
 @dataclass(frozen=True)
 class Grade:
     """What a grader says of a response."""
@@ -299,9 +302,14 @@ class Function:
         return read_grade(self.function(prompt, text), self.threshold)
 
 
+def has_answer(prompt: Prompt) -> bool:
+    return prompt.answer is not None and bool(prompt.answer.strip())
+
+
 def _answer(prompt: Prompt) -> str:
-    if prompt.answer is None or not prompt.answer.strip():
-        raise ValueError('the prompt has no answer; name its column: columns = {answer = "..."}')
+    if not has_answer(prompt):
+        raise ValueError(NO_ANSWER)
+    assert prompt.answer is not None
     return prompt.answer
 
 

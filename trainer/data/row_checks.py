@@ -80,10 +80,19 @@ def check_answers(
     location: Location, answered_N: np.ndarray, task: TaskSection, section: str
 ) -> None:
     """ValueError where more rows have no answer than grades may fail. section: of the source."""
+    if missing := missing_answers(location, answered_N, task, section):
+        raise ValueError(missing)
+
+
+def missing_answers(
+    location: Location, answered_N: np.ndarray, task: TaskSection, section: str
+) -> str:
+    """Which rows these are; "" where they are not more."""
     missing = np.flatnonzero(~answered_N)
-    if task.name in NEEDS_ANSWER and len(missing) > task.max_failed * len(answered_N):
-        raise ValueError(
-            f"{named_rows(location, missing)}: no answer, in {len(missing):,} of "
-            f"{len(answered_N):,} rows, and task {task.name} compares with it. Name its column: "
-            f'{section}.columns = {{answer = "..."}}'
-        )
+    if task.name not in NEEDS_ANSWER or len(missing) <= task.max_failed * len(answered_N):
+        return ""
+    return (
+        f"{named_rows(location, missing)}: no answer, in {len(missing):,} of "
+        f"{len(answered_N):,} rows, and task {task.name} compares with it. Name its column: "
+        f'{section}.columns = {{answer = "..."}}'
+    )

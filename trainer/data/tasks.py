@@ -22,8 +22,9 @@ from reflux.trainer.config.sections import TaskSection
 from .attempt import GraderAlarm, GradeText, attempt
 from .batch import Prompt, Rollout
 from .grader_options import Limits, checked_options, make_grader
-from .graders import Grade, read_grade
+from .graders import NO_ANSWER, Grade, has_answer, read_grade
 from .judge import JudgeGrader, JudgeOptions
+from .row_checks import NEEDS_ANSWER
 from .sandbox import GraderProcess, Sandbox, find_sandbox
 from .task_column import ColumnGrader, ColumnOptions
 
@@ -62,6 +63,8 @@ class LimitedGrader:
 
     def _one(self, grader: GradeText, rollout: Rollout) -> Grade:
         if not rollout.ended and not self._limits.grade_truncated:
+            if self.name in NEEDS_ANSWER and not has_answer(rollout.prompt):
+                return Grade(0.0, False, error=NO_ANSWER)  # not wrong: nobody knows
             return Grade(0.0, False, graded=False)
         return attempt(grader, rollout.prompt, rollout.text)
 

@@ -13,8 +13,9 @@ from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.failed_grades import count_failed
 from reflux.trainer.data.fitted_prompts import training_listing
-from reflux.trainer.data.graders import Grade
+from reflux.trainer.data.graders import Grade, has_answer
 from reflux.trainer.data.prompts import Prompts, load_prompts
+from reflux.trainer.data.row_checks import NEEDS_ANSWER
 from reflux.trainer.data.sources import source_files
 from reflux.trainer.data.tasks import task_grader
 from reflux.trainer.data.unused import named_columns
@@ -131,8 +132,20 @@ def task_findings(cfg: Config, texts: Sequence[Rollout]) -> list[Finding]:
     """Whether the graders accept the data's own responses."""
     findings = []
     for part, task in _tasks_of(cfg).items():
-        findings += _task_findings(task, [t for t in texts if t.prompt.part == part])
+        findings += _task_findings(task, _graded(cfg, part, task, texts))
     return findings
+
+
+def _graded(
+    cfg: Config, part: str, task: TaskSection, texts: Sequence[Rollout]
+) -> list[Rollout]:
+    """Those of the part; where grades are only shown, without the rows that have no answer, which
+    are left out there (length_checks.py names them).
+    """
+    spec, mine = spec_of(cfg.phase), [t for t in texts if t.prompt.part == part]
+    if spec.data_section == "eval" or spec.grades(cfg) or task.name not in NEEDS_ANSWER:
+        return mine
+    return [t for t in mine if has_answer(t.prompt)]
 
 
 def _tasks_of(cfg: Config) -> dict[str, TaskSection]:
@@ -164,7 +177,7 @@ def sampled_findings(cfg: Config, texts: Sequence[Rollout]) -> list[Finding]:
     whole = [replace(t, ended=True) for t in texts]  # cut short by this check, not by the model
     findings = []
     for part, task in _tasks_of(cfg).items():
-        mine = [t for t in whole if t.prompt.part == part]
+        mine = _graded(cfg, part, task, whole)
         if mine and task.name != "reward_model":
             grades = task_grader(task).grade(mine)
             findings += _failed_findings(task, grades)

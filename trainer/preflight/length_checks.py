@@ -13,6 +13,7 @@ from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.fitted_prompts import Fitting
 from reflux.trainer.data.prompt_lengths import OneRank
 from reflux.trainer.data.row_checks import Need
+from reflux.trainer.data.training_prompts import said_of_ungraded
 from reflux.trainer.engine.fingerprints import data_input, data_sources
 from reflux.trainer.evaluation.questions import load_questions
 
@@ -62,6 +63,8 @@ def _training_findings(cfg: Config, run: PlannedRun, chat: Chat, name: str) -> l
     except (OSError, ValueError, ImportError) as error:
         return [Finding("error", f"{name}.source: {error}", MEND)]
     findings = [_need_finding(cfg, need, own=not i) for i, need in enumerate(fitting.needs)]
+    if fitting.ungraded:
+        findings.append(Finding("warning", f"{name}.source: {said_of_ungraded(fitting)}"))
     if not any(f.level == "error" for f in findings):
         try:
             fitting.fitted()

@@ -276,7 +276,7 @@ def test_given_texts_have_to_be_there(model, tmp_path):
     "missing, task, refused",
     [(12, "exact", True), (1, "exact", True), (1, "math", True), (12, "runs:is_even", False)],
 )
-def test_a_task_that_compares_needs_answers(model, tmp_path, missing, task, refused):
+def test_a_task_that_compares_needs_answers(model, tmp_path, caplog, missing, task, refused):
     rows = [{"prompt": f"q {i}"} | ({"answer": "1"} if i >= missing else {}) for i in range(12)]
     cfg = make_config(model, write(tmp_path, rows), task={"name": task})
     if not refused:
@@ -286,8 +286,14 @@ def test_a_task_that_compares_needs_answers(model, tmp_path, missing, task, refu
         ValueError, match=rf"line 1.*: no answer, in {missing} of 12 rows, and task"
     ):
         load(cfg)
-    distill = make_config(model, cfg.data.source, phase="distill", teacher={"path": model})
-    assert len(load(distill)) == 12, "nobody grades"
+    distill = {"phase": "distill", "teacher": {"path": model}, "task": {"name": task}}
+    caplog.clear()
+    assert len(load(make_config(model, cfg.data.source, **distill))) == 12
+    assert f"no answer, in {missing} of 12 rows" in caplog.text  # the log shows grades
+    caplog.clear()
+    off_policy = {"distill": {"on_policy": 0.0}, "rollout": {"group": 1, "max_tokens": 8}}
+    assert len(load(make_config(model, cfg.data.source, **distill | off_policy))) == 12
+    assert not caplog.text, "nobody grades"
     assert (
         len(load(make_config(model, cfg.data.source, task={"name": task, "max_failed": 1.0}))) == 12
     )

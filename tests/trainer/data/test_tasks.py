@@ -76,6 +76,16 @@ def graded(task, *texts):
     return [g.error for g in middle], time.monotonic() - started
 
 
+@pytest.mark.parametrize("name", ["exact", "math", "multiple_choice"])
+@pytest.mark.parametrize("answer", [None, " "])
+def test_a_truncated_text_of_a_row_without_an_answer_is_not_wrong(name, answer):
+    cut, known = build_task(name, {}).grade(
+        [rollout("so", answer=answer, ended=False), rollout("so", answer="4", ended=False)]
+    )
+    assert cut.failed and cut.error.startswith("the prompt has no answer") and cut.graded
+    assert not known.failed and not known.graded
+
+
 @pytest.mark.parametrize("isolate", [True, False])
 @pytest.mark.parametrize(
     "text, reason",

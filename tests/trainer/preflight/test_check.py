@@ -69,6 +69,17 @@ def test_a_sound_distillation_passes(distill):
 
 
 @pytest.mark.usefixtures("titan_process")
+def test_rows_without_answers_are_a_warning_where_grades_are_only_shown(distill, tmp_path):
+    """The run logs no `task` and goes on."""
+    source = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": p.question} for p in load_prompts(distill().data.source)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    findings = examine(distill(data={"source": str(source)}))
+    assert not problems(findings)
+    assert f"no answer, in {len(rows)} of {len(rows)} rows" in problems(findings, "warning")
+
+
+@pytest.mark.usefixtures("titan_process")
 def test_a_student_that_is_its_teacher_learns_nothing(distill, talkers):
     findings = examine(distill(teacher={"path": str(talkers / "policy")}))
     assert "same model" in problems(findings, "warning")
