@@ -145,6 +145,19 @@ def test_what_a_page_points_at_exists(page):
     assert not missing, f"{page.name} names {missing}"
 
 
+def test_nothing_is_installed_by_our_name():
+    """It is on no index: `pip install -e ".[real]"` in a clone. CHANGELOG.md tells of what was."""
+    by_name = re.compile(r"(?:pip|uv|pipx) [^\n`&;]*\breflux(?:-llm)?\b(?!\.|/)")
+    assert by_name.search("pip install 'reflux-llm[real]'")
+    folders = ("docs", "configs", "trainer", "kernels", "tokenalign", "bench")
+    found = [p for f in folders for s in ("md", "py", "toml") for p in (ROOT / f).rglob(f"*.{s}")]
+    files = {*PAGES, *found, ROOT / "Makefile", ROOT / "Dockerfile"}
+    told = [
+        f"{p.relative_to(ROOT)}: {m[0]}" for p in files for m in by_name.finditer(p.read_text())
+    ]
+    assert not told
+
+
 def numbers(name: str) -> list[float]:
     """A row of a table of docs/kernels.md."""
     row = next(line for line in KERNELS.splitlines() if line.startswith(f"| {name} |"))

