@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from reflux.trainer.runs import commands, signals
-from reflux.trainer.runs.cell_progress import CellProgress, Item, show_cells
+from reflux.trainer.runs.cell_progress import CellProgress, Item, show_cells, steps_done
 from reflux.trainer.runs.files import read_object, write_whole
 from reflux.trainer.runs.lock import InUse, hold, process_start, refuse_if_held
 from reflux.trainer.runs.run_folder import CHECKPOINTS_REMOVED
@@ -41,6 +41,7 @@ LOOK_S = 2.0  # between two looks at a folder that is in use
 STOP_S = 60.0  # how long a stop waits for cells that save their step
 STOP_AT_ONCE_S = 5.0  # the same after a second signal
 IN_USE, INTERRUPTED = 75, 130  # exit codes; the first as EX_TEMPFAIL of sysexits.h
+NAMED = 3  # cells in a sentence
 STOPPED_BY_GUARD = 4  # a result, not a failure
 
 
@@ -368,6 +369,8 @@ def run_matrix(
             show=show,
         )
         schedule.take_done([c for c in cells if c.done])
+        if words := _told_before(cells):
+            show.said(words)
         if schedule.waiting:
             _start_server(context, caught)
         with _no_orphans(schedule.running, caught):
@@ -385,6 +388,20 @@ def run_matrix(
             file=sys.stderr,
         )
     return schedule.failed
+
+
+def _told_before(cells: Sequence[Cell]) -> str:
+    """What earlier runners have done of them, in words; "" for nothing."""
+    done = sum(c.done for c in cells)
+    if done == len(cells):
+        return f"all {done} cells are done"
+    begun = [(c.name, steps_done(c.folder)[0]) for c in cells if not c.done]
+    left_off = [f"{name} (step {step})" for name, step in begun if step]
+    more = f" and {len(left_off) - NAMED} more" if len(left_off) > NAMED else ""
+    parts = [f"{done} of {len(cells)} cells are done"] * bool(done) + [
+        f"begun before: {', '.join(left_off[:NAMED])}{more}"
+    ] * bool(left_off)
+    return "; ".join(parts)
 
 
 @contextlib.contextmanager

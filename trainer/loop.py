@@ -26,7 +26,7 @@ from .engine.fingerprints import ChangedInputs
 from .engine.trainer_config import traces_folder
 from .phase import Advance, LossFunction, Phase, Stop, TrainingPhase
 from .runs import commands
-from .runs.alarms import Alarms
+from .runs.alarms import Alarms, tell_again
 from .runs.lock import LockLost, RunLock
 from .runs.logger import Record
 from .runs.model_card import Measured, Outcome, model_card
@@ -173,7 +173,12 @@ def _run_steps(
         callbacks.step(step, fields)
         if outcome := close(step, stats):
             return outcome
-    return Outcome(step, None, tuple(record.alarms))
+    return Outcome(step, None, _told_again(record, step))
+
+
+def _told_again(record: Record, step: int) -> tuple[str, ...]:
+    last = record.metrics_at(step)
+    return tuple(tell_again(alarm, step, last) for alarm in record.alarms.values())
 
 
 def _close(
@@ -195,7 +200,7 @@ def _close(
         kept = _keep_accepted(engine, record, step, stop)
         # of the exported weights: the last evaluation was of others or went unrecorded
         _record_results(record, callbacks, kept, phase.evaluate(kept))
-        return Outcome(kept, record.stopped, tuple(record.alarms))
+        return Outcome(kept, record.stopped, _told_again(record, kept))
     return None
 
 

@@ -191,6 +191,7 @@ def _gpus() -> int:
 
 def _told(folder: Path) -> str:
     """A run in lines: how it ended, its last step, its last evaluation, its pages."""
+    from .runs.alarms import tell_again
     from .runs.logger import load_run
 
     loaded = load_run(folder)
@@ -202,7 +203,8 @@ def _told(folder: Path) -> str:
     ]
     if ended and ended.get("stopped"):
         lines.append(f"ended by a guard: {ended['stopped']}")
-    lines += [f"alarm: {e['message']}" for e in loaded.events if e["event"] == "alarm"]
+    alarms = [e for e in loaded.events if e["event"] == "alarm"]
+    lines += [f"alarm in {tell_again(e, last.get('step', 0), last)}" for e in alarms]
     metrics = {k: v for k, v in last.items() if k not in ("step", "wall_s")}
     names = [k for k in FIRST if k in metrics] + [k for k in metrics if k not in FIRST]
     lines += [f"  {name} {_number(metrics[name])}" for name in names[:SHOWN]]

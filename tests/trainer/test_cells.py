@@ -343,6 +343,34 @@ def test_a_failed_cell_is_reported_and_its_folder_is_free(tmp_path):
     world.kill_all()
 
 
+def test_a_runner_says_what_is_done_and_what_was_begun(tmp_path):
+    names = "abcdef"
+    out = [cells.Cell(f"{n}@0", tmp_path / n, (), "toy", ()) for n in names]
+    assert cells._told_before(out) == ""
+    for name in names:
+        (tmp_path / name).mkdir()
+    for name in names[:5]:
+        head = {"schema": 1, "config": {"steps": 9}}
+        log = [head, {"step": 3}, {"event": "interrupted", "step": 3}]
+        (tmp_path / name / "run.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log))
+    begun = "begun before: {}@0 (step 3), {}@0 (step 3), {}@0 (step 3)"
+    assert cells._told_before(out) == begun.format(*"abc") + " and 2 more"
+    for name in "ab":
+        (tmp_path / name / "summary.json").write_text("{}")
+    assert cells._told_before(out) == "2 of 6 cells are done; " + begun.format(*"cde")
+    for name in "cdef":
+        (tmp_path / name / "summary.json").write_text("{}")
+    assert cells._told_before(out) == "all 6 cells are done"
+
+
+def test_what_is_done_is_said_at_the_start(world):
+    (world.folder / "out").mkdir()
+    world.go()
+    assert "cells are done" not in world.start().communicate(timeout=60)[0]
+    text, _ = world.start().communicate(timeout=60)
+    assert "[2/2] all 2 cells are done" in text, text
+
+
 def test_a_summary_that_is_not_whole_says_nothing_is_done(world):
     """Its writer was killed between opening and writing; the file was taken for the end."""
     summary = world.cell("a") / "summary.json"

@@ -23,7 +23,6 @@ from .math_answers import (
 from .option_letters import decided_letter
 from .prompt import GeneratedEntry, Prompt, spell
 
-
 NO_ANSWER = 'the prompt has no answer; name its column: columns = {answer = "..."}'
 
 

@@ -136,9 +136,7 @@ def task_findings(cfg: Config, texts: Sequence[Rollout]) -> list[Finding]:
     return findings
 
 
-def _graded(
-    cfg: Config, part: str, task: TaskSection, texts: Sequence[Rollout]
-) -> list[Rollout]:
+def _graded(cfg: Config, part: str, task: TaskSection, texts: Sequence[Rollout]) -> list[Rollout]:
     """Those of the part; where grades are only shown, without the rows that have no answer, which
     are left out there (length_checks.py names them).
     """

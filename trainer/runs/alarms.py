@@ -6,6 +6,7 @@ model card. The numbers are those of the log line, the same on every rank.
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 from reflux.trainer.config.schema import Config
 
@@ -18,6 +19,25 @@ DRIFT = 3.0  # times, or a third of, the first step's value
 REWARDED_LENGTH = 1.5  # the same of the length where texts are rewarded, which may pay for it
 DRIFTING = {"entropy": "nats per token", "length": "tokens"}  # log field -> unit
 LENGTH_EXPLAINS = 0.5  # of the variance of the calibration reward inside groups
+
+
+# log field whose number an alarm gives: it has another one by the time that it is read again
+NUMBERS = {
+    "truncation": "truncated",
+    "truncation_drift": "truncated",
+    "too_long": "too_long",
+}
+
+
+def tell_again(event: Mapping[str, Any], last_step: int, last: Mapping[str, Any]) -> str:
+    """What an alarm of the log said, of which step, and its number in the last one. Later than the
+    alarm, of a run that may have changed since.
+    """
+    said = f"step {event['step']}: {event['message']}"
+    now = last.get(NUMBERS.get(event.get("alarm", ""), ""))
+    if last_step == event["step"] or not isinstance(now, int | float):
+        return said
+    return f"{said} (in step {last_step}: {now:.0%})"
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from .console import LOG, event_lines, plain, shorten_sample, step_line
 from .files import named, read_object, write_whole
 from .lock import LockLost
 from .progress import stdout_console, time_left
@@ -38,31 +39,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
-LOG = "run.jsonl"
 PAGE_EVENTS = ("eval", "accept", "alarm", "stopped")
-LOG_ONLY = ("head", "resume", "directory")  # fields of events that the console does not show
-SAMPLE_LOG_ONLY = ("spans", "extracted")  # the same of samples
-FEW_NUMBERS = 8  # of an evaluation, beside its estimates; more are only counted
 RESERVED = ("step", "wall_s", "event", "schema")
 PACKAGES = ("reflux-llm", "torch", "transformers", "triton", "torchtitan", "datasets", "numpy")
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-# Metrics of the console line, in this order, if a step has them: name -> label and format of a
-# number. Parts of the loss ("loss/...") follow the loss. All other metrics are in the log only.
-CONSOLE = {
-    "loss": ("loss", "{:.4f}"),
-    "reward/task": ("task", "{:.3f}"),
-    "reward/cal": ("cal", "{:+.3f}"),
-    "eta": ("eta", "{:g}"),
-    "accuracy": ("correct", "{:.1%}"),
-    "reference_kl": ("reference KL", "{:.4f}"),
-    "kl": ("KL", "{:.4f}"),
-    "grad_norm": ("grad", "{:.2f}"),
-    "length": ("length", "{:.0f}"),
-    "truncated": ("truncated", "{:.1%}"),
-    "tokens_per_s": ("tok/s", "{:,.0f}"),
-    "memory_gib": ("mem", "{:.1f} GiB"),
-}
 
 
 @dataclass(frozen=True)
@@ -121,9 +101,9 @@ class Record:
     to_be_continued: bool = field(default=False, init=False)
     exit_code: int = field(default=0, init=False)  # of the process, and a guard's reason to end the
     stopped: str | None = field(default=None, init=False)  # run: both for summary.json
-    # of the last step, and every alarm's message: also those of an earlier process of this run
+    # of the last step, and every alarm by its message: also those of an earlier process of this run
     last_metrics: dict[str, Any] = field(default_factory=dict, init=False)
-    alarms: list[str] = field(default_factory=list, init=False)
+    alarms: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
     last_evaluation: dict[str, Any] = field(default_factory=dict, init=False)  # and its step
 
     _step: int = field(default=0, init=False)
@@ -163,29 +143,31 @@ class Record:
         now = time.monotonic()
         self._last_s.append(now - self._stepped)
         self._stepped = now
-        metrics = {name: _plain(value) for name, value in metrics.items()}
+        metrics = {name: plain(value) for name, value in metrics.items()}
         self._write(self._log, {"step": step, "wall_s": self._wall_s(), **metrics})
         self.last_metrics = metrics
-        self._print(self._line(step, metrics))
+        left = time_left(self._last_s, self.total_steps - step)
+        self._print(step_line(step, self.total_steps, metrics, left))
         self._forward(step, metrics)
         if samples and self.samples_every and step % self.samples_every == 0:
             for sample in samples:
                 self._write(self._samples, {"step": step, **sample})
             for sample in samples[:2]:
-                self._print(_shorten(sample))
+                self._print(shorten_sample(sample))
 
     def event(self, name: str, **fields: Any) -> None:
         """Logs a guard, an evaluation, an export, ...; of the last step unless `step` is given."""
         if not self.is_main:
             return
         self._events[name] += 1
-        if name == "alarm":
-            self.alarms.append(fields["message"])
         at = {"step": self._step, "wall_s": self._wall_s()}
+        if name == "alarm":
+            self.alarms[fields["message"]] = at | fields
         if name == "eval":
             self.last_evaluation = at | fields
         self._write(self._log, {"event": name, **at, **fields})
-        self._print("\n".join(_event_lines(name, at["step"], fields)))
+        pages = str(self.folder) if self.config.get("phase") == "evaluate" else ""
+        self._print("\n".join(event_lines(name, at["step"], fields, pages)))
         if self.write_page and name in PAGE_EVENTS:
             self.write_page()
 
@@ -252,7 +234,7 @@ class Record:
         """What the end of the run says of steps that an earlier process made."""
         for line in before:
             if line.get("event") == "alarm":
-                self.alarms.append(line["message"])
+                self.alarms[line["message"]] = dict(line)
             elif line.get("event") == "eval":
                 self.last_evaluation = dict(line)
             elif not {"event", "schema"} & line.keys():
@@ -272,17 +254,6 @@ class Record:
                 self.on_step(step, metrics)
             except Exception as error:  # a tracker that is down must not end the run
                 log.warning("on_step failed at step %d: %s: %s", step, type(error).__name__, error)
-
-    def _line(self, step: int, metrics: Mapping[str, Any]) -> str:
-        parts = [f"step {step}/{self.total_steps}"]
-        for name, (label, form) in CONSOLE.items():
-            if name in metrics:
-                parts.append(f"{label} {_word(metrics[name], form)}")
-            if name == "loss":
-                terms = sorted(key for key in metrics if key.startswith("loss/"))
-                parts += [f"{key[5:]} {_word(metrics[key], form)}" for key in terms]
-        left = time_left(self._last_s, self.total_steps - step)
-        return " | ".join([*parts, f"left {left}"])  # not "ETA": eta is a weight here
 
     def _print(self, text: str) -> None:
         if self._console:
@@ -418,7 +389,7 @@ def _dump(line: Mapping[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    value = _plain(value)
+    value = plain(value)
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Mapping):
@@ -429,69 +400,5 @@ def _finite(value: Any) -> Any:
     return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
-def _plain(value: Any) -> Any:
-    """Scalars of torch and numpy as Python numbers."""
-    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
-
-
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-# --- the console
-
-
-def _word(value: Any, form: str = "{:.4g}") -> str:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return form.format(value) if number else str(value)
-
-
-def _event_lines(name: str, step: Any, fields: Mapping[str, Any]) -> list[str]:
-    """One line; of an evaluation one for each estimate with an interval, of verdicts one each."""
-    shown = {key: v for key, v in fields.items() if key not in LOG_ONLY}
-    if name == "eval":
-        return [f"evaluation after step {step}:", *_evaluation_lines(shown)]
-    if name == "accept":
-        return ["acceptance:", *(f"    {k.removeprefix('accept/')} {v}" for k, v in shown.items())]
-    if name == "alarm":  # "alarm of truncation: ..."
-        kind = f" of {shown['alarm']}" if "alarm" in shown else ""
-        return [f"alarm{kind}: {shown['message']}"]
-    words = ", ".join(f"{key} {_word(v)}" for key, v in shown.items())
-    return [f"{name}: {words}" if words else name]
-
-
-def _evaluation_lines(fields: Mapping[str, Any]) -> list[str]:
-    """A table of the estimates with intervals; all other numbers are few, or counted."""
-    estimates = [key for key in fields if f"{key}_low" in fields]
-    ends = {f"{key}_{end}" for key in estimates for end in ("low", "high")}
-    others = [key for key in fields if key not in ends and key not in estimates]
-    names = {key: key.removeprefix("eval/") for key in fields}
-    few = others if len(others) <= FEW_NUMBERS else []
-    width = max((len(names[key]) for key in (*estimates, *few)), default=0)
-    lines = [f"    {names[key]:<{width}}  {_estimate(fields, key)}" for key in estimates]
-    lines += [f"    {names[key]:<{width}}  {_word(fields[key])}" for key in few]
-    left = len(others) - len(few)
-    return [*lines, f"    and {left} more numbers in {LOG}"] if left else lines
-
-
-def _estimate(fields: Mapping[str, Any], key: str) -> str:
-    mean, low, high = (_word(fields[key + end], "{:.3f}") for end in ("", "_low", "_high"))
-    return f"{mean} [{low}, {high}]"
-
-
-def _visible(character: str) -> str:
-    """Line breaks, escapes and other control characters as Python writes them."""
-    return character if character.isprintable() else repr(character)[1:-1]
-
-
-def _shorten(sample: Mapping[str, Any], width: int = 240) -> str:
-    """One line a field; of a long text its beginning and its end, where the answer is."""
-    rows = []
-    for key, value in sample.items():
-        if key in SAMPLE_LOG_ONLY:
-            continue
-        text = "".join(map(_visible, _word(_plain(value))))
-        if len(text) > width:
-            text = f"{text[: width // 2]} ... {text[-width // 2 :]}"
-        rows.append(f"    {key}: {text}")
-    return "\n".join(rows)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reflux.trainer.runs.alarms import STEPS, Alarms
+from reflux.trainer.runs.alarms import STEPS, Alarms, tell_again
 
 CFG = SimpleNamespace(
     rollout=SimpleNamespace(max_tokens=7),
@@ -36,6 +36,14 @@ def spoken(steps, notes=None) -> list[list[str]]:
 
 def test_a_run_that_is_well_hears_nothing():
     assert spoken([WELL] * 10, {}) == [[]] * 10
+
+
+def test_an_alarm_that_is_told_later_names_its_step_and_what_became_of_its_number():
+    event = {"step": 3, "alarm": "truncation", "message": "88% of the texts are truncated"}
+    said = "step 3: 88% of the texts are truncated"
+    assert tell_again(event, 9, {"truncated": 1.0}) == f"{said} (in step 9: 100%)"
+    assert tell_again(event, 3, {"truncated": 0.88}) == said
+    assert tell_again(event | {"alarm": "no_learning"}, 9, {"truncated": 1.0}) == said
 
 
 @pytest.mark.parametrize("name", ILL)

@@ -157,7 +157,7 @@ def test_a_resumed_run_knows_its_last_step_and_its_alarms(tmp_path):
             record.event("alarm", alarm="x", message=f"of step {step}")
     with opened(tmp_path, resumed_step=2) as record:
         assert record.last_metrics == {"loss": 0.5}
-        assert record.alarms == ["of step 1", "of step 2"]
+        assert list(record.alarms) == ["of step 1", "of step 2"]
     assert load_run(tmp_path).summary["last"] == {"loss": 0.5}
 
 
@@ -388,36 +388,8 @@ def test_a_folder_without_a_run_is_an_error(tmp_path):
         load_run(tmp_path)
 
 
-def test_an_evaluation_is_a_table_not_a_line(tmp_path, capsys):
-    fields = {}
-    for name in ("greedy", "sampled"):
-        fields |= {f"eval/{name}": 0.5, f"eval/{name}_low": 0.4, f"eval/{name}_high": 0.6}
-    many = {f"eval/greedy_at_{i}": 0.0 for i in range(9)}
-    with opened(tmp_path, quiet=False) as record:
-        record.event("eval", **fields, **{"eval/greedy_length": 12.25})
-        record.event("eval", **fields, **many)
-        record.event("accept", **{"accept/good": "succeeded: sampled 0.500"})
-    assert capsys.readouterr().out.splitlines() == [
-        "evaluation after step 0:",
-        "    greedy         0.500 [0.400, 0.600]",
-        "    sampled        0.500 [0.400, 0.600]",
-        "    greedy_length  12.25",
-        "evaluation after step 0:",
-        "    greedy   0.500 [0.400, 0.600]",
-        "    sampled  0.500 [0.400, 0.600]",
-        "    and 9 more numbers in run.jsonl",
-        "acceptance:",
-        "    good succeeded: sampled 0.500",
-    ]
-
-
 def test_a_sampled_text_cannot_steer_the_terminal(tmp_path, capsys):
     with opened(tmp_path, quiet=False) as record:
         record(2, {}, [{"text": "a\nb\x1b[31m\r c\x85 \u2028 é"}])
     shown = capsys.readouterr().out.split("\n")[1]
     assert shown == "    text: a\\nb\\x1b[31m\\r c\\x85 \\u2028 é"
-
-
-def test_an_alarm_is_a_sentence_on_the_console():
-    said = module._event_lines("alarm", 3, {"alarm": "truncation", "message": "all texts are cut"})
-    assert said == ["alarm of truncation: all texts are cut"]
