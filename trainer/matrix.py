@@ -23,6 +23,9 @@ A matrix file lists cells. A cell is one `trainer/main.py --config FILE --set ..
     cost = 30       # seconds of one idle core, roughly: weighs it in the time left
     says = "a student learns from the {teacher} teacher"    # printed when it starts
 
+Two cells of one seed in one place of a report are refused (studies/labels.py); those of each value
+of a label `family` have an attack report of their own.
+
 `says` at the top is printed first; `grid = ["attack", "teacher"]` names two labels for a table of
 accuracies that fills while cells end (runs/cell_progress.py).
 

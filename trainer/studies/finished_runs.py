@@ -93,7 +93,7 @@ def load_finished_runs(folder: Path, family: str = "") -> list[FinishedRun]:
     """The runs of a matrix folder that have ended, were evaluated, and have a label `role`. family:
     only those of it, and those that name none. ValueError where two would count as two seeds.
     """
-    found = {}
+    found: dict[str, FinishedRun] = {}
     for cell in json.loads((folder / "matrix.json").read_text())["cells"]:
         labels = cell["labels"]
         if "role" in labels and family in ("", labels.get("family", family)):
