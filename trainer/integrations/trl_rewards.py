@@ -20,7 +20,15 @@
 
 eta > 0: distillable, eta < 0: undistillable. `normalize_then_sum` normalises each reward in its
 group by itself, as equation (4) does; beta is the KL to the reference. The two folders hold the
-tokenizers, which may differ. Alone or under DDP, where a group may have members on several
+tokenizers, which may differ. With GRPOConfig's chat_template_kwargs each folder takes its own:
+
+    from reflux.trainer.data.chat import Chat
+    thinks = {"enable_thinking": False}
+    reward = CalibrationReward(
+        policy, Chat("teacher_folder", arguments=thinks), proxy, Chat("proxy_folder"), ...
+    )
+
+Alone or under DDP, where a group may have members on several
 processes: the policy is called here, text by text, which FSDP would need on all ranks equally
 often.
 
@@ -52,6 +60,11 @@ class CalibrationReward:
     proxy's tokenizer cannot spell the text, or the text is cut (its last id is no stop token). TRL
     leaves None out of the group's mean and gives it no share of this reward.
 
+    policy_folder, proxy_folder: of the tokenizer and its template; or a Chat of it, with the
+    `arguments` of the template, which for the policy are chat_template_kwargs of GRPOConfig, or
+    with another `template` file. Prompts are read in the ids that TRL samples behind: messages
+    through the template, a string as the tokenizer reads it, control tokens and BOS included; by
+    the proxy in the same way, in its own tokens.
     temperature: of both models, that of the rollouts. clip: bound on a span's log-ratio in nats.
     length_free: False gives the sum in nats. num_generations: texts of a group, as in GRPOConfig
     (TRL does not tell it to reward functions); None: neighbours with one prompt are one group, two
@@ -69,9 +82,9 @@ class CalibrationReward:
     def __init__(
         self,
         policy: nn.Module,
-        policy_folder: str,
+        policy_folder: str | Chat,
         proxy: nn.Module,
-        proxy_folder: str,
+        proxy_folder: str | Chat,
         *,
         temperature: float = 1.0,
         clip: float = 10.0,
@@ -83,7 +96,7 @@ class CalibrationReward:
                 f"num_generations = {num_generations}; want that of GRPOConfig, or None"
             )
         self.policy, self.proxy = policy, proxy.eval().requires_grad_(False)
-        self.chat, self.proxy_chat = Chat(policy_folder), Chat(proxy_folder)
+        self.chat, self.proxy_chat = _chat(policy_folder), _chat(proxy_folder)
         self.same = same_vocabulary(self.chat, self.proxy_chat)
         self.temperature, self.clip, self.length_free = temperature, clip, length_free
         self.num_generations = num_generations
@@ -168,8 +181,21 @@ class CalibrationReward:
         return target_TK
 
 
+def _chat(folder: str | Chat) -> Chat:
+    return folder if isinstance(folder, Chat) else Chat(folder)
+
+
 def _ids(chat: Chat, prompt: str | Messages) -> tuple[int, ...]:
-    return chat.encode(prompt) if isinstance(prompt, str) else chat.prompt_ids(prompt)
+    """As GRPOTrainer._tokenize_prompts. ValueError: a string without a token."""
+    if not isinstance(prompt, str):
+        return chat.prompt_ids(prompt)
+    ids = tuple(chat.tokenizer(text=prompt)["input_ids"])
+    if not ids:
+        raise ValueError(
+            f"{chat.path}: the prompt {prompt!r} has no token. Give it a text, or the tokenizer a "
+            "BOS token"
+        )
+    return ids
 
 
 def _of_all_processes(mine: list[Text]) -> tuple[list[Text], int]:

@@ -1,15 +1,19 @@
 """The calibration reward in TRL's GRPOTrainer: its values, and a run of the real one."""
 
 import os
+import shutil
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from thread_ranks import ThreadRank, on_ranks
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from reflux.trainer.data.chat import Chat
 from reflux.trainer.integrations.trl_rewards import CalibrationReward
 
 needs_trl = pytest.mark.skipif(
@@ -145,6 +149,94 @@ def test_mistakes_are_refused_in_words(models):
     reward = CalibrationReward(*models, num_generations=3)
     with pytest.raises(ValueError, match="4 neighbouring completions.*multiple of num_generations"):
         reward([PROMPT] * 4, completion_ids=completions(models[1]))
+
+
+STRINGS = [
+    "How many remain?",
+    "<|im_start|>user\nHow many remain?<|im_end|>\n<|im_start|>assistant\n",
+]
+
+
+@pytest.fixture(scope="module")
+def begins_with_bos(models, tmp_path_factory):
+    """The policy's folder, its tokenizer with a BOS before every text, as Llama's, and a template
+    that takes an argument.
+    """
+    folder = tmp_path_factory.mktemp("bos") / "policy"
+    shutil.copytree(models[1], folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    bos = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.eos_token_id)]
+    )
+    tokenizer.chat_template = (
+        "{{ messages[0].content }}{{ ' No thoughts.' if not enable_thinking|default(true) }}"
+    )
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def log_likelihood_behind(model, prompt: list[int], ids: list[int], vocabulary: int) -> float:
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+    logp = logits[:, :vocabulary].double().log_softmax(-1)
+    return float(logp.gather(1, torch.tensor(ids)[:, None]).sum())
+
+
+@pytest.mark.parametrize("prompt", STRINGS)
+def test_a_string_prompt_is_read_with_its_control_tokens_and_bos(models, begins_with_bos, prompt):
+    """As TRL reads it: in other tokens the likelihood is that of a text behind something else."""
+    policy, proxy = models[0], models[2]
+    reward = CalibrationReward(policy, begins_with_bos, proxy, models[3], length_free=False, clip=0)
+    ids = completions(begins_with_bos)
+    got = reward([prompt] * 4, completion_ids=ids)
+    tokenizers = [AutoTokenizer.from_pretrained(f) for f in (begins_with_bos, models[3])]
+    own, others = (t(text=[prompt])["input_ids"][0] for t in tokenizers)
+    assert own[0] == tokenizers[0].eos_token_id and reward.chat.encode(prompt) != tuple(own)
+    want = [
+        log_likelihood_behind(proxy, others, theirs, len(tokenizers[1]))
+        - log_likelihood_behind(policy, own, mine, len(tokenizers[0]))
+        for mine, theirs in zip(ids, completions(models[3]))
+    ]
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+
+
+def test_a_string_without_a_token_is_refused(models):
+    with pytest.raises(ValueError, match="the prompt '' has no token. Give it a text"):
+        CalibrationReward(*models)([""], completion_ids=completions(models[1])[:1])
+
+
+@needs_trl
+@pytest.mark.parametrize("arguments", [{}, {"enable_thinking": False}])
+@pytest.mark.parametrize("prompt", [*STRINGS, PROMPT])
+def test_the_reward_reads_the_ids_that_trl_samples_behind(
+    models, begins_with_bos, prompt, arguments
+):
+    from trl import GRPOTrainer
+
+    trainer = SimpleNamespace(
+        processing_class=AutoTokenizer.from_pretrained(begins_with_bos),
+        chat_template_kwargs=arguments,
+        chat_template=None,
+        tools=None,
+        environment_factories=None,
+        _is_vlm=False,
+    )
+    (want,), _, _ = GRPOTrainer._tokenize_prompts(trainer, [prompt])
+    chat = Chat(begins_with_bos, arguments=arguments)
+    reward = CalibrationReward(models[0], chat, *models[2:])
+    assert reward._rollout(prompt, [1]).prompt_ids == tuple(want)
+
+
+def test_a_chat_brings_the_arguments_of_its_template(models, begins_with_bos):
+    tokenizer = AutoTokenizer.from_pretrained(begins_with_bos)
+    for thinks in (True, False):
+        text = tokenizer.apply_chat_template(PROMPT, tokenize=False, enable_thinking=thinks)
+        chat = Chat(begins_with_bos, arguments={"enable_thinking": thinks})
+        reward = CalibrationReward(models[0], chat, models[2], Chat(models[3]))
+        want = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        assert reward._rollout(PROMPT, [1]).prompt_ids == want
+        assert ("No thoughts" in text) == (not thinks)
 
 
 @needs_trl
