@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from reflux.trainer.cells import Cell
 
 PACK = 56 * 2**20  # bytes of a pack; a transfer takes 64 MiB, the repository among them
-# beside what an image with torch 2.11, transformers 5.17, tensorboard, numpy, pandas and pyarrow has
+# beside an image with torch 2.11, transformers 5.17, tensorboard, numpy, pandas and pyarrow
 WHEELS = (
     "torchtitan==0.3.0 torchdata==0.11.0 torch_checkpointing==0.1.1 spmd_types==0.2.3 "
     "datasets==4.7.0 dill==0.4.0 multiprocess==0.70.18 tyro docstring_parser==0.18.0 typeguard "
