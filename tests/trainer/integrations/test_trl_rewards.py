@@ -151,10 +151,8 @@ def test_mistakes_are_refused_in_words(models):
         reward([PROMPT] * 4, completion_ids=completions(models[1]))
 
 
-STRINGS = [
-    "How many remain?",
-    "<|im_start|>user\nHow many remain?<|im_end|>\n<|im_start|>assistant\n",
-]
+RENDERED = "<|bos|>user: How many remain?<|eos|><|bos|>assistant: "  # by the template of the assets
+STRINGS = ["How many remain?", RENDERED]
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +190,9 @@ def test_a_string_prompt_is_read_with_its_control_tokens_and_bos(models, begins_
     got = reward([prompt] * 4, completion_ids=ids)
     tokenizers = [AutoTokenizer.from_pretrained(f) for f in (begins_with_bos, models[3])]
     own, others = (t(text=[prompt])["input_ids"][0] for t in tokenizers)
-    assert own[0] == tokenizers[0].eos_token_id and reward.chat.encode(prompt) != tuple(own)
+    assert own.count(tokenizers[0].eos_token_id) == (2 if prompt == RENDERED else 1), (
+        "it is the BOS"
+    )
     want = [
         log_likelihood_behind(proxy, others, theirs, len(tokenizers[1]))
         - log_likelihood_behind(policy, own, mine, len(tokenizers[0]))
