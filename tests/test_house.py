@@ -16,7 +16,7 @@ FLOORS = ["kernels", "tokenalign", "trainer"]  # each may import itself and the 
 ROOMS = {  # room or file of trainer/ -> the rooms that it may import, beside the floors below
     "config": "",
     "runs": "config",
-    "adapter_folder": "",
+    "adapter_folder": "config",
     "data": "config adapter_folder",
     "losses": "config",
     "disk_space": "",

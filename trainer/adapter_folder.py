@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reflux.trainer.config.fit import nearest_model
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE_FILES = "base_files.json"  # ours: sha256 of the base's files that the adapter was trained on
 # what the recipes debug_cpu_* read
@@ -95,8 +97,9 @@ def model_folder(path: str, option: str) -> str:
     if HUB_ID.fullmatch(path) and not os.path.exists(full):
         hint += f". Ids of the hub are not downloaded: hf download {path} --local-dir {path}"
     elif not os.path.exists(full):
-        hint += f". There is no {full}"
-        hint += DEBUG_MODELS if Path(path).parts[-2:-1] == ("debug",) else ""
+        guess = nearest_model(path)
+        hint += f". There is no {full}{guess}"
+        hint += "" if guess else DEBUG_MODELS if Path(path).parts[-2:-1] == ("debug",) else ""
     raise ValueError(f"{option} = {path!r}: no config.json there; {hint}")
 
 

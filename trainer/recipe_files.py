@@ -62,7 +62,7 @@ def _suggested() -> list[str]:
     return [
         *lines,
         "",
-        "A file of your own, with every key and its reason: reflux init NAME",
+        "A file of your own, with every key that the recipe sets: reflux init NAME",
         f"All {len(recipes.names())} recipes: reflux init --all",
     ]
 

@@ -129,6 +129,18 @@ def test_a_damaged_folder_is_said_in_words(talkers, tmp_path, capsys, damage, ro
     assert str(folder) in message and "Traceback" not in message
 
 
+def test_a_mistyped_folder_is_answered_with_the_one_beside_it(
+    talkers, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(talkers / "policy", tmp_path / "runs/debug/qwen3")
+    for path, there in (("runs/debug/qwen", "runs/debug/qwen3"), ("debug/qwen", "debug/qwen3")):
+        cfg = config(talkers, tmp_path / "run", "distill", model={"path": path})
+        message = message_of(cfg, tmp_path, capsys)
+        assert f"did you mean {there}?" in message and "debug_models" not in message, message
+        monkeypatch.chdir(tmp_path / "runs")  # the second looks like an id of the hub
+
+
 @pytest.mark.parametrize("path", ["Qwen/Qwen3-8B", "no such folder", "/dev/null"])
 def test_a_name_that_is_no_folder_is_said_with_its_option(talkers, tmp_path, capsys, path):
     cfg = config(talkers, tmp_path / "run", "distill", teacher={"path": path})

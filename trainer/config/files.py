@@ -42,7 +42,22 @@ def read_table(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid {kind}: {' '.join(str(error).split())}") from None
+        said = " ".join(str(error).split())
+        hint = _quotes(text, said) if kind == "TOML" else ""
+        raise ValueError(f"{path}: not valid {kind}: {said}{hint}") from None
+
+
+def _quotes(text: str, said: str) -> str:
+    """What a word that is no TOML value wants, where that is what was said."""
+    at = re.match(r"Invalid value \(at line (\d+)", said)
+    line = text.splitlines()[int(at[1]) - 1] if at else ""
+    value = re.match(r"[^=#]*=\s*([A-Za-z_~/.][^\s,#\]}]*)", line)
+    if value is None:
+        return ""
+    if value[1].lower() in ("true", "false"):
+        return f": want {value[1].lower()}, not {value[1]}"
+    word = value[1].rstrip("'\"")
+    return f': {word} is neither a number nor true or false, and a text wants quotes: "{word}"'
 
 
 def _yaml(text: str) -> dict[str, Any]:

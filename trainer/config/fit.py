@@ -7,6 +7,7 @@ import math
 import types
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -90,3 +91,20 @@ def nearest(name: str, known: Iterable[str], prefix: str = "", cutoff: float = 0
     """
     near = get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f", did you mean {prefix}{near[0]}?" if near else "."
+
+
+def nearest_model(path: str) -> str:
+    """`, did you mean X?` for the model folder beside `path` that is called most like it; empty
+    where there is none.
+    """
+    at = Path(path).expanduser()
+    near = [p.name for f in ("config.json", "adapter_config.json") for p in _holding(at.parent, f)]
+    guess = nearest(at.name, near, "" if at.parent == Path() else f"{Path(path).parent}/")
+    return guess if guess.startswith(",") else ""
+
+
+def _holding(parent: Path, file: str) -> list[Path]:
+    try:
+        return [found.parent for found in parent.glob(f"*/{file}")]
+    except OSError:
+        return []

@@ -6,9 +6,11 @@ the cache is enough.
 
 import os
 import shlex
+import textwrap
 from dataclasses import replace
 from typing import Any
 
+from reflux.trainer.config.fit import nearest_model
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import HUB_ID
 
@@ -111,8 +113,18 @@ def local_folder(model: str, revision: str, option: str, *, weights: bool) -> st
     except errors.RepositoryNotFoundError:
         why = "the hub has no such model, or it is private: hf auth login"
     except (OSError, ValueError, errors.HfHubHTTPError) as error:  # no network, no cache, no space
-        why = " ".join(str(error).split())[:200]
+        why = _without_address(str(error))
+    near = nearest_model(model).removeprefix(", ")
     raise ValueError(
-        f"{option} = {model!r}: no folder here, and the hub gave no model ({why}). Want a Hugging "
+        f"{option} = {model!r}: no folder here{f' ({near})' if near else ''}, and the hub gave no "
+        f"model ({why}). Want a Hugging "
         f"Face model folder, or where the hub can be reached: hf download {model} --local-dir DIR"
     )
+
+
+def _without_address(message: str) -> str:
+    """The cause in a message of the hub's library, which goes on about an address that may be
+    empty.
+    """
+    words = " ".join(message.split()).removeprefix("Got: ")
+    return textwrap.shorten(words.split(" An error happened while")[0], 200, placeholder=" ...")

@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 TORN_AFTER_S = 10.0  # a lock without content is of a process that died while it wrote it
 TRIES = 20
+HASHES = "inputs.json"  # of the files that a run reads (engine/fingerprints.py)
 
 State = Literal["alive", "dead", "unknown"]
 
@@ -137,8 +138,15 @@ def hold(folder: str | Path, *, take_over: bool = False, wait_s: float = 0.0) ->
         del _HELD[key]
         lock.release()
         if created:
-            with contextlib.suppress(OSError):  # not empty: a run was here
-                Path(folder).rmdir()
+            _remove_unused(Path(folder))
+
+
+def _remove_unused(folder: Path) -> None:
+    """Unless a run was here: a start that failed leaves at most the hashes of what it read."""
+    with contextlib.suppress(OSError):  # not empty
+        if os.listdir(folder) == [HASHES]:
+            (folder / HASHES).unlink()
+        folder.rmdir()
 
 
 def refuse_if_held(folder: str | Path, *, take_over: bool = False) -> None:

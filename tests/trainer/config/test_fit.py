@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from reflux.trainer.config.fit import fit, nearest, spell
+from reflux.trainer.config.fit import fit, nearest, nearest_model, spell
 
 MODES = Literal["off", "on", 2]
 
@@ -71,3 +71,16 @@ def test_a_hint_is_spelled_in_words():
 def test_the_nearest_name_ends_the_sentence():
     assert nearest("sede", ["seed", "steps"], "run.") == ", did you mean run.seed?"
     assert nearest("xyz", ["seed", "steps"]) == "."
+
+
+def test_the_nearest_model_is_a_folder_with_a_config(tmp_path, monkeypatch):
+    for name, file in (("qwen3", "config.json"), ("lora", "adapter_config.json"), ("qwem", "x")):
+        (tmp_path / "debug" / name).mkdir(parents=True)
+        (tmp_path / "debug" / name / file).touch()
+    monkeypatch.chdir(tmp_path)
+    assert nearest_model("debug/qwen") == ", did you mean debug/qwen3?"
+    assert nearest_model(f"{tmp_path}/debug/qwen") == f", did you mean {tmp_path}/debug/qwen3?"
+    assert nearest_model("debug/lorra") == ", did you mean debug/lora?"
+    assert nearest_model("debug/mistral") == nearest_model("nowhere/qwen3") == ""
+    monkeypatch.chdir(tmp_path / "debug")
+    assert nearest_model("qwen2") == ", did you mean qwen3?"

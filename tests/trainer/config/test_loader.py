@@ -461,6 +461,9 @@ def test_a_dataclass_alone_can_be_filled():
 @pytest.mark.parametrize(
     "name, content, says",
     [
+        ("x.toml", b"a = 1\nsteps = twelve # months", 'neither a number .* quotes: "twelve"$'),
+        ("x.toml", b"steps = True", "want true, not True$"),
+        ("x.toml", b"[model]\npath = runs/debug/qwen3", 'quotes: "runs/debug/qwen3"$'),
         ("x.toml", b"\xff\xfe", "x.toml: not valid TOML: 'utf-8' codec"),
         ("x.toml", b"phase = " + b"[" * 9999 + b"]" * 9999, "x.toml: not valid TOML: .*recursion"),
         ("x.toml", None, "x.toml: cannot be read: Is a directory"),

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -67,6 +68,13 @@ def test_without_hub_and_cache_the_message_says_so(talkers, tmp_path):
     over = {"teacher": {"path": "no-such-owner/no-such-model", "dtype": "float32"}}
     with pytest.raises(ValueError, match="teacher.path = 'no-such-owner/.*no folder here, and"):
         with_local_models(config(talkers, tmp_path / "run", "distill", **over))
+
+
+def test_an_address_that_is_empty_is_not_quoted(talkers, tmp_path, monkeypatch):
+    said = "Got: ConnectError: unknown An error happened while trying to locate the files on ."
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=OSError(said)))
+    with pytest.raises(ValueError, match=r"gave no model \(ConnectError: unknown\)\. Want"):
+        with_local_models(config(talkers, tmp_path / "run", "distill", model={"path": "a/b"}))
 
 
 def test_a_folder_has_no_revision(talkers, tmp_path):

@@ -302,3 +302,18 @@ def test_two_that_start_in_the_same_moment_do_not_refuse_each_other(tmp_path, mo
     monkeypatch.setattr(lock, "_create", create_beside_another)
     with hold(tmp_path) as held:
         assert tried and held.taken_from == [] and files(tmp_path) == [held.path.name]
+
+
+@pytest.mark.parametrize("left", [(), ("inputs.json",), ("inputs.json", "run.jsonl")])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_start_that_failed_leaves_no_folder_that_it_made(tmp_path, left, there):
+    """Hashes of what it read are none of a run."""
+    folder = tmp_path / "run"
+    if there:
+        folder.mkdir()
+    with pytest.raises(RuntimeError), lock.hold(folder):
+        for name in left:
+            (folder / name).touch()
+        raise RuntimeError
+    stays = there or "run.jsonl" in left
+    assert folder.exists() == stays and (not stays or len(os.listdir(folder)) == len(left))
