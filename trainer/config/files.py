@@ -31,7 +31,7 @@ CORE_1_2 = (
 
 def read_table(path: Path) -> dict[str, Any]:
     """ValueError with the file for what is missing, cannot be read, or is not valid."""
-    kind = "YAML" if path.suffix in YAML else "TOML"
+    kind, text = "YAML" if path.suffix in YAML else "TOML", ""
     try:
         text = path.read_text(encoding="utf-8-sig")
         return _yaml(text) if kind == "YAML" else tomllib.loads(text)
