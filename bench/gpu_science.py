@@ -43,7 +43,7 @@ from bench.gpu import append_row, read_rows  # noqa: E402
 if TYPE_CHECKING:
     from reflux.trainer.cells import Cell
 
-PACK = 56 * 2**20  # bytes of a pack; a transfer takes 64 MiB, the repository among them
+PACK = 54 * 2**20  # bytes of a pack; a transfer takes 64 MiB, the repository among them
 # beside an image with torch 2.11, transformers 5.17, tensorboard, numpy, pandas and pyarrow
 WHEELS = (
     "torchtitan==0.3.0 torchdata==0.11.0 torch_checkpointing==0.1.1 spmd_types==0.2.3 "
@@ -58,11 +58,15 @@ GEMMA = (  # 245 MB: only the student with another tokenizer needs it
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64")
 PLATFORMS += ("manylinux2014_x86_64", "manylinux1_x86_64")
 SCALED = {  # phase -> what a GPU has room for; everything else is as on a CPU
-    "calibrate": ("rollout.prompts=64", "rollout.group=8", "steps=60", "batch.tokens=16384"),
-    "distill": ("batch.tokens=16384", "checkpoint.interval=1000"),
+    "calibrate": (
+        *("rollout.prompts=64", "rollout.group=8", "steps=60", "batch.tokens=16384"),
+        *("reference.dtype='bfloat16'", "proxy.dtype='bfloat16'"),
+    ),
+    "distill": ("batch.tokens=16384", "checkpoint.interval=1000", "teacher.dtype='bfloat16'"),
     "evaluate": (),
 }
-EVERYWHERE = ("rollout.rows=1024", "log.quiet=true")
+# in bf16: the configs are float32, for CPUs
+EVERYWHERE = ("rollout.rows=1024", "log.quiet=true", "training.mixed_precision_param='bfloat16'")
 TINY = (
     "rollout.prompts=2",
     "rollout.max_tokens=4",

@@ -12,7 +12,6 @@ from engine_cases import likelihood_loss, samples
 from runs import table
 from safetensors.torch import load_file
 
-from bench.model_families import make_model
 from reflux.trainer.config.loader import fill
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Batch, pack
@@ -40,6 +39,9 @@ def start(path: Path, folder: Path, **over) -> Engine:
 
 def save_family(family: str, folder: Path, assets: Path) -> Path:
     """A random model of the family (bench/model_families.py), with a tokenizer of `assets`."""
+    # here: scripts that torchrun starts import this file and have no folder of the project
+    from bench.model_families import make_model
+
     make_model(family, folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(assets / "qwen3" / name, folder / name)

@@ -120,6 +120,7 @@ def test_sizes_of_a_gpu_are_those_of_the_protocol(tmp_path, monkeypatch):
     cfg = load(words[words.index("--config") + 1], sets)
     assert (cfg.rollout.prompts, cfg.rollout.group, cfg.steps) == (64, 8, 60)
     assert cfg.titan["training"]["mixed_precision_param"] == "bfloat16" and cfg.seed == 322
+    assert (cfg.reference.dtype, cfg.proxy.dtype) == ("bfloat16", "bfloat16")
     waits = {name for c in cells.values() for name in c.after}
     assert waits <= cells.keys(), "a cell waits for one that was left out"
 

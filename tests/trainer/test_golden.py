@@ -14,7 +14,7 @@ from reflux.trainer.config import loader as config_file
 from reflux.trainer.studies import debug_models
 
 ROOT = Path(__file__).parents[2]
-# eps: an update of AdamW is the sign of a gradient, also of one that is rounding alone, and with its
+# eps: an update of AdamW is the sign of a gradient, also of one that is rounding alone. With its
 # default another CPU's rounding changed a sampled token by step 4
 SETTINGS = ("log.quiet=true", "optim.eps=1e-4")
 pytestmark = pytest.mark.usefixtures("titan_process")
