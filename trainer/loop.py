@@ -25,6 +25,7 @@ from .engine.engine import Engine
 from .engine.fingerprints import ChangedInputs
 from .engine.trainer_config import traces_folder
 from .phase import Advance, LossFunction, Phase, Stop, TrainingPhase
+from .phase import RankFailed as RankFailed  # for main, which knows no phase
 from .runs import commands
 from .runs.alarms import Alarms, tell_again
 from .runs.lock import LockLost, RunLock

@@ -67,6 +67,8 @@ def main(arguments: list[str] | None = None, typed: Sequence[str] = (), prog: st
                     return 0
                 return _run(cfg, args, arguments)
         except KeyboardInterrupt as signal:
+            if failed := _failed_rank(signal):  # the launcher's signal came while that was closed
+                _refuse(failed, args)
             stopped = f"stopped at once ({signal or 'Ctrl-C'}); what is saved stays."
             hint = [] if args.check or args.dry_run else [_hint()]
             _print_once("\n".join([stopped, *_notes(signal), *hint]))
@@ -87,6 +89,18 @@ def _refuse(error: Exception, args: argparse.Namespace) -> NoReturn:
         if first_rank.is_first_to_say(str(error)):
             print(message, file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def _failed_rank(signal: BaseException) -> Exception | None:
+    """The error of another rank that was on its way out when the signal came."""
+    if "reflux.trainer.loop" not in sys.modules:  # no rank has begun, and torch takes seconds
+        return None
+    from reflux.trainer.loop import RankFailed
+
+    error: BaseException | None = signal
+    while error is not None and not isinstance(error, RankFailed):
+        error = error.__context__
+    return error
 
 
 def _notes(error: BaseException) -> list[str]:

@@ -51,6 +51,10 @@ class DecodeStep(Protocol):
         ...
 
 
+class RankFailed(ValueError):
+    """Another rank failed first: which one, and what it says."""
+
+
 # decode(rows, max_length) -> context of (step, device): one KV cache. rows: at most
 Decode = Callable[[int, int], AbstractContextManager[tuple[DecodeStep, torch.device]]]
 LossFunction = Callable[[HeadInputs, Batch], Loss]

@@ -267,7 +267,7 @@ class Engine:
             failed, notes = self._save_last_step(error)
             told = error
             if failed is not None:
-                told = ValueError(f"rank {failed.rank} ended the run: {failed.message}")
+                told = contracts.RankFailed(f"rank {failed.rank} ended the run: {failed.message}")
             for note in notes:
                 told.add_note(note)
             if told is error:
