@@ -62,7 +62,13 @@ def _answers(folder: Path, against: Path | None, texts: int) -> dict[str, Any]:
         return {}
     out: dict[str, Any] = {"answers_at_step": step, "answers": {}}
     theirs = _predictions(against)[1] if against else []
-    other = {(p["mode"], p["prompt"], p["sample"]): p for p in theirs}
+    other = {_place(p): p for p in theirs}
+    for p in mine:
+        if other.get(_place(p), p).get("id") != p.get("id"):
+            raise ValueError(
+                f"{folder} and {against} were asked different questions: prompt {p['prompt']} is "
+                "another one there; want runs with the same [eval] data"
+            )
     for mode in MODES:
         rows = [p for p in mine if p["mode"] == mode]
         if rows:
@@ -70,6 +76,10 @@ def _answers(folder: Path, against: Path | None, texts: int) -> dict[str, Any]:
     sampled = [p for p in mine if p["mode"] == "sampled" and p["sample"] == 0]
     out["texts"] = [{k: p[k] for k in ("prompt", "text", "correct")} for p in sampled[:texts]]
     return out
+
+
+def _place(prediction: Mapping[str, Any]) -> tuple:
+    return prediction["mode"], prediction["prompt"], prediction["sample"]
 
 
 def _measured(rows: Sequence[dict], other: Mapping[tuple, dict]) -> dict[str, Any]:
@@ -89,7 +99,7 @@ def _measured(rows: Sequence[dict], other: Mapping[tuple, dict]) -> dict[str, An
         found = [bool(p["correct"]) for p in rows if re.search(form, p["text"])]
         correct = sum(found) / len(found) if found else None
         measured["styles"][name] = {"fraction": len(found) / len(rows), "correct": correct}
-    pairs = [(p, other.get((p["mode"], p["prompt"], p["sample"]))) for p in rows]
+    pairs = [(p, other.get(_place(p))) for p in rows]
     both = [(float(p["correct"]), float(o["correct"])) for p, o in pairs if o]
     if both:
         change = paired_difference([a for a, _ in both], [b for _, b in both])

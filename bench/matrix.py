@@ -57,7 +57,10 @@ def _read_heads(
             not_ended.append(cell["name"])
         elif (run / "run.jsonl").exists():  # a cell of another module has no log
             with open(run / "run.jsonl") as lines:
-                heads[cell["name"]] = json.loads(next(lines))
+                head = next(lines, "")
+            if not head:
+                raise ValueError(f"{run}: run.jsonl is empty, though the run has ended")
+            heads[cell["name"]] = json.loads(head)
     return heads, not_ended
 
 

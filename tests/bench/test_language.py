@@ -21,6 +21,7 @@ def write_run(folder, texts, *, dirty=False, ended=True):
     (folder / "run.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     rows = [
         {"mode": "sampled", "prompt": p, "sample": k, "text": text, "correct": "nine" in text}
+        | {"id": f"question {p}"}
         for p, answers in enumerate(texts)
         for k, text in enumerate(answers)
     ]
@@ -48,6 +49,15 @@ def test_styles_and_pairs_are_counted(tmp_path):
     assert row["curve"][1] == {"step": 2, "loss": 0.5, "reference_kl": 0.01}
     assert language.row_of(before, None, 0)["stopped"] == "KL above 0.1"
     assert (row["run"], sampled["styles"]["inflected"]["fraction"]) == ("calibrated", 0.0)
+
+
+def test_runs_that_were_asked_other_questions_are_not_paired(tmp_path, capsys):
+    before, after = (write_run(tmp_path / n, [[WORKED], [WORKED]]) for n in ("before", "after"))
+    file = before / "predictions/step-2.jsonl"
+    file.write_text(file.read_text().replace("question 1", "question 7"))
+    assert language.main(["trial", str(after), "--against", str(before)], tmp_path) == 2
+    assert "were asked different questions: prompt 1 is another one" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_answers_are_those_of_the_weights_that_were_kept(tmp_path):

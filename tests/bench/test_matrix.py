@@ -64,3 +64,18 @@ def test_a_folder_without_a_finished_run_is_an_error(folder):
         path.unlink()
     with pytest.raises(ValueError, match="no run has ended"):
         collect(folder)
+
+
+def test_an_empty_log_of_a_run_that_has_ended_is_named(folder, tmp_path):
+    (folder / "t-original-1" / "run.jsonl").write_text("")
+    with pytest.raises(SystemExit, match="t-original-1: run.jsonl is empty"):
+        main([str(folder), "toy_cpu"], tmp_path / "records")
+
+
+def test_the_reports_of_families_are_recorded_by_their_folders(folder):
+    for family in ("a", "b"):
+        (folder / f"report-{family}").mkdir()
+        (folder / f"report-{family}" / "report.json").write_text(json.dumps({"family": family}))
+    record = collect(folder)
+    assert record["report-a"] == {"family": "a"} and record["report-b"] == {"family": "b"}
+    assert set(collect(folder, ["report-b"])) & {"report", "report-a", "report-b"} == {"report-b"}

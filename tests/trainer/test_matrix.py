@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from toy_matrix import write_toy
 
 from reflux.trainer.cli import main as reflux
 from reflux.trainer.matrix import REPORTS, main, run_matrix, write_reports
@@ -29,22 +30,6 @@ def main(arguments):
         (out / "export").mkdir(exist_ok=True)
     return {"bad": 3, "stopped": 4}.get(word, 0)
 """
-TABLE = """
-folder = "{folder}"
-seeds = [0, 1]
-parallel = 2
-[[cell]]
-name = "a"
-module = "toy_cell"
-arguments = ["a"]
-[[cell]]
-name = "b-{{x}}"
-each = {{ x = ["1", "2"] }}
-after = ["a"]
-module = "toy_cell"
-arguments = ["b{{x}}"]
-labels = {{ role = "student", teacher = "t", attack = "{{x}}" }}
-"""
 
 
 @pytest.fixture
@@ -53,7 +38,7 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setattr("reflux.trainer.cells.PRELOAD", [])  # a toy needs no torch
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "m.toml").write_text(TABLE.format(folder=tmp_path / "runs"))
+    write_toy(tmp_path)
     return tmp_path
 
 

@@ -4,31 +4,16 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from toy_matrix import write_toy
 
 from reflux.trainer.matrix_file import read_matrix
 
 ROOT = Path(__file__).parents[2]
-TABLE = """
-folder = "{folder}"
-seeds = [0, 1]
-parallel = 2
-[[cell]]
-name = "a"
-module = "toy_cell"
-arguments = ["a"]
-[[cell]]
-name = "b-{{x}}"
-each = {{ x = ["1", "2"] }}
-after = ["a"]
-module = "toy_cell"
-arguments = ["b{{x}}"]
-labels = {{ role = "student", teacher = "t", attack = "{{x}}" }}
-"""
 
 
 @pytest.fixture
 def toy(tmp_path):
-    (tmp_path / "m.toml").write_text(TABLE.format(folder=tmp_path / "runs"))
+    write_toy(tmp_path)
     return tmp_path
 
 

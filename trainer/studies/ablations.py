@@ -72,8 +72,15 @@ class AblationRow:
 
 
 def ablation_rows(runs: Sequence[FinishedRun]) -> dict[str, dict[str, AblationRow]]:
-    """mode -> ablation -> row, `default` and the control first."""
+    """mode -> ablation -> row, `default` and the control first. ValueError where an ablation has
+    the control's name.
+    """
     ablations = dict.fromkeys(r.labels["ablation"] for r in runs if "ablation" in r.labels)
+    if CONTROL in ablations:
+        raise ValueError(
+            f"the label ablation = {CONTROL!r} is the name of the control's own row, the cells "
+            'with teacher = "task_only"; want another name for it'
+        )
     return {
         mode: {
             "default": _row(runs, mode, "default"),

@@ -52,6 +52,17 @@ def test_rows_are_paired_by_seed(tmp_path):
     assert joint.score.mean == pytest.approx((0.7 - 0.1) / (0.4 - 0.1))
 
 
+def test_an_ablation_with_the_controls_name_is_an_error(tmp_path):
+    folder = write(tmp_path)
+    cells = json.loads((folder / "matrix.json").read_text())["cells"]
+    for cell in cells:
+        if cell["labels"].get("ablation") == "joint":
+            cell["labels"]["ablation"] = "eta = 0"
+    write_cells(folder, cells)
+    with pytest.raises(ValueError, match="'eta = 0' is the name of the control's own row"):
+        ablation_rows(load_finished_runs(folder))
+
+
 def joint_length(folder):
     rows = ablation_rows(load_finished_runs(folder))
     return rows["distillable"]["joint"].length.mean
