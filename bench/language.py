@@ -22,6 +22,7 @@ from reflux.trainer.runs.answer_files import answer_files
 from reflux.trainer.runs.files import to_json
 from reflux.trainer.runs.logger import load_run
 from reflux.trainer.runs.stats import mean_over_prompts, paired_difference
+from reflux.trainer.studies.finished_runs import grades
 
 from .records import FOLDER, ROOT, device, write
 
@@ -62,15 +63,9 @@ def _answers(folder: Path, against: Path | None, texts: int) -> dict[str, Any]:
         return {}
     out: dict[str, Any] = {"answers_at_step": step, "answers": {}}
     theirs = _predictions(against)[1] if against else []
-    other = {_place(p): p for p in theirs}
-    for p in mine:
-        if other.get(_place(p), p).get("id") != p.get("id"):
-            raise ValueError(
-                f"{folder} and {against} were asked different questions: prompt {p['prompt']} is "
-                "another one there; want runs with the same [eval] data"
-            )
+    _refuse_other_questions(folder, mine, against, theirs)
     for mode in MODES:
-        rows = [p for p in mine if p["mode"] == mode]
+        rows, other = ([p for p in ps if p["mode"] == mode] for ps in (mine, theirs))
         if rows:
             out["answers"][mode] = _measured(rows, other)
     sampled = [p for p in mine if p["mode"] == "sampled" and p["sample"] == 0]
@@ -78,14 +73,24 @@ def _answers(folder: Path, against: Path | None, texts: int) -> dict[str, Any]:
     return out
 
 
-def _place(prediction: Mapping[str, Any]) -> tuple:
-    return prediction["mode"], prediction["prompt"], prediction["sample"]
+def _refuse_other_questions(
+    folder: Path, mine: Sequence[dict], against: Path | None, theirs: Sequence[dict]
+) -> None:
+    ids = {p["prompt"]: p.get("id") for p in theirs}
+    for p in mine:
+        if ids.get(p["prompt"], p.get("id")) != p.get("id"):
+            raise ValueError(
+                f"{folder} and {against} were asked different questions: prompt {p['prompt']} is "
+                "another one there; want runs with the same [eval] data"
+            )
 
 
-def _measured(rows: Sequence[dict], other: Mapping[tuple, dict]) -> dict[str, Any]:
+def _measured(rows: Sequence[dict], other: Sequence[dict]) -> dict[str, Any]:
+    """Of one mode: graded answers, and those of the other run."""
+    graded = list(zip(rows, grades(rows)))
     by_prompt: dict[int, list[float]] = {}
-    for p in rows:
-        by_prompt.setdefault(p["prompt"], []).append(float(p["correct"]))
+    for p, grade in graded:
+        by_prompt.setdefault(p["prompt"], []).append(grade)
     measured: dict[str, Any] = {
         "questions": len(by_prompt),
         "answers": len(rows),
@@ -96,24 +101,31 @@ def _measured(rows: Sequence[dict], other: Mapping[tuple, dict]) -> dict[str, An
         "styles": {},
     }
     for name, form in styles().items():
-        found = [bool(p["correct"]) for p in rows if re.search(form, p["text"])]
+        found = [grade for p, grade in graded if re.search(form, p["text"])]
         correct = sum(found) / len(found) if found else None
         measured["styles"][name] = {"fraction": len(found) / len(rows), "correct": correct}
-    pairs = [(p, other.get(_place(p))) for p in rows]
-    both = [(float(p["correct"]), float(o["correct"])) for p, o in pairs if o]
+    theirs = dict(zip(map(_place, other), grades(other) if other else ()))
+    both = [(grade, theirs[_place(p)]) for p, grade in graded if _place(p) in theirs]
     if both:
         change = paired_difference([a for a, _ in both], [b for _, b in both])
         measured["change against the other run, item-level"] = change
     return measured
 
 
+def _place(prediction: Mapping[str, Any]) -> tuple[int, int]:
+    return prediction["prompt"], prediction["sample"]
+
+
 def _predictions(folder: Path) -> tuple[int, list[dict]]:
-    """The last of the weights that were kept, and their step; 0 and nothing without."""
+    """The last of the weights that were kept, and their step; 0 and nothing without. Not those
+    whose grade failed, which says nothing of the text.
+    """
     files = answer_files(folder)
     if not files:
         return 0, []
     step, file = list(files.items())[-1]
-    return step, [json.loads(x) for x in file.read_text().split("\n") if x]
+    rows = [json.loads(x) for x in file.read_text().split("\n") if x]
+    return step, [p for p in rows if p.get("error") is None]
 
 
 def main(arguments: list[str] | None = None, records: Path = FOLDER) -> int:

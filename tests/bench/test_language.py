@@ -60,6 +60,24 @@ def test_runs_that_were_asked_other_questions_are_not_paired(tmp_path, capsys):
     assert not list(tmp_path.glob("*.json"))
 
 
+def edit_rows(run, edit):
+    file = run / "predictions/step-2.jsonl"
+    rows = [edit(json.loads(line)) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def test_a_failed_grade_is_in_no_number_and_rewards_are_numbers_too(tmp_path):
+    run = write_run(tmp_path / "run", [[WORKED], [WORKED], ["none"], ["none"]])
+    edit_rows(run, lambda r: r if r["correct"] else r | {"error": "timeout"})
+    sampled = language.row_of(run, run, texts=9)["answers"]["sampled"]
+    assert sampled["correct, item-level"].mean == 1.0 and sampled["answers"] == 2
+    edit_rows(run, lambda r: r | {"error": None, "reward": r["prompt"] / 4, "correct": None})
+    row = language.row_of(run, run, texts=9)
+    assert row["answers"]["sampled"]["correct, item-level"].mean == pytest.approx(1.5 / 4)
+    assert row["answers"]["sampled"]["styles"]["worked"]["correct"] == pytest.approx(0.5 / 4)
+    assert row["texts"][3]["correct"] is None
+
+
 def test_answers_are_those_of_the_weights_that_were_kept(tmp_path):
     run = write_run(tmp_path / "run", [[WORKED]])
     answers = (run / "predictions/step-2.jsonl").read_text()

@@ -36,6 +36,9 @@ MEAN_DEVIATION_TO_STD = 1.2533
 ONE_LENGTH = 0.05
 HALF_CORRECT_STD = 0.5  # of 0/1 rewards, the most such a group can have
 TASK_STD_FLOOR = 1e-6
+# of the largest reward in a group: a smaller std is rounding of float32 log-probabilities, which
+# calibration.std_floor = 0 would scale up to unit advantages
+ROUNDING = 1e-6
 
 TokenAdvantages = list[list[np.ndarray]]  # [P][G] arrays [n]
 
@@ -112,7 +115,10 @@ def calibration_part(groups: Groups, cal: CalibrationSection) -> CalibrationPart
     bytes_PG = _array(groups.scores_PG, "n_bytes")
     mean_bytes_P1 = _mean_scored(bytes_PG, scored_PG)
     unit_P1 = mean_bytes_P1 if cal.score_norm == "sum" else np.ones_like(mean_bytes_P1)
-    floor_P1 = cal.std_floor * unit_P1
+    largest_P1 = np.where(scored_PG, np.abs(raw_PG), 0.0).max(1, keepdims=True)
+    if cal.score_norm == "length_free":
+        largest_P1 = largest_P1 / np.maximum(mean_bytes_P1, 1.0)
+    floor_P1 = np.maximum(cal.std_floor * unit_P1, ROUNDING * largest_P1)
     value_PG = winsorise(
         length_free(raw_PG, bytes_PG, scored_PG) if cal.score_norm == "length_free" else raw_PG,
         cal.winsor,

@@ -86,8 +86,12 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if not args.epsilon > 0:
         parser.error(f"--epsilon {args.epsilon}; want > 0")
-    args.out.mkdir(parents=True, exist_ok=True)
-    print(write_copies(args.proxy, args.data, args.out, args.epsilon, args.limit))
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        about = write_copies(args.proxy, args.data, args.out, args.epsilon, args.limit)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print(about)
     return 0
 
 

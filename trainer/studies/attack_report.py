@@ -184,14 +184,13 @@ def _measured(rows: Sequence[FinishedRun], styles: Mapping[str, str]) -> dict[st
     """The fields of ModelResult."""
     predictions = [p for r in rows for p in r.predictions()]
     sampled = [p for p in predictions if p["mode"] == "sampled"]
-    answered = [p for p in sampled if p["extracted"] is not None]
+    answered = [p for p in sampled if _has_answer(p)]
     known = knows_correct(sampled)
-    correct = sum(bool(p["correct"]) for p in answered)
     return {
         "sampled": mean_accuracy(rows, "sampled"),
         "greedy": mean_accuracy(rows, "greedy"),
         "answered": len(answered) / max(len(sampled), 1) if known else math.nan,
-        "correct_if_answered": correct / max(len(answered), 1) if known else math.nan,
+        "correct_if_answered": _fraction_correct(answered) if known else math.nan,
         "best": over_seeds([r.best_accuracy() for r in rows if r.measures("sampled")]),
         "styles": style_fractions(sampled, styles),
         "greedy_styles": style_fractions([p for p in predictions if p["mode"] == "greedy"], styles),
@@ -201,26 +200,41 @@ def _measured(rows: Sequence[FinishedRun], styles: Mapping[str, str]) -> dict[st
     }
 
 
+def _has_answer(prediction: Mapping[str, Any]) -> bool:
+    """Where the grader is a function that names no answers, a text that is not cut off or refused
+    counts as one (`outcome`, predictions.py).
+    """
+    named = prediction["extracted"] is not None
+    return named or prediction.get("outcome") in ("correct", "wrong")
+
+
+def _fraction_correct(predictions: Sequence[Mapping[str, Any]]) -> float:
+    """NaN without any."""
+    if not predictions:
+        return math.nan
+    return sum(bool(p["correct"]) for p in predictions) / len(predictions)
+
+
 def style_fractions(
     predictions: Sequence[Mapping[str, Any]], styles: Mapping[str, str]
 ) -> dict[str, StyleFraction]:
-    """How often each style occurs, and how often it is correct (NaN where the grader knows no
-    correct answers). A text has the first style whose regular expression it contains, else the
-    style "other". Empty without styles.
+    """How often each style occurs, and how often it is correct (NaN where it does not occur, or the
+    grader knows no correct answers). A text has the first style whose regular expression it
+    contains, else the style "other". Empty without styles.
     """
     if not styles:
         return {}
-    groups: dict[str, list[bool]] = {name: [] for name in [*styles, "other"]}
+    groups: dict[str, list[Mapping[str, Any]]] = {name: [] for name in [*styles, "other"]}
     for p in predictions:
         name = next((n for n, pattern in styles.items() if re.search(pattern, p["text"])), "other")
-        groups[name].append(bool(p["correct"]))
+        groups[name].append(p)
     known = knows_correct(predictions)
     return {
         name: StyleFraction(
-            fraction=len(correct) / max(len(predictions), 1),
-            correct=sum(correct) / max(len(correct), 1) if known else math.nan,
+            fraction=len(group) / max(len(predictions), 1),
+            correct=_fraction_correct(group) if known else math.nan,
         )
-        for name, correct in groups.items()
+        for name, group in groups.items()
     }
 
 

@@ -64,10 +64,13 @@ class DogeLoss:
 def doge_loss(
     teacher_TV: Tensor, proxy_TV: Tensor, target_T: Tensor, weight: float, temperature: float
 ) -> DogeLoss:
-    """The equation above, from logits [T, V]; gradients reach the teacher's alone."""
+    """The equation above, from logits [T, V]; gradients reach the teacher's alone. The KL is of the
+    ids that both heads have: they may be padded beyond the tokenizer's.
+    """
     nll = cross_entropy(teacher_TV, target_T)
-    log_t_TV = (teacher_TV / temperature).log_softmax(1)
-    log_p_TV = (proxy_TV.detach() / temperature).log_softmax(1)
+    V = min(teacher_TV.shape[1], proxy_TV.shape[1])
+    log_t_TV = (teacher_TV[:, :V] / temperature).log_softmax(1)
+    log_p_TV = (proxy_TV[:, :V].detach() / temperature).log_softmax(1)
     kl = (log_t_TV.exp() * (log_t_TV - log_p_TV)).sum(1).mean()
     return DogeLoss(nll - weight * kl, nll, kl)
 
@@ -139,13 +142,13 @@ def main(arguments: list[str] | None = None) -> int:
     ):
         parser.add_argument(f"--{name}", type=kind, default=getattr(DogeSettings, name))
     args = parser.parse_args(arguments)
-    args.out.mkdir(parents=True, exist_ok=True)
     try:
+        args.out.mkdir(parents=True, exist_ok=True)
         spec = DogeSettings(
             args.weight, args.temperature, args.steps, args.rows, args.lr, args.seed
         )
         write_teacher(args.teacher, args.proxy, args.data, args.out, spec)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f"wrote {args.out}")
     return 0

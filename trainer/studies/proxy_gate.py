@@ -15,7 +15,6 @@ with its item-level interval. Exit code 1 unless the whole interval is above --l
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from reflux.trainer.runs.stats import Estimate, paired_difference
 
 from .chained_sums import AT_ONCE
 from .side_by_side import Read, make_reader
+from .worked_answers import read_rows
 
 QUESTIONS = 200
 
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
     try:
-        rows = [json.loads(line) for line in args.data.read_text().split("\n") if line]
+        rows = read_rows(args.data, ("prompt", "response"))
         pairs = pairs_of(rows, QUESTIONS, args.hard)
         gate = measure(args.proxy, pairs, make_reader(args.proxy), args.least)
     except (OSError, ValueError) as error:

@@ -27,6 +27,8 @@ from reflux.trainer.runs.files import write_json, write_whole
 from reflux.trainer.runs.markdown_table import table, with_interval
 from reflux.trainer.runs.stats import Estimate, mean_over_prompts
 
+from .worked_answers import read_rows
+
 TEXTS = 200  # of each run that the reader reads
 SHOWN = 12  # questions in the page
 ROWS = 32  # texts read together
@@ -251,12 +253,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
     try:
-        rows = map(json.loads, filter(None, args.questions.read_text().split("\n")))
-        names, questions = _names(args.runs), list(rows)
+        names, questions = _names(args.runs), read_rows(args.questions, ("prompt",))
         answers = [load_answers(run, questions, args.texts) for run in args.runs]
+        read = make_reader(args.reader)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    read = make_reader(args.reader)
     measured = against_first([measure(name, a, read) for name, a in zip(names, answers)])
     args.out.mkdir(parents=True, exist_ok=True)
     reader = Path(args.reader).name

@@ -31,6 +31,7 @@ from .rules import at_least, at_most, enough_seeds, worst
 MAX_ACCURACY_CHANGE = 0.02  # A1: of a teacher, sampled and greedy
 MIN_GAIN, MIN_LOSS = 0.15, -0.50  # A2, A3: relative change of the student's accuracy
 MIN_ANSWERED = 0.9  # A5: fraction of answers found, relative to the original's student
+MIN_FOUND = 0.05  # A5: of texts with an answer; with fewer, accuracy among them says nothing
 MAX_SPIKE = 10.0  # A5: a gradient norm late in a run / the median there
 FAMILY = 0.05  # Holm's error rate over all attacks
 CHECKPOINTS: tuple[Checkpoint, ...] = ("last", "best")
@@ -298,18 +299,22 @@ def _collapse_line(attack: str, original: StudentResult, student: StudentResult)
         return f"{attack}: answers found {NOT_MEASURED}, for the grader gives rewards"
     answered = student.answered / max(original.answered, 1e-9)
     drop = relative_change(student.correct_if_answered, original.correct_if_answered)
-    if not original.correct_if_answered:
+    if not original.answered or not original.correct_if_answered:
         kind = "nothing to lose, for the original's student has no correct answer"
+    elif student.answered < MIN_FOUND and answered < MIN_ANSWERED:
+        kind = f"mostly a format failure, with answers in fewer than {MIN_FOUND:.0%} of the texts"
     elif drop <= MIN_LOSS:
         kind = "wrong answers, not missing ones"
     elif answered >= MIN_ANSWERED or answered * (1 + drop) >= 1:  # the latter: no less correct
         kind = "no collapse"
     else:
         kind = "mostly a format failure"
+    mine, theirs = (
+        f"{r.correct_if_answered:.0%}" if r.answered else "none" for r in (student, original)
+    )
     return (
         f"{attack}: answers found {student.answered:.0%} (original {original.answered:.0%}), "
-        f"correct among them {student.correct_if_answered:.0%} "
-        f"({original.correct_if_answered:.0%}): {kind}"
+        f"correct among them {mine} ({theirs}): {kind}"
     )
 
 
@@ -328,11 +333,15 @@ def conclusion(results: Results) -> str:
     for line in headline_lines(results.students):
         sentences.append(line[0].upper() + line[1:] + ".")
     sentences += _defence_sentences(results.defences)
-    return " ".join([*sentences, *_too_few_seeds([undistillable, distillable.changes])])
+    defences = {name: d.change for name, d in _other_defences(results.defences).items()}
+    changes = (undistillable, distillable.changes, defences)
+    return " ".join([*sentences, *_too_few_seeds([c for c in changes if c])])
 
 
 def _too_few_seeds(changes: Sequence[Mapping[str, Estimate]]) -> list[str]:
-    """A4: which attacks have no verdict whatever their numbers. changes: by teacher, by attack."""
+    """A4: which attacks and defences have no verdict whatever their numbers. changes: of each
+    teacher, by attack; by defence.
+    """
     few = {a: c for rows in changes for a, c in rows.items() if not enough_seeds(c)}
     if not few:
         return []
@@ -388,18 +397,22 @@ def _accuracy(row: Mapping[str, StudentResult], outcome: AttackOutcome) -> str:
 
 
 def _defence_sentences(defences: Mapping[str, DefenceResult]) -> list[str]:
+    return [_defence_sentence(name, d) for name, d in _other_defences(defences).items()]
+
+
+def _other_defences(defences: Mapping[str, DefenceResult]) -> dict[str, DefenceResult]:
+    """Those that are served in place of a calibrated teacher, beside the undefended original."""
     if "none" not in defences:
-        return []
-    return [
-        _defence_sentence(name, d)
-        for name, d in defences.items()
-        if name not in ("none", "task_only", "undistillable") and d.change.n
-    ]
+        return {}
+    calibrated = ("none", "task_only", "undistillable")
+    return {name: d for name, d in defences.items() if name not in calibrated and d.change.n}
 
 
 def _defence_sentence(name: str, defence: DefenceResult) -> str:
     """What a defence does to its students, and what it costs."""
-    if may_be_zero(defence.change):
+    if not enough_seeds(defence.change):
+        effect = f"gives no verdict, with n = {defence.change.n}, on"
+    elif may_be_zero(defence.change):
         effect = "does not measurably change"
     elif at_most(defence.change, MIN_LOSS) == "holds":
         effect = "halves (or more)"
@@ -417,8 +430,15 @@ def _price(price: Estimate) -> str:
     if not price.n:
         return "at a price not measured"
     words = f"{points_with_interval(price)} points"
-    if at_most(price, MAX_ACCURACY_CHANGE) == "holds":
+    rule = within_a1(price)
+    if rule == "holds":
         return f"at the same served accuracy within 2 points (lost: {words})"
-    if at_most(price, MAX_ACCURACY_CHANGE) == "violated":
+    if rule == "violated" and price.mean < 0:
+        return f"at {points_with_interval(_negated(price))} points more of served accuracy"
+    if rule == "violated":
         return f"at {words} of served accuracy"
     return f"at {words} of served accuracy, inconclusive"
+
+
+def _negated(e: Estimate) -> Estimate:
+    return e._replace(mean=-e.mean, low=-e.high, high=-e.low)

@@ -49,22 +49,32 @@ def load_answers(path: Path, chat: Chat, limit: int = 0) -> list[WorkedAnswer]:
     ValueError for a file without them.
     """
     answers = []
+    for row in read_rows(path, ("prompt", "response"))[: limit or None]:
+        prompt = chat.prompt_ids(({"role": "user", "content": row["prompt"]},))
+        answers.append(WorkedAnswer(prompt, (*chat.encode(row["response"]), chat.stop_id)))
+    return answers
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """All rows of a JSON-lines file. ValueError where it has none, where a line is no object in
+    JSON, or where a row has no text in one of `columns`.
+    """
+    rows = []
     # only "\n" ends a line: a text may hold other line breaks of Unicode
     lines = path.read_text().removesuffix("\n").split("\n")
     for number, line in enumerate(lines if lines != [""] else [], 1):
-        row = json.loads(line)
-        if not {"prompt", "response"} <= row.keys():
-            raise ValueError(
-                f"{path}, row {number}: columns {sorted(row)}; want prompt and response, a "
-                "question with its worked answer"
-            )
-        prompt = chat.prompt_ids(({"role": "user", "content": row["prompt"]},))
-        answers.append(WorkedAnswer(prompt, (*chat.encode(row["response"]), chat.stop_id)))
-        if len(answers) == limit:
-            break
-    if not answers:
-        raise ValueError(f"{path}: no rows; want questions with worked answers")
-    return answers
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, row {number}: no JSON, {error}") from None
+        found = {k for k, v in row.items() if isinstance(v, str)} if isinstance(row, dict) else ()
+        if not set(columns) <= set(found):
+            has = f"texts in {sorted(found)}" if found else "no columns with texts"
+            raise ValueError(f"{path}, row {number}: {has}; want {' and '.join(columns)}")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no rows; want some with {' and '.join(columns)}")
+    return rows
 
 
 def pad(answers: Sequence[WorkedAnswer]) -> WorkedBatch:

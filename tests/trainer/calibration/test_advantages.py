@@ -120,6 +120,19 @@ def test_the_floor_keeps_a_flat_group_from_unit_noise():
     assert np.abs(flat(solve(*args, RAW, 1.0))).max() > 0.9
 
 
+@pytest.mark.parametrize("norm", ["sum", "per_byte", "length_free"])
+@pytest.mark.parametrize("noise", [0.0, 1e-7])
+def test_rounding_is_no_spread_without_a_floor_either(norm, noise):
+    """Equal rewards, or for `length_free` rewards that are a line in the bytes."""
+    n_bytes = (5, 9, 14, 3, 5, 7, 8)
+    line = np.array([-0.1 * n for n in n_bytes]) if norm == "length_free" else np.full(7, -3.3)
+    values = line * (1 + noise * np.array([1, -1, 1, 1, -1, 0, -1]))
+    scores = [[score(v, n_bytes=n) for v, n in zip(values.tolist(), n_bytes)]]
+    args = np.ones((1, 7)), np.ones((1, 7), bool), np.ones((1, 7), int), scores
+    got = flat(solve(*args, replace(RAW, score_norm=norm), 0.5))
+    assert np.abs(got).max() < 0.1, "of the 0.5 that a spread of the texts has"
+
+
 # equation (4)
 @given(SEEDS, st.floats(0.01, 2.0))
 def test_advantage_against_plain_code(seed, eta):

@@ -80,7 +80,7 @@ def test_the_loss_is_the_mean_over_response_tokens(talkers, tmp_path, monkeypatc
     assert all(torch.allclose(gradient[n], same[n], atol=1e-9) for n in gradient)
 
 
-def test_the_program_writes_both_copies(talkers, tmp_path):
+def test_the_program_writes_both_copies(talkers, tmp_path, capsys):
     source, data = str(talkers / "policy"), str(write_data(tmp_path))
     out = tmp_path / "copies"
     sets = ["--proxy", source, "--data", data, "--out", str(out), "--epsilon", "0.5"]
@@ -93,5 +93,13 @@ def test_the_program_writes_both_copies(talkers, tmp_path):
     for name in start:
         torch.testing.assert_close((plus[name] + minus[name]) / 2, start[name], atol=1e-5, rtol=0)
     assert any(not torch.equal(plus[n], start[n]) for n in start)
+    (tmp_path / "other.jsonl").write_text(json.dumps({"question": "x"}) + "\n")
+    for file, words in (
+        ("other.jsonl", "want prompt and response"),
+        ("none.jsonl", "No such file"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*sets[:3], str(tmp_path / file), *sets[4:]])
+        assert words in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*sets[:-1], "0"])

@@ -20,7 +20,6 @@ from reflux.trainer.studies.attack_report import (
 )
 from reflux.trainer.studies.figures import student_bars, student_curves
 from reflux.trainer.studies.finished_runs import load_finished_runs
-from reflux.trainer.studies.results import StyleFraction
 
 
 @pytest.fixture(autouse=True)
@@ -141,13 +140,32 @@ def test_missing_answers_are_told_from_wrong_ones(tmp_path):
     assert "mostly a format failure" in write_report(tmp_path)
 
 
+def test_a_grader_that_names_no_answers_has_wrong_texts_and_no_missing_ones(tmp_path):
+    """A function that returns a bool: nothing is extracted, and the outcome is all there is."""
+    write_matrix(tmp_path, {"original": 0.5, "distillable": 0.6, "undistillable": 0.1})
+
+    def unnamed(p):
+        cut = p["prompt"] >= 96
+        outcome = "correct" if p["correct"] else "truncated" if cut else "wrong"
+        return p | {"extracted": None, "outcome": outcome}
+
+    for file in tmp_path.glob("*/predictions/*.jsonl"):
+        write_lines(file, [unnamed(json.loads(line)) for line in file.read_text().splitlines()])
+    assert build_report(tmp_path).students["kd"]["undistillable"].answered == pytest.approx(0.96)
+    text = write_report(tmp_path)
+    assert "answers found 96% (original 96%), correct among them 10% (52%): wrong answers" in text
+
+
 def test_style_fractions_come_from_the_texts(tmp_path):
     write_matrix(tmp_path, {"original": 0.5, "distillable": 0.6, "undistillable": 0.2})
     styles = build_report(tmp_path).teachers["original"].styles
     assert styles["easy"].fraction == pytest.approx(0.75)
     assert styles["hard"].fraction == pytest.approx(0.25)
-    assert styles["other"] == StyleFraction(0.0, 0.0)
-    assert style_fractions([], STYLES)["easy"] == StyleFraction(0.0, 0.0)
+    assert styles["other"].fraction == 0.0 and math.isnan(styles["other"].correct)
+    empty = style_fractions([], STYLES)["easy"]
+    assert empty.fraction == 0.0 and math.isnan(empty.correct)
+    write_report(tmp_path)
+    assert "0% / not measured" in (tmp_path / "report.md").read_text()
     assert style_fractions([{"text": "e", "correct": True}], {}) == {}
 
 

@@ -39,6 +39,18 @@ def test_the_gradient_is_the_teachers_alone_and_right():
     )
 
 
+def test_heads_may_be_padded_beyond_the_ids_that_they_share():
+    g = torch.Generator().manual_seed(2)
+    t_TV, p_TV = (torch.randn(3, V, generator=g, dtype=torch.float64) for V in (5, 7))
+    target = torch.tensor([0, 4, 2])
+    short = doge_loss(t_TV, p_TV[:, :5], target, 0.3, 2.0)
+    assert doge_loss(t_TV, p_TV, target, 0.3, 2.0).total == short.total
+    wide = torch.cat([t_TV, torch.full((3, 2), -30.0, dtype=torch.float64)], 1)
+    assert float(doge_loss(wide, p_TV[:, :5], target, 0.3, 2.0).total) == pytest.approx(
+        float(short.total), abs=1e-9
+    )
+
+
 def test_only_the_head_moves_and_leaves_a_tied_embedding_alone(talkers, tmp_path):
     source = str(talkers / "policy")  # tied
     model, proxy = load_model(source), load_model(str(talkers / "teacher"))
@@ -86,5 +98,7 @@ def test_the_program_writes_a_teacher(talkers, tmp_path, monkeypatch):
     )
     with pytest.raises(SystemExit):  # another vocabulary
         main([*roles[:3], str(talkers / "proxy"), *rest])
+    with pytest.raises(SystemExit):
+        main([*roles, "--data", str(tmp_path / "missing.jsonl"), "--out", str(out)])
     with pytest.raises(ValueError, match="want >= 0"):
         doge.DogeSettings(weight=-1.0)

@@ -61,8 +61,11 @@ def test_the_command_shuts_the_gate(rows, tmp_path, monkeypatch, capsys, per_com
     assert main(words) == code
     assert json.loads((tmp_path / "o" / "gate.json").read_text())["passed"] is (code == 0)
     assert ("Heal the proxy" in capsys.readouterr().out) is (code == 1)
-    with pytest.raises(SystemExit):
-        main([*words[:3], str(tmp_path / "none"), *words[4:]])
+    (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": "x", "completion": "y"}) + "\n")
+    for file, says in (("none", "No such file"), ("other.jsonl", "want prompt and response")):
+        with pytest.raises(SystemExit):
+            main([*words[:3], str(tmp_path / file), *words[4:]])
+        assert says in capsys.readouterr().err
 
 
 def test_a_text_with_other_line_breaks_is_one_row(rows, tmp_path, monkeypatch):

@@ -146,6 +146,13 @@ def test_the_page_shows_every_run(assets, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*words[:4], "--runs", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
     assert "no sampled answers" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--reader", str(tmp_path / "none"), *words[2:]])
+    assert str(tmp_path / "none") in capsys.readouterr().err
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "one plus one?"}) + "\n")
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "q.jsonl, row 1: texts in ['question']; want prompt" in capsys.readouterr().err
 
 
 def test_texts_with_rewards_alone_are_neither_correct_nor_wrong():

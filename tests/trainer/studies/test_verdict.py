@@ -9,7 +9,14 @@ from report_runs import edit_logs, write_matrix
 
 from reflux.trainer.runs.stats import Estimate, over_seeds, relative_over_seeds, t_tail
 from reflux.trainer.studies.attack_report import build_report
-from reflux.trainer.studies.results import Change, QueryCost, Results, SeedPairs, StudentResult
+from reflux.trainer.studies.results import (
+    Change,
+    DefenceResult,
+    QueryCost,
+    Results,
+    SeedPairs,
+    StudentResult,
+)
 from reflux.trainer.studies.verdict import (
     AttackOutcome,
     attack_outcomes,
@@ -119,6 +126,11 @@ def test_what_fails_alone_need_not_fail_in_a_family():
         ((1.0, 0.4), (0.8, 0.4), "mostly a format failure"),
         ((1.0, 0.4), (0.8, 0.6), "no collapse"),  # fewer answers, and more of them correct
         ((1.0, 0.4), (0.3, 1.0), "mostly a format failure"),
+        ((1.0, 0.4), (0.0, math.nan), "mostly a format failure, with answers in fewer than 5%"),
+        ((1.0, 0.4), (0.04, 0.0), "mostly a format failure, with answers in fewer than 5%"),
+        ((1.0, 0.4), (0.06, 0.0), "wrong answers, not missing ones"),
+        ((0.04, 0.4), (0.04, 0.0), "wrong answers, not missing ones"),
+        ((0.0, math.nan), (0.5, 0.4), "nothing to lose, for the original's student has no correct"),
     ],
 )
 def test_a_collapse_needs_something_to_lose(original, protected, says):
@@ -128,12 +140,12 @@ def test_a_collapse_needs_something_to_lose(original, protected, says):
             student(over_seeds([]), over_seeds([])),
             answered=found,
             correct_if_answered=correct,
-            sampled=over_seeds([found * correct]),
+            sampled=over_seeds([found * correct if found else 0.0]),
         )
         for name, (found, correct) in (("original", original), ("undistillable", protected))
     }
     (line,) = collapse_lines({"kd": row})
-    assert says in line.rpartition(": ")[2]
+    assert says in line.rpartition(": ")[2] and "nan" not in line
 
 
 def test_the_rules_have_their_own_side():
@@ -245,6 +257,41 @@ def test_the_headline_is_the_worst_attack(tmp_path):
     little = {"original": 0.21, "distillable": 0.8, "undistillable": 0.1}
     write_matrix(tmp_path / "little", little, start=0.2)
     assert "distillability" not in "\n".join(build_report(tmp_path / "little").verdict)
+
+
+def defended(students, price):
+    change = relative_over_seeds(students, [0.30, 0.31, 0.32][: len(students)])
+    undefended = over_seeds([0.30, 0.31, 0.32][: len(students)])
+    return DefenceResult(
+        over_seeds([0.9]), over_seeds(students), change, None, over_seeds(price), undefended
+    )
+
+
+def words_of_defence(defence):
+    defences = {"none": defended([0.3], [0.0]), "poe": defence}
+    return conclusion(Results(teachers={}, students={}, baselines={}, defences=defences))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_defence_with_fewer_than_three_seeds_has_no_verdict(n):
+    text = words_of_defence(defended([0.010, 0.012, 0.011][:n], [0.0, 0.001, 0.002][:n]))
+    assert f'Serving "poe" gives no verdict, with n = {n}, on what students take' in text
+    assert text.endswith("Fewer than three seeds give no verdict (A4).")
+    assert "measurably" not in text and "lowers" not in text and "halves" not in text
+
+
+@pytest.mark.parametrize(
+    "price, words",
+    [
+        ([-0.30, -0.31, -0.29], "at +30.0 [+27.5, +32.5] points more of served accuracy"),
+        ([0.30, 0.31, 0.29], "at +30.0 [+27.5, +32.5] points of served accuracy"),
+        ([0.0, 0.001, -0.001], "at the same served accuracy within 2 points (lost: "),
+        ([-0.05, 0.0, 0.05], "points of served accuracy, inconclusive"),
+    ],
+)
+def test_a_defence_may_cost_accuracy_or_bring_some(price, words):
+    text = words_of_defence(defended([0.1, 0.11, 0.12], price))
+    assert words in text and "three seeds" not in text
 
 
 def test_without_runs_there_is_nothing_to_conclude():

@@ -54,11 +54,17 @@ def test_rows_without_answers_are_an_error(talkers, tmp_path):
     chat = Chat(str(talkers / "policy"))
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"prompt": "x"}) + "\n")
-    with pytest.raises(ValueError, match=r"row 1: columns \['prompt'\]; want prompt and response"):
+    with pytest.raises(ValueError, match=r"row 1: texts in \['prompt'\]; want prompt and response"):
         load_answers(path, chat)
-    path.write_text("")
-    with pytest.raises(ValueError, match="no rows"):
-        load_answers(path, chat)
+    for line, words in (
+        ("not json", "data.jsonl, row 1: no JSON"),
+        ("[1]", "row 1: no columns with texts; want prompt and response"),
+        ('{"prompt": "x", "response": 3}', r"row 1: texts in \['prompt'\]"),
+        ("", "no rows"),
+    ):
+        path.write_text(line)
+        with pytest.raises(ValueError, match=words):
+            load_answers(path, chat)
 
 
 def test_a_text_with_other_line_breaks_is_one_row(talkers, tmp_path):
