@@ -15,14 +15,20 @@ from reflux.trainer.matrix import only, read_matrix, write_reports
 
 ROOT = Path(__file__).parents[2]
 MATRICES = ("language_c_models", "language_c_report")  # task c
-TASK_B = ("language_b_models", "language_b")
+TASK_B = ("language_b_models", "language_b", "language_b_taught")
 TASK_A = "language_a_models"
 # of the attackers of one seed each runs against one teacher, which is enough to see that it runs
 RUN = ("teacher-*", "student-*-seq_kd", "student-*-kd_*", "student-*-gkd_*", "student-*-cross_*")
 RUN += ("student-undistillable-*", "diagnose-*", "side-by-side")
 RUN_OF = {
     "language_c_report": RUN,
-    "language_b": ("*-undistillable*", "teacher-original", "knowledge-original"),
+    "language_b": (
+        "*-undistillable*",
+        "teacher-original",
+        "teacher-task_only",
+        "knowledge-original",
+    ),
+    "language_b_taught": ("teacher-*", "student-undistillable-*"),
 }
 # smaller, in float32, and nothing that an untrained model would fail on
 TINY = (
@@ -73,7 +79,7 @@ def _reaches(cells: list[Cell], cell: Cell, wanted: Cell) -> bool:
     return any(n == wanted.name or _reaches(cells, names[n], wanted) for n in cell.after)
 
 
-@pytest.mark.parametrize("name", ("language_c_report", "language_b"))
+@pytest.mark.parametrize("name", ("language_c_report", "language_b", "language_b_taught"))
 def test_every_attack_has_the_original_teacher_and_the_control(name):
     cells = cells_of(name)
     labels = [c.labels for c in cells if c.labels.get("role") == "student"]
@@ -129,11 +135,14 @@ def test_the_whole_matrix_runs_and_reports(stand_ins):
 
 @pytest.mark.matrices
 def test_task_b_runs_and_reports(stand_ins):
-    report = run_and_report(stand_ins, TASK_B, seeds=[331])
-    assert set(report["teachers"]) == {"original", "undistillable"}
+    report = run_and_report(stand_ins, TASK_B[:2], seeds=[331])
+    assert set(report["teachers"]) == {"original", "undistillable", "task_only"}
     assert len(report["students"]) == 3
     knowledge = stand_ins / "runs" / "language" / "words" / "seed-331" / "knowledge-undistillable"
     assert "likelihood_sum" in (knowledge / "evaluation.json").read_text()
+    taught = run_and_report(stand_ins, TASK_B[2:])  # from the teacher at eta = 0, merged
+    assert set(taught["teachers"]) == {"original", "task_only", "distillable", "undistillable"}
+    assert list(taught["students"]) == ["seq_kd"]
 
 
 def run_and_report(folder: Path, names: tuple[str, ...], **overrides) -> dict:
