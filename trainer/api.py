@@ -13,6 +13,7 @@ import gc
 import logging
 import os
 import random
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ def _changed_process() -> Iterator[None]:
     signals.end_with_launcher()
     collects, threads = gc.isenabled(), torch._C._is_multithreading_enabled()
     root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    handlers, level, hook = list(root.handlers), root.level, sys.excepthook
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment())
         stack.enter_context(_random_states())
@@ -163,6 +164,7 @@ def _changed_process() -> Iterator[None]:
             if dist.is_initialized():  # an engine that could not be built to its end
                 dist.destroy_process_group()
             commands.forget()
+            sys.excepthook = hook  # torch.distributed wraps it, once a process group
             gc.enable() if collects else gc.disable()
             torch.autograd.set_multithreading_enabled(threads)
             root.handlers[:], root.level = handlers, level

@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None, typed: Sequence[str] = (), prog: st
         quiet = args.print_config or args.dry_run or args.check
         output.survive_lost_reader("" if quiet else READER_LOST)
     _set_single_rank()
-    with signals.handled_by(signals.raise_interrupt):
+    with signals.handled_by(signals.raise_interrupt), output.plain_warnings():
         try:
             signals.end_with_launcher()
             limits.raise_descriptor_limit()

@@ -190,17 +190,20 @@ def _gpus() -> int:
 
 
 def _told(folder: Path) -> str:
-    """A run in lines: how it ended, its last step, its last evaluation, its pages."""
+    """A run in lines: how it ended, its last step, its last evaluation and the verdicts on it, its
+    pages.
+    """
     from .runs.alarms import tell_again
+    from .runs.console import ONCE, event_lines
     from .runs.logger import load_run
+    from .runs.run_page import verdict_rows
 
     loaded = load_run(folder)
     last = loaded.steps[-1] if loaded.steps else {}
     config, ended = loaded.head["config"], loaded.summary
     state = "has ended" if ended else _unended(loaded.events)
-    lines = [
-        f"{folder}: {config['phase']}, step {last.get('step', 0)} of {config['steps']}; {state}"
-    ]
+    steps = f", step {last.get('step', 0)} of {config['steps']}"
+    lines = [f"{folder}: {config['phase']}{'' if config['phase'] in ONCE else steps}; {state}"]
     if ended and ended.get("stopped"):
         lines.append(f"ended by a guard: {ended['stopped']}")
     alarms = [e for e in loaded.events if e["event"] == "alarm"]
@@ -208,10 +211,11 @@ def _told(folder: Path) -> str:
     metrics = {k: v for k, v in last.items() if k not in ("step", "wall_s")}
     names = [k for k in FIRST if k in metrics] + [k for k in metrics if k not in FIRST]
     lines += [f"  {name} {_number(metrics[name])}" for name in names[:SHOWN]]
-    evaluated = [e for e in loaded.events if e["event"] == "eval"]
-    for key, value in evaluated[-1].items() if evaluated else ():
-        if isinstance(value, int | float) and "/" in key:
-            lines.append(f"  {key} {_number(value)}")
+    for name in ("eval", "accept"):
+        if found := [e for e in loaded.events if e["event"] == name]:
+            fields = {key: value for key, value in found[-1].items() if "/" in key}
+            lines += event_lines(name, found[-1]["step"], fields, config["phase"])
+    lines += [f"  {trap}: {found}; {measured}" for trap, found, measured, _ in verdict_rows(folder)]
     pages = [folder / name for name in ("report.md", "heatmap.html", "export")]
     return "\n".join([*lines, *(f"see {page}" for page in pages if page.exists())])
 

@@ -53,6 +53,7 @@ def state() -> tuple:
         environment,
         gc.isenabled(),
         torch._C._is_multithreading_enabled(),
+        sys.excepthook,
     )
 
 

@@ -96,6 +96,34 @@ def test_run_and_report(file, titan_process, capsys):
     assert "Distillation: run" in file.with_name("run").joinpath("report.html").read_text()
 
 
+def test_a_report_has_the_verdicts_and_no_steps_where_there_are_none(tmp_path, capsys):
+    estimate = {"eval/sampled": 0.2, "eval/sampled_low": 0.1, "eval/sampled_high": 0.3}
+    for phase, name, fields in (
+        ("evaluate", "eval", estimate),
+        ("evaluate", "accept", {"accept/least": "violated: sampled 0.200"}),
+        ("diagnose", "eval", {"diagnose/tail_noise": 0.9}),
+    ):
+        folder = tmp_path / phase
+        folder.mkdir(exist_ok=True)
+        if not (folder / "run.jsonl").exists():
+            head = {"schema": 1, "config": {"phase": phase, "steps": 100}}
+            (folder / "run.jsonl").write_text(json.dumps(head) + "\n")
+        with open(folder / "run.jsonl", "a") as log:
+            log.write(json.dumps({"event": name, "step": 0, "wall_s": 1.0, **fields}) + "\n")
+        (folder / "summary.json").write_text(json.dumps({"step": 0, "wall_s": 1.0}))
+    trap = {"trap": "tail noise", "measure": "ratio", "mean": 0.9, "low": 0.8, "high": 1.0}
+    verdict = {"verdict": [trap | {"reference": 1, "present": False, "advice": ""}]}
+    (tmp_path / "diagnose" / "diagnosis.json").write_text(json.dumps(verdict))
+    assert cli.main(["report", str(tmp_path / "evaluate")]) == 0
+    told = capsys.readouterr().out
+    assert "evaluate; has ended" in told and " step" not in told
+    assert "    sampled  0.200 [0.100, 0.300]\nacceptance:\n    least violated" in told
+    assert cli.main(["report", str(tmp_path / "diagnose")]) == 0
+    told = capsys.readouterr().out
+    assert "diagnosis:\n    diagnose/tail_noise  0.9\n" in told
+    assert "  tail noise: not detected; ratio: 0.900 [0.800, 1.000]; healthy 1\n" in told
+
+
 def test_a_mistake_names_the_command_and_the_way_on_is_the_command(file, titan_process, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["run", "a.toml", "--set", "optim.lr=-1"])

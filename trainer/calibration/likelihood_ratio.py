@@ -201,7 +201,7 @@ class LikelihoodRatio:
         why, fixes = [], []
         if long < fraction:
             why.append("do not round-trip through the proxy's tokenizer")
-            fixes.append(f"Examples:\n  {commands.again('--check')}")
+            fixes.append(f"To see examples:\n  {commands.check()}")
         if long:
             share = f" ({long:.0%})" if why else ""
             why.append(f"are longer than the {chat.positions} positions of {chat.path}{share}")

@@ -225,8 +225,8 @@ def _shape(
         if column not in existing:
             raise ValueError(
                 f"{source}: no column {column!r}{nearest(column, existing)} There are: "
-                f"{', '.join(existing)}. {_separator(existing)}Name it: columns = "
-                f'{{{role} = "..."}}, or set shape to one of {", ".join(SHAPES)}'
+                f"{', '.join(existing)}. {_separator(existing)}Name it in [data] or "
+                f'[eval]: columns = {{{role} = "..."}}, or set shape to one of {", ".join(SHAPES)}'
             )
     return shape
 

@@ -225,8 +225,11 @@ class Lines:
         try:
             row = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deep
+            where = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                where = f"{error.msg}, character {error.pos + 1}"
             raise ValueError(
-                f"{self.location(i)}: {error}; want one JSON object a line, in UTF-8"
+                f"{self.location(i)}: {where}; want one JSON object a line, in UTF-8"
             ) from None
         if not isinstance(row, dict):
             raise ValueError(f"{self.location(i)}: {show(row)}; want one JSON object a line")

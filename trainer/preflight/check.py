@@ -114,7 +114,7 @@ def _try_models(
                 f"the models cannot be loaded or run: {error}",
                 "see the memory they need, and where it failed, by the commands below",
                 (
-                    commands.again("--dry-run", without="--check"),
+                    commands.plan(),
                     f"REFLUX_TRACEBACK=1 {commands.again()}",
                 ),
             )

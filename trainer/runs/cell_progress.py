@@ -97,12 +97,14 @@ class Cells:
     running: dict[str, float] = field(default_factory=dict)  # name -> time of its start
     failed: set[str] = field(default_factory=set)
     took: dict[str, float] = field(default_factory=dict)  # seconds, of those that ended here
+    begun: dict[str, float] = field(default_factory=dict)  # fractions done before they started here
 
     def __post_init__(self) -> None:
         self.by_name = {item.name: item for item in self.items}
         self.started_at = self.clock()
 
     def start(self, name: str) -> None:
+        self.begun[name] = self.fraction(name)
         self.running[name] = self.clock()
 
     def end(self, name: str, succeeded: bool) -> None:
@@ -113,13 +115,15 @@ class Cells:
 
     def seconds_left(self) -> float | None:
         """At the pace so far; None while less than KNOWN of all costs is done."""
-        finished = sum(self.by_name[name].cost for name in self.took)
-        part = sum(self.by_name[name].cost * self.fraction(name) for name in self.running)
+        reached = {name: 1.0 for name in self.took}
+        reached |= {name: self.fraction(name) for name in self.running}
+        cost = {name: self.by_name[name].cost for name in reached}
+        part = sum(cost[name] * reached[name] for name in self.running)
         ended = self.done | self.failed
         all_left = sum(item.cost for item in self.items if item.name not in ended) - part
         elapsed = self.clock() - self.started_at
-        done = finished + part
-        # costs of cells that an earlier process has done are in neither
+        # what an earlier process has done, of cells and of steps, is in neither
+        done = sum(cost[n] * (fraction - self.begun.get(n, 0.0)) for n, fraction in reached.items())
         return all_left * elapsed / done if done > 0 and done >= KNOWN * (all_left + done) else None
 
     def fraction(self, name: str) -> float:

@@ -15,6 +15,7 @@ LAUNCHERS = ("torchrun", "torch.distributed.run", "reflux", "reflux.trainer.cli"
 
 _command: list[str] | None = None  # None: the words of this process's command line
 _folder: str | None = None
+_subcommand: int | None = None  # where `run` stands in _command, if that is one of `reflux`
 
 
 def remember(
@@ -28,24 +29,26 @@ def remember(
     default: trainer/main.py. run_folder: where the run is, if the same words would settle on
     another one. typed: the words behind `reflux`, where that was the command.
     """
-    global _command, _folder
+    global _command, _folder, _subcommand
     start = [_python(), "-m", name] if name else [_python(), _short(MAIN)]
     _command = None if arguments is None else [*start, *arguments]
+    _subcommand = None
     if typed:
         _command = [*_console(), *typed]
+        _subcommand = len(_command) - len(typed)
     _folder = run_folder or None
 
 
 def remember_run(folder: str | os.PathLike, ranks: int) -> None:
     """A run that no command line has started: it goes on from what its folder holds."""
-    global _command, _folder
-    _command, _folder = _saved_run(folder, ranks), None
+    global _command, _folder, _subcommand
+    _command, _folder, _subcommand = _saved_run(folder, ranks), None, None
 
 
 def forget() -> None:
     """What was remembered."""
-    global _command, _folder
-    _command = _folder = None
+    global _command, _folder, _subcommand
+    _command = _folder = _subcommand = None
 
 
 def directory() -> str:
@@ -64,9 +67,26 @@ def resume(*, take_over: bool = False, changed_inputs: bool = False) -> str:
     return shlex.join(_with_sets(_drop_set(_started(), "take_over_lock"), sets))
 
 
-def again(*more: str, without: str | None = None) -> str:
-    """What was started, with more arguments and without a flag."""
-    return shlex.join([*(word for word in _started() if word != without), *more])
+def again(*more: str) -> str:
+    """What was started, with more arguments."""
+    return shlex.join([*_started(), *more])
+
+
+def check() -> str:
+    """Tries what was started: `reflux check`, or the flag."""
+    return _instead("check", "--check")
+
+
+def plan() -> str:
+    """Shapes and memory of what was started: `reflux plan`, or the flag."""
+    return _instead("plan", "--dry-run")
+
+
+def _instead(subcommand: str, flag: str) -> str:
+    words = [word for word in _started() if word not in ("--check", "--dry-run")]
+    if _subcommand is None:
+        return shlex.join([*words, flag])
+    return shlex.join([*words[:_subcommand], subcommand, *words[_subcommand + 1 :]])
 
 
 def finish(folder: str | os.PathLike, ranks: int) -> str:

@@ -6,6 +6,12 @@ from typing import Any
 LOG = "run.jsonl"
 LOG_ONLY = ("head", "resume", "directory")  # fields of events that the console does not show
 SAMPLE_LOG_ONLY = ("spans", "extracted")  # the same of samples
+# phases that do their work once, without steps: what they print it as, and pages with all of it
+ONCE = {
+    "evaluate": ("evaluation", "report.md and evaluation.json"),
+    "diagnose": ("diagnosis", "report.md, heatmap.html and diagnosis.json"),
+    "cache": ("cache", ""),
+}
 FEW_NUMBERS = 8  # of an evaluation, beside its estimates; more are only counted
 
 # Metrics of the console line, in this order, if a step has them: name -> label and format of a
@@ -43,15 +49,18 @@ def _word(value: Any, form: str = "{:.4g}") -> str:
     return form.format(value) if number else str(value)
 
 
-def event_lines(name: str, step: Any, fields: Mapping[str, Any], pages: str = "") -> list[str]:
+def event_lines(
+    name: str, step: Any, fields: Mapping[str, Any], phase: str = "", folder: str = ""
+) -> list[str]:
     """One line; of an evaluation one for each estimate with an interval, of verdicts one each.
 
-    pages: where a whole run is one evaluation, the folder with its pages.
+    phase, folder: of the run; of one without steps its pages are named. folder = "": they are not.
     """
     shown = {key: v for key, v in fields.items() if key not in LOG_ONLY}
-    if name == "eval" and pages:
-        where = f"    all of them: {pages}/report.md and evaluation.json"
-        return ["evaluation:", *_evaluation_lines(shown), where]
+    if name == "eval" and phase in ONCE:
+        what, pages = ONCE[phase]
+        where = [f"    all of them: {folder}/{pages}"] if pages and folder else []
+        return [f"{what}:", *_evaluation_lines(shown), *where]
     if name == "eval":
         return [f"evaluation after step {step}:", *_evaluation_lines(shown)]
     if name == "resume":

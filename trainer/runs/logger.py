@@ -166,8 +166,8 @@ class Record:
         if name == "eval":
             self.last_evaluation = at | fields
         self._write(self._log, {"event": name, **at, **fields})
-        pages = str(self.folder) if self.config.get("phase") == "evaluate" else ""
-        self._print("\n".join(event_lines(name, at["step"], fields, pages)))
+        phase = self.config.get("phase", "")
+        self._print("\n".join(event_lines(name, at["step"], fields, phase, str(self.folder))))
         if self.write_page and name in PAGE_EVENTS:
             self.write_page()
 

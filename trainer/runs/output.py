@@ -1,12 +1,16 @@
 """Output may lose its reader: `| head` ends, a terminal is closed. The run goes on without it."""
 
+import contextlib
 import errno
 import io
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+PACKAGE = str(Path(__file__).parents[1])
 GONE = (errno.EPIPE, errno.EIO, errno.ENXIO)  # no reader of a pipe, no terminal
 
 
@@ -58,3 +62,21 @@ def _replaced(stream: Any, descriptor: int, when_gone: Callable[[], None]) -> io
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Warnings of this package as `warning: ...`, without the line of code that gave them."""
+    default = warnings.formatwarning
+
+    def told(message: Any, category: Any, filename: str, *rest: Any, **more: Any) -> str:
+        ours = category is UserWarning and filename.startswith(PACKAGE)
+        if ours:
+            return f"warning: {message}\n"
+        return default(message, category, filename, *rest, **more)
+
+    warnings.formatwarning = told
+    try:
+        yield
+    finally:
+        warnings.formatwarning = default

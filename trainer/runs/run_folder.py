@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ MAY_CHANGE = (
     "export",
     "data.too_long",
 )
+LETTERS = 60  # of a value in a message
 OTHER_QUESTIONS = (
     ". Other questions are for a run of their own, with phase = 'evaluate', on its export"
 )
@@ -218,10 +219,22 @@ def _refuse_another_experiment(cfg: Config, folder: Path) -> None:
     if changed:
         asks = any(name.startswith("eval.") for name in changed) and cfg.trains
         raise ValueError(
-            f"{folder} was started with other values of {', '.join(changed)}. A resumed run has to "
-            "be the same experiment: change them back, or set on_existing_run = 'new'"
+            f"{folder} was started with other values of {_values(changed, before, now)}. A resumed "
+            "run has to be the same experiment: change them back, or set on_existing_run = 'new'"
             f"{OTHER_QUESTIONS if asks else ''}"
         )
+
+
+def _values(names: Sequence[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Each name with its value in both."""
+
+    def value(table: Any, name: str) -> str:
+        for key in name.split("."):
+            table = table.get(key) if isinstance(table, Mapping) else None
+        text = repr(table)
+        return text if len(text) <= LETTERS else f"{text[:LETTERS]}..."
+
+    return ", ".join(f"{n} ({value(before, n)} then, {value(now, n)} now)" for n in names)
 
 
 def seq_len(table: Mapping[str, Any]) -> int:

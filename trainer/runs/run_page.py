@@ -140,7 +140,7 @@ def render_run_page(log: RunLog, *, refresh: bool = False) -> str:
             eval_missing=_no_evaluation(cfg, evaluations),
             eval_numbers=_numbers(evaluations[-1:]),
             accept=_accept(events),
-            verdict=_verdict(log.folder),
+            verdict=verdict_rows(log.folder),
             pictures=pictures(log.folder, IMAGES) if cfg.get("phase") == "diagnose" else [],
             samples=_samples(log.samples or _answers(log.folder)),
             several_proxies=bool((cfg.get("calibration") or {}).get("proxies")),
@@ -285,7 +285,7 @@ def _accept(events: Sequence[Line]) -> list[tuple[str, str]]:
     ]
 
 
-def _verdict(folder: Path) -> list[tuple[str, str, str, str]]:
+def verdict_rows(folder: Path) -> list[tuple[str, str, str, str]]:
     """(trap, found or not, what was measured, what to do) of a diagnosis."""
     try:
         traps = json.loads((folder / "diagnosis.json").read_text())["verdict"]

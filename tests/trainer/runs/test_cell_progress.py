@@ -40,6 +40,19 @@ def world(folder: Path, clock: Clock) -> Cells:
     return Cells([*items, Item("last", folder / "last", 100.0)], set(), clock)
 
 
+def test_steps_of_an_earlier_process_are_no_pace(tmp_path):
+    """Half of `slow` was done before: 45 of its 90 in 20 s, and 110 are left."""
+    write_log(tmp_path / "slow", steps=5)
+    clock = Clock()
+    cells = world(tmp_path, clock)
+    cells.start("slow")
+    clock.now += 20
+    write_log(tmp_path / "slow", steps=10)
+    assert cells.seconds_left() == pytest.approx(110 * 20 / 45)
+    cells.end("slow", True)
+    assert cells.seconds_left() == pytest.approx(110 * 20 / 45)
+
+
 def test_the_time_left_follows_the_pace_of_this_machine(tmp_path):
     clock = Clock()
     cells = world(tmp_path, clock)
@@ -124,11 +137,11 @@ def test_a_failed_cell_leaves_its_row_open(tmp_path):
 
 def test_elsewhere_every_end_is_a_line(tmp_path):
     out, items = io.StringIO(), world(tmp_path, Clock()).items
-    write_log(tmp_path / "fast", steps=10, sampled=0.5)
     said = [Item("fast", tmp_path / "fast", 10.0, says="learns"), items[0], items[2]]
     console = Console(file=out, soft_wrap=True)
     with show_cells(said, done=["last"], console=console) as show:
         show.started("fast")
+        write_log(tmp_path / "fast", steps=10, sampled=0.5)
         show.ended("fast", "done")
         show.said("slow: waits")
         show.ended("slow", "failed (exit 1)", succeeded=False)

@@ -61,7 +61,7 @@ def test_taking_over_is_said_where_it_is_meant():
 @given(WORDS)
 def test_every_argument_survives_the_shell(words):
     commands.remember(words)
-    assert shlex.split(commands.again("--check"))[2:] == [*words, "--check"]
+    assert shlex.split(commands.check())[2:] == [*words, "--check"]
 
 
 def test_the_words_of_the_command_line_are_kept_with_the_interpreters_own_options(tmp_path):
@@ -109,3 +109,17 @@ def test_python_is_called_python_only_where_that_is_this_one(monkeypatch, tmp_pa
     assert commands.module("m").split()[0] != "python"
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     assert commands.module("m") == "python -m m"
+
+
+def test_check_and_plan_are_sub_commands_of_what_was_typed():
+    try:
+        commands.remember(["--config", "a.toml"], typed=["run", "a.toml", "--set", "steps=3"])
+        typed = shlex.split(commands.again())
+        at = typed.index("run")
+        for made, word in ((commands.check(), "check"), (commands.plan(), "plan")):
+            assert shlex.split(made) == [*typed[:at], word, *typed[at + 1 :]]
+        commands.remember(["--config", "a.toml", "--check"])
+        assert shlex.split(commands.plan())[-3:] == ["--config", "a.toml", "--dry-run"]
+        assert shlex.split(commands.check())[-3:] == ["--config", "a.toml", "--check"]
+    finally:
+        commands.forget()

@@ -40,6 +40,16 @@ def test_a_run_that_is_an_evaluation_names_its_pages_and_no_step(tmp_path, capsy
     )
 
 
+def test_phases_without_steps_name_none(tmp_path, capsys):
+    for phase in ("diagnose", "cache"):
+        with opened(tmp_path / phase, phase) as record:
+            record.event("eval", **{f"{phase}/x": 0.5})
+    said = capsys.readouterr().out
+    pages = f"    all of them: {tmp_path}/diagnose/report.md, heatmap.html and diagnosis.json"
+    lines = ["diagnosis:", "    diagnose/x  0.5", pages, "cache:", "    cache/x  0.5"]
+    assert said.splitlines() == lines
+
+
 def test_a_resumed_run_says_where_it_goes_on():
     assert event_lines("resume", 4, {"lines_cut": 0, "head": {}}) == [
         "resume: goes on after step 4"

@@ -3,8 +3,12 @@
 import os
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
+
+from reflux.trainer.runs import output
 
 WRITE = """
 import sys
@@ -79,3 +83,15 @@ def test_a_full_disk_under_the_output_is_an_error_as_before():
     with open("/dev/full", "w") as full:
         done = run(WRITE.format(before=""), stdout=full, stderr=subprocess.PIPE)
     assert done.returncode != 0 and "No space left on device" in done.stderr
+
+
+def test_our_warnings_are_words_and_those_of_others_are_left():
+    where = str(Path(output.__file__).parents[1] / "calibration" / "guards.py")
+    before = warnings.formatwarning
+    with output.plain_warnings():
+        ours = warnings.formatwarning("no proxy", UserWarning, where, 3)
+        other = warnings.formatwarning("old", DeprecationWarning, where, 3)
+        theirs = warnings.formatwarning("x", UserWarning, "/lib/torch/a.py", 3)
+    assert ours == "warning: no proxy\n"
+    assert "guards.py:3: DeprecationWarning: old" in other and "a.py:3: UserWarning: x" in theirs
+    assert warnings.formatwarning is before
