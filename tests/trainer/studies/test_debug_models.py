@@ -21,6 +21,7 @@ EXPECT = {"evaluate": 3}  # exit codes; the others end with 0
 TRAINER = "python trainer/main.py "
 OURS = re.compile(  # lines that a run prints
     r"step \d|    |alarm of \w+: |evaluation( after step |:)|acceptance:|export: |data: |cache: |"
+    r"(diagnosis|cache):$|"
     r"\w+(, \d+ steps)?, in \S+: loads |"
     r"(greedy )?texts by the |texts of the |measuring texts by the |gradients: |continued texts"
 )
