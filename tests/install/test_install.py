@@ -112,5 +112,6 @@ def test_a_recipe_becomes_a_run_without_a_checkout(reflux, home):
     assert "step 3/3" in reflux("reflux", "run", *words).stdout
     assert list((home / "run/export").glob("*.safetensors"))
     told = reflux("reflux", "report", "run").stdout
-    assert "run: distill, step 3 of 3; has ended" in told and "eval/" in told
+    assert "run: distill, step 3 of 3; has ended" in told
+    assert "evaluation after step 3:\n" in told and "\n    sampled  0." in told
     assert "whole" in reflux("reflux", "verify", "run").stdout
