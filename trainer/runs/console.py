@@ -9,7 +9,7 @@ SAMPLE_LOG_ONLY = ("spans", "extracted")  # the same of samples
 # phases that do their work once, without steps: what they print it as, and pages with all of it
 ONCE = {
     "evaluate": ("evaluation", "report.md and evaluation.json"),
-    "diagnose": ("diagnosis", "report.md, heatmap.html and diagnosis.json"),
+    "diagnose": ("diagnosis", "report.md and diagnosis.json"),
     "cache": ("cache", ""),
 }
 FEW_NUMBERS = 8  # of an evaluation, beside its estimates; more are only counted

@@ -155,9 +155,10 @@ def settle(cfg: Config) -> Config:
     asks = cfg.on_existing_run == "ask"
     choice = _ask(folder) if asks else cfg.on_existing_run
     if choice == "fail":
+        ended = " that has ended" if (folder / "summary.json").exists() else ""
         raise ValueError(
-            f"{folder} holds a run already. Set on_existing_run = 'resume' to continue it, 'new' "
-            "for a fresh folder beside it, or another folder. To continue it:\n"
+            f"{folder} holds a run already{ended}. Set on_existing_run = 'resume' to continue it, "
+            "'new' for a fresh folder beside it, or another folder. To continue it:\n"
             f"  {commands.resume()}"
         )
     if choice == "new":

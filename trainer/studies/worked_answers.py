@@ -4,7 +4,6 @@ plain transformers, and worked answers as rows of ids.
 Shapes: N rows, L row length, T response tokens (stop included), D hidden size, V vocabulary.
 """
 
-import json
 import random
 import shutil
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from reflux.trainer.data.chat import Chat
+from reflux.trainer.data.sources import Lines
 
 # of a model folder: what is copied to a folder with other weights
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -49,31 +49,24 @@ def load_answers(path: Path, chat: Chat, limit: int = 0) -> list[WorkedAnswer]:
     ValueError for a file without them.
     """
     answers = []
-    for row in read_rows(path, ("prompt", "response"))[: limit or None]:
+    for row in read_rows(path, ("prompt", "response"), limit):
         prompt = chat.prompt_ids(({"role": "user", "content": row["prompt"]},))
         answers.append(WorkedAnswer(prompt, (*chat.encode(row["response"]), chat.stop_id)))
     return answers
 
 
-def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """All rows of a JSON-lines file. ValueError where it has none, where a line is no object in
-    JSON, or where a row has no text in one of `columns`.
+def read_rows(path: Path, columns: Sequence[str], limit: int = 0) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; the first `limit`, 0: all. ValueError where it has none, where a
+    line is no object in JSON, or where a row has no text in one of `columns`.
     """
-    rows = []
-    # only "\n" ends a line: a text may hold other line breaks of Unicode
-    lines = path.read_text().removesuffix("\n").split("\n")
-    for number, line in enumerate(lines if lines != [""] else [], 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, row {number}: no JSON, {error}") from None
-        found = {k for k, v in row.items() if isinstance(v, str)} if isinstance(row, dict) else ()
+    lines, wanted = Lines(path, limit or None), " and ".join(columns)
+    if not len(lines):
+        raise ValueError(f"{path}: no rows; want some with {wanted}")
+    rows = [lines[i] for i in range(len(lines))]
+    for i, row in enumerate(rows):
+        found = sorted(key for key, value in row.items() if isinstance(value, str))
         if not set(columns) <= set(found):
-            has = f"texts in {sorted(found)}" if found else "no columns with texts"
-            raise ValueError(f"{path}, row {number}: {has}; want {' and '.join(columns)}")
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: no rows; want some with {' and '.join(columns)}")
+            raise ValueError(f"{lines.location(i)}: texts in {found}; want {wanted}")
     return rows
 
 

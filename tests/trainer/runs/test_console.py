@@ -45,7 +45,7 @@ def test_phases_without_steps_name_none(tmp_path, capsys):
         with opened(tmp_path / phase, phase) as record:
             record.event("eval", **{f"{phase}/x": 0.5})
     said = capsys.readouterr().out
-    pages = f"    all of them: {tmp_path}/diagnose/report.md, heatmap.html and diagnosis.json"
+    pages = f"    all of them: {tmp_path}/diagnose/report.md and diagnosis.json"
     lines = ["diagnosis:", "    diagnose/x  0.5", pages, "cache:", "    cache/x  0.5"]
     assert said.splitlines() == lines
 

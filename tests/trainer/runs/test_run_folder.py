@@ -71,6 +71,9 @@ def test_fail_says_what_the_choices_are(run):
         match="holds a run already. Set on_existing_run = 'resume' to continue it, 'new'",
     ):
         settle(replace(run, on_existing_run="fail"))
+    (Path(run.folder) / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a run already that has ended. Set on_existing"):
+        settle(replace(run, on_existing_run="fail"))
 
 
 def test_a_checkpoint_alone_is_a_run(tmp_path):

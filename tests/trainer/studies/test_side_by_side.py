@@ -152,7 +152,7 @@ def test_the_page_shows_every_run(assets, tmp_path, capsys):
     (tmp_path / "q.jsonl").write_text(json.dumps({"question": "one plus one?"}) + "\n")
     with pytest.raises(SystemExit):
         main(words)
-    assert "q.jsonl, row 1: texts in ['question']; want prompt" in capsys.readouterr().err
+    assert "q.jsonl, line 1: texts in ['question']; want prompt" in capsys.readouterr().err
 
 
 def test_texts_with_rewards_alone_are_neither_correct_nor_wrong():

@@ -54,12 +54,14 @@ def test_rows_without_answers_are_an_error(talkers, tmp_path):
     chat = Chat(str(talkers / "policy"))
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"prompt": "x"}) + "\n")
-    with pytest.raises(ValueError, match=r"row 1: texts in \['prompt'\]; want prompt and response"):
+    with pytest.raises(
+        ValueError, match=r"line 1: texts in \['prompt'\]; want prompt and response"
+    ):
         load_answers(path, chat)
     for line, words in (
-        ("not json", "data.jsonl, row 1: no JSON"),
-        ("[1]", "row 1: no columns with texts; want prompt and response"),
-        ('{"prompt": "x", "response": 3}', r"row 1: texts in \['prompt'\]"),
+        ("not json", "data.jsonl, line 1: Expecting value, character 1"),
+        ("[1]", r"line 1: list \[1\]; want one JSON object"),
+        ('{"prompt": "x", "response": 3}', r"line 1: texts in \['prompt'\]"),
         ("", "no rows"),
     ):
         path.write_text(line)
@@ -72,3 +74,12 @@ def test_a_text_with_other_line_breaks_is_one_row(talkers, tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
     (answer,) = load_answers(tmp_path / "d.jsonl", chat)
     assert answer.response_ids == (*chat.encode(row["response"]), chat.stop_id)
+
+
+def test_blank_lines_are_no_rows_and_what_is_behind_the_limit_is_not_read(talkers, tmp_path):
+    chat, path = Chat(str(talkers / "policy")), tmp_path / "d.jsonl"
+    row = json.dumps({"prompt": "a", "response": "b"})
+    path.write_text(f"{row}\n\n{row}\nbroken\n\n")
+    assert len(load_answers(path, chat, limit=2)) == 2
+    with pytest.raises(ValueError, match="line 4: Expecting value"):
+        load_answers(path, chat)
