@@ -136,11 +136,10 @@ def teacher_results(
 def _teacher(
     rows: Sequence[FinishedRun], originals: Sequence[FinishedRun], styles: Mapping[str, str]
 ) -> TeacherResult:
-    last = [r.steps[-1] for r in rows if r.steps]
     pairs = same_seed(rows, originals)
     return TeacherResult(
         **_measured(rows, styles),
-        reference_kl=over_seeds([s["reference_kl"] for s in last if "reference_kl" in s]),
+        reference_kl=over_seeds([r.reference_kl for r in rows if r.reference_kl is not None]),
         difference=AccuracyDifference(
             sampled=over_seeds(gap_by_seed(rows, originals)),
             greedy=over_seeds(gap_by_seed(rows, originals, "greedy")),
@@ -253,14 +252,13 @@ def _provenance(runs: Sequence[FinishedRun], matrix: Mapping[str, Any]) -> Prove
 
 def _run_row(run: FinishedRun) -> RunRow:
     last = run.evals()[-1]
-    kl = run.steps[-1].get("reference_kl") if run.steps else None
     measured = {m: last[f"eval/{m}"] for m in (*MODES, *LIKELIHOOD) if f"eval/{m}" in last}
     if "sampled" in measured:
         measured["best"] = run.best_accuracy()
         at_start = (e for e in run.evals() if not e["step"])
         if begun := [e["eval/sampled"] for e in at_start if "eval/sampled" in e]:
             measured["at_start"] = begun[0]
-    return RunRow(run.labels, measured, reference_kl=kl, seconds=run.seconds)
+    return RunRow(run.labels, measured, reference_kl=run.reference_kl, seconds=run.seconds)
 
 
 if __name__ == "__main__":

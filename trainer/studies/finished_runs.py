@@ -50,6 +50,17 @@ class FinishedRun:
         """The lines of the steps that the exported weights have made."""
         return [s for s in self.run.steps if s["step"] <= self.kept_step]
 
+    @property
+    def reference_kl(self) -> float | None:
+        """KL(policy || original), nats per token. The numbers of a step are of the weights before
+        its update: those of weights that a guard went back to stand a step later. Of weights that
+        no later step measured, those of the last step; None where none was measured.
+        """
+        logged = [s for s in self.run.steps if "reference_kl" in s]
+        measured = [s for s in logged if s["step"] == self.kept_step + 1]
+        measured += [s for s in logged if s["step"] <= self.kept_step][-1:]
+        return measured[0]["reference_kl"] if measured else None
+
     def evals(self) -> list[dict[str, Any]]:
         """The evaluations of weights that were kept, in order."""
         evals = (e for e in self.run.events if e["event"] == "eval")

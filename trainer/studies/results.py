@@ -97,7 +97,7 @@ class ModelResult:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherResult(ModelResult):
-    reference_kl: Estimate  # at the last step
+    reference_kl: Estimate  # of the exported weights; without a step behind them, of the last step
     difference: AccuracyDifference
 
 
