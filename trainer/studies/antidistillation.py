@@ -7,8 +7,8 @@ both sides of its weights along the gradient of its downstream loss.
                    the provider keeps to itself
     plus, minus    theta + epsilon g and theta - epsilon g, g the gradient of the loss at theta
 
-A student that takes a step of size a on a token changes the loss by a <g, grad log p(token)> to
-first order (with a minus sign: it ascends log p), which is
+A student that ascends log p(token) by a step of size a changes the loss by a <g, grad log p(token)>
+to first order, and that product is
 
     (log p_plus(token) - log p_minus(token)) / (2 epsilon) + O(epsilon^2)
 
