@@ -126,7 +126,7 @@ def stand_ins(tmp_path, monkeypatch):
 def test_the_whole_matrix_runs_and_reports(stand_ins):
     report = run_and_report(stand_ins, MATRICES)
     assert set(report["teachers"]) == {"original", "task_only", "distillable", "undistillable"}
-    assert len(report["students"]) == 11
+    assert len(report["students"]) == 12
     past = stand_ins / "runs" / "language" / "past"
     texts = json.loads((past / "seed-321" / "side-by-side" / "texts.json").read_text())
     assert len(texts["runs"]) == 4
