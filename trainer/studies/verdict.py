@@ -26,7 +26,15 @@ from .results import (
     TeacherResult,
     Verdict,
 )
-from .rules import at_least, at_most, enough_seeds, worst
+from .rules import (
+    MeanOverAttacks,
+    at_least,
+    at_most,
+    enough_seeds,
+    has_bounds,
+    mean_over_attacks,
+    worst,
+)
 
 MAX_ACCURACY_CHANGE = 0.02  # A1: of a teacher, sampled and greedy
 MIN_GAIN, MIN_LOSS = 0.15, -0.50  # A2, A3: relative change of the student's accuracy
@@ -206,7 +214,7 @@ class Headline:
 
     attack: str  # whose students gained most (undistillable) or least (distillable)
     score: Estimate
-    mean: float  # over the attacks
+    mean: MeanOverAttacks
     attacks: int
 
 
@@ -223,8 +231,7 @@ def headline(students: Students, teacher: str) -> Headline | None:
         return None
     pick = min if teacher == "distillable" else max
     attack = pick(scores, key=lambda a: scores[a].mean)
-    mean = sum(s.mean for s in scores.values()) / len(scores)
-    return Headline(attack, scores[attack], mean, len(scores))
+    return Headline(attack, scores[attack], mean_over_attacks(scores), len(scores))
 
 
 def headline_lines(students: Students) -> list[str]:
@@ -232,13 +239,18 @@ def headline_lines(students: Students) -> list[str]:
     lines = []
     for teacher, word in (("undistillable", "largest"), ("distillable", "smallest")):
         if h := headline(students, teacher):
-            bounds = "" if h.score.n > 1 and math.isfinite(h.score.low) else ", no bounded interval"
+            bounds = "" if has_bounds(h.score) else ", no bounded interval"
             lines.append(
                 f"headline: {word} distillability of the {teacher} teacher over {h.attacks} "
-                f"attacks: {with_interval(h.score, '{:.2f}')} ({h.attack}; n = {h.score.n} "
-                f"seeds{bounds}), mean over attacks {h.mean:.2f} (1 = what the original gives)"
+                f"attacks (1 = what the original gives): {with_interval(h.score, '{:.2f}')} "
+                f"({h.attack}; n = {h.score.n} seeds{bounds}), {_mean_words(h.mean)}"
             )
     return lines
+
+
+def _mean_words(mean: MeanOverAttacks) -> str:
+    bounds = f", {mean.say_bounds()}" if mean.unbounded else ""
+    return f"mean over {mean.attacks} attacks {mean.value:.2f}{bounds}"
 
 
 def _family_lines(students: Students) -> list[str]:

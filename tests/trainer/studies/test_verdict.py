@@ -7,7 +7,13 @@ from statistics import stdev
 import pytest
 from report_runs import edit_logs, write_matrix
 
-from reflux.trainer.runs.stats import Estimate, over_seeds, relative_over_seeds, t_tail
+from reflux.trainer.runs.stats import (
+    Estimate,
+    over_seeds,
+    ratio_over_seeds,
+    relative_over_seeds,
+    t_tail,
+)
 from reflux.trainer.studies.attack_report import build_report
 from reflux.trainer.studies.results import (
     Change,
@@ -23,6 +29,7 @@ from reflux.trainer.studies.verdict import (
     check_rule,
     collapse_lines,
     conclusion,
+    headline_lines,
     verdict_lines,
     within_a1,
 )
@@ -251,12 +258,30 @@ def test_the_headline_is_the_worst_attack(tmp_path):
     write_matrix(tmp_path, {"original": 0.6, "distillable": 0.8, "undistillable": 0.1}, start=0.2)
     text = "\n".join(build_report(tmp_path).verdict)
     most = "headline: largest distillability of the undistillable teacher over 1 attacks"
-    assert f"{most}: -0.25 [-0.25, -0.25] (kd; n = 2 seeds), mean over attacks -0.25" in text
-    assert "smallest distillability of the distillable teacher over 1 attacks: 1.50 [" in text
+    one = " (1 = what the original gives)"
+    assert f"{most}{one}: -0.25 [-0.25, -0.25] (kd; n = 2 seeds), mean over 1 attacks -0.25" in text
+    assert f"smallest distillability of the distillable teacher over 1 attacks{one}: 1.50 [" in text
     # the original's gain of 0.01 is too small to compare with
     little = {"original": 0.21, "distillable": 0.8, "undistillable": 0.1}
     write_matrix(tmp_path / "little", little, start=0.2)
     assert "distillability" not in "\n".join(build_report(tmp_path / "little").verdict)
+
+
+def student_of(score):
+    return replace(student(over_seeds([]), over_seeds([])), score=score)
+
+
+def test_the_mean_leaves_out_attacks_without_a_bounded_interval_and_names_them():
+    wide = ratio_over_seeds([0.5, 0.6, 0.4], [0.01, 0.2, 0.0])
+    scores = {"kd": over_seeds([0.4, 0.5, 0.6]), "odd": wide, "rkl": over_seeds([0.2, 0.3, 0.4])}
+    rows = {a: {"undistillable": student_of(s)} for a, s in scores.items()}
+    (line,) = headline_lines(rows)
+    assert "(odd; n = 3 seeds, no bounded interval), mean over 2 attacks 0.40, " in line
+    assert line.endswith("2 of 3 bounded; without a bounded interval: odd")
+    # one seed bounds nothing
+    single = {a: over_seeds([s.mean]) for a, s in scores.items() if a != "odd"}
+    (line,) = headline_lines({a: {"undistillable": student_of(s)} for a, s in single.items()})
+    assert line.endswith("mean over 2 attacks 0.40, no bounded interval")
 
 
 def defended(students, price):

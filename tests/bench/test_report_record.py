@@ -1,0 +1,79 @@
+"""What a record's rows say, over seeds."""
+
+import json
+import math
+import statistics
+
+import pytest
+
+from bench.records import FOLDER
+from bench.report_record import Block, Record, read_record
+from bench.tables import ATTACKS, RECORD
+
+
+@pytest.fixture(scope="module")
+def record():
+    return read_record(RECORD)
+
+
+def test_a_change_by_hand(record):
+    """seq_kd from the undistillable teacher: by seed from the rows, -85 % in the mean; no bound
+    below -100 %; the other is where a t test over three seeds is just at 5 %.
+    """
+    rows = record.report["runs"]
+
+    def accuracy(teacher):
+        wanted = {"role": "student", "attack": "seq_kd", "teacher": teacher}
+        of = [r for r in rows if wanted.items() <= r.items() and "defence" not in r]
+        return [r["sampled"] for r in sorted(of, key=lambda r: r["seed"])]
+
+    mine, theirs = accuracy("undistillable"), accuracy("original")
+    found = record.attack("seq_kd", "undistillable").change
+    assert found.mean == pytest.approx(sum(mine) / sum(theirs) - 1) and found.low == -1.0
+    rest = [a - (1 + found.high) * b for a, b in zip(mine, theirs)]
+    t = statistics.mean(rest) / (statistics.stdev(rest) / math.sqrt(3))
+    assert abs(t) == pytest.approx(4.302653, rel=1e-4)
+
+
+def test_moments_of_the_best_checkpoint_determine_its_interval(record):
+    """From the record's means and deviations the last checkpoint gets what its rows give."""
+    for attack in ("seq_kd", "gkd_reverse", "mixed_teachers"):
+        row = record.report["students"][attack]
+        moved = {
+            t: r
+            | {"best": r["sampled"]}
+            | ({"change": r["change"] | {"best": r["change"]["sampled"]}} if "change" in r else {})
+            for t, r in row.items()
+        }
+        other = Record({"report": record.report | {"students": {attack: moved}}})
+        found = other.attack(attack, "undistillable")
+        for mine, theirs in zip(found.best[2:], found.change[2:]):
+            assert mine == pytest.approx(theirs, abs=1e-6)
+
+
+def test_no_interval_is_below_minus_all(record):
+    rows = (r for r in record.rows if r["role"] == "student" and r["teacher"] != "original")
+    cells = [record.attack(r["attack"], r["teacher"]) for r in rows]
+    assert cells and all(c.change.low >= -1 and c.best.low >= -1 for c in cells)
+
+
+def test_two_runs_of_one_seed_are_no_number():
+    row = {"seed": "0", "role": "student", "attack": "kd", "teacher": "original", "sampled": 0.5}
+    record = Record({"report": {"runs": [row, row | {"sampled": 0.6}]}})
+    with pytest.raises(ValueError, match="two runs of one seed with .*'attack': 'kd'"):
+        record.student("kd", "original")
+
+
+def test_holm_counts_the_attacks_that_are_judged_and_no_others(record):
+    alone, all_of_them = record.judge(["answers_only"]), record.judge(ATTACKS)
+    assert alone["answers_only"].word == all_of_them["answers_only"].word == "succeeded"
+    assert alone["answers_only"].p < all_of_them["answers_only"].p <= 0.05
+    assert record.judge(["no such attack"]) == {}
+
+
+def test_a_block_reads_its_records_in_the_order_of_its_arguments():
+    names = sorted(file.name for file in FOLDER.glob("*language_words*_models*.json"))
+    block = Block(lambda *records: [r.content["command"] for r in records], tuple(names))
+    assert len(names) > 1 and block.compute() == [
+        json.loads((FOLDER / name).read_text())["command"] for name in names
+    ]
