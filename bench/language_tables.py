@@ -76,6 +76,10 @@ WORDS = {
         "2026-11-30_language_words_float32_one_seed.json",
         "2026-11-30_language_words_float32_teachers.json",
     ),
+    "from eta = 0": Words(  # float32; the original of these is the teacher at eta = 0
+        "2026-11-30_language_words_taught_one_seed.json",
+        "2026-11-30_language_words_taught_teachers.json",
+    ),
 }
 
 
@@ -201,10 +205,10 @@ def language_words(*records: Record) -> str:
                 _listed(_maybe_single(r.student("seq_kd", name)) for r in reports),
             )
         )
-    starts = " and ".join(f"{_single(r.begin('seq_kd')):.3f}" for r in reports)
+    starts = ", ".join(f"{_single(r.begin('seq_kd')):.3f}" for r in reports)
     head = ("teacher", f"all instructions followed, sampled: {', '.join(WORDS)}", "greedy", "bytes")
     definitions_head = f"definitions (400, four options; {', '.join(known)})"
-    return table((*head, definitions_head, f"its student, start {starts}"), rows)
+    return table((*head, definitions_head, f"its student, starts {starts}"), rows)
 
 
 def _word_files() -> list[str]:

@@ -19,13 +19,14 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reflux.trainer.runs.markdown_table import points_with_interval, table, with_interval
 from reflux.trainer.runs.stats import Estimate, over_seeds, relative_over_seeds
-from reflux.trainer.studies.rules import mean_over_attacks
+from reflux.trainer.studies.rules import MeanOverAttacks, mean_over_attacks
 
 from . import language_tables, trap_tables
 from .records import ROOT
@@ -139,16 +140,19 @@ def students(record: Record) -> str:
 def short(record: Record) -> str:
     """README's: the teachers themselves, and some attacks of each kind."""
     verdicts = record.judge(ATTACKS)
-    own = [
-        with_std(mean_of(record.accuracy(role="teacher", teacher=t)))
-        for t in TEACHERS[:1] + TEACHERS[2:]
-    ]
+    own = [with_std(mean_of(record.accuracy(role="teacher", teacher=t))) for t in TEACHERS]
     rows = [("the teacher itself", *own, "")]
     for attack, words in SHORT.items():
         cells = [with_std(mean_of(record.student(attack, "original")))]
-        cells += [_student_cell(record, attack, t) for t in TEACHERS[2:]]
+        cells += [_student_cell(record, attack, t) for t in TEACHERS[1:]]
         rows.append((words, *cells, verdicts[attack].word))
-    head = ("student, by", "of the original", "of `distillable`", "of `undistillable`")
+    head = (
+        "student, by",
+        "of the original",
+        "of eta = 0",
+        "of `distillable`",
+        "of `undistillable`",
+    )
     return table((*head, "attack on the latter"), rows)
 
 
@@ -160,8 +164,19 @@ def _student_cell(record: Record, attack: str, teacher: str) -> str:
     return f"{accuracy.mean:.3f} ± {accuracy.std:.3f} ({with_interval(found.change, '{:+.0%}')})"
 
 
-def headline(record: Record) -> str:
-    rows = []
+@dataclass(frozen=True)
+class Headline:
+    """The distillability that a teacher is judged by, and the mean beside it."""
+
+    teacher: str
+    word: str  # largest, smallest
+    attack: str
+    score: Estimate
+    mean: MeanOverAttacks
+    attacks: int
+
+
+def _headlines(record: Record) -> Iterator[Headline]:
     for teacher, pick, word in (
         ("undistillable", max, "largest"),
         ("distillable", min, "smallest"),
@@ -169,17 +184,34 @@ def headline(record: Record) -> str:
         scores = {a: x.score for a in ATTACKS if (x := record.attack(a, teacher)) is not None}
         attack = pick(scores, key=lambda a, s=scores: s[a].mean)
         mean = mean_over_attacks({f"`{a}`": s for a, s in scores.items()})
-        score, bounds = scores[attack], mean.say_bounds()
+        yield Headline(teacher, word, ATTACKS[attack], scores[attack], mean, len(scores))
+
+
+def headline(record: Record) -> str:
+    rows = []
+    for h in _headlines(record):
+        bounds = h.mean.say_bounds()
         rows.append(
             (
-                f"`{teacher}`",
-                f"{word}: **{with_interval(score, '{:.2f}')}** ({ATTACKS[attack]})",
-                f"{mean.value:.2f}",
-                f"{len(scores)}, n = {score.n} seeds each" + (f"; {bounds}" if bounds else ""),
+                f"`{h.teacher}`",
+                f"{h.word}: **{with_interval(h.score, '{:.2f}')}** ({h.attack})",
+                f"{h.mean.value:.2f}",
+                f"{h.attacks}, n = {h.score.n} seeds each" + (f"; {bounds}" if bounds else ""),
             )
         )
     head = ("teacher", "distillability at its worst", "mean over attacks", "attacks")
     return table(head, rows)
+
+
+def worst(record: Record) -> str:
+    """README's headline, in a sentence."""
+    found = list(_headlines(record))
+    said = "; ".join(
+        f"`{h.teacher}` {h.word} **{with_interval(h.score, '{:.2f}')}** ({h.attack}), "
+        f"mean {h.mean.value:.2f}"
+        for h in found
+    )
+    return f"At its worst over {found[0].attacks} attacks, n = {found[0].score.n} seeds: {said}."
 
 
 def verdicts(record: Record) -> str:
@@ -300,7 +332,18 @@ def _coded(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"`{n}`" for n in names)
 
 
-MINIATURE = (teachers, students, short, headline, verdicts, eta, diagnoses, ablations, defences)
+MINIATURE = (
+    teachers,
+    students,
+    short,
+    worst,
+    headline,
+    verdicts,
+    eta,
+    diagnoses,
+    ablations,
+    defences,
+)
 BLOCKS = {
     **{draw.__name__: Block(draw, (RECORD,)) for draw in MINIATURE},
     **language_tables.BLOCKS,

@@ -153,7 +153,7 @@ def test_words_put_one_run_beside_the_other():
         next(r["at_start"] for r in read_record(w.report).rows if r["role"] == "student")
         for w in WORDS.values()
     ]
-    assert head.endswith(f"its student, start {' and '.join(f'{x:.3f}' for x in starts)} |")
+    assert head.endswith(f"its student, starts {', '.join(f'{x:.3f}' for x in starts)} |")
     assert rows["`undistillable`"][0].startswith("0.801, 0.755")
     assert all(len(cells[0].split(", ")) == len(WORDS) for cells in list(rows.values())[1:])
 
