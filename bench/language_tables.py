@@ -114,6 +114,20 @@ def language_students(past: Record, gemma: Record) -> str:
     return table((*head, "`distillable`", "`undistillable`", "verdict on the attack"), rows)
 
 
+def language_gains(past: Record) -> str:
+    """Students minus their own start, in percentage points, paired by seed."""
+    rows = []
+    for attack, words in STUDENTS.items():
+        start = past.begin(attack)
+        gains = [
+            over_seeds([mine[s] - start[s] for s in sorted(start)])
+            for mine in (past.student(attack, t) for t in TEACHERS)
+        ]
+        rows.append((words, *map(points_with_interval, gains)))
+    head = ("student minus its start, points", *(TEACHER_WORDS[t] for t in TEACHERS))
+    return table(head, rows)
+
+
 def _student_rows(record: Record, attacks: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
     verdicts = record.judge(attacks)
     for attack, words in attacks.items():
@@ -306,6 +320,7 @@ def _maybe_single(values: BySeed) -> float | None:
 BLOCKS = {
     "language_teachers": Block(language_teachers, (PAST,)),
     "language_students": Block(language_students, (PAST, PAST_GEMMA)),
+    "language_gains": Block(language_gains, (PAST,)),
     "language_float32": Block(language_float32, (FLOAT32,)),
     "language_words": Block(language_words, tuple(_word_files())),
     "language_reader": Block(language_reader, (READER,)),

@@ -146,6 +146,17 @@ def test_two_records_of_the_same_teachers_agree(report, answers):
         assert rows[f"teacher-{name}"]["evals"][-1]["eval/sampled"] == pytest.approx(accuracy)
 
 
+def test_gains_are_paired_with_the_start_of_the_same_seed():
+    record = copy_of(language_tables.PAST)
+    for row in record.rows:
+        if row["role"] == "student":
+            begin = 0.1 * int(row["seed"][-1])
+            row["at_start"], row["sampled"] = begin, begin + 0.02
+    _, *rows = rows_of(language_tables.language_gains(record)).values()
+    for cells in rows:
+        assert cells == ["+2.0 [+2.0, +2.0]"] * 4
+
+
 def test_words_put_one_run_beside_the_other():
     table = language_words(*map(read_record, language_tables.BLOCKS["language_words"].records))
     head, rows = table.splitlines()[0], rows_of(table)
