@@ -22,6 +22,7 @@ from reflux.trainer.runs.stats import Estimate
 from reflux.trainer.studies.eta_sweep import Column, sweep_figure
 from reflux.trainer.studies.figures import Bar, bars_figure, styles_figure
 
+from .language_figures import calibrations
 from .records import FOLDER as RECORDS
 from .records import ROOT
 
@@ -39,6 +40,7 @@ QUICKSTART = (  # attacks of README's figure, the ones that make quickstart runs
     "deeper_student",
 )
 LANGUAGE = "2026-11-30_language_past_five_seeds.json"
+CALIBRATIONS = "2026-11-30_language_past_teachers_by_seed.json"
 LANGUAGE_ATTACKS = ("seq_kd", "kd_forward", "gkd_on_policy")  # all of one student's start
 ETA_COLUMNS = {  # title of a panel -> key of a point in the record
     "teacher accuracy": "teacher",
@@ -117,6 +119,7 @@ PICTURES: dict[str, Picture] = {
     "eta_sweep.png": Picture(REPORT, eta_sweep),
     "styles.png": Picture(REPORT, styles),
     "language_students.png": Picture(LANGUAGE, lambda record: students(record, LANGUAGE_ATTACKS)),
+    "language_calibrations.png": Picture(CALIBRATIONS, calibrations),
 }
 
 
