@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from reflux.trainer.config.parts import ranks_of_a_row
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
@@ -163,7 +162,7 @@ class VllmSource:
 def _peers(cfg: Config, engine: Engine) -> range:
     """The data-parallel ranks of this rank's engine."""
     size = cfg.rollout.tensor_parallel
-    trained = ranks_of_a_row(cfg)
+    trained = cfg.ranks_of_a_row
     if trained > 1 and size != trained:
         raise ValueError(
             f"rollout.tensor_parallel = {size} with parallelism.tensor_parallel_degree = "
