@@ -6,7 +6,6 @@ measurements, and come from docs/figures/tokenalign_figures.py.
 """
 
 import argparse
-import hashlib
 import json
 import struct
 import sys
@@ -17,6 +16,7 @@ from runpy import run_path
 from statistics import mean, stdev
 from typing import Any
 
+from reflux.trainer.file_hash import file_sha256
 from reflux.trainer.runs.plotting import ReferenceLine, save_figure
 from reflux.trainer.runs.stats import Estimate
 from reflux.trainer.studies.eta_sweep import Column, sweep_figure
@@ -131,7 +131,7 @@ def draw(name: str, folder: Path = FOLDER) -> Path:
 def source(name: str) -> str:
     """What a PNG says of where it comes from."""
     record = PICTURES[name].record
-    digest = hashlib.sha256((RECORDS / record).read_bytes()).hexdigest()[:16]
+    digest = file_sha256(RECORDS / record)[:16]
     return f"bench/records/{record} sha256 {digest}, by python -m bench.figures"
 
 
