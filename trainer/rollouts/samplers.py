@@ -29,8 +29,11 @@ class Source(Protocol):
     """An engine with weights of its own."""
 
     def start(self, requests: Sequence[TextRequest]) -> Callable[[], list[list[SampledText]]]:
-        """Asks for texts as `texts` does, and returns what waits for them. Collective."""
-        ...
+        """Asks for texts as `texts` does, and returns what waits for them; unless overridden, they
+        are there at once. Collective.
+        """
+        texts = self.texts(requests, ignore)
+        return lambda: texts
 
     def texts(self, requests: Sequence[TextRequest], advance: Advance) -> list[list[SampledText]]:
         """[requests][n] texts of the present weights, which are handed over first if they have
@@ -101,7 +104,7 @@ class EngineSampler:
         ]
 
 
-class VllmSource:
+class VllmSource(Source):
     """vLLM in this process, one engine per rank or per group of rollout.tensor_parallel ranks.
 
     With several ranks of one engine, each of them asks for the texts of all, for all have to do the
@@ -137,11 +140,6 @@ class VllmSource:
             check_versions(text.versions, self.version, "vLLM in this process")
         advance(sum(map(len, texts)))
         return texts
-
-    def start(self, requests: Sequence[TextRequest]) -> Callable[[], list[list[SampledText]]]:
-        """See Source: they are ready at once, for the device that trains samples them."""
-        texts = self.texts(requests, ignore)
-        return lambda: texts
 
     def _push(self) -> None:
         version = self.trainer.weights_version
