@@ -58,7 +58,7 @@ def run_audit(tool: str, packages: str) -> Audit:
     try:
         return read_audit(json.loads(done.stdout))
     except ValueError:
-        print(done.stderr.strip().splitlines()[-1:] or "no output", file=sys.stderr)
+        print((done.stderr.strip() or "no output").splitlines()[-1], file=sys.stderr)
         return Audit(0, 0, ())
 
 

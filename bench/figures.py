@@ -6,9 +6,7 @@ measurements, and come from docs/figures/tokenalign_figures.py.
 """
 
 import argparse
-import hashlib
 import json
-import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,19 +15,22 @@ from runpy import run_path
 from statistics import mean, stdev
 from typing import Any
 
+from PIL import Image
+
+from reflux.trainer.file_hash import file_sha256
 from reflux.trainer.runs.plotting import ReferenceLine, save_figure
-from reflux.trainer.runs.stats import Estimate
 from reflux.trainer.studies.eta_sweep import Column, sweep_figure
 from reflux.trainer.studies.figures import Bar, bars_figure, styles_figure
+from reflux.trainer.studies.results import TEACHERS
 
 from .language_figures import calibrations
 from .records import FOLDER as RECORDS
 from .records import ROOT
+from .report_record import estimate_of
 
 FOLDER = ROOT / "docs" / "figures"
 REPORT = "2026-11-29_report_cpu.json"
 EXAMPLES = FOLDER / "tokenalign_figures.py"
-TEACHERS = ("original", "task_only", "distillable", "undistillable")
 QUICKSTART = (  # attacks of README's figure, the ones that make quickstart runs
     "seq_kd",
     "seq_kd_filtered",
@@ -75,7 +76,7 @@ def eta_sweep(record: Record) -> Any:
     points = record["knob"]["points"]
     columns = {
         title: Column(
-            [_estimate(p[key]) for p in points], is_accuracy=key in ("teacher", "student")
+            [estimate_of(p[key]) for p in points], is_accuracy=key in ("teacher", "student")
         )
         for title, key in ETA_COLUMNS.items()
     }
@@ -108,11 +109,6 @@ def _start(record: Record) -> list[ReferenceLine]:
     return [ReferenceLine(sum(begun) / len(begun), "students at the start", ":"), chance]
 
 
-def _estimate(x: Mapping[str, Any]) -> Estimate:
-    values = {k: float("nan") if x[k] is None else x[k] for k in ("mean", "std", "low", "high")}
-    return Estimate(**values, n=x["n"])
-
-
 PICTURES: dict[str, Picture] = {
     "students.png": Picture(REPORT, lambda record: students(record, QUICKSTART)),
     "students_all.png": Picture(REPORT, students),
@@ -134,20 +130,14 @@ def draw(name: str, folder: Path = FOLDER) -> Path:
 def source(name: str) -> str:
     """What a PNG says of where it comes from."""
     record = PICTURES[name].record
-    digest = hashlib.sha256((RECORDS / record).read_bytes()).hexdigest()[:16]
+    digest = file_sha256(RECORDS / record)[:16]
     return f"bench/records/{record} sha256 {digest}, by python -m bench.figures"
 
 
 def texts(path: Path) -> dict[str, str]:
-    """The tEXt chunks of a PNG."""
-    data, at, found = path.read_bytes(), 8, {}
-    while at < len(data):
-        (length,) = struct.unpack(">I", data[at : at + 4])
-        if data[at + 4 : at + 8] == b"tEXt":
-            key, _, value = data[at + 8 : at + 8 + length].partition(b"\0")
-            found[key.decode("latin-1")] = value.decode("latin-1")
-        at += 12 + length
-    return found
+    """What a PNG says of itself."""
+    with Image.open(path) as image:
+        return dict(image.text)
 
 
 def stale() -> list[str]:

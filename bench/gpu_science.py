@@ -4,7 +4,7 @@
     python bench/gpu_science.py run --packs packs --work build/science --out results --commit SHA
     python bench/gpu_science.py run --dry --work W --out runs/gpu      on a CPU, with tiny models
 
-A pack is a file of at most 56 MiB: a slice of one archive of wheels for Python 3.12, of what the
+A pack is a file of at most 54 MiB: a slice of one archive of wheels for Python 3.12, of what the
 trainer needs beside torch and transformers, and of the packages that carry the models in 4 bits.
 packs.json names every slice with its sha256, so packs may arrive in any order and number of
 transfers. `run` unpacks, installs, builds the native core, converts the models, and runs

@@ -10,12 +10,12 @@ from typing import Any
 
 from reflux.trainer.runs.markdown_table import points_with_interval, table, with_interval
 from reflux.trainer.runs.stats import Estimate, over_seeds, relative_change
+from reflux.trainer.studies.results import TEACHERS
 from reflux.trainer.studies.rules import at_least, at_most
 from reflux.trainer.studies.verdict import MIN_GAIN, MIN_LOSS
 
 from .report_record import (
     NOT_RUN,
-    TEACHERS,
     Block,
     BySeed,
     Record,
@@ -133,7 +133,7 @@ def _student_rows(record: Record, attacks: Mapping[str, str]) -> Iterator[tuple[
     for attack, words in attacks.items():
         original = mean_of(record.student(attack, "original"))
         cells = [_student_cell(record, attack, t, original.n) for t in TEACHERS[1:]]
-        yield words, with_std(original, original.n), *cells, verdicts[attack].word
+        yield words, with_std(original, original.n), *cells, verdicts[attack].verdict
 
 
 def _student_cell(record: Record, attack: str, teacher: str, seeds: int) -> str:

@@ -12,19 +12,21 @@ from typing import Any
 from reflux.trainer.runs.stats import (
     Estimate,
     fieller,
-    holm,
     over_seeds,
     ratio_over_seeds,
     ratio_p,
     relative_over_seeds,
     t_tail,
 )
-from reflux.trainer.studies.rules import at_most, worst
-from reflux.trainer.studies.verdict import MIN_LOSS
+from reflux.trainer.studies.verdict import (
+    MIN_LOSS,
+    AttackOutcome,
+    adjust_for_family,
+    judge_attack,
+)
 
 from .records import FOLDER
 
-TEACHERS = ("original", "task_only", "distillable", "undistillable")
 NOT_RUN = "not run"
 # of records whose rows do not say where a student began: random weights, and seq_kd's own student
 BEGINS = {"deeper_student": "", "stronger_start": "seq_kd"}
@@ -33,20 +35,15 @@ BySeed = Mapping[str, float]  # seed -> accuracy
 
 @dataclass(frozen=True)
 class Attack:
-    """One attack on one teacher."""
+    """One attack on one teacher, from a number of each run: the studies' StudentResult is read from
+    the answers in the runs' folders, which no record holds.
+    """
 
     change: Estimate  # relative, last checkpoint
     best: Estimate  # of the best one
-    score: Estimate  # distillability
-    p: float  # of "half of the original's", the larger of both checkpoints'
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """On one attack on the undistillable teacher, from the attacker's side."""
-
-    word: str
-    p: float  # of "its students keep just half", by Holm over the attacks that are judged with it
+    score: Estimate | None  # distillability; None where the record's report gives none
+    p: float  # of "half of the original's"
+    p_best: float  # of the best one
 
 
 class Record:
@@ -82,16 +79,26 @@ class Record:
         seeds = sorted(after.keys() & base.keys())
         if not seeds:
             return None
-        begin = self.begin(attack)
         mine, others = [after[s] for s in seeds], [base[s] for s in seeds]
         best, p_best = self._best(attack, teacher)
         return Attack(
             change=relative_over_seeds(mine, others),
             best=best,
-            score=ratio_over_seeds(
-                [after[s] - begin[s] for s in seeds], [base[s] - begin[s] for s in seeds]
-            ),
-            p=max(ratio_p(mine, others, 1 + MIN_LOSS), p_best),
+            score=self._score(attack, teacher, after, base),
+            p=ratio_p(mine, others, 1 + MIN_LOSS),
+            p_best=p_best,
+        )
+
+    def _score(self, attack: str, teacher: str, after: BySeed, base: BySeed) -> Estimate | None:
+        """Whether the original's students gained enough for one was decided by items (gain_ratio of
+        the studies). A record has no items, but the answer.
+        """
+        if self.report["students"][attack][teacher].get("score") is None:
+            return None
+        begin = self.begin(attack)
+        seeds = sorted(after.keys() & base.keys())
+        return ratio_over_seeds(
+            [after[s] - begin[s] for s in seeds], [base[s] - begin[s] for s in seeds]
         )
 
     def _best(self, attack: str, teacher: str) -> tuple[Estimate, float]:
@@ -106,16 +113,15 @@ class Record:
         cov = (a["std"] ** 2 + b["std"] ** 2 - difference**2) / 2
         return _from_moments(a, b, cov)
 
-    def judge(self, attacks: Iterable[str]) -> dict[str, Verdict]:
+    def judge(self, attacks: Iterable[str]) -> dict[str, AttackOutcome]:
         """Those of them that were run, a family of their own."""
-        found = {a: self.attack(a, "undistillable") for a in attacks}
-        known = {a: x for a, x in found.items() if x is not None}
-        family = holm([x.p for x in known.values()])
-        words = {"holds": "failed", "violated": "succeeded", "inconclusive": "inconclusive"}
-        rules = [
-            worst(at_most(x.change, MIN_LOSS), at_most(x.best, MIN_LOSS)) for x in known.values()
+        found = ((a, self.attack(a, "undistillable")) for a in attacks)
+        outcomes = [
+            judge_attack(a, {"last": x.change, "best": x.best}, {"last": x.p, "best": x.p_best})
+            for a, x in found
+            if x is not None
         ]
-        return {a: Verdict(words[rule], p) for a, rule, p in zip(known, rules, family)}
+        return {o.attack: o for o in adjust_for_family(outcomes)}
 
 
 def _from_moments(a: Mapping[str, float], b: Mapping[str, float], cov: float) -> tuple[Any, float]:

@@ -20,23 +20,22 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reflux.trainer.runs.markdown_table import points_with_interval, table, with_interval
 from reflux.trainer.runs.stats import Estimate, over_seeds, relative_over_seeds
-from reflux.trainer.studies.rules import MeanOverAttacks, mean_over_attacks
+from reflux.trainer.studies.results import TEACHERS
+from reflux.trainer.studies.verdict import EXTREMES, FAMILY, AttackOutcome, Headline
+from reflux.trainer.studies.verdict import headline as studies_headline
 
 from . import language_tables, trap_tables
 from .records import ROOT
 from .report_record import (
     NOT_RUN,
-    TEACHERS,
     Block,
     BySeed,
     Record,
-    Verdict,
     estimate_of,
     mean_of,
     with_std,
@@ -132,7 +131,7 @@ def students(record: Record) -> str:
             continue
         cells = [with_std(mean_of(record.student(attack, "original")))]
         cells += [_student_cell(record, attack, t) for t in TEACHERS[1:]]
-        rows.append((words, *cells, verdicts[attack].word))
+        rows.append((words, *cells, verdicts[attack].verdict))
     head = ("the same student, by", "from original", "from eta = 0", "from `distillable`")
     return table((*head, "from `undistillable`", "attack"), rows)
 
@@ -145,7 +144,7 @@ def short(record: Record) -> str:
     for attack, words in SHORT.items():
         cells = [with_std(mean_of(record.student(attack, "original")))]
         cells += [_student_cell(record, attack, t) for t in TEACHERS[1:]]
-        rows.append((words, *cells, verdicts[attack].word))
+        rows.append((words, *cells, verdicts[attack].verdict))
     head = (
         "student, by",
         "of the original",
@@ -164,27 +163,16 @@ def _student_cell(record: Record, attack: str, teacher: str) -> str:
     return f"{accuracy.mean:.3f} ± {accuracy.std:.3f} ({with_interval(found.change, '{:+.0%}')})"
 
 
-@dataclass(frozen=True)
-class Headline:
-    """The distillability that a teacher is judged by, and the mean beside it."""
-
-    teacher: str
-    word: str  # largest, smallest
-    attack: str
-    score: Estimate
-    mean: MeanOverAttacks
-    attacks: int
-
-
 def _headlines(record: Record) -> Iterator[Headline]:
-    for teacher, pick, word in (
-        ("undistillable", max, "largest"),
-        ("distillable", min, "smallest"),
-    ):
-        scores = {a: x.score for a in ATTACKS if (x := record.attack(a, teacher)) is not None}
-        attack = pick(scores, key=lambda a, s=scores: s[a].mean)
-        mean = mean_over_attacks({f"`{a}`": s for a, s in scores.items()})
-        yield Headline(teacher, word, ATTACKS[attack], scores[attack], mean, len(scores))
+    for teacher in EXTREMES:
+        found = ((f"`{a}`", record.attack(a, teacher)) for a in ATTACKS)
+        scores = {a: x.score for a, x in found if x is not None and x.score is not None}
+        if h := studies_headline(teacher, scores):
+            yield h
+
+
+def _words_of(h: Headline) -> str:
+    return ATTACKS[h.attack.strip("`")]
 
 
 def headline(record: Record) -> str:
@@ -194,7 +182,7 @@ def headline(record: Record) -> str:
         rows.append(
             (
                 f"`{h.teacher}`",
-                f"{h.word}: **{with_interval(h.score, '{:.2f}')}** ({h.attack})",
+                f"{h.word}: **{with_interval(h.score, '{:.2f}')}** ({_words_of(h)})",
                 f"{h.mean.value:.2f}",
                 f"{h.attacks}, n = {h.score.n} seeds each" + (f"; {bounds}" if bounds else ""),
             )
@@ -207,7 +195,7 @@ def worst(record: Record) -> str:
     """README's headline, in a sentence."""
     found = list(_headlines(record))
     said = "; ".join(
-        f"`{h.teacher}` {h.word} **{with_interval(h.score, '{:.2f}')}** ({h.attack}), "
+        f"`{h.teacher}` {h.word} **{with_interval(h.score, '{:.2f}')}** ({_words_of(h)}), "
         f"mean {h.mean.value:.2f}"
         for h in found
     )
@@ -217,19 +205,23 @@ def worst(record: Record) -> str:
 def verdicts(record: Record) -> str:
     of: dict[str, list[str]] = defaultdict(list)
     rows = record.judge(ATTACKS)
-    for attack, verdict in rows.items():
-        of[verdict.word].append(f"`{attack}`")
+    for attack, outcome in rows.items():
+        of[outcome.verdict].append(f"`{attack}`")
     body = [(v, str(len(of[v])), ", ".join(of[v])) for v in ("failed", "succeeded", "inconclusive")]
     holm_rows = [_family_row(rows, word) for word in ("failed", "succeeded")]
     return table((f"of {len(rows)} attacks", "", ""), [*body, *holm_rows])
 
 
-def _family_row(rows: Mapping[str, Verdict], word: str) -> tuple[str, str, str]:
-    ps = {attack: v.p for attack, v in rows.items() if v.word == word}
-    holding = [f"`{attack}`" for attack, p in ps.items() if p <= 0.05]
+def _family_row(rows: Mapping[str, AttackOutcome], word: str) -> tuple[str, str, str]:
+    ps = {attack: o.p_family for attack, o in rows.items() if o.verdict == word}
+    holding = [f"`{attack}`" for attack, p in ps.items() if p <= FAMILY]
     least = min(ps.values(), default=math.nan)
     said = ", ".join(holding) or f"none; the smallest adjusted p is {least:.2f}"
-    return f"{word} with a family-wise error of 5 % (Holm)", str(len(holding)), said
+    return (
+        f"{word} with a family-wise error of {100 * FAMILY:.0f} % (Holm)",
+        str(len(holding)),
+        said,
+    )
 
 
 def eta(record: Record) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from reflux.trainer.runs.markdown_table import table, with_interval
+from reflux.trainer.studies.results import TEACHERS
 
-from .report_record import TEACHERS, Block, Record, estimate_of, mean_of, with_std
+from .report_record import Block, Record, estimate_of, mean_of, with_std
 
 TRAPS = "2026-11-30_traps_five_seeds.json"
 TEACHER_WORDS = {"task_only": "task reward only (eta = 0)"}

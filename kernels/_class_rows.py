@@ -19,7 +19,7 @@ from . import _triton
 from ._chunks import narrow, padded, wide
 from ._divergence import exp_diff
 from ._parallel import merge_sums
-from ._triton import LAUNCH, launch, narrowed, runs_triton, scalar, tl, triton
+from ._triton import LAUNCH, launch, narrowed, runs_triton, scalar, tl, triton, triton_dtype
 
 LONG = 128  # ids of a class that gets a program of its own
 CLASSES = 128  # classes of one program
@@ -129,10 +129,6 @@ def class_backward(
         tl.store(out + v, narrowed(d, dlogits.dtype.element_ty), mask=v < V)
 
 
-def _wide_tl(dtype: torch.dtype):
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def class_rows(
     logits_CL: Tensor,
     class_L: Tensor,
@@ -164,7 +160,7 @@ def class_rows(
                 CLASSES=CLASSES,
                 STEP=STEP,
                 LONG=LONG,
-                WIDE=_wide_tl(dtype),
+                WIDE=triton_dtype(dtype),
                 **LAUNCH,
             )
         if C and long_H.shape[0]:
@@ -180,7 +176,7 @@ def class_rows(
                 N,
                 inv_temp,
                 R=max(1, _triton.BLOCK_V // 8),
-                WIDE=_wide_tl(dtype),
+                WIDE=triton_dtype(dtype),
                 **LAUNCH,
             )
     else:
@@ -243,7 +239,7 @@ def class_rows_backward(
             1 / softcap if softcap else 0.0,
             CAPPED=softcap > 0,
             R=max(1, _triton.BLOCK_V // 8),
-            WIDE=_wide_tl(wide(logits_CL.dtype)),
+            WIDE=triton_dtype(wide(logits_CL.dtype)),
             **LAUNCH,
         )
     return out_CL

@@ -27,7 +27,7 @@ from . import _triton
 from ._chunks import narrow, wide
 from ._divergence import DIVERGENCES, divergence_terms, exp_diff, terms
 from ._parallel import all_sum, merge_sums
-from ._triton import LAUNCH, launch, narrowed, runs_triton, scalar, tl, triton
+from ._triton import LAUNCH, launch, narrowed, runs_triton, scalar, tl, triton, triton_dtype
 
 
 @triton.jit
@@ -231,7 +231,7 @@ def kl_rows(
     options = {
         "DIVERGENCE": DIVERGENCES.index(spec.divergence),
         "R": max(1, _triton.BLOCK_V // 8),
-        "WIDE": tl.float64 if dtype == torch.float64 else tl.float32,
+        "WIDE": triton_dtype(dtype),
         **LAUNCH,
     }
     strides, stats_5C = (z_CV.stride(0), u_CV.stride(0)), z_CV.new_empty(5, C, dtype=dtype)

@@ -22,7 +22,17 @@ from . import _triton
 from ._chunks import narrow, wide
 from ._divergence import exp_diff
 from ._parallel import all_max, all_sum
-from ._triton import LAUNCH, check_ids, launch, narrowed, runs_triton, scalar, tl, triton
+from ._triton import (
+    LAUNCH,
+    check_ids,
+    launch,
+    narrowed,
+    runs_triton,
+    scalar,
+    tl,
+    triton,
+    triton_dtype,
+)
 
 PADDING, ELSEWHERE = -1, -2
 LOWEST = -1000.0  # e to it is 0 in fp64, too; stands for -inf where 0 * -inf would be NaN
@@ -181,11 +191,10 @@ def logprob_gradient(
 
 
 def _kernel_options(logits_CV: Tensor, K: int) -> dict:
-    double = wide(logits_CV.dtype) == torch.float64
     return {
         "KB": min(triton.next_power_of_2(K), PAIRS),
         "R": max(1, _triton.BLOCK_V // 8),
-        "WIDE": tl.float64 if double else tl.float32,
+        "WIDE": triton_dtype(wide(logits_CV.dtype)),
         **LAUNCH,
     }
 

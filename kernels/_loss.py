@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._chunks import check_rows, check_temperature, unit_above, wide
 from ._divergence import check_divergence
-from ._head import Head
+from ._head import Head, fake_gradients
 from ._measures import KLMeasures
 
 
@@ -121,6 +121,13 @@ def fake_loss(hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
     return hidden_TD.new_empty((), dtype=dtype), hidden_TD.new_empty(
         hidden_TD.shape[0], dtype=dtype
     )
+
+
+def fake_head_loss(hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None, *rest: Any) -> tuple:
+    """What an op of hidden states and a head returns, whose last arguments are the gradients that
+    it makes.
+    """
+    return *fake_loss(hidden_TD), *fake_gradients(hidden_TD, head_VD, bias_V, rest[-3:])
 
 
 def save_gradients(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -23,7 +23,7 @@ from ._chunks import narrow, wide
 from ._divergence import DIVERGENCES, divergence_terms, exp_diff, terms
 from ._parallel import all_sum, merge_sums
 from ._topk_inputs import TAILS
-from ._triton import LAUNCH, launch, narrowed, runs_triton, scalar, tl, triton
+from ._triton import LAUNCH, launch, narrowed, runs_triton, scalar, tl, triton, triton_dtype
 
 
 class TopKSpec(NamedTuple):
@@ -259,7 +259,7 @@ def _lift_(z_CV: Tensor, ids_CK: Tensor, spec: TopKSpec) -> tuple[Tensor, Tensor
         spec.inv_temp,
         KB=triton.next_power_of_2(K),
         R=max(1, _triton.BLOCK_V // 8),
-        WIDE=_tl_dtype(dtype),
+        WIDE=triton_dtype(dtype),
         **LAUNCH,
     )
     return raw_CK, tail_max_C, tail_sum_C
@@ -304,7 +304,7 @@ def topk_terms_of(
         TAIL=TAILS.index(spec.tail),
         CAPPED=spec.softcap > 0,
         KB=triton.next_power_of_2(K),
-        WIDE=_tl_dtype(raw_CK.dtype),
+        WIDE=triton_dtype(raw_CK.dtype),
         **LAUNCH,
     )
     return kl_C, d_CK, factor_C
@@ -340,17 +340,13 @@ def _write_gradient(
             CAPPED=spec.softcap > 0,
             KB=triton.next_power_of_2(K),
             R=max(1, _triton.BLOCK_V // 8),
-            WIDE=_tl_dtype(d_CK.dtype),
+            WIDE=triton_dtype(d_CK.dtype),
             **LAUNCH,
         )
     elif spec.tail == "renorm":  # the partition function cancels: nothing outside the support moves
         _add_support_torch_(dz_CV.zero_(), ids_CK, d_CK)
     else:
         _gradient_torch(z_CV, ids_CK, d_CK, factor_C, tail_max_C, spec, dz_CV)
-
-
-def _tl_dtype(dtype: torch.dtype):
-    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def _inverse(softcap: float) -> float:

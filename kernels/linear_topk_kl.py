@@ -27,11 +27,11 @@ from ._chunks import (
     wide,
 )
 from ._divergence import largest_gradient
-from ._head import Head, HeadGradients, checked_head, fake_gradients
+from ._head import Head, HeadGradients, checked_head
 from ._loss import (
     LinearKL,
     LossOptions,
-    fake_loss,
+    fake_head_loss,
     loss_factor,
     save_gradients,
     scale_gradients,
@@ -123,12 +123,7 @@ def _op(
     return weighted_total(kl_T, weight_T), kl_T, *grads.finish(student_head_VD, bias_V, group)
 
 
-def _fake(student_hidden_TD, student_head_VD, bias_V, *rest):
-    gradients = fake_gradients(student_hidden_TD, student_head_VD, bias_V, rest[-3:])
-    return *fake_loss(student_hidden_TD), *gradients
-
-
-_op.register_fake(_fake)
+_op.register_fake(fake_head_loss)
 _op.register_autograd(scale_gradients, setup_context=save_gradients)
 
 

@@ -33,11 +33,11 @@ from torch import Tensor
 from . import _triton
 from ._chunks import CPU_CHUNK_BYTES, wide
 from ._divergence import divergence_ref
-from ._head import Head, checked_head, fake_gradients
+from ._head import Head, checked_head
 from ._loss import (
     LinearKL,
     LossOptions,
-    fake_loss,
+    fake_head_loss,
     loss_factor,
     loss_ref,
     save_gradients,
@@ -47,7 +47,7 @@ from ._loss import (
 from ._parallel import VocabShard, all_sum, local_width, slice_of
 from ._topk_inputs import check_tail, check_topk, local_ids, topk_inputs
 from ._topk_rows import TopKSpec, topk_terms_of
-from ._triton import LAUNCH, launch, runs_triton, tl, triton
+from ._triton import LAUNCH, launch, runs_triton, tl, triton, triton_dtype
 
 # of the vocabulary: V / 184 is where both take equally long if gathers stream at full bandwidth
 GATHER_BELOW = 1 / 600
@@ -184,7 +184,7 @@ def sum_pairs(
 def _tiles(dtype: torch.dtype) -> dict:
     return {
         "DB": max(16, _triton.BLOCK_V // 8),
-        "WIDE": tl.float64 if dtype == torch.float64 else tl.float32,
+        "WIDE": triton_dtype(dtype),
         **LAUNCH,
     }
 
@@ -358,11 +358,7 @@ def _topk_logits(head: Head, ids_MK: Tensor, group: str) -> Tensor:
     return z_MK
 
 
-def _fake(hidden_TD, head_VD, bias_V, *rest):
-    return *fake_loss(hidden_TD), *fake_gradients(hidden_TD, head_VD, bias_V, rest[-3:])
-
-
-_op.register_fake(_fake)
+_op.register_fake(fake_head_loss)
 _op.register_autograd(scale_gradients, setup_context=save_gradients)
 
 

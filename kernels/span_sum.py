@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._chunks import wide
-from ._triton import LAUNCH, check_ids, check_plain, launch, runs_triton, tl, triton
+from ._triton import LAUNCH, check_ids, check_plain, launch, runs_triton, tl, triton, triton_dtype
 
 SPANS = 128  # spans of one program
 STEP = 4  # tokens of a span that one step reads; most spans are shorter
@@ -61,7 +61,6 @@ def _op(x_T: Tensor, span_T: Tensor, num_spans: int) -> Tensor:
     sorted_T, order_T = torch.sort(span_T, stable=True)
     all_spans_S1 = torch.arange(num_spans + 1, device=x_T.device, dtype=span_T.dtype)
     offset_S1 = torch.searchsorted(sorted_T, all_spans_S1)
-    wide_tl = tl.float64 if sums_S.dtype == torch.float64 else tl.float32
     launch(
         _sum,
         (triton.cdiv(num_spans, SPANS),),
@@ -72,7 +71,7 @@ def _op(x_T: Tensor, span_T: Tensor, num_spans: int) -> Tensor:
         num_spans,
         SPANS=SPANS,
         STEP=STEP,
-        WIDE=wide_tl,
+        WIDE=triton_dtype(sums_S.dtype),
         **LAUNCH,
     )
     return sums_S

@@ -18,6 +18,8 @@ span to be settled, and is exact for any two tokenizers.
 S: spans. T: tokens of one side, span -1 = outside every span (no credit).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 RULES = ("uniform", "bytes", "surprisal", "first", "last")
@@ -153,6 +155,13 @@ def following_span(span_T: np.ndarray, num_spans: int, length: int | None = None
     following = np.full(length, num_spans, np.int64)
     following[: len(span_T)] = np.where(span_T >= 0, span_T, num_spans)
     return np.minimum.accumulate(following[::-1])[::-1]
+
+
+def mean_at(at_n: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
+    """float64 [n]: the mean over `others`, at least one, of their value at each place, or of their
+    last one: a baseline, for it does not depend on what follows the token.
+    """
+    return np.mean([x[np.minimum(at_n, len(x) - 1)] for x in others], 0)
 
 
 def _check(value_S: np.ndarray, span_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

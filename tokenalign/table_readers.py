@@ -172,10 +172,6 @@ def spell_sentencepiece(piece: str) -> bytes:
     return piece.replace(MARK, " ").encode()
 
 
-def is_byte_piece(piece: str) -> bool:
-    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
-
-
 def byte_of(piece: str) -> bytes:
     return bytes([int(piece[3:5], 16)])
 

@@ -195,10 +195,6 @@ def char_width(char: str) -> int:
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
 
-def text_width(text: str) -> int:
-    return sum(map(char_width, text))
-
-
 # Terminal. A glyph is (characters, columns, style); marks that combine stay with their base.
 Glyph = tuple[str, int, str]
 

@@ -23,15 +23,20 @@ def test_the_exit_code_says_what_is_known(dependencies, code):
     assert audit.vulnerable == (("x 1: CVE-1 (fixed in 2)",) if code == 1 else ())
 
 
-def fake_tool(folder, text):
+def fake_tool(folder, text, error=""):
     tool = folder / "tool"
-    tool.write_text(f"#!{sys.executable}\nprint({text!r})\n")
+    tool.write_text(
+        f"#!{sys.executable}\nimport sys\nprint({text!r})\nsys.stderr.write({error!r})\n"
+    )
     tool.chmod(0o755)
     return str(tool)
 
 
-def test_a_tool_without_network_has_audited_nothing(tmp_path):
+def test_a_tool_without_network_has_audited_nothing(tmp_path, capsys):
     assert run_audit(fake_tool(tmp_path, "Traceback ..."), "x").exit_code == 3
+    assert capsys.readouterr().err == "no output\n"
+    assert run_audit(fake_tool(tmp_path, "", "Traceback ...\nno route\n"), "x").exit_code == 3
+    assert capsys.readouterr().err == "no route\n"
     report = json.dumps({"dependencies": [CLEAN], "fixes": []})
     assert run_audit(fake_tool(tmp_path, report), "x").audited == 1
 

@@ -21,7 +21,8 @@ from bench.language_tables import (
     language_teachers,
     language_words,
 )
-from bench.report_record import TEACHERS, Record, read_record
+from bench.report_record import Record, read_record
+from reflux.trainer.studies.results import TEACHERS
 
 ANSWERS_OF_FLOAT32 = "2026-11-30_language_past_float32_teachers.json"
 

@@ -6,6 +6,7 @@ import statistics
 
 import pytest
 
+from bench.language_tables import PAST, STUDENTS
 from bench.records import FOLDER
 from bench.report_record import Block, Record, read_record
 from bench.tables import ATTACKS, RECORD
@@ -66,8 +67,8 @@ def test_two_runs_of_one_seed_are_no_number():
 
 def test_holm_counts_the_attacks_that_are_judged_and_no_others(record):
     alone, all_of_them = record.judge(["answers_only"]), record.judge(ATTACKS)
-    assert alone["answers_only"].word == all_of_them["answers_only"].word == "succeeded"
-    assert alone["answers_only"].p < all_of_them["answers_only"].p <= 0.05
+    assert alone["answers_only"].verdict == all_of_them["answers_only"].verdict == "succeeded"
+    assert alone["answers_only"].p_family < all_of_them["answers_only"].p_family <= 0.05
     assert record.judge(["no such attack"]) == {}
 
 
@@ -77,3 +78,16 @@ def test_a_block_reads_its_records_in_the_order_of_its_arguments():
     assert len(names) > 1 and block.compute() == [
         json.loads((FOLDER / name).read_text())["command"] for name in names
     ]
+
+
+def test_what_the_report_gave_no_distillability_has_none():
+    """No student of these gained from the original, item by item."""
+    past = read_record(PAST)
+    assert all(past.attack(a, "undistillable").score is None for a in STUDENTS)
+
+
+def test_two_seeds_have_no_verdict_and_no_p():
+    report = read_record(PAST).report
+    runs = [r for r in report["runs"] if r["seed"] in ("321", "322")]
+    found = Record({"report": report | {"runs": runs}}).judge(STUDENTS).values()
+    assert found and all(o.verdict == "inconclusive" and math.isnan(o.p_family) for o in found)

@@ -15,11 +15,15 @@ from view_cases import aligned, encoded
 from reflux.tokenalign.byte_table import CONTROL, TEXT, ByteTable
 from reflux.tokenalign.offsets import side
 from reflux.tokenalign.spans import align_spans
-from reflux.tokenalign.view import Marks, char_width, columns, text_width, to_terminal, visible
+from reflux.tokenalign.view import Marks, char_width, columns, to_terminal, visible
 
 
 def uncolored(text):
     return re.sub("\x1b\\[[0-9;]*m", "", text)
+
+
+def columns_of(line):
+    return sum(map(char_width, line))
 
 
 def drawn_of(*texts, **options):
@@ -160,7 +164,7 @@ def test_lines_fit_and_hold_everything_and_color_changes_no_letter(text, width, 
     )
     assert uncolored(colored) == plain and colored != plain
     lines = plain.splitlines()
-    assert all(text_width(line) <= width for line in lines if line[:2] in ("A ", "B ", "  "))
+    assert all(columns_of(line) <= width for line in lines if line[:2] in ("A ", "B ", "  "))
     for name, one in (("A ", a), ("B ", b)):
         got = "".join(line[2:] for line in lines if line.startswith(name))
         want = "".join(text for i in one.ids for _, text in visible(one.table.pieces[i]))
@@ -276,6 +280,6 @@ def test_the_figures_of_the_documentation_are_current():
 
 def test_a_span_wider_than_the_line_is_broken_by_columns_not_characters():
     lines = drawn(["你".encode() * 10], ["你".encode() * 10], width=20)
-    assert [text_width(line) for line in lines if line[0] == "A"] == [14, 10] and lines[
+    assert [columns_of(line) for line in lines if line[0] == "A"] == [14, 10] and lines[
         3
     ].startswith("  ⋯")

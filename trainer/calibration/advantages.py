@@ -21,6 +21,7 @@ import numpy as np
 
 from reflux.tokenalign.credit import (
     following_span,
+    mean_at,
     prefix_to_go,
     reward_to_go,
     settled_spans,
@@ -218,9 +219,7 @@ def span_advantage(
     if not mine.scored or not others:
         return np.zeros(n)
     at_n = settled_spans(settled_n, following_span(mine.span, len(mine.span_value), n))
-    baseline_n = np.mean(
-        [span_to_go(s.span_value, s.stop)[np.minimum(at_n, len(s.span_value))] for s in others], 0
-    )
+    baseline_n = mean_at(at_n, [span_to_go(s.span_value, s.stop) for s in others])
     own_n = reward_to_go(mine.span_value, mine.span, settled=at_n, end=mine.stop, length=n)
     return own_n - baseline_n
 
@@ -235,8 +234,7 @@ def prefix_advantage(group: Sequence[CalibrationScore], g: int, n: int) -> np.nd
     others = [s for i, s in enumerate(group) if s.scored and i != g]
     if not group[g].scored or not others:
         return np.zeros(n)
-    to_go = [_prefix_to_go(s) for s in others]
-    baseline_n = np.mean([x[np.minimum(np.arange(n), len(x) - 1)] for x in to_go], 0)
+    baseline_n = mean_at(np.arange(n), [_prefix_to_go(s) for s in others])
     return np.broadcast_to(_prefix_to_go(group[g]), n) - baseline_n
 
 

@@ -56,11 +56,6 @@ def used_tasks(cfg: Config, *tables: Literal["data", "eval"]) -> list[TaskSectio
     return [grading[name] for name in dict.fromkeys(names)]
 
 
-def ranks_of_a_row(cfg: Config) -> int:
-    """How many ranks hold the same rows: the degree of tensor parallelism."""
-    return int(cfg.titan.get("parallelism", {}).get("tensor_parallel_degree", 1))
-
-
 def input_name(table: str, part: str) -> str:
     """Of a source among the inputs of a run."""
     return f"{table}.{part}" if part else table

@@ -294,13 +294,8 @@ def check_distill(cfg: Config) -> None:
         )
 
 
-def check_cache(cfg: Config) -> None:
-    check_prompts(cfg)
-    check_no_gates(cfg)
-    check_no_defence(cfg)
-
-
-def check_diagnose(cfg: Config) -> None:
+def check_measuring(cfg: Config) -> None:
+    """Of a phase that reads models over prompts and trains none."""
     check_prompts(cfg)
     check_no_gates(cfg)
     check_no_defence(cfg)

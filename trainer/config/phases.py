@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .fit import nearest
 from .phase_checks import (
-    check_cache,
     check_calibrate,
     check_common,
-    check_diagnose,
     check_distill,
     check_evaluate,
+    check_measuring,
     check_prompts,
 )
 from .roles import (
@@ -123,7 +122,7 @@ PHASES: dict[str, PhaseSpec] = {
         "reflux.trainer.diagnosis.phase:DiagnosePhase",
         model_role="student",
         grades=diagnose_grades,
-        check=check_diagnose,
+        check=check_measuring,
         frozen_roles=diagnose_roles,
         pair=diagnose_pair,
     ),
@@ -132,7 +131,7 @@ PHASES: dict[str, PhaseSpec] = {
         model_role="teacher",
         samples=cache_samples,
         given=cache_given,
-        check=check_cache,
+        check=check_measuring,
     ),
     "evaluate": PhaseSpec(
         "reflux.trainer.evaluation.phase:EvaluatePhase", data_section="eval", check=check_evaluate

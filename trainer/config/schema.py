@@ -118,6 +118,11 @@ class Config:
         return spec_of(self.phase).trains
 
     @property
+    def ranks_of_a_row(self) -> int:
+        """How many ranks hold the same rows: the degree of tensor parallelism."""
+        return int(self.titan.get("parallelism", {}).get("tensor_parallel_degree", 1))
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether the run loads a teacher; SFT on a data set does not."""
         return any(role.section == "teacher" for role in spec_of(self.phase).frozen_roles(self))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from reflux.trainer.config.parts import ranks_of_a_row, tasks
+from reflux.trainer.config.parts import tasks
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import TaskSection
 
@@ -53,7 +53,7 @@ def build_grader(cfg: Config, once_per_row: OncePerRow) -> "Grader":
     process. once_per_row: the engine's. ValueError as build_task.
     """
     grader = _grader_of_parts(cfg)
-    return SharedGrader(grader, once_per_row) if ranks_of_a_row(cfg) > 1 else grader
+    return SharedGrader(grader, once_per_row) if cfg.ranks_of_a_row > 1 else grader
 
 
 def _grader_of_parts(cfg: Config) -> "Grader":

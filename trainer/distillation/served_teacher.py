@@ -29,8 +29,7 @@ from reflux.trainer.rollouts.engine_texts import (
     ScoreRequest,
     TextRequest,
 )
-from reflux.trainer.rollouts.samplers import EngineSampler
-from reflux.trainer.runs.progress import ignore
+from reflux.trainer.rollouts.samplers import EngineSampler, Source
 
 from .absent_teacher import AbsentTeacher
 
@@ -38,7 +37,7 @@ LOADED = "folder"  # the version of a server to which nobody has pushed
 
 
 @dataclass(frozen=True, eq=False)
-class TeacherTexts:
+class TeacherTexts(Source):
     """The servers as a source of texts; nobody pushes to them. Collective over the ranks that hold
     the same rows.
     """
@@ -51,11 +50,6 @@ class TeacherTexts:
         texts = self.engine.once_per_row(lambda: self.servers.texts(requests, LOADED))
         advance(sum(map(len, texts)))
         return texts
-
-    def start(self, requests: Sequence[TextRequest]):
-        """See Source: they are ready at once."""
-        texts = self.texts(requests, ignore)
-        return lambda: texts
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

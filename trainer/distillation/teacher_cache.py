@@ -22,6 +22,7 @@ import numpy as np
 
 from reflux.trainer.data.batch import Prompt, Rollout, TopKRows
 from reflux.trainer.data.chat import Chat
+from reflux.trainer.file_hash import file_sha256
 from reflux.trainer.runs.files import named, write_json
 
 from .row_codec import Encoded, Layout, decode_rows, encode_rows
@@ -138,11 +139,6 @@ def write_rows(path: Path, texts: Sequence[CachedText], layout: Layout) -> str:
     finally:
         partial.unlink(missing_ok=True)
     return digest
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _schema(pa: Any) -> Any:

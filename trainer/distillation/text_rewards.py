@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from reflux.tokenalign.credit import before_each, prefix_to_go
+from reflux.tokenalign.credit import before_each, mean_at, prefix_to_go
 from reflux.trainer.data.batch import Rollout
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.phase import TextScore
@@ -48,7 +48,5 @@ def less_the_others(to_go: Sequence[np.ndarray], group: Sequence[int]) -> list[n
     out = []
     for i, mine in enumerate(to_go):
         others = [x for j, x in enumerate(to_go) if j != i and group[j] == group[i] and len(x) > 0]
-        at_n = np.arange(len(mine))
-        baseline = [x[np.minimum(at_n, len(x) - 1)] for x in others]
-        out.append(mine - np.mean(baseline, 0) if baseline else mine)
+        out.append(mine - mean_at(np.arange(len(mine)), others) if others else mine)
     return out

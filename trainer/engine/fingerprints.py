@@ -10,7 +10,6 @@ and its hash.
 """
 
 import contextlib
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -33,6 +32,7 @@ from reflux.trainer.config.phases import roles
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.sources import source_files
 from reflux.trainer.data.tokenizer_files import COPIED
+from reflux.trainer.file_hash import file_sha256
 
 from .agreement import agreed
 from .weight_files import INDEX, weight_files
@@ -265,12 +265,7 @@ def _hashed(files: Sequence[str]) -> dict[str, str]:
 
 def _hash_files(files: Sequence[str]) -> dict[str, str]:
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        return dict(zip(files, pool.map(_sha256, files)))
-
-
-def _sha256(file: str) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+        return dict(zip(files, pool.map(file_sha256, files)))
 
 
 def data_input(source: str | Sequence[str]) -> Input:

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from reflux.trainer.file_hash import file_sha256
+
 NAME = "manifest.json"
 FORMAT = 1
 
@@ -111,8 +113,7 @@ def wrong_contents(folder: Path, manifest: Manifest, names: Iterable[str]) -> li
     found = []
     for name in names:
         try:
-            with open(folder / name, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = file_sha256(folder / name)
         except OSError as error:
             found.append(f"{name} cannot be read: {error.strerror}")
             continue

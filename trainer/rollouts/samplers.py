@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from reflux.trainer.config.parts import ranks_of_a_row
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
@@ -30,8 +29,11 @@ class Source(Protocol):
     """An engine with weights of its own."""
 
     def start(self, requests: Sequence[TextRequest]) -> Callable[[], list[list[SampledText]]]:
-        """Asks for texts as `texts` does, and returns what waits for them. Collective."""
-        ...
+        """Asks for texts as `texts` does, and returns what waits for them; unless overridden, they
+        are there at once. Collective.
+        """
+        texts = self.texts(requests, ignore)
+        return lambda: texts
 
     def texts(self, requests: Sequence[TextRequest], advance: Advance) -> list[list[SampledText]]:
         """[requests][n] texts of the present weights, which are handed over first if they have
@@ -102,7 +104,7 @@ class EngineSampler:
         ]
 
 
-class VllmSource:
+class VllmSource(Source):
     """vLLM in this process, one engine per rank or per group of rollout.tensor_parallel ranks.
 
     With several ranks of one engine, each of them asks for the texts of all, for all have to do the
@@ -139,11 +141,6 @@ class VllmSource:
         advance(sum(map(len, texts)))
         return texts
 
-    def start(self, requests: Sequence[TextRequest]) -> Callable[[], list[list[SampledText]]]:
-        """See Source: they are ready at once, for the device that trains samples them."""
-        texts = self.texts(requests, ignore)
-        return lambda: texts
-
     def _push(self) -> None:
         version = self.trainer.weights_version
         if version != self.version or self.engine.options.sleeps:
@@ -163,7 +160,7 @@ class VllmSource:
 def _peers(cfg: Config, engine: Engine) -> range:
     """The data-parallel ranks of this rank's engine."""
     size = cfg.rollout.tensor_parallel
-    trained = ranks_of_a_row(cfg)
+    trained = cfg.ranks_of_a_row
     if trained > 1 and size != trained:
         raise ValueError(
             f"rollout.tensor_parallel = {size} with parallelism.tensor_parallel_degree = "

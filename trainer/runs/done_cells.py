@@ -4,7 +4,6 @@ settings that it has there now, from the files that earlier cells have left ther
 Numbers of other settings under a cell's present name would be wrong without a word.
 """
 
-import hashlib
 import json
 import os
 import shlex
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reflux.trainer.config.loader import as_table, load
+from reflux.trainer.file_hash import file_sha256
 
 from .hub import is_hub_id
 from .run_folder import NO_RESULT, differences, seq_len
@@ -111,5 +111,4 @@ def _digest(file: str, known: Mapping[str, Sequence[Any]]) -> str:
     stat = os.stat(file)
     if known.get(file, [None])[:-1] == [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]:
         return known[file][-1]
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return file_sha256(file)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,11 @@ def to_json(x: Any) -> Any:
 def write_json(path: Path, x: Any) -> None:
     """`to_json(x)`, the file whole."""
     write_whole(path, json.dumps(to_json(x), indent=1, allow_nan=False) + "\n")
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """JSON lines, the file whole."""
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

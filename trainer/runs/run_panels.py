@@ -34,10 +34,6 @@ class Panel:
     parts: list[str] = field(default_factory=list)  # what else the panel says
 
 
-def _always(words: str) -> Why:
-    return lambda cfg: words
-
-
 def _no_step(cfg: Table) -> str:
     return "no step is finished yet"
 

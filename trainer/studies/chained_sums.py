@@ -22,11 +22,12 @@ none of these). Everything follows from the seed.
 
 import argparse
 import hashlib
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from reflux.trainer.runs.files import write_rows
 
 WORDS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
@@ -111,7 +112,7 @@ def write_data(out: Path, seed: int, sizes: Mapping[str, int] = SIZES) -> None:
         drawn = questions(rng, size, held_out=name == "heldout")
         rows = [row for s in drawn for row in _rows(s, _styles(name, rng))]
         rng.shuffle(rows)
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(out / f"{name}.jsonl", rows)
 
 
 def _styles(name: str, rng: random.Random) -> Sequence[str]:

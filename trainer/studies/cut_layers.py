@@ -13,7 +13,6 @@ again.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reflux.trainer.data.tokenizer_files import read_template, write_template
+from reflux.trainer.file_hash import file_sha256
 from reflux.trainer.runs.files import to_json, write_json
 
 if TYPE_CHECKING:
@@ -104,9 +104,9 @@ def _describe(source: Path, layers: Sequence[int], template: Path | None) -> Cut
     if layers:
         cut_config(json.loads(config.read_text()), layers)
     return Cut(
-        source_sha256=_sha256(weights),
+        source_sha256=file_sha256(weights),
         layers=tuple(layers),
-        template_sha256="" if template is None else _sha256(template),
+        template_sha256="" if template is None else file_sha256(template),
         parameters=_count(weights, layers),
     )
 
@@ -143,11 +143,6 @@ def _count(weights: Path, layers: Sequence[int]) -> int:
                     size *= side
                 total += size
     return total
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def main(arguments: list[str] | None = None) -> int:

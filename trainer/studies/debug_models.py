@@ -12,9 +12,10 @@ import argparse
 import json
 import os
 import random
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from reflux.trainer.runs.files import write_rows
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -148,7 +149,7 @@ def write_models(folder: Path) -> Path:
     """Every model of MODELS in a folder of its name, and text.jsonl. Returns `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = sentences(600)
-    _write_rows(folder / "text.jsonl", [{"text": text} for text in texts])
+    write_rows(folder / "text.jsonl", [{"text": text} for text in texts])
     large, small = (train_tokenizer(texts, size) for size in (LARGE_VOCAB, SMALL_VOCAB))
     for seed, (name, (model_type, config)) in enumerate(MODELS.items()):
         save_model(folder / name, model_type, seed, **config)
@@ -172,12 +173,8 @@ def write_prompts(folder: Path) -> None:
         for i in range(4)
         for vowel in "aeiou"
     ]
-    _write_rows(folder / "vowels.jsonl", vowels)
-    _write_rows(folder / "vowel_choices.jsonl", choices)
-
-
-def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "vowels.jsonl", vowels)
+    write_rows(folder / "vowel_choices.jsonl", choices)
 
 
 def is_even(prompt: "Prompt", text: str) -> bool:

@@ -26,11 +26,12 @@ The verbs are split by their root (write and rewrite stay together), whatever th
 
 import argparse
 import hashlib
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from reflux.trainer.runs.files import write_rows
 
 IRREGULAR = (
     "arise arose awake awoke bear bore become became begin began bend bent bind bound bite bit "
@@ -167,7 +168,7 @@ def write_data(
         drawn = draw(name, size, rng)
         rows = [row for s in drawn for row in _rows(s, _styles(name, rng, start_inflected))]
         rng.shuffle(rows)
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(out / f"{name}.jsonl", rows)
 
 
 def _styles(name: str, rng: random.Random, start_inflected: float) -> Sequence[str]:

@@ -15,7 +15,6 @@ and spells them (ByteTable), the model predicts plain English.
 """
 
 import argparse
-import hashlib
 import importlib
 import importlib.util
 import json
@@ -28,6 +27,7 @@ from typing import Any
 
 from reflux.tokenalign.byte_table import PROBES, encode_text
 from reflux.trainer.data.chat import Chat
+from reflux.trainer.file_hash import file_sha256
 from reflux.trainer.runs import commands
 from reflux.trainer.runs.files import to_json, write_json
 
@@ -134,8 +134,7 @@ def find_gguf(source: GgufSource, scratch: Path) -> Path:
         path = Path(assemble(scratch / source.file, overwrite=True))
     else:
         path = _package_folder(source.module) / source.file
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = file_sha256(path)
     if sha256 != source.sha256:
         install = ("install", "--no-deps", "--force-reinstall", *source.packages)
         raise ValueError(

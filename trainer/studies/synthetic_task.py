@@ -31,13 +31,14 @@ import argparse
 import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reflux.trainer.data.batch import Prompt
 from reflux.trainer.data.graders import Grade
+from reflux.trainer.runs.files import write_rows
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -175,16 +176,12 @@ def write_data(out: Path, seed: int, notes: bool = False) -> list[str]:
         worked = name in ("train", "start")
         held_out = name == "heldout"
         rows = list(questions(rng, size, held_out=held_out, worked=worked, notes=notes and worked))
-        _write_rows(out / f"{name}.jsonl", rows)
+        write_rows(out / f"{name}.jsonl", rows)
         if name == "start":
             texts = [row["prompt"] + row["response"] for row in rows]
-    _write_rows(out / "choices.jsonl", choices(seed))
-    _write_rows(out / "paraphrases.jsonl", paraphrases(seed))
+    write_rows(out / "choices.jsonl", choices(seed))
+    write_rows(out / "paraphrases.jsonl", paraphrases(seed))
     return texts
-
-
-def _write_rows(path: Path, rows: Iterable[Mapping[str, str | list[str]]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def paraphrases(seed: int) -> Iterator[dict[str, str]]:

@@ -29,7 +29,6 @@ train.jsonl and start.jsonl (with worked answers), prompts.jsonl (questions alon
 """
 
 import argparse
-import json
 import random
 import re
 from collections.abc import Iterator
@@ -37,6 +36,7 @@ from pathlib import Path
 
 from reflux.trainer.data.batch import Prompt
 from reflux.trainer.data.graders import Grade
+from reflux.trainer.runs.files import write_rows
 
 from .synthetic_task import SHIFT, WORDINGS, Architecture, train_tokenizer, write_model
 
@@ -190,7 +190,7 @@ def write_data(out: Path, seed: int) -> list[str]:
         rng = random.Random(f"{seed}/{name}")
         worked, held_out = name in ("train", "start"), name == "heldout"
         rows = list(questions(rng, size, held_out=held_out, worked=worked))
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(out / f"{name}.jsonl", rows)
         if name == "start":
             texts = [row["prompt"] + row["response"] for row in rows]
     return texts

@@ -43,6 +43,7 @@ MIN_FOUND = 0.05  # A5: of texts with an answer; with fewer, accuracy among them
 MAX_SPIKE = 10.0  # A5: a gradient norm late in a run / the median there
 FAMILY = 0.05  # Holm's error rate over all attacks
 CHECKPOINTS: tuple[Checkpoint, ...] = ("last", "best")
+EXTREMES = {"undistillable": ("largest", max), "distillable": ("smallest", min)}  # is its worst
 A1_WORDS = {"holds": "yes", "violated": "no", "inconclusive": "inconclusive"}
 PRESERVED = {"holds": "preserved", "violated": "NOT preserved", "inconclusive": "INCONCLUSIVE"}
 SHARED = (
@@ -109,24 +110,34 @@ class AttackOutcome:
 
 def attack_outcomes(students: Students) -> list[AttackOutcome]:
     """Of the attacks on the undistillable teacher; those that the best checkpoint decided last."""
-    checks = {c: check_rule(students, "undistillable", c) for c in CHECKPOINTS}
-    outcomes = []
-    for attack in checks["last"].changes:
-        rules = {c: check.rules[attack] for c, check in checks.items() if attack in check.rules}
-        rule = worst(*rules.values())
-        verdicts: dict[Rule, Verdict] = {"holds": "failed", "violated": "succeeded"}
-        decided: Checkpoint = "best" if rules["last"] != rule else "last"
-        change = students[attack]["undistillable"].change
-        assert change is not None  # check_rule has seen it
-        p = max((_p(change, c) for c in CHECKPOINTS), key=lambda x: (math.isnan(x), x))
-        outcomes.append(AttackOutcome(attack, verdicts.get(rule, "inconclusive"), decided, p))
-    family = holm([o.p for o in outcomes])
-    outcomes = [replace(o, p_family=p) for o, p in zip(outcomes, family)]
+    rows = ((a, row["undistillable"]) for a, row in students.items() if "undistillable" in row)
+    changes = {a: s.change for a, s in rows if s.change is not None and s.change.sampled.n}
+    outcomes = adjust_for_family([_judge_change(a, change) for a, change in changes.items()])
     return sorted(outcomes, key=lambda o: o.checkpoint == "best")
 
 
-def _p(change: Change, checkpoint: Checkpoint) -> float:
-    return change.p(checkpoint, MIN_LOSS) if enough_seeds(change.at(checkpoint)) else math.nan
+def _judge_change(attack: str, change: Change) -> AttackOutcome:
+    at = {c: change.at(c) for c in CHECKPOINTS}
+    return judge_attack(attack, at, {c: change.p(c, MIN_LOSS) for c in CHECKPOINTS})
+
+
+def judge_attack(
+    attack: str, changes: Mapping[Checkpoint, Estimate], ps: Mapping[Checkpoint, float]
+) -> AttackOutcome:
+    """By what it changes at both checkpoints. ps: of "its students keep just half"."""
+    rules = {c: at_most(e, MIN_LOSS) for c, e in changes.items() if e.n}
+    rule = worst(*rules.values())
+    verdicts: dict[Rule, Verdict] = {"holds": "failed", "violated": "succeeded"}
+    decided: Checkpoint = "best" if rules["last"] != rule else "last"
+    known = [p if enough_seeds(changes[c]) else math.nan for c, p in ps.items()]
+    p = max(known, key=lambda x: (math.isnan(x), x))
+    return AttackOutcome(attack, verdicts.get(rule, "inconclusive"), decided, p)
+
+
+def adjust_for_family(outcomes: Sequence[AttackOutcome]) -> list[AttackOutcome]:
+    """By Holm, over these attacks."""
+    family = holm([o.p for o in outcomes])
+    return [replace(o, p_family=p) for o, p in zip(outcomes, family)]
 
 
 # --- one line for each rule
@@ -210,38 +221,35 @@ def _control_lines(students: Students) -> list[str]:
 
 @dataclass(frozen=True)
 class Headline:
-    """Distillability of a teacher over all attacks."""
+    """Distillability of a teacher over all attacks, at its worst and in the mean."""
 
-    attack: str  # whose students gained most (undistillable) or least (distillable)
+    teacher: str
+    word: str  # largest (undistillable), smallest (distillable)
+    attack: str  # whose students gained so much
     score: Estimate
     mean: MeanOverAttacks
     attacks: int
 
 
-def headline(students: Students, teacher: str) -> Headline | None:
-    """The largest distillability of an undistillable teacher, the smallest of a distillable one;
-    None without any.
-    """
-    scores = {
-        attack: s
-        for attack, row in students.items()
-        if teacher in row and (s := row[teacher].score) is not None
-    }
+def headline(teacher: str, scores: Mapping[str, Estimate]) -> Headline | None:
+    """scores: attack -> distillability of the teacher; None without any."""
     if not scores:
         return None
-    pick = min if teacher == "distillable" else max
+    word, pick = EXTREMES[teacher]
     attack = pick(scores, key=lambda a: scores[a].mean)
-    return Headline(attack, scores[attack], mean_over_attacks(scores), len(scores))
+    mean = mean_over_attacks(scores)
+    return Headline(teacher, word, attack, scores[attack], mean, len(scores))
 
 
 def headline_lines(students: Students) -> list[str]:
     """Distillability at its worst, beside its mean."""
     lines = []
-    for teacher, word in (("undistillable", "largest"), ("distillable", "smallest")):
-        if h := headline(students, teacher):
+    for teacher in EXTREMES:
+        rows = ((a, row[teacher].score) for a, row in students.items() if teacher in row)
+        if h := headline(teacher, {a: s for a, s in rows if s is not None}):
             bounds = "" if has_bounds(h.score) else ", no bounded interval"
             lines.append(
-                f"headline: {word} distillability of the {teacher} teacher over {h.attacks} "
+                f"headline: {h.word} distillability of the {teacher} teacher over {h.attacks} "
                 f"attacks (1 = what the original gives): {with_interval(h.score, '{:.2f}')} "
                 f"({h.attack}; n = {h.score.n} seeds{bounds}), {_mean_words(h.mean)}"
             )

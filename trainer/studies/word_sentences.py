@@ -27,7 +27,6 @@ A sentence belongs to one file, whatever the seed; the words that are asked for 
 
 import argparse
 import hashlib
-import json
 import random
 import re
 from collections import Counter, defaultdict
@@ -35,6 +34,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from reflux.trainer.runs.files import write_rows
 
 PARTS_OF_SPEECH = ("verb", "noun", "adj", "adv")
 EXAMPLE = re.compile(r'"([^"]+)"')  # in a gloss
@@ -215,7 +216,7 @@ def _write(path: Path, rows: Iterable[Mapping[str, Any]], size: int | None) -> i
     kept = [row for row, _ in zip(rows, range(size))] if size is not None else list(rows)
     if size is not None and len(kept) < size:
         raise ValueError(f"{path.name}: {len(kept)} rows in WordNet; want {size}")
-    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    write_rows(path, kept)
     return len(kept)
 
 

@@ -113,8 +113,8 @@ def aged(monkeypatch) -> None:
 
 def counted(monkeypatch) -> list[str]:
     """The files that are hashed from now on."""
-    read, real = [], module._sha256
-    monkeypatch.setattr(module, "_sha256", lambda file: (read.append(file), real(file))[1])
+    read, real = [], module.file_sha256
+    monkeypatch.setattr(module, "file_sha256", lambda file: (read.append(file), real(file))[1])
     return read
 
 
@@ -185,8 +185,8 @@ def test_random_weights_are_no_input_and_a_copy_of_the_model_is_no_other(cfg, ta
 
 def hash_on_ranks(cfg) -> tuple[dict, int]:
     read = []
-    real = module._sha256
-    module._sha256 = lambda file: (read.append(file), real(file))[1]
+    real = module.file_sha256
+    module.file_sha256 = lambda file: (read.append(file), real(file))[1]
     found = fingerprints(cfg)
     dist.barrier()
     return found, len(read)
