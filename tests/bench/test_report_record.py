@@ -8,8 +8,9 @@ import pytest
 
 from bench.language_tables import PAST, STUDENTS
 from bench.records import FOLDER
-from bench.report_record import Block, Record, read_record
+from bench.report_record import Block, Record, Verdict, read_record
 from bench.tables import ATTACKS, RECORD
+from reflux.trainer.runs.stats import ratio_p, relative_over_seeds
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,39 @@ def test_holm_counts_the_attacks_that_are_judged_and_no_others(record):
     assert alone["answers_only"].verdict == all_of_them["answers_only"].verdict == "succeeded"
     assert alone["answers_only"].p_family < all_of_them["answers_only"].p_family <= 0.05
     assert record.judge(["no such attack"]) == {}
+
+
+LOW, WIDE, HIGH = [0.10, 0.11, 0.12], [0.10, 0.14, 0.45], [0.50, 0.52, 0.51]
+ORIGINAL = [0.60, 0.62, 0.61]
+
+
+def students_of(attack, teacher, last, best):
+    labels = {"role": "student", "attack": attack, "teacher": teacher, "at_start": 0.0}
+    pairs = enumerate(zip(last, best))
+    return [labels | {"seed": str(s), "sampled": a, "best": b} for s, (a, b) in pairs]
+
+
+@pytest.mark.parametrize(
+    "last, best, word",
+    [
+        (LOW, LOW, "failed"),
+        (LOW, WIDE, "inconclusive"),
+        (LOW, HIGH, "succeeded"),
+        (WIDE, LOW, "inconclusive"),
+        (WIDE, HIGH, "succeeded"),
+        (HIGH, HIGH, "succeeded"),
+    ],
+)
+def test_an_attack_is_judged_by_the_worse_of_both_checkpoints(last, best, word):
+    """p is the larger of both."""
+    rows = students_of("kd", "original", ORIGINAL, ORIGINAL)
+    rows += students_of("kd", "undistillable", last, best)
+    record = Record({"report": {"runs": rows}})
+    attack = record.attack("kd", "undistillable")
+    assert attack.change == relative_over_seeds(last, ORIGINAL)
+    assert attack.best == relative_over_seeds(best, ORIGINAL)
+    p = max(ratio_p(x, ORIGINAL, 0.5) for x in (last, best))
+    assert (attack.p, record.judge(["kd"])) == (p, {"kd": Verdict(word, p)})
 
 
 def test_a_block_reads_its_records_in_the_order_of_its_arguments():

@@ -62,6 +62,9 @@ def test_paired_differences_use_the_pairing():
     after[:20:2] = 1.0
     e = paired_difference(after, before)
     assert e.mean == pytest.approx(10 / 400) and e.low > 0
+    by_hand = paired_difference([2.0, 3.0, 4.0], [1.0, 1.0, 1.0])
+    half = 1.959964 / math.sqrt(3)  # of a standard normal
+    assert by_hand == pytest.approx((2.0, 1.0, 2.0 - half, 2.0 + half, 3), rel=1e-4)
     with pytest.raises(ValueError, match="same items"):
         paired_difference([1.0], [1.0, 0.0])
 
@@ -95,6 +98,8 @@ def test_a_change_over_several_seeds_may_be_zero():
     """One seed has no interval, so nothing is excluded."""
     assert may_be_zero(over_seeds([0.1, -0.1, 0.05])) and may_be_zero(over_seeds([0.1]))
     assert not may_be_zero(over_seeds([0.1, 0.11, 0.12]))
+    assert may_be_zero(over_seeds([0.0, 0.0, 0.0])) and may_be_zero(over_seeds([-0.1]))
+    assert not may_be_zero(over_seeds([-0.1, -0.11, -0.12]))
 
 
 def test_a_bootstrap_without_anything_to_draw():
@@ -130,6 +135,10 @@ def test_sign_flips_are_drawn_where_they_are_many():
         sign_flip_p([]) == sign_flip_p([0.0] * 99) == 1.0
         and sign_flip_p([0.0] * 99 + [1.0] * 3) == 0.25
     )
+    tenths = [0.4, -1.1, 1.4, 0.6, -0.7, -0.4]  # sums that rounding sets apart
+    assert sign_flip_p(tenths) == sign_flip_p([round(10 * x) for x in tenths])
+    thirteen = [1.0] * 10 + [-1.0] * 3
+    assert sign_flip_p(thirteen) == 2 * sum(math.comb(13, k) for k in range(4)) / 2**13
     fourteen = [1.0] * 11 + [-1.0] * 3  # |sum| >= 8: at most 3 of one sign
     exact = 2 * sum(math.comb(14, k) for k in range(4)) / 2**14
     assert sign_flip_p(fourteen) == pytest.approx(exact, abs=0.006)
@@ -182,6 +191,7 @@ def test_a_ratio_whose_bottom_may_be_nothing_has_no_bounds():
     assert ratio_over_seeds([0.1], [0.2]).mean == 0.5 and math.isnan(ratio_over_seeds([1], [2]).low)
     assert ratio_over_seeds([1.0, 2.0], [0.0, 0.0]).n == ratio_over_seeds([], []).n == 0
     assert math.isnan(ratio_p([1.0], [2.0], 0.5))
+    assert ratio_p([0.25] * 3, [0.5] * 3, 0.5) == 1.0 and ratio_p([0.25] * 3, [0.5] * 3, 0.4) == 0.0
     with pytest.raises(ValueError, match="the same seeds in the same order"):
         ratio_over_seeds([1.0], [1.0, 2.0])
 
@@ -192,6 +202,8 @@ def test_no_relative_interval_below_minus_all():
     assert ratio_over_seeds(after, before).low < 0
     e = relative_over_seeds(after, before)
     assert e.low == -1.0 and e.mean == pytest.approx(0.1 / 0.67 - 1) and e.high > e.mean
+    alike = ratio_over_seeds([0.81] * 3, [0.32] * 3)  # rounding puts both bounds above the ratio
+    assert alike.low <= alike.mean <= alike.high
 
 
 def test_intervals_over_runs_cover_the_truth_and_items_do_not():
@@ -213,6 +225,41 @@ def test_intervals_over_runs_cover_the_truth_and_items_do_not():
                 hits["pooled"].append(pooled.low <= 0.5 <= pooled.high)
     assert 0.9 <= np.mean(hits["t"]) and 0.8 <= np.mean(hits["bootstrap"])
     assert np.mean(hits["pooled"]) < 0.75
+
+
+@pytest.mark.parametrize(
+    "between, within", [(0.0, 0.5), (0.1, 0.0), (0.1, 0.5)], ids=["items", "seeds", "both"]
+)
+def test_from_ten_seeds_on_seeds_and_their_items_are_drawn(between, within):
+    """12 seeds of 50 items against a bottom of ones: seeds spread around 0.5 by `between`, items
+    around their seed by `within`. A drawn mean has the variance of both, anew in every draw.
+    """
+    seeds, items, sign = 12, 50, np.array([1.0, -1.0])
+    top = {
+        s: 0.5 + between * sign[s % 2] + within * np.tile(sign, items // 2) for s in range(seeds)
+    }
+    e = ratio_over_runs(top, dict.fromkeys(top, np.ones(items)))
+    error = math.sqrt(between**2 / seeds + within**2 / (seeds * items))
+    assert e.mean == pytest.approx(0.5) and e.n == seeds
+    assert e.std == pytest.approx(error, rel=0.06)
+    assert (e.low, e.high) == pytest.approx((0.5 - 1.96 * error, 0.5 + 1.96 * error), rel=0.02)
+
+
+def test_both_sides_of_a_ratio_over_runs_draw_the_same_items():
+    """Each seed's top is half of its bottom, item by item: however drawn, that is the ratio."""
+    g = np.random.default_rng(0)
+    bottom = {s: g.random(30) for s in range(10)}
+    e = ratio_over_runs({s: x / 2 for s, x in bottom.items()}, bottom)
+    assert e[:1] + e[2:4] == pytest.approx((0.5, 0.5, 0.5)) and e.std < 1e-12
+
+
+def test_a_ratio_over_fewer_than_ten_seeds_is_that_of_their_means():
+    g = np.random.default_rng(0)
+    for seeds in (1, 9, 10):
+        sides = [{s: g.random(30) for s in range(seeds)} for _ in range(2)]
+        means = [[x.mean() for x in side.values()] for side in sides]
+        same = ratio_over_runs(*sides) == pytest.approx(ratio_over_seeds(*means), nan_ok=True)
+        assert same == (seeds < 10)
 
 
 def test_holms_family():
@@ -237,4 +284,11 @@ def test_a_statistic_that_draws_cannot_compute_has_no_interval():
         return math.nan if 0 not in drawn else float(np.mean(drawn))
 
     assert math.isnan(bootstrap(often_undefined, range(8)).low)  # (7/8)^8 = 34 % without 0
+
+    def without(some):
+        """A mean over draws of 8 that is undefined in ((8 - some) / 8)^8 of them."""
+        return bootstrap(lambda drawn: 1.0 if min(drawn) < some else math.nan, range(8))
+
+    assert math.isnan(without(2).low)  # 10 %
+    assert without(3).low == 1.0  # 2.3 %
     assert math.isfinite(bootstrap(lambda drawn: float(np.mean(drawn)), range(8)).low)

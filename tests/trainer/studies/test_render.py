@@ -73,6 +73,29 @@ def test_numbers_of_the_tables(report):
     assert "![Curves](curves.png)" in text
 
 
+def test_the_headline_of_several_attacks_and_what_they_share_are_printed(tmp_path, monkeypatch):
+    """Of the original 0.5 from 0.1: 0.25, 0.75 and 0.5 of it; and 1.25, 2 and 1.5."""
+    monkeypatch.setattr("reflux.trainer.studies.attack_report.draw_figures", lambda *_: {})
+    write_matrix(tmp_path, {"original": 0.5, "distillable": 0.6, "undistillable": 0.2}, start=0.1)
+    scores = {"most": (0.9, 0.4), "between": (0.7, 0.3)}
+    runs = [
+        ({"role": "student", "teacher": t, "attack": a, "start": "student"}, accuracy)
+        for a, (high, low) in scores.items()
+        for t, accuracy in (("original", 0.5), ("distillable", high), ("undistillable", low))
+    ]
+    add_runs(tmp_path, runs)
+    plain, rules = render(build_report(tmp_path)).split("\n## ")[1:3]
+    for line in (
+        "largest distillability of the undistillable teacher over 3 attacks (1 = what the original "
+        "gives): 0.75 [0.75, 0.75] (most; n = 2 seeds), mean over 3 attacks 0.50",
+        "smallest distillability of the distillable teacher over 3 attacks (1 = what the original "
+        "gives): 1.25 [1.25, 1.25] (kd; n = 2 seeds), mean over 3 attacks 1.58",
+    ):
+        assert f"Headline: {line}." in plain and f"- headline: {line}\n" in rules
+    shared = "so they are no independent confirmations of each other\n"
+    assert f"the attacks share teachers, student starts and prompts, {shared}" in rules
+
+
 def test_the_end_says_how_the_runs_were_made(report):
     head = json.loads(render(report).split("```")[1])
     assert head["code"] == {"commit": "c0ffee"} and head["versions"] == {"torch": "2"}

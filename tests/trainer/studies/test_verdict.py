@@ -11,6 +11,7 @@ from reflux.trainer.runs.stats import (
     Estimate,
     over_seeds,
     ratio_over_seeds,
+    ratio_p,
     relative_over_seeds,
     t_tail,
 )
@@ -29,11 +30,16 @@ from reflux.trainer.studies.verdict import (
     check_rule,
     collapse_lines,
     conclusion,
+    headline,
     headline_lines,
     verdict_lines,
     within_a1,
 )
 
+SHARED = (
+    "the attacks share teachers, student starts and prompts, so they are no independent "
+    "confirmations of each other"
+)
 PAID = {"original": 0.9, "distillable": 0.9, "undistillable": 0.8}  # teachers' accuracies
 
 
@@ -64,6 +70,11 @@ def student(last, best):
     )
 
 
+def rows_of(teacher, students):
+    """attack -> students of this teacher."""
+    return {attack: {teacher: s} for attack, s in students.items()}
+
+
 def test_an_attack_fails_only_by_the_whole_interval_of_both_checkpoints():
     low, wide, high = estimate(-0.8), estimate(-0.8, half=0.4), estimate(-0.2)
     changes = {
@@ -76,7 +87,7 @@ def test_an_attack_fails_only_by_the_whole_interval_of_both_checkpoints():
         "one seed": (over_seeds([-0.8]), over_seeds([-0.8])),
         "two seeds": (over_seeds([-0.8, -0.8]), over_seeds([-0.8, -0.8])),
     }
-    students = {a: {"undistillable": student(*c)} for a, c in changes.items()}
+    students = rows_of("undistillable", {a: student(*c) for a, c in changes.items()})
     assert attack_outcomes(students) == [
         AttackOutcome("by both", "failed"),
         AttackOutcome("late", "succeeded"),
@@ -89,13 +100,33 @@ def test_an_attack_fails_only_by_the_whole_interval_of_both_checkpoints():
     ]
 
 
-def with_pairs(after, before):
-    """A student with these accuracies by seed, at both checkpoints."""
-    seeds = tuple(map(str, range(len(after))))
-    pairs = SeedPairs(seeds, tuple(after), tuple(before))
-    change = relative_over_seeds(after, before)
-    made = student(change, change)
-    return replace(made, change=replace(made.change, pairs={"last": pairs, "best": pairs}))
+def with_pairs(after, before, best=None):
+    """A student with these accuracies by seed at its last checkpoint, and at its best one."""
+
+    def paired(values):
+        return SeedPairs(tuple(map(str, range(len(values)))), tuple(values), tuple(before))
+
+    best = after if best is None else best
+    made = student(*(relative_over_seeds(x, before[: len(x)]) for x in (after, best)))
+    pairs = {"last": paired(after), "best": paired(best)}
+    return replace(made, change=replace(made.change, pairs=pairs))
+
+
+def test_the_p_of_an_attack_is_the_larger_of_both_checkpoints():
+    """Whichever of them it is. A checkpoint with too few seeds for a verdict leaves none."""
+    before, clear, wide = [0.60, 0.62, 0.61], [0.10, 0.11, 0.12], [0.10, 0.14, 0.16]
+    least, most = (ratio_p(x, before, 0.5) for x in (clear, wide))
+    assert least < most / 4
+    students = {
+        "late": with_pairs(wide, before, best=clear),
+        "early": with_pairs(clear, before, best=wide),
+        "clear": with_pairs(clear, before),
+        "too few": with_pairs(clear, before, best=clear[:2]),
+    }
+    found = {o.attack: o.p for o in attack_outcomes(rows_of("undistillable", students))}
+    assert found == pytest.approx(
+        {"late": most, "early": most, "clear": least, "too few": math.nan}, nan_ok=True
+    )
 
 
 def test_what_fails_alone_need_not_fail_in_a_family():
@@ -118,7 +149,7 @@ def test_what_fails_alone_need_not_fail_in_a_family():
     )
     least, kept_p = outcomes[0].p_family, outcomes[-1].p_family
     assert f"0 of 8 failed, smallest adjusted p {least:.3f}" in line and kept_p <= 0.05
-    assert f"1 of 1 succeeded (kept), smallest adjusted p {kept_p:.3f}" in line
+    assert f"1 of 1 succeeded (kept), smallest adjusted p {kept_p:.3f}; {SHARED}" in line
 
 
 @pytest.mark.parametrize(
@@ -254,6 +285,47 @@ def test_a_gain_that_training_on_the_task_gives_too_is_seen(tmp_path):
     )
 
 
+def test_a_student_is_above_the_controls_by_the_whole_interval():
+    gaps = {
+        "above": over_seeds([0.1, 0.11, 0.12]),
+        "above in the mean": over_seeds([0.2, 0.1, -0.1]),
+        "below in the mean": over_seeds([-0.2, -0.1, 0.1]),
+        "below": over_seeds([-0.1, -0.11, -0.12]),
+        "the same": over_seeds([0.0, 0.0, 0.0]),
+        "two seeds": over_seeds([0.1, 0.1]),
+        "not run": None,
+    }
+    nothing = student(over_seeds([]), over_seeds([]))
+    students = {a: replace(nothing, over_control=gap) for a, gap in gaps.items()}
+    results = Results(teachers={}, students=rows_of("distillable", students), baselines={})
+    assert verdict_lines(results) == [
+        "above the student of the task-only teacher (eta = 0), whole interval: 1 of 6 attacks, "
+        "3 inconclusive; the control was not run for 1"
+    ]
+
+
+@pytest.mark.parametrize(
+    "spikes, which, largest",
+    [
+        ((3.0, 50.0, 7.0), "diverged under b", "50.0"),
+        ((11.0, 4.0, 12.0), "diverged under a, c", "12.0"),
+        ((3.0, 10.0, 2.0), "none diverged", "10.0"),
+        ((math.nan, 3.0, 2.0), "none diverged", "3.0"),
+    ],
+)
+def test_of_several_students_that_collapsed_the_largest_spike_is_told(spikes, which, largest):
+    """What did not collapse may have any."""
+    low, high = estimate(-0.8), estimate(-0.4)
+    students = {a: replace(student(low, low), late_spike=s) for a, s in zip("abc", spikes)}
+    students["d"] = replace(student(high, high), late_spike=99.0)
+    results = Results(teachers={}, students=rows_of("undistillable", students), baselines={})
+    (line,) = [x for x in verdict_lines(results) if x.startswith("training of")]
+    assert line.endswith(
+        f": {which} (largest gradient norm in the second half of a run {largest} times its median "
+        "there; limit 10)"
+    )
+
+
 def test_the_headline_is_the_worst_attack(tmp_path):
     write_matrix(tmp_path, {"original": 0.6, "distillable": 0.8, "undistillable": 0.1}, start=0.2)
     text = "\n".join(build_report(tmp_path).verdict)
@@ -269,6 +341,22 @@ def test_the_headline_is_the_worst_attack(tmp_path):
 
 def student_of(score):
     return replace(student(over_seeds([]), over_seeds([])), score=score)
+
+
+@pytest.mark.parametrize("order", [(0.4, 0.2, 0.7, 0.5), (0.7, 0.5, 0.2, 0.4)])
+def test_of_several_attacks_the_headline_is_the_one_that_the_teacher_does_worst_under(order):
+    """Most for who wants to give little, least for who wants to give more."""
+    scores = {f"gives {x}": over_seeds([x - 0.01, x, x + 0.01]) for x in order}
+    students = {a: {t: student_of(s) for t in PAID} for a, s in scores.items()}
+    for teacher, attack in (("undistillable", "gives 0.7"), ("distillable", "gives 0.2")):
+        found = headline(students, teacher)
+        assert (found.attack, found.score, found.attacks) == (attack, scores[attack], 4)
+        assert found.mean.value == pytest.approx(0.45)
+    undistillable, distillable = headline_lines(students)
+    assert "largest distillability of the undistillable teacher over 4" in undistillable
+    assert "0.70 [0.68, 0.72] (gives 0.7; n = 3 seeds), mean over 4 attacks 0.45" in undistillable
+    assert "smallest distillability of the distillable teacher over 4" in distillable
+    assert "0.20 [0.18, 0.22] (gives 0.2; n = 3 seeds), mean over 4 attacks 0.45" in distillable
 
 
 def test_the_mean_leaves_out_attacks_without_a_bounded_interval_and_names_them():
