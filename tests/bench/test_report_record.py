@@ -8,7 +8,7 @@ import pytest
 
 from bench.language_tables import PAST, STUDENTS
 from bench.records import FOLDER
-from bench.report_record import Block, Record, Verdict, read_record
+from bench.report_record import Block, Record, read_record
 from bench.tables import ATTACKS, RECORD
 from reflux.trainer.runs.stats import ratio_p, relative_over_seeds
 
@@ -103,7 +103,8 @@ def test_an_attack_is_judged_by_the_worse_of_both_checkpoints(last, best, word):
     assert attack.change == relative_over_seeds(last, ORIGINAL)
     assert attack.best == relative_over_seeds(best, ORIGINAL)
     p = max(ratio_p(x, ORIGINAL, 0.5) for x in (last, best))
-    assert (attack.p, record.judge(["kd"])) == (p, {"kd": Verdict(word, p)})
+    outcome = record.judge(["kd"])["kd"]
+    assert (outcome.verdict, outcome.p, outcome.p_family) == (word, p, p)
 
 
 def test_a_block_reads_its_records_in_the_order_of_its_arguments():
