@@ -23,7 +23,7 @@ from reflux.trainer.studies.eta_sweep import Column, sweep_figure
 from reflux.trainer.studies.figures import Bar, bars_figure, styles_figure
 from reflux.trainer.studies.results import TEACHERS
 
-from .language_figures import calibrations
+from .language_figures import calibrations, student_losses
 from .records import FOLDER as RECORDS
 from .records import ROOT
 from .report_record import estimate_of
@@ -41,6 +41,7 @@ QUICKSTART = (  # attacks of README's figure, the ones that make quickstart runs
     "deeper_student",
 )
 LANGUAGE = "2026-11-30_language_past_five_seeds.json"
+STUDENT_RUNS = "2026-11-30_language_past_float32_students.json"
 CALIBRATIONS = "2026-11-30_language_past_teachers_by_seed.json"
 LANGUAGE_ATTACKS = ("seq_kd", "kd_forward", "gkd_on_policy")  # all of one student's start
 ETA_COLUMNS = {  # title of a panel -> key of a point in the record
@@ -116,6 +117,7 @@ PICTURES: dict[str, Picture] = {
     "styles.png": Picture(REPORT, styles),
     "language_students.png": Picture(LANGUAGE, lambda record: students(record, LANGUAGE_ATTACKS)),
     "language_calibrations.png": Picture(CALIBRATIONS, calibrations),
+    "language_student_losses.png": Picture(STUDENT_RUNS, student_losses),
 }
 
 

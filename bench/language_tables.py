@@ -46,6 +46,7 @@ REPEATS = ("seq_kd", "again_1", "again_2")  # one attack by several seeds of the
 VARIANTS = {  # a column each
     "seq_kd_verified": "texts that a verifier accepts",
     "seq_kd_more": "four times the texts and steps",
+    "whole_student": "all 30 layers, by LoRA",
 }
 SHOWN_SEED = "321"
 SHOWN = (

@@ -33,12 +33,13 @@ def test_calibrations_are_drawn_by_seed_and_mode():
     assert named == ["distillable", "undistillable"]
 
 
-def test_losses_of_students_by_teacher():
+def test_losses_of_students_by_teacher_a_panel_an_attack():
     curve = [line(s, loss=1.0 / s) for s in (1, 2)]
-    names = ("seed-1/student-original-seq_kd", "seed-1/student-task_only-seq_kd")
-    (ax,) = student_losses({"runs": [{"run": n, "curve": curve} for n in names]}).axes
-    assert [x.get_color() for x in ax.lines] == [TEACHERS["original"], TEACHERS["task_only"]]
-    assert list(ax.lines[0].get_ydata()) == [1.0, 0.5]
+    names = ("original-seq_kd", "task_only-seq_kd", "original-whole_student")
+    runs = [{"run": f"seed-1/student-{n}", "curve": curve} for n in names]
+    first, second = student_losses({"runs": runs}).axes
+    assert [x.get_color() for x in first.lines] == [TEACHERS["original"], TEACHERS["task_only"]]
+    assert [list(x.get_ydata()) for x in (*first.lines, *second.lines)] == [[1.0, 0.5]] * 3
 
 
 def test_a_run_of_no_teacher_is_named():
