@@ -11,6 +11,7 @@ from reflux.tokenalign.credit import (
     before_each,
     credit,
     following_span,
+    mean_at,
     reward_to_go,
     span_to_go,
 )
@@ -194,3 +195,9 @@ def test_what_people_get_wrong():
 def test_before_each_is_the_sum_in_front(values):
     want = [sum(values[:k]) for k in range(len(values))]
     assert before_each(np.array(values, float)).tolist() == want
+
+
+def test_a_shorter_text_counts_with_its_last_value():
+    others = [np.array([1.0, 3.0, 5.0]), np.array([7.0])]
+    assert mean_at(np.arange(4), others).tolist() == [4, 5, 6, 6]
+    assert mean_at(np.arange(0), others).tolist() == []

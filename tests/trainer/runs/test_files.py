@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from reflux.trainer.runs.files import read_object, to_json, write_json, write_whole
+from reflux.trainer.runs.files import read_object, to_json, write_json, write_rows, write_whole
 
 
 class Pair(NamedTuple):
@@ -77,3 +77,10 @@ def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
         patch.setattr(os, "replace", crash)
         write_whole(tmp_path / "f", "newer")
     assert (tmp_path / "f").read_text(encoding="utf-8") == "new é"
+
+
+def test_rows_are_lines_of_json(tmp_path):
+    rows = [{"prompt": "a\nb"}, {"n": 1}]
+    write_rows(tmp_path / "rows.jsonl", iter(rows))
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
