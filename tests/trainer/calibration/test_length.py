@@ -118,6 +118,46 @@ def test_texts_of_one_length_keep_their_difference():
     assert length_r2(values, np.full((1, 4), 9.0), scored_PG) == [0.0]
 
 
+def part_of(values, lengths, cal, scored=None):
+    """The calibration part of one group, all correct."""
+    scored = scored or [True] * len(values)
+    rows = zip(values, lengths, scored)
+    scores = [replace(score(v, n_bytes=n), scored=ok) for v, n, ok in rows]
+    ones = np.ones((1, len(values)))
+    return calibration_part(Groups(ones, ones > 0, ones.astype(int), ones > 0, [scores]), cal)
+
+
+@pytest.mark.parametrize("norm", ["sum", "per_byte", "length_free"])
+def test_what_length_explains_is_that_of_the_rewards_as_they_were_scored(norm):
+    """Before outliers are pulled in and length is taken out. The last one is not scored."""
+    values, lengths = [-5.0, -9.0, -6.0, -90.0, -3.0, 1e6], [10, 20, 15, 30, 12, 99]
+    cal = CalibrationSection(mode="distillable", score_norm=norm)
+    found = part_of(values, lengths, cal, [True] * 5 + [False]).length_r2_P
+    want = np.corrcoef(values[:5], lengths[:5])[0, 1] ** 2
+    assert 0.6 < want < 0.9
+    np.testing.assert_allclose(found, [want], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "norm, std_floor, floor",
+    [
+        ("sum", 0.01, 0.4),  # nats: times the mean of 40 bytes
+        ("length_free", 0.01, 0.01),  # nats per byte
+        ("per_byte", 0.01, 0.01),
+        ("per_token", 0.01, 0.01),
+        ("sum", 0.0, 8e-5),  # a millionth of the largest reward
+        ("length_free", 0.0, 2e-6),  # the same per byte of the mean length
+        ("per_byte", 0.0, 8e-5),
+        ("per_token", 0.0, 8e-5),
+    ],
+)
+def test_the_least_std_is_in_the_units_of_the_reward(norm, std_floor, floor):
+    """Bytes 20, 40, 60 and a text without a score, whose size counts nowhere."""
+    cal = CalibrationSection(mode="distillable", score_norm=norm, std_floor=std_floor)
+    part = part_of([-20.0, -80.0, 60.0, 1e9], [20, 40, 60, 999], cal, [True] * 3 + [False])
+    np.testing.assert_allclose(part.floor_P1, [[floor]], rtol=1e-12)
+
+
 def test_per_nat_the_length_free_form_is_as_strong_as_it_says():
     """std_nats: a residual of one std is worth eta."""
     values, lengths = [-5.0, -9.0, -6.0, -14.0, -3.0], [10, 20, 15, 30, 12]
