@@ -78,6 +78,23 @@ def make_talker(source: Path, out: Path, data: Path, steps: int = 60) -> None:
     model.save_pretrained(out)
 
 
+def with_other_stop(source: Path, out: Path) -> Path:
+    """The same model and ids, but it ends a turn with <|pad|>."""
+    shutil.copytree(source, out)
+    for file in ("tokenizer_config.json", "chat_template.jinja"):
+        if (out / file).exists():
+            (out / file).write_text((out / file).read_text().replace("<|eos|>", "<|pad|>"))
+    stops_at(out, 0)
+    return out
+
+
+def stops_at(folder: Path, *ids: int) -> Path:
+    """Names them in its generation_config.json."""
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": list(ids)}))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def talkers(assets, tmp_path_factory) -> Path:
     """A folder of models that answer: `policy` (tied qwen3), `teacher` (untied), `proxy` (gemma3,

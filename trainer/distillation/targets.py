@@ -62,7 +62,8 @@ class Targets:
 
     def for_student(self, text: Text) -> Rollout:
         """The text behind the student's own prompt, in its ids: as sampled where they are shared,
-        else re-encoded, up to its last whole character.
+        but for a stop at which the student does not stop; else re-encoded, up to its last whole
+        character.
         """
         rollout = text.rollout
         if text.sampled_by != "teacher":
@@ -70,10 +71,16 @@ class Targets:
         rollout = replace(rollout, prompt_ids=self.chat.prompt_ids(rollout.prompt.messages))
         teacher = self.teachers[text.teacher]
         if teacher.shares_ids:
-            return rollout
+            return self._with_own_stop(rollout)
         words = teacher.chat.whole_text(rollout.content_ids, rollout.text)
         ids = self.chat.encode(words) + ((self.chat.stop_id,) if rollout.ended else ())
         return replace(rollout, ids=ids, logp=(0.0,) * len(ids), text=words)
+
+    def _with_own_stop(self, rollout: Rollout) -> Rollout:
+        if not rollout.ended or rollout.ids[-1] in self.chat.stop_ids:
+            return rollout
+        ids = (*rollout.content_ids, self.chat.stop_id)
+        return replace(rollout, ids=ids, logp=(*rollout.logp[:-1], rollout.stop_logp))
 
     # byte
     def _byte_samples(self, texts: Sequence[Text], metric_sums: MetricSums) -> list[Sample]:

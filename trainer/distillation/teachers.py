@@ -28,6 +28,7 @@ from reflux.trainer.config.roles import distill_advice, teachers_of
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Batch, Rollout, TeacherView, TopKRows
 from reflux.trainer.data.chat import Chat, same_vocabulary
+from reflux.trainer.data.stop_sets import stop_advice
 from reflux.trainer.losses import (
     HeadInputs,
     Loss,
@@ -181,7 +182,7 @@ class FrozenTeacher:
 def load_teachers(cfg: Config, engine: Engine, chat: Chat) -> Sequence[Teacher]:
     """The teachers of a run, by teacher.source. Collective. ValueError for a source that is not
     built, and, before a model is loaded or a server asked, where the objective cannot compare
-    vocabularies.
+    vocabularies or stops.
     """
     if cfg.teacher.source not in SOURCES:
         raise ValueError(
@@ -189,6 +190,7 @@ def load_teachers(cfg: Config, engine: Engine, chat: Chat) -> Sequence[Teacher]:
         )
     chats = [Chat.of(model) for model in teachers_of(cfg)]
     _refuse(cfg, chat, chats)
+    _refuse_unknown_stops(cfg.distill, chat, chats)
     return SOURCES[cfg.teacher.source](cfg, engine, chat, chats)
 
 
@@ -249,6 +251,15 @@ def _refuse(cfg: Config, chat: Chat, chats: Sequence[Chat]) -> None:
     advice = distill_advice(cfg, False, merge)
     if advice is not None:
         raise ValueError(f"{other} and {cfg.model.path} have different vocabularies. {advice.text}")
+
+
+def _refuse_unknown_stops(spec: DistillSection, chat: Chat, chats: Sequence[Chat]) -> None:
+    """ValueError where the objective would teach the student a stop at which it does not stop."""
+    for teacher in chats:
+        if same_vocabulary(chat, teacher):
+            advice = stop_advice(spec.objective, chat, teacher)
+            if advice is not None and advice.level == "error":
+                raise ValueError(f"{teacher.path} and {chat.path}: {advice.text}")
 
 
 def has_biased_fixed_point(spec: DistillSection, chat: Chat, teachers: Sequence[Teacher]) -> bool:

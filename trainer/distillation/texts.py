@@ -30,7 +30,8 @@ from reflux.trainer.rollouts.overlap import StepJob, StepSampler
 from .attacker import likeliest, paraphrase
 from .correct_texts import check_right_and_wrong
 from .reading import Reading, teacher_of, that_fit
-from .teacher_texts import load_teacher_texts, recipe_of, save_teacher_texts
+from .teacher_texts import FILE, load_teacher_texts, recipe_of, save_teacher_texts
+from .teacher_texts import Groups as StoredGroups
 
 log = logging.getLogger(__name__)
 
@@ -168,16 +169,11 @@ class TextSource:
 
     def _query_budget(self, count: int) -> Groups:
         """The texts of the budget: from the run folder where an earlier start has left them, else
-        sampled and left there. Every rank holds all of them.
+        sampled and left there. Every rank holds all of them. ValueError, on every rank, for texts
+        that are not those of this run, and where a run that has begun to train has lost them.
         """
         folder, recipe = Path(self.cfg.folder), self._recipe(count)
-        # one rank looks, so that all of them either sample or do not
-        found = (
-            load_teacher_texts(folder, recipe, self.prompts.of_row)
-            if self.engine.rank == 0
-            else None
-        )
-        stored = self.engine.gather([found])[0]
+        stored = self._stored(folder, recipe)
         if stored is not None:
             return [[Text(x, "teacher", t) for t, x in group] for group in stored]
         groups = self._sample_query_budget(count)
@@ -186,8 +182,30 @@ class TextSource:
             save_teacher_texts(folder, recipe, plain)
         return groups
 
+    def _stored(self, folder: Path, recipe: dict[str, Any]) -> StoredGroups | None:
+        """What an earlier start has left. One rank looks, so that all of them do the same."""
+        found, problem, step = None, "", self.engine.resumed_step
+        if self.engine.rank == 0:
+            try:
+                found = load_teacher_texts(folder, recipe, self.prompts.of_row)
+            except ValueError as error:
+                problem = str(error)
+        if step and found is None:
+            problem = problem or f"{folder / FILE}: no such file; it holds the query budget's texts"
+        found, problem = self.engine.gather([(found, problem)])[0]
+        if problem and step:
+            raise ValueError(
+                f"{problem}. The run is at step {step}, and a budget is bought before the first "
+                "step: put back what has changed, or set on_existing_run = 'new'"
+            )
+        if problem and self.engine.is_main:
+            log.warning("%s. No step has been taken: it is bought anew", problem)
+        return found
+
     def _recipe(self, count: int) -> dict[str, Any]:
-        """Everything that the texts of the budget depend on."""
+        """Everything that the texts of the budget depend on; the tables of the configuration by
+        their names.
+        """
         cfg, d = self.cfg, self.spec
         # only where it is set: budgets that were bought before it mattered stay valid
         seen = {"privileged": (d.privileged, d.privileged_template)} if d.privileged else {}

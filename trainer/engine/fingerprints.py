@@ -1,5 +1,5 @@
 """What a run is made of, by hash: the weights, tokenizer and settings of every model, the data, the
-grader's source.
+source of the grader and of distill.rewrite.
 
 They stand in the head of run.jsonl and in every checkpoint. A run that is resumed on other inputs
 than those it was trained on is another experiment: it is refused, with what has changed, unless
@@ -66,7 +66,7 @@ class _Source:
 
 
 def _sources(cfg: Config) -> dict[str, _Source]:
-    """By name: a role of config/roles.py, data, eval, task."""
+    """By name: a role of config/roles.py, data, eval, task, rewrite."""
     sources = {}
     for role in roles(cfg):
         if not role.is_copy:
@@ -85,6 +85,8 @@ def _sources(cfg: Config) -> dict[str, _Source]:
     for part, task in tasks(cfg).items():
         if task.name and (not part or task != cfg.task):
             sources[input_name("task", part)] = _task(task.name, task.options)
+    if cfg.distill.rewrite:
+        sources["rewrite"] = _function(cfg.distill.rewrite)
     return sources
 
 

@@ -24,6 +24,7 @@ from reflux.trainer.data.batch import Prompt
 from reflux.trainer.data.failed_grades import FailedGrades, count_failed
 from reflux.trainer.runs.answer_files import answer_files
 from reflux.trainer.runs.files import named, write_whole
+from reflux.trainer.runs.run_folder import NO_RESULT, differing
 
 # way of answering -> modes: predictions of each prompt and sample
 MODES = {"greedy": ("greedy",), "sampled": ("sampled",), "likelihood": LIKELIHOOD}
@@ -160,7 +161,8 @@ class Unfinished:
     """Predictions of an evaluation under way, block by block, so that a killed one goes on instead
     of starting again.
 
-    `spec` is all that its answers depend on; predictions cached for another one are not read.
+    `spec` is all that its answers depend on, with the tables of the configuration by their names;
+    predictions cached for another one are not read. Where texts are sampled makes no other one.
     """
 
     def __init__(self, folder: Path, spec: Mapping[str, Any]):
@@ -175,7 +177,7 @@ class Unfinished:
             return []
         lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn
         head, *rows = [json.loads(line) for line in lines] or [{}]
-        if head != self._head:
+        if "spec" not in head or differing(head["spec"], self._head["spec"], NO_RESULT):
             return []
         way = {mode: way for way in samples for mode in MODES[way]}
         count = Counter((way[r["mode"]], r["prompt"]) for r in rows if r["error"] is None)

@@ -31,7 +31,7 @@ from .disk_checks import disk_findings
 from .engine_checks import engine_findings
 from .length_checks import length_findings
 from .model_checks import PROBES, Trial, load_frozen, no_reference, sample_texts, sampler_gap
-from .pair_checks import alignment_findings, pair_findings
+from .pair_checks import alignment_findings, pair_findings, stop_findings
 from .report import Example, Finding, PreflightReport, has_errors, print_report, with_sources
 from .shapes import Shape, planned_shapes, planned_titan
 from .tokenizer_checks import open_chats, tokenizer_findings, tokenizer_table
@@ -47,6 +47,7 @@ def examine(cfg: Config) -> PreflightReport:
     shapes, findings = planned_shapes(cfg)
     chats, failed = open_chats([s.role for s in shapes])
     findings += failed + tokenizer_findings(shapes, chats) + pair_findings(cfg, chats)
+    findings += stop_findings(cfg, chats)
     prompts, failed = first_prompts(cfg)
     findings += failed + control_findings(chats, prompts)
     findings += [] if has_errors(failed) else held_out_findings(cfg)

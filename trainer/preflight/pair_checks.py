@@ -11,6 +11,7 @@ from reflux.trainer.config.roles import Pair
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Rollout
 from reflux.trainer.data.chat import Chat, same_vocabulary
+from reflux.trainer.data.stop_sets import name_them, stop_advice, tokens_in_words, unknown_stops
 from reflux.trainer.rollouts.scoring import Aligned, align_texts
 
 from .report import Finding, first_line, short
@@ -54,6 +55,36 @@ def pair_findings(cfg: Config, chats: Mapping[str, Chat]) -> list[Finding]:
     if advice is None:
         return [*findings, Finding("ok", what)]
     return [*findings, Finding(advice.level, what, advice.text)]
+
+
+def stop_findings(cfg: Config, chats: Mapping[str, Chat]) -> list[Finding]:
+    """Of every teacher with the student's ids that ends texts with tokens at which the student does
+    not stop.
+    """
+    student = chats.get("student")
+    teachers = [name for name in chats if name.split()[0] == "teacher"]
+    if student is None or cfg.phase not in ("distill", "diagnose"):
+        return []
+    return [
+        _stop_finding(cfg, student, chats[name], name)
+        for name in teachers
+        if same_vocabulary(student, chats[name]) and unknown_stops(student, chats[name])
+    ]
+
+
+def _stop_finding(cfg: Config, student: Chat, teacher: Chat, name: str) -> Finding:
+    unknown = unknown_stops(student, teacher)
+    what = (
+        f"{name} stops at {tokens_in_words(teacher, unknown)}, the student at "
+        f"{tokens_in_words(student, student.stop_ids)}"
+    )
+    if cfg.phase == "diagnose":
+        fix = name_them(student, unknown)
+        return Finding("warning", what, f"they would differ at the end of every text. {fix}")
+    advice = stop_advice(cfg.distill.objective, student, teacher)
+    if advice is None:
+        return Finding("ok", f"{what}: texts that the student learns end with its own")
+    return Finding(advice.level, what, advice.text)
 
 
 def _table_error(name: str, chats: Mapping[str, Chat]) -> list[Finding]:

@@ -16,7 +16,7 @@ Shapes: N rows, L length so far, V vocabulary.
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch import Tensor
 from reflux.trainer.config.roles import defence_roles
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.chat import Chat, same_vocabulary
+from reflux.trainer.data.stop_sets import name_them, tokens_in_words, unknown_stops
 from reflux.trainer.phase import Decode, DecodeStep, Engine, FrozenModel
 
 GatherWeights = Callable[[], AbstractContextManager[Decode]]
@@ -86,6 +87,18 @@ def _combined(combine: Callable[..., Tensor], *decoders: Decode) -> Decode:
     return decode
 
 
+def _check_ends(what: str, proxy: Chat, served: Sequence[Chat]) -> None:
+    """ValueError where the proxy ends a turn with a token at which a served model does not stop."""
+    for chat in served:
+        unknown = unknown_stops(chat, proxy)
+        if proxy.stop_id in unknown:
+            raise ValueError(
+                f"{what} ends a text with {tokens_in_words(proxy, (proxy.stop_id,))}, at which the "
+                f"model it is multiplied with does not stop: texts would run on. "
+                f"{name_them(chat, unknown)}"
+            )
+
+
 class DefendedDecoding:
     """Decoders as `[defence]` says: multiplied with its proxy or moved by its two copies, at its
     temperature. Without a `[defence]` they are unchanged, bit for bit.
@@ -93,17 +106,19 @@ class DefendedDecoding:
 
     def __init__(self, cfg: Config, engine: Engine, chats: Iterable[Chat]):
         """chats: of the models that are served. ValueError where the proxy's vocabulary is another
-        one. Collective.
+        one, or where it ends texts otherwise. Collective.
         """
         self._engine, self._section = engine, cfg.defence
         roles, served = defence_roles(cfg), list(chats)
         for role in roles:
-            if not all(same_vocabulary(chat, Chat(role.model.path)) for chat in served):
+            own = Chat(role.model.path)
+            if not all(same_vocabulary(chat, own) for chat in served):
                 raise ValueError(
                     f"{role.section} = {role.model.path!r} has another vocabulary than the model "
                     "it is multiplied with: their next tokens are not the same events. Want a "
                     "proxy with the model's tokenizer"
                 )
+            _check_ends(f"{role.section} = {role.model.path!r}", own, served)
         self._weight = 0.0
         if cfg.defence.antidistillation:
             epsilon = read_epsilon(Path(cfg.defence.antidistillation))

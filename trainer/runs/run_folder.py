@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,11 @@ MAY_CHANGE = (
     "export",
     "data.too_long",
 )
+# of what MAY_CHANGE lets pass: the shards of a cache count the rows that fit
+CACHES_ROWS = ("data.too_long", "training.seq_len")
+# a table whose order counts: the rows of its parts are numbered one part behind the other, and the
+# numbers seed what is drawn and sampled
+IN_ORDER = "parts"
 LETTERS = 60  # of a value in a message
 OTHER_QUESTIONS = (
     ". Other questions are for a run of their own, with phase = 'evaluate', on its export"
@@ -211,28 +216,37 @@ def _refuse_another_experiment(cfg: Config, folder: Path) -> None:
             f"{error}. The run was started with this configuration, which an earlier version may "
             f"have taken, without effect: change it in {saved}, too, then resume"
         ) from error
-    changed = [
-        name
-        for name in differences(before, now)
-        if not {name, name.split(".")[0]} & set(MAY_CHANGE)
-        and not (name == "training.seq_len" and seq_len(now) > seq_len(before))
-    ]
+    may_change = set(MAY_CHANGE)
+    if seq_len(now) > seq_len(before):
+        may_change.add("training.seq_len")
+    if cfg.phase == "cache":
+        may_change -= set(CACHES_ROWS)
+    changed = differing(before, now, may_change)
     if changed:
         asks = any(name.startswith("eval.") for name in changed) and cfg.trains
         raise ValueError(
-            f"{folder} was started with other values of {_values(changed, before, now)}. A resumed "
+            f"{folder} was started with other values of {values(changed, before, now)}. A resumed "
             "run has to be the same experiment: change them back, or set on_existing_run = 'new'"
             f"{OTHER_QUESTIONS if asks else ''}"
         )
 
 
-def _values(names: Sequence[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Each name with its value in both."""
+def differing(
+    before: Mapping[str, Any], now: Mapping[str, Any], may_change: Collection[str]
+) -> list[str]:
+    """`differences` but in these tables and keys."""
+    names = differences(before, now)
+    return [name for name in names if not {name, name.split(".")[0]} & set(may_change)]
+
+
+def values(names: Sequence[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Each name with its value in both; of parts in another order, their names."""
 
     def value(table: Any, name: str) -> str:
         for key in name.split("."):
             table = table.get(key) if isinstance(table, Mapping) else None
-        text = repr(table)
+        ordered = name.split(".")[-1] == IN_ORDER and isinstance(table, Mapping)
+        text = " before ".join(table) if ordered else repr(table)
         return text if len(text) <= LETTERS else f"{text[:LETTERS]}..."
 
     return ", ".join(f"{n} ({value(before, n)} then, {value(now, n)} now)" for n in names)
@@ -244,11 +258,15 @@ def seq_len(table: Mapping[str, Any]) -> int:
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Names of the keys whose values differ, tables key by key; a missing one is None."""
+    """Names of the keys whose values differ, tables key by key; a missing one is None. A table
+    IN_ORDER differs as a whole where its common keys stand in another order.
+    """
     out = []
     for key in sorted(set(a) | set(b)):
         x, y = ({} if table.get(key) is None else table[key] for table in (a, b))
         if isinstance(x, Mapping) and isinstance(y, Mapping):
+            if key == IN_ORDER and [k for k in x if k in y] != [k for k in y if k in x]:
+                out.append(prefix + key)
             out += differences(x, y, f"{prefix}{key}.")
         elif x != y:
             out.append(prefix + key)

@@ -1,6 +1,7 @@
 """What teachers of other templates and tokenizers say of a text."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from distillation_cases import GIVEN, KL_KEYS, kl, mean_over_tokens
-from runs import config, run_here
+from runs import config, run_here, with_other_stop
 from transformers import AutoModelForCausalLM
 
 from reflux.kernels.teacher_topk import teacher_topk_ref
@@ -44,6 +45,35 @@ def test_no_student_learns_half_a_character(talkers, objective):
     assert sample.rollout.ids == student.encode("ok ") and sample.rollout.text == "ok "
     if objective == "class":
         assert sample.teacher_views[0].ids == teacher.encode("ok ")
+
+
+@pytest.mark.parametrize("objective", ["nll", "byte", "class", "span"])
+def test_a_text_ends_with_a_stop_that_the_student_knows(talkers, tmp_path, objective):
+    """It would learn to write the teacher's, at which it does not stop, and go on."""
+    student = Chat(str(talkers / "policy"))
+    teacher = Chat(str(with_other_stop(talkers / "teacher", tmp_path / "teacher")))
+    words, prompt = student.encode("1+2 is"), Prompt(0, ({"role": "user", "content": "q"},))
+    ids, logp = (*words, teacher.stop_id), (-1.0,) * (len(words) + 1)
+    ended = Rollout(prompt, (1,), ids, logp, -0.5, "1+2 is", True)
+    cut = replace(ended, ids=words, logp=logp[:-1], ended=False)
+    known = replace(ended, ids=(*words, student.stop_id))
+    other = SimpleNamespace(chat=teacher, shares_ids=True, kept_rows=lambda rollout: None)
+    targets = Targets(SimpleNamespace(objective=objective), student, [other])
+    samples = targets.samples([Text(r, "teacher") for r in (ended, cut, known)], MetricSums())
+    own = (*words, student.stop_id)
+    assert [s.rollout.ids for s in samples] == [own, words, own]
+    if objective in ("byte", "class"):
+        read = [s.teacher_views[0].ids for s in samples]
+        assert read[:2] == [(*words, teacher.stop_id), words]
+
+
+@pytest.mark.parametrize("teachers", [1, 2])
+def test_token_by_token_another_stop_is_refused(talkers, tmp_path, teachers):
+    other = str(with_other_stop(talkers / "teacher", tmp_path / "teacher"))
+    paths = [str(talkers / "teacher"), other][-teachers:]
+    over = {"teacher": {"path": paths[0]}, "distill": {"more_teachers": paths[1:]}}
+    with pytest.raises(ValueError, match="would learn to write .*, and to go on: it stops at"):
+        run_here(config(talkers, tmp_path / "run", "distill", **over))
 
 
 @pytest.mark.parametrize("objective", ["byte", "class", "span", "policy_gradient"])

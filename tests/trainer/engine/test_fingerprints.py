@@ -19,16 +19,18 @@ from reflux.trainer.engine.fingerprints import Input, RunInputs, changed_inputs,
 
 @pytest.fixture
 def cfg(talkers, tmp_path, monkeypatch):
-    """A distillation of copies, with a grader of its own."""
+    """A distillation of copies, with a grader and a rewrite of its own."""
     for name in ("policy", "teacher"):
         shutil.copytree(talkers / name, tmp_path / name)
     (tmp_path / "my_grader.py").write_text("def grade(prompt, text):\n    return True\n")
+    (tmp_path / "my_rewrite.py").write_text("def write(prompt, text):\n    return text\n")
     monkeypatch.syspath_prepend(tmp_path)
     return config(
         tmp_path,
         tmp_path / "run",
         "distill",
         task={"name": "my_grader:grade"},
+        distill={"on_policy": 0.0, "rewrite": "my_rewrite:write"},
         eval={"source": str(shutil.copy(data_of(tmp_path), tmp_path / "held_out.jsonl"))},
     )
 
@@ -45,7 +47,7 @@ def sha256(path: Path) -> str:
 
 def test_every_input_is_hashed_by_name(cfg, tmp_path):
     inputs = fingerprints(cfg)
-    assert set(inputs) == {"student", "teacher", "data", "eval", "task"}
+    assert set(inputs) == {"student", "teacher", "data", "eval", "task", "rewrite"}
     for role, folder in (("student", "policy"), ("teacher", "teacher")):
         assert inputs[role].path == str(tmp_path / folder)
         names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
@@ -55,6 +57,7 @@ def test_every_input_is_hashed_by_name(cfg, tmp_path):
     assert inputs["data"].files == {"data.jsonl": sha256(tmp_path / "data.jsonl")}
     assert inputs["eval"].files == {"held_out.jsonl": sha256(tmp_path / "held_out.jsonl")}
     assert inputs["task"].files == {"my_grader.py": sha256(tmp_path / "my_grader.py")}
+    assert inputs["rewrite"].files == {"my_rewrite.py": sha256(tmp_path / "my_rewrite.py")}
 
 
 @pytest.mark.parametrize(
@@ -65,6 +68,7 @@ def test_every_input_is_hashed_by_name(cfg, tmp_path):
         ("teacher/generation_config.json", "teacher (*: generation_config.json has changed)"),
         ("data.jsonl", "data (*: data.jsonl has changed)"),
         ("my_grader.py", "task (my_grader:grade: my_grader.py has changed)"),
+        ("my_rewrite.py", "rewrite (my_rewrite:write: my_rewrite.py has changed)"),
     ],
 )
 def test_a_change_is_named_and_refused_or_accepted(cfg, tmp_path, file, words):

@@ -190,3 +190,15 @@ def test_whole_prompts_survive_a_kill(tmp_path):
     assert Unfinished(tmp_path, spec).load(samples) == whole, "a failed grade is tried again"
     unfinished.close()
     assert not path.exists() and unfinished.load(samples) == []
+
+
+def test_answers_of_parts_in_another_order_are_not_read_and_those_of_another_server_are(tmp_path):
+    """A prompt's index counts the rows of the parts before it."""
+    x, y = {"source": "x.jsonl"}, {"source": "y.jsonl"}
+    spec = {"parts": {"x": x, "y": y}, "rollout": {"servers": ["http://a:1"], "top_k": 0}}
+    samples, whole = {"greedy": 1}, answers(0, "greedy", 1)
+    Unfinished(tmp_path, spec).open(whole)
+    moved = spec | {"rollout": {"servers": ["http://b:1"], "top_k": 0}}
+    assert Unfinished(tmp_path, moved).load(samples) == whole
+    assert Unfinished(tmp_path, spec | {"parts": {"y": y, "x": x}}).load(samples) == []
+    assert Unfinished(tmp_path, spec | {"rollout": {"servers": [], "top_k": 5}}).load(samples) == []

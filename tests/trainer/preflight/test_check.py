@@ -13,7 +13,7 @@ import pytest
 import torch
 from assets import free_port
 from preflight_cases import changed_tokenizer, files, only_descriptions, problems, swallow_space
-from runs import config
+from runs import config, with_other_stop
 
 from reflux.trainer.config.data import SourceSection
 from reflux.trainer.config.schema import Config
@@ -26,6 +26,7 @@ from reflux.trainer.preflight.check import check
 from reflux.trainer.preflight.check import examine as examine_report
 from reflux.trainer.preflight.data_checks import control_findings, guard_findings, held_out_findings
 from reflux.trainer.preflight.dry_run import plan
+from reflux.trainer.preflight.pair_checks import stop_findings
 from reflux.trainer.preflight.report import Finding
 
 
@@ -66,6 +67,33 @@ def test_a_sound_distillation_passes(distill):
     findings = examine(distill())
     assert not problems(findings) and not problems(findings, "warning")
     assert any("KL(student || teacher)" in f.what for f in findings)
+
+
+@pytest.mark.parametrize(
+    "phase, options, level",
+    [
+        ("distill", {"objective": "kl"}, "error"),
+        ("distill", {"objective": "nll", "on_policy": 0.0, "source": "teacher"}, "ok"),
+        ("diagnose", {}, "warning"),
+    ],
+)
+def test_a_teacher_that_stops_at_other_tokens_is_named(talkers, tmp_path, phase, options, level):
+    """The ids are the same, and the student would learn an end that it does not know."""
+    other = with_other_stop(talkers / "teacher", tmp_path / "teacher")
+    over = {"distill": options} if options else {}
+    cfg = config(talkers, tmp_path / "run", phase, teacher={"path": str(other)}, **over)
+    chats = {"student": Chat(cfg.model.path), "teacher": Chat(str(other))}
+    (found,) = stop_findings(cfg, chats)
+    assert found.level == level
+    assert found.what.startswith("teacher stops at '<|pad|>' (0), the student at '<|eos|>' (2)")
+    assert not stop_findings(cfg, chats | {"teacher": Chat(str(talkers / "teacher"))})
+
+
+@pytest.mark.usefixtures("titan_process")
+def test_a_distillation_that_would_never_end_a_text_does_not_pass(distill, talkers, tmp_path):
+    other = with_other_stop(talkers / "teacher", tmp_path / "teacher")
+    findings = examine(distill(teacher={"path": str(other)}))
+    assert "the student would learn to write '<|pad|>' (0)" in problems(findings)
 
 
 @pytest.mark.usefixtures("titan_process")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import config, numbers, run_here, write_data
+from runs import config, numbers, run_here, with_other_stop, write_data
 from transformers import AutoModelForCausalLM
 
 from reflux.trainer.data.chat import Chat
@@ -277,6 +277,13 @@ def test_another_vocabulary_is_an_error(talkers, tmp_path):
         ValueError, match="has another vocabulary than the model it is multiplied with"
     ):
         distill(talkers, tmp_path / "run", defence={"proxy": str(talkers / "proxy")})
+
+
+def test_a_proxy_that_ends_texts_otherwise_is_an_error(talkers, tmp_path):
+    """Neither model's end would be likely in the product: texts would run on."""
+    proxy = with_other_stop(talkers / "policy", tmp_path / "proxy")
+    with pytest.raises(ValueError, match=r"ends a text with '<\|pad\|>' \(0\).* = \[0, 2\]"):
+        distill(talkers, tmp_path / "run", defence={"proxy": str(proxy)})
 
 
 @pytest.mark.parametrize(

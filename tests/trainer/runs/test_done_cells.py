@@ -69,6 +69,17 @@ def test_another_setting_is_named(done, sets, name):
     assert changes(folder, "", arguments(config, folder, **sets)) == [name]
 
 
+def test_parts_in_another_order_are_named(done):
+    folder, config = done
+    x, y = (f'[data.parts.{name}]\nsource = "{name}.jsonl"\n' for name in "xy")
+    head = FILE.partition("[data]")[0]
+    config.write_text(head + x + y)
+    save_config(load(config, arguments(config, folder)[3::2]))
+    assert changes(folder, "", arguments(config, folder)) == []
+    config.write_text(head + y + x)
+    assert changes(folder, "", arguments(config, folder)) == ["data.parts"]
+
+
 def test_a_changed_file_of_the_configuration_is_seen(done):
     folder, config = done
     config.write_text(FILE.replace("steps = 3", "steps = 5"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from reflux.trainer.config.data import DataSection
+from reflux.trainer.config.data import DataSection, EvalPartSection, PartSection
 from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.config.evaluation import EvalSection
 from reflux.trainer.config.loader import load
@@ -152,6 +152,39 @@ def test_another_experiment_is_refused_with_the_keys_named(run, change, named):
     names = r" \(.* then, .* now\), ".join(map(re.escape, named))
     assert re.search(rf"was started with other values of {names} \(.* then, .* now\)\. ", message)
     assert "on_existing_run = 'new'" in message
+
+
+@pytest.mark.parametrize(
+    "table, section, part",
+    [("data", DataSection, PartSection), ("eval", EvalSection, EvalPartSection)],
+)
+def test_parts_in_another_order_are_another_experiment(tmp_path, table, section, part):
+    """Rows are numbered part by part: other prompts would be drawn, and answers be mixed up."""
+    parts = {name: part(f"{name}.jsonl") for name in ("x", "y", "z")}
+    cfg = config(tmp_path / "run", task=TaskSection("exact"))
+    cfg = replace(cfg, **{table: section(parts=parts)})
+    save_config(cfg)
+    (tmp_path / "run" / "run.jsonl").write_text("{}\n")
+    assert settle(cfg) == cfg
+    turned = section(parts=dict(reversed(parts.items())))
+    names = re.escape(f"{table}.parts (x before y before z then, z before y before x now)")
+    with pytest.raises(ValueError, match=f"other values of {names}"):
+        settle(replace(cfg, **{table: turned}))
+
+
+@pytest.mark.parametrize("phase, refuses", [("distill", False), ("cache", True)])
+def test_a_cache_keeps_the_rows_that_its_shards_count(tmp_path, phase, refuses):
+    cfg = config(tmp_path / "run", phase=phase)
+    save_config(cfg)
+    (tmp_path / "run" / "run.jsonl").write_text("{}\n")
+    changes = dict(data=DataSection("d", too_long="drop"), titan={"training": {"seq_len": 96}})
+    for name, value in changes.items():
+        changed = replace(cfg, **{name: value})
+        if refuses:
+            with pytest.raises(ValueError, match="data.too_long|training.seq_len"):
+                settle(changed)
+        else:
+            assert settle(changed) == changed
 
 
 def test_a_resume_may_ask_the_same_questions_more_often(run):
