@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from reflux.trainer.config.parts import tasks
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.data.failed_grades import FEW, FailedGrades, count_failed
+from reflux.trainer.data.failed_grades import FEW, add_parts, check_parts, count_by_part
 from reflux.trainer.data.fitted_prompts import FittedPrompts
 from reflux.trainer.data.mixture import Mixture
 from reflux.trainer.data.prompts import shard
@@ -284,17 +285,18 @@ class TextSource:
         assert self.task is not None
         grades = iter(self.task.grade([text.rollout for group in groups for text in group]))
         pairs = [[(text, next(grades)) for text in group] for group in groups]
-        counts = count_failed(g.error for group in pairs for _, g in group if g.graded)
-        failed = sum(self.engine.gather([counts]), FailedGrades())
-        failed.check(task_names(self.cfg), self.cfg.task.max_failed, few=FEW)
+        counts = count_by_part(
+            (text.rollout.prompt.part, g.error) for group in pairs for text, g in group if g.graded
+        )
+        check_parts(add_parts(self.engine.gather([counts])), tasks(self.cfg), few=FEW)
         graded = [grade for group in pairs for _, grade in group]
         check_right_and_wrong(graded, self.engine, task_names(self.cfg))
         correct = [[text for text, grade in group if grade.correct] for group in pairs]
         if not self.engine.sum(float(any(correct))):
             raise ValueError(
                 f"distill.correct_only: none of the teacher's {count} answers is correct; check "
-                f"task.name = {self.cfg.task.name!r} and task.options against the texts, or raise "
-                "distill.query_budget"
+                f"task.name = {task_names(self.cfg)!r} and task.options against the texts, or "
+                "raise distill.query_budget"
             )
         return correct
 
