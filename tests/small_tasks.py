@@ -16,6 +16,11 @@ def praise_or_blame(prompt, text: str) -> float:
     return 1.0 if is_even(prompt, text) else -1.0
 
 
+def is_right(prompt, text: str) -> bool:
+    """Always."""
+    return True
+
+
 def is_easy(prompt, text: str) -> bool:
     """All correct, all incorrect, or mixed, by prompt."""
     return (True, False, is_even(prompt, text))[prompt.index % 3]

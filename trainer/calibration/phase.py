@@ -17,16 +17,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from reflux.trainer.config.parts import used_tasks
+from reflux.trainer.config.parts import tasks, used_tasks
 from reflux.trainer.config.roles import calibrate_roles
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Batch, Rollout, Sample
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.data.failed_grades import FailedGradesBudget, count_failed
+from reflux.trainer.data.failed_grades import FailedGradesBudgets, count_by_part
 from reflux.trainer.data.graders import Grade
 from reflux.trainer.data.judge import JudgedGrade
 from reflux.trainer.data.prompts import shard
-from reflux.trainer.data.task_routing import asks_a_judge, build_grader, task_names
+from reflux.trainer.data.task_routing import (
+    GraderNames,
+    asks_a_judge,
+    build_grader,
+    task_names,
+)
 from reflux.trainer.data.training_prompts import load_training_prompts
 from reflux.trainer.data.truncated_grades import beside_their_group
 from reflux.trainer.engine.metrics import MetricSums
@@ -84,7 +89,8 @@ class CalibratePhase:
         self.data_fields = self.prompts.fit.fields
         self.task = build_grader(cfg, engine.once_per_row)
         self.judged = any(map(asks_a_judge, used_tasks(cfg, "data")))
-        self.failed_grades = FailedGradesBudget(task_names(cfg), cfg.task.max_failed)
+        self.failed_grades = FailedGradesBudgets(tasks(cfg))
+        self.grader_names = GraderNames(cfg)
         self.evaluator = Evaluator(cfg, engine, self.chat, self.task)
         self.guards = Guards(cfg, engine)
         self.sampler = StepSampler(cfg, engine, self.chat)
@@ -122,7 +128,7 @@ class CalibratePhase:
         self.metric_sums = MetricSums()
         flat = list(chain.from_iterable(rollouts_PG))
         grades = beside_their_group(self.task.grade(flat), flat)
-        self._count_failed(grades)
+        self._count_failed(flat, grades)
         behaviour, reference = self._behaviour(flat), self._reference(flat)
         scores = None
         if self.reward is not None:
@@ -245,9 +251,10 @@ class CalibratePhase:
         self.metric_sums.add("is/gap", np.abs(trainer_logp_n - sampler_logp_n))
         return weight_n
 
-    def _count_failed(self, grades: Sequence[Grade]) -> None:
+    def _count_failed(self, flat: Sequence[Rollout], grades: Sequence[Grade]) -> None:
         """ValueError on every rank where more grades failed than task.max_failed allows."""
-        mine = count_failed(g.error for g in grades if g.graded)
+        pairs = [(r, g) for r, g in zip(flat, grades) if g.graded]
+        mine = count_by_part((r.prompt.part, g.error) for r, g in pairs)
         self.failed_grades.add(self.engine.gather([mine]))
 
     # eta
@@ -316,7 +323,7 @@ class CalibratePhase:
         graded = [g for g in grades if not g.failed]
         add("reward/task", [g.reward for g in graded])
         add("accuracy", _right_or_wrong(graded))
-        add("no_answer", [float(g.extracted is None and g.correct is not None) for g in graded])
+        add("no_answer", self._without_answer(flat, grades))
         add("grader_error", [float(g.failed) for g in grades])
         if self.judged:
             judged = [g for g in grades if isinstance(g, JudgedGrade)]
@@ -336,6 +343,17 @@ class CalibratePhase:
             add("reward/cal", [s.value for s in scored])
             add("cal/raw_nats", [s.raw for s in scored])
             add("cal/clipped", [s.clipped for s in scored])
+
+    def _without_answer(self, flat: Sequence[Rollout], grades: Sequence[Grade]) -> list[float]:
+        """1 or 0 of the texts whose grader names the answers that it finds. Collective."""
+        graded = [
+            (r.prompt, g.extracted)
+            for r, g in zip(flat, grades)
+            if not g.failed and g.correct is not None
+        ]
+        names = self.grader_names
+        naming = set().union(*self.engine.gather([names.with_answers(graded)]))
+        return [float(answer is None) for p, answer in graded if names.of(p) in naming]
 
     def _report_parts(
         self,

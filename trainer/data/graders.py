@@ -21,6 +21,7 @@ from .math_answers import (
     spelling,
 )
 from .option_letters import decided_letter
+from .options import read_label
 from .prompt import GeneratedEntry, Prompt, spell
 
 NO_ANSWER = 'the prompt has no answer; name its column: columns = {answer = "..."}'
@@ -194,7 +195,7 @@ class MultipleChoice:
         if self.answer_is != "letter":
             names = texts if self.answer_is == "text" else [str(i) for i in range(len(texts))]
         else:
-            answer = answer.upper()
+            answer = read_label(answer)
         # a list: "BC" is a part of "ABCD", and -1, as of hidden labels, is no last option
         if answer not in list(names):
             raise ValueError(
@@ -215,7 +216,13 @@ class MultipleChoice:
                 )
             return "ABCDEFGHIJ", []
         if isinstance(given, Mapping):
-            return "".join(given["label"]).upper(), list(map(spell, given["text"]))
+            labels = list(map(read_label, given["label"]))
+            if any(len(label) != 1 for label in labels):
+                raise ValueError(
+                    f"labels {', '.join(labels)}; want one letter or digit each, to be found in a "
+                    "text. By likelihood (eval.by) they may be longer"
+                )
+            return "".join(labels), list(map(spell, given["text"]))
         return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(given)], list(map(spell, given))
 
 

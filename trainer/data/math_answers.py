@@ -4,6 +4,7 @@ stands among words ("18 eggs"), which LaTeX would have as a product of letters.
 
 import logging
 import re
+from decimal import Decimal
 from functools import lru_cache
 
 Reading = list  # of one text: expressions and how they are spelled; math_verify's own type
@@ -12,6 +13,18 @@ CURRENCY = re.compile(r"(?<!\\)((?:\\\\)*)\\\$")  # "\$" is no border of maths
 NUMBER = re.compile(
     r"(?<![\w.,/^\\{-])[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:/\d+)?"
     r"(?=$|[\s.;:?)]|,\s)"
+)
+# bold, italics and code, where words may begin and end: the stars of 2**7 are a power, those of
+# a *b* c products
+EMPHASIS = re.compile(
+    r"""(?<![^\s(\["'])(^[*_]|\*{2,3}|_{2,3}|`{1,3})(?=\S)((?:(?!\1).)+)(?<=\S)\1(?=$|[\s.,;:!?)\]"'])""",
+    re.DOTALL,
+)
+# half of it: the other half stands before the marker, "**Answer:** 7"
+OPENED = re.compile(r"(?<=\S)(?:\*\*|__?)(?=\.?$)|^(?:\*{1,3}|_{1,3})(?=\s)")
+DISPLAYED = re.compile(r"(?<!\\)\\(?:\[(.*?)(?<!\\)\\\]|\((.*?)(?<!\\)\\\))", re.DOTALL)
+SCIENTIFIC = re.compile(  # "1e6", in LaTeX a product with Euler's number
+    r"(?<![\w.^\\])((?:\d{1,50}(?:\.\d{0,50})?|\.\d{1,50})[eE][-+]?\d{1,3})(?!\w|\.\d)"
 )
 WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
 ARTICLE = re.compile(r"\b[Aa]n?\s+(?=[^\W\d_]{3})")  # "a day"; a lone a is a variable
@@ -38,19 +51,33 @@ def read_text(text: str) -> Reading:
 
     # it warns that its timeouts are off: ours is on
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    return parse(CURRENCY.sub(r"\1", text), parsing_timeout=None)
+    text = SCIENTIFIC.sub(_written_out, CURRENCY.sub(r"\1", text))
+    return parse(text, parsing_timeout=None)
+
+
+def _written_out(number: re.Match[str]) -> str:
+    return f"{Decimal(number[1]):f}"
+
+
+def _plain(text: str) -> str:
+    """Without mark-up, escaped dollars and powers of ten in letters."""
+    text = CURRENCY.sub(r"\1", text)
+    for _ in range(2):  # code in bold
+        text = EMPHASIS.sub(r"\2", text.strip())
+    text = DISPLAYED.sub(lambda maths: f"${maths[1] or maths[2] or ''}$", OPENED.sub("", text))
+    return SCIENTIFIC.sub(_written_out, text.strip())
 
 
 def read_answer(text: str) -> list[Reading]:
     """What a text that is an answer, and nothing else, may mean; none of them is empty."""
-    number = _number_among_words(CURRENCY.sub(r"\1", text))
+    number = _number_among_words(_plain(text))
     readings = [read_latex(text), read_text(f"${number}$") if number else []]
     return [reading for reading in readings if reading]
 
 
 def read_latex(text: str) -> Reading:
     """A text that is one expression; unmarked, (1,2) and x^2+1 are not seen as maths."""
-    text = CURRENCY.sub(r"\1", text)
+    text = _plain(text)
     return read_text(text if "$" in text or "\\boxed" in text else f"${text}$")
 
 

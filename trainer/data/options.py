@@ -7,6 +7,7 @@ A prompt has its options where graders.MultipleChoice looks for them: a list of 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -48,6 +49,12 @@ class Listing:
         return list_options(prompt, self.seed, self.column, self.answer_is, self.shuffle)
 
 
+def read_label(label: Any) -> str:
+    """A label as it is written before an option, "a", "A." or 1, without what stands around it."""
+    spelled = spell(label).strip()
+    return (spelled.strip(".:()[]") or spelled).upper()
+
+
 def read_options(prompt: Prompt, column: str = "choices", answer_is: str = "letter") -> Options:
     """`column`, `answer_is`: as in graders.MultipleChoice. ValueError where options, their texts or
     the correct one are missing.
@@ -55,7 +62,7 @@ def read_options(prompt: Prompt, column: str = "choices", answer_is: str = "lett
     labels, texts = _labels_and_texts(prompt, column)
     names = _names(labels, texts, answer_is)
     answer = (prompt.answer or "").strip()
-    answer = answer.upper() if answer_is == "letter" else answer
+    answer = read_label(answer) if answer_is == "letter" else answer
     if answer not in names:
         raise ValueError(
             f"prompt {prompt.index}: answer {answer!r} is none of {', '.join(names)}. Set "
@@ -73,7 +80,7 @@ def _labels_and_texts(prompt: Prompt, column: str) -> tuple[tuple[str, ...], tup
         )
     if isinstance(given, Mapping):
         texts = tuple(map(spell, given["text"]))
-        labels = tuple(str(x).upper() for x in given["label"])
+        labels = tuple(map(read_label, given["label"]))
     else:
         texts = tuple(map(spell, given))
         labels = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(texts)])

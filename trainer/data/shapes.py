@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .options import read_label
 from .prompt import spell
 from .row import Message, Row, is_left_out, read_conversation
 
@@ -172,7 +173,7 @@ def _options(row: Row, column: str) -> tuple[list[str], list[str]]:
         raise ValueError(f"{row.where(column)}: {given!r:.60}; want 2 to 26 options")
     labels = list(LETTERS[: len(texts)])
     if isinstance(given, Mapping) and given.get("label"):
-        labels = [str(label).upper() for label in given["label"]]
+        labels = list(map(read_label, given["label"]))
     if any(label not in LETTERS for label in labels):  # ARC has some rows with 1 to 4
         labels = list(LETTERS[: len(texts)])
     return labels, [spell(text) for text in texts]
@@ -187,8 +188,9 @@ def _correct(row: Row, column: str, labels: list[str], texts: list[str]) -> str:
         return labels[texts.index(value)] if is_text else value.upper()
     given = next((row.value(c) for c in OPTIONS if row.value(c) is not None), None)
     named = given.get("label") if isinstance(given, Mapping) else None
-    if named and value in named:  # "1" to "4", which are shown as letters
-        return labels[list(named).index(value)]
+    spelled = list(map(read_label, named or ()))
+    if read_label(value) in spelled:  # 1 to 4, as numbers or texts, which are shown as letters
+        return labels[spelled.index(read_label(value))]
     if isinstance(value, str) and value in texts:
         return labels[texts.index(value)]
     if isinstance(value, int) and 0 <= value < len(labels):

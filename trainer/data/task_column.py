@@ -47,6 +47,11 @@ class ColumnOptions:
             found[value] = (table["name"], table.get("options", {}))
         return found
 
+    def task_of(self, extra: Mapping[str, Any]) -> str:
+        """The name of the task of a row with these columns; "" where it names none."""
+        own, named = extra.get(self.column), self.named().items()
+        return next((name for value, (name, _) in named if value == own), "")
+
 
 class ColumnGrader:
     """A Grader. A row whose column names no task is a failed grade."""

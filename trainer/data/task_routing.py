@@ -1,13 +1,13 @@
 """One grader for all parts of a mixture: each prompt is graded by the task of its part."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from reflux.trainer.config.parts import tasks
 from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import TaskSection
 
-from .batch import Rollout
+from .batch import Prompt, Rollout
 from .grader_options import checked_options
 from .graders import Grade
 from .task_column import ColumnOptions
@@ -16,11 +16,12 @@ from .tasks import task_grader
 if TYPE_CHECKING:
     from reflux.trainer.phase import Grader
 
+UNGRADED = Grade(0.0, None, graded=False)  # of a text whose part has no task
 OncePerRow = Callable[[Callable[[], list[Grade]]], list[Grade]]
 
 
 class RoutedGrader:
-    """graders: by the name of the part."""
+    """graders: by the name of the part; a part without one has UNGRADED texts."""
 
     def __init__(self, graders: Mapping[str, "Grader"]):
         self._graders = graders
@@ -32,7 +33,7 @@ class RoutedGrader:
             mine = [i for i, r in enumerate(rollouts) if r.prompt.part == part]
             if mine:
                 grades |= zip(mine, grader.grade([rollouts[i] for i in mine]))
-        return [grades[i] for i in range(len(rollouts))]
+        return [grades.get(i, UNGRADED) for i in range(len(rollouts))]
 
 
 class SharedGrader:
@@ -69,6 +70,31 @@ def _grader_of_parts(cfg: Config) -> "Grader":
             built.append((task, known))
         graders[part] = known
     return RoutedGrader(graders)
+
+
+class GraderNames:
+    """Which task grades a prompt's texts, and whether it names the answers it finds."""
+
+    def __init__(self, cfg: Config):
+        """ValueError as build_task."""
+        self._names = {part: task.name for part, task in tasks(cfg).items()}
+        self._columns = {
+            part: ColumnOptions(**checked_options(task.name, task.options, ColumnOptions))
+            for part, task in tasks(cfg).items()
+            if task.name == "column"
+        }
+
+    def of(self, prompt: Prompt) -> str:
+        """The name of the task of its part, or of the one that its row names; "" without one."""
+        column = self._columns.get(prompt.part)
+        return self._names[prompt.part] if column is None else column.task_of(prompt.extra)
+
+    def with_answers(self, texts: Iterable[tuple[Prompt, str | None]]) -> set[str]:
+        """The tasks that name answers, from (prompt, the answer found or None) of texts. A user's
+        function may name none at all: then none of its texts lacks one.
+        """
+        pairs = ((self.of(prompt), answer) for prompt, answer in texts)
+        return {name for name, answer in pairs if ":" not in name or answer is not None}
 
 
 def task_names(cfg: Config) -> str:

@@ -6,7 +6,7 @@ report.md with its plots, diagnosis.json, tokens.jsonl and heatmap.html.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -15,12 +15,18 @@ from typing import Any
 
 import torch
 
+from reflux.trainer.config.parts import tasks
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Rollout, TeacherView
 from reflux.trainer.data.chat import Chat, same_vocabulary
-from reflux.trainer.data.failed_grades import FailedGrades, count_failed
+from reflux.trainer.data.failed_grades import (
+    FailedGrades,
+    add_parts,
+    check_parts,
+    count_by_part,
+)
 from reflux.trainer.data.graders import Grade
-from reflux.trainer.data.task_routing import build_grader, task_names
+from reflux.trainer.data.task_routing import GraderNames, build_grader, task_names
 from reflux.trainer.data.training_prompts import load_training_prompts
 from reflux.trainer.phase import (
     Advance,
@@ -142,9 +148,9 @@ class DiagnosePhase:
     def _check_failed_grades(self) -> FailedGrades:
         """Of all ranks."""
         assert self.grader is not None
-        failed = sum(self.engine.gather([self.grader.counts]), FailedGrades())
-        failed.check(task_names(self.cfg), self.cfg.task.max_failed)
-        return failed
+        failed = add_parts(self.engine.gather([self.grader.counts]))
+        check_parts(failed, tasks(self.cfg))
+        return sum(failed.values(), FailedGrades())
 
     @contextlib.contextmanager
     def _shows_unaligned(self, unaligned: Sequence[TokenStats]) -> Iterator[None]:
@@ -196,11 +202,11 @@ class DiagnosePhase:
             off_policy=replace(diagnosis.off_policy, gradient=self._gradient(stage, stats)),
         )
 
-    def _names_answers(self, stats: Sequence[TokenStats]) -> bool:
-        """A user's function may grade without naming an answer."""
-        return self.grader is not None and (
-            ":" not in task_names(self.cfg) or any(s.answer is not None for s in stats)
-        )
+    def _names_answers(self, stats: Sequence[TokenStats]) -> Callable[[TokenStats], bool]:
+        """Of each text: does its grader say what it took for the answer?"""
+        names = GraderNames(self.cfg)
+        naming = names.with_answers((s.rollout.prompt, s.answer) for s in stats)
+        return lambda s: names.of(s.rollout.prompt) in naming
 
     def _gradient(self, stage: Stage, stats: Sequence[TokenStats]) -> GradientNoise | None:
         """Of the token KL, or of the next byte's where there are two vocabularies."""
@@ -340,12 +346,15 @@ class CountedGrader:
     """A grader that counts the texts on which it failed."""
 
     def __init__(self, grader: Grader):
-        self._grader, self.counts = grader, FailedGrades()
+        self._grader = grader
+        self.counts: dict[str, FailedGrades] = {}  # by part
 
     def grade(self, rollouts: Sequence[Rollout]) -> list[Grade]:
         """One grade per rollout, in order."""
         grades = self._grader.grade(rollouts)
-        self.counts += count_failed(g.error for g in grades if g.graded)
+        pairs = [(r.prompt.part, g) for r, g in zip(rollouts, grades) if g.graded]
+        new = count_by_part((part, g.error) for part, g in pairs)
+        self.counts = add_parts([self.counts, new])
         return grades
 
 

@@ -14,7 +14,7 @@ confidences, answers and grades.
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -121,12 +121,12 @@ def with_answers(
     students: Sequence[TokenStats],
     greedy: Mapping[int, bool],
     *,
-    names_answers: bool,
+    names_answers: Callable[[TokenStats], bool],
 ) -> Symptoms:
     """Adds the sampling gap, format breaks and votes of the student's graded texts.
 
-    greedy: prompt -> is the most likely text correct? names_answers: does the grader say what it
-    took for the answer?
+    greedy: prompt -> is the most likely text correct? names_answers: does the grader of a text say
+    what it took for the answer?
     """
     of_prompt: dict[int, list[TokenStats]] = {}
     for s in students:
@@ -135,7 +135,8 @@ def with_answers(
     if of_prompt and greedy:
         grades = {i: [bool(s.correct) for s in rows] for i, rows in of_prompt.items()}
         symptoms = replace(symptoms, sampling=sampling_gap(greedy, grades))
-    if of_prompt and names_answers:
+    of_prompt = {i: rows for i, rows in of_prompt.items() if names_answers(rows[0])}
+    if of_prompt:
         breaks = [
             s.rollout.ended and not s.correct and s.answer is None
             for rows in of_prompt.values()

@@ -50,8 +50,7 @@ def _members(rollouts: Sequence[Rollout]) -> list[int]:
 
 
 def _asked(cfg: Config, rollout: Rollout) -> dict[str, str]:
-    question = str(rollout.prompt.messages[-1]["content"])
-    template = cfg.distill.paraphrase_template
+    template, question = cfg.distill.paraphrase_template, rollout.prompt.question
     content = fill_template(template, prompt=question, text=rollout.text)
     return {"role": "user", "content": content}
 

@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reflux.trainer.config.parts import tasks
 from reflux.trainer.config.roles import MAX_UNALIGNED
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Batch, Sample
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.data.failed_grades import FailedGradesBudget, count_failed
+from reflux.trainer.data.failed_grades import FailedGradesBudgets, count_by_part
 from reflux.trainer.data.graders import Grade
 from reflux.trainer.data.task_routing import build_grader, task_names
 from reflux.trainer.data.truncated_grades import beside_their_group
@@ -78,7 +79,8 @@ class DistillPhase:
         self.data_fields = self.source.prompts.fit.fields
         self.targets = Targets(self.spec, self.chat, self.teachers)
         self.metric_sums = MetricSums()
-        self.failed_grades = FailedGradesBudget(task_names(cfg), cfg.task.max_failed)
+        self.failed_grades = FailedGradesBudgets(tasks(cfg))
+        self._graded_parts = {part for part, task in tasks(cfg).items() if task.name}
         self._step = 0
         self._grades: dict[int, Grade] = {}  # of the last texts, by place, where they were graded
 
@@ -247,7 +249,8 @@ class DistillPhase:
         """
         assert self.task is not None
         grades = self.task.grade([t.rollout for t in texts])
-        mine = count_failed(g.error for g in grades if g.graded)
+        pairs = [(t.rollout.prompt.part, g) for t, g in zip(texts, grades) if g.graded]
+        mine = count_by_part((part, g.error) for part, g in pairs)
         self.failed_grades.add(self.engine.gather([mine]))
         off_policy = [g for t, g in zip(texts, grades) if t.off_policy]
         check_right_and_wrong(off_policy, self.engine, task_names(self.cfg))
@@ -263,8 +266,9 @@ class DistillPhase:
             add("staleness", [self.source.student.staleness])
         add("on_policy", [float(not t.off_policy) for t in texts])
         if self.task is not None and self.spec.on_policy > 0:
-            mine = [i for i, t in enumerate(texts) if not t.off_policy]
-            rollouts = [texts[i].rollout for i in mine]
+            own = [(i, t.rollout) for i, t in enumerate(texts) if not t.off_policy]
+            graded = [(i, r) for i, r in own if r.prompt.part in self._graded_parts]
+            mine, rollouts = [i for i, _ in graded], [r for _, r in graded]
             grades = beside_their_group(self.task.grade(rollouts), rollouts)
             self._grades = dict(zip(mine, grades))
             add("reward/task", [g.reward for g in grades if not g.failed])

@@ -40,6 +40,11 @@ class Reading:
         column = self.spec.privileged
         if not column:
             return prompt.messages
+        if not prompt.messages:
+            raise ValueError(
+                f"distill.privileged = {column!r}: prompt {prompt.index} is a document, without "
+                "a prompt to put it behind; want rows with prompts, or leave privileged out"
+            )
         text = prompt.answer if column == "answer" else prompt.extra.get(column)
         text = prompt.response if column == "response" else text
         if not isinstance(text, str) or not text:

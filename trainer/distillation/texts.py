@@ -6,6 +6,7 @@ keyed by (seed, step): the same on every rank, and after a resume.
 """
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,14 +14,16 @@ from typing import Any, Literal
 
 import numpy as np
 
+from reflux.trainer.config.explain import explain
+from reflux.trainer.config.parts import tasks
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.data.failed_grades import FEW, FailedGrades, count_failed
+from reflux.trainer.data.failed_grades import FEW, add_parts, check_parts, count_by_part
 from reflux.trainer.data.fitted_prompts import FittedPrompts
 from reflux.trainer.data.mixture import Mixture
 from reflux.trainer.data.prompts import shard
-from reflux.trainer.data.sources import load_function
+from reflux.trainer.data.sources import load_function, show
 from reflux.trainer.data.task_routing import task_names
 from reflux.trainer.data.training_prompts import load_training_prompts
 from reflux.trainer.phase import Engine, Grader, Sampling, Teacher
@@ -38,6 +41,7 @@ log = logging.getLogger(__name__)
 # Streams of random numbers beside those of the rollouts, which are keyed by (prompt, group member)
 ON_POLICY_STREAM = 1 << 63
 TEACHER_STREAM = (1 << 63) + 1
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no tokenizer can encode
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ class TextSource:
         limit, kept = self.cfg.rollout.max_tokens, []
         for x in group:
             words = chat.whole_text(x.content_ids, x.text)
-            text = self.rewrite(x.prompt, words)
+            text = rewritten(self.rewrite, self.spec.rewrite, x.prompt, words)
             if text is not None:
                 kept.append(x if text == words else replace_text(chat, x, text, limit))
         return kept
@@ -302,17 +306,18 @@ class TextSource:
         assert self.task is not None
         grades = iter(self.task.grade([text.rollout for group in groups for text in group]))
         pairs = [[(text, next(grades)) for text in group] for group in groups]
-        counts = count_failed(g.error for group in pairs for _, g in group if g.graded)
-        failed = sum(self.engine.gather([counts]), FailedGrades())
-        failed.check(task_names(self.cfg), self.cfg.task.max_failed, few=FEW)
+        counts = count_by_part(
+            (text.rollout.prompt.part, g.error) for group in pairs for text, g in group if g.graded
+        )
+        check_parts(add_parts(self.engine.gather([counts])), tasks(self.cfg), few=FEW)
         graded = [grade for group in pairs for _, grade in group]
         check_right_and_wrong(graded, self.engine, task_names(self.cfg))
         correct = [[text for text, grade in group if grade.correct] for group in pairs]
         if not self.engine.sum(float(any(correct))):
             raise ValueError(
                 f"distill.correct_only: none of the teacher's {count} answers is correct; check "
-                f"task.name = {self.cfg.task.name!r} and task.options against the texts, or raise "
-                "distill.query_budget"
+                f"task.name = {task_names(self.cfg)!r} and task.options against the texts, or "
+                "raise distill.query_budget"
             )
         return correct
 
@@ -345,6 +350,25 @@ class TextSource:
     def _uniform(self, step: int, stream: int, count: int) -> np.ndarray:
         key = np.array([self.cfg.seed << 32 ^ step, stream], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key)).random(count)
+
+
+def rewritten(
+    rewrite: Callable[[Prompt, str], str | None], name: str, prompt: Prompt, words: str
+) -> str | None:
+    """What a user's function makes of a text. ValueError where it fails, or returns no text."""
+    try:
+        text = rewrite(prompt, words)
+    except Exception as error:
+        raise ValueError(
+            f"distill.rewrite = {name!r} failed on a text of prompt {prompt.index}: "
+            f"{explain(error)}. Mend it, or let it return None to drop the text"
+        ) from error
+    if text is None or (isinstance(text, str) and not SURROGATE.search(text)):
+        return text
+    raise ValueError(
+        f"distill.rewrite = {name!r} returned {show(text)} for a text of prompt {prompt.index}; "
+        "want a text of whole characters, or None to drop it"
+    )
 
 
 def ids_of(chat: Chat, rollout: Rollout, text: str) -> tuple[int, ...]:

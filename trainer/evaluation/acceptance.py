@@ -3,12 +3,13 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from reflux.trainer.config.evaluation import AcceptSection
 from reflux.trainer.config.sections import TaskSection
+from reflux.trainer.data.failed_grades import check_parts
 from reflux.trainer.runs.stats import Estimate, mean_over_prompts
 
 from .metrics import Difference, check_same, compare, metric_values, of_mode, of_part
@@ -17,6 +18,7 @@ from .settings import Settings, check_settings, load_settings
 
 NOT_ACCEPTED = 3  # exit code
 
+Tasks = Mapping[str, TaskSection]  # of the parts (config/parts.py)
 Outcome = Literal["succeeded", "failed", "inconclusive"]
 
 
@@ -42,16 +44,16 @@ def check_rule(
     name: str,
     rule: AcceptSection,
     expected: Sequence[Question],
-    task: TaskSection,
+    tasks: Tasks,
     settings: Settings | None = None,
 ) -> None:
     """ValueError, before anything is answered, unless the runs that the rule names have answered
     the questions they will be compared on, asked for alike, with no more failed grades than
-    task.max_failed. expected, settings: of this run.
+    task.max_failed. expected, tasks, settings: of this run.
     """
     ours: Sequence[Question] = expected
     if rule.run:
-        ours = load_graded(rule.run, f"accept.{name}.run", task)
+        ours = load_graded(rule.run, f"accept.{name}.run", tasks)
     ours = of_part(ours, rule.part)
     if not ours:
         raise ValueError(
@@ -63,17 +65,17 @@ def check_rule(
             f"accept.{name}: {rule.run} has no {rule.metric} answers; want a run that measured it"
         )
     if rule.against:
-        theirs = of_part(load_graded(rule.against, f"accept.{name}.against", task), rule.part)
+        theirs = of_part(load_graded(rule.against, f"accept.{name}.against", tasks), rule.part)
         check_same(ours, theirs, rule.against, [mode])
         asked = load_settings(rule.run) if rule.run else settings or {}
         check_settings(asked, load_settings(rule.against), rule.against, [mode], rule.part)
 
 
-def load_graded(folder: str, option: str, task: TaskSection) -> list[Prediction]:
+def load_graded(folder: str, option: str, tasks: Tasks) -> list[Prediction]:
     """load_predictions; ValueError where more grades failed than task.max_failed allows."""
     predictions = load_predictions(folder, option)
     try:
-        failed_grades(predictions).check(task.name, task.max_failed)
+        check_parts(failed_grades(predictions), tasks)
     except ValueError as error:
         raise ValueError(f"{option} = {folder!r}: there, {error}. Evaluate it again") from None
     return predictions

@@ -2,9 +2,10 @@
 by the likelihood of options. Used by the phase `evaluate` and by those that train.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from reflux.trainer.config.parts import tasks
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.data.failed_grades import FEW
+from reflux.trainer.data.failed_grades import FEW, check_parts
 from reflux.trainer.data.graders import Grade
-from reflux.trainer.data.task_routing import task_names
+from reflux.trainer.data.task_routing import GraderNames
 from reflux.trainer.phase import Engine, Grader, Sampler, Sampling
 from reflux.trainer.rollouts.defences import DefendedDecoding
 from reflux.trainer.rollouts.generate import EmbeddedSampler
@@ -90,7 +91,7 @@ class Evaluator:
         self.prompts = self.questions.prompts
         self.settings = settings_of(cfg, self._sampling(greedy=False), chat, self.questions)
         if e.against:
-            self._theirs = load_graded(e.against, "eval.against", cfg.task)
+            self._theirs = load_graded(e.against, "eval.against", tasks(cfg))
             check_same(self.expected(), self._theirs, e.against)
             check_settings(self.settings, load_settings(e.against), e.against, self._modes)
         if whole_run:
@@ -142,7 +143,7 @@ class Evaluator:
             predictions += new
             if unfinished and engine.is_main:
                 unfinished.add(new)
-            self._check_failed_grades(predictions, of=self._generated)
+            self._check_failed_grades(predictions, to_come=True)
         self._check_failed_grades(predictions)
         predictions = self._with_outcomes(predictions)
         predictions.sort(key=lambda p: (p.mode, p.prompt, p.sample))
@@ -166,11 +167,11 @@ class Evaluator:
         estimates = measure(predictions, metrics)
         return Evaluation(estimates, differences, parts=parts, chance=chance(self.questions))
 
-    @property
-    def _generated(self) -> int:
-        """Texts that there will be; those by likelihood need no grader."""
-        counts = {way: n for way, n in self._samples.items() if way != "likelihood"}
-        return len(self.prompts) * sum(counts.values())
+    @cached_property
+    def _generated(self) -> Counter[str]:
+        """Texts that there will be, by part; those by likelihood need no grader."""
+        each = sum(n for way, n in self._samples.items() if way != "likelihood")
+        return Counter(p.part for p in self.prompts for _ in range(each))
 
     @property
     def _samples(self) -> dict[str, int]:
@@ -184,16 +185,22 @@ class Evaluator:
     def _modes(self) -> list[str]:
         return [mode for way in self._samples for mode in MODES[way]]
 
-    def _check_failed_grades(self, predictions: Sequence[Prediction], of: int = 0) -> None:
+    def _check_failed_grades(
+        self, predictions: Sequence[Prediction], *, to_come: bool = False
+    ) -> None:
         """An evaluation that a training run makes on its way has the budget of FEW texts at least:
-        one failed grade does not end the run. of: texts that there will be; ValueError as soon as
-        they cannot mend it.
+        one failed grade does not end the run. to_come: ValueError only where the texts that are
+        still to come cannot mend it.
         """
-        task, counts = self.cfg.task, failed_grades(predictions)
-        if counts.failed <= task.max_failed * of:
-            return
+        grading, counts = tasks(self.cfg), failed_grades(predictions)
+        if to_come:
+            counts = {
+                part: count
+                for part, count in counts.items()
+                if count.failed > grading[part].max_failed * self._generated[part]
+            }
         try:
-            counts.check(task_names(self.cfg), task.max_failed, few=0 if self.whole_run else FEW)
+            check_parts(counts, grading, few=0 if self.whole_run else FEW)
         except ValueError as error:
             if self._unfinished is None:
                 raise
@@ -201,9 +208,12 @@ class Evaluator:
 
     def _with_outcomes(self, predictions: list[Prediction]) -> list[Prediction]:
         """A user's grader may give no answers at all: then none is missing."""
-        generated = any(p.extracted is not None for p in predictions)
-        names_answers = ":" not in task_names(self.cfg) or generated
-        return with_outcomes(predictions, self.cfg.eval.refusal, names_answers)
+        names, asked = GraderNames(self.cfg), {p.index: p for p in self.prompts}
+        generated = [p for p in predictions if p.generation]
+        naming = names.with_answers((asked[p.prompt], p.extracted) for p in generated)
+        return with_outcomes(
+            predictions, self.cfg.eval.refusal, lambda p: names.of(asked[p.prompt]) in naming
+        )
 
     def _spec(self) -> dict[str, Any]:
         """All that the answers depend on."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from reflux.trainer.config.parts import tasks
 from reflux.trainer.config.schema import Config
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.task_routing import build_grader
@@ -44,7 +45,7 @@ class EvaluatePhase:
         defence = DefendedDecoding(cfg, engine, [chat])
         self.evaluator = Evaluator(cfg, engine, chat, grader, defence=defence, whole_run=True)
         for name, rule in cfg.accept.items():
-            check_rule(name, rule, self.evaluator.expected(), cfg.task, self.evaluator.settings)
+            check_rule(name, rule, self.evaluator.expected(), tasks(cfg), self.evaluator.settings)
 
     def close_step(self, step: int, stats: Mapping[str, float]) -> dict[str, Any]:
         """Evaluates; every rank comes to the same verdicts. Collective."""

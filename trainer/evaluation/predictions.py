@@ -14,14 +14,14 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from reflux.trainer.config.evaluation import LIKELIHOOD
 from reflux.trainer.data.batch import Prompt
-from reflux.trainer.data.failed_grades import FailedGrades, count_failed
+from reflux.trainer.data.failed_grades import FailedGrades, count_by_part
 from reflux.trainer.runs.answer_files import answer_files
 from reflux.trainer.runs.files import named, write_whole
 from reflux.trainer.runs.run_folder import NO_RESULT, differing
@@ -87,9 +87,10 @@ class Prediction(Question):
         return self.error is not None
 
 
-def failed_grades(predictions: Iterable[Prediction]) -> FailedGrades:
-    """Of the generated texts that were given to the grader."""
-    return count_failed(p.error for p in predictions if p.generation and p.generation.graded)
+def failed_grades(predictions: Iterable[Prediction]) -> dict[str, FailedGrades]:
+    """Of the generated texts that were given to the grader, by part."""
+    graded = [p for p in predictions if p.generation and p.generation.graded]
+    return count_by_part((p.part, p.error) for p in graded)
 
 
 def prompt_id(prompt: Prompt) -> str:
@@ -99,20 +100,20 @@ def prompt_id(prompt: Prompt) -> str:
 
 
 def with_outcomes(
-    predictions: Iterable[Prediction], refusal: str, names_answers: bool
+    predictions: Iterable[Prediction], refusal: str, names_answers: Callable[[Prediction], bool]
 ) -> list[Prediction]:
     """Gives every generation with a grade exactly one of OUTCOMES: correct, else cut at the limit,
     else refused, else without an answer, else wrong.
 
     refusal: regular expression of a refusal; empty: there is none. names_answers: whether the
-    grader says what it took for the answer; if not, a text without an answer counts as wrong.
+    grader of a text says what it took for the answer; if not, it counts as wrong without one.
     """
     expression = re.compile(refusal) if refusal else None
 
     def judged(p: Prediction) -> Prediction:
         if p.generation is None or p.correct is None or p.failed:
             return p
-        outcome = _outcome(p, p.generation, expression, names_answers)
+        outcome = _outcome(p, p.generation, expression, names_answers(p))
         return replace(p, generation=replace(p.generation, outcome=outcome))
 
     return [judged(p) for p in predictions]

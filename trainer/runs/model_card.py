@@ -163,7 +163,7 @@ def _evaluation(fields: Mapping[str, Any]) -> str:
         for k in names
     )
     return (
-        f"\n## Evaluation\nPrompts of `eval.source`, the weights of step {fields['step']}; "
+        f"\n## Evaluation\nHeld-out prompts of `[eval]`, the weights of step {fields['step']}; "
         "intervals are 95 % over prompts and say nothing of another seed.\n\n"
         f"| metric | value | interval |\n|---|--:|---|\n{rows}"
     )

@@ -14,6 +14,7 @@ from .logger import LOG, NOT_FINITE
 
 SAMPLES = "samples.jsonl"
 KEPT_SAMPLES = 24  # of the last lines
+TEXTS = frozenset(("text", "prompt", "answer", "extracted"))  # a text "NaN" is no number
 
 Line = Mapping[str, Any]
 
@@ -131,7 +132,18 @@ def parsed(text: bytes) -> Line | None:
         return None
     if not isinstance(line, dict):
         return None
-    return {k: NOT_FINITE.get(v, v) if isinstance(v, str) else v for k, v in line.items()}
+    return {
+        k: NOT_FINITE.get(v, v) if isinstance(v, str) and k not in TEXTS else v
+        for k, v in line.items()
+    }
+
+
+def sources_of(cfg: Mapping[str, Any], table: str) -> str:
+    """What a configuration in a log names as sources of [data] or [eval], those of parts too."""
+    section = cfg.get(table) or {}
+    parts = (section.get("parts") or {}).values()
+    given = [source for s in (parts or [section]) if (source := s.get("source"))]
+    return ", ".join(x if isinstance(x, str) else ", ".join(x) for x in given)
 
 
 def _constant(name: str) -> float:

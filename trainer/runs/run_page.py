@@ -22,7 +22,7 @@ from .evaluation_bars import evaluation_bars
 from .files import write_whole
 from .logger import RESERVED
 from .progress import duration, moment
-from .run_log import Line, RunLog, parsed, series
+from .run_log import Line, RunLog, parsed, series, sources_of
 from .run_panels import evaluation_panels, training_panels
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def _what(cfg: Mapping[str, Any]) -> str:
         return str((cfg.get(section) or {}).get("path", ""))
 
     model, teacher, phase = path("model"), path("teacher"), cfg.get("phase")
-    calibration, data = cfg.get("calibration") or {}, (cfg.get("data") or {}).get("source", "")
+    calibration, data = cfg.get("calibration") or {}, sources_of(cfg, "data")
     if phase == "calibrate":
         mode = calibration.get("mode", "off")
         how = "task reward only" if mode == "off" else f"{mode}, against the proxy {path('proxy')}"
@@ -244,7 +244,7 @@ def _what(cfg: Mapping[str, Any]) -> str:
     if phase == "diagnose":
         return f"The student {model} and the teacher {teacher}, compared on {data}."
     if phase == "evaluate":
-        return f"The model {model}, on {(cfg.get('eval') or {}).get('source', '')}."
+        return f"The model {model}, on {sources_of(cfg, 'eval')}."
     return f"The model {model}."
 
 
@@ -271,7 +271,7 @@ def _float(x: Any) -> float:
 def _no_evaluation(cfg: Mapping[str, Any], evaluations: Sequence[Line]) -> str:
     if evaluations:
         return ""
-    if not (cfg.get("eval") or {}).get("source"):
+    if not sources_of(cfg, "eval"):
         return "eval.source is empty, so nothing is held out"
     return "no evaluation has been due yet (eval.every, eval.at_start)"
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from runs import config, run_here
+from runs import config, run_here, write_data
 
 pytestmark = pytest.mark.usefixtures("titan_process")
 
@@ -87,3 +87,33 @@ def test_every_option_changes_what_it_names(talkers, tmp_path, option):
     got = outcome(tmp_path / "run", **merged, steps=3)
     assert all(math.isfinite(x) for pair in got for x in pair)
     assert not np.allclose(got, _base[gated], rtol=1e-5, atol=0), f"{option} changed nothing"
+
+
+@pytest.mark.parametrize("whole, part, ends", [(0.0, 1.0, False), (1.0, 0.0, True)])
+def test_a_part_has_the_budget_for_failed_grades_of_its_own_task(
+    talkers, tmp_path, whole, part, ends
+):
+    task = {"name": "small_tasks:fail_always", "max_failed": part}
+    task["options"] = {"grade_truncated": True}
+    data = {"source": "", "parts": {"a": {"source": str(write_data(tmp_path)), "task": task}}}
+    over = {"data": data, "task": {"name": "", "max_failed": whole}, "steps": 1}
+    cfg = config(talkers, tmp_path / "run", "calibrate", **over, calibration={"mode": "off"})
+    if ends:
+        with pytest.raises(ValueError, match="fail_always of part a: grading failed on 8 of 8"):
+            run_here(cfg)
+    else:
+        assert run_here(cfg).steps[0]["grader_error"] == 1.0
+
+
+def test_no_answer_is_of_the_texts_whose_grader_names_answers(talkers, tmp_path):
+    """A function that says right or wrong names none, so none of its texts lacks one."""
+    data = str(write_data(tmp_path))
+    right = {"name": "small_tasks:is_right", "options": {"grade_truncated": True}}
+    exact = {"name": "exact", "options": {"marker": "nowhere", "grade_truncated": True}}
+    off = {"calibration": {"mode": "off"}, "steps": 1}
+    (alone,) = run_here(config(talkers, tmp_path / "a", "calibrate", task=right, **off)).steps
+    assert alone["accuracy"] == 1.0 and "no_answer" not in alone
+    parts = {"x": {"source": data, "task": right}, "y": {"source": data, "task": exact}}
+    cfg = config(talkers, tmp_path / "b", "calibrate", data={"source": "", "parts": parts}, **off)
+    (both,) = run_here(cfg).steps
+    assert both["accuracy"] == 0.5 and both["no_answer"] == 1.0

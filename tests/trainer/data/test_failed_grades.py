@@ -4,11 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reflux.trainer.config.sections import TaskSection
 from reflux.trainer.data.failed_grades import (
     FEW,
     NEWEST,
     FailedGrades,
     FailedGradesBudget,
+    FailedGradesBudgets,
+    add_parts,
+    check_parts,
+    count_by_part,
     count_failed,
 )
 from reflux.trainer.data.graders import Grade
@@ -92,3 +97,32 @@ def test_what_a_budget_remembers_does_not_grow():
     for graded in (2, 0, 0, 3) * 1000:
         budget.add([FailedGrades(graded)])
     assert len(budget._steps) <= NEWEST / 2
+
+
+TASKS = {
+    "": TaskSection("exact", max_failed=0.5),
+    "all": TaskSection("mine:grade", max_failed=1.0),
+    "none": TaskSection("math", max_failed=0.0),
+}
+
+
+@pytest.mark.parametrize(
+    "part, failed, ends",
+    [("", 1, 0), ("", 2, 1), ("all", 2, 0), ("none", 0, 0), ("none", 1, 1), ("other", 2, 1)],
+)
+def test_each_part_has_the_budget_of_its_own_task(part, failed, ends):
+    """One that no task is named for has that of a source without parts."""
+    texts = [(part, BAD)] * failed + [(part, None)] * (2 - failed) + [("all", BAD)] * 9
+    counts = add_parts([count_by_part(texts[::2]), count_by_part(texts[1::2])])
+    assert counts[part].failed == failed + 9 * (part == "all")
+    budgets = [lambda: check_parts(counts, TASKS)]
+    if part in TASKS:
+        halves = [count_by_part(texts[::2]), count_by_part(texts[1::2])]
+        budgets.append(lambda: FailedGradesBudgets(TASKS).add(halves))
+    for budget in budgets:
+        if ends:
+            name = TASKS.get(part, TASKS[""]).name + (f" of part {part}" if part else "")
+            with pytest.raises(ValueError, match=f"task {name}: grading failed on {failed} of 2"):
+                budget()
+        else:
+            budget()

@@ -5,6 +5,7 @@ import pytest
 
 from reflux.trainer.data.batch import Prompt
 from reflux.trainer.data.graders import Exact, Function, Grade, Math, MultipleChoice, ReasoningGym
+from reflux.trainer.data.options import read_options
 from reflux.trainer.data.prompts import load_prompts
 
 
@@ -190,6 +191,24 @@ def test_an_explanation_does_not_overrule_the_answer(text, letter):
     """
     grade = MultipleChoice()(prompt("B", choices=["w", "x", "y", "z"]), text)
     assert grade == Grade(float(letter == "B"), letter == "B", letter)
+
+
+@pytest.mark.parametrize(
+    "labels", [[1, 2, 3], ["1", "2", "3"], ["A.", "B.", "C."], ["(a)", "(b)", "(c)"]], ids=str
+)
+def test_labels_are_read_without_what_stands_around_them(labels):
+    """As options by likelihood are."""
+    asked = prompt(str(labels[1]), choices={"label": labels, "text": ["u", "v", "w"]})
+    assert MultipleChoice()(asked, f"The answer is {labels[1]}".upper()).correct
+    assert not MultipleChoice()(asked, f"The answer is {labels[2]}".upper()).correct
+    assert read_options(asked).correct == 1
+
+
+def test_labels_of_several_letters_are_a_failed_grade():
+    labels = {"label": list(range(1, 11)), "text": list("abcdefghij")}
+    with pytest.raises(ValueError, match="labels 1, .*, 10; want one letter or digit each"):
+        MultipleChoice()(prompt("1", choices=labels), "The answer is 1")
+    assert read_options(prompt("10", choices=labels)).correct == 9
 
 
 def test_a_number_is_no_label():

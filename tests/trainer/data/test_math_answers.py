@@ -111,3 +111,62 @@ def test_one_number_of_another_thing_is_another_answer(gold, answer):
 def test_words_that_one_side_has_alone_are_of_the_same_thing():
     for gold, answer in (("18 eggs", "18 eggs per day"), ("18 eggs", "18"), ("18", "18 eggs")):
         assert grade(gold, f"#### {answer}", marker="####").correct
+
+
+MARKED_UP = [
+    ("7", "**7**"),
+    ("7", "*7*"),
+    ("7", "***7***."),
+    ("7", "__7__"),
+    ("7", "_7_"),
+    ("7", "`7`"),
+    ("7", "**`7`**"),
+    ("7", "**$7$**"),
+    ("7", r"\[7\]"),
+    ("7", r"\(7\)"),
+    ("1/2", r"\[ \frac12 \]"),
+    ("1/2", r"**\(\frac12\)**"),
+    ("x^2+1", "**x^2+1**"),
+    ("x^2+1", "** x^2+1"),
+    ("x^2+1", "x^2+1**"),
+    ("7", "**7** eggs"),
+    ("7", "**Final:** **7** eggs"),
+    ("1000000", "1e6"),
+    ("1000000", "1E6 dollars"),
+    ("0.00001", "1e-5"),
+    ("-1500", "**-1.5e3**"),
+    ("(1000000, 2)", "(1e6, 2)"),
+]
+
+
+@pytest.mark.parametrize("gold, answer", MARKED_UP)
+def test_marks_around_an_answer_and_powers_of_ten_are_read(gold, answer):
+    """On either side, and a wrong number in the same marks is wrong."""
+    assert grade(gold, f"So\n#### {answer}", marker="####").correct
+    assert grade(answer, f"So\n#### {gold}", marker="####").correct
+    assert not grade("3", f"So\n#### {answer}", marker="####").correct
+
+
+@pytest.mark.parametrize(
+    "gold, answer, correct",
+    [
+        ("a_b", "a_b", True),
+        ("x_1 + y_1", "y_1 + x_1", True),
+        ("27", "2**7", False),  # a power, not two numbers and bold
+        ("2*x*y", "y*x*2", True),
+        ("24", "2 *3 *4", True),
+        ("2e", "e*2", True),
+        ("6e", "3e2", False),  # 300
+        ("3e2x", "3e2x", True),
+        ("R^*", "R^*", True),
+        ("[1, 2]", "[1, 2]", True),
+    ],
+)
+def test_stars_and_underscores_of_maths_are_no_mark_up(gold, answer, correct):
+    assert grade(gold, f"So\n#### {answer}", marker="####").correct is correct
+
+
+def test_a_power_of_ten_in_letters_is_one_in_a_whole_text_too():
+    for text in (r"It is \boxed{1e6}.", "So $1e6$"):
+        assert grade("1000000", text).correct
+        assert not grade("6e", text).correct

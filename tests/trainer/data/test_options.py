@@ -28,6 +28,8 @@ def ask(answer="B", choices=("red", "green", "blue"), index=0):
         (ask("2"), "index", 2),
         (ask("red"), "text", 0),
         (ask(" C "), "letter", 2),
+        (ask("2", {"label": [1, 2, 3], "text": ["x", "y", "z"]}), "letter", 1),
+        (ask("B.", {"label": ["A.", "B.", "C."], "text": ["x", "y", "z"]}), "letter", 1),
         (ask("2", {"label": ["1", "2", "3"], "text": ["x", "y", "z"]}), "letter", 1),
     ],
 )

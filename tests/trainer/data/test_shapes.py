@@ -291,3 +291,13 @@ def test_a_section_without_a_source_has_the_defaults_of_a_row():
 def test_options_that_are_letters_themselves(tmp_path, choices, answer, label):
     row = {"question": "Which?", "choices": choices, "answer": answer}
     assert load(tmp_path, row)[0].answer == label
+
+
+@pytest.mark.parametrize("labels", [[1, 2, 3], ["1", "2", "3"], ["A.", "B.", "C."]], ids=str)
+@pytest.mark.parametrize("as_text", [False, True])
+def test_an_answer_that_is_a_label_is_no_position(tmp_path, labels, as_text):
+    """2 is the second of 1, 2, 3, whichever of the two is a number."""
+    answer = str(labels[1]) if as_text else labels[1]
+    choices = {"label": labels, "text": ["red", "green", "blue"]}
+    row = {"question": "Which?", "choices": choices, "answer": answer}
+    assert load(tmp_path, row)[0].answer == "B"

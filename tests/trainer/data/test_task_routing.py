@@ -7,7 +7,13 @@ from reflux.trainer.config.schema import Config
 from reflux.trainer.config.sections import TaskSection
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.graders import Grade
-from reflux.trainer.data.task_routing import asks_a_judge, build_grader, task_names
+from reflux.trainer.data.task_routing import (
+    UNGRADED,
+    GraderNames,
+    asks_a_judge,
+    build_grader,
+    task_names,
+)
 
 
 def answer(part: str, gold: str, text: str) -> Rollout:
@@ -48,6 +54,37 @@ def test_grades_keep_their_order():
     grades = build_grader(cfg, alone).grade(rollouts)
     assert [g.correct for g in grades] == [True, True, False, True, False]
     assert task_names(cfg) == "exact, multiple_choice"
+
+
+def test_texts_of_a_part_without_a_task_have_no_grade():
+    cfg = config({"a": {"source": "a", "task": {"name": "exact"}}, "b": {"source": "b"}})
+    teacher = replace(cfg.teacher, path="t")
+    cfg = replace(cfg, phase="distill", task=TaskSection(), teacher=teacher)
+    texts = [answer("b", "4", "4"), answer("a", "4", "4"), answer("b", "4", "5")]
+    assert build_grader(cfg, alone).grade(texts) == [UNGRADED, Grade(1.0, True, "4"), UNGRADED]
+    assert UNGRADED.correct is None and not UNGRADED.graded and not UNGRADED.failed
+
+
+def test_who_names_answers_is_known_of_each_grader():
+    """A function does where one of its texts has one; a row's task is that of its column."""
+    column = {"name": "column", "options": {"tasks": {"f": "my:grader", "e": "exact"}}}
+    cfg = config(
+        {
+            "plain": {"source": "a"},
+            "own": {"source": "b", "task": {"name": "my:other"}},
+            "mixed": {"source": "c", "task": column},
+        }
+    )
+    names = GraderNames(cfg)
+
+    def row(part, **extra):
+        return Prompt(0, (), "4", extra=extra, part=part)
+
+    rows = [row("plain"), row("own"), row("mixed", task="f"), row("mixed", task="e")]
+    assert [names.of(r) for r in rows] == ["exact", "my:other", "my:grader", "exact"]
+    assert names.of(row("mixed", task=["f"])) == names.of(row("mixed")) == ""
+    assert names.with_answers((r, None) for r in rows) == {"exact"}
+    assert names.with_answers([(rows[1], None), (rows[1], "4")]) == {"my:other"}
 
 
 def test_parts_with_one_task_share_its_grader():

@@ -293,3 +293,17 @@ def test_what_was_measured_is_there_where_a_probe_fails(talkers, tmp_path, monke
     assert "own_error" not in found["symptoms"]
     assert len((tmp_path / "run" / "tokens.jsonl").read_text().splitlines()) == 20
     assert "continued texts and gradients: they are" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_only_the_texts_of_parts_with_a_task_have_grades(talkers, tmp_path):
+    data = str(write_data(tmp_path))
+    graded = {"source": data, "limit": 3, "task": TASK["task"]}
+    over = {
+        "task": {"name": ""},
+        "data": {"source": "", "parts": {"x": graded, "y": {"source": data, "limit": 2}}},
+        "diagnose": {"prefixes": ["student"], "gradient_batches": 0, "correction": True},
+    }
+    _, diagnosis, rows = diagnose(talkers, tmp_path / "run", **over)
+    rows_of_y = [r for r in rows if r["correct"] is None]
+    assert len(rows) == 20 and {r["prompt"] for r in rows_of_y} == {3, 4}
+    assert diagnosis["symptoms"]["confidence"] and "format_breaks" not in diagnosis["symptoms"]

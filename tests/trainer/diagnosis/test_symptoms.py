@@ -77,7 +77,7 @@ def test_the_most_frequent_answer_wins():
 def test_votes_are_a_confidence():
     """Prompt 0: four of four for a wrong answer; prompt 1: three of four for the correct one."""
     stats = [student(0, False, "7")] * 4 + [student(1, True, "2")] * 3 + [student(1, False, "3")]
-    got = with_answers(Symptoms(looping=0.5), stats, {}, names_answers=True)
+    got = with_answers(Symptoms(looping=0.5), stats, {}, names_answers=lambda s: True)
     v = got.vote_confidence
     assert v.accuracy == 0.5 and v.mean == pytest.approx(0.875)
     assert v.confident_wrong == 0.5 and v.auroc == 0.0
@@ -92,9 +92,13 @@ def test_a_break_of_format_is_a_finished_text_without_an_answer():
         student(0, False, None),
         student(1, False, None, ended=False),
     ]
-    assert with_answers(Symptoms(), stats, {}, names_answers=True).format_breaks == 0.25
-    assert with_answers(Symptoms(), stats, {}, names_answers=False) == Symptoms()
-    assert with_answers(Symptoms(), [student(0, None)], {}, names_answers=True) == Symptoms()
+    assert with_answers(Symptoms(), stats, {}, names_answers=lambda s: True).format_breaks == 0.25
+    assert with_answers(Symptoms(), stats, {}, names_answers=lambda s: False) == Symptoms()
+    first = with_answers(Symptoms(), stats, {}, names_answers=lambda s: s.prompt == 0)
+    assert first.format_breaks == 1 / 3, "the texts of one grader of two"
+    assert (
+        with_answers(Symptoms(), [student(0, None)], {}, names_answers=lambda s: True) == Symptoms()
+    )
 
 
 def test_what_sampling_costs():
@@ -107,7 +111,7 @@ def test_what_sampling_costs():
     assert got.gap.mean == pytest.approx(1 / 3) and got.gap.n == 3
     assert got.gap.low == 0 and got.gap.high == pytest.approx(0.5)
     stats = [student(0, True), student(0, False), student(1, False)]
-    joined = with_answers(Symptoms(), stats, {0: True, 1: False}, names_answers=False)
+    joined = with_answers(Symptoms(), stats, {0: True, 1: False}, names_answers=lambda s: False)
     assert joined.sampling.gap.mean == pytest.approx(0.25)
 
 

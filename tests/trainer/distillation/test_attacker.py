@@ -116,6 +116,10 @@ def test_a_paraphraser_reads_question_and_text(talkers, tmp_path, monkeypatch):
     question = rollouts[0].prompt.messages[-1]["content"]
     assert prompts[0].messages[-1]["content"] == f"<{rollouts[0].text}|{question}>"
     assert prompts[0].index != prompts[1].index  # two texts of one prompt
+    document = texts_module.replace(
+        rollouts[0], prompt=texts_module.replace(rollouts[0].prompt, messages=())
+    )
+    assert attacker._asked(cfg, document)["content"] == f"<{document.text}|>"
     # without positions for what it reads and writes, it is not asked
     read = Chat(str(talkers / "policy")).prompt_ids
     longest = max(len(read([attacker._asked(cfg, r)])) for r in rollouts) + cfg.rollout.max_tokens

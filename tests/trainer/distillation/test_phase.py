@@ -375,3 +375,26 @@ def test_a_failed_grade_is_no_reward_of_the_students_texts(talkers, tmp_path, mo
     )
     (step,) = run.steps
     assert 0 < step["grader_error"] < 1 and step["reward/task"] == 1.0
+
+
+def test_texts_of_a_part_without_a_task_are_learned_from_and_not_graded(talkers, tmp_path, seen):
+    """Only the part x has a task, by which every text is right."""
+    data = str(write_data(tmp_path))
+    parts = {"x": {"source": data, "task": {"name": "small_tasks:is_right"}}}
+    parts["x"]["task"]["options"] = {"grade_truncated": True}
+    mixture = {"source": "", "parts": parts | {"y": {"source": data}}}
+    over = {"data": mixture, "task": {"name": ""}, "rollout": {"prompts": 4}, "steps": 1}
+    run = run_here(config(talkers, tmp_path / "run", "distill", **over, distill={"on_policy": 1.0}))
+    (step,) = run.steps
+    assert step["reward/task"] == 1.0 and step["grader_error"] == 0.0
+    assert {s.rollout.prompt.part for s in seen["score"][0]} == {"x", "y"}
+
+
+def test_questions_with_a_task_beside_data_without_one(talkers, tmp_path):
+    questions = {"source": str(write_data(tmp_path)), "limit": 3}
+    questions["task"] = {"name": "small_tasks:is_right"}
+    over = {"task": {"name": ""}, "distill": {"on_policy": 1.0}, "steps": 1}
+    over["eval"] = {"parts": {"q": questions}, "samples": 0}
+    run = run_here(config(talkers, tmp_path / "run", "distill", **over))
+    assert "reward/task" not in run.steps[0]
+    assert any("eval/greedy" in e for e in run.events)

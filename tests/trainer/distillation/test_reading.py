@@ -174,3 +174,12 @@ def test_what_cannot_work_is_refused(talkers, tmp_path, options, says):
     biased = {"allow_biased": True} if options.get("objective") == "class" else {}
     with pytest.raises(ValueError, match=says):
         config(talkers, tmp_path / "run", "distill", distill=options | biased)
+
+
+def test_a_document_has_nothing_that_a_privileged_text_could_stand_behind(talkers, tmp_path):
+    path = tmp_path / "documents.jsonl"
+    rows = [{"text": f"A document about {i}.", "hint": "h"} for i in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    over = {"task": {"name": ""}, "distill": {"privileged": "hint"}}
+    with pytest.raises(ValueError, match="privileged = 'hint': prompt 0 is a document"):
+        first_loss(talkers, tmp_path / "run", path, **over)

@@ -14,7 +14,7 @@ from reflux.trainer.config.distillation import DistillSection
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.data.prompts import epoch_indices
-from reflux.trainer.distillation.texts import TextSource
+from reflux.trainer.distillation.texts import TextSource, rewritten
 
 pytestmark = pytest.mark.usefixtures("titan_process")
 
@@ -235,7 +235,7 @@ def test_a_rewrite_reads_whole_characters_and_what_it_leaves_keeps_its_ids(talke
     ids = chat.encode("ok \u20ac")[:-1]
     cut = Rollout(Prompt(0, ()), (1,), ids, (-1.0,) * len(ids), 0.0, chat.decode(ids), False)
     source = SimpleNamespace(
-        spec=SimpleNamespace(dedup=False),
+        spec=SimpleNamespace(dedup=False, rewrite="mine:f"),
         cfg=SimpleNamespace(rollout=SimpleNamespace(max_tokens=9)),
         rewrite=lambda prompt, text: read.append(text) or text,
     )
@@ -275,6 +275,20 @@ def test_a_rewrite_that_makes_texts_too_long_says_so(talkers, tmp_path):
                 distill={"objective": "nll", "on_policy": 0.0, "rewrite": "rewrites:double"},
             )
         )
+
+
+@pytest.mark.parametrize(
+    "rewrite, says",
+    [
+        (lambda prompt, text: {}["x"], "failed on a text of prompt 4: KeyError: 'x' .*Mend it"),
+        (lambda prompt, text: 5, "returned int 5 for a text of prompt 4; want a text"),
+        (lambda prompt, text: text + "\ud800", "returned str .* want a text of whole characters"),
+    ],
+    ids=["raises", "a number", "half a character"],
+)
+def test_a_rewrite_that_fails_or_returns_no_text_says_so(rewrite, says):
+    with pytest.raises(ValueError, match=f"distill.rewrite = 'mine:f' {says}"):
+        rewritten(rewrite, "mine:f", Prompt(4, ()), "a text")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])

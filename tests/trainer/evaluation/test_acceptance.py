@@ -10,7 +10,7 @@ from reflux.trainer.config.sections import TaskSection
 from reflux.trainer.evaluation.acceptance import check_rule, judge
 from reflux.trainer.evaluation.predictions import save_predictions
 
-TASK = TaskSection(name="exact")
+TASKS = {"": TaskSection(name="exact")}
 
 
 def rows(correct, of=100, mode="sampled"):
@@ -109,7 +109,7 @@ def test_nothing_to_compare_with_is_inconclusive(tmp_path):
 def test_another_run_can_be_judged(base, tmp_path):
     save_predictions(tmp_path / "student", 3, rows(10))
     rule = AcceptSection(run=str(tmp_path / "student"), against=base, max_change=-0.5)
-    check_rule("student", rule, rows(100), TASK)
+    check_rule("student", rule, rows(100), TASKS)
     assert judge("student", rule, rows(100)).value.mean == pytest.approx(-0.8)
 
 
@@ -124,10 +124,10 @@ def test_runs_that_cannot_be_compared_are_refused_before_anything_is_answered(ba
         (AcceptSection(metric="greedy", against=base, max_drop=0.1), "greedy has 0 answers"),
     ):
         with pytest.raises(ValueError) as error:
-            check_rule("x", rule, rows(9, of=9) + rows(9, of=9, mode="greedy"), TASK)
+            check_rule("x", rule, rows(9, of=9) + rows(9, of=9, mode="greedy"), TASKS)
         assert says in str(error.value)
     with pytest.raises(ValueError, match="same prompts and samples"):
-        check_rule("x", AcceptSection(against=base, max_drop=0.1), rows(9, of=9), TASK)
+        check_rule("x", AcceptSection(against=base, max_drop=0.1), rows(9, of=9), TASKS)
 
 
 @pytest.mark.parametrize("option", ["run", "against"])
@@ -141,9 +141,22 @@ def test_a_run_with_too_many_failed_grades_decides_nothing(tmp_path, base, optio
     runs = {"run": other, "against": base} if option == "run" else {"against": other}
     rule = AcceptSection(max_drop=1.0, **runs)
     if not refused:
-        check_rule("x", rule, rows(100), TASK)
+        check_rule("x", rule, rows(100), TASKS)
         return
     with pytest.raises(ValueError) as error:
-        check_rule("x", rule, rows(100), TASK)
+        check_rule("x", rule, rows(100), TASKS)
     says = f"accept.x.{option} = {other!r}: there, task exact: grading failed on {failed} of 100"
     assert says in str(error.value) and "the first error: no answer" in str(error.value)
+
+
+def test_the_answers_of_a_part_have_the_budget_of_its_task(tmp_path):
+    """Of a part that only the other run has, that of [task]."""
+    broken = [generated(p, id=str(p), part="q", correct=False, error="boom") for p in range(9)]
+    save_predictions(tmp_path / "other", 0, broken)
+    ours = [generated(p, id=str(p), part="q", correct=False) for p in range(9)]
+    rule = AcceptSection(against=str(tmp_path / "other"), max_drop=1.0)
+    lenient = {"": TaskSection("exact"), "q": TaskSection("exact", max_failed=1.0)}
+    check_rule("x", rule, ours, lenient)
+    for tasks in ({"": TaskSection("exact", max_failed=1.0), "q": TaskSection("exact")}, TASKS):
+        with pytest.raises(ValueError, match="task exact of part q: grading failed on 9 of 9"):
+            check_rule("x", rule, ours, tasks)

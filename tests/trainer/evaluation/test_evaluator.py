@@ -247,6 +247,42 @@ def test_a_grader_that_names_no_answers_misses_none(talkers, tmp_path):
     assert found["eval/sampled_no_answer"] == 0 < found["eval/sampled_wrong"]
 
 
+def test_a_function_beside_a_grader_that_names_answers_misses_none(talkers, tmp_path):
+    """As a part, and as a value of a column."""
+    even, data = {"name": "small_tasks:is_even"}, str(write_data(tmp_path))
+    parts = {"x": {"source": data, "task": EXACT}, "y": {"source": data, "task": even}}
+    spec = {"source": "", "parts": parts}
+    _, rows = evaluate(talkers, tmp_path / "parts", eval=spec, task={"name": ""})
+    assert any(r["extracted"] for r in rows)
+    assert {r["outcome"] for r in rows if r["part"] == "y"} == {"correct", "wrong", "truncated"}
+    rows = [json.loads(line) for line in Path(data).read_text().splitlines()[:8]]
+    kinds = [row | {"kind": "even" if i % 2 else "sum"} for i, row in enumerate(rows)]
+    (tmp_path / "kinds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kinds))
+    unmarked = {"name": "exact", "options": {"marker": "nowhere"}}
+    column = {"column": "kind", "tasks": {"even": even["name"], "sum": unmarked}}
+    task = {"name": "column", "options": column}
+    source = str(tmp_path / "kinds.jsonl")
+    _, rows = evaluate(talkers, tmp_path / "column", source=source, task=task)
+    ended = [r for r in rows if r["ended"] and not r["correct"]]
+    of = {kind: {r["outcome"] for r in ended if r["prompt"] % 2 == kind} for kind in (0, 1)}
+    assert of == {0: {"no_answer"}, 1: {"wrong"}}
+
+
+@pytest.mark.parametrize("whole, part, ends", [(0.0, 1.0, False), (1.0, 0.0, True)])
+def test_questions_have_the_budget_of_their_own_task(talkers, tmp_path, whole, part, ends):
+    task = {"name": "small_tasks:fail_always", "max_failed": part}
+    task["options"] = {"grade_truncated": True}
+    questions = {"source": str(write_data(tmp_path)), "limit": 3, "task": task}
+    over = {"eval": {"source": "", "samples": 0, "parts": {"a": questions}}}
+    over["task"] = {"name": "", "max_failed": whole}
+    cfg = config(talkers, tmp_path / "run", "evaluate", **over)
+    if ends:
+        with pytest.raises(ValueError, match="fail_always of part a: grading failed on 3 of 3"):
+            run_here(cfg)
+    else:
+        assert results_of(run_here(cfg))["eval/greedy_grader_error"] == 1.0
+
+
 # --- against another run
 
 

@@ -26,7 +26,8 @@ def graded(text="x", correct=False, **more):
 
 
 def outcomes(predictions, refusal=REFUSAL, names_answers=True):
-    return [p.generation.outcome for p in with_outcomes(predictions, refusal, names_answers)]
+    named = with_outcomes(predictions, refusal, lambda p: names_answers)
+    return [p.generation.outcome for p in named]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_no_refusals_without_an_expression_and_no_missing_answers_if_the_grader_
 
 def test_answers_by_likelihood_have_no_outcome():
     answer = chosen(0, "likelihood_sum", True, logp=[-1.0], n_bytes=[1])
-    assert with_outcomes([answer], REFUSAL, True) == [answer]
+    assert with_outcomes([answer], REFUSAL, lambda p: True) == [answer]
 
 
 KEYS = {
@@ -138,7 +139,7 @@ def test_failed_grades_are_counted_among_the_texts_that_a_grader_saw():
         generated(3, ended=False, graded=False),
         chosen(4, "likelihood_sum", True, logp=[-1.0], n_bytes=[1]),
     ]
-    assert failed_grades(rows) == FailedGrades(graded=3, failed=2, first_error="first")
+    assert failed_grades(rows) == {"": FailedGrades(graded=3, failed=2, first_error="first")}
 
 
 def ask(text, answer, index=0):

@@ -6,7 +6,7 @@ import math
 from page_runs import calibration, metrics, record, write_calibration
 
 from reflux.trainer.runs.logger import load_run
-from reflux.trainer.runs.run_log import LogTail, RunLog, series
+from reflux.trainer.runs.run_log import LogTail, RunLog, parsed, series, sources_of
 
 
 def test_it_reads_what_the_strict_reader_reads(tmp_path):
@@ -70,3 +70,18 @@ def test_samples_are_those_of_the_last_steps_newest_first(tmp_path):
 def test_a_series_is_what_is_a_number():
     lines = [{"step": 1, "a": 2}, {"step": 2, "a": "x"}, {"step": 3, "a": True}, {"step": 4}]
     assert list(series(lines, "a")) == [(1, 2.0)]
+
+
+def test_a_text_that_is_the_name_of_no_number_stays_a_text():
+    line = {"text": "NaN", "prompt": "Infinity", "answer": "-Infinity", "extracted": "NaN"}
+    read = parsed(json.dumps({**line, "reward": "NaN", "r_cal": "-Infinity"}).encode())
+    assert {k: read[k] for k in line} == line
+    assert math.isnan(read["reward"]) and read["r_cal"] == -math.inf
+
+
+def test_the_sources_of_parts_are_those_of_their_section():
+    parts = {"a": {"source": "a.jsonl"}, "b": {"source": ["b.jsonl", "c.jsonl"]}}
+    cfg = {"data": {"source": "", "parts": parts}, "eval": {"source": "d.jsonl"}}
+    assert sources_of(cfg, "data") == "a.jsonl, b.jsonl, c.jsonl"
+    assert sources_of(cfg, "eval") == "d.jsonl"
+    assert sources_of({}, "eval") == sources_of({"eval": {"source": ""}}, "eval") == ""

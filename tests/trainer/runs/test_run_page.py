@@ -198,3 +198,16 @@ def test_a_real_browser_shows_it_without_network_errors_or_scrolling(tmp_path):
             assert title == "Calibration: run" and int(lines) == 15, "the text took over no script"
             backgrounds.add((dark, shown.background))
     assert len(backgrounds) == 2 and len({colour for _, colour in backgrounds}) == 2
+
+
+def test_the_sources_of_parts_are_named_and_a_text_nan_is_one(tmp_path):
+    parts = {"x": {"source": "sums.jsonl"}, "y": {"source": "facts.jsonl"}}
+    config = {"phase": "distill", "steps": 1, "data": {"source": "", "parts": parts}}
+    config["eval"] = {"source": "", "parts": {"q": {"source": "asked.jsonl"}}}
+    (tmp_path / "run.jsonl").write_text(json.dumps({"schema": 1, "config": config}) + "\n")
+    sample = {"step": 1, "prompt": "Is it a number?", "text": "NaN", "ended": True}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    words = words_of(page_of(tmp_path))
+    assert "learns from given texts, on sums.jsonl, facts.jsonl." in words
+    assert "no evaluation has been due yet" in words and "nothing is held out" not in words
+    assert " NaN " in words and " nan " not in words
