@@ -318,9 +318,7 @@ def _examples(
 
 
 def _record(cfg: Config, engine: Engine) -> Record:
-    def track(step: int, metrics: Mapping[str, Any]) -> None:
-        engine.log({k: v for k, v in metrics.items() if isinstance(v, int | float)}, step)
-
+    tracked = cfg.log.tensorboard or cfg.log.wandb
     return Record(
         folder=cfg.folder,
         config=as_table(cfg),
@@ -331,7 +329,7 @@ def _record(cfg: Config, engine: Engine) -> Record:
         is_main=engine.is_main,
         quiet=cfg.log.quiet,
         inputs=engine.inputs,
-        on_step=track if cfg.log.tensorboard or cfg.log.wandb else None,
+        on_numbers=(lambda step, numbers: engine.log(numbers, step)) if tracked else None,
         write_page=PageWriter(cfg.folder) if cfg.log.report and engine.is_main else None,
     )
 

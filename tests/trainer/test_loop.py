@@ -360,16 +360,39 @@ def test_a_saved_config_repeats_the_run(talkers, tmp_path):
     assert again.summary["step"] == 2 and a
 
 
-def test_tensorboard_gets_the_numbers_of_every_step(talkers, tmp_path):
+def scalars(folder):
+    """Name -> [(step, value)] of TensorBoard's files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = run_here(config(talkers, tmp_path / "run", "distill", steps=2, log={"tensorboard": True}))
-    files = list((tmp_path / "run").rglob("events.out.tfevents*"))
-    boards = [EventAccumulator(str(f)).Reload() for f in files]
-    seen = [
-        (e.step, e.value)
-        for b in boards
-        if "loss" in b.Tags()["scalars"]
-        for e in b.Scalars("loss")
-    ]
-    assert seen == [(s["step"], pytest.approx(s["loss"])) for s in run.steps]
+    found = {}
+    for file in folder.rglob("events.out.tfevents*"):
+        board = EventAccumulator(str(file)).Reload()
+        for name in board.Tags()["scalars"]:
+            found.setdefault(name, []).extend((e.step, e.value) for e in board.Scalars(name))
+    return found
+
+
+def test_tensorboard_gets_the_numbers_of_steps_and_evaluations(talkers, tmp_path):
+    asked = {"eval": {"source": str(talkers / "data.jsonl"), "every": 1, "limit": 3}}
+    asked |= {"task": {"name": "small_tasks:is_even"}, "log": {"tensorboard": True}}
+    run = run_here(config(talkers, tmp_path / "run", "distill", steps=2, **asked))
+    seen = scalars(tmp_path / "run")
+    assert seen["loss"] == [(s["step"], pytest.approx(s["loss"])) for s in run.steps]
+    told = [e for e in run.events if e["event"] == "eval"]
+    assert [e["step"] for e in told] == [0, 1, 2]
+    assert told[0].keys() - {"event", "wall_s", "step"} <= seen.keys(), "means and intervals"
+    name = next(key for key in told[0] if key.startswith("eval/"))
+    assert seen[name] == [(e["step"], pytest.approx(e[name])) for e in told]
+    assert "wall_s" not in seen
+
+
+def test_tensorboard_gets_the_numbers_of_a_run_without_steps(talkers, tmp_path):
+    asked = {"eval": {"source": str(talkers / "data.jsonl"), "limit": 3}}
+    asked |= {"task": {"name": "small_tasks:is_even"}, "log": {"tensorboard": True}}
+    run = run_here(config(talkers, tmp_path / "run", "evaluate", **asked))
+    (told,) = (e for e in run.events if e["event"] == "eval")
+    measured = {k: v for k, v in told.items() if k.startswith("eval/") and isinstance(v, float)}
+    assert measured, told
+    expected = {k: [(0, pytest.approx(v, nan_ok=True))] for k, v in measured.items()}
+    seen = scalars(tmp_path / "run")
+    assert {k: seen[k] for k in expected} == expected

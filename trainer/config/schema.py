@@ -15,6 +15,7 @@ from .checks import not_negative
 from .data import DataSection
 from .distillation import DistillSection
 from .evaluation import AcceptSection, EvalSection
+from .fit import nearest
 from .phases import check_phase, spec_of
 from .sections import (
     BatchSection,
@@ -95,6 +96,8 @@ class Config:
 
     def __post_init__(self):
         not_negative(self, "steps")
+        if not self.folder.strip():
+            raise ValueError(f"folder = {self.folder!r}; want a folder of the run's own")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed = {self.seed}; want 0 to 2**32 - 1")
         if not isinstance(self.teacher, TeacherSection):
@@ -110,6 +113,7 @@ class Config:
         if self.optim.lr is None:
             large = self.phase == "distill" or self.lora.rank
             object.__setattr__(self, "optim", replace(self.optim, lr=1e-5 if large else 1e-6))
+        _check_titan(self.titan)
         check_phase(self)
 
     @property
@@ -126,6 +130,17 @@ class Config:
     def needs_teacher(self) -> bool:
         """Whether the run loads a teacher; SFT on a data set does not."""
         return any(role.section == "teacher" for role in spec_of(self.phase).frozen_roles(self))
+
+
+def _check_titan(titan: Mapping[str, Mapping[str, Any]]) -> None:
+    """Sections that a file may hold, as a file or a program names them."""
+    for name, values in titan.items():
+        if name not in TITAN_SECTIONS:
+            guess = nearest(name, TITAN_SECTIONS)
+            known = ", ".join(TITAN_SECTIONS)
+            raise ValueError(f"titan.{name}: no section of torchtitan's here{guess} Known: {known}")
+        if not isinstance(values, Mapping):
+            raise ValueError(f"titan.{name} = {values!r}; want a section, {name}.key = value")
 
 
 def sections() -> tuple[str, ...]:

@@ -1,10 +1,10 @@
 """From the name and the options of a task to its grader."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, get_type_hints
 
-from reflux.trainer.config.fit import fit, nearest
+from reflux.trainer.config.fit import fit, nearest, spell
 
 from .attempt import GradeText
 from .graders import Exact, Function, Instructions, Math, MultipleChoice, ReasoningGym
@@ -66,16 +66,19 @@ def _check_limits(name: str, limits: Limits, kind: type) -> None:
 
 
 def checked_options(task: str, options: Mapping[str, Any], *kinds: type) -> dict[str, Any]:
-    """Options of these dataclasses, each as its field wants it."""
-    hints = {
-        f.name: get_type_hints(kind)[f.name]
-        for kind in kinds
-        for f in fields(kind)
-        if f.name != "function"
-    }
+    """Options of these dataclasses, each as its field wants it. ValueError, too, for one that has
+    no default and is not given.
+    """
+    known = [(kind, f) for kind in kinds for f in fields(kind) if f.name != "function"]
+    hints = {f.name: get_type_hints(kind)[f.name] for kind, f in known}
     for key in options:
         if key not in hints:
             raise ValueError(
                 f"task {task}: unknown option {key}{nearest(key, hints)} Known: {', '.join(hints)}"
+            )
+    for _, f in known:
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in options:
+            raise ValueError(
+                f"task {task}: task.options.{f.name} is missing; want {spell(hints[f.name])}"
             )
     return {key: fit(value, hints[key], f"task {task}: {key}") for key, value in options.items()}

@@ -9,6 +9,7 @@ no part of either is executed, and a placeholder inside a text stays as it is.
 
 A reply is kept by the hash of the judge, its settings and the whole prompt, in memory and, with
 `cache`, in a folder that several ranks and runs may share: the same text is never paid for twice.
+The judge is the content of its folder and the dtype; of a server, its address and the model's name.
 """
 
 import hashlib
@@ -31,6 +32,7 @@ from urllib.parse import urlsplit
 from .attempt import describe
 from .batch import Rollout
 from .graders import Grade
+from .local_models import check_place, content_hash
 from .prompt import Prompt
 
 log = logging.getLogger(__name__)
@@ -110,9 +112,11 @@ class JudgeOptions:
         if groups < 1:
             raise ValueError(f"judge: verdict = {self.verdict!r}; want a group that is the number")
 
-    @property
-    def judge(self) -> str:
-        return self.model or self.path
+    def identity(self) -> list[str]:
+        """What a kept reply belongs to. The content of a folder counts where others may read it."""
+        if self.server:
+            return [self.server, self.model]
+        return [content_hash(self.path) if self.cache else self.path, self.dtype]
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,7 @@ class JudgeGrader:
         self._lock, self._costs = threading.Lock(), Costs()
         self._ask = ask or (self._ask_server if options.server else _local_judge(options))
         self._workers = options.workers if options.server or ask else 1
+        self._identity = options.identity()
 
     @property
     def costs(self) -> Costs:
@@ -229,8 +234,7 @@ class JudgeGrader:
         return kept or reply, kept is None
 
     def _key(self, prompt: str) -> str:
-        o = self.options
-        told = json.dumps([o.server, o.judge, o.max_tokens, prompt])
+        told = json.dumps([*self._identity, self.options.max_tokens, prompt])
         return hashlib.sha256(told.encode()).hexdigest()
 
     def _from_disk(self, key: str) -> Reply | None:
@@ -320,7 +324,10 @@ def _read_template(options: JudgeOptions) -> str:
 
 
 def _local_judge(options: JudgeOptions) -> Callable[[str], Reply]:
-    """ValueError for a folder that cannot be loaded or has no chat template."""
+    """ValueError for a folder that cannot be loaded or has no chat template, and for a device that
+    is not there.
+    """
+    check_place("judge", options.device, options.dtype)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

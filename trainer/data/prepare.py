@@ -25,6 +25,7 @@ from reflux.trainer.config.fit import nearest
 from .prompt import Prompt
 from .prompts import SYSTEM, Prompts, load_prompts
 from .shapes import CORRECT, OPTIONS, SHAPES, user
+from .sources import has_splits
 
 GRAM = 13  # words
 WORD = re.compile(r"\w+")
@@ -98,11 +99,16 @@ class Choice:
 
 
 def prepare(name: str, public: PublicSet, choice: Choice) -> Manifest:
-    """Writes the three files. ValueError for a source that cannot be read, a folder that holds a
-    set already, and where no row is left.
+    """Writes the three files. ValueError for a source that cannot be read or has no split of that
+    name, a folder that holds a set already, and where no row is left to train on.
     """
     if (choice.out / "manifest.json").exists() and not choice.force:
         raise ValueError(f"{choice.out}: holds a prepared set already; another --out, or --force")
+    if public.test and not has_splits(public.source):
+        raise ValueError(
+            f"{public.source}: has no splits, so none is called {public.test!r}; without "
+            "--test-split a part is held out (--test-fraction), or name files by --held-out"
+        )
     counts: Counter[str] = Counter()
     train_rows = _open(public, public.train, choice.limit)
     shape = train_rows.shape
@@ -118,8 +124,12 @@ def prepare(name: str, public: PublicSet, choice: Choice) -> Manifest:
     grams = set().union(*map(_grams, [*test, *others])) if test or others else set()
     clean = [p for p in train if not grams & _grams(p)]
     counts["contaminated"] = len(train) - len(clean)
-    if not clean and not test:
-        raise ValueError(f"{public.source}: no row is left of {counts['read']}; see --where")
+    if not clean:
+        raise ValueError(
+            f"{public.source}: no row is left of {counts['read']} to train on: "
+            f"{counts['filtered']} filtered by --where, {counts['repeated']} repeated, "
+            f"{len(test)} held out, {counts['contaminated']} share {GRAM} words with a held-out one"
+        )
     written = written_shape([*clean, *test], shape)
     files = {"train.jsonl": _write(choice.out, "train", clean, written)}
     files["test.jsonl"] = _write(choice.out, "test", test, written)
@@ -310,7 +320,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("name", help=f"one of {', '.join(SETS)}, or a name for --source")
     parser.add_argument("--out", type=Path, required=True, help="folder of the three files")
     parser.add_argument("--source", help="files, a folder or an id of the hub instead of the set's")
-    parser.add_argument("--test-split", help="the source's own held-out split")
+    parser.add_argument("--test-split", help="a folder's or the hub's own split")
     parser.add_argument("--test-fraction", type=float, default=0.05, help="held out, where none is")
     parser.add_argument(
         "--held-out", nargs="*", default=[], help="more files of held-out questions"
@@ -333,7 +343,8 @@ def _public(args: argparse.Namespace) -> PublicSet:
         assert known is not None
         return known
     own = {f.name: getattr(known, f.name) for f in fields(PublicSet)} if known else {}
-    if Path(args.source).exists() or args.test_split:  # files have no splits and subsets
+    at_hand = Path(args.source).exists() or not has_splits(args.source)
+    if at_hand or args.test_split:  # its splits and subsets are not those of the set
         own |= {"subset": "", "train": "train", "test": args.test_split or ""}
     return PublicSet(**own | {"source": args.source})
 

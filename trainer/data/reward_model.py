@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from .local_models import check_place
 from .prompt import Prompt
 
 
@@ -23,12 +24,10 @@ class RewardModelOptions:
     max_tokens: int = 32768  # a longer conversation is not scored
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"reward_model: batch_size = {self.batch_size}; want at least 1")
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(
-                f"reward_model: dtype = {self.dtype!r}; want float32, bfloat16 or float16"
-            )
+        for name in ("batch_size", "max_tokens"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"reward_model: {name} = {value}; want at least 1")
+        check_place("reward_model", self.device, self.dtype)
 
 
 class RewardModel:

@@ -104,6 +104,15 @@ def source_files(source: str | Sequence[str]) -> list[Path]:
     return []
 
 
+def has_splits(source: str | Sequence[str]) -> bool:
+    """Whether `split` chooses among its rows: of a folder and of the hub, not of files, generators
+    and functions.
+    """
+    if not isinstance(source, str):
+        return False
+    return Path(source).is_dir() or not source_files(source) and ":" not in source
+
+
 def check_file(source: str) -> None:
     """ValueError for what ends like a file of rows and is not there: no hub is asked for it."""
     path = Path(source)

@@ -66,6 +66,11 @@ RANGES = {
     "profiler.profile_freq": Range(1, why="steps; profiler.enable_profiling = false is off"),
     "profiler.profiler_active": Range(1, why="steps in a trace"),
     "profiler.profiler_warmup": Range(0, why="steps"),
+    "profiler.profiler_repeat": Range(0, why="traces; 0: to the end"),
+    "profiler.profiler_skip_first": Range(0, why="steps before the first trace"),
+    "profiler.profiler_skip_first_wait": Range(0, why="not 0: the first wait is left out"),
+    "profiler.memory_snapshot_freq": Range(1, why="steps; leave it out for profile_freq"),
+    "profiler.memory_snapshot_max_entries": Range(1, why="entries of the allocator's history"),
 }
 
 
@@ -74,9 +79,13 @@ def lay_sections(config: Any, cfg: Config) -> None:
     types, numbers out of range, what has no effect here, and what torchtitan refuses.
     """
     _check_replaced(cfg)
+    loads = config.checkpoint.initial_load_in_hf
     for section, values in cfg.titan.items():
         _lay_over(getattr(config, section), values, f"{section}.", cfg)
     _check_choices(config, cfg)
+    _check_start(config.checkpoint, loads, cfg)
+    _check_schedule(config.lr_scheduler, cfg)
+    _check_profiler(config.profiler, cfg)
     if not config.checkpoint.enable:
         # torchtitan's own meaning: no manager at all, and random weights in place of the model's
         config.checkpoint.enable = config.checkpoint.load_only = True
@@ -115,6 +124,42 @@ def _check_choices(config: Any, cfg: Config) -> None:
             "Leave it out; export.merge = true writes the whole model"
         )
         raise blamed(cfg, ["checkpoint.last_save_in_hf"], text)
+
+
+def _check_start(checkpoint: Any, loads: bool, cfg: Config) -> None:
+    """What a run starts from. loads: whether torchtitan reads the model's folder."""
+    if checkpoint.initial_load_in_hf != loads:
+        text = (
+            f"checkpoint.initial_load_in_hf = {str(not loads).lower()}; leave it out. It is "
+            "decided by model.from_scratch and lora.rank, and is false for an adapter's folder"
+        )
+        raise blamed(cfg, ["checkpoint.initial_load_in_hf"], text)
+    if checkpoint.create_seed_checkpoint:
+        text = "checkpoint.create_seed_checkpoint = true; leave it out: a run writes none"
+        raise blamed(cfg, ["checkpoint.create_seed_checkpoint"], text)
+
+
+def _check_schedule(schedule: Any, cfg: Config) -> None:
+    """Behind its end torchtitan's schedule goes on: below 0, up again, or into an assertion."""
+    total = schedule.total_steps
+    if cfg.trains and total is not None and total < cfg.steps:
+        text = (
+            f"lr_scheduler.total_steps = {total} with steps = {cfg.steps}; want at least steps: "
+            "behind its end the schedule has no learning rate. Leave it out for steps"
+        )
+        raise blamed(cfg, ["lr_scheduler.total_steps"], text)
+
+
+def _check_profiler(profiler: Any, cfg: Config) -> None:
+    """torchtitan asserts it when the first step begins."""
+    used = profiler.profiler_warmup + profiler.profiler_active
+    if profiler.enable_profiling and profiler.profile_freq < used:
+        text = (
+            f"profiler.profile_freq = {profiler.profile_freq} with profiler.profiler_warmup = "
+            f"{profiler.profiler_warmup} and profiler.profiler_active = "
+            f"{profiler.profiler_active}; want at least their sum, {used}"
+        )
+        raise blamed(cfg, ["profiler"], text)
 
 
 def _lay_over(target: Any, values: Mapping[str, Any], where: str, cfg: Config) -> None:

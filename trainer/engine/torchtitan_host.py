@@ -17,6 +17,7 @@ from torch import Tensor
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.loss import BaseLoss
 from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.tools.utils import device_type
 from torchtitan.trainer import Trainer
 
 from . import optimizer_state, random_state
@@ -87,6 +88,17 @@ class NoLoss(BaseLoss):
         pass
 
 
+def _check_device(config: Trainer.Config) -> None:
+    """ValueError for what only an accelerator has; a plan for one may be made without."""
+    if device_type != "cpu":
+        return
+    advice = "wants a GPU, and torch finds none here; leave it out"
+    if config.profiler.enable_memory_snapshot:
+        raise ValueError(f"profiler.enable_memory_snapshot = true {advice}")
+    if config.training.enable_cpu_offload:
+        raise ValueError(f"training.enable_cpu_offload = true {advice}")
+
+
 @dataclass(frozen=True)
 class Finished:
     """What a finished step left, beside weights and optimizer. to_close: its numbers, where neither
@@ -112,6 +124,7 @@ class RefluxTrainer(Trainer):
     checkpointer: Checkpointer
 
     def __init__(self, config: Config):
+        _check_device(config)
         self.notes: dict[str, float] = {}
         self.inputs: dict[str, Any] = {}
         self.loaded_inputs: dict[str, Any] = {}

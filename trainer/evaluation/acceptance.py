@@ -43,32 +43,51 @@ class RuleVerdict:
 def check_rule(
     name: str,
     rule: AcceptSection,
-    expected: Sequence[Question],
+    expected: Sequence[Question] | None,
     tasks: Tasks,
     settings: Settings | None = None,
 ) -> None:
     """ValueError, before anything is answered, unless the runs that the rule names have answered
-    the questions they will be compared on, asked for alike, with no more failed grades than
-    task.max_failed. expected, tasks, settings: of this run.
+    the questions they will be compared on, asked for alike, as often as the metric wants, with no
+    more failed grades than task.max_failed. expected, tasks, settings: of this run; expected =
+    None: not known yet, so what the runs say by themselves.
     """
-    ours: Sequence[Question] = expected
+    ours: Sequence[Question] | None = expected
+    mode = _mode(rule.metric)
     if rule.run:
         ours = load_graded(rule.run, f"accept.{name}.run", tasks)
-    ours = of_part(ours, rule.part)
-    if not ours:
-        raise ValueError(
-            f"accept.{name}.part = {rule.part!r}: no question is of it; want a name in [eval.parts]"
-        )
-    mode = "sampled" if rule.metric.startswith("pass@") else rule.metric
-    if not of_mode(ours, mode):
-        raise ValueError(
-            f"accept.{name}: {rule.run} has no {rule.metric} answers; want a run that measured it"
-        )
+    if ours is not None:
+        ours = of_part(ours, rule.part)
+        if not ours:
+            raise ValueError(
+                f"accept.{name}.part = {rule.part!r}: no question is of it; want a name in "
+                "[eval.parts]"
+            )
+    if rule.run:
+        check_metric(f"accept.{name}.run", rule.run, rule.metric, rule.part)
     if rule.against:
         theirs = of_part(load_graded(rule.against, f"accept.{name}.against", tasks), rule.part)
-        check_same(ours, theirs, rule.against, [mode])
-        asked = load_settings(rule.run) if rule.run else settings or {}
-        check_settings(asked, load_settings(rule.against), rule.against, [mode], rule.part)
+        if ours is not None:
+            check_same(ours, theirs, rule.against, [mode])
+            asked = load_settings(rule.run) if rule.run else settings or {}
+            check_settings(asked, load_settings(rule.against), rule.against, [mode], rule.part)
+        check_metric(f"accept.{name}.against", rule.against, rule.metric, rule.part)
+
+
+def check_metric(option: str, folder: str, metric: str, part: str = "") -> None:
+    """ValueError unless the metric can be computed of the answers in a folder."""
+    answers = of_part(load_predictions(folder, option), part)
+    if not of_mode(answers, _mode(metric)):
+        text = f"{option} = {folder!r}: has no {metric} answers; want a run that measured it"
+        raise ValueError(text)
+    try:
+        metric_values(answers, metric)
+    except ValueError as error:
+        raise ValueError(f"{option} = {folder!r}: {error}; name another run or metric") from None
+
+
+def _mode(metric: str) -> str:
+    return "sampled" if metric.startswith("pass@") else metric
 
 
 def load_graded(folder: str, option: str, tasks: Tasks) -> list[Prediction]:

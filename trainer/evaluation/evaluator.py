@@ -24,7 +24,7 @@ from reflux.trainer.rollouts.defences import DefendedDecoding
 from reflux.trainer.rollouts.generate import EmbeddedSampler
 from reflux.trainer.rollouts.samplers import build_sampler
 
-from .acceptance import load_graded
+from .acceptance import check_metric, load_graded
 from .metrics import Difference, check_same, compare, measure, metric_values, of_part
 from .multiple_choice import choices_by_likelihood, score_options
 from .predictions import (
@@ -94,6 +94,8 @@ class Evaluator:
             self._theirs = load_graded(e.against, "eval.against", tasks(cfg))
             check_same(self.expected(), self._theirs, e.against)
             check_settings(self.settings, load_settings(e.against), e.against, self._modes)
+            for metric in e.metrics:
+                check_metric("eval.against", e.against, metric)
         if whole_run:
             self._unfinished = Unfinished(Path(cfg.folder), self._spec())
 

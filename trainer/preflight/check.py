@@ -33,6 +33,7 @@ from .length_checks import length_findings
 from .model_checks import PROBES, Trial, load_frozen, no_reference, sample_texts, sampler_gap
 from .pair_checks import alignment_findings, pair_findings, stop_findings
 from .report import Example, Finding, PreflightReport, has_errors, print_report, with_sources
+from .run_checks import run_findings
 from .shapes import Shape, planned_shapes, planned_titan
 from .tokenizer_checks import open_chats, tokenizer_findings, tokenizer_table
 
@@ -57,7 +58,7 @@ def examine(cfg: Config) -> PreflightReport:
         findings += _lengths_and_disk(cfg, shapes, chats)
         texts, cut = given_responses(cfg, next(iter(chats.values())), prompts)
         findings += cut + task_findings(cfg, texts)
-    findings += engine_findings(cfg)
+    findings += engine_findings(cfg) + run_findings(cfg)
     if has_errors(findings):
         advice = "mend the errors first, then check again"
         findings.append(Finding("warning", "the models were not loaded", advice))

@@ -81,8 +81,9 @@ class Record:
     resumed_step: of the checkpoint this process starts from, 0 for none. Lines of later steps,
     which no checkpoint has, are cut, so that the log has one line a step.
     samples_every: steps between saved samples; 0: never. inputs: hashes of what the run reads.
-    on_step: called with (step, metrics) on the main rank, for an experiment tracker; an exception
-    of it is only logged. write_page: called after PAGE_EVENTS and at the end, and never raises.
+    on_numbers: called with (step, numbers) of each step and evaluation on the main rank, for an
+    experiment tracker; an exception of it is only logged. write_page: called after PAGE_EVENTS and
+    at the end, and never raises.
     """
 
     folder: str | Path
@@ -94,7 +95,7 @@ class Record:
     is_main: bool = True
     quiet: bool = False
     inputs: Mapping[str, Any] = field(default_factory=dict)
-    on_step: Callable[[int, Mapping[str, Any]], None] | None = None
+    on_numbers: Callable[[int, Mapping[str, Any]], None] | None = None
     write_page: Callable[[], None] | None = None
 
     # set where a run is interrupted: then there is no summary.json
@@ -165,6 +166,8 @@ class Record:
             self.alarms[fields["message"]] = at | fields
         if name == "eval":
             self.last_evaluation = at | fields
+            numbers = {k: plain(v) for k, v in fields.items() if k not in RESERVED}
+            self._forward(self.last_evaluation["step"], numbers)
         self._write(self._log, {"event": name, **at, **fields})
         phase = self.config.get("phase", "")
         self._print("\n".join(event_lines(name, at["step"], fields, phase, str(self.folder))))
@@ -249,11 +252,13 @@ class Record:
             file.flush()  # the system has the whole line, should this process be killed
 
     def _forward(self, step: int, metrics: Mapping[str, Any]) -> None:
-        if self.on_step:
+        if self.on_numbers:
+            numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
             try:
-                self.on_step(step, metrics)
+                self.on_numbers(step, numbers)
             except Exception as error:  # a tracker that is down must not end the run
-                log.warning("on_step failed at step %d: %s: %s", step, type(error).__name__, error)
+                kind = type(error).__name__
+                log.warning("on_numbers failed at step %d: %s: %s", step, kind, error)
 
     def _print(self, text: str) -> None:
         if self._console:

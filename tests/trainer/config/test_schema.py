@@ -117,6 +117,14 @@ def test_the_two_starting_points_of_this_file_are_accepted():
         ({"optim": {"lr": 0.0}}, "optim.lr = 0.0; want > 0"),
         ({"optim": {"betas": [0.9, 1.0]}}, "optim.betas = (0.9, 1.0)"),
         ({"steps": -1}, "steps = -1; want >= 0"),
+        ({"folder": ""}, "folder = ''; want a folder of the run's own"),
+        ({"folder": " "}, "folder = ' '; want"),
+        (
+            {"titan": {"trainin": {"seq_len": 8}}},
+            "titan.trainin: no section of torchtitan's here, ",
+        ),
+        ({"titan": {"optimizer": {}}}, "titan.optimizer: no section of torchtitan's here. Known: "),
+        ({"titan": {"training": 3}}, "titan.training = 3; want"),
         ({"seed": -1}, "seed = -1; want 0 to 2**32 - 1"),  # it is half of a 64-bit key
         ({"seed": 2**32}, "want 0 to 2**32 - 1"),
     ],

@@ -5,6 +5,7 @@ import pytest
 from reflux.trainer.data.grader_options import GRADERS, TASKS, Limits, checked_options, make_grader
 from reflux.trainer.data.graders import Exact, Function, Grade
 from reflux.trainer.data.prompt import Prompt
+from reflux.trainer.data.tasks import build_task
 
 
 def test_options_go_to_the_grader_and_to_its_limits():
@@ -34,3 +35,9 @@ def test_every_grader_says_whether_it_may_run_text(name):
 def test_options_of_another_kind_are_refused():
     with pytest.raises(ValueError, match="task exact: timeout_s = 'x'; want a finite float"):
         checked_options("exact", {"timeout_s": "x"}, Exact, Limits)
+
+
+def test_an_option_without_a_default_is_missed_by_name():
+    """A TypeError of the grader before."""
+    with pytest.raises(ValueError, match="^task reward_model: task.options.path is missing; want"):
+        build_task("reward_model", {"batch_size": 3})

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -182,6 +183,8 @@ def test_a_graded_text_is_data_whatever_it_says(tmp_path):
         ({"server": "http://h:1", "model": "m", "template": "nowhere"}, "template = 'nowhere'"),
         ({"server": "http://h:1", "model": "m", "retires": 1}, "did you mean retries"),
         ({"path": "nowhere"}, "nowhere cannot be loaded"),
+        ({"path": "nowhere", "device": "gpu"}, "judge: device = 'gpu' is not there"),
+        ({"path": "nowhere", "dtype": "fp32"}, "judge: dtype = 'fp32'; want float32"),
     ],
 )
 def test_wrong_options_are_named(options, says):
@@ -196,6 +199,30 @@ def test_a_local_folder_judges_and_its_tokens_are_counted(talkers):
     (grade,) = grader.grade([rollout("x", question="hi", answer=None)])
     assert "no verdict" in grade.error  # of random weights
     assert grader.costs.reply_tokens == 4 and grader.costs.prompt_tokens > 10
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_kept_reply_belongs_to_the_weights_not_to_the_path(talkers, tmp_path, monkeypatch):
+    """Another model at the path is asked anew; the same one elsewhere, by any path, is not."""
+    monkeypatch.chdir(tmp_path)
+    shared = {"max_tokens": 2, "cache": "judged"}
+
+    def requests(path, **more):
+        grader = build_task("judge", {"path": path, **shared, **more})
+        grader.grade([rollout("x", question="hi")])
+        return grader.costs.prompt_tokens > 0
+
+    shutil.copytree(talkers / "policy", "judge")
+    assert requests("judge") and not requests("judge")
+    shutil.copytree("judge", "elsewhere")
+    assert not requests(str(tmp_path / "elsewhere"))
+    assert requests("judge", dtype="bfloat16") and requests("judge", max_tokens=3)
+    shutil.rmtree("judge")
+    shutil.copytree(talkers / "teacher", "judge")
+    assert requests("judge"), "the verdicts of the model before"
+    monkeypatch.setattr(judge, "content_hash", None)
+    shared["cache"] = ""
+    assert requests("judge"), "without a folder of replies nothing is read twice"
 
 
 @pytest.mark.filterwarnings("ignore")

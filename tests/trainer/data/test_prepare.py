@@ -175,7 +175,9 @@ def test_whatever_is_written_is_read_back_as_it_was(rows, fraction):
             before = list(load_prompts(source))
         except ValueError:
             assume(False)  # the columns beside it make no row of any shape
-        m = prepare("set", PublicSet(source), Choice(Path(folder) / "out", test_fraction=fraction))
+        choice = Choice(Path(folder) / "out", test_fraction=fraction)
+        assume(fraction == 0.0 or not all(_side(p, choice) for p in before))  # it is refused
+        m = prepare("set", PublicSet(source), choice)
         files = [Path(folder) / "out" / name for name in ("train.jsonl", "test.jsonl")]
         after = [p for f in files if f.read_text() for p in load_prompts(str(f))]
     assert m.read == len(before) and len(after) == m.train + m.test == m.read - m.repeated
@@ -233,13 +235,47 @@ def test_the_command_filters_says_its_counts_and_keeps_what_is_there(tmp_path, c
         (["mine", "--source", "{rows}", "--where", "level"], "want column=value,value"),
         (["mine", "--source", "{rows}", "--where", "level=9"], "no row is left of 1"),
         (["mine", "--source", "{rows}", "--test-fraction", "1"], "want 0 to less than 1"),
+        (
+            ["mine", "--source", "{rows}", "--held-out", "{rows}"],
+            "of 1 to train on: 0 filtered by --where, 0 repeated, 0 held out, 1 share",
+        ),
+        (["mine", "--source", "{rows}", "--test-fraction", "0.999"], "1 held out, 0 share"),
+        (
+            ["gsm8k", "--source", "{rows}*", "--test-split", "test"],
+            "none is called 'test'; without",
+        ),
+        (["mine", "--source", "{rows}x*"], "no file matches this pattern"),
     ],
 )
 def test_mistakes_are_told(tmp_path, capsys, words, says):
     rows = write(tmp_path / "rows.jsonl", [{"problem": "p", "answer": "1", "level": 3}])
     filled = [word.format(rows=rows) for word in words]
     assert main([*filled, "--out", str(tmp_path / "out")]) == 2
-    assert says in capsys.readouterr().err
+    assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", [name for name, public in SETS.items() if public.test])
+@pytest.mark.parametrize("source", ["rows.jsonl", "row*.jsonl", "gsm_of_200:rows"])
+def test_files_have_no_split_of_a_set(tmp_path, monkeypatch, name, source):
+    """Not either when a pattern or a function names them: all rows were held out, exit code 0."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "gsm_of_200.py").write_text(f"def rows():\n    return {GSM}\n")
+    write(tmp_path / "rows.jsonl", GSM)
+    assert main([name, "--source", source, "--out", "out"]) == 0
+    made = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert made["read"] == 200 and made["train"] > 150 and made["test"] > 0
+    assert made["task"] == SETS[name].task
+
+
+def test_a_saved_set_without_splits_is_not_held_out_whole(tmp_path, capsys):
+    import datasets
+
+    datasets.Dataset.from_list(GSM).save_to_disk(str(tmp_path / "gsm"))
+    words = ["mine", "--source", str(tmp_path / "gsm"), "--out", str(tmp_path / "out")]
+    assert main([*words, "--test-split", "test"]) == 2
+    assert "no row is left of 400 to train on" in capsys.readouterr().err
+    assert main(words) == 0
 
 
 def test_own_splits_of_a_set_are_kept(tmp_path):

@@ -126,7 +126,9 @@ def test_a_text_that_cannot_be_scored_fails_alone(folder):
         ({"path": "writer"}, "want a trained reward model"),
         ({"path": "scorer", "dtype": "float23"}, "dtype = 'float23'"),
         ({"path": "scorer", "batchsize": 2}, "did you mean batch_size?"),
-        ({"path": "scorer", "batch_size": 0}, "at least 1"),
+        ({"path": "scorer", "batch_size": 0}, "batch_size = 0; want at least 1"),
+        ({"path": "scorer", "max_tokens": 0}, "max_tokens = 0; want at least 1"),
+        ({"path": "scorer", "device": "gpu"}, "device = 'gpu' is not there"),
     ],
 )
 def test_a_wrong_model_or_option_is_refused(folder, options, part):

@@ -4,12 +4,17 @@ range and settings that would fail silently are errors, which name the file or t
 
 import math
 import re
+import tomllib
 from types import SimpleNamespace
 
 import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from runs import config
 
-from reflux.trainer.config.loader import load, load_over
+from reflux.trainer.config.loader import fill, load, load_over
+from reflux.trainer.config.schema import Config
 from reflux.trainer.engine.titan_options import titan_options
 from reflux.trainer.engine.titan_sections import RANGES
 from reflux.trainer.engine.trainer_config import titan_config
@@ -60,8 +65,13 @@ WRONG = {
     "checkpoint.last_save_in_hf = true": "[checkpoint] is refused by torchtitan: last_save_in_hf "
     "requires last_save_model_only=True. Given: last_save_in_hf = True",
     'compile.backend = "inducter"': "compile.backend = 'inducter', did you mean inductor? Want ",
+    "checkpoint.initial_load_in_hf = false": "checkpoint.initial_load_in_hf = false; leave it out",
+    "checkpoint.create_seed_checkpoint = true": "checkpoint.create_seed_checkpoint = true; leave",
+    "lr_scheduler.total_steps = 2": "lr_scheduler.total_steps = 2 with steps = ",
     "lr_scheduler.decay_ratio = 1.5": "lr_scheduler.decay_ratio = 1.5; want 0 to 1",
     "profiler.profile_freq = 0": "profiler.profile_freq = 0; want >= 1",
+    "profiler.profiler_repeat = -1": "profiler.profiler_repeat = -1; want >= 0",
+    "profiler.memory_snapshot_freq = 0": "profiler.memory_snapshot_freq = 0; want >= 1",
 }
 
 
@@ -73,8 +83,8 @@ def test_an_error_names_where_the_value_came_from(tmp_path, line):
     good.write_text(MINIMAL)
     bad.write_text(f"{MINIMAL}{line}\n")
     over.write_text('base = "bad.toml"\ntraining.enable_cpu_offload = false\nsteps = 7\n')
-    program = {"true": True}.get(value, value.strip('"'))
-    if re.fullmatch(r"[0-9.]+", value):
+    program = {"true": True, "false": False}.get(value, value.strip('"'))
+    if re.fullmatch(r"-?[0-9.]+", value):
         program = float(value) if "." in value else int(value)
     for source, cfg in (
         (bad, load(bad)),
@@ -103,3 +113,65 @@ def test_the_ends_of_the_ranges_are_inside_and_defaults_too(tmp_path):
             math.nextafter(allowed.low, -math.inf)
         )
         assert allowed.why
+
+
+@given(
+    total=st.none() | st.integers(1, 12),
+    steps=st.integers(0, 12),
+    warmup=st.integers(0, 14),
+    decay=st.none() | st.floats(0.0, 1.0),
+    kind=st.sampled_from(["linear", "sqrt", "cosine"]),
+)
+@example(total=6, steps=12, warmup=0, decay=1.0, kind="linear")
+@example(total=6, steps=12, warmup=0, decay=0.0, kind="cosine")
+def test_no_step_lies_behind_the_schedule(total, steps, warmup, decay, kind):
+    """Refused, or every step has a rate: warmup and decay that are too long are cut."""
+    schedule = dict(total_steps=total, warmup_steps=warmup, decay_ratio=decay, decay_type=kind)
+    table = {**tomllib.loads(MINIMAL), "steps": steps, "lr_scheduler": schedule}
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    try:
+        config = titan_config(fill(Config, table, "x"), SPEC)
+    except ValueError as error:
+        assert total < steps and f"total_steps = {total} with steps = {steps}" in str(error)
+        return
+    rates = config.lr_scheduler.build(optimizers=[optimizer], training_steps=config.training.steps)
+    seen = []
+    for _ in range(steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        rates.step()
+    assert all(0 < rate <= 1 for rate in seen)
+    behind = seen[warmup:]
+    assert behind == sorted(behind, reverse=True), "it never rises again"
+
+
+def test_a_run_is_not_made_longer_than_its_schedule(talkers, tmp_path):
+    """A resume with more steps; a phase without steps reads no schedule."""
+    of = {"lr_scheduler": {"total_steps": 6}}
+    assert titan_config(config(talkers, tmp_path / "run", "distill", steps=6, **of), SPEC)
+    with pytest.raises(ValueError, match="total_steps = 6 with steps = 7; want at least steps"):
+        titan_config(config(talkers, tmp_path / "run", "distill", steps=7, **of), SPEC)
+    asked = {"eval": {"source": "d"}, "task": {"name": "math"}}
+    assert titan_config(config(talkers, tmp_path / "run", "evaluate", steps=7, **of, **asked), SPEC)
+
+
+def test_a_profile_holds_its_warmup(talkers, tmp_path):
+    def titan(**profiler):
+        return titan_config(config(talkers, tmp_path / "run", "distill", profiler=profiler), SPEC)
+
+    assert titan(profile_freq=3) and titan(profile_freq=4, enable_profiling=True)
+    with pytest.raises(ValueError, match="profile_freq = 3 with .* want at least their sum, 4"):
+        titan(profile_freq=3, enable_profiling=True)
+
+
+@pytest.mark.parametrize("over", [{"lora": {"rank": 2}}, {"model": {"from_scratch": True}}])
+def test_what_a_run_starts_from_is_not_torchtitans_to_say(talkers, tmp_path, over):
+    """true was an assertion without words where the adapters are loaded by the engine."""
+    for said in (True, False):
+        start = {"checkpoint": {"initial_load_in_hf": said}}
+        cfg = config(talkers, tmp_path / "run", "distill", **over, **start)
+        if not said:
+            assert not titan_config(cfg, SPEC).checkpoint.initial_load_in_hf
+            continue
+        with pytest.raises(ValueError, match="initial_load_in_hf = true; leave it out"):
+            titan_config(cfg, SPEC)

@@ -160,3 +160,32 @@ def test_the_answers_of_a_part_have_the_budget_of_its_task(tmp_path):
     for tasks in ({"": TaskSection("exact", max_failed=1.0), "q": TaskSection("exact")}, TASKS):
         with pytest.raises(ValueError, match="task exact of part q: grading failed on 9 of 9"):
             check_rule("x", rule, ours, tasks)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_pass_at_k_of_a_run_with_fewer_samples_is_refused_before(tmp_path, known):
+    """All questions were answered first. A reward without right and wrong has no pass@K, either."""
+    for name, samples, correct in (("two", 2, True), ("three", 3, True), ("rewards", 3, None)):
+        answers = [prediction(p, k, correct=correct) for p in range(4) for k in range(samples)]
+        save_predictions(tmp_path / name, 0, answers)
+    ours = [prediction(p, k) for p in range(4) for k in range(3)] if known else None
+    two, three, rewards = (str(tmp_path / name) for name in ("two", "three", "rewards"))
+    pass_at_3 = {"metric": "pass@3"}
+    check_rule("x", AcceptSection(run=three, min=0.5, **pass_at_3), ours, TASKS)
+    check_rule("x", AcceptSection(against=three, max_drop=0.5, **pass_at_3), ours, TASKS)
+    for rule, says in (
+        (AcceptSection(run=two, min=0.5, **pass_at_3), f"accept.x.run = {two!r}: pass@3: want at"),
+        (AcceptSection(run=rewards, min=0.5, **pass_at_3), "rewards': pass@3: want at least 3"),
+        (AcceptSection(against=rewards, max_drop=0.5, **pass_at_3), "accept.x.against = "),
+        (AcceptSection(against=two, run=three, max_drop=0.5, **pass_at_3), "sampled has 8 answers"),
+        (AcceptSection(metric="greedy", run=two, min=0.5), "has no greedy answers"),
+    ):
+        with pytest.raises(ValueError) as error:
+            check_rule("x", rule, ours, TASKS)
+        assert says in str(error.value)
+
+
+def test_a_run_is_looked_at_by_itself_where_the_questions_are_not_known(base):
+    check_rule("x", AcceptSection(against=base, max_drop=0.1), None, TASKS)
+    with pytest.raises(ValueError, match="accept.x.against = .*has no greedy answers"):
+        check_rule("x", AcceptSection(metric="greedy", against=base, max_drop=0.1), None, TASKS)

@@ -375,9 +375,24 @@ def test_a_tracker_sees_every_step_and_cannot_end_the_run(tmp_path, caplog):
         seen.append((step, metrics["loss"]))
         raise ConnectionError("down")
 
-    wrote(tmp_path, [1, 2], on_step=tracker)
+    wrote(tmp_path, [1, 2], on_numbers=tracker)
     assert seen == [(1, 1.0), (2, 0.5)] and "ConnectionError: down" in caplog.text
     assert load_run(tmp_path).summary
+
+
+def test_a_tracker_sees_evaluations_of_their_own_step(tmp_path):
+    """Their numbers; alarms, verdicts and texts are none."""
+    seen = []
+    with opened(tmp_path, on_numbers=lambda *of: seen.append(of)) as record:
+        record(2, {"loss": 1.0, "why": "words"})
+        record.event("eval", **{"eval/accuracy": np.float32(0.5), "eval/worst": "words"})
+        record.event("accept", **{"accept/better": "failed", "accept/by": 1.0})
+        record.event("eval", step=1, **{"eval/accuracy": 0.25})
+    assert seen == [
+        (2, {"loss": 1.0}),
+        (2, {"eval/accuracy": 0.5}),
+        (1, {"eval/accuracy": 0.25}),
+    ]
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path):
