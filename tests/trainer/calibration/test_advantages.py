@@ -330,6 +330,13 @@ def test_winsorising_by_hand():
     keep, floor = np.ones((1, 5), bool), np.zeros((1, 1))
     got = winsorise(np.array([[0.0, 1.0, 2.0, 3.0, 100.0]]), 3.0, floor, keep)
     np.testing.assert_allclose(got, [[0, 1, 2, 3, 2 + 3 * 1.4826]])
+    np.testing.assert_allclose(  # on both sides
+        winsorise(np.array([[0.0, -1.0, -2.0, -3.0, -100.0]]), 3.0, floor, keep), -got
+    )
+    equal = winsorise(np.array([[0.0, 0.0, 0.0, 1.0, 100.0]]), 3.0, floor, keep)
+    np.testing.assert_allclose(equal, [[0, 0, 0, 1, 3 * 1.2533 * 101 / 5]])  # no MAD
+    wide = winsorise(np.array([[0.0, 1.0, 2.0, 3.0, 100.0]]), 3.0, floor + 5, keep)
+    np.testing.assert_allclose(wide, [[0, 1, 2, 3, 2 + 3 * 5]])  # the least scale
     assert (winsorise(got, 0.0, floor, keep) == got).all(), "0 is off"
 
 
@@ -410,7 +417,8 @@ def test_scaling_by_spread_does_not_look_at_other_groups():
         gate(correct[p : p + 1], std[p : p + 1], "scale_by_task_std", np.ones((1, 8), bool))[0]
         for p in (0, 1)
     ]
-    assert 0 < both[0] < both[1] == 1
+    np.testing.assert_allclose(both[0], np.sqrt(1 / 8) / 0.5)  # std of one in eight: 0.354
+    assert both[0] < both[1] == 1
 
 
 # credit by span

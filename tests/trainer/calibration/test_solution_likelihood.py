@@ -12,7 +12,7 @@ from runs import config
 from reflux.trainer.calibration import solution_likelihood as module
 from reflux.trainer.calibration.likelihood_ratio import LikelihoodRatio
 from reflux.trainer.calibration.rewards import UNALIGNED
-from reflux.trainer.calibration.solution_likelihood import KL_WEIGHT, SolutionLikelihood
+from reflux.trainer.calibration.solution_likelihood import SolutionLikelihood
 from reflux.trainer.data.batch import Prompt, Rollout
 from reflux.trainer.data.chat import Chat
 from reflux.trainer.engine.metrics import MetricSums
@@ -77,8 +77,30 @@ def test_a_solution_is_scored_behind_its_text(talkers, tmp_path, monkeypatch):
         assert prompt == by.proxy_chat.prompt_ids(r.prompt.messages)
     first = len(by.proxy_chat.encode("1+2 is => 3\n"))
     mean = -np.arange(first, len(seen[0][1])).mean()
-    assert scores[0].value == pytest.approx(mean - KL_WEIGHT * 0.25)
+    assert scores[0].value == pytest.approx(mean - 0.25)
     assert scores[1] is UNALIGNED  # has no reward, whatever its solution
+
+
+@pytest.mark.filterwarnings("ignore:calibration.score_norm")
+def test_the_reward_by_hand(talkers, tmp_path, monkeypatch):
+    """The proxy finds a token of the solution at -2 nats, one of the text at -0.5 where the policy
+    has it at -1.25: -2 + (1.25 - 0.5), a text that its student finds likelier being worth more.
+    """
+    by = reward(talkers, tmp_path, score_norm="per_token")
+
+    def all_at(nats):
+        def score_ids(scorer, engine, jobs, chat, **options):
+            return [TextScore(np.full(len(ids), nats), -7.0) for _, ids in jobs]
+
+        return score_ids
+
+    monkeypatch.setattr("reflux.trainer.calibration.likelihood_ratio.score_ids", all_at(-0.5))
+    monkeypatch.setattr(module, "score_ids", all_at(-2.0))
+    ids = tuple(by.chat.encode("1+2 is => 3"))
+    text = replace(rollout("1+2 is => 3", "3 it is"), ids=ids, logp=(-1.25,) * len(ids))
+    policy = TextScore(np.full(len(ids), -1.25), -3.0)
+    (found,) = by.score([text], [policy], None, MetricSums())
+    assert found.scored and found.value == pytest.approx(-2.0 + 0.75)
 
 
 @pytest.mark.filterwarnings("ignore:calibration.score_norm")

@@ -148,6 +148,39 @@ def test_what_cannot_be_done_is_an_error(options, message):
         DistillSection(**(BUDGET | options))
 
 
+def test_texts_are_ranked_per_token_and_the_end_is_one_of_them(talkers, monkeypatch):
+    """By the mean log-probability of the tokens and of the end, where the text has come to one:
+    not by the sum, nor with the end of a cut text, nor without that of another.
+    """
+    from reflux.trainer.data.batch import Prompt, Rollout
+    from reflux.trainer.distillation import attacker
+    from reflux.trainer.phase import TextScore
+
+    chat = Chat(str(talkers / "policy"))
+    # text: log p of its tokens, of the end, whether it has ended
+    scores = {
+        "1": ((-1.9,), -9.0, False),  # -1.9
+        "2": ((-0.2,), -4.0, True),  # -4.2 / 2
+        "3": ((-1.0, -1.0, -1.0, -1.0), -1.0, True),  # -5 / 5
+        "4": ((-1.5,), -0.1, False),  # -1.5
+        "5": ((-0.7,), -0.7, True),  # -1.4 / 2
+    }
+    rows = [
+        Rollout(Prompt(i, ({"role": "user", "content": "x"},)), (1,), (2,), (0.0,), 0.0, t, ended)
+        for i, (t, (_, _, ended)) in enumerate(scores.items())
+    ]
+
+    def score_ids(scorer, engine, jobs, chat, tokens):
+        found = [scores[chat.decode(ids)] for _, ids in jobs]
+        return [TextScore(np.array(logp), stop) for logp, stop, _ in found]
+
+    monkeypatch.setattr(attacker, "score_ids", score_ids)
+    engine = SimpleNamespace(rank=0, world=1, gather=lambda x: x, seq_len=99)
+    kept = [attacker.likeliest(engine, chat, rows, n / 5, 100) for n in range(1, 6)]
+    order = sorted(scores, key=lambda t: -sum(row[list(scores).index(t)] for row in kept))
+    assert "".join(order) == "53412" and [sum(row) for row in kept] == [1, 2, 3, 4, 5]
+
+
 def test_two_ranks_keep_the_same_texts_as_one(talkers, monkeypatch):
     """Scores are per token, the stop counts where the text ended, equal ones go by their order."""
     from reflux.trainer.data.batch import Prompt, Rollout

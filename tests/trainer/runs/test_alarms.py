@@ -116,6 +116,31 @@ def test_texts_that_grow_into_the_limit_are_told_from_those_that_always_did():
 
 
 @pytest.mark.parametrize(
+    "first, now, speaks",
+    [(0.0, 0.049, False), (0.0, 0.051, True), (0.3, 0.349, False), (0.3, 0.351, True)],
+)
+def test_more_truncated_texts_are_five_in_a_hundred_more_than_at_first(first, now, speaks):
+    """Not a multiple of the first fraction, whatever that was."""
+    steps = [WELL | {"truncated": x} for x in (first, *[now] * 4)]
+    names = [name for step in spoken(steps, {}) for name in step if name != "truncation"]
+    assert names == (["truncation_drift"] if speaks else [])
+
+
+@pytest.mark.parametrize(
+    "nearly",
+    [
+        {"grad_norm": 1.1e-6},
+        {"groups/all_correct": 0.7499},  # and 0.2 all wrong
+        {"truncated": 0.05},
+        {"too_long": 0.05},
+        {"cal/length_r2": 0.5},
+    ],
+)
+def test_what_nearly_reaches_a_limit_is_no_alarm(nearly):
+    assert spoken([WELL | nearly] * 5, {}) == [[]] * 5
+
+
+@pytest.mark.parametrize(
     "norm, says", [("sum", "'length_free' takes that out"), ("length_free", "may be small")]
 )
 def test_a_reward_for_length_is_named(norm, says):
