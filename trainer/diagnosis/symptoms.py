@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import MAX_EMAX, Context, Decimal
 
 import numpy as np
 
@@ -284,8 +285,10 @@ def insert_error(text: str, draw: np.random.Generator) -> str | None:
     """
     if numbers := list(re.finditer(r"\d+", text)):
         m = numbers[-1]
-        wrong = int(m[0]) + (1 if draw.random() < 0.5 or int(m[0]) == 0 else -1)
-        return text[: m.start()] + str(wrong).zfill(len(m[0])) + text[m.end() :]
+        number = Decimal(m[0])  # exact; str() refuses an int of more than 4,300 digits
+        by = 1 if draw.random() < 0.5 or number == 0 else -1
+        wrong = Context(prec=len(m[0]) + 1, Emax=MAX_EMAX).add(number, by)
+        return text[: m.start()] + f"{wrong:f}".zfill(len(m[0])) + text[m.end() :]
     swap = {"+": "-", "-": "+", "*": "+", "<": ">", ">": "<"}
     if operators := list(re.finditer(r"[-+*<>]", text)):
         m = operators[-1]

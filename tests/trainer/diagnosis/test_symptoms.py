@@ -133,6 +133,10 @@ def test_an_inserted_error_is_one_controlled_change():
     assert {insert_error("x = 0", draw) for _ in range(9)} == {"x = 1"}  # never negative
     assert insert_error("007", np.random.default_rng(1)) in ("006", "008")  # the width stays
     assert insert_error("a + b", draw) == "a - b"
+    assert {insert_error("9" * 5000, draw) for _ in range(20)} == {
+        "1" + "0" * 5000,
+        "9" * 4999 + "8",
+    }, "a model that repeats a digit"
     assert insert_error("the answer is B", draw) in {f"the answer is {o}" for o in "ACD"}
     assert insert_error("nothing here", draw) is None
 
