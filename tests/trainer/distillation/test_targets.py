@@ -58,6 +58,7 @@ def test_a_text_ends_with_a_stop_that_the_student_knows(talkers, tmp_path, objec
     cut = replace(ended, ids=words, logp=logp[:-1], ended=False)
     known = replace(ended, ids=(*words, student.stop_id))
     other = SimpleNamespace(chat=teacher, shares_ids=True, kept_rows=lambda rollout: None)
+    other.score_texts = list  # of no text: all are the teacher's own
     targets = Targets(SimpleNamespace(objective=objective), student, [other])
     samples = targets.samples([Text(r, "teacher") for r in (ended, cut, known)], MetricSums())
     own = (*words, student.stop_id)
