@@ -81,6 +81,7 @@ class PhaseSpec:
     grades: Callable[[Config], bool] = never  # it needs the answers of [data]
     shows_grades: Callable[[Config], bool] = never  # it logs them, and goes on without
     given: Callable[[Config], bool] = never  # it learns from the responses of [data] alone
+    counts_rows: bool = False  # what it has done is numbered by the rows of [data] that fit
     has_reference: bool = False  # a KL to the start holds the model, unless reference.beta is 0
     check: Callable[[Config], None] = check_prompts  # raises ValueError for what cannot work
     frozen_roles: Callable[[Config], list[Role]] = no_roles
@@ -131,6 +132,7 @@ PHASES: dict[str, PhaseSpec] = {
         model_role="teacher",
         samples=cache_samples,
         given=cache_given,
+        counts_rows=True,
         check=check_measuring,
     ),
     "evaluate": PhaseSpec(

@@ -61,7 +61,7 @@ class Config:
     seed: int = 0  # of weights, data order, samples and bootstraps; 0 to 2**32 - 1
     # a folder that holds a run: go on, refuse, or take <folder>-2; ask: refuse without a terminal
     on_existing_run: Literal["ask", "resume", "fail", "new"] = "ask"
-    # a resumed run whose models, data or grader are other files than before
+    # a resumed run whose models, data, grader or rewrite are other files than before
     on_changed_input: Literal["fail", "accept"] = "fail"
     # with "resume": also from an owner on another host, which is known to have ended
     take_over_lock: bool = False

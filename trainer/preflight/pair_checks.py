@@ -63,7 +63,7 @@ def stop_findings(cfg: Config, chats: Mapping[str, Chat]) -> list[Finding]:
     """
     student = chats.get("student")
     teachers = [name for name in chats if name.split()[0] == "teacher"]
-    if student is None or cfg.phase not in ("distill", "diagnose"):
+    if student is None:
         return []
     return [
         _stop_finding(cfg, student, chats[name], name)
@@ -78,7 +78,7 @@ def _stop_finding(cfg: Config, student: Chat, teacher: Chat, name: str) -> Findi
         f"{name} stops at {tokens_in_words(teacher, unknown)}, the student at "
         f"{tokens_in_words(student, student.stop_ids)}"
     )
-    if cfg.phase == "diagnose":
+    if not cfg.trains:
         fix = name_them(student, unknown)
         return Finding("warning", what, f"they would differ at the end of every text. {fix}")
     advice = stop_advice(cfg.distill.objective, student, teacher)

@@ -13,6 +13,7 @@ from typing import Any
 
 from reflux.trainer.config.loader import as_table, load, to_toml
 from reflux.trainer.config.origins import with_origins
+from reflux.trainer.config.phases import spec_of
 from reflux.trainer.config.schema import Config
 
 from . import commands, first_rank
@@ -54,8 +55,8 @@ MAY_CHANGE = (
     "export",
     "data.too_long",
 )
-# of what MAY_CHANGE lets pass: the shards of a cache count the rows that fit
-CACHES_ROWS = ("data.too_long", "training.seq_len")
+# of what MAY_CHANGE lets pass: not where a phase counts the rows that fit
+ROWS_THAT_FIT = ("data.too_long", "training.seq_len")
 # a table whose order counts: the rows of its parts are numbered one part behind the other, and the
 # numbers seed what is drawn and sampled
 IN_ORDER = "parts"
@@ -219,8 +220,8 @@ def _refuse_another_experiment(cfg: Config, folder: Path) -> None:
     may_change = set(MAY_CHANGE)
     if seq_len(now) > seq_len(before):
         may_change.add("training.seq_len")
-    if cfg.phase == "cache":
-        may_change -= set(CACHES_ROWS)
+    if spec_of(cfg.phase).counts_rows:
+        may_change -= set(ROWS_THAT_FIT)
     changed = differing(before, now, may_change)
     if changed:
         asks = any(name.startswith("eval.") for name in changed) and cfg.trains
