@@ -98,7 +98,8 @@ def test_an_attack_is_judged_by_the_worse_of_both_checkpoints(last, best, word):
     """p is the larger of both."""
     rows = students_of("kd", "original", ORIGINAL, ORIGINAL)
     rows += students_of("kd", "undistillable", last, best)
-    record = Record({"report": {"runs": rows}})
+    no_score = {"kd": {"undistillable": {"score": None}}}
+    record = Record({"report": {"runs": rows, "students": no_score}})
     attack = record.attack("kd", "undistillable")
     assert attack.change == relative_over_seeds(last, ORIGINAL)
     assert attack.best == relative_over_seeds(best, ORIGINAL)

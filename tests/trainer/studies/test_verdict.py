@@ -104,7 +104,8 @@ def with_pairs(after, before, best=None):
     """A student with these accuracies by seed at its last checkpoint, and at its best one."""
 
     def paired(values):
-        return SeedPairs(tuple(map(str, range(len(values)))), tuple(values), tuple(before))
+        n = len(values)
+        return SeedPairs(tuple(map(str, range(n))), tuple(values), tuple(before[:n]))
 
     best = after if best is None else best
     made = student(*(relative_over_seeds(x, before[: len(x)]) for x in (after, best)))
@@ -349,7 +350,7 @@ def test_of_several_attacks_the_headline_is_the_one_that_the_teacher_does_worst_
     scores = {f"gives {x}": over_seeds([x - 0.01, x, x + 0.01]) for x in order}
     students = {a: {t: student_of(s) for t in PAID} for a, s in scores.items()}
     for teacher, attack in (("undistillable", "gives 0.7"), ("distillable", "gives 0.2")):
-        found = headline(students, teacher)
+        found = headline(teacher, scores)
         assert (found.attack, found.score, found.attacks) == (attack, scores[attack], 4)
         assert found.mean.value == pytest.approx(0.45)
     undistillable, distillable = headline_lines(students)
