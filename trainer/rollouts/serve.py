@@ -18,15 +18,17 @@ import json
 import logging
 import os
 import queue
-import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import FrameType
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+from reflux.trainer.runs.signals import handled_by
 
 from . import wire
 from .engine_texts import ScoreRequest, TextRequest
@@ -60,6 +62,7 @@ class EngineThread:
         self._running: dict[str, _Job] = {}
         self._door = threading.Lock()  # a job is queued, or it reads that the engine has died
         self.broken: str | None = None
+        self._stopping = False
 
     def ask(self, requests: Sequence[TextRequest | ScoreRequest]) -> list[Any]:
         """The answers, in order. Blocks; ValueError for what the engine refuses, RuntimeError once
@@ -78,13 +81,18 @@ class EngineThread:
             self._queue.put(job)
         return job.future.result()
 
+    def stop(self, number: int = 0, frame: FrameType | None = None) -> None:
+        """A handler of signals: run() ends after this turn. It raises nothing, for an exception in
+        the middle of a queue leaves its lock in a state of its own.
+        """
+        self._stopping = True
+
     def run(self) -> None:
-        """Forever."""
+        """Until stop(); who still waits for an answer then is told so."""
         try:
-            while True:
+            while not self._stopping:
                 self._turn()
-        except KeyboardInterrupt:
-            raise
+            self._refuse_all("the server was told to stop")
         except BaseException as error:
             log.exception("the engine has died")
             self._refuse_all(f"the engine has died: {error}")
@@ -120,7 +128,7 @@ class EngineThread:
             while True:
                 self._waiting.append(self._queue.get_nowait())
         except queue.Empty:
-            pass
+            self._refuse_all("the server was told to stop")
 
     def _start(self, job: _Job) -> None:
         try:
@@ -250,12 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     threading.Thread(target=server.serve_forever, daemon=True).start()
     log.info("%s on http://%s:%d", args.model, *server.server_address[:2])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with handled_by(server.engine_thread.stop):
         server.engine_thread.run()
-    except KeyboardInterrupt:
-        return 0
-    return 1
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

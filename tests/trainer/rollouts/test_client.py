@@ -2,7 +2,9 @@
 engine behind it is made up (a real one: tests/engines).
 """
 
+import os
 import queue
+import signal
 import threading
 import time
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from reflux.trainer.rollouts import client, serve
 from reflux.trainer.rollouts.client import Servers, check_servers
 from reflux.trainer.rollouts.engine_texts import SampledText, ScoredText, ScoreRequest, TextRequest
 from reflux.trainer.rollouts.vllm_engine import EngineOptions
+from reflux.trainer.runs.signals import handled_by
 
 VERSION = "run/1"
 
@@ -196,6 +199,27 @@ def test_work_that_ends_the_engine_is_answered(path):
         raise MemoryError("no room")
 
     assert outcomes_of([lambda: thread.between_texts(work)]) == [DEAD]
+
+
+def test_a_signal_ends_the_server_between_turns_and_tells_who_waits(path):
+    """An exception out of a handler, in the middle of the queue, was "release unlocked lock"."""
+
+    class Engine(FakeEngine):
+        def step(self):
+            time.sleep(0.01)
+            return {}  # never done
+
+    thread, told = serve.EngineThread(Engine(path, 0)), []
+    asks = [lambda: thread.ask(requests(2))]
+    waiting = threading.Thread(target=lambda: told.extend(outcomes_of(asks)))
+    waiting.start()
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with handled_by(thread.stop):
+        thread.run()
+    waiting.join(5)
+    assert told == ["RuntimeError: the server was told to stop"]
+    with pytest.raises(RuntimeError, match="told to stop"):
+        thread.ask(requests(1))
 
 
 def test_a_server_that_is_alone_is_asked_again(path):
