@@ -128,7 +128,7 @@ class EngineThread:
             while True:
                 self._waiting.append(self._queue.get_nowait())
         except queue.Empty:
-            self._refuse_all("the server was told to stop")
+            pass
 
     def _start(self, job: _Job) -> None:
         try:
