@@ -74,12 +74,13 @@ test-matrices: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trainer tests/bench -m matrices --durations 5
 
 # each system in a folder of its own, with no more than what our tests import: their pins exclude each other
+JSONSCHEMA := jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 rpds-py==2026.9.1
 PINNED_trl := trl==1.16.0
 PINNED_verl := verl==0.9.1 ray==2.60.0 tensordict==0.10.0 omegaconf==2.3.0 antlr4-python3-runtime==4.9.3 msgpack==1.2.4 \
-	cloudpickle==3.1.3 orjson==3.13.0 pyvers==0.1.0 codetiming==1.4.0
+	cloudpickle==3.1.3 orjson==3.13.0 pyvers==0.1.0 codetiming==1.4.0 $(JSONSCHEMA)
 PINNED_axolotl := axolotl==0.19.0 axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6 trl==1.9.0 liger-kernel==0.8.1 \
 	numba==0.68.1 llvmlite==0.50.0 addict==2.4.0 posthog==6.7.11 backoff==2.2.1 evaluate==0.4.1 termcolor==3.3.0 fire==0.7.1 \
-	fastcore==2.2.41 python-dotenv==1.0.1 pydantic-extra-types==2.11.1 pycountry==26.2.16
+	fastcore==2.2.41 python-dotenv==1.0.1 pydantic-extra-types==2.11.1 pycountry==26.2.16 $(JSONSCHEMA)
 SYSTEMS := trl verl axolotl
 build/integrations/%/ready: Makefile $(VENV)/ready
 	rm -rf $(@D)
