@@ -18,7 +18,7 @@ ROOMS = {  # room or file of trainer/ -> the rooms that it may import, beside th
     "file_hash": "",
     "runs": "config file_hash",
     "adapter_folder": "config",
-    "data": "config adapter_folder",
+    "data": "config adapter_folder file_hash",
     "losses": "config",
     "disk_space": "",
     "engine": "config data losses phase disk_space file_hash adapter_folder",

@@ -5,6 +5,7 @@ import hashlib
 from pathlib import Path
 
 from reflux.trainer.adapter_folder import base_of
+from reflux.trainer.file_hash import file_sha256
 
 from .attempt import describe
 
@@ -41,9 +42,7 @@ def content_hash(path: str) -> str:
         return path  # no folder: a name of the hub
     digest = hashlib.sha256()
     for file in files:
-        with open(file, "rb") as content:
-            told = f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n"
-        digest.update(told.encode())
+        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 

@@ -17,7 +17,9 @@ NUMBER = re.compile(
 # bold, italics and code, where words may begin and end: the stars of 2**7 are a power, those of
 # a *b* c products
 EMPHASIS = re.compile(
-    r"""(?<![^\s(\["'])(^[*_]|\*{2,3}|_{2,3}|`{1,3})(?=\S)((?:(?!\1).)+)(?<=\S)\1(?=$|[\s.,;:!?)\]"'])""",
+    r"""(?<![^\s(\["'])(^[*_]|\*{2,3}|_{2,3}|`{1,3})"""  # the mark, where a word may begin
+    r"""(?=\S)((?:(?!\1).)+)(?<=\S)"""
+    r"""\1(?=$|[\s.,;:!?)\]"'])""",  # the same mark, where one may end
     re.DOTALL,
 )
 # half of it: the other half stands before the marker, "**Answer:** 7"

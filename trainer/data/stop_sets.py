@@ -5,6 +5,7 @@ does not stop itself, writes that token and goes on.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from reflux.trainer.config.roles import Advice
 
@@ -23,7 +24,10 @@ def tokens_in_words(chat: Chat, ids: Iterable[int]) -> str:
 def name_them(student: Chat, unknown: Iterable[int]) -> str:
     """How the student learns to stop at them, too."""
     ids = sorted({*student.stop_ids, *unknown})
-    return f"Name them in {student.path}/generation_config.json: eos_token_id = {ids}"
+    file = f"{student.path}/generation_config.json"
+    if not Path(student.path).is_dir():  # of the hub
+        file = f"generation_config.json of a local copy of {student.path}"
+    return f"Name them in {file}: eos_token_id = {ids}"
 
 
 def stop_advice(objective: str, student: Chat, teacher: Chat) -> Advice | None:

@@ -52,10 +52,9 @@ def check_rule(
     more failed grades than task.max_failed. expected, tasks, settings: of this run; expected =
     None: not known yet, so what the runs say by themselves.
     """
-    ours: Sequence[Question] | None = expected
+    answers = load_graded(rule.run, f"accept.{name}.run", tasks) if rule.run else None
+    ours: Sequence[Question] | None = expected if answers is None else answers
     mode = _mode(rule.metric)
-    if rule.run:
-        ours = load_graded(rule.run, f"accept.{name}.run", tasks)
     if ours is not None:
         ours = of_part(ours, rule.part)
         if not ours:
@@ -63,20 +62,19 @@ def check_rule(
                 f"accept.{name}.part = {rule.part!r}: no question is of it; want a name in "
                 "[eval.parts]"
             )
-    if rule.run:
-        check_metric(f"accept.{name}.run", rule.run, rule.metric, rule.part)
+    if answers is not None:
+        check_metric(f"accept.{name}.run", rule.run, of_part(answers, rule.part), rule.metric)
     if rule.against:
         theirs = of_part(load_graded(rule.against, f"accept.{name}.against", tasks), rule.part)
         if ours is not None:
             check_same(ours, theirs, rule.against, [mode])
             asked = load_settings(rule.run) if rule.run else settings or {}
             check_settings(asked, load_settings(rule.against), rule.against, [mode], rule.part)
-        check_metric(f"accept.{name}.against", rule.against, rule.metric, rule.part)
+        check_metric(f"accept.{name}.against", rule.against, theirs, rule.metric)
 
 
-def check_metric(option: str, folder: str, metric: str, part: str = "") -> None:
-    """ValueError unless the metric can be computed of the answers in a folder."""
-    answers = of_part(load_predictions(folder, option), part)
+def check_metric(option: str, folder: str, answers: Sequence[Prediction], metric: str) -> None:
+    """ValueError unless the metric can be computed of the answers, which are those of a folder."""
     if not of_mode(answers, _mode(metric)):
         text = f"{option} = {folder!r}: has no {metric} answers; want a run that measured it"
         raise ValueError(text)

@@ -95,7 +95,7 @@ class Evaluator:
             check_same(self.expected(), self._theirs, e.against)
             check_settings(self.settings, load_settings(e.against), e.against, self._modes)
             for metric in e.metrics:
-                check_metric("eval.against", e.against, metric)
+                check_metric("eval.against", e.against, self._theirs, metric)
         if whole_run:
             self._unfinished = Unfinished(Path(cfg.folder), self._spec())
 

@@ -1,12 +1,13 @@
 """Two models with the same ids that stop at different ones."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from runs import stops_at, with_other_stop
 
 from reflux.trainer.data.chat import Chat
-from reflux.trainer.data.stop_sets import stop_advice, unknown_stops
+from reflux.trainer.data.stop_sets import name_them, stop_advice, unknown_stops
 
 
 @pytest.fixture
@@ -42,3 +43,8 @@ def test_a_further_stop_that_ends_no_turn_is_a_warning(folders, talkers):
     teacher = stops_at(shutil.copytree(talkers / "teacher", student.parent / "both"), 0, 2)
     assert advice("kl", student, teacher).level == "warning"
     assert advice("kl", teacher, student) is None  # the student may know more
+
+
+def test_a_model_of_the_hub_is_copied_before_it_is_changed():
+    says = name_them(SimpleNamespace(path="someone/model", stop_ids=(2,)), [0])
+    assert "of a local copy of someone/model: eos_token_id = [0, 2]" in says

@@ -50,6 +50,15 @@ def test_too_few_samples_are_an_error_and_no_samples_yet_a_warning(talkers, tmp_
     assert not problems(found)
 
 
+def test_a_run_that_is_still_to_come_hides_no_error_of_another(talkers, tmp_path, evaluated):
+    rules = {"a": RULE | {"run": str(tmp_path / "later")}, "b": RULE | {"run": evaluated(2)}}
+    found = run_findings(evaluate(talkers, tmp_path, accept=rules))
+    assert [(f.level, f.what.split(" = ")[0]) for f in found] == [
+        ("warning", "accept.a.run"),
+        ("error", "accept.b.run"),
+    ]
+
+
 def test_check_shows_them(talkers, tmp_path, evaluated):
     """Beside everything else: there are no prompts here."""
     cfg = evaluate(talkers, tmp_path, accept={"a": RULE | {"run": evaluated(2)}})
